@@ -1,0 +1,44 @@
+# Every target is a line or two that also work when typed by hand.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
+
+.PHONY: help demo test lint dev dist clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(VENV)/.demo ## train a base and three experts, merge them four ways, print a table
+	$(BIN)/python examples/digits_demo.py
+
+test: $(VENV)/.dev ## run the whole test suite
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.dev ## format, lint and type checks
+	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure
+
+dev: $(VENV)/.dev ## set up .venv with everything a developer needs
+
+dist: $(VENV)/.dev ## build sdist and wheel into dist/
+	$(BIN)/python -m build
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info r_tsvm_kernels/_build_info.json r_tsvm_kernels/*.so
+
+# The second try asks PyTorch's own index for the CPU build, if pip does not find it where it looks by default.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch 2> $(VENV)/torch.log || $(PIP) install -q -c constraints.txt $(CPU_TORCH) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.demo
