@@ -1,0 +1,55 @@
+"""What this machine can run, and why not: probed on first use, never at import."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+READY = "ready"
+_BUILD_INFO = Path(__file__).with_name("_build_info.json")
+
+
+def build_info() -> dict[str, str]:
+    """What the build did with each native module (``cpu``, ``cuda``) and which compilers it used; empty if unknown."""
+    try:
+        info: dict[str, str] = json.loads(_BUILD_INFO.read_text())
+    except (OSError, ValueError):
+        return {}
+    return info
+
+
+@lru_cache
+def state(backend: str) -> str:
+    """Say ``"ready"``, or why `backend` (``torch``, ``cpu``, ``cuda``) cannot run on this machine."""
+    if backend == "torch":
+        return READY
+    if backend == "cpu":
+        return _extension_state("cpu")
+    if backend == "cuda":
+        import torch
+
+        extension = _extension_state("cuda")
+        if extension != READY:
+            return extension
+        return READY if torch.cuda.is_available() else "torch sees no CUDA device"
+    raise ValueError(f"unknown backend {backend!r}")
+
+
+def native(backend: str) -> ModuleType:
+    """Return the compiled module of `backend` (``cpu`` or ``cuda``)."""
+    import torch  # noqa: F401  # first, so that one OpenMP runtime serves both
+
+    return importlib.import_module(f"r_tsvm_kernels._{backend}")
+
+
+def _extension_state(backend: str) -> str:
+    try:
+        native(backend)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == f"r_tsvm_kernels._{backend}":
+            return build_info().get(backend, "the native module was not built")
+        return f"the native module does not load: {error}"
+    return READY

@@ -1,0 +1,78 @@
+"""Which implementation of an op runs. The only file that decides.
+
+A backend asked for by name runs or raises; only the automatic choice moves on to the next one. The choice depends on
+the device of the tensors, this table and what is installed, on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import backends
+from .errors import BackendUnavailable, DeviceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# op -> device type -> implementations, fastest first. "torch" is the reference: always there, always last.
+ORDER: dict[str, dict[str, tuple[str, ...]]] = {
+    "task_statistics": {"cuda": ("cuda", "torch"), "cpu": ("cpu", "torch")},
+    "magnitude_select": {"cuda": ("torch",), "cpu": ("torch",)},
+    "reweight_prune": {"cuda": ("torch",), "cpu": ("torch",)},
+    "add_update": {"cuda": ("torch",), "cpu": ("torch",)},
+}
+
+MODULE = {"torch": "reference", "cpu": "cpu_kernel", "cuda": "cuda_kernel"}
+
+_forced: ContextVar[dict[str, str]] = ContextVar("forced_backends")
+
+
+@contextmanager
+def use_backend(**choice: str) -> Iterator[None]:
+    """Force backends by op name inside a ``with`` block: the keyword is the op, the value the backend.
+
+    Raises:
+        BackendUnavailable: an op or a backend of that name does not exist.
+    """
+    for op, name in choice.items():
+        known = sorted({backend for order in ORDER.get(op, {}).values() for backend in order})
+        if name not in known:
+            raise BackendUnavailable(f"{op}: no backend {name!r}; ops: {sorted(ORDER)}; backends of {op}: {known}")
+    token = _forced.set({**_forced.get({}), **choice})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain(op: str, device_type: str) -> list[tuple[str, str]]:
+    """List the candidates of `op` on a device type, each with ``"ready"`` or the reason why it cannot run."""
+    return [(name, backends.state(name)) for name in ORDER[op].get(device_type, ())]
+
+
+def select(op: str, *tensors: Tensor, backend: str | None = None) -> Callable[..., Any]:
+    """Return the ``run`` function that carries out `op` on these tensors.
+
+    Raises:
+        DeviceError: the tensors lie on different devices, or on one that no implementation knows.
+        BackendUnavailable: `backend` (or the one forced by `use_backend`) cannot run here.
+    """
+    devices = {str(tensor.device) for tensor in tensors}
+    device_type = tensors[0].device.type
+    if len(devices) != 1 or device_type not in ORDER[op]:
+        raise DeviceError(
+            f"{op}: all tensors must lie on one device of type {' or '.join(sorted(ORDER[op]))}, "
+            f"got {', '.join(sorted(devices))}; move them with .to()"
+        )
+    wanted = backend or _forced.get({}).get(op)
+    candidates = explain(op, device_type)
+    for name, state in candidates:
+        if state == backends.READY and wanted in (None, name):
+            run: Callable[..., Any] = import_module(f"r_tsvm_kernels.ops.{op}.{MODULE[name]}").run
+            return run
+    tried = "; ".join(f"{name}: {state}" for name, state in candidates)
+    raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run on {device_type} here ({tried}); see `rtsvm info`")

@@ -1,0 +1,71 @@
+"""Statistics of the magnitudes of task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ... import dispatch
+from ...errors import ConfigError
+from .._checks import check_group
+
+
+@dataclass(frozen=True)
+class TaskStatistics:
+    """Statistics of ``a = |tuned[t] - base|``, one entry per task; tensors of shape (T,) on the inputs' device.
+
+    Attributes:
+        numel: elements in each task vector.
+        mean: mean of a, float64, in weight units.
+        sd: population standard deviation of a, float64, in weight units.
+        max: largest a, float64, in weight units.
+        zeros: number of elements with a == 0, int64.
+        theta: outlier threshold ``mean + sigma * sd``, float64, in weight units.
+        outlier_mass: ``sum(a[a > theta]) / sum(a)``, float64, in [0, 1]; 0 where sum(a) is 0.
+        small: number of elements with ``a <= eps * mean``, int64; zeros are included.
+    """
+
+    numel: int
+    mean: Tensor
+    sd: Tensor
+    max: Tensor
+    zeros: Tensor
+    theta: Tensor
+    outlier_mass: Tensor
+    small: Tensor
+
+
+def task_statistics(
+    base: Tensor, tuned: Sequence[Tensor], sigma: float = 3.0, eps: float = 0.1, *, backend: str | None = None
+) -> TaskStatistics:
+    """Measure the magnitudes of the task vectors ``tuned[t] - base``.
+
+    Task vectors are formed element by element in float32 (float64 if any input is float64) and never stored by the
+    native kernels; every sum is accumulated in float64, in an order that depends on the shape alone. R-TSVM's
+    outlier weighting and sparsity are functions of these numbers (Yang et al., arXiv 2502.06876; the formulas are our
+    reconstruction).
+
+    Args:
+        base: any shape, float64, float32, float16 or bfloat16.
+        tuned: T tensors of the same shape and device; dtypes may differ.
+        sigma: standard deviations above the mean at which outliers begin, >= 0; infinity means no outliers.
+        eps: an element counts as small up to this multiple of the mean magnitude, >= 0.
+        backend: run this implementation or raise; None takes the fastest one that is available.
+
+    Returns:
+        TaskStatistics. Empty tensors give zeros everywhere. NaN or infinity in a task makes its statistics NaN or
+        infinite; nothing is raised for it here.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: the tensors do not match.
+        ConfigError: `sigma` or `eps` is negative or NaN.
+        BackendUnavailable: `backend` cannot run here.
+    """
+    check_group(base, tuned, op="task_statistics")
+    if not (sigma >= 0 and eps >= 0):
+        raise ConfigError(f"task_statistics: sigma and eps must be >= 0, got sigma={sigma}, eps={eps}")
+    run = dispatch.select("task_statistics", base, *tuned, backend=backend)
+    result: TaskStatistics = run(base, tuned, sigma, eps)
+    return result

@@ -1,0 +1,42 @@
+"""Fixtures: one seed, poisoned memory, and really trained checkpoints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The workers share the cores; more threads than cores make small decompositions many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))  # compare, oracle, checkpoints: helpers of the tests
+
+settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill uninitialised tensors with NaN, so that unwritten output is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's folder: a base and three experts that were really trained (quickly), and four merges."""
+    out = tmp_path_factory.mktemp("trained") / "demo"
+    program = [sys.executable, str(ROOT / "examples" / "digits_demo.py"), "--quick", "--out", str(out)]
+    subprocess.run(program, check=True, capture_output=True, timeout=300)
+    return out

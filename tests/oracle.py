@@ -1,0 +1,95 @@
+"""An independent implementation of the methods in numpy, float64, from the formulas; no code of the package."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+
+def polar(matrix, rtol=1e-6):
+    """Canonical polar factor: singular values up to rtol times the largest count as zero."""
+    if matrix.size == 0:
+        return matrix
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    rank = int((values > rtol * values[0]).sum())
+    return left[:, :rank] @ right[:rank]
+
+
+def tsv_merge(deltas, ranks, weights):
+    """Concatenate the leading singular triplets, orthogonalise both sides, multiply."""
+    lefts, cores, rights = [], [], []
+    for delta, rank, weight in zip(deltas, ranks, weights, strict=True):
+        left, values, right = np.linalg.svd(delta, full_matrices=False)
+        # Beyond float32 rounding of the matrix there are no singular directions.
+        k = min(rank, int((values > np.finfo(np.float32).eps * np.linalg.norm(delta)).sum()))
+        lefts.append(left[:, :k])
+        cores.append(weight * values[:k])
+        rights.append(right[:k])
+    return polar(np.hstack(lefts)) @ np.diag(np.concatenate(cores)) @ polar(np.vstack(rights))
+
+
+def tsvm(base, tuned, alpha=1.0, weights=None):
+    """TSV-Merge of float64 arrays; the updated weight."""
+    tasks = len(tuned)
+    weights = weights or [1.0] * tasks
+    deltas = [t - base for t in tuned]
+    if base.ndim != 2:
+        return base + alpha * sum(w * d for w, d in zip(weights, deltas, strict=True)) / tasks
+    rank = int(min(base.shape) * (1 / tasks))
+    return base + alpha * tsv_merge(deltas, [rank] * tasks, weights)
+
+
+def keep_largest(delta, density):
+    """Keep ceil(density * size) largest magnitudes, lowest flat index first among equals."""
+    keep = math.ceil(Fraction(str(density)) * delta.size)
+    order = np.argsort(-np.abs(delta), axis=None, kind="stable")
+    pruned = np.zeros_like(delta)
+    pruned.flat[order[:keep]] = delta.flat[order[:keep]]
+    return pruned
+
+
+def rtsvm(
+    base,
+    tuned,
+    alpha=1.0,
+    weights=None,
+    outlier_sigma=3.0,
+    outlier_weighting="clip",
+    density=1.0,
+    sparsity_eps=0.1,
+    rank="sparsity",
+    rank_rho=1.0,
+    rank_energy=0.95,
+):
+    """R-TSVM of float64 arrays; the updated weight and the ranks."""
+    tasks = len(tuned)
+    weights = weights or [1.0] * tasks
+    deltas = [t - base for t in tuned]
+    if base.ndim != 2 or min(base.shape) < tasks:
+        return base + alpha * sum(w * d for w, d in zip(weights, deltas, strict=True)) / tasks, []
+    share, prepared, ranks, masses = min(base.shape) * (1 / tasks), [], [], []
+    for delta in deltas:
+        magnitude = np.abs(delta)
+        theta = magnitude.mean() + (outlier_sigma * magnitude.std() if math.isfinite(outlier_sigma) else math.inf)
+        masses.append(magnitude[magnitude > theta].sum() / magnitude.sum() if magnitude.any() else 0.0)
+        clipped = np.clip(delta, -theta, theta) if outlier_weighting == "clip" else delta
+        pruned = keep_largest(clipped, density)
+        prepared.append(pruned)
+        values = np.linalg.svd(pruned, compute_uv=False)
+        if rank == "sparsity":
+            sparsity = (np.abs(pruned) <= sparsity_eps * magnitude.mean()).mean()
+            k = max(1, math.floor(share * (1 - sparsity) ** rank_rho))
+        elif rank == "energy":
+            energy = np.cumsum(values**2)
+            k = int(np.searchsorted(energy, rank_energy * energy[-1])) + 1
+        elif rank == "noise":
+            beta = min(base.shape) / max(base.shape)
+            edge = (0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43) * np.sort(values)[(len(values) - 1) // 2]
+            k = max(1, int((values > edge).sum()))
+        else:
+            k = int(share) if rank == "fixed" else rank
+        ranks.append(min(k, max(1, int(share))))
+    if outlier_weighting in ("damp", "boost"):
+        shares = [1 - q for q in masses] if outlier_weighting == "damp" else masses
+        weights = [w * tasks * s / sum(shares) for w, s in zip(weights, shares, strict=True)]
+    return base + alpha * tsv_merge(prepared, ranks, weights), ranks
