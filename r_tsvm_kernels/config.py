@@ -1,0 +1,226 @@
+"""MergeConfig: what to merge and how. Its YAML form is mergekit's recipe format where the two overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+from .methods import Method, MethodParameters, get_method, nearest
+from .parameters import evaluate, is_filter_list, leaves
+
+DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
+
+_UNSUPPORTED = {
+    "slices": "merging layer ranges is not supported; list whole models under `models`",
+    "modules": "multi-module recipes are not supported; merge one module at a time, under `models`",
+    "tokenizer": "tokenizer merging is not supported; the tokenizer files of the base are copied",
+    "chat_template": "setting a chat template is not supported; the one of the base is copied",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(_describe(error, list(type(self).model_fields))) from None
+
+
+class ModelEntry(_Strict):
+    """One model of a recipe.
+
+    Attributes:
+        model: Hugging Face folder or .safetensors file; None for merges of tensors in memory.
+        parameters: this model's own values of per-model parameters, e.g. ``weight``.
+    """
+
+    model: str | None = None
+    parameters: dict[str, Any] = {}
+
+
+class MergeConfig(_Strict):
+    """A merge: method, parameters, and for checkpoints also the models.
+
+    A parameter value is a scalar, a gradient (list of numbers, interpolated over the layers) or a list of
+    ``{value, filter}``, of which the first counts whose filter is part of the tensor's name. A model's own value goes
+    before the global one, that before the method's default.
+
+    Attributes:
+        merge_method: name of a registered method.
+        base_model: Hugging Face folder or .safetensors file.
+        models: the fine-tuned models, with their own parameters.
+        parameters: of the method, for all models.
+        dtype: inputs are rounded to it when they are loaded. Arithmetic is in float32 (float64 for float64 inputs).
+        out_dtype: dtype of the output; None means `dtype`, or else the base's dtype, tensor by tensor.
+        include: patterns (with ``*``) of tensor names that take part; empty means all.
+        exclude: patterns of tensor names that keep the base's value.
+        tokenizer_source: only ``base`` is supported.
+
+    Raises:
+        ConfigError: an unknown key, method or parameter (the nearest valid one is named), or a value out of range.
+    """
+
+    merge_method: str = "rtsvm"
+    base_model: str | None = None
+    models: tuple[ModelEntry, ...] = ()
+    parameters: dict[str, Any] = {}
+    dtype: DTypeName | None = None
+    out_dtype: DTypeName | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    tokenizer_source: Literal["base"] | None = Field(default=None)
+
+    @classmethod
+    def from_kwargs(
+        cls, merge_method: str = "rtsvm", *, weights: Sequence[float] | None = None, **parameters: Any
+    ) -> MergeConfig:
+        """Make a config for tensors or state dicts: ``MergeConfig.from_kwargs("rtsvm", density=0.3)``.
+
+        Args:
+            merge_method: name of a registered method.
+            weights: one weight per fine-tuned tensor; None leaves the method's default.
+            parameters: parameters of the method.
+        """
+        models = tuple(ModelEntry(parameters={"weight": weight}) for weight in weights or ())
+        return cls(merge_method=merge_method, models=models, parameters=parameters)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MergeConfig:
+        """Make a config from a recipe that was already parsed."""
+        if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+            raise ConfigError(f"a recipe is a mapping of keys to values, got {type(data).__name__}")
+        for key, advice in _UNSUPPORTED.items():
+            if data.get(key) is not None:
+                raise ConfigError(f"{key}: {advice}")
+        if data.get("tokenizer_source") not in (None, "base"):
+            raise ConfigError(f"tokenizer_source: only 'base' is supported, got {data['tokenizer_source']!r}")
+        present = {key: value for key, value in data.items() if value is not None and key not in _UNSUPPORTED}
+        if isinstance(present.get("models"), list):
+            present["models"] = tuple(
+                ModelEntry(**{k: v for k, v in entry.items() if v is not None}) if isinstance(entry, Mapping) else entry
+                for entry in present["models"]
+            )
+        return cls(**present)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> MergeConfig:
+        """Read a recipe file; mergekit's keys mean what they mean there.
+
+        Raises:
+            ConfigError: the file is missing, is not YAML, or is not a valid recipe.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the recipe {path}: {error}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        return cls.from_dict(data)
+
+    def to_yaml(self) -> str:
+        """Write the config as a recipe that `from_yaml` reads back."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        text: str = yaml.safe_dump({"merge_method": self.merge_method, **data}, sort_keys=False)
+        return text
+
+    @property
+    def method(self) -> Method:
+        """The registered method."""
+        return get_method(self.merge_method)
+
+    def options(self, tasks: int, name: str = "", position: float = 0.0) -> MethodParameters:
+        """Evaluate the parameters for one tensor.
+
+        Args:
+            tasks: number of fine-tuned models.
+            name: of the tensor, for filters.
+            position: of its layer in [0, 1], for gradients.
+
+        Raises:
+            ConfigError: no tasks, or `models` has entries but not one per task.
+        """
+        if tasks < 1:
+            raise ConfigError("a merge needs at least one fine-tuned model, got none")
+        if self.models and len(self.models) != tasks:
+            raise ConfigError(f"the config lists {len(self.models)} models, but {tasks} fine-tuned tensors came")
+        schema = self.method.parameters
+        values: dict[str, Any] = {}
+        for field_name, info in schema.model_fields.items():
+            common = evaluate(_lookup(self.parameters, schema, field_name), name, position)
+            if not schema.is_per_model(field_name):
+                if common is not None:
+                    values[field_name] = common
+                continue
+            fallback = info.default[0] if common is None else common
+            own = [evaluate(_lookup(m.parameters, schema, field_name), name, position) for m in self.models]
+            values[field_name] = tuple(fallback if v is None else v for v in own or [None] * tasks)
+        return _parse(schema, values)
+
+    @model_validator(mode="after")
+    def _check_parameters(self) -> MergeConfig:
+        schema = self.method.parameters
+        _check_keys(self.parameters, schema, f"parameters of {self.merge_method}")
+        for entry in self.models:
+            where = f"parameters of model {entry.model}" if entry.model else "parameters of a model"
+            _check_keys(entry.parameters, schema, where)
+            for key in entry.parameters:
+                if not schema.is_per_model(schema.names()[key]):
+                    raise ConfigError(f"{where}: {key} is one value for all models; set it under `parameters`")
+        return self
+
+
+def _lookup(values: Mapping[str, Any], schema: type[MethodParameters], field_name: str) -> Any:
+    for key, target in schema.names().items():
+        if target == field_name and values.get(key) is not None:
+            return values[key]
+    return None
+
+
+def _check_keys(values: Mapping[str, Any], schema: type[MethodParameters], where: str) -> None:
+    """Refuse unknown keys, a parameter given under two names, and any value that some tensor could not use."""
+    keys = schema.names()
+    for key, value in values.items():
+        if key not in keys:
+            known = ", ".join(sorted(keys))
+            raise ConfigError(
+                f"{where}: unknown key {key!r}; did you mean {nearest(key, list(keys))!r}? Known: {known}"
+            )
+        if sum(keys[key] == keys[other] for other in values if other in keys) > 1:
+            raise ConfigError(f"{where}: {keys[key]} is given twice, under two names")
+        if is_filter_list(value) and not all(set(item) <= {"value", "filter"} and "value" in item for item in value):
+            raise ConfigError(f"{where}: {key}: each entry of the list needs `value` and may have `filter`")
+        for leaf in leaves(value):
+            if leaf is not None:
+                _parse(schema, {keys[key]: leaf}, where)
+
+
+def _parse(schema: type[MethodParameters], values: dict[str, Any], where: str = "parameters") -> MethodParameters:
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_describe(error, list(schema.names()))}") from None
+
+
+def _describe(error: ValidationError, known: list[str]) -> str:
+    """Say what is wrong in one line per mistake, with the nearest valid key for unknown ones."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("literal["))
+        if item["type"] == "extra_forbidden":
+            key = str(item["loc"][-1])
+            lines.append(
+                f"unknown key {key!r}; did you mean {nearest(key, known)!r}? Known: {', '.join(sorted(known))}"
+            )
+        elif isinstance(item.get("ctx", {}).get("error"), Exception):
+            lines.append(str(item["ctx"]["error"]))
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:].replace("valid tuple", "list")
+            lines.append(f"{where}: {message}, got {item['input']!r}")
+    return "; ".join(lines)

@@ -1,0 +1,197 @@
+"""Merge tensors and state dicts in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from .config import MergeConfig
+from .errors import CheckpointError, DTypeError, NonFiniteError
+from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector
+from .ops import FLOAT_DTYPES, check_finite, check_group
+from .parameters import layer_positions
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What happens to one tensor (``merge``, ``mean`` or ``base``) and why."""
+
+    kind: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StateDictResult:
+    """A merged state dict, in the order of the base's, and one report per tensor."""
+
+    state_dict: dict[str, Tensor]
+    reports: dict[str, TensorReport]
+
+
+def merge_tensors(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    config: MergeConfig,
+    *,
+    name: str = "",
+    position: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> MergeResult:
+    """Merge T fine-tuned versions of one tensor into its base.
+
+    Args:
+        base: (m, n) for the spectral methods to act; any other shape is merged by mean. float64, float32, float16 or
+            bfloat16; integer and bool tensors are returned as they are.
+        tuned: T tensors of the same shape and device; dtypes may differ.
+        config: method and parameters. If it lists models, there must be T.
+        name: of the tensor: for filters, patterns and messages.
+        position: of the tensor's layer in [0, 1], for gradients.
+        out_dtype: of the result; None means the config's ``out_dtype``, its ``dtype``, or the base's dtype.
+
+    Returns:
+        MergeResult: ``weight`` on the inputs' device, ``report`` with ranks, sparsities, outlier masses, weights,
+        captured energy, certificate and seconds. The inputs are not changed.
+
+    Raises:
+        ShapeError, DeviceError, DTypeError: the tensors do not match, or cannot be merged.
+        NonFiniteError: an input holds NaN or infinity, or the result does not fit the output dtype.
+        ConfigError: the config does not fit the number of tensors.
+        ConvergenceError: a decomposition failed or missed its certificate.
+    """
+    start = time.perf_counter()
+    label = name or "tensor"
+    options = config.options(len(tuned), name, position)
+    plan = treatment(config, options, name, tuple(base.shape), base.dtype, len(tuned))
+    if plan.kind == "base":
+        result = MergeResult(base.clone(), TensorReport())
+    else:
+        base, tuned = _checked_inputs(base, tuned, config, label)
+        if plan.kind == "mean":
+            result = mean_task_vector(base, tuned, options.weight, getattr(options, "alpha", 1.0))
+        else:
+            result = config.method.run(base, tuned, options)
+    if base.is_floating_point():
+        result.weight = _store(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
+    report = result.report
+    report.method, report.treatment, report.reason = config.merge_method, plan.kind, plan.reason
+    report.shape, report.seconds = tuple(base.shape), time.perf_counter() - start
+    return result
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], config: MergeConfig
+) -> StateDictResult:
+    """Merge T fine-tuned state dicts into the base's, tensor by tensor.
+
+    Args:
+        base: name to tensor.
+        tuned: T state dicts with the same names and shapes.
+        config: method and parameters. If it lists models, there must be T.
+
+    Raises:
+        CheckpointError: the names are not the same everywhere.
+        As `merge_tensors`, with the tensor's name in the message.
+    """
+    for index, state_dict in enumerate(tuned):
+        check_same_names(base, state_dict, f"tuned[{index}]")
+    positions = layer_positions(base)
+    merged, reports = {}, {}
+    for name, tensor in base.items():
+        result = merge_tensors(
+            tensor, [state_dict[name] for state_dict in tuned], config, name=name, position=positions[name]
+        )
+        merged[name], reports[name] = result.weight, result.report
+    return StateDictResult(merged, reports)
+
+
+def check_same_names(base: Mapping[str, object], other: Mapping[str, object], label: str) -> None:
+    """Raise `CheckpointError` unless `other` has exactly the tensors of `base`."""
+    missing, extra = sorted(base.keys() - other.keys()), sorted(other.keys() - base.keys())
+    if missing or extra:
+        parts = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                 for kind, names in (("missing", missing), ("extra", extra)) if names]  # fmt: skip
+        raise CheckpointError(
+            f"{label}: its tensors are not the base's: {' and '.join(parts)}; "
+            "all models must be fine-tunes of the same base, with the same layers"
+        )
+
+
+def treatment(
+    config: MergeConfig,
+    options: MethodParameters,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    tasks: int,
+) -> Treatment:
+    """Decide what happens to a tensor, from its header alone.
+
+    Raises:
+        DTypeError: the tensor is of a floating-point format that cannot be merged (float8, complex).
+    """
+    if _matches(name, config.exclude):
+        return Treatment("base", "excluded by pattern")
+    if config.include and not _matches(name, config.include):
+        return Treatment("base", "not among the included patterns")
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return Treatment("base", f"{str(dtype).removeprefix('torch.')} buffer")
+    if dtype not in FLOAT_DTYPES:
+        raise DTypeError(f"{name}: {dtype} cannot be merged; convert the checkpoint to bfloat16, or exclude the tensor")
+    if 0 in shape:
+        return Treatment("base", "empty")
+    if config.method.matrices_only:
+        if len(shape) != 2:
+            return Treatment("mean", "not a matrix")
+        if _matches(name, getattr(options, "exclude_keys", ())):
+            return Treatment("mean", "in exclude_keys")
+        if min(shape) < tasks:
+            if config.method.mean_if_rankless:
+                return Treatment("mean", "fewer rows or columns than tasks")
+            return Treatment("merge", "rank 0: fewer rows or columns than tasks, the base's value stays")
+    return Treatment("merge")
+
+
+def stored_dtype(config: MergeConfig, base_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype a floating-point tensor of the base is stored in after the merge."""
+    chosen = config.out_dtype or config.dtype
+    if chosen is None or base_dtype not in FLOAT_DTYPES:
+        return base_dtype
+    dtype: torch.dtype = getattr(torch, chosen)
+    return dtype
+
+
+def _checked_inputs(
+    base: Tensor, tuned: Sequence[Tensor], config: MergeConfig, label: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Round the inputs to the config's dtype, after refusing any that do not match or are not finite."""
+    check_group(base, tuned, op=label)
+    owners = ["the base", *(entry.model or f"tuned[{index}]" for index, entry in enumerate(config.models))]
+    owners += [f"tuned[{index}]" for index in range(len(owners) - 1, len(tuned))]
+    loaded = []
+    for owner, tensor in zip(owners, [base, *tuned], strict=True):
+        loaded.append(tensor if config.dtype is None else tensor.to(getattr(torch, config.dtype)))
+        check_finite(loaded[-1], f"{label} of {owner}")
+    return loaded[0], loaded[1:]
+
+
+def _store(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
+    """Round to the storage dtype; a finite value that overflows it is an error, not an infinity."""
+    if weight.dtype == dtype:
+        return weight
+    stored = weight.to(dtype)
+    if bool((stored.isinf() & weight.isfinite()).any()):
+        largest = float(weight.abs().amax())
+        raise NonFiniteError(
+            f"{label}: a merged value of magnitude {largest:.3g} does not fit {str(dtype).removeprefix('torch.')}; "
+            "choose a wider out_dtype or a smaller alpha"
+        )
+    return stored
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

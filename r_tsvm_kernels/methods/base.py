@@ -1,0 +1,152 @@
+"""What a merge method is: a function, its parameters, its paper; and the registry that finds it by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..linalg import Certificate
+
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Number = TypeVar("Number")
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+# A parameter with one value per fine-tuned model. In a recipe each model may set its own; one number serves all.
+_PER_MODEL = BeforeValidator(_as_tuple)
+PerModel = Annotated[tuple[Number, ...], _PER_MODEL, Field(min_length=1)]
+
+
+class MethodParameters(BaseModel):
+    """Parameters of one merge method, already evaluated for one tensor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    weight: PerModel[FiniteFloat] = Field(default=(1.0,), description="weight of each model")
+
+    @classmethod
+    def names(cls) -> dict[str, str]:
+        """Map every accepted key (field names and aliases) to its field name."""
+        keys = {name: name for name in cls.model_fields}
+        keys.update({info.alias: name for name, info in cls.model_fields.items() if info.alias})
+        return keys
+
+    @classmethod
+    def is_per_model(cls, name: str) -> bool:
+        """Whether each model may set field `name` for itself."""
+        return _PER_MODEL in cls.model_fields[name].metadata
+
+
+@dataclass
+class TensorReport:
+    """How one tensor was merged. Lists have one entry per task; they are empty where a quantity does not apply.
+
+    Attributes:
+        method: name of the merge method.
+        treatment: ``merge`` (the method's formula), ``mean`` (mean of the task vectors) or ``base`` (left alone).
+        reason: why it was treated so; empty for ``merge``.
+        shape: of the tensor.
+        ranks: rank kept per task.
+        sparsities: fraction of each task matrix at or below ``sparsity_eps`` times its mean magnitude.
+        outlier_masses: share of each task's total magnitude that lies above the outlier threshold.
+        weights: factor of each task's core, or weight of each task vector or model.
+        captured_energy: fraction of each task matrix's squared Frobenius norm inside the kept subspaces.
+        certificate: accuracy of the spectral solve; None where there was none.
+        seconds: wall time of the computation.
+    """
+
+    method: str = ""
+    treatment: str = "merge"
+    reason: str = ""
+    shape: tuple[int, ...] = ()
+    ranks: list[int] = field(default_factory=list)
+    sparsities: list[float] = field(default_factory=list)
+    outlier_masses: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    captured_energy: list[float] = field(default_factory=list)
+    certificate: Certificate | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class MergeResult:
+    """A merged tensor and how it came about.
+
+    Attributes:
+        weight: the merged tensor.
+        report: ranks, sparsities, weights, certificate, time.
+    """
+
+    weight: Tensor
+    report: TensorReport
+
+
+Run = Callable[[Tensor, Sequence[Tensor], Any], MergeResult]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered merge method.
+
+    Attributes:
+        name: as written in a recipe.
+        pretty_name: as printed.
+        paper_url: where the method is defined.
+        parameters: the model of its parameters.
+        run: ``run(base, tuned, options)``; returns the merged tensor in float32 (float64 if any input is float64).
+        needs_base: whether task vectors are formed; if not, the base is an input only when it is listed as one.
+        matrices_only: whether only 2-D tensors go through `run`, all others being given the mean task vector.
+        mean_if_rankless: whether matrices with fewer rows or columns than tasks are given the mean task vector too.
+    """
+
+    name: str
+    pretty_name: str
+    paper_url: str
+    parameters: type[MethodParameters]
+    run: Run
+    needs_base: bool = True
+    matrices_only: bool = False
+    mean_if_rankless: bool = False
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(
+    name: str, *, pretty_name: str, paper_url: str, parameters: type[MethodParameters], **traits: bool
+) -> Callable[[Run], Run]:
+    """Register the decorated function as merge method `name`; `traits` are the boolean fields of `Method`."""
+
+    def decorate(run: Run) -> Run:
+        METHODS[name] = Method(name, pretty_name, paper_url, parameters, run, **traits)
+        return run
+
+    return decorate
+
+
+def nearest(word: str, candidates: Sequence[str]) -> str:
+    """Return the candidate most like `word`."""
+    return difflib.get_close_matches(word, candidates, n=1, cutoff=0.0)[0]
+
+
+def get_method(name: str) -> Method:
+    """Look a merge method up.
+
+    Raises:
+        ConfigError: there is no method of that name.
+    """
+    if name not in METHODS:
+        raise ConfigError(
+            f"unknown merge method {name!r}; did you mean {nearest(name, list(METHODS))!r}? "
+            f"Available: {', '.join(sorted(METHODS))}"
+        )
+    return METHODS[name]

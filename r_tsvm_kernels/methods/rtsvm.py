@@ -1,0 +1,68 @@
+"""R-TSVM: Reweighting-enhanced Task Singular Vector Merging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from ..linalg import RankRule, choose_rank, sparsity_of, tsv_merge
+from ..ops import OutlierWeighting, add_update, outlier_weights, reweight_prune, task_statistics
+from .base import FiniteFloat, MergeResult, PerModel, TensorReport, register
+from .tsvm import TsvmParameters
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value >= 1 else value  # a gradient of ranks gives fractions
+
+
+class RtsvmParameters(TsvmParameters):
+    """Parameters of `rtsvm`."""
+
+    outlier_sigma: float = Field(default=3.0, ge=0, description="kappa: outliers lie above mean + kappa * sd")
+    outlier_weighting: OutlierWeighting = Field(default="clip", description="clip, damp, boost or none")
+    density: PerModel[Annotated[float, Field(ge=0, le=1)]] = Field(
+        default=(1.0,), description="fraction of each task matrix kept by magnitude pruning"
+    )
+    sparsity_eps: FiniteFloat = Field(default=0.1, ge=0, description="small means at most eps * mean magnitude")
+    rank: Annotated[RankRule | Annotated[int, Field(ge=1)], BeforeValidator(_whole)] = Field(
+        default="sparsity", description="sparsity, fixed, energy, noise, or a whole number"
+    )
+    rank_rho: FiniteFloat = Field(default=1.0, ge=0, description="rho: exponent of the sparsity rule")
+    rank_energy: float = Field(default=0.95, gt=0, le=1, description="eta: energy kept by the energy rule")
+
+
+@register(
+    "rtsvm",
+    pretty_name="R-TSVM",
+    paper_url="https://arxiv.org/abs/2502.06876",
+    parameters=RtsvmParameters,
+    matrices_only=True,
+    mean_if_rankless=True,
+)
+def rtsvm(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> MergeResult:
+    """Reweight, prune, choose a rank per task, then TSV-Merge (our reconstruction of Yang et al., 2025)."""
+    statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
+    task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
+    small = (options.sparsity_eps * statistics.mean).tolist()
+    sparsities = [sparsity_of(matrix, bound) for matrix, bound in zip(task_matrices, small, strict=True)]
+    ranks = [
+        choose_rank(
+            options.rank, matrix, len(tuned), sparsity=z, rho=options.rank_rho, energy=options.rank_energy
+        )
+        for matrix, z in zip(task_matrices, sparsities, strict=True)
+    ]  # fmt: skip
+    reweighting = outlier_weights(statistics, options.outlier_weighting)
+    weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
+    merged = tsv_merge(task_matrices, ranks, weights)
+    report = TensorReport(
+        ranks=list(merged.ranks),
+        sparsities=sparsities,
+        outlier_masses=statistics.outlier_mass.tolist(),
+        weights=weights,
+        captured_energy=list(merged.captured_energy),
+        certificate=merged.certificate,
+    )
+    return MergeResult(add_update(base, merged.matrix, options.alpha), report)

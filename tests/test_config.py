@@ -1,0 +1,131 @@
+import pytest
+
+from r_tsvm_kernels import ConfigError, MergeConfig
+from r_tsvm_kernels.methods import METHODS
+
+RECIPE = """
+merge_method: rtsvm
+base_model: models/base
+models:
+  - model: models/base
+  - model: models/a
+    parameters:
+      weight: 0.5
+      density:
+        - filter: mlp
+          value: [0.2, 0.4]
+        - value: 0.9
+  - model: models/b
+parameters:
+  weight: 2
+  lambda: 0.7
+dtype: bfloat16
+out_dtype: float32
+tokenizer_source: base
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_in_mergekit_s_format(tmp_path):
+    config = MergeConfig.from_yaml(write(tmp_path, RECIPE))
+    assert [entry.model for entry in config.models] == ["models/base", "models/a", "models/b"]
+    assert (config.dtype, config.out_dtype) == ("bfloat16", "float32")
+    options = config.options(3, "layers.0.mlp.up", 0.5)
+    assert options.weight == (2.0, 0.5, 2.0)  # a model's own value before the global one
+    assert options.density == (1.0, pytest.approx(0.3), 1.0)
+    assert config.options(3, "layers.0.attn.q", 0.5).density == (1.0, 0.9, 1.0)
+    assert options.alpha == 0.7
+
+
+def test_the_recipe_survives_a_round_trip(tmp_path):
+    config = MergeConfig.from_yaml(write(tmp_path, RECIPE))
+    assert MergeConfig.from_yaml(write(tmp_path, config.to_yaml())) == config
+    plain = MergeConfig.from_kwargs("linear")
+    assert MergeConfig.from_yaml(write(tmp_path, plain.to_yaml())) == plain
+
+
+def test_empty_values_count_as_absent():
+    assert MergeConfig.from_dict({"merge_method": "linear", "slices": None, "dtype": None}).merge_method == "linear"
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_defaults_of_every_method_are_valid(method):
+    options = MergeConfig(merge_method=method).options(4)
+    assert options.weight == (1.0,) * 4
+
+
+def test_from_kwargs():
+    config = MergeConfig.from_kwargs("rtsvm", weights=[1, 2], density=0.3, rank=16)
+    options = config.options(2)
+    assert (options.weight, options.density, options.rank) == ((1.0, 2.0), (0.3, 0.3), 16)
+    with pytest.raises(ConfigError, match="lists 2 models, but 3"):
+        config.options(3)
+
+
+def test_a_gradient_of_ranks_gives_whole_ranks():
+    config = MergeConfig.from_kwargs("rtsvm", rank=[10, 21])
+    assert [config.options(1, "layers.1.w", t).rank for t in (0.0, 0.5, 1.0)] == [10, 15, 21]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"merge_metod": "linear"}, "'merge_metod'; did you mean 'merge_method'"),
+        ({"merge_method": "tsmv"}, "unknown merge method 'tsmv'; did you mean 'tsvm'"),
+        ({"merge_method": "rtsvm", "parameters": {"densty": 1}}, "unknown key 'densty'; did you mean 'density'"),
+        ({"models": [{"model": "a", "parameters": {"wieght": 1}}]}, "model a: unknown key 'wieght'; .* 'weight'"),
+        ({"models": [{"model": "a", "parameters": {"alpha": 1}}]}, "alpha is one value for all models"),
+        ({"models": [{"modle": "a"}]}, "unknown key 'modle'; did you mean 'model'"),
+        ({"models": "a"}, "models: .*list"),
+        ({"merge_method": "rtsvm", "parameters": {"density": 1.5}}, "density.*less than or equal to 1"),
+        ({"merge_method": "rtsvm", "parameters": {"density": [0.5, 1.5]}}, "density.*less than or equal to 1"),
+        ({"merge_method": "rtsvm", "parameters": {"density": [{"filter": "x", "value": -1}]}}, "density.*greater"),
+        ({"merge_method": "rtsvm", "parameters": {"density": [{"filters": "x", "value": 1}]}}, "`value`.*`filter`"),
+        ({"merge_method": "rtsvm", "parameters": {"rank": "best"}}, "rank.*'sparsity', 'fixed'"),
+        ({"merge_method": "rtsvm", "parameters": {"rank": 0}}, "rank"),
+        ({"merge_method": "rtsvm", "parameters": {"rank": 0.5}}, "rank"),
+        ({"merge_method": "rtsvm", "parameters": {"outlier_weighting": "squash"}}, "outlier_weighting.*'clip'"),
+        ({"merge_method": "tsvm", "parameters": {"weight": float("nan")}}, "weight.*finite"),
+        ({"merge_method": "tsvm", "parameters": {"alpha": 1, "lambda": 2}}, "alpha is given twice"),
+        ({"dtype": "int8"}, "dtype.*'float64'"),
+        ({"slices": [{}]}, "slices: .*not supported"),
+        ({"modules": {"a": {}}}, "modules?.*not supported|multi-module"),
+        ({"tokenizer": {"source": "union"}}, "tokenizer merging is not supported"),
+        ({"tokenizer_source": "union"}, "tokenizer_source: only 'base'"),
+        ({"chat_template": "auto"}, "chat_template"),
+        ([1, 2], "mapping"),
+        ({1: 2}, "mapping"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(data, message):
+    with pytest.raises(ConfigError, match=message):
+        MergeConfig.from_dict(data)
+
+
+def test_mistakes_of_the_constructor_are_config_errors():
+    with pytest.raises(ConfigError, match="did you mean 'exclude'"):
+        MergeConfig(exclud=("a",))
+    with pytest.raises(ValueError, match="unknown merge method"):
+        MergeConfig(merge_method="nope")
+
+
+@pytest.mark.parametrize("text", ["merge_method: [", "\x00", "- a\n- b", ""])
+def test_files_that_are_no_recipes(tmp_path, text):
+    with pytest.raises(ConfigError):
+        MergeConfig.from_yaml(write(tmp_path, text))
+
+
+def test_a_missing_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        MergeConfig.from_yaml(tmp_path / "none.yaml")
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        MergeConfig.from_yaml(write(tmp_path, "merge_method: !!python/object/apply:os.system ['true']"))
