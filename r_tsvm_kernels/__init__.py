@@ -1,0 +1,94 @@
+"""Fast, exact kernels for merging fine-tuned models: R-TSVM, TSV-Merge and their family.
+
+Importing this package is light: torch is loaded when a function is first used, and no GPU is touched before a tensor
+lies on one.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    BackendUnavailable,
+    CheckpointError,
+    ConfigError,
+    ConvergenceError,
+    DeviceError,
+    DTypeError,
+    NonFiniteError,
+    OutputExists,
+    PickleRefused,
+    RTsvmError,
+    ShapeError,
+)
+
+if TYPE_CHECKING:
+    from . import linalg, ops
+    from .config import MergeConfig, ModelEntry
+    from .dispatch import use_backend
+    from .engine import CheckpointResult, Progress, merge_checkpoints
+    from .linalg import Certificate
+    from .merge import StateDictResult, merge_state_dicts, merge_tensors
+    from .methods import MergeResult, TensorReport
+
+__version__ = "0.1.0"
+
+# Loaded on first use (PEP 562).
+_LAZY = {
+    "linalg": ".linalg",
+    "ops": ".ops",
+    "MergeConfig": ".config",
+    "ModelEntry": ".config",
+    "use_backend": ".dispatch",
+    "CheckpointResult": ".engine",
+    "Progress": ".engine",
+    "merge_checkpoints": ".engine",
+    "Certificate": ".linalg",
+    "StateDictResult": ".merge",
+    "merge_state_dicts": ".merge",
+    "merge_tensors": ".merge",
+    "MergeResult": ".methods",
+    "TensorReport": ".methods",
+}
+
+__all__ = [
+    "BackendUnavailable",
+    "Certificate",
+    "CheckpointError",
+    "CheckpointResult",
+    "ConfigError",
+    "ConvergenceError",
+    "DTypeError",
+    "DeviceError",
+    "MergeConfig",
+    "MergeResult",
+    "ModelEntry",
+    "NonFiniteError",
+    "OutputExists",
+    "PickleRefused",
+    "Progress",
+    "RTsvmError",
+    "ShapeError",
+    "StateDictResult",
+    "TensorReport",
+    "linalg",
+    "merge_checkpoints",
+    "merge_state_dicts",
+    "merge_tensors",
+    "ops",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LAZY[name], __name__)
+    value = module if _LAZY[name] == f".{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

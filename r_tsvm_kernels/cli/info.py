@@ -1,0 +1,85 @@
+"""Show versions, which kernels run on this machine and why others do not, and the merge methods."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from typing import Any
+
+HELP = "show versions, backends and merge methods"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what is here."""
+    facts = _collect()
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+    return 0
+
+
+def _collect() -> dict[str, Any]:
+    import torch
+
+    from .. import __version__, backends, dispatch
+    from ..methods import METHODS
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {"r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "gpus": gpus,
+        "threads": torch.get_num_threads(),
+        "build": backends.build_info(),
+        "backends": {name: backends.state(name) for name in ("cpu", "cuda", "torch")},
+        "ops": {
+            op: {device: [name for name, _ in dispatch.explain(op, device)] for device in order}
+            for op, order in dispatch.ORDER.items()
+        },
+        "methods": {
+            name: {
+                "pretty_name": method.pretty_name,
+                "paper": method.paper_url,
+                "parameters": {
+                    key: {"default": _default(info.default), "help": info.description}
+                    for key, info in method.parameters.model_fields.items()
+                },
+            }
+            for name, method in sorted(METHODS.items())
+        },
+    }
+
+
+def _default(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()), highlight=False)
+    console.print(f"GPUs: {', '.join(facts['gpus']) or 'none that torch sees'}; CPU threads: {facts['threads']}")
+
+    backends = Table(title="Backends")
+    for heading in ("backend", "state", "ops it has kernels for"):
+        backends.add_column(heading)
+    for name, state in facts["backends"].items():
+        ops = [op for op, devices in facts["ops"].items() if any(name in order for order in devices.values())]
+        backends.add_row(name, state, "all (the reference)" if name == "torch" else ", ".join(ops))
+    console.print(backends)
+
+    console.print("\nMerge methods, with their parameters and defaults")
+    for name, method in facts["methods"].items():
+        console.print(f"\n[bold]{name}[/bold]  {method['pretty_name']}, {method['paper']}", highlight=False)
+        for key, value in method["parameters"].items():
+            console.print(
+                f"    {key} = {value['default']}", f"[dim]{value['help']}[/dim]", highlight=False, soft_wrap=True
+            )

@@ -1,0 +1,85 @@
+"""Arguments that describe a merge, shared by the subcommands, and the MergeConfig they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..config import MergeConfig
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that, with or without a recipe file, say what to merge and how."""
+    group = parser.add_argument_group("what to merge, instead of a recipe file")
+    group.add_argument("--base", metavar="B", help="base model: Hugging Face folder or .safetensors file")
+    group.add_argument("--model", metavar="M", action="append", default=[], help="a fine-tuned model; repeat")
+    group.add_argument(
+        "--weight", metavar="W", action="append", type=float, default=[], help="weight of a model; one per --model"
+    )
+    group.add_argument("--method", help="merge method (default rtsvm); `rtsvm info` lists them")
+    group = parser.add_argument_group("options, also on top of a recipe file")
+    group.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a method parameter, e.g. density=0.3; repeat"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="round the inputs to this dtype when they are loaded")
+    group.add_argument("--out-dtype", choices=DTYPES, help="dtype of the output (default --dtype, else the base's)")
+    group.add_argument("--include", metavar="PATTERN", action="append", default=[], help="merge only these tensors")
+    group.add_argument(
+        "--exclude", metavar="PATTERN", action="append", default=[], help="these tensors keep the base's value; repeat"
+    )
+    group.add_argument("--shard-size", metavar="SIZE", default="5GB", help="largest output file (default %(default)s)")
+
+
+def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfig:
+    """Build the config from a recipe file, or from --base and --model, with the other options on top.
+
+    Raises:
+        ConfigError: the options contradict each other, or do not make a valid config.
+    """
+    from ..config import MergeConfig, ModelEntry
+    from ..errors import ConfigError
+
+    in_place = arguments.base or arguments.model or arguments.weight or arguments.method
+    if recipe is not None:
+        if in_place:
+            raise ConfigError("give either a recipe file or --base/--model/--weight/--method, not both")
+        config = MergeConfig.from_yaml(recipe)
+    else:
+        if not arguments.model:
+            raise ConfigError("nothing to merge: give a recipe file, or --base B --model A [--model C ...]")
+        if arguments.weight and len(arguments.weight) != len(arguments.model):
+            raise ConfigError(f"{len(arguments.model)} times --model but {len(arguments.weight)} times --weight")
+        weights = arguments.weight or [None] * len(arguments.model)
+        models = tuple(
+            ModelEntry(model=model, parameters={} if weight is None else {"weight": weight})
+            for model, weight in zip(arguments.model, weights, strict=True)
+        )
+        config = MergeConfig(merge_method=arguments.method or "rtsvm", base_model=arguments.base, models=models)
+    changes: dict[str, Any] = {
+        key: getattr(arguments, key) for key in ("dtype", "out_dtype") if getattr(arguments, key)
+    }
+    changes |= {
+        key: (*getattr(config, key), *getattr(arguments, key))
+        for key in ("include", "exclude")
+        if getattr(arguments, key)
+    }
+    changes["parameters"] = config.parameters | dict(_parse_setting(item) for item in arguments.set)
+    fields: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
+    return MergeConfig(**(fields | changes))
+
+
+def _parse_setting(item: str) -> tuple[str, Any]:
+    import yaml
+
+    from ..errors import ConfigError
+
+    key, equals, value = item.partition("=")
+    if not (equals and key):
+        raise ConfigError(f"--set takes KEY=VALUE, got {item!r}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {value!r} is not a valid value: {error}") from error
