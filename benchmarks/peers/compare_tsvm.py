@@ -1,0 +1,340 @@
+"""Measure `tsvm` and FusionBench's TSV-Merge against a float64 SVD, on the same task matrices.
+
+    python benchmarks/peers/compare_tsvm.py [--peer-python PATH] [--out DIR] [--deltas FILE]
+
+Errors are Frobenius norms relative to the float64 result. A case is right when
+
+* error(ours) <= 1e-4,
+* distance(ours, peer) <= 2 error(peer) + error(ours) + 1e-6,
+* the peer, run in float64, confirms our float64 result to 1e-8. The second condition cannot do this: it is met
+  whenever ours is close to the float64 result, right or wrong.
+
+Where a basis is rank deficient the peer completes it with arbitrary null vectors. Such cases are not judged: the
+table tells how much of the update lies in rows that no expert touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+# One thread, for the peer's process too: on matrices this small the hand-over between threads costs more than the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Column, Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from r_tsvm_kernels import MergeConfig, __version__, merge_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+PEER = Path(__file__).with_name("fusion_bench_tsvm.py")
+
+SEED = 0
+ERROR_LIMIT = 1e-4  # ours against float64
+DISTANCE_FLOOR = 1e-6
+CONFIRMED_LIMIT = 1e-8  # the peer in float64 against our float64
+
+Cases = dict[str, list[Tensor]]
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """TSV-Merge in float64."""
+
+    merged: Matrix
+    rank: int  # k, singular vectors per task
+    condition: float  # of the worse of the two concatenated bases
+    deficient: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """The outcome of one case."""
+
+    case: str
+    shape: list[int]
+    tasks: int
+    rank: int
+    condition: float
+    error_ours: float
+    error_peer: float
+    distance: float
+    error_peer_float64: float
+    rank_deficient: bool
+    untouched_rows: int
+    untouched_energy_ours: float
+    untouched_energy_peer: float
+    right: bool | None  # None: not judged
+
+
+# --- the cases -------------------------------------------------------------------------------------------------
+
+
+def gaussian(rng: np.random.Generator, m: int, n: int) -> Matrix:
+    return rng.standard_normal((m, n))
+
+
+def signal(rng: np.random.Generator, m: int, n: int) -> Matrix:
+    """Rank 16, then a flat tail of white noise."""
+    strong = rng.standard_normal((m, 16)) @ rng.standard_normal((16, n))
+    return strong + 0.5 * rng.standard_normal((m, n))
+
+
+def power_law(rng: np.random.Generator, m: int, n: int, exponent: float) -> Matrix:
+    """The i-th singular value is i ** -exponent."""
+    r = min(m, n)
+    u, v = (np.linalg.qr(rng.standard_normal((size, r)))[0] for size in (m, n))
+    return np.asarray((u * np.arange(1, r + 1) ** -exponent) @ v.T)
+
+
+FAMILIES: dict[str, Callable[[np.random.Generator, int, int], Matrix]] = {
+    "gaussian": gaussian,
+    "signal16": signal,
+    "power0.3": partial(power_law, exponent=0.3),
+    "power0.7": partial(power_law, exponent=0.7),
+    "power1.2": partial(power_law, exponent=1.2),
+}
+SMALL = [(64, 64), (97, 130), (130, 97), (192, 96), (96, 192)]
+LARGE = [(255, 255), (384, 384), (384, 129), (129, 384)]
+
+
+def make_cases() -> Cases:
+    """Task matrices by case name. Every case has a generator of its own, so that a new one changes no other."""
+
+    def rng(name: str) -> np.random.Generator:
+        return np.random.default_rng([SEED, zlib.crc32(name.encode())])
+
+    grid = [*product(FAMILIES, SMALL, (1, 2, 3, 8)), *product(("gaussian", "power0.7"), LARGE, (3, 8))]
+    deltas: dict[str, list[Matrix]] = {}
+    for family, (m, n), tasks in grid:
+        name = f"{family}-{m}x{n}-T{tasks}"
+        deltas[name] = [FAMILIES[family](g, m, n) for g in rng(name).spawn(tasks)]
+    deltas["bias-257-T3"] = [g.standard_normal(257) for g in rng("bias").spawn(3)]
+
+    # Like an embedding whose rarer tokens no expert met: 3 * 85 directions in the 182 rows that moved.
+    sparse = [gaussian(g, 256, 256) for g in rng("untouched").spawn(3)]
+    for delta in sparse:
+        delta[182:] = 0
+    deltas["untouched-256x256-T3"] = sparse
+
+    return {name: [torch.from_numpy(0.01 * d).float() for d in tasks] for name, tasks in deltas.items()}
+
+
+def read_cases(file: Path) -> Cases:
+    """Read `<case>/<t>` from a safetensors file, as float32."""
+    cases: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, tensor in load_file(file).items():
+        case, _, task = name.rpartition("/")
+        cases[case][int(task)] = tensor.float()
+    return {case: [tasks[t] for t in range(len(tasks))] for case, tasks in cases.items()}
+
+
+# --- the three sides -------------------------------------------------------------------------------------------
+
+
+def truth_of(deltas: list[Tensor]) -> Truth:
+    """TSV-Merge by `numpy.linalg.svd` in float64.
+
+    What float32, the precision of the task matrices, cannot tell from zero is left out: null singular vectors of a
+    task, null directions of a concatenated basis. Only rank deficient cases have any.
+    """
+    tasks = [delta.double().numpy() for delta in deltas]
+    if tasks[0].ndim != 2:
+        return Truth(np.mean(tasks, axis=0), 0, 1.0, False)
+
+    k = int(min(tasks[0].shape) * (1 / len(tasks)))
+    tolerance = max(tasks[0].shape) * float(np.finfo(np.float32).eps)
+    left, values, right = [], [], []
+    for task in tasks:
+        u, s, vh = np.linalg.svd(task, full_matrices=False)
+        kept = min(k, int(np.sum(s > tolerance * s[0])))
+        left.append(u[:, :kept])
+        values.append(s[:kept])
+        right.append(vh[:kept].T)
+    s = np.concatenate(values)
+    if not s.size:
+        return Truth(np.zeros_like(tasks[0]), k, 1.0, k > 0)
+
+    factors, condition, deficient = [], 1.0, s.size < k * len(tasks)
+    for basis in (np.hstack(left), np.hstack(right)):
+        p, sigma, qh = np.linalg.svd(basis, full_matrices=False)
+        kept = int(np.sum(sigma > tolerance * sigma[0]))
+        factors.append(p[:, :kept] @ qh[:kept])
+        condition = max(condition, sigma[0] / sigma[kept - 1])
+        deficient = deficient or kept < basis.shape[1]
+    return Truth((factors[0] * s) @ factors[1].T, k, condition, deficient)
+
+
+def ours_of(deltas: list[Tensor]) -> Matrix:
+    base = torch.zeros_like(deltas[0])
+    merged = merge_tensors(base, deltas, MergeConfig(merge_method="tsvm")).weight
+    return (merged - base).double().numpy()
+
+
+def peer_of(cases: Cases, python: Path) -> tuple[dict[str, Matrix], dict[str, Matrix], dict[str, str]]:
+    """Return the peer's results from float32 and from float64, and its versions. One process for all cases."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "tasks.safetensors"), Path(folder, "merged.safetensors")
+        tensors = {}
+        for case, deltas in cases.items():
+            for t, delta in enumerate(deltas):
+                tensors[f"float32/{case}/{t}"] = delta.contiguous()
+                tensors[f"float64/{case}/{t}"] = delta.double().contiguous()
+        save_file(tensors, source)
+        subprocess.run([python, PEER, source, target], check=True)
+        merged = {name: tensor.double().numpy() for name, tensor in load_file(target).items()}
+        versions = json.loads(Path(f"{target}.json").read_text())
+    single, double = ({case: merged[f"{dtype}/{case}"] for case in cases} for dtype in ("float32", "float64"))
+    return single, double, versions
+
+
+# --- the comparison --------------------------------------------------------------------------------------------
+
+
+def compare(case: str, deltas: list[Tensor], peer: Matrix, peer_float64: Matrix) -> Row:
+    truth = truth_of(deltas)
+    ours = ours_of(deltas)
+    norm = float(np.linalg.norm(truth.merged)) or 1.0
+
+    def gap(a: Matrix, b: Matrix) -> float:
+        return float(np.linalg.norm(a - b)) / norm
+
+    error_ours, error_peer, distance = gap(ours, truth.merged), gap(peer, truth.merged), gap(ours, peer)
+    error_peer_float64 = gap(peer_float64, truth.merged)
+    right = (
+        error_ours <= ERROR_LIMIT
+        and distance <= 2 * error_peer + error_ours + DISTANCE_FLOOR
+        and error_peer_float64 <= CONFIRMED_LIMIT
+    )
+
+    untouched = np.all([(delta == 0).reshape(delta.shape[0], -1).all(1).numpy() for delta in deltas], axis=0)
+
+    def untouched_energy(merged: Matrix) -> float:
+        return float(np.sum(merged[untouched] ** 2) / (np.sum(merged**2) or 1.0))
+
+    return Row(
+        case=case,
+        shape=list(deltas[0].shape),
+        tasks=len(deltas),
+        rank=truth.rank,
+        condition=float(truth.condition),
+        error_ours=error_ours,
+        error_peer=error_peer,
+        distance=distance,
+        error_peer_float64=error_peer_float64,
+        rank_deficient=truth.deficient,
+        untouched_rows=int(untouched.sum()),
+        untouched_energy_ours=untouched_energy(ours),
+        untouched_energy_peer=untouched_energy(peer),
+        right=None if truth.deficient else bool(right),
+    )
+
+
+def print_tables(rows: list[Row], console: Console) -> None:
+    judged = Table(Column("case", no_wrap=True), "k", "cond", "ours", "peer", "distance", "peer f64", "verdict")
+    apart = Table(
+        *(Column("rank deficient: not judged", no_wrap=True), "ours", "peer"),
+        *("untouched rows", "energy there: ours", "peer"),
+    )
+    for row in rows:
+        error = [f"{row.error_ours:.1e}", f"{row.error_peer:.1e}"]
+        if row.right is None:
+            share = [f"{100 * s:.3g} %" for s in (row.untouched_energy_ours, row.untouched_energy_peer)]
+            apart.add_row(row.case, *error, str(row.untouched_rows), *share)
+        else:
+            verdict = "right" if row.right else "[bold red]WRONG"
+            distances = [f"{row.distance:.1e}", f"{row.error_peer_float64:.1e}"]
+            judged.add_row(row.case, str(row.rank), f"{row.condition:.0f}", *error, *distances, verdict)
+    console.print(judged)
+    if apart.row_count:
+        console.print(apart)
+
+
+def git(*args: str) -> str | None:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def provenance(peer_versions: dict[str, str]) -> dict[str, Any]:
+    packages = ("torch", "numpy", "safetensors")
+    return {
+        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "versions": {"r_tsvm_kernels": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in packages},
+        "peer_versions": peer_versions,
+        "seed": SEED,
+        "limits": {
+            "error_ours": ERROR_LIMIT,
+            "distance": f"2 * error_peer + error_ours + {DISTANCE_FLOOR:g}",
+            "error_peer_float64": CONFIRMED_LIMIT,
+        },
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default_python = ROOT / ".venv-fusion-bench" / "bin" / "python"
+    parser.add_argument("--peer-python", type=Path, default=default_python, help="Python of the peer's environment")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu", help="folder for the JSON")
+    parser.add_argument("--deltas", type=Path, help="more cases: a safetensors file with <case>/<t>")
+    args = parser.parse_args()
+    if not args.peer_python.exists():
+        parser.error(f"no {args.peer_python}: run {PEER.with_name('fusion_bench_env.sh').name} first")
+
+    cases = make_cases() | (read_cases(args.deltas) if args.deltas else {})
+    peer, peer_float64, peer_versions = peer_of(cases, args.peer_python)
+    report = provenance(peer_versions)
+    rows = [compare(case, deltas, peer[case], peer_float64[case]) for case, deltas in cases.items()]
+
+    console = Console()
+    console.width = max(console.width, 110)  # a log has no width of its own
+    print_tables(rows, console)
+    judged = [row for row in rows if row.right is not None]
+    wrong = [row.case for row in judged if not row.right]
+    for side in ("ours", "peer"):
+        errors = sorted(getattr(row, f"error_{side}") for row in judged)
+        console.print(f"error of {side}: median {errors[len(errors) // 2]:.1e}, largest {errors[-1]:.1e}")
+    console.print(f"{len(judged) - len(wrong)} of {len(judged)} judged cases right")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    target = args.out / "tsvm_vs_fusion_bench.json"
+    report |= {"right": not wrong, "wrong_cases": wrong, "rows": [asdict(row) for row in rows]}
+    target.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"written: {target}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
