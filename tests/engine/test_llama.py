@@ -47,7 +47,9 @@ def test_merges_reloads_and_generates(models, tmp_path, method):
     assert len(list((models / "base").glob("*.safetensors"))) > 2
     config = MergeConfig(merge_method=method, base_model=paths[0], models=tuple({"model": p} for p in paths[1:]))
     merge_checkpoints(config, tmp_path / "out", shard_size="50KB")
-    merged, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    merged, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, torch_dtype="auto"
+    )
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert merged.dtype == torch.bfloat16
     out = merged.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False)

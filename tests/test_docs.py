@@ -1,0 +1,79 @@
+"""What the documentation says is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import r_tsvm_kernels
+from r_tsvm_kernels.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_map_shows_what_is_there():
+    tree = README[README.rindex("```\ncsrc/") :].split("```")[1]
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
+    package = {
+        path.name for path in (ROOT / "r_tsvm_kernels").iterdir()
+        if not path.name.startswith(("_", ".")) and path.suffix in ("", ".py")
+    }  # fmt: skip
+    assert listed == package
+    for line in tree.splitlines():
+        if line and not line.startswith(" "):
+            assert (ROOT / line.split()[0]).is_dir(), line
+
+
+def test_every_method_is_in_the_table():
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\[([\d.]+)\]\(https://arxiv\.org/abs/[\d.]+\) \|$", README, re.MULTILINE))
+    assert rows == {name: method.paper_url.rpartition("/")[2] for name, method in METHODS.items()}
+
+
+def test_every_option_of_rtsvm_is_in_the_table():
+    defaults = METHODS["rtsvm"].parameters()
+    for name in type(defaults).model_fields:
+        if name == "exclude_keys":
+            assert "`exclude_keys`" in README
+            continue
+        match = re.search(rf"`{name}` \(`?([\w.]+)`?\)", README)
+        assert match, name
+        value = getattr(defaults, name)
+        assert match[1] == str(value[0] if isinstance(value, tuple) else value), name
+
+
+def test_the_python_example_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    namespace = {}
+    exec(compile(code, "README.md", "exec"), namespace)  # our own text
+    assert namespace["merged"]["w"].shape == (512, 512)
+    assert "True" in capsys.readouterr().out
+
+
+def test_the_recipe_is_valid():
+    import yaml
+
+    text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
+    config = r_tsvm_kernels.MergeConfig.from_dict(yaml.safe_load(text))
+    options = config.options(2, "layers.3.mlp.up", 1.0)
+    assert (options.weight, options.density, options.alpha) == ((0.8, 1.0), (0.5, 0.5), 1.0)
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/peers/README.md"])
+def test_links_lead_somewhere(file):
+    path = ROOT / file
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_version_is_the_same_everywhere():
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert declared == r_tsvm_kernels.__version__
+    assert f"## {declared}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_no_file_is_too_long():
+    for folder in ("r_tsvm_kernels", "csrc", "tests", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh"}:
+                assert len(path.read_text().splitlines()) <= 500, path
