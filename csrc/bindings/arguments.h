@@ -1,0 +1,59 @@
+// How Python passes tensors: plain tuples of integers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "r_tsvm/task_statistics.h"
+#include "r_tsvm/tensor_view.h"
+
+namespace r_tsvm::bindings {
+
+// address, rows, cols, row stride in elements, element type code
+using MatrixArgument = std::tuple<std::uintptr_t, int64_t, int64_t, int64_t, int>;
+
+// mean, sd, max, zeros, theta, outlier_mass, small
+using TaskStatisticsAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                                           std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline MatrixView matrix(const MatrixArgument& argument, const char* op) {
+  const auto [address, rows, cols, row_stride, type] = argument;
+  if (type < 0 || type >= kElementTypes) {
+    throw std::runtime_error(std::string(op) + ": unknown element type code " + std::to_string(type));
+  }
+  if (rows < 0 || cols < 0) throw std::runtime_error(std::string(op) + ": negative size");
+  return MatrixView{pointer<const void>(address), rows, cols, row_stride, static_cast<ElementType>(type)};
+}
+
+// Views of the fine-tuned tensors, checked to hold as many elements as the base.
+inline std::vector<MatrixView> matrices(const std::vector<MatrixArgument>& arguments, const MatrixView& base,
+                                        const char* op) {
+  std::vector<MatrixView> views;
+  for (const MatrixArgument& argument : arguments) {
+    views.push_back(matrix(argument, op));
+    if (element_count(views.back()) != element_count(base)) {
+      throw std::runtime_error(std::string(op) + ": the tensors differ in size");
+    }
+  }
+  return views;
+}
+
+inline TaskStatisticsOutput task_statistics_output(const TaskStatisticsAddresses& addresses) {
+  const auto [mean, sd, max, zeros, theta, outlier_mass, small] = addresses;
+  return TaskStatisticsOutput{pointer<double>(mean),   pointer<double>(sd),    pointer<double>(max),
+                              pointer<int64_t>(zeros), pointer<double>(theta), pointer<double>(outlier_mass),
+                              pointer<int64_t>(small)};
+}
+
+}  // namespace r_tsvm::bindings

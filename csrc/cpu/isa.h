@@ -1,0 +1,19 @@
+// One source, several instruction sets: the loader picks the best version of a marked function.
+#pragma once
+
+// Only GCC on x86-64 Linux knows this form. Marked functions must not contain OpenMP regions, and must not be
+// templates; what they call is inlined, hence RTSVM_INLINE.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
+#define RTSVM_ISA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+#endif
+#ifndef RTSVM_ISA_CLONES
+#define RTSVM_ISA_CLONES
+#endif
+
+#if defined(__GNUC__)
+#define RTSVM_INLINE inline __attribute__((always_inline))
+#else
+#define RTSVM_INLINE inline
+#endif

@@ -1,0 +1,56 @@
+// Reductions over a thread block in a fixed order, without atomics.
+#pragma once
+
+namespace r_tsvm {
+
+struct Add {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Larger {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+
+// Returns the reduction of every thread's `value` to every thread. All kThreads threads must call it.
+template <int kThreads, class T, class Operation>
+__device__ inline T block_reduce(T value, Operation operation) {
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kWarps * 32 == kThreads, "whole warps");
+  __shared__ T of_warp[kWarps];
+  // The operations commute, so both partners of an exchange compute the same bits.
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = operation(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  __syncthreads();  // the previous call has been read
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = of_warp[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) value = operation(value, of_warp[warp]);
+  return value;
+}
+
+// Merges parts[0 ... count - 1]; the result is thread 0's. Each thread takes every kThreads-th part in order, then
+// the threads are merged pairwise.
+template <int kThreads, class Part>
+__device__ inline Part block_merge(const Part* parts, int64_t count) {
+  static_assert((kThreads & (kThreads - 1)) == 0, "a power of two");
+  __shared__ Part of_thread[kThreads];
+  Part merged{};
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) merged = merge(merged, parts[i]);
+  of_thread[threadIdx.x] = merged;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (threadIdx.x < width) of_thread[threadIdx.x] = merge(of_thread[threadIdx.x], of_thread[threadIdx.x + width]);
+  }
+  return of_thread[0];
+}
+
+}  // namespace r_tsvm

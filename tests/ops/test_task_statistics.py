@@ -1,0 +1,343 @@
+"""Every implementation against sums in extended precision by numpy; the native ones also to the bit where promised."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from compare import same_bits
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from r_tsvm_kernels import backends
+from r_tsvm_kernels.errors import ConfigError, DTypeError, ShapeError
+from r_tsvm_kernels.ops.task_statistics import task_statistics
+from r_tsvm_kernels.ops.task_statistics.cpu_kernel import matrix, with_rows
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+FIELDS = ["mean", "sd", "max", "zeros", "theta", "outlier_mass", "small"]
+
+
+def available(*names):
+    """Parameters for these backends; those that cannot run here are skipped with the reason."""
+    parameters = []
+    for name in names:
+        state = backends.state(name)
+        marks = [pytest.mark.skipif(state != backends.READY, reason=f"{name}: {state}")]
+        parameters.append(pytest.param(name, marks=[*marks, pytest.mark.gpu] if name == "cuda" else marks))
+    return parameters
+
+
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu", "cuda"))
+native_backend = pytest.mark.parametrize("backend", available("cpu", "cuda"))
+
+
+def measure(backend, base, tuned, sigma=3.0, eps=0.1):
+    """Run one backend on CPU tensors; return its statistics as numpy arrays."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    # .to() keeps the strides of dense tensors only; those of slices matter on the CPU.
+    result = task_statistics(base.to(device), [t.to(device) for t in tuned], sigma, eps, backend=backend)
+    assert result.numel == base.numel()
+    for field in FIELDS:
+        tensor = getattr(result, field)
+        assert tensor.shape == (len(tuned),)
+        assert tensor.device.type == device
+        assert tensor.dtype == (torch.int64 if field in ("zeros", "small") else torch.float64)
+    return {field: getattr(result, field).cpu().numpy() for field in FIELDS}
+
+
+def magnitudes(base, tuned):
+    in_float64 = torch.float64 in {t.dtype for t in [base, *tuned]}
+    dtype = np.float64 if in_float64 else np.float32
+    # Through float64, which holds every input exactly: numpy has no bfloat16.
+    origin = base.double().numpy().astype(dtype)
+    return [np.abs(t.double().numpy().astype(dtype) - origin).astype(np.float64) for t in tuned]
+
+
+def assert_correct(got, base, tuned, sigma=3.0, eps=0.1):
+    """Thresholds are checked against mean and sd, and counts against the thresholds, so that no tie can fail a test."""
+    for task, a in enumerate(magnitudes(base, tuned)):
+        mean, sd, largest, zeros, theta, mass, small = (got[field][task] for field in FIELDS)
+        if a.size == 0:
+            assert (mean, sd, largest, zeros, theta, mass, small) == (0,) * 7
+            continue
+        exact = a.astype(np.longdouble)
+        total = exact.sum()
+        deviation = np.sqrt(np.square(exact - total / a.size).sum() / a.size)
+        assert largest == a.max()
+        assert zeros == (a == 0).sum()
+        assert mean == pytest.approx(float(total / a.size), rel=1e-12, abs=0)
+        assert sd == pytest.approx(float(deviation), rel=1e-11, abs=1e-14 * largest)
+        assert theta == (math.inf if math.isinf(sigma) else mean + sigma * sd)
+        assert mass == pytest.approx(float(exact[a > theta].sum() / total) if total > 0 else 0.0, rel=1e-12, abs=0)
+        assert small == (a <= eps * mean).sum()
+
+
+def check(backend, base, tuned, sigma=3.0, eps=0.1):
+    got = measure(backend, base, tuned, sigma, eps)
+    assert_correct(got, base, tuned, sigma, eps)
+    return got
+
+
+def pair(*shape, tasks=1, dtype=torch.float32, scale=0.05):
+    base = torch.randn(shape).to(dtype)
+    return base, [(base.double() + scale * torch.randn(shape)).to(dtype) for _ in range(tasks)]
+
+
+# How a tensor can lie in memory: each takes a tensor and returns one with the same values.
+def _every_second_column(t):
+    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), 7.0)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def _slice_of_wider_rows(t):
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), 7.0)
+    wide[..., 2:-3] = t
+    return wide[..., 2:-3]
+
+
+def _transposed(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "every second column": _every_second_column,
+    "slice of wider rows": _slice_of_wider_rows,
+    "transposed": _transposed,
+}
+
+
+# Around the block (2048) and the chunk (32768) of the kernels.
+SIZES = st.one_of(st.integers(0, 70), st.sampled_from([2047, 2048, 2049, 4097, 32767, 32769, 70001]))
+SHAPES = st.one_of(SIZES.map(lambda n: (n,)), st.lists(st.integers(1, 40), min_size=2, max_size=3).map(tuple))
+
+
+@every_backend
+@given(
+    shape=SHAPES,
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4),
+    layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=4, max_size=4),
+    scale=st.sampled_from([1e-6, 0.05, 100.0]),
+    sigma=st.sampled_from([0.0, 0.5, 3.0, math.inf]),
+    eps=st.sampled_from([0.0, 0.1, 1.0, 5.0]),
+    seed=st.integers(0, 1000),
+)
+@example(shape=(0,), dtypes=[torch.float32] * 2, layouts=["contiguous"] * 4, scale=1.0, sigma=math.inf, eps=0.0, seed=0)
+def test_any_shape_dtype_and_layout(backend, shape, dtypes, layouts, scale, sigma, eps, seed):
+    torch.manual_seed(seed)
+    origin = torch.randn(shape)
+    values = [origin, *(origin + scale * torch.randn(shape) for _ in dtypes[1:])]
+    tensors = [LAYOUTS[how](v.to(dtype)) for v, dtype, how in zip(values, dtypes, layouts, strict=False)]
+    check(backend, tensors[0], tensors[1:], sigma, eps)
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 5), (), (1,), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_and_single_elements(backend, shape, dtype):
+    check(backend, *pair(*shape, tasks=2, dtype=dtype))
+
+
+@every_backend
+@pytest.mark.parametrize("tasks", [1, 8, 9, 17])
+def test_number_of_tasks(backend, tasks):
+    check(backend, *pair(37, 113, tasks=tasks, dtype=torch.bfloat16))
+
+
+@every_backend
+@pytest.mark.parametrize("size", [7, 5000, 70001])
+def test_equal_magnitudes(backend, size):
+    base = torch.zeros(size)
+    tuned = torch.full((size,), 0.1)
+    tuned[::3] = -0.1
+    got = check(backend, base, [tuned])
+    assert got["sd"][0] <= 1e-14
+    assert got["zeros"][0] == got["small"][0] == 0
+
+
+@every_backend
+def test_equal_tensors_and_negative_zero(backend):
+    base = torch.zeros(3000, dtype=torch.bfloat16)
+    got = check(backend, base, [base.clone(), -base, torch.full_like(base, 1.0)])
+    assert got["zeros"].tolist() == [3000, 3000, 0]
+    assert got["small"].tolist() == [3000, 3000, 0]
+    assert got["outlier_mass"].tolist() == [0.0, 0.0, 0.0]
+    assert not np.signbit([got["mean"], got["max"], got["outlier_mass"]]).any()
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heavy_tails(backend, dtype):
+    base = torch.zeros(50_000, dtype=dtype)
+    exponent = torch.rand(50_000) * 6 - 4
+    got = check(backend, base, [(10**exponent).to(dtype)], sigma=2.0)
+    assert got["outlier_mass"][0] > 0.1
+
+
+@every_backend
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2.0**-149), (torch.float16, 2.0**-24)])
+def test_subnormals(backend, dtype, unit):
+    steps = torch.arange(-500, 500, dtype=torch.float64)
+    got = check(backend, torch.zeros(1000, dtype=dtype), [(steps * unit).to(dtype)], sigma=1.0)
+    assert got["max"][0] == 500 * unit
+    assert got["zeros"][0] == 1
+
+
+@every_backend
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16),
+                                    (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float64)])  # fmt: skip
+def test_mixed_dtypes(backend, dtypes):
+    base, tuned = pair(61, 67, tasks=2)
+    check(backend, base.to(dtypes[0]), [tuned[0].to(dtypes[1]), tuned[1].to(dtypes[0])])
+
+
+@every_backend
+def test_thresholds_between_two_float32_values_are_not_rounded(backend):
+    tuned = torch.ones(5000)
+    tuned[77] = 1 - 2.0**-24
+    # The mean is 1 - 1e-11: nearest float32 1.0, and every 1.0 lies above it.
+    got = check(backend, torch.zeros(5000), [tuned], sigma=0.0, eps=1.0)
+    assert got["small"][0] == 1
+    assert got["outlier_mass"][0] > 0.999
+
+
+@every_backend
+def test_float64_is_not_rounded(backend):
+    base = torch.ones(5000, dtype=torch.float64)
+    got = check(backend, base, [base + 1e-12 * torch.rand(5000, dtype=torch.float64)])
+    assert 0 < got["mean"][0] < 1e-12
+
+
+@every_backend
+def test_float64_that_overflows(backend):
+    base = torch.zeros(4100, dtype=torch.float64)
+    # Squares overflow in the first task, already the sum in the second.
+    got = measure(backend, base, [base + 1e200, base + 1e306])
+    assert got["mean"].tolist() == [pytest.approx(1e200), math.inf]
+    assert got["max"].tolist() == [1e200, 1e306]
+    assert got["sd"][1] == math.inf
+
+
+@every_backend
+@pytest.mark.parametrize("sigma", [3.0, 0.0, math.inf])
+@pytest.mark.parametrize("eps", [0.1, 0.0])
+def test_nan_and_infinity(backend, sigma, eps):
+    base, tuned = pair(5000, tasks=5)
+    tuned[0][4321] = math.nan
+    tuned[1][17] = -math.inf
+    tuned[2][17], tuned[2][4999] = math.inf, math.nan
+    tuned[4][:] = math.nan
+    got = measure(backend, base, tuned, sigma, eps)
+    theta = math.inf if math.isinf(sigma) else math.nan
+    for task in (0, 2, 4):
+        assert np.isnan([got[field][task] for field in ("mean", "sd", "max", "outlier_mass")]).all()
+        assert (got["zeros"][task], got["small"][task]) == (0, 0)
+        np.testing.assert_equal(got["theta"][task], theta)
+    infinite = {field: got[field][1] for field in FIELDS}
+    small = 5000 if eps else 0  # 0 * inf is NaN, and nothing is below that
+    expected = {"mean": math.inf, "sd": math.nan, "max": math.inf, "zeros": 0, "theta": theta, "outlier_mass": 0.0}
+    np.testing.assert_equal(infinite, {**expected, "small": small})
+    assert_correct({field: got[field][3:4] for field in FIELDS}, base, tuned[3:4], sigma, eps)
+
+
+@native_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", [how for how in LAYOUTS if how != "contiguous"])
+def test_layout_does_not_change_a_bit(backend, dtype, how):
+    base, tuned = pair(23, 1789, tasks=2, dtype=dtype)
+    strided = measure(backend, LAYOUTS[how](base), [LAYOUTS[how](t) for t in tuned])
+    mixed = measure(backend, base, [LAYOUTS[how](t) for t in tuned])
+    expected = measure(backend, base, tuned)
+    for field in FIELDS:
+        assert expected[field].tobytes() == strided[field].tobytes() == mixed[field].tobytes()
+
+
+@pytest.mark.parametrize("backend", available("cpu"))
+@pytest.mark.parametrize(("size", "tasks"), [(300_001, 3), (40_000, 8), (1_000_003, 1)])
+def test_number_of_threads_does_not_change_a_bit(backend, size, tasks):
+    base, tuned = pair(size, tasks=tasks, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            results.append(measure(backend, base, tuned))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(results[0][field].tobytes() == other[field].tobytes() for field in FIELDS)
+    assert_correct(results[0], base, tuned)
+
+
+@native_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("partner", [torch.float32, torch.float64])
+def test_every_16_bit_value_is_widened_exactly(backend, dtype, partner):
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    # One task per value: the maximum of a single element is its magnitude.
+    rows = values.reshape(-1, 1)
+    got = measure(backend, torch.zeros(1, dtype=partner), list(rows))["max"]
+    assert same_bits(torch.from_numpy(got).nan_to_num(nan=-1.0), values.double().abs().nan_to_num(nan=-1.0))
+
+
+@pytest.mark.parametrize("backend", available("cpu"))
+def test_float16_subnormals_survive_flush_to_zero(backend):
+    tiny = torch.full((100,), 3 * 2.0**-24, dtype=torch.float16)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        got = measure(backend, torch.zeros_like(tiny), [tiny])
+    finally:
+        torch.set_flush_denormal(False)
+    assert got["max"][0] == got["mean"][0] == 3 * 2.0**-24
+
+
+@every_backend
+def test_wrong_inputs_raise(backend):
+    base, tuned = pair(4, 5)
+    if backend == "cuda":
+        base, tuned = base.cuda(), [t.cuda() for t in tuned]
+    with pytest.raises(ShapeError, match="at least one"):
+        task_statistics(base, [], backend=backend)
+    with pytest.raises(ShapeError, match=r"tuned\[1\] has shape \(5, 4\)"):
+        task_statistics(base, [*tuned, tuned[0].T], backend=backend)
+    with pytest.raises(DTypeError, match="int32"):
+        task_statistics(base, [tuned[0].int()], backend=backend)
+    for sigma, eps in [(-1.0, 0.1), (math.nan, 0.1), (3.0, -0.1), (3.0, math.nan)]:
+        with pytest.raises(ConfigError, match="must be >= 0"):
+            task_statistics(base, tuned, sigma, eps, backend=backend)
+
+
+@pytest.mark.parametrize("backend", available("cpu"))
+def test_the_native_module_names_the_op_in_its_errors(backend):
+    native = backends.native(backend)
+    base, row = matrix(torch.zeros(4)), matrix(torch.zeros(5))
+    with pytest.raises(RuntimeError, match="task_statistics: the tensors differ in size"):
+        native.task_statistics(base, [row], 3.0, 0.1, (0,) * 7, 1)
+    with pytest.raises(RuntimeError, match="task_statistics: unknown element type code 9"):
+        native.task_statistics((*base[:4], 9), [base], 3.0, 0.1, (0,) * 7, 1)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.zeros(3, 4, 5), (1, 60, 60)),
+        (torch.zeros(3, 4, 9)[..., :5], (12, 5, 9)),
+        (torch.zeros(6, 4, 5)[::2], (3, 20, 40)),
+        (torch.zeros(3, 4).expand(2, 3, 4), (2, 12, 0)),
+        (torch.zeros(9, 1, 4)[::3], (3, 4, 12)),
+    ],
+)
+def test_views_with_rows_are_not_copied(tensor, expected):
+    assert with_rows(tensor) is tensor
+    assert matrix(tensor)[:4] == (tensor.data_ptr(), *expected)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(4, 6)[:, ::2], torch.zeros(4, 6).T, torch.zeros(1).expand(7), torch.zeros(6, 8, 9)[:, :4, :5]],
+)
+def test_other_views_are_copied(tensor):
+    assert with_rows(tensor).is_contiguous()
