@@ -1,6 +1,6 @@
 """Measure `tsvm` and FusionBench's TSV-Merge against a float64 SVD, on the same task matrices.
 
-    python benchmarks/peers/compare_tsvm.py [--peer-python PATH] [--out DIR] [--deltas FILE]
+    python benchmarks/peers/compare_tsvm.py [--peer-python PATH] [--out DIR] [--checkpoints BASE MODEL ...]
 
 Errors are Frobenius norms relative to the float64 result. A case is right when
 
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -141,13 +140,10 @@ def make_cases() -> Cases:
     return {name: [torch.from_numpy(0.01 * d).float() for d in tasks] for name, tasks in deltas.items()}
 
 
-def read_cases(file: Path) -> Cases:
-    """Read `<case>/<t>` from a safetensors file, as float32."""
-    cases: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for name, tensor in load_file(file).items():
-        case, _, task = name.rpartition("/")
-        cases[case][int(task)] = tensor.float()
-    return {case: [tasks[t] for t in range(len(tasks))] for case, tasks in cases.items()}
+def checkpoint_cases(base: Path, models: list[Path]) -> Cases:
+    """Task vectors of real checkpoints (folders with a model.safetensors), float32, one case per tensor."""
+    start, *tuned = (load_file(folder / "model.safetensors") for folder in (base, *models))
+    return {f"trained-{name}": [t[name].float() - weight.float() for t in tuned] for name, weight in start.items()}
 
 
 # --- the three sides -------------------------------------------------------------------------------------------
@@ -308,12 +304,14 @@ def main() -> int:
     default_python = ROOT / ".venv-fusion-bench" / "bin" / "python"
     parser.add_argument("--peer-python", type=Path, default=default_python, help="Python of the peer's environment")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu", help="folder for the JSON")
-    parser.add_argument("--deltas", type=Path, help="more cases: a safetensors file with <case>/<t>")
+    parser.add_argument("--checkpoints", type=Path, nargs="+", metavar="FOLDER", help="more cases: a base, then models")
     args = parser.parse_args()
     if not args.peer_python.exists():
         parser.error(f"no {args.peer_python}: run {PEER.with_name('fusion_bench_env.sh').name} first")
 
-    cases = make_cases() | (read_cases(args.deltas) if args.deltas else {})
+    cases = make_cases()
+    if args.checkpoints:
+        cases |= checkpoint_cases(args.checkpoints[0], args.checkpoints[1:])
     peer, peer_float64, peer_versions = peer_of(cases, args.peer_python)
     report = provenance(peer_versions)
     rows = [compare(case, deltas, peer[case], peer_float64[case]) for case, deltas in cases.items()]
