@@ -1,5 +1,6 @@
 """What the documentation says is so."""
 
+import json
 import re
 from pathlib import Path
 
@@ -57,6 +58,20 @@ def test_the_recipe_is_valid():
     config = r_tsvm_kernels.MergeConfig.from_dict(yaml.safe_load(text))
     options = config.options(2, "layers.3.mlp.up", 1.0)
     assert (options.weight, options.density, options.alpha) == ((0.8, 1.0), (0.5, 0.5), 1.0)
+
+
+def test_the_comparison_with_fusion_bench_is_quoted_correctly():
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "tsvm_vs_fusion_bench.json").read_text())
+    judged = [row for row in results["rows"] if row["right"] is not None]
+    ours, theirs = (max(row[key] for row in judged) for key in ("error_ours", "error_peer"))
+    assert results["right"] and all(row["right"] for row in judged)
+    text = " ".join(README.split())
+    assert f"over {len(judged)} cases" in text
+    assert f"is {ours:.1e} for ours and {theirs:.1e} for theirs".replace("e-0", "e-") in text
+    (untouched,) = [row for row in results["rows"] if row["untouched_rows"]]
+    assert f"{untouched['untouched_rows']} of {untouched['shape'][0]} untouched rows" in text
+    assert f"{100 * untouched['untouched_energy_peer']:.1f} % of the update's energy" in text
+    assert untouched["untouched_energy_ours"] == 0
 
 
 @pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/peers/README.md"])

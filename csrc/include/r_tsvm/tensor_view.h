@@ -5,7 +5,7 @@
 
 namespace r_tsvm {
 
-// The codes are part of the Python boundary: ELEMENT_TYPES in r_tsvm_kernels/ops/task_statistics/cpu_kernel.py.
+// The codes are part of the Python boundary: ELEMENT_TYPES in r_tsvm_kernels/ops/_native.py.
 enum class ElementType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
 inline constexpr int kElementTypes = 4;

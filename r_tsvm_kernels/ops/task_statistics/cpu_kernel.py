@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from .._native import matrix, with_rows
 from . import TaskStatistics
 
-# Codes of r_tsvm::ElementType (csrc/include/r_tsvm/tensor_view.h).
-ELEMENT_TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-
-Matrix = tuple[int, int, int, int, int]
 Addresses = tuple[int, int, int, int, int, int, int]
 
 
@@ -33,32 +30,3 @@ def allocate(base: Tensor, tasks: int) -> tuple[TaskStatistics, Addresses]:
     outputs = (mean, sd, largest, zeros, theta, outlier_mass, small)
     addresses = tuple(tensor.data_ptr() for tensor in outputs)
     return TaskStatistics(base.numel(), *outputs), addresses  # type: ignore[return-value]
-
-
-def with_rows(tensor: Tensor) -> Tensor:
-    """Return `tensor`, or a contiguous copy if its elements do not form a matrix with unit stride along the columns."""
-    tensor = tensor.resolve_neg()
-    return tensor if tensor.numel() == 0 or _rows(tensor) is not None else tensor.contiguous()
-
-
-def matrix(tensor: Tensor) -> Matrix:
-    """Return address, rows, cols, row stride in elements and element type code of a tensor from `with_rows`."""
-    rows, cols, row_stride = _rows(tensor) or (1, tensor.numel(), tensor.numel())
-    return tensor.data_ptr(), rows, cols, row_stride, ELEMENT_TYPES[tensor.dtype]
-
-
-def _rows(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Return (rows, cols, row stride) if the flat order of `tensor` is that of such a matrix; one row if contiguous."""
-    if tensor.is_contiguous():
-        return 1, tensor.numel(), tensor.numel()
-    dims: list[tuple[int, int]] = []  # (size, stride) of dimensions that cannot be merged, outermost first
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][1] == size * stride:
-            dims[-1] = (dims[-1][0] * size, stride)
-        else:
-            dims.append((size, stride))
-    if len(dims) == 2 and dims[1][1] == 1:
-        return dims[0][0], dims[1][0], dims[0][1]
-    return None

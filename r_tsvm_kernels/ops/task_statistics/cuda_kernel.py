@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from .._native import matrix
 from . import TaskStatistics
-from .cpu_kernel import allocate, matrix
+from .cpu_kernel import allocate
 
 
 def run(base: Tensor, tuned: Sequence[Tensor], sigma: float, eps: float) -> TaskStatistics:

@@ -1,0 +1,41 @@
+"""How tensors are passed to the native modules: as addresses, sizes and strides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Codes of r_tsvm::ElementType (csrc/include/r_tsvm/tensor_view.h).
+ELEMENT_TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+# address, rows, cols, row stride in elements, element type code
+Matrix = tuple[int, int, int, int, int]
+
+
+def with_rows(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a contiguous copy if its elements do not form a matrix with unit stride along the columns."""
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.numel() == 0 or _rows(tensor) is not None else tensor.contiguous()
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    """Return address, rows, cols, row stride in elements and element type code of a tensor from `with_rows`."""
+    rows, cols, row_stride = _rows(tensor) or (1, tensor.numel(), tensor.numel())
+    return tensor.data_ptr(), rows, cols, row_stride, ELEMENT_TYPES[tensor.dtype]
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Return (rows, cols, row stride) if the flat order of `tensor` is that of such a matrix; one row if contiguous."""
+    if tensor.is_contiguous():
+        return 1, tensor.numel(), tensor.numel()
+    dims: list[tuple[int, int]] = []  # (size, stride) of dimensions that cannot be merged, outermost first
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    if len(dims) == 2 and dims[1][1] == 1:
+        return dims[0][0], dims[1][0], dims[0][1]
+    return None
