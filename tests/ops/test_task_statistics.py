@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import ConfigError, DTypeError, ShapeError
-from r_tsvm_kernels.ops.task_statistics import task_statistics
 from r_tsvm_kernels.ops._native import matrix, with_rows
+from r_tsvm_kernels.ops.task_statistics import task_statistics
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FIELDS = ["mean", "sd", "max", "zeros", "theta", "outlier_mass", "small"]
