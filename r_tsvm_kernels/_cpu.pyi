@@ -4,6 +4,28 @@ from collections.abc import Sequence
 
 # address, rows, cols, row stride in elements, element type code
 _Matrix = tuple[int, int, int, int, int]
+# threshold, seed, stream
+_RandomMask = tuple[int, int, int]
+# weight, factor; threshold and ties of what is kept and of what is dropped again; random mask
+_ElectTask = tuple[float, float, tuple[float, int], tuple[float, int], _RandomMask]
+
+def elect_and_sum(
+    base: _Matrix,
+    tuned: Sequence[_Matrix],
+    tasks: Sequence[_ElectTask],
+    election: int,
+    normalize: bool,
+    alpha: float,
+    output: int,
+    threads: int,
+) -> None:
+    """Write the merged tensor to the address `output`: float64 if any input is float64, else float32, contiguous."""
+
+def philox(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+    """Return the four random words of a counter; for tests."""
+
+def random_mask(output: int, elements: int, mask: _RandomMask, threads: int) -> None:
+    """Write a mask of one byte per element to the address `output`."""
 
 def task_statistics(
     base: _Matrix,
@@ -17,4 +39,17 @@ def task_statistics(
 
     `output` holds the addresses of mean, sd, max, zeros, theta, outlier_mass and small: T entries each, float64, but
     int64 for zeros and small.
+    """
+
+def magnitude_select(x: _Matrix, base: _Matrix | None, keep: int, output: tuple[int, int, int], threads: int) -> None:
+    """Write the `keep`-th largest magnitude of `x`, or of ``x - base``, to `output`.
+
+    `output` holds the addresses of the threshold (float64), ties and the number of NaN and infinite values (int64).
+    """
+
+def reweight_prune(base: _Matrix, tasks: Sequence[tuple[_Matrix, float, int, int, int]], threads: int) -> None:
+    """Write the task vectors, clipped and pruned.
+
+    A task is tuned, theta, keep, the address of the output (contiguous, float32, float64 if any input is float64) and
+    that of the number of NaN and infinite values met while pruning (int64).
     """

@@ -1,7 +1,8 @@
 """Which implementation of an op runs. The only file that decides.
 
 A backend asked for by name runs or raises; only the automatic choice moves on to the next one. The choice depends on
-the device of the tensors, this table and what is installed, on nothing else.
+the device of the tensors, this table and what is installed, on nothing else. Triton's interpreter, for tests, takes
+tensors on the CPU; it must be asked for by name.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from .errors import BackendUnavailable, DeviceError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# op -> device type -> implementations, fastest first. "torch" is the reference: always there, always last.
+# op -> device type -> implementations in order of preference, fastest first. "torch" is the reference and always there.
+# On CUDA it comes first until the kernels have run on a GPU: a kernel that was only compiled must be asked for by name.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
-    "task_statistics": {"cuda": ("cuda", "torch"), "cpu": ("cpu", "torch")},
-    "magnitude_select": {"cuda": ("torch",), "cpu": ("torch",)},
-    "reweight_prune": {"cuda": ("torch",), "cpu": ("torch",)},
-    "add_update": {"cuda": ("torch",), "cpu": ("torch",)},
+    "task_statistics": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
+    "magnitude_select": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
+    "reweight_prune": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
+    "add_update": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
+    "random_mask": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
+    "elect_and_sum": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
 }
 
-MODULE = {"torch": "reference", "cpu": "cpu_kernel", "cuda": "cuda_kernel"}
+MODULE = {"torch": "reference", "cpu": "cpu_kernel", "cuda": "cuda_kernel", "triton": "triton_kernel"}
 
 _forced: ContextVar[dict[str, str]] = ContextVar("forced_backends")
 
@@ -70,6 +74,8 @@ def select(op: str, *tensors: Tensor, backend: str | None = None) -> Callable[..
         )
     wanted = backend or _forced.get({}).get(op)
     candidates = explain(op, device_type)
+    if wanted == "triton" and device_type == "cpu" and "triton" in ORDER[op].get("cuda", ()):
+        candidates.append(("triton", backends.triton_interpreter_state()))
     for name, state in candidates:
         if state == backends.READY and wanted in (None, name):
             run: Callable[..., Any] = import_module(f"r_tsvm_kernels.ops.{op}.{MODULE[name]}").run

@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(Path(__file__).parent))  # compare, oracle, checkpoints: helpers of the tests
+sys.path.insert(0, str(Path(__file__).parent))  # compare, oracle, variants, ...: helpers of the tests
 
 settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
 settings.load_profile("default")

@@ -1,7 +1,31 @@
 #include "arguments.h"
+#include "r_tsvm/elect_and_sum.h"
+#include "r_tsvm/random_mask.h"
 
 namespace py = pybind11;
 using namespace r_tsvm;
+
+namespace {
+
+// threshold, seed, stream
+using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
+
+// weight, factor; threshold and ties of what is kept and of what is dropped again, ties < 0 for none; random mask
+using ElectTaskArgument =
+    std::tuple<double, double, std::tuple<double, int64_t>, std::tuple<double, int64_t>, RandomMaskArgument>;
+
+RandomMask random_mask(const RandomMaskArgument& argument) {
+  const auto [threshold, seed, stream] = argument;
+  return RandomMask{threshold, seed, stream};
+}
+
+ElectTask elect_task(const ElectTaskArgument& argument) {
+  const auto [weight, factor, kept, dropped, sampled] = argument;
+  return ElectTask{weight, factor, Selection{std::get<0>(kept), std::get<1>(kept)},
+                   Selection{std::get<0>(dropped), std::get<1>(dropped)}, random_mask(sampled)};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
   module.doc() = "CPU kernels. Addresses in, nothing out; the caller checks shapes and keeps the tensors alive.";
@@ -17,4 +41,63 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                             bindings::task_statistics_output(output), threads);
       },
       py::arg("base"), py::arg("tuned"), py::arg("sigma"), py::arg("eps"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "magnitude_select",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int64_t keep,
+         const bindings::MagnitudeSelectAddresses& output, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_select");
+        const std::vector<MatrixView> bases = bindings::matrices(
+            base ? std::vector{*base} : std::vector<bindings::MatrixArgument>{}, view, "magnitude_select");
+        magnitude_select_cpu(view, bases.empty() ? nullptr : &bases[0], keep, bindings::magnitude_select_output(output),
+                             threads);
+      },
+      py::arg("x"), py::arg("base"), py::arg("keep"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "reweight_prune",
+      [](const bindings::MatrixArgument& base, const std::vector<bindings::PruneArgument>& tasks, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView base_view = bindings::matrix(base, "reweight_prune");
+        const std::vector<PruneTask> views = bindings::prune_tasks(tasks, base_view);
+        reweight_prune_cpu(base_view, views.data(), static_cast<int64_t>(views.size()), threads);
+      },
+      py::arg("base"), py::arg("tasks"), py::arg("threads"));
+
+  module.def(
+      "elect_and_sum",
+      [](const bindings::MatrixArgument& base, const std::vector<bindings::MatrixArgument>& tuned,
+         const std::vector<ElectTaskArgument>& tasks, int election, bool normalize, double alpha, std::uintptr_t output,
+         int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView base_view = bindings::matrix(base, "elect_and_sum");
+        const std::vector<MatrixView> views = bindings::matrices(tuned, base_view, "elect_and_sum");
+        if (tasks.size() != views.size()) throw std::runtime_error("elect_and_sum: not one task per tensor");
+        if (election < 0 || election >= kElections) throw std::runtime_error("elect_and_sum: unknown election code");
+        std::vector<ElectTask> rules;
+        for (const ElectTaskArgument& task : tasks) rules.push_back(elect_task(task));
+        elect_and_sum_cpu(base_view, views.data(), rules.data(), static_cast<int64_t>(views.size()),
+                          ElectOptions{static_cast<Election>(election), normalize, alpha},
+                          bindings::pointer<void>(output), threads);
+      },
+      py::arg("base"), py::arg("tuned"), py::arg("tasks"), py::arg("election"), py::arg("normalize"), py::arg("alpha"),
+      py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "random_mask",
+      [](std::uintptr_t output, int64_t elements, const RandomMaskArgument& mask, int threads) {
+        const py::gil_scoped_release unlocked;
+        random_mask_cpu(bindings::pointer<uint8_t>(output), elements, random_mask(mask), threads);
+      },
+      py::arg("output"), py::arg("elements"), py::arg("mask"), py::arg("threads"));
+
+  module.def(
+      "philox",
+      [](const std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>& counter, uint64_t key) {
+        auto [x0, x1, x2, x3] = counter;
+        philox(philox_key(key), x0, x1, x2, x3);
+        return std::make_tuple(x0, x1, x2, x3);
+      },
+      py::arg("counter"), py::arg("key"));
 }

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "dtype.h"
+#include "blocks.h"
 #include "isa.h"
 #include "parallel.h"
 #include "r_tsvm/moments.h"
@@ -12,10 +12,6 @@
 namespace r_tsvm {
 namespace {
 
-// Two blocks of doubles stay within a 32 KiB L1 cache.
-constexpr int64_t kBlock = 2048;
-// The unit of work: its blocks are merged in order, then the chunks are, so threads only decide who does what.
-constexpr int64_t kChunk = 16 * kBlock;
 // Independent partial sums, added pairwise at the end: the compiler vectorises without fast-math, and every
 // instruction set adds in the same order.
 constexpr int kLanes = 16;
@@ -41,11 +37,6 @@ RTSVM_INLINE void for_lanes(int64_t n, const Step& step) {
     for (int lane = 0; lane < kLanes; ++lane) step(i + lane, lane);
   }
   for (int lane = 0; i + lane < n; ++lane) step(i + lane, lane);
-}
-
-template <class From, class Real>
-RTSVM_INLINE void widen_any(const From* from, int64_t n, Real* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Real>(widened(from[i]));
 }
 
 // Replaces `values` by |values - base|.
@@ -99,14 +90,6 @@ RTSVM_INLINE Tail tail_any(const Real* base, const Real* values, int64_t n, Real
 }
 
 // GCC clones functions, not templates.
-RTSVM_ISA_CLONES void widen(const float* from, int64_t n, float* to) { widen_any(from, n, to); }
-RTSVM_ISA_CLONES void widen(const Float16* from, int64_t n, float* to) { widen_any(from, n, to); }
-RTSVM_ISA_CLONES void widen(const BFloat16* from, int64_t n, float* to) { widen_any(from, n, to); }
-RTSVM_ISA_CLONES void widen(const double* from, int64_t n, double* to) { widen_any(from, n, to); }
-RTSVM_ISA_CLONES void widen(const float* from, int64_t n, double* to) { widen_any(from, n, to); }
-RTSVM_ISA_CLONES void widen(const Float16* from, int64_t n, double* to) { widen_any(from, n, to); }
-RTSVM_ISA_CLONES void widen(const BFloat16* from, int64_t n, double* to) { widen_any(from, n, to); }
-
 RTSVM_ISA_CLONES void magnitudes(const float* base, float* values, int64_t n) { magnitudes_any(base, values, n); }
 RTSVM_ISA_CLONES void magnitudes(const double* base, double* values, int64_t n) { magnitudes_any(base, values, n); }
 
@@ -128,37 +111,6 @@ RTSVM_ISA_CLONES Tail tail(const double* base, const double* values, int64_t n, 
 }
 
 template <class Real>
-void widen(const MatrixView& view, int64_t offset, int64_t n, Real* to) {
-  switch (view.type) {
-    case ElementType::kFloat64:
-      // Only reached with Real = double: float64 among the inputs is what selects it.
-      if constexpr (sizeof(Real) == sizeof(double)) widen(static_cast<const double*>(view.data) + offset, n, to);
-      return;
-    case ElementType::kFloat32:
-      return widen(static_cast<const float*>(view.data) + offset, n, to);
-    case ElementType::kFloat16:
-      return widen(static_cast<const Float16*>(view.data) + offset, n, to);
-    case ElementType::kBFloat16:
-      return widen(static_cast<const BFloat16*>(view.data) + offset, n, to);
-  }
-}
-
-// Copies elements first ... first + n - 1 of the flat order.
-template <class Real>
-void load(const MatrixView& view, int64_t first, int64_t n, Real* to) {
-  int64_t row = first / view.cols;
-  int64_t col = first % view.cols;
-  while (n > 0) {
-    const int64_t run = std::min(n, view.cols - col);
-    widen(view, row * view.row_stride + col, run, to);
-    to += run;
-    n -= run;
-    ++row;
-    col = 0;
-  }
-}
-
-template <class Real>
 class Calculation {
  public:
   Calculation(const MatrixView& base, const MatrixView* tuned, int64_t tasks, int threads)
@@ -167,11 +119,12 @@ class Calculation {
         tasks_(tasks),
         elements_(element_count(base)),
         threads_(threads),
-        chunks_((elements_ + kChunk - 1) / kChunk),
+        chunks_(chunk_count(elements_)),
         // Few chunks are also split by task; otherwise the base is converted once for all tasks.
         tasks_per_unit_(chunks_ >= threads ? tasks : std::max<int64_t>(1, tasks * chunks_ / threads)) {}
 
-  // Merges block(values, base, n, task) over all blocks of each task.
+  // Merges block(values, base, n, task) over all blocks of each task: the blocks of a chunk in order, then the chunks,
+  // so that threads only decide who does what.
   template <class Part, class Block>
   std::vector<Part> sweep(const Block& block) const {
     std::vector<Part> parts(tasks_ * chunks_, Part{});

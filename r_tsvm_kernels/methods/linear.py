@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops import accumulation_dtype
+from ..ops import elect_and_sum
 from .base import MergeResult, MethodParameters, TensorReport, register
 
 
@@ -31,7 +30,6 @@ def linear(base: Tensor, tuned: Sequence[Tensor], options: LinearParameters) -> 
     total = sum(options.weight) if options.normalize else 1.0
     if abs(total) < 1e-8:
         raise ConfigError(f"linear: the weights {list(options.weight)} sum to 0; set normalize: false or other weights")
-    merged = torch.zeros_like(base, dtype=accumulation_dtype(base, *tuned))
-    for weight, tensor in zip(options.weight, tuned, strict=True):
-        merged.add_(tensor.to(merged.dtype), alpha=weight / total)
-    return MergeResult(merged, TensorReport(weights=[weight / total for weight in options.weight]))
+    weights = [weight / total for weight in options.weight]
+    zeros = base.new_zeros(base.shape[-1:]).expand_as(base)  # one row stands for all
+    return MergeResult(elect_and_sum(zeros, tuned, weights), TensorReport(weights=weights))

@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..linalg import RankRule, choose_rank, sparsity_of, tsv_merge
-from ..ops import OutlierWeighting, add_update, outlier_weights, reweight_prune, task_statistics
+from ..linalg import RankRule, choose_rank, tsv_merge
+from ..ops import OutlierWeighting, add_update, outlier_weights, pruned_sparsity, reweight_prune, task_statistics
 from .base import FiniteFloat, MergeResult, PerModel, TensorReport, register
 from .tsvm import TsvmParameters
 
@@ -46,8 +46,7 @@ def rtsvm(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> Me
     """Reweight, prune, choose a rank per task, then TSV-Merge (our reconstruction of Yang et al., 2025)."""
     statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
     task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
-    small = (options.sparsity_eps * statistics.mean).tolist()
-    sparsities = [sparsity_of(matrix, bound) for matrix, bound in zip(task_matrices, small, strict=True)]
+    sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
     ranks = [
         choose_rank(
             options.rank, matrix, len(tuned), sparsity=z, rho=options.rank_rho, energy=options.rank_energy

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops import accumulation_dtype, add_update
+from ..ops import elect_and_sum
 from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
 
 
@@ -33,20 +32,10 @@ def task_arithmetic(base: Tensor, tuned: Sequence[Tensor], options: TaskArithmet
     if abs(total) < 1e-8:
         raise ConfigError(f"task_arithmetic: the weights {list(options.weight)} sum to 0; do not normalize them")
     weights = [weight / total for weight in options.weight]
-    update = weighted_task_vectors(base, tuned, weights)
-    return MergeResult(add_update(base, update, options.alpha), TensorReport(weights=weights))
+    return MergeResult(elect_and_sum(base, tuned, weights, alpha=options.alpha), TensorReport(weights=weights))
 
 
 def mean_task_vector(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float], alpha: float) -> MergeResult:
     """Return ``W_0 + alpha * mean(w_t D_t)``."""
-    update = weighted_task_vectors(base, tuned, [weight / len(tuned) for weight in weights])
-    return MergeResult(add_update(base, update, alpha), TensorReport(weights=list(weights)))
-
-
-def weighted_task_vectors(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return ``sum(w_t D_t)``, float32 or float64."""
-    dtype = accumulation_dtype(base, *tuned)
-    update = torch.zeros_like(base, dtype=dtype)
-    for weight, tensor in zip(weights, tuned, strict=True):
-        update.add_(tensor.to(dtype) - base.to(dtype), alpha=weight)
-    return update
+    merged = elect_and_sum(base, tuned, [weight / len(tuned) for weight in weights], alpha=alpha)
+    return MergeResult(merged, TensorReport(weights=list(weights)))

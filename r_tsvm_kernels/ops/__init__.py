@@ -2,12 +2,16 @@
 
 from ._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
 from .add_update import add_update
+from .elect_and_sum import Election, Keep, elect_and_sum
 from .magnitude_select import MagnitudeSelection, kept_count, magnitude_select
-from .reweight_prune import OutlierWeighting, outlier_weights, reweight_prune
+from .random_mask import random_mask
+from .reweight_prune import OutlierWeighting, outlier_weights, pruned_sparsity, reweight_prune
 from .task_statistics import TaskStatistics, task_statistics
 
 __all__ = [
     "FLOAT_DTYPES",
+    "Election",
+    "Keep",
     "MagnitudeSelection",
     "OutlierWeighting",
     "TaskStatistics",
@@ -15,9 +19,12 @@ __all__ = [
     "add_update",
     "check_finite",
     "check_group",
+    "elect_and_sum",
     "kept_count",
     "magnitude_select",
     "outlier_weights",
+    "pruned_sparsity",
+    "random_mask",
     "reweight_prune",
     "task_statistics",
 ]

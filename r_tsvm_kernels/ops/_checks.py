@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -33,11 +34,15 @@ def check_finite(tensor: Tensor, label: str) -> None:
         return
     smallest, largest = torch.aminmax(tensor)
     if not (torch.isfinite(smallest) and torch.isfinite(largest)):
-        bad = int(tensor.numel() - torch.isfinite(tensor).sum())
-        raise NonFiniteError(
-            f"{label}: {bad} of {tensor.numel()} values are NaN or infinite; "
-            "a merge of such a tensor has no meaning: repair the checkpoint or exclude the tensor"
-        )
+        raise_not_finite(label, int(tensor.numel() - torch.isfinite(tensor).sum()), tensor.numel())
+
+
+def raise_not_finite(label: str, bad: int, numel: int) -> NoReturn:
+    """Raise `NonFiniteError`: `bad` of the `numel` values of `label` are NaN or infinite."""
+    raise NonFiniteError(
+        f"{label}: {bad} of {numel} values are NaN or infinite; "
+        "a merge of such a tensor has no meaning: repair the checkpoint or exclude the tensor"
+    )
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

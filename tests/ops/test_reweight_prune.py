@@ -7,31 +7,47 @@ import torch
 from compare import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from variants import DTYPES, LAYOUTS, SHAPES, VALUES, available, layout_names, torch_threads
 
-from r_tsvm_kernels.errors import ConfigError, ShapeError
-from r_tsvm_kernels.ops import outlier_weights, reweight_prune, task_statistics
+from r_tsvm_kernels.errors import ConfigError, NonFiniteError, ShapeError
+from r_tsvm_kernels.ops import outlier_weights, pruned_sparsity, reweight_prune, task_statistics
+
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
+native_backend = pytest.mark.parametrize("backend", available("cpu"))
+MODES = st.sampled_from(["clip", "none"])
+DENSITIES = st.sampled_from([0.0, 1e-4, 0.1, 0.3, 0.5, 0.9, 0.9999, 1.0])
 
 
-def prepare(base, tuned, weighting="clip", density=1.0, sigma=3.0):
-    return reweight_prune(base, tuned, task_statistics(base, tuned, sigma), weighting, density)
+def prepare(base, tuned, weighting="clip", density=1.0, sigma=3.0, backend=None):
+    return reweight_prune(base, tuned, task_statistics(base, tuned, sigma), weighting, density, backend=backend)
+
+
+def check(backend, base, tuned, weighting="clip", density=1.0, sigma=3.0):
+    statistics = task_statistics(base, tuned, sigma)
+    expected = reweight_prune(base, tuned, statistics, weighting, density, backend="torch")
+    got = reweight_prune(base, tuned, statistics, weighting, density, backend=backend)
+    for mine, truth in zip(got, expected, strict=True):
+        assert same_bits(mine, truth)
 
 
 def heavy(shape=(40, 30)):
     return torch.randn(shape) ** 5 * 1e-3
 
 
-def test_without_clipping_and_pruning_it_is_the_task_vector():
+@every_backend
+def test_without_clipping_and_pruning_it_is_the_task_vector(backend):
     base, tuned = torch.randn(5, 7, dtype=torch.bfloat16), [torch.randn(5, 7) for _ in range(2)]
-    for got, t in zip(prepare(base, tuned, "none"), tuned, strict=True):
+    for got, t in zip(prepare(base, tuned, "none", backend=backend), tuned, strict=True):
         assert got.dtype == torch.float32
         assert same_bits(got, t - base.float())
 
 
+@every_backend
 @pytest.mark.parametrize("weighting", ["clip", "none", "damp", "boost"])
 @pytest.mark.parametrize("density", [1.0, 0.3, 0.01, 0.0])
-def test_equals_the_formula(weighting, density):
+def test_equals_the_formula(backend, weighting, density):
     base, tuned = torch.zeros(40, 30), [heavy(), heavy()]
-    for got, t in zip(prepare(base, tuned, weighting, density), tuned, strict=True):
+    for got, t in zip(prepare(base, tuned, weighting, density, backend=backend), tuned, strict=True):
         expected = t.double().numpy()
         magnitude = np.abs(expected)
         if weighting == "clip":
@@ -42,23 +58,131 @@ def test_equals_the_formula(weighting, density):
         assert int((got != 0).sum()) == math.ceil(density * got.numel())
 
 
-def test_infinite_sigma_clips_nothing():
+@every_backend
+def test_infinite_sigma_clips_nothing(backend):
     base, tuned = torch.zeros(40, 30), [heavy()]
-    assert same_bits(prepare(base, tuned, "clip", sigma=math.inf)[0], tuned[0])
+    assert same_bits(prepare(base, tuned, "clip", sigma=math.inf, backend=backend)[0], tuned[0])
 
 
-def test_one_density_per_task():
+@every_backend
+def test_one_density_per_task(backend):
     base, tuned = torch.zeros(10, 10), [torch.randn(10, 10) for _ in range(2)]
-    assert [int((d != 0).sum()) for d in prepare(base, tuned, density=[0.2, 0.7])] == [20, 70]
+    assert [int((d != 0).sum()) for d in prepare(base, tuned, density=[0.2, 0.7], backend=backend)] == [20, 70]
     with pytest.raises(ConfigError, match="2 tasks but 3 densities"):
         prepare(base, tuned, density=[0.1, 0.2, 0.3])
 
 
-def test_inputs_are_left_alone():
+@every_backend
+def test_inputs_are_left_alone(backend):
     base, tuned = torch.randn(6, 6), [torch.randn(6, 6)]
     copies = base.clone(), tuned[0].clone()
-    prepare(base, tuned, density=0.5)
+    prepare(base, tuned, density=0.5, backend=backend)
     assert same_bits(base, copies[0]) and same_bits(tuned[0], copies[1])
+
+
+@native_backend
+@given(
+    kinds=st.lists(st.sampled_from(sorted(VALUES)), min_size=3, max_size=3),
+    shape=SHAPES,
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4),
+    layouts=st.lists(layout_names, min_size=4, max_size=4),
+    weighting=MODES,
+    density=st.lists(DENSITIES, min_size=3, max_size=3),
+    sigma=st.sampled_from([0.0, 1.0, 3.0, math.inf]),
+    from_zero=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_reference(backend, kinds, shape, dtypes, layouts, weighting, density, sigma, from_zero, seed):
+    torch.manual_seed(seed)
+    origin = torch.zeros(shape) if from_zero else torch.randn(shape)
+    values = [origin, *(origin + VALUES[kind](shape) for kind in kinds)]
+    tensors = [LAYOUTS[how](v.to(dtype)) for v, dtype, how in zip(values, dtypes, layouts, strict=False)]
+    check(backend, tensors[0], tensors[1:], weighting, density[: len(tensors) - 1], sigma)
+
+
+@native_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", sorted(VALUES))
+def test_many_chunks_and_any_number_of_threads(backend, dtype, kind):
+    torch.manual_seed(1)
+    base = torch.randn(601, 503).to(dtype) if "subnormal" not in kind else torch.zeros(601, 503, dtype=dtype)
+    tuned = [(base.double() + VALUES[kind]((601, 503)).double()).to(dtype) for _ in range(2)]
+    for threads, density in ((1, 0.3), (2, 0.3), (3, 0.3), (2, [0.01, 0.97])):
+        with torch_threads(threads):
+            check(backend, base, tuned, "clip", density)
+
+
+@native_backend
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.2, 1.0])
+@pytest.mark.parametrize("first", [0, 32_768, 200_000])
+def test_what_the_sample_does_not_show(backend, share, first):
+    """A stretch unlike the rest, with values of its own that may be the threshold; full lists; a missed bracket."""
+    torch.manual_seed(2)
+    tuned = 0.01 * torch.randn(400_000)
+    stretch = tuned[first : first + 100_000]
+    stretch[torch.rand(stretch.shape) < share] = 0.02
+    tuned[first + 70_000 : first + 75_000] = torch.linspace(-0.0101, 0.0102, 5_000)
+    for density in (0.5, 0.25, 0.3125, 0.04, 1e-5):
+        check(backend, torch.zeros_like(tuned), [tuned], "none", density)
+
+
+@native_backend
+def test_a_sample_that_sees_nothing_but_zeros(backend):
+    """Every element it is likely to meet is 0; the threshold lies among the others."""
+    tuned = torch.zeros(1_048_576)
+    tuned[:: 1_048_576 // 9] = torch.arange(1.0, 11.0)
+    for keep in (1, 4, 9, 11):
+        check(backend, torch.zeros_like(tuned), [tuned], "none", keep / tuned.numel())
+
+
+@native_backend
+@pytest.mark.parametrize("density", [1.0, 0.999, 0.5])
+def test_signs_of_zero_survive_as_in_the_reference(backend, density):
+    base = torch.zeros(1000)
+    tuned = torch.where(torch.arange(1000) % 3 == 0, -0.0, 0.0)
+    tuned[500:] *= 0.0
+    check(backend, base, [tuned, -tuned], "clip", density)
+    check(backend, -base, [tuned, -tuned], "none", density)
+
+
+@every_backend
+@pytest.mark.parametrize("density", [0.0, 0.5])
+@pytest.mark.parametrize("size", [4, 100_000])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(backend, density, size, bad):
+    base, tuned = torch.zeros(size), [torch.ones(size), torch.ones(size)]
+    tuned[1][2] = bad
+    statistics = task_statistics(base, tuned, sigma=math.inf)
+    with pytest.raises(NonFiniteError, match=f"1 of {size} values"):
+        reweight_prune(base, tuned, statistics, "clip", density, backend=backend)
+    statistics = task_statistics(base, tuned)  # theta is NaN, and so is everything clipped at it
+    with pytest.raises(NonFiniteError, match=f"{size} of {size} values"):
+        reweight_prune(base, tuned, statistics, "clip", density, backend=backend)
+
+
+@every_backend
+def test_without_pruning_they_pass(backend):
+    base, tuned = torch.zeros(5), torch.tensor([1.0, math.nan, math.inf, -math.inf, 0.0])
+    (got,) = prepare(base, [tuned], "none", backend=backend)
+    assert torch.equal(got.nan_to_num(7.0), tuned.nan_to_num(7.0))
+    (got,) = prepare(base, [tuned], "clip", backend=backend)
+    assert got.isnan().all()
+
+
+@given(
+    kind=st.sampled_from(sorted(VALUES)),
+    weighting=MODES,
+    density=DENSITIES,
+    sigma=st.sampled_from([0.0, 0.5, 3.0, math.inf]),
+    eps=st.sampled_from([0.0, 0.1, 0.5, 1.0, 2.0, 50.0]),
+    size=st.sampled_from([0, 1, 2, 1000]),
+)
+def test_pruned_sparsity_is_the_share_of_small_elements(kind, weighting, density, sigma, eps, size):
+    base, tuned = torch.zeros(size, dtype=torch.float64), [VALUES[kind]((size,)).double()]
+    statistics = task_statistics(base, tuned, sigma, eps)
+    (matrix,) = reweight_prune(base, tuned, statistics, weighting, density)
+    small = int((matrix.abs() <= eps * float(statistics.mean)).sum())
+    assert pruned_sparsity(statistics, weighting, density, eps) == [small / size if size else 1.0]
 
 
 def test_what_it_refuses():

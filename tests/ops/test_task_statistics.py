@@ -8,24 +8,14 @@ import torch
 from compare import same_bits
 from hypothesis import example, given
 from hypothesis import strategies as st
+from variants import DTYPES, LAYOUTS, SHAPES, available, layout_names, torch_threads
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import ConfigError, DTypeError, ShapeError
 from r_tsvm_kernels.ops._native import matrix, with_rows
 from r_tsvm_kernels.ops.task_statistics import task_statistics
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FIELDS = ["mean", "sd", "max", "zeros", "theta", "outlier_mass", "small"]
-
-
-def available(*names):
-    """Parameters for these backends; those that cannot run here are skipped with the reason."""
-    parameters = []
-    for name in names:
-        state = backends.state(name)
-        marks = [pytest.mark.skipif(state != backends.READY, reason=f"{name}: {state}")]
-        parameters.append(pytest.param(name, marks=[*marks, pytest.mark.gpu] if name == "cuda" else marks))
-    return parameters
 
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu", "cuda"))
@@ -84,41 +74,11 @@ def pair(*shape, tasks=1, dtype=torch.float32, scale=0.05):
     return base, [(base.double() + scale * torch.randn(shape)).to(dtype) for _ in range(tasks)]
 
 
-# How a tensor can lie in memory: each takes a tensor and returns one with the same values.
-def _every_second_column(t):
-    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), 7.0)
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-def _slice_of_wider_rows(t):
-    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), 7.0)
-    wide[..., 2:-3] = t
-    return wide[..., 2:-3]
-
-
-def _transposed(t):
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "every second column": _every_second_column,
-    "slice of wider rows": _slice_of_wider_rows,
-    "transposed": _transposed,
-}
-
-
-# Around the block (2048) and the chunk (32768) of the kernels.
-SIZES = st.one_of(st.integers(0, 70), st.sampled_from([2047, 2048, 2049, 4097, 32767, 32769, 70001]))
-SHAPES = st.one_of(SIZES.map(lambda n: (n,)), st.lists(st.integers(1, 40), min_size=2, max_size=3).map(tuple))
-
-
 @every_backend
 @given(
     shape=SHAPES,
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4),
-    layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=4, max_size=4),
+    layouts=st.lists(layout_names, min_size=4, max_size=4),
     scale=st.sampled_from([1e-6, 0.05, 100.0]),
     sigma=st.sampled_from([0.0, 0.5, 3.0, math.inf]),
     eps=st.sampled_from([0.0, 0.1, 1.0, 5.0]),
@@ -258,14 +218,10 @@ def test_layout_does_not_change_a_bit(backend, dtype, how):
 @pytest.mark.parametrize(("size", "tasks"), [(300_001, 3), (40_000, 8), (1_000_003, 1)])
 def test_number_of_threads_does_not_change_a_bit(backend, size, tasks):
     base, tuned = pair(size, tasks=tasks, dtype=torch.bfloat16)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 16):
+        with torch_threads(threads):
             results.append(measure(backend, base, tuned))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(results[0][field].tobytes() == other[field].tobytes() for field in FIELDS)
     assert_correct(results[0], base, tuned)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import ConfigError, DTypeError
-from .._checks import FLOAT_DTYPES, check_finite
+from .._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class MagnitudeSelection:
     """Which elements survive: all above `threshold`, and the first `ties` (by flat index) of those equal to it.
 
     Attributes:
-        threshold: 0-D tensor in the dtype of the input; infinity when nothing is kept.
+        threshold: 0-D tensor in the dtype of the magnitudes; infinity when nothing is kept.
         ties: 0-D int64 tensor, the number of elements with exactly this magnitude that are kept.
     """
 
@@ -45,29 +45,43 @@ def kept_count(density: float, numel: int) -> int:
     return math.ceil(Fraction(repr(float(density))) * numel)
 
 
-def magnitude_select(x: Tensor, keep: int, *, backend: str | None = None) -> MagnitudeSelection:
-    """Find the `keep` largest magnitudes of `x`; among equal ones the lowest flat index goes first.
+def magnitude_select(
+    x: Tensor, keep: int, *, base: Tensor | None = None, backend: str | None = None
+) -> MagnitudeSelection:
+    """Find the `keep` largest magnitudes of `x`, or of ``x - base``; of equal ones the lowest flat index goes first.
 
     Exact: a mask made from the result has exactly `keep` elements set. -0.0 counts as 0.
 
     Args:
         x: any shape, float64, float32, float16 or bfloat16.
         keep: how many elements survive, 0 <= keep <= x.numel().
+        base: of the shape and device of `x`; the dtype may differ. The differences are formed in float32 (float64 if
+            either input is float64), in which the threshold comes back too; the mask is then that of the differences.
+            The native kernel never stores them.
         backend: run this implementation or raise; None takes the fastest one that is available.
 
     Raises:
         ConfigError: `keep` is out of range.
-        DTypeError: `x` is not floating point.
-        NonFiniteError: `x` holds NaN or infinity: there is no order to select by.
+        DTypeError: `x` or `base` is not floating point.
+        ShapeError, DeviceError: `x` and `base` do not match.
+        NonFiniteError: a value is NaN or infinite: there is no order to select by.
         BackendUnavailable: `backend` cannot run here.
     """
     if x.dtype not in FLOAT_DTYPES:
         raise DTypeError(f"magnitude_select: expected a floating-point tensor, got {x.dtype}")
     if not 0 <= keep <= x.numel():
         raise ConfigError(f"magnitude_select: keep must lie in [0, {x.numel()}], got {keep}")
-    check_finite(x, "magnitude_select")
+    if base is None:
+        check_finite(x, "magnitude_select")
+    else:
+        check_group(base, [x], op="magnitude_select")
+    tensors = [x] if base is None else [x, base]
+    run = dispatch.select("magnitude_select", *tensors, backend=backend)
     if keep == 0:
-        return MagnitudeSelection(x.new_tensor(math.inf), torch.zeros((), dtype=torch.int64, device=x.device))
-    run = dispatch.select("magnitude_select", x, backend=backend)
-    result: MagnitudeSelection = run(x, keep)
+        dtype = x.dtype if base is None else accumulation_dtype(*tensors)
+        if base is not None:
+            check_finite(x.to(dtype) - base.to(dtype), "magnitude_select")
+        none = torch.zeros((), dtype=torch.int64, device=x.device)
+        return MagnitudeSelection(torch.tensor(math.inf, dtype=dtype, device=x.device), none)
+    result: MagnitudeSelection = run(x, keep) if base is None else run(x, keep, base)
     return result

@@ -51,13 +51,48 @@ def reweight_prune(
     check_group(base, tuned, op="reweight_prune")
     if outlier_weighting not in ("clip", "damp", "boost", "none"):
         raise ConfigError(f"outlier_weighting must be clip, damp, boost or none, got {outlier_weighting!r}")
-    densities = [density] * len(tuned) if isinstance(density, int | float) else list(density)
-    if len(densities) != len(tuned):
-        raise ConfigError(f"reweight_prune: {len(tuned)} tasks but {len(densities)} densities")
-    keep = [kept_count(fraction, base.numel()) for fraction in densities]
+    keep = _kept_counts(density, len(tuned), base.numel())
     run = dispatch.select("reweight_prune", base, *tuned, backend=backend)
     result: list[Tensor] = run(base, tuned, statistics, outlier_weighting, keep)
     return result
+
+
+def pruned_sparsity(
+    statistics: TaskStatistics,
+    outlier_weighting: OutlierWeighting = "clip",
+    density: Sequence[float] | float = 1.0,
+    eps: float = 0.1,
+) -> list[float]:
+    """Return for each task the share of elements of ``reweight_prune``'s result with magnitude at most ``eps * mean``.
+
+    Nothing is read for it. If the smallest kept magnitude is larger than the limit, the small elements are those that
+    pruning dropped; if not, they are those that were small before it. So the count is the larger of the two, unless
+    clipping has made every element small.
+
+    Args:
+        statistics: from `task_statistics` with the same `eps`.
+        outlier_weighting: as for `reweight_prune`.
+        density: as for `reweight_prune`.
+        eps: multiple of the mean magnitude up to which an element is small.
+
+    Raises:
+        ConfigError: a density out of range or of the wrong number.
+    """
+    numel = statistics.numel
+    shares = []
+    keep = _kept_counts(density, len(statistics.mean), numel)
+    columns = (statistics.mean.tolist(), statistics.theta.tolist(), statistics.small.tolist(), keep)
+    for mean, theta, small, kept in zip(*columns, strict=True):
+        all_small = numel == 0 or (outlier_weighting == "clip" and theta <= eps * mean)
+        shares.append(1.0 if all_small else max(numel - kept, small) / numel)
+    return shares
+
+
+def _kept_counts(density: Sequence[float] | float, tasks: int, numel: int) -> list[int]:
+    densities = [density] * tasks if isinstance(density, int | float) else list(density)
+    if len(densities) != tasks:
+        raise ConfigError(f"reweight_prune: {tasks} tasks but {len(densities)} densities")
+    return [kept_count(fraction, numel) for fraction in densities]
 
 
 def outlier_weights(statistics: TaskStatistics, outlier_weighting: OutlierWeighting) -> list[float]:

@@ -24,6 +24,6 @@ def run(
             theta = statistics.theta[task].to(dtype)
             delta = torch.clamp(delta, -theta, theta)
         if count < delta.numel():
-            delta = torch.where(magnitude_select(delta, count).mask(delta), delta, 0)
+            delta = torch.where(magnitude_select(delta, count, backend="torch").mask(delta), delta, 0)
         pruned.append(delta)
     return pruned

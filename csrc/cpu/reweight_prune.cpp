@@ -1,0 +1,281 @@
+// One read of the inputs does nearly everything: a sample brackets the threshold, what lies outside the bracket is
+// written for good, what lies inside by a guess, and listed. The list then gives the exact threshold and the few
+// elements for which the guess was wrong. Where the bracket misses or a list is full, chunks are computed again.
+#include "r_tsvm/reweight_prune.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "keep.h"
+#include "pages.h"
+#include "sample.h"
+#include "selection.h"
+
+namespace r_tsvm {
+namespace {
+
+// Elements of a chunk that are listed at most.
+constexpr int64_t kListed = kChunk / 8;
+
+struct Chunk {
+  int64_t above;
+  int64_t undecided;
+  int64_t tied;
+  int64_t nonfinite;
+  int64_t quota;  // elements equal to the threshold that survive, the first ones
+};
+
+template <class Real>
+struct Pruning {
+  explicit Pruning(int64_t elements)
+      : chunks(chunk_count(elements)),
+        positions(new uint16_t[chunks.size() * kListed]),
+        values(new Real[chunks.size() * kListed]) {}
+
+  // Whether this element of the chunk was written rather than dropped.
+  bool written(int64_t chunk, int64_t bits) const {
+    return bits > guess.threshold || (bits == guess.threshold && chunk < tied_chunks);
+  }
+  bool is_single() const { return guess.bracket.least == guess.bracket.most; }
+  bool has_list(const Chunk& chunk) const { return !is_single() && chunk.undecided <= kListed; }
+  int64_t threshold() const { return guess.bracket.least + found.prefix; }
+  int64_t total(int64_t Chunk::* field) const {
+    int64_t sum = 0;
+    for (const Chunk& chunk : chunks) sum += chunk.*field;
+    return sum;
+  }
+
+  Guess guess{};
+  Undecided found{};        // of the elements in the bracket; `prefix` counts from its lower end
+  int64_t tied_chunks = 0;  // the chunks in which elements equal to the guess were written
+  std::vector<Chunk> chunks;
+  const std::unique_ptr<uint16_t[]> positions;
+  const std::unique_ptr<Real[]> values;
+};
+
+template <class Real>
+class Calculation {
+ public:
+  Calculation(const MatrixView& base, const PruneTask* tasks, int64_t count, int threads)
+      : base_(base),
+        elements_(element_count(base)),
+        chunks_(chunk_count(elements_)),
+        threads_(threads),
+        workers_(worker_count(elements_, threads)),
+        tasks_(tasks, tasks + count),
+        prunings_(count) {
+    for (int64_t task = 0; task < count; ++task) {
+      prefer_huge_pages(tasks_[task].matrix, elements_ * sizeof(Real));
+      *tasks_[task].nonfinite = 0;
+      if (tasks_[task].keep == elements_) continue;
+      prunings_[task] = std::make_unique<Pruning<Real>>(elements_);
+      pruned_.push_back(task);
+    }
+  }
+
+  void run() {
+    guess();
+    parallel_for(chunks_, elements_, threads_, [&](int64_t chunk) { write(chunk); });
+    std::vector<int64_t> finite;
+    for (const int64_t task : pruned_) {
+      *tasks_[task].nonfinite = prunings_[task]->total(&Chunk::nonfinite);
+      if (*tasks_[task].nonfinite == 0) finite.push_back(task);
+    }
+    if (!finite.empty()) settle(finite);
+  }
+
+ private:
+  void guess() {
+    const int64_t runs = sample_runs(elements_);
+    std::vector<std::vector<Real>> samples(tasks_.size());
+    for (const int64_t task : pruned_) samples[task].resize(runs * kRun);
+    parallel_for(runs, pruned_.size() * elements_, threads_, [&](int64_t run) {
+      Real base[kRun];
+      const int64_t first = run_start(run, runs, elements_);
+      load(base_, first, kRun, base);
+      for (const int64_t task : pruned_) values_of(task, first, kRun, base, samples[task].data() + run * kRun);
+    });
+    parallel_for(static_cast<int64_t>(pruned_.size()), elements_, threads_, [&](int64_t index) {
+      const int64_t task = pruned_[index];
+      Pruning<Real>& pruning = *prunings_[task];
+      const double kept = static_cast<double>(tasks_[task].keep) / static_cast<double>(elements_);
+      pruning.guess = Guess{{0, Pattern<Real>::kInfinity - 1}, Pattern<Real>::kInfinity, 0};
+      if (runs > 0) pruning.guess = guess_threshold(samples[task], kept);
+      pruning.tied_chunks = static_cast<int64_t>(pruning.guess.tie_share * static_cast<double>(chunks_));
+    });
+  }
+
+  void write(int64_t chunk) {
+    alignas(64) Real base[kBlock];
+    alignas(64) Real values[kBlock];
+    alignas(64) uint16_t positions[kBlock + 1];
+    const int64_t end = std::min((chunk + 1) * kChunk, elements_);
+    for (int64_t first = chunk * kChunk; first < end; first += kBlock) {
+      const int64_t n = std::min(kBlock, end - first);
+      load(base_, first, n, base);
+      for (size_t task = 0; task < tasks_.size(); ++task) {
+        Real* const matrix = static_cast<Real*>(tasks_[task].matrix) + first;
+        if (!prunings_[task]) {
+          values_of(task, first, n, base, matrix);
+          continue;
+        }
+        values_of(task, first, n, base, values);
+        Pruning<Real>& pruning = *prunings_[task];
+        const int64_t threshold = pruning.guess.threshold;
+        const int64_t from = chunk < pruning.tied_chunks ? threshold : threshold + 1;
+        const Tally tally = keep_from(values, n, from, pruning.guess.bracket, threshold, matrix);
+        Chunk& known = pruning.chunks[chunk];
+        known.above += tally.above;
+        known.tied += tally.tied;
+        known.nonfinite += tally.nonfinite;
+        const int64_t listed = known.undecided;
+        known.undecided += tally.inside;
+        if (tally.inside == 0 || !pruning.has_list(known)) continue;
+        list_inside(values, n, pruning.guess.bracket, positions);
+        for (int64_t i = 0; i < tally.inside; ++i) {
+          const int64_t slot = chunk * kListed + listed + i;
+          pruning.positions[slot] = static_cast<uint16_t>(first - chunk * kChunk + positions[i]);
+          pruning.values[slot] = values[positions[i]];
+        }
+      }
+    }
+  }
+
+  // Finds the exact thresholds and mends what was guessed wrong. Each step is taken for all tasks together: it ends
+  // with threads waiting for each other.
+  void settle(const std::vector<int64_t>& tasks) {
+    for (const int64_t task : tasks) {
+      Pruning<Real>& pruning = *prunings_[task];
+      const int64_t undecided = pruning.total(&Chunk::undecided);
+      pruning.found = Undecided{0, tasks_[task].keep - pruning.total(&Chunk::above), undecided};
+      if (pruning.found.keep < 0 || pruning.found.keep > undecided) {
+        pruning.guess.bracket = Bracket{0, Pattern<Real>::kInfinity - 1};
+        for (Chunk& chunk : pruning.chunks) chunk.undecided = kChunk;  // more than a list holds
+        pruning.found = Undecided{0, tasks_[task].keep, elements_};
+      }
+    }
+    find(tasks);
+    parallel_for(chunks_, elements_, threads_, [&](int64_t chunk) {
+      for (const int64_t task : tasks) {
+        Pruning<Real>& pruning = *prunings_[task];
+        const int64_t threshold = pruning.threshold();
+        if (threshold == pruning.guess.threshold) continue;
+        int64_t tied = 0;
+        for_undecided(task, chunk, [&](int64_t, Real value) { tied += magnitude_bits(value) == threshold; });
+        pruning.chunks[chunk].tied = tied;
+      }
+    });
+    for (const int64_t task : tasks) {
+      int64_t left = prunings_[task]->found.keep;
+      for (Chunk& chunk : prunings_[task]->chunks) {
+        chunk.quota = std::min(left, chunk.tied);
+        left -= chunk.quota;
+      }
+    }
+    parallel_for(chunks_, elements_, threads_, [&](int64_t chunk) {
+      for (const int64_t task : tasks) mend(task, chunk, prunings_[task]->threshold());
+    });
+  }
+
+  // Narrows the brackets down to one bit pattern, digit by digit.
+  void find(const std::vector<int64_t>& tasks) {
+    int shift = 0;
+    for (const int64_t task : tasks) {
+      const Bracket& bracket = prunings_[task]->guess.bracket;
+      while ((bracket.most - bracket.least) >> shift > 0) ++shift;
+    }
+    if (shift == 0) return;
+    DigitCounters counters(workers_, static_cast<int64_t>(tasks_.size()));
+    while (shift > 0) {
+      const int next = std::max(0, shift - kDigitBits);
+      for_chunks(workers_, elements_, threads_, [&](int64_t worker, int64_t chunk) {
+        for (const int64_t task : tasks) {
+          uint32_t* const digits = counters.at(worker, task);
+          const int64_t least = prunings_[task]->guess.bracket.least;
+          const int64_t prefix = prunings_[task]->found.prefix;
+          if (prunings_[task]->is_single()) continue;
+          for_undecided(task, chunk, [&](int64_t, Real value) {
+            const int64_t offset = magnitude_bits(value) - least;
+            if (offset >> shift == prefix) ++digits[(offset >> next) - (prefix << (shift - next))];
+          });
+        }
+      });
+      for (const int64_t task : tasks) {
+        if (prunings_[task]->is_single()) continue;
+        Undecided& found = prunings_[task]->found;
+        const Undecided inner = pick(counters.take(task, false), found.keep);
+        found = Undecided{(found.prefix << (shift - next)) + inner.prefix, inner.keep, inner.count};
+      }
+      shift = next;
+    }
+  }
+
+  void mend(int64_t task, int64_t chunk, int64_t threshold) {
+    const Pruning<Real>& pruning = *prunings_[task];
+    const Chunk& known = pruning.chunks[chunk];
+    const int64_t tied_written = chunk < pruning.tied_chunks ? known.tied : 0;
+    if (threshold == pruning.guess.threshold && known.quota == tied_written) return;
+    Real* const matrix = static_cast<Real*>(tasks_[task].matrix) + chunk * kChunk;
+    int64_t left = known.quota;
+    for_undecided(task, chunk, [&](int64_t position, Real value) {
+      const int64_t bits = magnitude_bits(value);
+      const bool kept = bits > threshold || (bits == threshold && left-- > 0);
+      if (kept != pruning.written(chunk, bits)) matrix[position] = kept ? value : Real{0};
+    });
+  }
+
+  // Calls body(position in the chunk, value) for the undecided elements of a chunk, in order.
+  template <class Body>
+  void for_undecided(int64_t task, int64_t chunk, const Body& body) const {
+    const Pruning<Real>& pruning = *prunings_[task];
+    const Chunk& known = pruning.chunks[chunk];
+    if (pruning.has_list(known)) {
+      for (int64_t i = chunk * kListed; i < chunk * kListed + known.undecided; ++i) {
+        body(pruning.positions[i], pruning.values[i]);
+      }
+      return;
+    }
+    const Bracket& bracket = pruning.guess.bracket;
+    alignas(64) Real base[kBlock];
+    alignas(64) Real values[kBlock];
+    const int64_t start = chunk * kChunk;
+    const int64_t end = std::min(start + kChunk, elements_);
+    for (int64_t first = start; first < end; first += kBlock) {
+      const int64_t n = std::min(kBlock, end - first);
+      load(base_, first, n, base);
+      values_of(task, first, n, base, values);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t bits = magnitude_bits(values[i]);
+        if (bits >= bracket.least && bits <= bracket.most) body(first - start + i, values[i]);
+      }
+    }
+  }
+
+  void values_of(int64_t task, int64_t first, int64_t n, const Real* base, Real* values) const {
+    load(tasks_[task].tuned, first, n, values);
+    clipped_difference(base, values, n, static_cast<Real>(tasks_[task].theta));
+  }
+
+  const MatrixView base_;
+  const int64_t elements_;
+  const int64_t chunks_;
+  const int threads_;
+  const int64_t workers_;
+  const std::vector<PruneTask> tasks_;
+  std::vector<std::unique_ptr<Pruning<Real>>> prunings_;  // null where all elements are kept
+  std::vector<int64_t> pruned_;
+};
+
+}  // namespace
+
+void reweight_prune_cpu(const MatrixView& base, const PruneTask* tasks, int64_t count, int threads) {
+  std::vector<MatrixView> tuned;
+  for (int64_t task = 0; task < count; ++task) tuned.push_back(tasks[task].tuned);
+  if (any_float64(base, tuned.data(), count)) {
+    Calculation<double>(base, tasks, count, threads).run();
+  } else {
+    Calculation<float>(base, tasks, count, threads).run();
+  }
+}
+
+}  // namespace r_tsvm

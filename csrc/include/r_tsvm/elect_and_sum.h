@@ -1,0 +1,47 @@
+// base + alpha * (combination of T sparsified task vectors). The definition is
+// r_tsvm_kernels/ops/elect_and_sum/reference.py.
+//
+// Inputs: views of equal element count; element types and row strides may differ.
+// Output: contiguous, owned by the caller, overwritten; float64 if any input is float64, else float32, which is also
+// what everything is computed in. It may not overlap the inputs.
+// Order of summation: over the tasks, first to last, for each element on its own. The bits depend on the values alone:
+// not on strides, on the number of threads, or on the instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "r_tsvm/philox.h"
+#include "r_tsvm/tensor_view.h"
+
+namespace r_tsvm {
+
+// The codes are part of the Python boundary: ELECTIONS in r_tsvm_kernels/ops/elect_and_sum/cpu_kernel.py.
+enum class Election : int { kNone = 0, kSum = 1, kCount = 2 };
+
+inline constexpr int kElections = 3;
+
+// Magnitudes above the threshold, and the first `ties` (by flat index) of those equal to it.
+struct Selection {
+  double threshold;
+  int64_t ties;  // negative: there is no such selection
+};
+
+struct ElectTask {
+  double weight;       // what the task adds to the divisor
+  double factor;       // what its differences are multiplied by
+  Selection kept;      // these survive,
+  Selection dropped;   // unless they are also among these,
+  RandomMask sampled;  // or not in this mask
+};
+
+struct ElectOptions {
+  Election election;
+  bool normalize;  // only with an election: divide by the weights of the tasks that agree
+  double alpha;
+};
+
+// Uses at most `threads` threads, one for small tensors.
+void elect_and_sum_cpu(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks, int64_t count,
+                       const ElectOptions& options, void* output, int threads);
+
+}  // namespace r_tsvm

@@ -1,0 +1,53 @@
+// Philox4x32-10: random words that are a function of a counter and a key, hence the same on every device, in every
+// tiling. J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+#pragma once
+
+#include <cstdint>
+
+#include "r_tsvm/host_device.h"
+
+namespace r_tsvm {
+
+inline constexpr int kPhiloxRounds = 10;
+
+struct PhiloxKey {
+  uint32_t low;
+  uint32_t high;
+};
+
+RTSVM_HOST_DEVICE inline PhiloxKey philox_key(uint64_t seed) {
+  return PhiloxKey{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+}
+
+// Increments from the golden ratio and sqrt(3) - 1.
+RTSVM_HOST_DEVICE inline PhiloxKey next_round(PhiloxKey key) {
+  return PhiloxKey{key.low + 0x9E3779B9u, key.high + 0xBB67AE85u};
+}
+
+RTSVM_HOST_DEVICE inline void philox_round(PhiloxKey key, uint32_t& x0, uint32_t& x1, uint32_t& x2, uint32_t& x3) {
+  const uint64_t product0 = uint64_t{0xD2511F53u} * x0;
+  const uint64_t product2 = uint64_t{0xCD9E8D57u} * x2;
+  x0 = static_cast<uint32_t>(product2 >> 32) ^ x1 ^ key.low;
+  x1 = static_cast<uint32_t>(product2);
+  x2 = static_cast<uint32_t>(product0 >> 32) ^ x3 ^ key.high;
+  x3 = static_cast<uint32_t>(product0);
+}
+
+// Replaces a counter by its four random words.
+RTSVM_HOST_DEVICE inline void philox(PhiloxKey key, uint32_t& x0, uint32_t& x1, uint32_t& x2, uint32_t& x3) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(key, x0, x1, x2, x3);
+    key = next_round(key);
+  }
+}
+
+// Which element has which word: element i of a tensor has word i % 4 of the counter (i / 4, stream, 0), whose first
+// entry takes two words, low one first, under the key `seed`. It is kept iff the word is below this threshold, a
+// number from 0 (never) to 2^32 (always).
+struct RandomMask {
+  uint64_t threshold;
+  uint64_t seed;
+  uint32_t stream;
+};
+
+}  // namespace r_tsvm

@@ -1,0 +1,116 @@
+"""The element-wise merges: sparsify the task vectors, elect a sign, sum or average, add to the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ... import dispatch
+from ...errors import ConfigError
+from .._checks import check_group
+from ..magnitude_select import MagnitudeSelection
+from ..random_mask import check_random
+
+Election = Literal["none", "sum", "count"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which elements of a task vector survive, and how they are rescaled; the others become 0.
+
+    An element survives if all three conditions hold. With n elements, density d and k(d) = `kept_count(d, n)`:
+
+    - TIES (Yadav et al., arXiv 2306.01708), trimming: ``largest`` selects k(d) magnitudes.
+    - Model Breadcrumbs (Davari, Belilovsky, arXiv 2312.06795): the fraction gamma of the largest magnitudes goes too:
+      ``largest`` selects k(d + gamma), ``outliers`` k(gamma).
+    - DARE (Yu et al., arXiv 2311.03099): ``probability = d``, ``rescale = 1 / d``, one ``stream`` per task.
+
+    Attributes:
+        largest: survivors by magnitude, selected on ``tuned[t] - base`` in the accumulation dtype; None for all.
+        outliers: elements that do not survive, selected likewise; None for none.
+        probability: of surviving, see `random_mask`; 1 draws nothing.
+        seed: of the random mask, 0 <= seed < 2**64.
+        stream: of the random mask, 0 <= stream < 2**32.
+        rescale: factor of the survivors.
+    """
+
+    largest: MagnitudeSelection | None = None
+    outliers: MagnitudeSelection | None = None
+    probability: float = 1.0
+    seed: int = 0
+    stream: int = 0
+    rescale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_random(self.probability, self.seed, self.stream, op="elect_and_sum")
+        if not math.isfinite(self.rescale):
+            raise ConfigError(f"elect_and_sum: rescale must be finite, got {self.rescale}")
+
+
+def elect_and_sum(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    elect: Election = "none",
+    normalize: bool = False,
+    alpha: float = 1.0,
+    keep: Sequence[Keep] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return ``base + alpha * combined``, where `combined` merges the sparsified, weighted task vectors.
+
+    With ``v_t = w_t * rescale_t * (tuned[t] - base)`` where `keep` lets an element survive and 0 elsewhere, for each
+    element on its own:
+
+    - ``elect="none"``: combined = sum(v_t). `normalize` divides the weights by their sum (of all tasks). This is task
+      arithmetic (Ilharco et al., arXiv 2212.04089), and the weighted average of models where the base is 0.
+    - ``elect="sum"``: the elected sign is that of sum(v_t), + where the sum is 0; combined = sum of the v_t that do not
+      have the other sign. `normalize` divides by the sum of the w_t with v_t of the elected sign, by 1 where that is 0:
+      the disjoint mean of TIES, weighted (Yadav et al., arXiv 2306.01708).
+    - ``elect="count"``: likewise, with the sign that more of the v_t have, + where they are equally many.
+
+    Sums run over the tasks from first to last in the accumulation dtype; ``w_t * rescale_t`` is rounded to it once.
+    Where ``alpha * combined`` is 0 the base comes back bit for bit, -0.0 included. NaN and infinity in a surviving
+    element reach the result; nothing is raised for them here.
+
+    Args:
+        base: any shape, float64, float32, float16 or bfloat16.
+        tuned: T tensors of the same shape and device; dtypes may differ.
+        weights: T numbers, of any sign.
+        elect: ``none``, ``sum`` or ``count``.
+        normalize: divide by weights, as above.
+        alpha: scale of the merged task vector.
+        keep: T sparsifiers; None keeps every element.
+        backend: run this implementation or raise; None takes the fastest one that is available.
+
+    Returns:
+        A new tensor, float32 (float64 if any input is float64): rounding to the storage dtype is left to the caller.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: the tensors do not match.
+        ConfigError: an unknown election, a wrong number of weights or sparsifiers, a number that is not finite, or
+            weights that sum to 0 and are to be normalized without an election.
+        BackendUnavailable: `backend` cannot run here.
+    """
+    check_group(base, tuned, op="elect_and_sum")
+    if elect not in get_args(Election):
+        raise ConfigError(f"elect must be none, sum or count, got {elect!r}")
+    for name, values in (("weights", weights), ("sparsifiers", keep)):
+        if values is not None and len(values) != len(tuned):
+            raise ConfigError(f"elect_and_sum: {len(tuned)} tasks but {len(values)} {name}")
+    if not all(math.isfinite(number) for number in [*weights, alpha]):
+        raise ConfigError(f"elect_and_sum: expected finite numbers, got weights {list(weights)}, alpha {alpha}")
+    if normalize and elect == "none":
+        total = sum(weights)
+        if abs(total) < 1e-8:
+            raise ConfigError(f"elect_and_sum: the weights {list(weights)} sum to 0 and cannot be normalized")
+        weights = [weight / total for weight in weights]
+    run = dispatch.select("elect_and_sum", base, *tuned, backend=backend)
+    rules = list(keep) if keep is not None else [Keep()] * len(tuned)
+    result: Tensor = run(base, tuned, list(weights), rules, elect, normalize, alpha)
+    return result

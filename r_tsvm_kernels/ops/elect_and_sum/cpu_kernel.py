@@ -1,0 +1,52 @@
+"""Sparsifying, electing and summing by the native CPU module (csrc/cpu/elect_and_sum.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from .._checks import accumulation_dtype
+from .._native import matrix, with_rows
+from ..magnitude_select import MagnitudeSelection
+from ..random_mask import mask_threshold
+from . import Keep
+
+# Codes of r_tsvm::Election (csrc/include/r_tsvm/elect_and_sum.h).
+ELECTIONS = {"none": 0, "sum": 1, "count": 2}
+
+
+def run(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    keep: Sequence[Keep],
+    elect: str,
+    normalize: bool,
+    alpha: float,
+) -> Tensor:
+    """See `elect_and_sum`; the same bits as the reference, whatever the strides and the number of threads."""
+    tensors = [with_rows(tensor) for tensor in (base, *tuned)]
+    views = [matrix(tensor) for tensor in tensors]
+    tasks = [
+        (
+            weight,
+            weight * rule.rescale,
+            _selection(rule.largest),
+            _selection(rule.outliers),
+            (mask_threshold(rule.probability), rule.seed, rule.stream),
+        )
+        for weight, rule in zip(weights, keep, strict=True)
+    ]
+    output = torch.empty(base.shape, dtype=accumulation_dtype(base, *tuned), device=base.device)
+    threads = torch.get_num_threads()
+    native = backends.native("cpu")
+    native.elect_and_sum(views[0], views[1:], tasks, ELECTIONS[elect], normalize, alpha, output.data_ptr(), threads)
+    return output
+
+
+def _selection(selection: MagnitudeSelection | None) -> tuple[float, int]:
+    """Return threshold and ties; a negative number of ties where there is no selection."""
+    return (0.0, -1) if selection is None else (float(selection.threshold), int(selection.ties))

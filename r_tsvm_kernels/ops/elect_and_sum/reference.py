@@ -1,0 +1,62 @@
+"""Sparsifying, electing and summing in torch: the definition of correct."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._checks import accumulation_dtype
+from ..random_mask import random_mask
+from . import Keep
+
+
+def run(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    keep: Sequence[Keep],
+    elect: str,
+    normalize: bool,
+    alpha: float,
+) -> Tensor:
+    """See `elect_and_sum`; without an election the weights are normalized already."""
+    dtype = accumulation_dtype(base, *tuned)
+    start = base.to(dtype)
+    # A generator: without an election, one task vector at a time is in memory.
+    task_vectors = (
+        weight * rule.rescale * _survivors(tensor.to(dtype) - start, rule)
+        for tensor, weight, rule in zip(tuned, weights, keep, strict=True)
+    )
+    combined = torch.zeros_like(start)
+    if elect == "none":
+        for vector in task_vectors:
+            combined += vector
+    else:
+        vectors = list(task_vectors)
+        votes, divisor = torch.zeros_like(start), torch.zeros_like(start)
+        for vector in vectors:
+            votes += vector if elect == "sum" else (vector > 0).to(dtype) - (vector < 0).to(dtype)
+        positive = votes >= 0
+        for vector, weight in zip(vectors, weights, strict=True):
+            # Not "has the elected sign": NaN has none and must not disappear.
+            against = torch.where(positive, vector < 0, vector > 0)
+            combined += torch.where(against, 0, vector)
+            divisor += torch.where(against | (vector == 0), 0, divisor.new_tensor(weight))
+        if normalize:
+            combined /= torch.where(divisor == 0, 1, divisor)
+    step = alpha * combined
+    return torch.where(step == 0, start, start + step)  # -0.0 + 0.0 would be +0.0
+
+
+def _survivors(difference: Tensor, rule: Keep) -> Tensor:
+    survives = torch.ones_like(difference, dtype=torch.bool)
+    if rule.largest is not None:
+        survives &= rule.largest.mask(difference)
+    if rule.outliers is not None:
+        survives &= ~rule.outliers.mask(difference)
+    if rule.probability < 1:
+        drawn = (rule.probability, rule.seed, rule.stream)
+        survives &= random_mask(difference.shape, *drawn, device=difference.device, backend="torch")
+    return torch.where(survives, difference, 0)

@@ -1,0 +1,322 @@
+"""Every implementation against the formula by numpy in float64; the native ones to the bit against the reference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from compare import relative_error, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from test_task_statistics import LAYOUTS, available
+
+from r_tsvm_kernels import backends
+from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DeviceError, DTypeError, ShapeError
+from r_tsvm_kernels.ops import (
+    Keep,
+    MagnitudeSelection,
+    accumulation_dtype,
+    elect_and_sum,
+    kept_count,
+    magnitude_select,
+    random_mask,
+)
+from r_tsvm_kernels.ops._native import matrix
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+ELECTIONS = ["none", "sum", "count"]
+WEIGHTS = [1.0, 0.5, 2.0, -0.25, 0.75, 1.5, 0.125, 3.0]
+
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
+native_backend = pytest.mark.parametrize("backend", available("cpu"))
+every_election = pytest.mark.parametrize("elect", ELECTIONS)
+normalized_or_not = pytest.mark.parametrize("normalize", [False, True])
+
+
+def group(*shape, tasks=3, dtype=torch.float32, scale=0.05):
+    base = torch.randn(shape).to(dtype)
+    return base, [(base.double() + scale * torch.randn(shape)).to(dtype) for _ in range(tasks)]
+
+
+def whole_numbers(*shape, tasks=3):
+    """Small whole numbers: sums are exact, and ties, zeros and drawn elections are many."""
+    base = torch.randint(-4, 5, shape).float()
+    return base, [base + torch.randint(-2, 3, shape) for _ in range(tasks)]
+
+
+def sparsifiers(base, tuned, kind, density=0.4, gamma=0.1):
+    """One `Keep` per task; "mixture" has all kinds at once."""
+    dtype = accumulation_dtype(base, *tuned)
+    rules = []
+    for task, t in enumerate(tuned):
+        delta = t.to(dtype) - base.to(dtype)
+
+        def top(fraction, delta=delta):
+            return magnitude_select(delta, kept_count(fraction, delta.numel()), backend="torch")
+
+        choices = {
+            "all": Keep(),
+            "ties": Keep(largest=top(density)),
+            "breadcrumbs": Keep(largest=top(density + gamma), outliers=top(gamma)),
+            "dare": Keep(probability=density, seed=7, stream=task, rescale=1 / density),
+            "everything": Keep(largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3),
+        }
+        rules.append(choices[list(choices)[(task + 1) % 5] if kind == "mixture" else kind])
+    return rules
+
+
+KINDS = ["all", "ties", "breadcrumbs", "dare", "everything", "mixture"]
+
+
+def formula(base, tuned, weights, elect, normalize, alpha, keep):
+    """Straight from the papers, all tasks in one array."""
+    origin = base.double().numpy()
+    weights = np.array(weights).reshape(-1, *[1] * origin.ndim)
+    v = np.stack([t.double().numpy() - origin for t in tuned])
+    for task, rule in enumerate(keep):
+        order = np.argsort(-np.abs(v[task]), axis=None, kind="stable")
+        rank = np.empty(order.size, dtype=np.int64)
+        rank[order] = np.arange(order.size)
+        rank = rank.reshape(origin.shape)
+        survives = np.ones(origin.shape, dtype=bool)
+        if rule.largest is not None:
+            survives &= rank < int(rule.largest.mask(torch.from_numpy(v[task])).sum())
+        if rule.outliers is not None:
+            survives &= rank >= int(rule.outliers.mask(torch.from_numpy(v[task])).sum())
+        survives &= random_mask(origin.shape, rule.probability, rule.seed, rule.stream).numpy()
+        v[task] *= survives * rule.rescale
+    v *= weights
+    if elect == "none":
+        divisor = weights.sum()
+        combined = v.sum(0)
+    else:
+        sign = np.where((v if elect == "sum" else np.sign(v)).sum(0) >= 0, 1.0, -1.0)
+        agree = np.sign(v) == sign
+        divisor = (agree * weights).sum(0)
+        divisor = np.where(divisor == 0, 1, divisor)
+        combined = (v * agree).sum(0)
+    return torch.as_tensor(origin + alpha * (combined / divisor if normalize else combined))
+
+
+@every_backend
+@every_election
+@normalized_or_not
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_formula(backend, elect, normalize, kind):
+    base, tuned = (
+        x.double() if torch.is_tensor(x) else [t.double() for t in x] for x in whole_numbers(31, 17, tasks=5)
+    )
+    keep = sparsifiers(base, tuned, kind)
+    options = {"elect": elect, "normalize": normalize, "alpha": 0.5, "keep": keep}
+    got = elect_and_sum(base, tuned, WEIGHTS[:5], backend=backend, **options)
+    assert got.dtype == torch.float64
+    assert relative_error(got, formula(base, tuned, WEIGHTS[:5], **options)) < 1e-14
+
+
+@every_backend
+@every_election
+@normalized_or_not
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_numbers_are_exact_in_every_dtype(backend, elect, normalize, dtype):
+    base, tuned = whole_numbers(1, 613, tasks=4)
+    options = {"elect": elect, "normalize": normalize, "alpha": 2.0, "keep": sparsifiers(base, tuned, "ties")}
+    weights = [1.0, 2.0, 1.0, 4.0]
+    got = elect_and_sum(base.to(dtype), [t.to(dtype) for t in tuned], weights, backend=backend, **options)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = formula(base, tuned, weights, **options)
+    assert relative_error(got, exact) < (1e-7 if normalize else 1e-15)
+
+
+@native_backend
+@given(
+    shape=st.one_of(
+        st.one_of(st.integers(0, 70), st.sampled_from([511, 513, 2049, 32769])).map(lambda n: (n,)),
+        st.lists(st.integers(1, 40), min_size=2, max_size=3).map(tuple),
+    ),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4),
+    layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=4, max_size=4),
+    elect=st.sampled_from(ELECTIONS),
+    normalize=st.booleans(),
+    kind=st.sampled_from(KINDS),
+    alpha=st.sampled_from([1.0, 0.3, -2.0]),
+    seed=st.integers(0, 1000),
+)
+def test_same_bits_as_the_reference(backend, shape, dtypes, layouts, elect, normalize, kind, alpha, seed):
+    torch.manual_seed(seed)
+    origin = torch.randn(shape)
+    values = [origin, *(origin + 0.1 * torch.randn(shape) for _ in dtypes[1:])]
+    tensors = [LAYOUTS[how](v.to(dtype)) for v, dtype, how in zip(values, dtypes, layouts, strict=False)]
+    base, tuned = tensors[0], tensors[1:]
+    options = {"elect": elect, "normalize": normalize, "alpha": alpha, "keep": sparsifiers(base, tuned, kind)}
+    got, expected = (
+        elect_and_sum(base, tuned, WEIGHTS[: len(tuned)], backend=b, **options) for b in (backend, "torch")
+    )
+    assert got.is_contiguous()
+    assert same_bits(got, expected)
+
+
+@native_backend
+@every_election
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tasks", [1, 2, 8])
+def test_same_bits_for_any_number_of_threads(backend, elect, kind, tasks):
+    base, tuned = whole_numbers(331, 401, tasks=tasks)  # tied magnitudes in every chunk
+    options = {"elect": elect, "normalize": True, "keep": sparsifiers(base, tuned, kind)}
+    expected = elect_and_sum(base, tuned, WEIGHTS[:tasks], backend="torch", **options)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert same_bits(elect_and_sum(base, tuned, WEIGHTS[:tasks], backend=backend, **options), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@native_backend
+@pytest.mark.parametrize("ties", [0, 1, 512, 513, 32768, 32769, 69999, 70000])
+@pytest.mark.parametrize("field", ["largest", "outliers"])
+def test_the_first_ties_go_by_index(backend, ties, field):
+    base, tuned = torch.zeros(70_001), torch.full((70_001,), 0.5)
+    tuned[::2] = -0.5
+    tuned[-1] = 3.0
+    got = elect_and_sum(
+        base, [tuned], [1.0], keep=[Keep(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})],
+        backend=backend,
+    )  # fmt: skip
+    selected = torch.arange(70_001) < ties
+    selected[-1] = True
+    assert same_bits(got, torch.where(selected == (field == "largest"), tuned, 0))
+
+
+@every_backend
+def test_elections_by_hand(backend):
+    base = torch.zeros(6)
+    tuned = [torch.tensor([3.0, 1.0, -1.0, 0.0, 2.0, 1.0]), torch.tensor([-1.0, 1.0, -3.0, 0.0, -2.0, -9.0]),
+             torch.tensor([-1.0, 1.0, 1.0, 5.0, 0.0, 1.0])]  # fmt: skip
+
+    def merge(elect, weights=(1.0, 1.0, 1.0), normalize=True):
+        return elect_and_sum(base, tuned, weights, elect=elect, normalize=normalize, backend=backend).tolist()
+
+    assert merge("sum") == [3.0, 1.0, -2.0, 5.0, 2.0, -9.0]
+    assert merge("count") == [-1.0, 1.0, -2.0, 5.0, 2.0, 1.0]
+    assert merge("sum", normalize=False) == [3.0, 3.0, -4.0, 5.0, 2.0, -9.0]
+    assert merge("sum", (1.0, 3.0, 1.0)) == [-4 / 4, 5 / 5, -10 / 4, 5.0, -2.0, -9.0]
+    assert merge("none", (1.0, 2.0, 1.0), normalize=False) == [0.0, 4.0, -6.0, 5.0, -2.0, -16.0]
+    # A negative weight turns the task vector round before it votes; agreeing weights of sum 0 divide by 1.
+    assert merge("sum", (1.0, -1.0, 0.0)) == [4.0, 1.0, -3.0, 0.0, 4.0, 10.0]
+
+
+@every_backend
+@every_election
+@normalized_or_not
+def test_base_comes_back_bit_for_bit(backend, elect, normalize):
+    base = torch.tensor([-0.0, 0.0, 1.0, -2.0, 5e-8], dtype=torch.float16).repeat(200)
+    for tuned in ([base.clone()] * 3, [-base.clone().zero_() + base] * 2):
+        got = elect_and_sum(base, tuned, WEIGHTS[: len(tuned)], elect=elect, normalize=normalize, backend=backend)
+        assert same_bits(got.half(), base)
+    changed = [base + 1, base - 1]
+    nothing = [Keep(probability=0.0), Keep(largest=magnitude_select(changed[1].float() - base.float(), 0))]
+    got = elect_and_sum(base, changed, [1.0, 1.0], elect=elect, normalize=normalize, keep=nothing, backend=backend)
+    assert same_bits(got.half(), base)
+    got = elect_and_sum(base, changed, [1.0, 1.0], elect=elect, normalize=normalize, alpha=0.0, backend=backend)
+    assert same_bits(got.half(), base)
+
+
+@every_backend
+@every_election
+def test_equal_experts_average_to_themselves(backend, elect):
+    base, tuned = whole_numbers(40, 50, tasks=1)
+    got = elect_and_sum(base, tuned * 3, [1.0, 1.0, 2.0], elect=elect, normalize=True, backend=backend)
+    assert same_bits(got + 0.0, tuned[0] + 0.0)
+
+
+@every_backend
+@every_election
+def test_nothing_and_single_elements(backend, elect):
+    for shape in [(0,), (3, 0, 5), (), (1,), (1, 1, 1)]:
+        base, tuned = group(*shape)
+        got = elect_and_sum(base, tuned, [1.0] * 3, elect=elect, keep=sparsifiers(base, tuned, "ties"), backend=backend)
+        assert got.shape == shape
+
+
+@every_backend
+@every_election
+@normalized_or_not
+def test_nan_and_infinity_reach_the_result(backend, elect, normalize):
+    base, tuned = group(1000)
+    tuned[1][5], tuned[2][700], tuned[0][9] = math.nan, math.inf, -math.inf
+    got = elect_and_sum(base, tuned, [1.0] * 3, elect=elect, normalize=normalize, backend=backend)
+    expected = elect_and_sum(base, tuned, [1.0] * 3, elect=elect, normalize=normalize, backend="torch")
+    assert torch.equal(got.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))
+    assert torch.isnan(got[5])
+    if elect != "count":
+        assert torch.isinf(got[[700, 9]]).all()
+    assert torch.isfinite(got[[i for i in range(1000) if i not in (5, 9, 700)]]).all()
+
+
+@every_backend
+def test_dare_keeps_the_mean(backend):
+    base, tuned = torch.zeros(500, 400), [torch.ones(500, 400), -torch.ones(500, 400)]
+    keep = [Keep(probability=0.1, seed=3, stream=task, rescale=10.0) for task in range(2)]
+    got = elect_and_sum(base, tuned, [1.0, 1.0], keep=keep, backend=backend)
+    assert set(got.unique().tolist()) == {-10.0, 0.0, 10.0}
+    for value, share in [(10.0, 0.09), (-10.0, 0.09), (0.0, 0.82)]:
+        assert float((got == value).double().mean()) == pytest.approx(share, abs=5 * math.sqrt(0.25 / 200_000))
+
+
+def test_inputs_are_left_alone():
+    base, tuned = group(40, 30)
+    copies = [t.clone() for t in (base, *tuned)]
+    elect_and_sum(base, tuned, [1.0] * 3, elect="sum", normalize=True, keep=sparsifiers(base, tuned, "mixture"))
+    assert all(same_bits(t, copy) for t, copy in zip((base, *tuned), copies, strict=True))
+
+
+@every_backend
+def test_what_it_refuses(backend):
+    base, tuned = group(4, 5, tasks=2)
+
+    def merge(tuned=tuned, weights=(1.0, 1.0), **options):
+        return elect_and_sum(base, tuned, weights, **{"backend": backend, **options})
+
+    with pytest.raises(ShapeError, match="at least one"):
+        merge([], [])
+    with pytest.raises(ShapeError, match=r"tuned\[1\]"):
+        merge([tuned[0], tuned[1].T])
+    with pytest.raises(DTypeError, match="int32"):
+        merge([tuned[0], tuned[1].int()])
+    with pytest.raises(DeviceError):
+        merge([tuned[0], tuned[1].to("meta")])
+    with pytest.raises(ConfigError, match="none, sum or count"):
+        merge(elect="total")
+    with pytest.raises(ConfigError, match="2 tasks but 3 weights"):
+        merge(weights=[1.0] * 3)
+    with pytest.raises(ConfigError, match="2 tasks but 1 sparsifiers"):
+        merge(keep=[Keep()])
+    with pytest.raises(ConfigError, match="sum to 0"):
+        merge(weights=[1.0, -1.0], normalize=True)
+    for options in ({"weights": [1.0, math.nan]}, {"alpha": math.inf}):
+        with pytest.raises(ConfigError, match="finite"):
+            merge(**options)
+    with pytest.raises(BackendUnavailable, match="elect_and_sum"):
+        merge(backend="abacus")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"probability": 1.5}, {"seed": -1}, {"stream": 2**32}, {"rescale": math.inf}, {"probability": math.nan}]
+)
+def test_sparsifiers_that_are_refused(fields):
+    with pytest.raises(ConfigError, match="elect_and_sum"):
+        Keep(**fields)
+
+
+@native_backend
+def test_the_native_module_names_the_op_in_its_errors(backend):
+    native = backends.native(backend)
+    base, task = matrix(torch.zeros(4)), (1.0, 1.0, (0.0, -1), (0.0, -1), (2**32, 0, 0))
+    for arguments, message in [
+        (([matrix(torch.zeros(5))], [task], 0), "the tensors differ in size"),
+        (([base], [], 0), "not one task per tensor"),
+        (([base], [task], 3), "unknown election code"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"elect_and_sum: {message}"):
+            native.elect_and_sum(base, *arguments, False, 1.0, 0, 1)

@@ -1,0 +1,126 @@
+"""Every implementation against Random123's published vectors and a Philox in Python integers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_task_statistics import available
+
+from r_tsvm_kernels import backends
+from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DeviceError
+from r_tsvm_kernels.ops import random_mask
+from r_tsvm_kernels.ops.random_mask.reference import philox
+
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
+native_backend = pytest.mark.parametrize("backend", available("cpu"))
+
+ONES = 2**32 - 1
+# kat_vectors of Random123: counter, key, words.
+VECTORS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def word(seed, stream, index):
+    """The random word of an element, by Python's integers."""
+    x = [(index // 4) & ONES, index // 4 >> 32, stream, 0]
+    key = [seed & ONES, seed >> 32]
+    for _ in range(10):
+        first, second = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
+        x = [(second >> 32) ^ x[1] ^ key[0], second & ONES, (first >> 32) ^ x[3] ^ key[1], first & ONES]
+        key = [(key[0] + 0x9E3779B9) & ONES, (key[1] + 0xBB67AE85) & ONES]
+    return x[index % 4]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
+def test_published_vectors(counter, key, expected):
+    words = philox(tuple(torch.tensor([x]) for x in counter), key)
+    assert tuple(int(x) for x in words) == expected
+
+
+@native_backend
+@pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
+def test_published_vectors_in_native_code(backend, counter, key, expected):
+    assert backends.native(backend).philox(counter, key[0] | key[1] << 32) == expected
+
+
+@every_backend
+@given(
+    numel=st.one_of(st.integers(0, 70), st.sampled_from([2047, 2049, 4100])),
+    probability=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0, 1 - 2.0**-32, 1e-12])),
+    seed=st.integers(0, 2**64 - 1),
+    stream=st.integers(0, 2**32 - 1),
+)
+def test_bits_depend_on_seed_stream_and_index(backend, numel, probability, seed, stream):
+    got = random_mask((numel,), probability, seed, stream, backend=backend)
+    limit = round(probability * 2**32)
+    assert got.dtype == torch.bool
+    assert got.tolist() == [word(seed, stream, index) < limit for index in range(numel)]
+
+
+@every_backend
+def test_the_shape_does_not_change_a_bit(backend):
+    flat = random_mask((60,), 0.4, 11, 2, backend=backend)
+    assert torch.equal(random_mask((3, 4, 5), 0.4, 11, 2, backend=backend), flat.view(3, 4, 5))
+    assert torch.equal(random_mask((37,), 0.4, 11, 2, backend=backend), flat[:37])
+    assert random_mask((), 1.0, 11, backend=backend).shape == ()
+    assert random_mask((3, 0), 0.5, 11, backend=backend).shape == (3, 0)
+
+
+@native_backend
+def test_number_of_threads_does_not_change_a_bit(backend):
+    expected = random_mask((200_003,), 0.3, 5, 1, backend="torch")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(random_mask((200_003,), 0.3, 5, 1, backend=backend), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_backend
+def test_zero_and_one_are_exact(backend):
+    assert not random_mask((100_000,), 0.0, 3, backend=backend).any()
+    assert random_mask((100_000,), 1.0, 3, backend=backend).all()
+
+
+@every_backend
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_looks_random(backend, probability):
+    n = 400_000
+    first, second = (random_mask((n,), probability, 42, stream, backend=backend) for stream in (0, 1))
+    other = random_mask((n,), probability, 43, 0, backend=backend)
+
+    def check(hits, expected, count):
+        assert abs(int(hits.sum()) - expected * count) < 5 * math.sqrt(expected * (1 - expected) * count)
+
+    check(first, probability, n)
+    check(first & second, probability**2, n)
+    check(first & other, probability**2, n)
+    for lag in (1, 2, 3, 4, 64):
+        check((first[:-lag] & first[lag:])[:: 2 * lag], probability**2, len(range(0, n - lag, 2 * lag)))
+
+
+def test_what_it_refuses():
+    for probability in (-0.1, 1.1, math.nan):
+        with pytest.raises(ConfigError, match="probability"):
+            random_mask((4,), probability, 0)
+    for seed in (-1, 2**64):
+        with pytest.raises(ConfigError, match="seed"):
+            random_mask((4,), 0.5, seed)
+    for stream in (-1, 2**32):
+        with pytest.raises(ConfigError, match="stream"):
+            random_mask((4,), 0.5, 0, stream)
+    with pytest.raises(DeviceError):
+        random_mask((4,), 0.5, 0, device="meta")
+    with pytest.raises(BackendUnavailable, match="random_mask"):
+        random_mask((4,), 0.5, 0, backend="abacus")

@@ -1,0 +1,78 @@
+"""What the tests of every op vary: backends, dtypes, shapes, layouts in memory, kinds of values, threads."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from r_tsvm_kernels import backends
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def available(*names):
+    """Parameters for these backends; those that cannot run here are skipped with the reason."""
+    parameters = []
+    for name in names:
+        state = backends.state(name)
+        marks = [pytest.mark.skipif(state != backends.READY, reason=f"{name}: {state}")]
+        parameters.append(pytest.param(name, marks=[*marks, pytest.mark.gpu] if name == "cuda" else marks))
+    return parameters
+
+
+# How a tensor can lie in memory: each takes a tensor and returns one with the same values.
+def _every_second_column(t):
+    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), 7.0)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def _slice_of_wider_rows(t):
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), 7.0)
+    wide[..., 2:-3] = t
+    return wide[..., 2:-3]
+
+
+def _transposed(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "every second column": _every_second_column,
+    "slice of wider rows": _slice_of_wider_rows,
+    "transposed": _transposed,
+}
+layout_names = st.sampled_from(sorted(LAYOUTS))
+
+# Around the block (2048) and the chunk (32768) of the kernels, and on both sides of the size from which they sample.
+SIZES = st.one_of(st.integers(0, 70), st.sampled_from([2047, 2048, 2049, 4097, 32767, 32769, 65535, 70001]))
+SHAPES = st.one_of(SIZES.map(lambda n: (n,)), st.lists(st.integers(1, 40), min_size=2, max_size=3).map(tuple))
+
+
+# Differences from a base: a generator of the values, given the shape.
+VALUES = {
+    "gaussian": lambda shape: 0.01 * torch.randn(shape),
+    "all zero": torch.zeros,
+    "all equal": lambda shape: torch.full(shape, 0.25) * (1 - 2 * torch.randint(0, 2, shape)),
+    "two values": lambda shape: 0.25 * torch.randint(1, 3, shape),
+    "ties": lambda shape: torch.randint(-4, 5, shape) / 64,
+    "mostly zero": lambda shape: torch.randn(shape) * (torch.rand(shape) < 0.1),
+    "heavy-tailed": lambda shape: torch.randn(shape).clamp(-4, 4) ** 7,
+    "subnormal": lambda shape: torch.randint(-300, 300, shape) * 1.4e-45,
+    "float16 subnormal": lambda shape: torch.randint(-300, 300, shape) * 2.0**-24,
+    "ordered": lambda shape: torch.arange(torch.Size(shape).numel()).reshape(shape) / 4096,
+    "one per row": lambda shape: torch.randn(shape[:1]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape).clone(),
+}
+
+
+@contextmanager
+def torch_threads(count):
+    """Run with this number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
