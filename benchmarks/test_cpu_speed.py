@@ -1,0 +1,52 @@
+"""Time the CPU kernels one by one, after checking them against the reference: `pytest benchmarks/test_cpu_speed.py`.
+
+For comparing runs of ours with each other. Ratios to other implementations come from `elementwise.py`, which runs
+both sides in turn.
+"""
+
+import pytest
+import torch
+
+from r_tsvm_kernels import backends
+from r_tsvm_kernels.ops import magnitude_select, reweight_prune, task_statistics
+
+pytest.importorskip("pytest_benchmark")
+pytestmark = pytest.mark.skipif(backends.state("cpu") != backends.READY, reason=f"cpu: {backends.state('cpu')}")
+
+SHAPE, TASKS = (2048, 2048), 3
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def inputs(request):
+    torch.manual_seed(0)
+    base = (0.02 * torch.randn(SHAPE)).to(request.param)
+    return base, [(base.float() + 1e-3 * torch.randn(SHAPE)).to(request.param) for _ in range(TASKS)]
+
+
+def same(first, second):
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+
+
+def test_task_statistics(benchmark, inputs):
+    got, expected = (task_statistics(*inputs, backend=name) for name in ("cpu", "torch"))
+    torch.testing.assert_close(got.outlier_mass, expected.outlier_mass, rtol=1e-10, atol=0)
+    assert torch.equal(got.small, expected.small)
+    benchmark(task_statistics, *inputs, backend="cpu")
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_reweight_prune(benchmark, inputs, density):
+    statistics = task_statistics(*inputs)
+    arguments = (*inputs, statistics, "clip", density)
+    got, expected = (reweight_prune(*arguments, backend=name) for name in ("cpu", "torch"))
+    assert all(same(mine, truth) for mine, truth in zip(got, expected, strict=True))
+    benchmark(reweight_prune, *arguments, backend="cpu")
+
+
+@pytest.mark.parametrize("of", ["tensor", "difference"])
+def test_magnitude_select(benchmark, inputs, of):
+    base, (tuned, *_) = inputs
+    origin, keep = base if of == "difference" else None, tuned.numel() // 3
+    got, expected = (magnitude_select(tuned, keep, base=origin, backend=name) for name in ("cpu", "torch"))
+    assert got.threshold == expected.threshold and got.ties == expected.ties
+    benchmark(magnitude_select, tuned, keep, base=origin, backend="cpu")
