@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ def build_info() -> dict[str, str]:
 
 @lru_cache
 def state(backend: str) -> str:
-    """Say ``"ready"``, or why `backend` (``torch``, ``cpu``, ``cuda``) cannot run on this machine."""
+    """Say ``"ready"``, or why `backend` (``torch``, ``cpu``, ``cuda``, ``triton``) cannot run on this machine."""
     if backend == "torch":
         return READY
     if backend == "cpu":
@@ -35,7 +36,22 @@ def state(backend: str) -> str:
         if extension != READY:
             return extension
         return READY if torch.cuda.is_available() else "torch sees no CUDA device"
+    if backend == "triton":
+        import torch
+
+        installed = triton_state()
+        if installed != READY or triton_interpreter_state() == READY:
+            return installed
+        return READY if torch.cuda.is_available() else "torch sees no CUDA device"
     raise ValueError(f"unknown backend {backend!r}")
+
+
+def triton_interpreter_state() -> str:
+    """Say ``"ready"``, or why Triton kernels cannot run on CPU tensors: Triton's interpreter does it, if told to."""
+    installed = triton_state()
+    if installed == READY and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on the CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1"
+    return installed
 
 
 def native(backend: str) -> ModuleType:
@@ -52,4 +68,18 @@ def _extension_state(backend: str) -> str:
         if isinstance(error, ModuleNotFoundError) and error.name == f"r_tsvm_kernels._{backend}":
             return build_info().get(backend, "the native module was not built")
         return f"the native module does not load: {error}"
+    return READY
+
+
+@lru_cache
+def triton_state() -> str:
+    """Say ``"ready"``, or why triton itself, which compiles for a GPU without having one, cannot be used."""
+    try:
+        import triton
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "triton is not installed"
+        return f"triton does not load: {error}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
+        return f"triton {triton.__version__} is too old: histograms with a mask came with 3.4"
     return READY

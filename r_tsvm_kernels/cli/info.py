@@ -37,7 +37,7 @@ def _collect() -> dict[str, Any]:
         "gpus": gpus,
         "threads": torch.get_num_threads(),
         "build": backends.build_info(),
-        "backends": {name: backends.state(name) for name in ("cpu", "cuda", "torch")},
+        "backends": {name: backends.state(name) for name in ("cpu", "cuda", "triton", "torch")},
         "ops": {
             op: {device: [name for name, _ in dispatch.explain(op, device)] for device in order}
             for op, order in dispatch.ORDER.items()

@@ -1,0 +1,335 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: ``TRITON_INTERPRET=1 pytest tests/ops/test_triton.py``.
+
+Triton reads the variable when it is imported, so it must be set for the whole process; tests/test_triton_interpreter.py
+runs this file in one of its own.
+"""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from compare import same_bits
+
+from r_tsvm_kernels import backends, dispatch
+from r_tsvm_kernels.errors import BackendUnavailable, NonFiniteError
+from r_tsvm_kernels.ops import add_update, magnitude_select, reweight_prune, task_statistics
+
+STATE = backends.triton_interpreter_state()
+
+pytestmark = [
+    pytest.mark.skipif(STATE != backends.READY, reason=f"triton: {STATE}"),
+    # The interpreter computes with numpy, which warns about overflow and NaN.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+MIXES = [
+    (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32),
+    (torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float32, torch.float16),
+    (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float64), (torch.float64, torch.float16),
+]  # fmt: skip
+SIZES = [1, 2, 128, 129, 500]
+TINY = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_mix = pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "-".join(str(d).removeprefix("torch.") for d in mix))
+
+
+def kernel(op):
+    return import_module(f"r_tsvm_kernels.ops.{op}.triton_kernel")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks, and several per program, even for the small tensors that the interpreter can handle."""
+    for op in ("task_statistics", "magnitude_select", "reweight_prune", "add_update"):
+        monkeypatch.setattr(kernel(op), "BLOCK", 128)
+    monkeypatch.setattr(kernel("magnitude_select"), "PROGRAMS", 2)
+
+
+def nasty(dtype):
+    """Yield named tensors that are hard to select from."""
+    tiny = TINY[dtype]
+    yield "all equal", torch.full((131,), -0.3, dtype=dtype)
+    yield "all zero", torch.zeros(70, dtype=dtype)
+    yield "negative zero", torch.tensor([0.0, -0.0, 1.0, -0.0] * 40, dtype=dtype)
+    yield "ties", torch.randint(-3, 4, (200,)).to(dtype)
+    yield "subnormal", torch.arange(-90, 90).double().mul(tiny).to(dtype)
+    yield "largest", torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max, 1.0, tiny, 0.0], dtype=dtype)
+    yield "neighbours", (1 + torch.arange(300).double() % 7 * torch.finfo(dtype).eps).to(dtype)
+    yield "wide", (torch.randn(150).double() * 10.0 ** torch.randint(-4, 4, (150,))).to(dtype)
+    yield "one", torch.tensor([-2.0], dtype=dtype)
+
+
+def some_counts(numel):
+    return sorted({1, numel // 2, numel} - {0})
+
+
+def pair(shape, mix=(torch.float32, torch.float32), tasks=2, scale=0.05):
+    base = torch.randn(shape, dtype=torch.float64)
+    tuned = [(base + scale * torch.randn(shape)).to(mix[(task + 1) % 2]) for task in range(tasks)]
+    return base.to(mix[0]), tuned
+
+
+# --- dispatch
+
+
+def test_it_is_never_chosen_on_the_cpu():
+    assert all("triton" not in order.get("cpu", ()) for order in dispatch.ORDER.values())
+    assert dispatch.select("add_update", torch.zeros(1)).__module__.endswith("reference")
+
+
+def test_by_name_it_runs():
+    for op, order in dispatch.ORDER.items():
+        if "triton" in order["cuda"]:
+            assert dispatch.select(op, torch.zeros(1), backend="triton").__module__.endswith(f"{op}.triton_kernel")
+    with dispatch.use_backend(add_update="triton"):
+        assert dispatch.select("add_update", torch.zeros(1)).__module__.endswith("triton_kernel")
+    with pytest.raises(BackendUnavailable):
+        dispatch.select("add_update", torch.zeros(1), backend="cuda")
+
+
+# --- task_statistics
+
+
+def assert_statistics(base, tuned, sigma=3.0, eps=0.1):
+    got = task_statistics(base, tuned, sigma, eps, backend="triton")
+    expected = task_statistics(base, tuned, sigma, eps, backend="torch")
+    assert got.numel == expected.numel
+    for field in ("mean", "sd", "max", "theta", "outlier_mass", "zeros", "small"):
+        torch.testing.assert_close(
+            getattr(got, field), getattr(expected, field), rtol=1e-12, atol=0, equal_nan=True, msg=field
+        )
+    assert torch.equal(got.zeros, expected.zeros) and torch.equal(got.small, expected.small)
+    return got
+
+
+@every_mix
+@pytest.mark.parametrize("size", [1, 129, 500])
+def test_statistics(mix, size):
+    assert_statistics(*pair((size,), mix, tasks=3))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5, math.inf])
+@pytest.mark.parametrize("eps", [0.0, 1.0, 5.0])
+def test_statistics_for_other_thresholds(sigma, eps):
+    assert_statistics(*pair((17, 31)), sigma, eps)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 5), (), (1, 1)])
+@pytest.mark.parametrize("sigma", [3.0, math.inf])
+def test_statistics_of_nothing_and_one_element(shape, sigma):
+    assert_statistics(*pair(shape), sigma)
+
+
+def test_statistics_of_zeros_and_equal_magnitudes():
+    base = torch.zeros(300, dtype=torch.bfloat16)
+    got = assert_statistics(base, [base.clone(), -base])
+    assert got.zeros.tolist() == got.small.tolist() == [300, 300]
+    got = task_statistics(torch.zeros(300), [torch.full((300,), -0.1)], backend="triton")
+    assert 0 <= got.sd[0] <= 1e-14 and got.zeros[0] == got.small[0] == 0
+
+
+def test_statistics_of_subnormals():
+    steps = torch.arange(-250, 250).double()
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        assert_statistics(torch.zeros(500, dtype=dtype), [(steps % 120 * TINY[dtype]).to(dtype)], sigma=1.0)
+
+
+def test_thresholds_are_not_rounded_to_float32():
+    tuned = torch.ones(5000)
+    tuned[77] = 1 - 2.0**-24
+    got = task_statistics(torch.zeros(5000), [tuned], sigma=0.0, eps=1.0, backend="triton")
+    assert got.small[0] == 1 and got.outlier_mass[0] > 0.999
+
+
+@pytest.mark.parametrize("sigma", [3.0, 0.0, math.inf])
+@pytest.mark.parametrize("eps", [0.1, 0.0])
+def test_statistics_of_nan_and_infinity(sigma, eps):
+    base, tuned = pair((300,), tasks=5)
+    tuned[0][171] = math.nan
+    tuned[1][17] = -math.inf
+    tuned[2][17], tuned[2][299] = math.inf, math.nan
+    tuned[4][:] = math.nan
+    assert_statistics(base, tuned, sigma, eps)
+
+
+def test_statistics_that_overflow():
+    base = torch.zeros(200, dtype=torch.float64)
+    got = task_statistics(base, [base + 1e307], backend="triton")
+    assert (got.mean[0], got.max[0], got.sd[0]) == (math.inf, 1e307, math.inf)
+
+
+def test_statistics_of_views():
+    base, tuned = torch.randn(31, 40)[:, ::2], [torch.randn(20, 31).mT]
+    got, dense = (
+        task_statistics(b, t, backend="triton")
+        for b, t in [(base, tuned), (base.contiguous(), [tuned[0].contiguous()])]
+    )
+    assert same_bits(got.mean, dense.mean) and same_bits(got.sd, dense.sd)
+
+
+# --- add_update
+
+
+@every_mix
+@pytest.mark.parametrize("size", [0, *SIZES])
+def test_add_update(mix, size):
+    base, (update, _) = pair((size,), mix)
+    update[::3] = 0
+    for alpha in (0.7, -1e-30, 0.0):
+        assert same_bits(add_update(base, update, alpha, backend="triton"), add_update(base, update, alpha))
+
+
+@every_dtype
+def test_add_update_of_nasty_values(dtype):
+    for name, base in nasty(dtype):
+        for update in (torch.zeros_like(base), -base, base.flip(0)):
+            for alpha in (1.0, -0.3):
+                got, expected = (add_update(base, update, alpha, backend=b) for b in ("triton", "torch"))
+                assert same_bits(got, expected), (name, alpha)
+
+
+def test_add_update_of_views():
+    base, update = torch.randn(12, 30)[:, ::2], torch.randn(15, 12).mT
+    assert same_bits(add_update(base, update, 0.3, backend="triton"), add_update(base, update, 0.3))
+
+
+# --- magnitude_select
+
+
+def assert_selection(x, keep, name=""):
+    got, expected = (magnitude_select(x, keep, backend=backend) for backend in ("triton", "torch"))
+    assert same_bits(got.threshold, expected.threshold), (name, keep, got, expected)
+    assert same_bits(got.ties, expected.ties), (name, keep, got, expected)
+    assert int(got.mask(x).sum()) == keep
+
+
+@every_dtype
+@pytest.mark.parametrize("size", SIZES)
+def test_selection(dtype, size):
+    x = torch.randn(size).to(dtype)
+    for keep in some_counts(size):
+        assert_selection(x, keep)
+
+
+@every_dtype
+def test_selection_from_nasty_values(dtype):
+    for name, x in nasty(dtype):
+        for keep in some_counts(x.numel()):
+            assert_selection(x, keep, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_selection_from_every_16_bit_value(dtype, monkeypatch):
+    monkeypatch.setattr(kernel("magnitude_select"), "BLOCK", 16384)
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    values = values[torch.randperm(values.numel())]
+    for keep in (1, 777, 20_001, values.numel() - 1, values.numel()):
+        assert_selection(values, keep)
+
+
+def test_selection_from_views_and_shapes():
+    x = torch.randn(9, 20)[:, ::2]
+    assert_selection(x, 31)
+    assert_selection(x.mT, 31)
+    assert_selection(torch.tensor(3.0), 1)
+    assert magnitude_select(torch.empty(0, 4), 0, backend="triton").ties == 0
+
+
+@every_mix
+def test_selection_from_differences(mix):
+    base, (x, _) = pair((300,), mix)
+    for keep in (1, 150, 300):
+        got, expected = (magnitude_select(x, keep, base=base, backend=backend) for backend in ("triton", "torch"))
+        assert same_bits(got.threshold, expected.threshold) and same_bits(got.ties, expected.ties)
+    x[7] = math.nan
+    with pytest.raises(NonFiniteError, match="1 of 300"):
+        magnitude_select(x, 5, base=base, backend="triton")
+
+
+def test_large_blocks_and_the_defaults_agree(monkeypatch):
+    x = torch.randn(9000)
+    small = magnitude_select(x, 1234, backend="triton")
+    monkeypatch.undo()
+    default = magnitude_select(x, 1234, backend="triton")
+    assert same_bits(small.threshold, default.threshold) and same_bits(small.ties, default.ties)
+
+
+# --- reweight_prune
+
+
+def assert_pruned(base, tuned, density, name=""):
+    statistics = task_statistics(base, tuned, sigma=1.0)
+    for weighting in ("clip", "none"):
+        got, expected = (
+            reweight_prune(base, tuned, statistics, weighting, density, backend=backend)
+            for backend in ("triton", "torch")
+        )
+        assert len(got) == len(expected) == len(tuned)
+        for g, e in zip(got, expected, strict=True):
+            assert same_bits(g, e), (name, weighting, density)
+
+
+@every_mix
+@pytest.mark.parametrize("density", [1.0, 0.3, 0.0])
+def test_pruning(mix, density):
+    assert_pruned(*pair((257,), mix), density)
+
+
+@every_dtype
+def test_pruning_of_nasty_values(dtype, density=0.4):
+    for name, x in nasty(dtype):
+        zero = torch.zeros_like(x)
+        if name != "largest":  # its differences overflow
+            assert_pruned(x, [x.flip(0)], density, name)
+        assert_pruned(-zero, [x], density, name)
+
+
+def test_many_clipped_elements_tie():
+    base = torch.zeros(400)
+    tuned = [torch.where(torch.rand(400) < 0.5, torch.randn(400), torch.randn(400).sign() * 5)]
+    for density in (0.05, 0.3, 0.7):
+        assert_pruned(base, tuned, density)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1, 1), (13, 29)])
+def test_pruning_of_shapes(shape):
+    assert_pruned(*pair(shape), [0.5, 1.0])
+
+
+def test_pruning_of_views():
+    base, tuned = torch.randn(12, 30)[:, ::2], torch.randn(15, 12).mT
+    statistics = task_statistics(base, [tuned])
+    got, expected = (
+        reweight_prune(base, [tuned], statistics, "clip", 0.4, backend=backend)[0] for backend in ("triton", "torch")
+    )
+    assert torch.equal(got, expected) and got.is_contiguous()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_nan_and_infinity_are_refused_where_something_is_pruned(bad, dtype):
+    base, tuned = pair((100,), (dtype, dtype))
+    tuned[1][50] = bad
+    statistics = task_statistics(base, tuned)
+    for density, weighting in [(0.5, "clip"), (0.0, "none")]:
+        with pytest.raises(NonFiniteError, match="NaN or infinite"):
+            reweight_prune(base, tuned, statistics, weighting, density, backend="triton")
+    reweight_prune(base, tuned, statistics, "none", [0.5, 1.0], backend="triton")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_come_through_where_nothing_is_pruned(bad):
+    base, tuned = pair((200,))
+    tuned[1][150] = bad
+    for sigma in (3.0, math.inf):
+        statistics = task_statistics(base, tuned, sigma)
+        for weighting in ("clip", "none"):
+            got, expected = (
+                reweight_prune(base, tuned, statistics, weighting, backend=backend) for backend in ("triton", "torch")
+            )
+            for g, e in zip(got, expected, strict=True):
+                assert torch.equal(g.isnan(), e.isnan()) and same_bits(g.nan_to_num(), e.nan_to_num())

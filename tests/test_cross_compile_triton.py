@@ -1,0 +1,134 @@
+"""The Triton kernels compile for every architecture that is supported, without register spills, on any machine."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from r_tsvm_kernels import backends
+
+STATE = "tested in the interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else backends.triton_state()
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(STATE != backends.READY, reason=f"triton: {STATE}"),
+]
+
+ARCHITECTURES = [80, 86, 89, 90, 100]
+# Base, fine-tuned, what they are subtracted in, type of the element count.
+MIXES = {
+    "bf16": ("*bf16", "*bf16", "fp32", "i32"),
+    "fp16": ("*fp16", "*fp16", "fp32", "i64"),
+    "fp32": ("*fp32", "*fp32", "fp32", "i64"),
+    "fp32-bf16": ("*fp32", "*bf16", "fp32", "i64"),
+    "fp64": ("*fp64", "*fp64", "fp64", "i64"),
+}
+INTEGERS = ("prefix_ptr", "counts_ptr", "ties_in_ptr", "ties_ptr", "ties_before_ptr")
+FLOAT64 = ("theta_ptr", "small_limit_ptr", "parts_ptr")
+REAL = ("threshold_ptr", "alpha_ptr", "out_ptr")
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+
+
+def cases():
+    """Yield a label, a kernel and the type (text) or the constant value of each of its arguments."""
+    import torch
+    import triton.language as tl
+
+    add, select, prune, measure = (
+        import_module(f"r_tsvm_kernels.ops.{op}.triton_kernel")
+        for op in ("add_update", "magnitude_select", "reweight_prune", "task_statistics")
+    )
+    digits = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+    digits = {name: select.FORMATS[dtype].digits for name, dtype in digits.items()}
+    nothing_pruned = dict.fromkeys(("theta_ptr", "threshold_ptr", "ties_ptr", "ties_before_ptr"))
+    for mix, (base, tuned, real, count) in MIXES.items():
+        common = {
+            "numel": count,
+            "blocks": "i32",
+            "base_ptr": base,
+            "tuned_ptr": tuned,
+            "update_ptr": tuned,
+            "x_ptr": tuned,
+        }
+        common |= dict.fromkeys(INTEGERS, "*i64") | dict.fromkeys(FLOAT64, "*fp64") | dict.fromkeys(REAL, f"*{real}")
+        common |= {"REAL": {"fp32": tl.float32, "fp64": tl.float64}[real]}
+        common |= {"BITS": digits[real][0], "SHIFT": sum(digits[real][1:])}
+        yield f"moments_kernel {mix}", measure.moments_kernel, {**common, "BLOCK": measure.BLOCK}
+        yield f"tail_kernel {mix}", measure.tail_kernel, {**common, "BLOCK": measure.BLOCK}
+        yield f"add_update_kernel {mix}", add.add_update_kernel, {**common, "BLOCK": add.BLOCK}
+        yield f"digit_kernel {mix} delta", select.digit_kernel, {**common, "BLOCK": select.BLOCK}
+        if mix in digits:
+            alone = {"base_ptr": None, "theta_ptr": None, "BITS": digits[mix][0], "SHIFT": sum(digits[mix][1:])}
+            yield f"digit_kernel {mix}", select.digit_kernel, {**common, **alone, "BLOCK": select.BLOCK}
+        yield f"tie_kernel {mix}", prune.tie_kernel, {**common, "BLOCK": prune.BLOCK}
+        yield f"prune_kernel {mix}", prune.prune_kernel, {**common, "BLOCK": prune.BLOCK}
+        yield f"prune_kernel {mix} all", prune.prune_kernel, {**common, **nothing_pruned, "BLOCK": prune.BLOCK}
+
+
+def compiled(kernel, arguments, target):
+    import triton
+    from triton.compiler import ASTSource
+
+    from r_tsvm_kernels.ops._triton import LAUNCH
+
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        signature[name] = value if isinstance(value, str) else "constexpr"
+        if signature[name] == "constexpr":
+            constants[(place,)] = value
+        elif value.startswith("*"):
+            attributes[(place,)] = [["tt.divisibility", 16]]  # as torch allocates
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=dict(LAUNCH))
+
+
+def resources(cubin, path):
+    """Return registers and bytes of local memory (spills, for kernels without arrays of their own) of each thread."""
+    import triton
+
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listing = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
+    registers, stack, local = map(int, RESOURCES.search(listing).groups())
+    return registers, stack + local
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_triton_kernel_spills(architecture, tmp_path, monkeypatch, capsys):
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    rows = []
+    for label, kernel, arguments in cases():
+        result = compiled(kernel, arguments, GPUTarget("cuda", architecture, 32))
+        # Flushing subnormals or fusing a product into a sum would change results.
+        assert ".ftz" not in result.asm["ptx"] and "fma.rn" not in result.asm["ptx"], label
+        rows.append((label, result.metadata.shared, *resources(result.asm["cubin"], tmp_path / "kernel.cubin")))
+    table = [f"  {label:34}{used:4} registers{shared:7} B shared{spilled:5} B spilled"
+             for label, shared, used, spilled in rows]  # fmt: skip
+    with capsys.disabled():
+        sys.stdout.write("\n".join(["", f"triton, sm_{architecture}", *table, ""]))
+    assert [label for label, _, _, spilled in rows if spilled] == []
+
+
+def test_amd(tmp_path, monkeypatch, capsys):
+    """Reports only: no AMD GPU is supported yet."""
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    lines = []
+    for label, kernel, arguments in cases():
+        if label.split()[1] in ("bf16", "fp64"):
+            try:
+                shared = compiled(kernel, arguments, GPUTarget("hip", "gfx942", 64)).metadata.shared
+                lines.append(f"  {label:34}{shared:7} B shared")
+            except Exception as error:  # a report, whatever the compiler raises
+                lines.append(f"  {label:34} does not compile: {type(error).__name__}")
+    with capsys.disabled():
+        sys.stdout.write("\n".join(["", "triton, gfx942", *lines, ""]))
+    assert lines
