@@ -205,6 +205,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu", help="folder for the JSON")
     parser.add_argument("--peak-of", choices=["ours", "eager", "kthvalue"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if min(args.rounds, args.slow_rounds) < 2:
+        parser.error("a spread needs at least two rounds")
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     if args.peak_of:
         print_peak(args.peak_of, shapes[0])
