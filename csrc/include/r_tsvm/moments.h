@@ -5,11 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define RTSVM_HOST_DEVICE __host__ __device__
-#else
-#define RTSVM_HOST_DEVICE
-#endif
+#include "r_tsvm/host_device.h"
 
 namespace r_tsvm {
 
