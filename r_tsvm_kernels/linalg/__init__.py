@@ -2,7 +2,7 @@
 
 from .certificate import Certificate
 from .polar import PolarFactor, polar_factor
-from .ranks import RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_of, sparsity_rank
+from .ranks import RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
 from .subspaces import Subspaces, leading_subspaces
 from .tsv_merge import TsvMerge, tsv_merge
 
@@ -18,7 +18,6 @@ __all__ = [
     "leading_subspaces",
     "noise_rank",
     "polar_factor",
-    "sparsity_of",
     "sparsity_rank",
     "tsv_merge",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -96,10 +95,3 @@ def choose_rank(
     else:
         raise ConfigError(f"rank must be sparsity, fixed, energy, noise or a whole number, got {rule!r}")
     return min(rank, max(1, fixed_rank(shape, tasks)))
-
-
-def sparsity_of(matrix: Tensor, small: float) -> float:
-    """Return the fraction of elements with magnitude at most `small` (weight units), zeros included; 1.0 if empty."""
-    if matrix.numel() == 0:
-        return 1.0
-    return float((matrix.abs() <= small).sum(dtype=torch.int64)) / matrix.numel()

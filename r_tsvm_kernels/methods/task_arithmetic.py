@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..ops import elect_and_sum
+from ..ops import elect_and_sum, normalized
 from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
 
 
@@ -28,10 +27,7 @@ class TaskArithmeticParameters(MethodParameters):
 )
 def task_arithmetic(base: Tensor, tuned: Sequence[Tensor], options: TaskArithmeticParameters) -> MergeResult:
     """Return ``W_0 + alpha * sum(w_t D_t)`` with ``D_t = W_t - W_0`` (Ilharco et al., ICLR 2023)."""
-    total = sum(options.weight) if options.normalize else 1.0
-    if abs(total) < 1e-8:
-        raise ConfigError(f"task_arithmetic: the weights {list(options.weight)} sum to 0; do not normalize them")
-    weights = [weight / total for weight in options.weight]
+    weights = normalized(options.weight) if options.normalize else list(options.weight)
     return MergeResult(elect_and_sum(base, tuned, weights, alpha=options.alpha), TensorReport(weights=weights))
 
 

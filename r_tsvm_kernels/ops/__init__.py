@@ -2,7 +2,7 @@
 
 from ._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
 from .add_update import add_update
-from .elect_and_sum import Election, Keep, elect_and_sum
+from .elect_and_sum import Election, Keep, elect_and_sum, normalized
 from .magnitude_select import MagnitudeSelection, kept_count, magnitude_select
 from .random_mask import random_mask
 from .reweight_prune import OutlierWeighting, outlier_weights, pruned_sparsity, reweight_prune
@@ -22,6 +22,7 @@ __all__ = [
     "elect_and_sum",
     "kept_count",
     "magnitude_select",
+    "normalized",
     "outlier_weights",
     "pruned_sparsity",
     "random_mask",

@@ -238,7 +238,8 @@ def test_help_is_quick():
 
 
 def test_progress_bar_on_a_terminal(tmp_path):
-    pty = pytest.importorskip("pty")
+    import pty  # not on every system, and no other test needs it
+
     paths, base, _ = family(tmp_path / "in")
     parent, child = pty.openpty()
     command = [sys.executable, "-m", "r_tsvm_kernels", "merge", *map(str, flags(paths)), str(tmp_path / "out")]

@@ -9,7 +9,7 @@ from r_tsvm_kernels.methods import METHODS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # transformers warns about many things of its own
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="reloads with transformers: pip install r-tsvm-kernels[test]")
 
 
 def llama(tied, seed):

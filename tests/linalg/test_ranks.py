@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r_tsvm_kernels.errors import ConfigError
-from r_tsvm_kernels.linalg import choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_of, sparsity_rank
+from r_tsvm_kernels.linalg import choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.floats(0, 1), st.floats(0, 8))
@@ -53,9 +53,3 @@ def test_choose_rank_never_exceeds_the_share():
         choose_rank("guess", matrix, 4, sparsity=0.0)
     with pytest.raises(ConfigError, match="rank"):
         choose_rank(0, matrix, 4, sparsity=0.0)
-
-
-def test_sparsity_counts_the_boundary():
-    assert sparsity_of(torch.tensor([[0.0, -0.5], [0.5, 1.0]]), 0.5) == 0.75
-    assert sparsity_of(torch.zeros(2, 2), 0.0) == 1.0
-    assert sparsity_of(torch.zeros(0, 2), 0.0) == 1.0

@@ -106,11 +106,20 @@ def elect_and_sum(
     if not all(math.isfinite(number) for number in [*weights, alpha]):
         raise ConfigError(f"elect_and_sum: expected finite numbers, got weights {list(weights)}, alpha {alpha}")
     if normalize and elect == "none":
-        total = sum(weights)
-        if abs(total) < 1e-8:
-            raise ConfigError(f"elect_and_sum: the weights {list(weights)} sum to 0 and cannot be normalized")
-        weights = [weight / total for weight in weights]
+        weights = normalized(weights)
     run = dispatch.select("elect_and_sum", base, *tuned, backend=backend)
     rules = list(keep) if keep is not None else [Keep()] * len(tuned)
     result: Tensor = run(base, tuned, list(weights), rules, elect, normalize, alpha)
     return result
+
+
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Divide weights by their sum.
+
+    Raises:
+        ConfigError: they sum to 0.
+    """
+    total = sum(weights)
+    if abs(total) < 1e-8:
+        raise ConfigError(f"the weights {list(weights)} sum to 0 and cannot be normalized; set normalize: false")
+    return [weight / total for weight in weights]
