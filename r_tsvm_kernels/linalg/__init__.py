@@ -1,23 +1,31 @@
 """Spectral operations on task matrices; every result comes with a certificate of its accuracy."""
 
-from .certificate import Certificate
-from .polar import PolarFactor, polar_factor
-from .ranks import RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
-from .subspaces import Subspaces, leading_subspaces
+from .certificate import Certificate, Mode
+from .factored import Factored, FactoredMerge, merge_factored
+from .polar import PolarFactor, polar
+from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
+from .subspaces import Subspaces, TruncatedSVD, leading_subspaces, truncated_svd
 from .tsv_merge import TsvMerge, tsv_merge
 
 __all__ = [
     "Certificate",
+    "Factored",
+    "FactoredMerge",
+    "Mode",
     "PolarFactor",
+    "Rank",
     "RankRule",
     "Subspaces",
+    "TruncatedSVD",
     "TsvMerge",
     "choose_rank",
     "energy_rank",
     "fixed_rank",
     "leading_subspaces",
+    "merge_factored",
     "noise_rank",
-    "polar_factor",
+    "polar",
     "sparsity_rank",
+    "truncated_svd",
     "tsv_merge",
 ]

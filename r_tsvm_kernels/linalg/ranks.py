@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
 
 from ..errors import ConfigError
-from .subspaces import svd
 
 RankRule = Literal["sparsity", "fixed", "energy", "noise"]
+
+# A number, or a function of the singular values: (min(m, n),) float64, falling, in any unit.
+Rank = int | Callable[[Tensor], int]
 
 
 def rank_share(shape: tuple[int, int], tasks: int) -> float:
@@ -61,37 +64,45 @@ def noise_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
 
 
 def choose_rank(
-    rule: RankRule | int, matrix: Tensor, tasks: int, *, sparsity: float, rho: float = 1.0, energy: float = 0.95
-) -> int:
+    rule: RankRule | int,
+    shape: tuple[int, int],
+    tasks: int,
+    *,
+    sparsity: float = 0.0,
+    rho: float = 1.0,
+    energy: float = 0.95,
+) -> Rank:
     """Return the rank of one task matrix under `rule`, never above ``max(1, floor(r / T))``.
 
     The cap keeps the sum over the tasks at or below ``r = min(m, n)``, which two orthonormal bases of that many
-    columns need. The numerical rank is respected later, by `leading_subspaces`.
+    columns need. The numerical rank is respected later, by the solver.
 
     Args:
         rule: ``sparsity``, ``fixed``, ``energy``, ``noise``, or the rank itself.
-        matrix: (m, n), the task matrix after pruning; its spectrum is computed for ``energy`` and ``noise`` only.
+        shape: (m, n) of the task matrix.
         tasks: T, the number of tasks that share the matrix.
         sparsity: z in [0, 1], for the rule ``sparsity``.
         rho: exponent of the rule ``sparsity``.
         energy: fraction in (0, 1] for the rule ``energy``.
 
+    Returns:
+        A number; for ``energy`` and ``noise`` a function of the singular values, which the solver calls when it has
+        them.
+
     Raises:
         ConfigError: an unknown rule or a rank below 1.
-        ConvergenceError: the spectrum could not be computed.
     """
-    shape = (matrix.shape[0], matrix.shape[1])
+    cap = max(1, fixed_rank(shape, tasks))
     if isinstance(rule, int):
         if rule < 1:
             raise ConfigError(f"rank must be at least 1, got {rule}")
-        rank = rule
-    elif rule == "sparsity":
-        rank = sparsity_rank(shape, tasks, sparsity, rho)
-    elif rule == "fixed":
-        rank = fixed_rank(shape, tasks)
-    elif rule in ("energy", "noise"):
-        singular_values = svd(matrix.double())[1]
-        rank = energy_rank(singular_values, energy) if rule == "energy" else noise_rank(singular_values, shape)
-    else:
-        raise ConfigError(f"rank must be sparsity, fixed, energy, noise or a whole number, got {rule!r}")
-    return min(rank, max(1, fixed_rank(shape, tasks)))
+        return min(rule, cap)
+    if rule == "sparsity":
+        return min(sparsity_rank(shape, tasks, sparsity, rho), cap)
+    if rule == "fixed":
+        return fixed_rank(shape, tasks)
+    if rule == "energy":
+        return lambda singular_values: min(energy_rank(singular_values, energy), cap)
+    if rule == "noise":
+        return lambda singular_values: min(noise_rank(singular_values, shape), cap)
+    raise ConfigError(f"rank must be sparsity, fixed, energy, noise or a whole number, got {rule!r}")

@@ -1,13 +1,19 @@
-"""Leading singular subspaces of one task matrix."""
+"""Leading singular subspaces of task matrices, and truncated SVDs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceError, ShapeError
+from ..errors import DTypeError, ShapeError
+from .certificate import Certificate, Mode, tolerance_of
+from .decompositions import svd
+from .ranks import Rank
+from .right_vectors import right_vectors
+from .tall_matrix import TallMatrix
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,9 @@ class Subspaces:
         core: (k, k) float64, ``U^T D V``; with `U` and `Vh` determined up to a rotation within each subspace.
         Vh: (k, n) float64, orthonormal rows.
         captured_energy: ``norm(core)^2 / norm(D)^2`` (Frobenius), 1.0 for a zero matrix.
-        residual: ``norm(D V - U core) / norm(D)`` (Frobenius), 0.0 for a zero matrix.
+        residual: ``norm(D^T U - V core^T) / norm(D)`` (Frobenius), 0.0 for a zero matrix: how far the subspaces are
+            from being invariant; ``D V = U core`` holds to rounding.
+        certificate: measured accuracy; its error is that of the subspaces.
     """
 
     U: Tensor
@@ -27,6 +35,7 @@ class Subspaces:
     Vh: Tensor
     captured_energy: float
     residual: float
+    certificate: Certificate
 
     @property
     def rank(self) -> int:
@@ -34,49 +43,130 @@ class Subspaces:
         return self.core.shape[0]
 
 
-def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD; a LAPACK or cuSOLVER failure becomes a `ConvergenceError`."""
-    try:
-        U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ConvergenceError(f"the SVD of a {tuple(matrix.shape)} matrix did not converge: {error}") from error
-    return U, s, Vh
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """Leading singular triplets of a batch of matrices, padded with zeros to the largest rank.
 
-
-def rank_tolerance(matrix: Tensor) -> float:
-    """Return the singular value below which a direction of `matrix` counts as zero, in the units of the matrix.
-
-    ``eps * norm(matrix)`` (Frobenius) with eps of the matrix's dtype: rounding every element to that dtype moves no
-    singular value by more than half of it (Weyl). For float64 the SVD's own backward error is larger and decides.
+    Attributes:
+        U: (batch, m, k) float64; the first ``ranks[b]`` columns of item b are orthonormal.
+        S: (batch, k) float64, falling.
+        Vh: (batch, k, n) float64; the first ``ranks[b]`` rows of item b are orthonormal.
+        ranks: of each item, at most what was asked for.
+        certificates: of each item.
     """
-    eps = max(torch.finfo(matrix.dtype).eps, 2.0**-46)
-    return eps * float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    ranks: tuple[int, ...]
+    certificates: tuple[Certificate, ...]
 
 
-def leading_subspaces(matrix: Tensor, rank: int) -> Subspaces:
-    """Find the leading left and right singular subspaces, in float64 whatever the input dtype.
+def leading_subspaces(
+    matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], mode: Mode = "exact"
+) -> list[Subspaces]:
+    """Find the leading left and right singular subspaces of each matrix.
 
-    The rank is clipped to the numerical rank (`rank_tolerance`): beyond it singular vectors are arbitrary, and
-    arbitrary directions would reach rows and columns that the fine-tune never touched.
+    The rank is clipped to the numerical rank: beyond it singular vectors are arbitrary, and arbitrary directions would
+    reach rows and columns that the fine-tune never touched.
 
     Args:
-        matrix: (m, n), float32 or float64, finite.
-        rank: dimension asked for, >= 0.
+        matrices: matrices (m, n) of any shapes, or one stacked tensor (batch, m, n); float32 or float64, finite.
+        ranks: per matrix the dimension asked for, >= 0, or a function of its singular values (see `choose_rank`).
+        mode: ``exact`` or ``fast``, see `Certificate`.
 
     Raises:
-        ShapeError: not a matrix.
-        ConvergenceError: the decomposition failed.
+        ShapeError: not matrices, or another number of ranks.
+        DTypeError: a matrix is not float32 or float64.
+        ConfigError: an unknown mode.
+        ConvergenceError: no solver succeeded.
     """
-    if matrix.ndim != 2:
-        raise ShapeError(f"leading_subspaces: expected a matrix, got shape {tuple(matrix.shape)}")
-    exact = matrix.double()
-    norm = float(torch.linalg.vector_norm(exact))
-    if norm == 0.0 or rank == 0:
-        m, n = matrix.shape
-        return Subspaces(exact.new_zeros(m, 0), exact.new_zeros(0, 0), exact.new_zeros(0, n), float(norm == 0.0), 0.0)
-    U, s, Vh = svd(exact)
-    k = min(rank, int((s > rank_tolerance(matrix)).sum()))
-    U, s, Vh = U[:, :k], s[:k], Vh[:k]
-    residual = float(torch.linalg.vector_norm(exact @ Vh.mT - U * s)) / norm
-    energy = min(1.0, float(s.square().sum()) / norm**2)
-    return Subspaces(U, torch.diag(s), Vh, energy, residual)
+    tolerance = tolerance_of(mode)
+    check_matrices(matrices, ranks, "leading_subspaces")
+    return [_subspaces(matrix, rank, mode, tolerance) for matrix, rank in zip(matrices, ranks, strict=True)]
+
+
+def truncated_svd(matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], mode: Mode = "exact") -> TruncatedSVD:
+    """Compute the leading singular triplets of each matrix: `leading_subspaces` and the SVD of its core.
+
+    Args:
+        matrices: matrices (m, n) of one shape, or one stacked tensor (batch, m, n); float32 or float64, finite.
+        ranks: per matrix the number of triplets, >= 0, or a function of its singular values (see `choose_rank`).
+        mode: ``exact`` or ``fast``, see `Certificate`.
+
+    Raises:
+        ShapeError: no matrices, matrices of several shapes, or another number of ranks.
+        DTypeError: a matrix is not float32 or float64.
+        ConfigError: an unknown mode.
+        ConvergenceError: no solver succeeded.
+    """
+    if len({tuple(matrix.shape) for matrix in matrices}) != 1:
+        raise ShapeError(
+            f"truncated_svd: expected matrices of one shape, got {[tuple(matrix.shape) for matrix in matrices]}; "
+            "call leading_subspaces for several shapes"
+        )
+    parts = leading_subspaces(matrices, ranks, mode)
+    (m, n), k = matrices[0].shape, max(part.rank for part in parts)
+    U, S, Vh = (parts[0].U.new_zeros(len(parts), *shape) for shape in ((m, k), (k,), (k, n)))
+    for item, part in enumerate(parts):
+        P, values, Qh = svd(part.core)
+        U[item, :, : part.rank] = part.U @ P
+        S[item, : part.rank] = values
+        Vh[item, : part.rank] = Qh @ part.Vh
+    return TruncatedSVD(U, S, Vh, tuple(part.rank for part in parts), tuple(part.certificate for part in parts))
+
+
+def check_matrices(matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], op: str) -> None:
+    """Raise unless these are float32 or float64 matrices with a rank each."""
+    for matrix in matrices:
+        if matrix.ndim != 2:
+            raise ShapeError(f"{op}: expected matrices, got shape {tuple(matrix.shape)}")
+        if matrix.dtype not in (torch.float32, torch.float64):
+            raise DTypeError(f"{op}: expected float32 or float64, got {matrix.dtype}; convert it with .float()")
+    if len(matrices) != len(ranks):
+        raise ShapeError(f"{op}: {len(matrices)} matrices, {len(ranks)} ranks")
+    for rank in ranks:
+        if isinstance(rank, int) and rank < 0:
+            raise ShapeError(f"{op}: a rank must not be negative, got {rank}")
+
+
+def _subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float) -> Subspaces:
+    tall = TallMatrix(matrix)
+    found = right_vectors(tall, rank, mode)
+    V = found.V
+    (m, _), k = tall.shape, V.shape[1]
+    image = V.new_empty(m, k)
+    for rows, tile in tall.tiles(torch.float64):
+        image[rows] = tile @ V
+    U, core = torch.linalg.qr(image)
+    norm = tall.squared_norm**0.5
+    residual = energy = 0.0
+    if norm == 0.0:
+        energy = 1.0
+    elif k:
+        back = torch.zeros_like(V)
+        for rows, tile in tall.tiles(torch.float64):
+            back.addmm_(tile.mT, U[rows])
+        residual = float(torch.linalg.vector_norm(back - V @ core.mT)) / norm
+        energy = min(1.0, float(core.square().sum()) / tall.squared_norm)
+    core = core / tall.scale
+    defect = max(orthogonality(U), orthogonality(V))
+    certificate = Certificate(
+        error=found.error + defect,
+        orthogonality=defect,
+        subspace_error=found.error,
+        tolerance=tolerance,
+        route=found.route,
+        escalations=found.escalations,
+    )
+    certificate.require()
+    if tall.transposed:
+        U, core, V = V, core.mT, U
+    return Subspaces(U, core, V.mT, energy, residual, certificate)
+
+
+def orthogonality(Q: Tensor) -> float:
+    """Return the largest entry of ``|Q^T Q - I|``."""
+    if Q.shape[1] == 0:
+        return 0.0
+    return float((Q.mT @ Q - torch.eye(Q.shape[1], dtype=Q.dtype, device=Q.device)).abs().amax())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
-from .certificate import Certificate
-from .polar import PolarFactor, polar_factor
-from .subspaces import leading_subspaces
+from ..errors import ConvergenceError, ShapeError
+from .certificate import Certificate, Mode, tolerance_of
+from .factored import Factored, merge_factored
+from .polar import InverseRoot, root_of_factor, root_of_gram
+from .ranks import Rank
+from .right_vectors import ROUTES, RightVectors, right_vectors
+from .subspaces import check_matrices
+from .tall_matrix import WORKSPACE, TallMatrix
 
-TOLERANCE = 1e-9
+PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class TsvMerge:
         matrix: (m, n) merged update in the dtype of the task matrices.
         ranks: rank used per task: what was asked for, clipped to the numerical rank.
         captured_energy: per task, fraction of the squared Frobenius norm inside the subspaces that were kept.
-        certificate: measured orthogonality and residual.
+        certificate: measured accuracy.
     """
 
     matrix: Tensor
@@ -34,9 +38,14 @@ class TsvMerge:
 
 
 def tsv_merge(
-    task_matrices: Sequence[Tensor], ranks: Sequence[int], weights: Sequence[float] | None = None
+    task_matrices: Sequence[Tensor | Factored],
+    ranks: Sequence[Rank],
+    weights: Sequence[float] | None = None,
+    mode: Mode = "exact",
+    *,
+    workspace: int = WORKSPACE,
 ) -> TsvMerge:
-    """Merge task matrices by TSV-Merge (Gargiulo et al., "Task Singular Vectors", CVPR 2025), in float64.
+    """Merge task matrices by TSV-Merge (Gargiulo et al., "Task Singular Vectors", CVPR 2025).
 
     The leading `ranks[t]` left and right subspaces of each task are concatenated to ``U`` and ``V``, both are replaced
     by their canonical polar factor, and the weighted cores go in between:
@@ -44,57 +53,219 @@ def tsv_merge(
     exactly zero in the result.
 
     Args:
-        task_matrices: T matrices (m, n), float32 or float64, finite, on one device.
-        ranks: T ranks >= 0; their sum should not exceed min(m, n), or the bases cannot become orthonormal.
+        task_matrices: T matrices (m, n), float32 or float64, finite, on one device; or all `Factored`, such as LoRA
+            updates, which are merged without ever forming a task matrix.
+        ranks: T ranks >= 0, or functions of the singular values (see `choose_rank`); their sum should not exceed
+            min(m, n), or the bases cannot become orthonormal.
         weights: T factors of the cores; None means 1.
+        mode: ``exact`` or ``fast``, see `Certificate`.
+        workspace: bytes for copies of matrix rows; beside them a few square matrices of the short side are needed.
 
     Raises:
         ShapeError: the matrices, ranks and weights do not match.
-        ConvergenceError: a decomposition failed, or the result missed its certificate.
+        DTypeError: a matrix is not float32 or float64.
+        ConfigError: an unknown mode.
+        ConvergenceError: no solver reached the tolerance of `mode`.
     """
+    tolerance = tolerance_of(mode)
     factors = [1.0] * len(task_matrices) if weights is None else list(weights)
     shapes = {tuple(matrix.shape) for matrix in task_matrices}
     if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
         raise ShapeError(f"tsv_merge: expected matrices of one shape, got {sorted(shapes)}")
     if not len(task_matrices) == len(ranks) == len(factors):
         raise ShapeError(f"tsv_merge: {len(task_matrices)} matrices, {len(ranks)} ranks, {len(factors)} weights")
+    if all(isinstance(matrix, Factored) for matrix in task_matrices):
+        return _from_factors([matrix for matrix in task_matrices if isinstance(matrix, Factored)], ranks, factors, mode)
+    dense = [matrix.dense() if isinstance(matrix, Factored) else matrix for matrix in task_matrices]
+    check_matrices(dense, ranks, "tsv_merge")
 
-    # Nothing may leak into rows and columns that no task touched; leaving them out also makes the solve smaller.
-    touched = torch.stack([matrix != 0 for matrix in task_matrices]).any(0)
-    rows, columns = touched.any(1).nonzero()[:, 0], touched.any(0).nonzero()[:, 0]
-    parts = [
-        leading_subspaces(matrix[rows][:, columns], rank) for matrix, rank in zip(task_matrices, ranks, strict=True)
+    rows, columns = _touched(dense)
+    m, n = dense[0].shape
+    whole = len(rows) == m and len(columns) == n
+    tall = [
+        TallMatrix(matrix if whole else matrix[rows[:, None], columns], len(rows) < len(columns), workspace)
+        for matrix in dense
     ]
+    of_all = [_of_all_values(rank, min(m, n)) for rank in ranks]
+    given_up: tuple[str, ...] = ()
+    for first in range(len(ROUTES)):
+        try:
+            parts = [
+                right_vectors(matrix, rank, mode, ROUTES[first:] if first else None)
+                for matrix, rank in zip(tall, of_all, strict=True)
+            ]
+            merge = _Merge(tall, parts, factors, tolerance, given_up)
+            merge.certificate.require()
+            break
+        except ConvergenceError as failure:
+            if first == len(ROUTES) - 1:
+                raise
+            given_up += (str(failure),)
 
-    left = polar_factor(torch.cat([part.U for part in parts], dim=1))
-    right = polar_factor(torch.cat([part.Vh for part in parts], dim=0))
-    core: Tensor = torch.block_diag(  # type: ignore[no-untyped-call]
-        *(weight * part.core for weight, part in zip(factors, parts, strict=True))
-    )
-    update = left.matrix @ core @ right.matrix
-
-    certificate = Certificate(
-        orthogonality=max(_isometry_defect(factor) for factor in (left, right)),
-        residual=max(part.residual for part in parts),
-        tolerance=TOLERANCE,
-        route="svd-float64",
-        basis_rank=(left.rank, right.rank),
-        basis_condition=(left.condition, right.condition),
-    )
-    certificate.require()
-    matrix = torch.zeros_like(task_matrices[0])
-    matrix[rows[:, None], columns] = update.to(matrix.dtype)
-    return TsvMerge(
-        matrix, tuple(part.rank for part in parts), tuple(part.captured_energy for part in parts), certificate
-    )
+    result = torch.zeros_like(dense[0])
+    update = result if whole else result.new_zeros(len(rows), len(columns))
+    merge.write(update.mT if tall[0].transposed else update)
+    if not whole:
+        result[rows[:, None], columns] = update
+    return TsvMerge(result, tuple(part.V.shape[1] for part in parts), merge.captured_energy(), merge.certificate)
 
 
-def _isometry_defect(factor: PolarFactor) -> float:
-    """Return the largest entry of ``|Q^T Q - I|``, or of ``|P P^T P - P|`` for a partial isometry."""
-    P = factor.matrix if factor.matrix.shape[0] >= factor.matrix.shape[1] else factor.matrix.mT
-    if P.numel() == 0:
+class _Merge:
+    """The merge of tall matrices in the long side's tiles: the left bases ``U_t = D_t V_t R_t^-1`` are never stored.
+
+    With ``W = [D_1 V_1 .. D_T V_T]`` and ``R = blockdiag(R_t)``, where ``R_t^T R_t`` are the diagonal blocks of
+    ``W^T W``, the concatenated left basis is ``W R^-1``, the cores are R_t, and the merged matrix is
+    ``W (R^-1 (U^T U)^(-1/2) blockdiag(w_t R_t) (V^T V)^(-1/2) V^T)``.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[TallMatrix],
+        parts: Sequence[RightVectors],
+        weights: Sequence[float],
+        tolerance: float,
+        given_up: tuple[str, ...],
+    ) -> None:
+        """Find the polar factors and what is to be multiplied with W."""
+        self.matrices, self.parts = matrices, parts
+        ranks = [part.V.shape[1] for part in parts]
+        ends = torch.tensor(ranks).cumsum(0).tolist()
+        self.blocks = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+        self.images: list[Tensor] | None = None  # tiles of W, if they all fit into the workspace
+        V = torch.cat([part.V for part in parts], dim=1)
+        gram = self._gram(V)
+        # The columns of a task's image are orthogonal but for rounding: scaled to norm 1 nothing is lost.
+        lengths = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+        scaled = gram / lengths / lengths[:, None]
+        self.factors = [self._cholesky(scaled[block, block]) for block in self.blocks]  # upper, R_t / lengths
+        self.core_energy = [
+            float((R * lengths[b]).square().sum()) for R, b in zip(self.factors, self.blocks, strict=True)
+        ]
+        left_gram = self._left(self._left(scaled, True).mT, True).mT
+        right_gram = V.mT @ V
+        escalations = list(given_up)
+        left = self._root(left_gram, escalations, lambda: self._left_factor(lengths))
+        right = self._root(right_gram, escalations, lambda: torch.linalg.qr(V, mode="r").R)
+
+        right_factor = right.matrix @ V.mT  # polar(V)^T
+        inner = torch.empty_like(right_factor)
+        for R, block, matrix, weight in zip(self.factors, self.blocks, matrices, weights, strict=True):
+            inner[block] = (R * (lengths[block] * (weight / matrix.scale))) @ right_factor[block]
+        # To the right of W, in the scale of the tiles.
+        self.inner = self._left(left.matrix @ inner, False) / lengths[:, None]
+
+        routes = {part.route for part in parts} | {root.route for root in (left, right) if root.route == ROUTES[-1]}
+        defect = max(_defect(left, left_gram), _defect(right, right_gram))
+        subspace_error = max(part.error for part in parts)
+        condition = (left.condition, right.condition)
+        if matrices[0].transposed:
+            left, right, condition = right, left, condition[::-1]
+        self.certificate = Certificate(
+            error=subspace_error * max(condition) + defect,
+            orthogonality=defect,
+            subspace_error=subspace_error,
+            tolerance=tolerance,
+            route=max(routes, key=ROUTES.index),
+            basis_rank=(left.rank, right.rank),
+            basis_condition=condition,
+            escalations=tuple(dict.fromkeys([*escalations, *(e for part in parts for e in part.escalations)])),
+        )
+
+    def captured_energy(self) -> tuple[float, ...]:
+        """Return the share of each task's squared Frobenius norm inside its subspaces."""
+        energies = zip(self.core_energy, self.matrices, strict=True)
+        return tuple(min(1.0, e / matrix.squared_norm) if matrix.squared_norm else 1.0 for e, matrix in energies)
+
+    def write(self, out: Tensor) -> None:
+        """Write the merged matrix to `out` (m, n)."""
+        first = 0
+        for image in self._tiles():
+            rows = slice(first, first + len(image))
+            out[rows] = image @ self.inner
+            first = rows.stop
+
+    def _gram(self, V: Tensor) -> Tensor:
+        """Return ``W^T W``; keep W if there is room."""
+        columns = V.shape[1]
+        m = self.matrices[0].shape[0]
+        keep = 8 * m * columns <= self.matrices[0].workspace
+        kept = []
+        total = V.new_zeros(columns, columns)
+        for image in self._tiles():
+            total.addmm_(image.mT, image)
+            if keep:
+                kept.append(image)
+        self.images = kept if keep else None
+        return total
+
+    def _tiles(self) -> Iterator[Tensor]:
+        """Yield W, row tile by row tile."""
+        if self.images is not None:
+            yield from self.images
+            return
+        for tiles in zip(*(matrix.tiles(torch.float64) for matrix in self.matrices), strict=True):
+            yield torch.cat([tile @ part.V for (_, tile), part in zip(tiles, self.parts, strict=True)], dim=1)
+
+    def _left(self, x: Tensor, transposed: bool) -> Tensor:
+        """Return ``blockdiag(R)^-1 x``, or ``blockdiag(R)^-T x``, for R in units of the lengths."""
+        out = torch.empty_like(x)
+        for R, block in zip(self.factors, self.blocks, strict=True):
+            out[block] = torch.linalg.solve_triangular(R.mT if transposed else R, x[block], upper=not transposed)
+        return out
+
+    def _left_factor(self, lengths: Tensor) -> Tensor:
+        """Return the triangular factor of the concatenated left basis, tile by tile."""
+        R = lengths.new_zeros(0, len(lengths))
+        for image in self._tiles():
+            R = torch.linalg.qr(torch.cat([R, self._left((image / lengths).mT, True).mT]), mode="r").R
+        return R
+
+    @staticmethod
+    def _root(gram: Tensor, escalations: list[str], factor: Callable[[], Tensor]) -> InverseRoot:
+        try:
+            return root_of_gram(gram)
+        except ConvergenceError as failure:
+            escalations.append(str(failure))
+            return root_of_factor(factor())
+
+    @staticmethod
+    def _cholesky(gram: Tensor) -> Tensor:
+        L, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed):
+            raise ConvergenceError("the images of a task's right singular vectors are linearly dependent")
+        upper: Tensor = L.mT
+        return upper
+
+
+def _defect(root: InverseRoot, gram: Tensor) -> float:
+    """Return ``norm(P^T P y - y) / norm(y)`` for random y in the range of the polar factor's ``P^T``."""
+    if root.rank == 0:
         return 0.0
-    gram = P.mT @ P
-    if factor.rank == gram.shape[0]:
-        return float((gram - torch.eye(factor.rank, dtype=P.dtype, device=P.device)).abs().amax())
-    return float((P @ gram - P).abs().amax())
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64).to(gram.device)
+    y = root.matrix @ (gram @ (root.matrix @ z))
+    again = root.matrix @ (gram @ (root.matrix @ y))
+    if root.rank == len(gram):
+        again, y = y, z  # full rank: nothing but the identity will do
+    return float(torch.linalg.vector_norm(again - y) / torch.linalg.vector_norm(y))
+
+
+def _touched(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns in which some matrix is not zero: into the others nothing may leak."""
+    rows = torch.stack([(matrix != 0).any(1) for matrix in matrices]).any(0)
+    columns = torch.stack([(matrix != 0).any(0) for matrix in matrices]).any(0)
+    return rows.nonzero()[:, 0], columns.nonzero()[:, 0]
+
+
+def _of_all_values(rank: Rank, count: int) -> Rank:
+    """Let a rank rule see the zeros, too, that belong to rows and columns left out."""
+    if isinstance(rank, int):
+        return rank
+    return lambda values: rank(torch.cat([values, values.new_zeros(count - len(values))]))
+
+
+def _from_factors(
+    matrices: Sequence[Factored], ranks: Sequence[Rank], weights: Sequence[float], mode: Mode
+) -> TsvMerge:
+    merged = merge_factored(matrices, ranks, weights, mode)
+    return TsvMerge(merged.update.dense(), merged.ranks, merged.captured_energy, merged.certificate)

@@ -47,12 +47,11 @@ def rtsvm(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> Me
     statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
     task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
     sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
+    shape = (base.shape[0], base.shape[1])
     ranks = [
-        choose_rank(
-            options.rank, matrix, len(tuned), sparsity=z, rho=options.rank_rho, energy=options.rank_energy
-        )
-        for matrix, z in zip(task_matrices, sparsities, strict=True)
-    ]  # fmt: skip
+        choose_rank(options.rank, shape, len(tuned), sparsity=z, rho=options.rank_rho, energy=options.rank_energy)
+        for z in sparsities
+    ]
     reweighting = outlier_weights(statistics, options.outlier_weighting)
     weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
     merged = tsv_merge(task_matrices, ranks, weights)

@@ -16,7 +16,7 @@ def test_ranks_share_the_short_side(m, n, tasks, sparsity, rho):
     assert 1 <= rank <= max(1, fixed)
     assert sparsity_rank((m, n), tasks, sparsity, 0.0) == max(1, fixed)
     if fixed:
-        assert tasks * choose_rank("sparsity", torch.zeros(m, n), tasks, sparsity=sparsity, rho=rho) <= min(m, n)
+        assert tasks * choose_rank("sparsity", (m, n), tasks, sparsity=sparsity, rho=rho) <= min(m, n)
 
 
 def test_sparsity_rank_by_hand():
@@ -44,12 +44,16 @@ def test_noise_rank_finds_the_signal():
 
 
 def test_choose_rank_never_exceeds_the_share():
-    matrix = torch.randn(30, 60)
-    assert choose_rank("fixed", matrix, 4, sparsity=0.9) == 7
-    assert choose_rank("energy", matrix, 4, sparsity=0.0, energy=1.0) == 7
-    assert choose_rank(5, matrix, 4, sparsity=0.0) == 5
-    assert choose_rank(25, matrix, 4, sparsity=0.0) == 7
+    assert choose_rank("fixed", (30, 60), 4, sparsity=0.9) == 7
+    assert choose_rank(5, (30, 60), 4) == 5
+    assert choose_rank(25, (30, 60), 4) == 7
+    assert choose_rank("fixed", (3, 60), 4) == 0
+    values = torch.linspace(1.0, 0.1, 30)
+    for rule, small in (("energy", {"energy": 0.1}), ("noise", {})):
+        chosen = choose_rank(rule, (30, 60), 4, **small)
+        assert 1 <= chosen(values) < 7
+    assert choose_rank("energy", (30, 60), 4, energy=1.0)(values) == 7
     with pytest.raises(ConfigError, match="rank"):
-        choose_rank("guess", matrix, 4, sparsity=0.0)
+        choose_rank("guess", (30, 60), 4)
     with pytest.raises(ConfigError, match="rank"):
-        choose_rank(0, matrix, 4, sparsity=0.0)
+        choose_rank(0, (30, 60), 4)

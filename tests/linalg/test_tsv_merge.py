@@ -5,20 +5,13 @@ import torch
 from compare import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from spectra import KINDS, spectrum
 
-from r_tsvm_kernels.errors import ConvergenceError, ShapeError
+from r_tsvm_kernels.errors import ConfigError, ConvergenceError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.linalg import Certificate, tsv_merge
 
 
-def spectrum(m, n, power, seed):
-    """Random matrix whose singular values fall like i^-power."""
-    generator = torch.Generator().manual_seed(seed)
-    r = min(m, n)
-    U = torch.linalg.qr(torch.randn(m, r, generator=generator, dtype=torch.float64)).Q
-    V = torch.linalg.qr(torch.randn(n, r, generator=generator, dtype=torch.float64)).Q
-    return ((U * torch.arange(1, r + 1, dtype=torch.float64) ** -power) @ V.mT).float()
-
-
+# 0.0: all singular values are equal but for the rounding of the matrix, which decides.
 @pytest.mark.parametrize("power", [0.0, 0.3, 0.7, 1.2])
 @pytest.mark.parametrize(("m", "n"), [(48, 48), (30, 75), (75, 30)])
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
@@ -44,6 +37,66 @@ def test_a_rank_per_task(ranks, seed):
     )
     assert relative_error(got.matrix, np.broadcast_to(exact, (50, 45)).copy()) < 1e-6
     assert got.ranks == tuple(ranks)
+
+
+def merge_in(dtype, matrices, rank):
+    """TSV-Merge as published: SVDs of task matrices and bases, in `dtype`."""
+    U, H, V = [], [], []
+    for matrix in matrices:
+        P, s, Qh = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
+        k = min(rank, int((s > torch.finfo(torch.float32).eps * s.norm()).sum()))
+        U.append(P[:, :k]), H.append(torch.diag(s[:k])), V.append(Qh[:k])
+    polar = []
+    for basis in (torch.cat(U, dim=1), torch.cat(V)):
+        P, s, Qh = torch.linalg.svd(basis, full_matrices=False)
+        kept = int((s > 1e-6 * s[0]).sum())
+        polar.append(P[:, :kept] @ Qh[:kept])
+    return polar[0] @ torch.block_diag(*H) @ polar[1]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("tasks", [2, 3, 8])
+@pytest.mark.parametrize("share", [1, 4], ids=["k = r / T", "k = r / 4T"])
+def test_large_enough_for_the_float32_route(kind, tasks, share):
+    matrices = [spectrum(288, 256, kind, seed) for seed in range(tasks)]
+    rank = 256 // tasks // share
+    exact, single = merge_in(torch.float64, matrices, rank), merge_in(torch.float32, matrices, rank)
+    got = tsv_merge(matrices, [rank] * tasks)
+    error = relative_error(got.matrix, exact.numpy())
+    assert error <= 2 * relative_error(single, exact.numpy())
+    assert error <= got.certificate.error + 1e-7 <= 1e-4  # the estimate, and rounding the result to float32
+    fast = tsv_merge(matrices, [rank] * tasks, mode="fast")
+    assert relative_error(fast.matrix, exact.numpy()) <= fast.certificate.error + 1e-7 <= 1e-2
+
+
+@pytest.mark.parametrize("shape", [(900, 40), (40, 900)], ids=str)
+def test_row_tiles_give_the_same_merge(shape):
+    matrices = [spectrum(*shape, 0.3, seed) for seed in range(3)]
+    whole = tsv_merge(matrices, [13] * 3)
+    tiled = tsv_merge(matrices, [13] * 3, workspace=2 * 8 * 40 * 256)  # 256 rows of four tiles, the images not kept
+    assert relative_error(tiled.matrix, whole.matrix) < 1e-6
+    assert tiled.certificate.basis_condition == pytest.approx(whole.certificate.basis_condition, rel=1e-6)
+
+
+def test_nearly_dependent_bases_take_the_exact_route_and_say_so():
+    first = spectrum(60, 60, 0.5, 0)
+    matrices = [first, first + 3e-6 * torch.randn(60, 60)]
+    got = tsv_merge(matrices, [20, 20])
+    assert relative_error(got.matrix, oracle.tsv_merge([m.double().numpy() for m in matrices], [20, 20], [1, 1])) < 1e-4
+    assert got.certificate.route == "svd-float64"
+    assert max(got.certificate.basis_condition) > 1e5
+    assert any("basis" in reason for reason in got.certificate.escalations)
+
+
+def test_rank_rules_are_asked_with_all_singular_values():
+    matrices = [spectrum(30, 40, 0.7, seed) for seed in range(2)]
+    for matrix in matrices:
+        matrix[:8] = 0  # left out of the solve, but zeros of the spectrum
+    seen = []
+    tsv_merge(matrices, [lambda values: seen.append(values) or 5] * 2)
+    for matrix, values in zip(matrices, seen, strict=True):
+        exact = torch.linalg.svdvals(matrix.double())  # a rule must not depend on the unit
+        assert torch.allclose(values / values[0], exact / exact[0], atol=1e-7)
 
 
 def test_rows_and_columns_nobody_touched_are_exactly_zero():
@@ -111,13 +164,18 @@ def test_what_it_refuses():
     ]:
         with pytest.raises(ShapeError, match="tsv_merge"):
             tsv_merge(matrices, ranks, weights)
+    with pytest.raises(DTypeError, match="float16"):
+        tsv_merge([matrix.half()], [1])
+    with pytest.raises(NonFiniteError, match="NaN"):
+        tsv_merge([torch.full((4, 4), torch.inf)], [1])
+    with pytest.raises(ConfigError, match="mode"):
+        tsv_merge([matrix], [1], mode="quick")
 
 
 def test_a_missed_certificate_raises():
-    fine = Certificate(orthogonality=1e-15, residual=1e-15, tolerance=1e-9, route="svd-float64")
-    fine.require()
-    for bad in (1e-8, float("nan")):
-        missed = Certificate(orthogonality=bad, residual=0.0, tolerance=1e-9, route="svd-float64")
+    Certificate(error=1e-5, orthogonality=1e-5, subspace_error=0.0, tolerance=1e-4, route="svd-float64").require()
+    for bad in (1e-3, float("nan")):
+        missed = Certificate(error=bad, orthogonality=bad, subspace_error=0.0, tolerance=1e-4, route="svd-float64")
         assert not missed.met
         with pytest.raises(ConvergenceError, match="orthogonality"):
             missed.require()

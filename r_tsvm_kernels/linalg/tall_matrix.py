@@ -1,0 +1,91 @@
+"""Products with one matrix, row tile by row tile, in a precision and a scale of our choosing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+
+# Bytes that copies of matrix rows may take, and what is computed from them. A 128256 x 4096 embedding is worked
+# through in tiles of it, beside a few square matrices of the short side.
+WORKSPACE = 512 << 20
+
+
+class TallMatrix:
+    """A matrix seen as tall (transposed if it is wide) and scaled by a power of two, which is never stored.
+
+    The largest magnitude is scaled into [1, 2), so that squares neither overflow nor vanish in float32.
+
+    Attributes:
+        matrix: the tall view (m, n), m >= n, in the caller's units.
+        transposed: whether that is the transpose of what was given.
+        scale: what its elements are multiplied by in every product.
+        squared_norm: squared Frobenius norm in the scaled units.
+    """
+
+    def __init__(self, matrix: Tensor, transposed: bool | None = None, workspace: int = WORKSPACE) -> None:
+        """View `matrix` as tall, or as `transposed` says.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinity.
+        """
+        m, n = matrix.shape
+        self.transposed = m < n if transposed is None else transposed
+        self.matrix = matrix.mT if self.transposed else matrix
+        self.workspace = workspace
+        largest = float(torch.linalg.vector_norm(matrix, math.inf)) if matrix.numel() else 0.0
+        if not math.isfinite(largest):
+            raise NonFiniteError(f"a {tuple(matrix.shape)} matrix holds NaN or infinity: it has no singular values")
+        self.scale = 2.0 ** min(1020, 1 - math.frexp(largest)[1]) if largest else 1.0
+        self.squared_norm = sum(float(torch.linalg.vector_norm(tile)) ** 2 for _, tile in self.tiles(torch.float64))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the tall view."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield row ranges and the scaled rows in `dtype`."""
+        m, n = self.shape
+        height = max(256, self.workspace // (8 * max(n, 1)) // 2)
+        for first in range(0, m, height):
+            rows = slice(first, min(m, first + height))
+            tile = self.matrix[rows]
+            # Scaled in the wider of the two types: float32 holds what it can of a float64 matrix only afterwards.
+            wide = tile if tile.dtype == torch.float64 else tile.to(dtype)
+            yield rows, (wide * self.scale).to(dtype)
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """Return ``D^T D`` (n, n), accumulated over the tiles in `dtype`."""
+        n = self.shape[1]
+        total = self.matrix.new_zeros(n, n, dtype=dtype)
+        for _, tile in self.tiles(dtype):
+            total.addmm_(tile.mT, tile)
+        return total
+
+    def normal_times(self, V: Tensor) -> Tensor:
+        """Return ``D^T (D V)`` (n, k) in float64."""
+        total = torch.zeros_like(V)
+        for _, tile in self.tiles(torch.float64):
+            total.addmm_(tile.mT, tile @ V)
+        return total
+
+    def image_gram(self, V: Tensor) -> Tensor:
+        """Return ``(D V)^T (D V)`` (k, k) in float64."""
+        total = V.new_zeros(V.shape[1], V.shape[1])
+        for _, tile in self.tiles(torch.float64):
+            image = tile @ V
+            total.addmm_(image.mT, image)
+        return total
+
+    def triangular_factor(self, V: Tensor | None = None) -> Tensor:
+        """Return R of ``D = Q R``, or of ``D V``, in float64; Q is not formed."""
+        n = self.shape[1] if V is None else V.shape[1]
+        R = self.matrix.new_zeros(0, n, dtype=torch.float64)
+        for _, tile in self.tiles(torch.float64):
+            R = torch.linalg.qr(torch.cat([R, tile if V is None else tile @ V]), mode="r").R
+        return R

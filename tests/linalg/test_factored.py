@@ -1,0 +1,76 @@
+import pytest
+import torch
+from compare import relative_error
+
+from r_tsvm_kernels.errors import DeviceError, DTypeError, ShapeError
+from r_tsvm_kernels.linalg import Factored, energy_rank, merge_factored, tsv_merge
+
+
+def lora(m, n, r, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)
+    return Factored(left.to(dtype), right.to(dtype), scale=2.0)
+
+
+@pytest.mark.parametrize("ranks", [[4, 4, 4], [1, 3, 0], [9, 9, 9]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_equals_the_dense_merge(ranks, dtype):
+    tasks = [lora(50, 70, 4, seed, dtype) for seed in range(3)]
+    weights = [1.0, -0.5, 2.0]
+    dense = [(2.0 * task.left.double()) @ task.right.double() for task in tasks]
+    expected = tsv_merge(dense, ranks, weights)
+    got = tsv_merge(tasks, ranks, weights)
+    assert relative_error(got.matrix, expected.matrix) < 1e-10
+    assert got.ranks == expected.ranks == tuple(min(rank, 4) for rank in ranks)
+    assert got.captured_energy == pytest.approx(expected.captured_energy)
+    assert got.certificate.route == "factored-float64"
+    assert got.certificate.basis_rank == expected.certificate.basis_rank
+
+
+def test_the_update_stays_factored():
+    tasks = [lora(500, 300, 4, seed) for seed in range(2)]
+    merged = merge_factored(tasks, [4, 4], [1.0, 1.0])
+    assert merged.update.left.shape == (500, 8) and merged.update.right.shape == (8, 300)
+    assert torch.allclose(merged.update.dense(), tsv_merge(tasks, [4, 4]).matrix)
+
+
+def test_equal_adapters_share_their_directions():
+    task = lora(40, 30, 3, 0)
+    got = tsv_merge([task, task], [3, 3])
+    assert got.certificate.basis_rank == (3, 3)
+    assert relative_error(got.matrix, task.dense()) < 1e-6
+
+
+def test_dependent_columns_lower_the_rank():
+    left, right = torch.randn(20, 2), torch.randn(2, 20)
+    got = tsv_merge([Factored(torch.cat([left, left], 1), torch.cat([right, right]))], [4])
+    assert got.ranks == (2,)
+    assert relative_error(got.matrix, 2 * left @ right) < 1e-6
+
+
+def test_a_rule_sees_as_many_singular_values_as_the_matrix_has():
+    seen = []
+    tsv_merge([lora(12, 9, 2, 0)], [lambda values: seen.append(values) or energy_rank(values, 0.9)])
+    assert seen[0].shape == (9,) and not seen[0][2:].any()
+
+
+def test_mixed_with_dense_matrices_it_is_formed():
+    tasks = [lora(20, 30, 4, 0), torch.randn(20, 30)]
+    expected = tsv_merge([tasks[0].dense(), tasks[1]], [4, 10])
+    assert torch.equal(tsv_merge(tasks, [4, 10]).matrix, expected.matrix)
+
+
+def test_zero_and_empty():
+    zero = Factored(torch.zeros(6, 2), torch.randn(2, 5))
+    got = tsv_merge([zero, lora(6, 5, 0, 0)], [2, 2])
+    assert (got.ranks, got.captured_energy) == ((0, 0), (1.0, 1.0))
+    assert not got.matrix.any()
+
+
+def test_what_it_refuses():
+    with pytest.raises(ShapeError, match="Factored"):
+        Factored(torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(DTypeError, match="Factored"):
+        Factored(torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64))
+    with pytest.raises(DeviceError, match="Factored"):
+        Factored(torch.zeros(3, 2), torch.zeros(2, 3, device="meta"))
