@@ -25,7 +25,7 @@ class TsvMerge:
     """The merged update and what was measured on the way.
 
     Attributes:
-        matrix: (m, n) merged update in the dtype of the task matrices.
+        matrix: (m, n) merged update in the dtype of the task matrices; float32 if they are 16-bit factors.
         ranks: rank used per task: what was asked for, clipped to the numerical rank.
         captured_energy: per task, fraction of the squared Frobenius norm inside the subspaces that were kept.
         certificate: measured accuracy.
@@ -268,4 +268,6 @@ def _from_factors(
     matrices: Sequence[Factored], ranks: Sequence[Rank], weights: Sequence[float], mode: Mode
 ) -> TsvMerge:
     merged = merge_factored(matrices, ranks, weights, mode)
-    return TsvMerge(merged.update.dense(), merged.ranks, merged.captured_energy, merged.certificate)
+    dtype = torch.float64 if any(matrix.left.dtype == torch.float64 for matrix in matrices) else torch.float32
+    update = Factored(merged.update.left.to(dtype), merged.update.right.to(dtype))
+    return TsvMerge(update.dense(), merged.ranks, merged.captured_energy, merged.certificate)
