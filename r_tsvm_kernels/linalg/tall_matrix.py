@@ -48,16 +48,23 @@ class TallMatrix:
         """(m, n) of the tall view."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
-    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield row ranges and the scaled rows in `dtype`."""
+    def ranges(self) -> list[slice]:
+        """Return the row ranges of the tiles: a tile and what is computed from it take half of the workspace."""
         m, n = self.shape
-        height = max(256, self.workspace // (8 * max(n, 1)) // 2)
-        for first in range(0, m, height):
-            rows = slice(first, min(m, first + height))
-            tile = self.matrix[rows]
-            # Scaled in the wider of the two types: float32 holds what it can of a float64 matrix only afterwards.
-            wide = tile if tile.dtype == torch.float64 else tile.to(dtype)
-            yield rows, (wide * self.scale).to(dtype)
+        height = max(256, self.workspace // (4 * 8 * max(n, 1)))
+        return [slice(first, min(m, first + height)) for first in range(0, m, height)]
+
+    def tile(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return a scaled copy of some rows in `dtype`."""
+        tile = self.matrix[rows]
+        # Scaled before it is narrowed, after it is widened: what fits is kept.
+        widened = tile.dtype != dtype == torch.float64
+        return tile.to(dtype).mul_(self.scale) if widened else (tile * self.scale).to(dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the row ranges and their rows, one tile at a time."""
+        for rows in self.ranges():
+            yield rows, self.tile(rows, dtype)
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Return ``D^T D`` (n, n), accumulated over the tiles in `dtype`."""

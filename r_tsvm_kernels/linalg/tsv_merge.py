@@ -188,7 +188,7 @@ class _Merge:
         """Return ``W^T W``; keep W if there is room."""
         columns = V.shape[1]
         m = self.matrices[0].shape[0]
-        keep = 8 * m * columns <= self.matrices[0].workspace
+        keep = 8 * m * columns <= self.matrices[0].workspace // 2
         kept = []
         total = V.new_zeros(columns, columns)
         for image in self._tiles():
@@ -203,8 +203,12 @@ class _Merge:
         if self.images is not None:
             yield from self.images
             return
-        for tiles in zip(*(matrix.tiles(torch.float64) for matrix in self.matrices), strict=True):
-            yield torch.cat([tile @ part.V for (_, tile), part in zip(tiles, self.parts, strict=True)], dim=1)
+        tasks = list(zip(self.matrices, self.parts, self.blocks, strict=True))
+        for rows in self.matrices[0].ranges():
+            image = self.parts[0].V.new_empty(rows.stop - rows.start, self.blocks[-1].stop)
+            for matrix, part, block in tasks:
+                image[:, block] = matrix.tile(rows, torch.float64) @ part.V
+            yield image
 
     def _left(self, x: Tensor, transposed: bool) -> Tensor:
         """Return ``blockdiag(R)^-1 x``, or ``blockdiag(R)^-T x``, for R in units of the lengths."""
