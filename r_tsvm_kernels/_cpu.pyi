@@ -41,10 +41,21 @@ def task_statistics(
     int64 for zeros and small.
     """
 
-def magnitude_select(x: _Matrix, base: _Matrix | None, keep: int, output: tuple[int, int, int], threads: int) -> None:
-    """Write the `keep`-th largest magnitude of `x`, or of ``x - base``, to `output`.
+def magnitude_histogram(
+    x: _Matrix, base: _Matrix | None, digit: tuple[int, int, int], counts: int, threads: int
+) -> None:
+    """Write the counts of a digit of the magnitudes of `x`, or of ``x - base``, to the address `counts` (int64).
 
-    `output` holds the addresses of the threshold (float64), ties and the number of NaN and infinite values (int64).
+    The digit is given by its number of bits, the bits before it as a number, and the number of bits after it.
+    """
+
+def magnitude_select(
+    x: _Matrix, base: _Matrix | None, keep: Sequence[int], output: tuple[int, int, int], threads: int
+) -> None:
+    """Write the keep-th largest magnitude of `x`, or of ``x - base``, to `output`, for each number of `keep`.
+
+    `output` holds the addresses of the thresholds (float64), ties (int64) and the one number of NaN and infinite values
+    (int64).
     """
 
 def reweight_prune(base: _Matrix, tasks: Sequence[tuple[_Matrix, float, int, int, int]], threads: int) -> None:

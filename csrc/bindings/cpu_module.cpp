@@ -1,5 +1,6 @@
 #include "arguments.h"
 #include "r_tsvm/elect_and_sum.h"
+#include "r_tsvm/magnitude_histogram.h"
 #include "r_tsvm/random_mask.h"
 
 namespace py = pybind11;
@@ -25,6 +26,12 @@ ElectTask elect_task(const ElectTaskArgument& argument) {
                    Selection{std::get<0>(dropped), std::get<1>(dropped)}, random_mask(sampled)};
 }
 
+// One view, or none.
+std::vector<MatrixView> optional_matrix(const std::optional<bindings::MatrixArgument>& base, const MatrixView& x,
+                                        const char* op) {
+  return bindings::matrices(base ? std::vector{*base} : std::vector<bindings::MatrixArgument>{}, x, op);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
@@ -44,16 +51,28 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
 
   module.def(
       "magnitude_select",
-      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int64_t keep,
-         const bindings::MagnitudeSelectAddresses& output, int threads) {
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base,
+         const std::vector<int64_t>& keep, const bindings::MagnitudeSelectAddresses& output, int threads) {
         const py::gil_scoped_release unlocked;
         const MatrixView view = bindings::matrix(x, "magnitude_select");
-        const std::vector<MatrixView> bases = bindings::matrices(
-            base ? std::vector{*base} : std::vector<bindings::MatrixArgument>{}, view, "magnitude_select");
-        magnitude_select_cpu(view, bases.empty() ? nullptr : &bases[0], keep, bindings::magnitude_select_output(output),
-                             threads);
+        const std::vector<MatrixView> bases = optional_matrix(base, view, "magnitude_select");
+        magnitude_select_cpu(view, bases.empty() ? nullptr : &bases[0], keep.data(), static_cast<int64_t>(keep.size()),
+                             bindings::magnitude_select_output(output), threads);
       },
       py::arg("x"), py::arg("base"), py::arg("keep"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "magnitude_histogram",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base,
+         const std::tuple<int, int64_t, int>& digit, std::uintptr_t counts, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_histogram");
+        const std::vector<MatrixView> bases = optional_matrix(base, view, "magnitude_histogram");
+        const auto [bits, prefix, shift] = digit;
+        magnitude_histogram_cpu(view, bases.empty() ? nullptr : &bases[0], Digit{bits, prefix, shift},
+                                bindings::pointer<int64_t>(counts), threads);
+      },
+      py::arg("x"), py::arg("base"), py::arg("digit"), py::arg("counts"), py::arg("threads"));
 
   module.def(
       "reweight_prune",
