@@ -49,6 +49,12 @@ def magnitude_histogram(
     The digit is given by its number of bits, the bits before it as a number, and the number of bits after it.
     """
 
+def magnitude_ranks(x: _Matrix, base: _Matrix | None, cols: int, output: tuple[int, int], threads: int) -> None:
+    """Write the ranks of the magnitudes within rows of `cols` elements.
+
+    `output` holds the addresses of the ranks (int32, contiguous) and the number of NaN and infinite values (int64).
+    """
+
 def magnitude_select(
     x: _Matrix, base: _Matrix | None, keep: Sequence[int], output: tuple[int, int, int], threads: int
 ) -> None:

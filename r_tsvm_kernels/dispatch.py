@@ -25,7 +25,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "task_statistics": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
     "magnitude_select": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
     "magnitude_histogram": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
-    "magnitude_ranks": {"cuda": ("torch",), "cpu": ("torch",)},
+    "magnitude_ranks": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
     "reweight_prune": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
     "reweight_prune_inplace": {"cuda": ("torch",), "cpu": ("torch",)},
     "add_update": {"cuda": ("torch", "triton"), "cpu": ("torch",)},

@@ -1,6 +1,7 @@
 #include "arguments.h"
 #include "r_tsvm/elect_and_sum.h"
 #include "r_tsvm/magnitude_histogram.h"
+#include "r_tsvm/magnitude_ranks.h"
 #include "r_tsvm/random_mask.h"
 
 namespace py = pybind11;
@@ -48,6 +49,21 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                             bindings::task_statistics_output(output), threads);
       },
       py::arg("base"), py::arg("tuned"), py::arg("sigma"), py::arg("eps"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "magnitude_ranks",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int64_t cols,
+         const std::tuple<std::uintptr_t, std::uintptr_t>& output, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_ranks");
+        const std::vector<MatrixView> bases = optional_matrix(base, view, "magnitude_ranks");
+        if (cols < 1 || element_count(view) % cols != 0) throw std::runtime_error("magnitude_ranks: not whole rows");
+        const auto [ranks, nonfinite] = output;
+        magnitude_ranks_cpu(
+            view, bases.empty() ? nullptr : &bases[0], cols,
+            MagnitudeRanksOutput{bindings::pointer<int32_t>(ranks), bindings::pointer<int64_t>(nonfinite)}, threads);
+      },
+      py::arg("x"), py::arg("base"), py::arg("cols"), py::arg("output"), py::arg("threads"));
 
   module.def(
       "magnitude_select",

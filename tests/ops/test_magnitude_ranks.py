@@ -11,7 +11,7 @@ from variants import DTYPES, LAYOUTS, VALUES, available, layout_names, torch_thr
 from r_tsvm_kernels.errors import BackendUnavailable, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.ops import magnitude_ranks, magnitude_select
 
-every_backend = pytest.mark.parametrize("backend", available("torch"))
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 native_backend = pytest.mark.parametrize("backend", available("cpu"))
 
 # Rows of few elements, and of more than one byte and 16 bits can count.
