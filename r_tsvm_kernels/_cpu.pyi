@@ -6,8 +6,10 @@ from collections.abc import Sequence
 _Matrix = tuple[int, int, int, int, int]
 # threshold, seed, stream
 _RandomMask = tuple[int, int, int]
-# weight, factor; threshold and ties of what is kept and of what is dropped again; random mask
-_ElectTask = tuple[float, float, tuple[float, int], tuple[float, int], _RandomMask]
+# addresses of ranks (int32, contiguous; 0 for none), and by rank thresholds (int64) and factors (of the output's dtype)
+_Ranked = tuple[int, int, int]
+# weight, factor; threshold and ties of what is kept and of what is dropped again; random mask; selection by rank
+_ElectTask = tuple[float, float, tuple[float, int], tuple[float, int], _RandomMask, _Ranked]
 
 def elect_and_sum(
     base: _Matrix,

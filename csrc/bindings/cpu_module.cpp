@@ -12,9 +12,13 @@ namespace {
 // threshold, seed, stream
 using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
 
-// weight, factor; threshold and ties of what is kept and of what is dropped again, ties < 0 for none; random mask
-using ElectTaskArgument =
-    std::tuple<double, double, std::tuple<double, int64_t>, std::tuple<double, int64_t>, RandomMaskArgument>;
+// addresses of ranks (0 for none), thresholds and factors
+using RankedArgument = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+// weight, factor; threshold and ties of what is kept and of what is dropped again, ties < 0 for none; random mask;
+// selection by rank
+using ElectTaskArgument = std::tuple<double, double, std::tuple<double, int64_t>, std::tuple<double, int64_t>,
+                                     RandomMaskArgument, RankedArgument>;
 
 RandomMask random_mask(const RandomMaskArgument& argument) {
   const auto [threshold, seed, stream] = argument;
@@ -22,9 +26,16 @@ RandomMask random_mask(const RandomMaskArgument& argument) {
 }
 
 ElectTask elect_task(const ElectTaskArgument& argument) {
-  const auto [weight, factor, kept, dropped, sampled] = argument;
-  return ElectTask{weight, factor, Selection{std::get<0>(kept), std::get<1>(kept)},
-                   Selection{std::get<0>(dropped), std::get<1>(dropped)}, random_mask(sampled)};
+  const auto& [weight, factor, kept, dropped, sampled, ranked] = argument;
+  const auto [ranks, thresholds, factors] = ranked;
+  return ElectTask{
+      weight,
+      factor,
+      Selection{std::get<0>(kept), std::get<1>(kept)},
+      Selection{std::get<0>(dropped), std::get<1>(dropped)},
+      random_mask(sampled),
+      RankedSelection{bindings::pointer<const int32_t>(ranks), bindings::pointer<const int64_t>(thresholds),
+                      bindings::pointer<const void>(factors)}};
 }
 
 // One view, or none.
