@@ -72,3 +72,13 @@ def reweight_prune(base: _Matrix, tasks: Sequence[tuple[_Matrix, float, int, int
     A task is tuned, theta, keep, the address of the output (contiguous, float32, float64 if any input is float64) and
     that of the number of NaN and infinite values met while pruning (int64).
     """
+
+def reweight_prune_inplace(
+    tasks: Sequence[tuple[int, float, int, int]], elements: int, type: int, threads: int
+) -> None:
+    """Clip and prune task vectors in place.
+
+    A task is the address of a contiguous matrix of `elements` float32 or float64 (`type`, an element type code), theta,
+    keep, and the address of the number of NaN and infinite values met while pruning (int64). If there are any, no
+    matrix is changed.
+    """

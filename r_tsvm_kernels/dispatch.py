@@ -27,7 +27,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "magnitude_histogram": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
     "magnitude_ranks": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
     "reweight_prune": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "reweight_prune_inplace": {"cuda": ("torch",), "cpu": ("torch",)},
+    "reweight_prune_inplace": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
     "add_update": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
     "random_mask": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
     "elect_and_sum": {"cuda": ("torch",), "cpu": ("cpu", "torch")},

@@ -3,6 +3,7 @@
 #include "r_tsvm/magnitude_histogram.h"
 #include "r_tsvm/magnitude_ranks.h"
 #include "r_tsvm/random_mask.h"
+#include "r_tsvm/reweight_prune_inplace.h"
 
 namespace py = pybind11;
 using namespace r_tsvm;
@@ -19,6 +20,9 @@ using RankedArgument = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t
 // selection by rank
 using ElectTaskArgument = std::tuple<double, double, std::tuple<double, int64_t>, std::tuple<double, int64_t>,
                                      RandomMaskArgument, RankedArgument>;
+
+// address of the matrix, theta, keep, address of nonfinite
+using InplacePruneArgument = std::tuple<std::uintptr_t, double, int64_t, std::uintptr_t>;
 
 RandomMask random_mask(const RandomMaskArgument& argument) {
   const auto [threshold, seed, stream] = argument;
@@ -110,6 +114,23 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         reweight_prune_cpu(base_view, views.data(), static_cast<int64_t>(views.size()), threads);
       },
       py::arg("base"), py::arg("tasks"), py::arg("threads"));
+
+  module.def(
+      "reweight_prune_inplace",
+      [](const std::vector<InplacePruneArgument>& tasks, int64_t elements, int type, int threads) {
+        const py::gil_scoped_release unlocked;
+        if (type != static_cast<int>(ElementType::kFloat32) && type != static_cast<int>(ElementType::kFloat64)) {
+          throw std::runtime_error("reweight_prune_inplace: unknown element type code " + std::to_string(type));
+        }
+        std::vector<InplacePruneTask> views;
+        for (const auto& [matrix, theta, keep, nonfinite] : tasks) {
+          views.push_back(
+              InplacePruneTask{bindings::pointer<void>(matrix), theta, keep, bindings::pointer<int64_t>(nonfinite)});
+        }
+        reweight_prune_inplace_cpu(views.data(), static_cast<int64_t>(views.size()), elements,
+                                   static_cast<ElementType>(type), threads);
+      },
+      py::arg("tasks"), py::arg("elements"), py::arg("type"), py::arg("threads"));
 
   module.def(
       "elect_and_sum",

@@ -10,7 +10,7 @@ from variants import SHAPES, VALUES, available, torch_threads
 from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.ops import reweight_prune, reweight_prune_, task_statistics
 
-every_backend = pytest.mark.parametrize("backend", available("torch"))
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 native_backend = pytest.mark.parametrize("backend", available("cpu"))
 REAL = [torch.float32, torch.float64]
 every_dtype = pytest.mark.parametrize("dtype", REAL, ids=str)
