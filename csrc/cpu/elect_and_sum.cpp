@@ -106,7 +106,8 @@ RTSVM_INLINE void sample_ranked(const uint32_t* __restrict words, const int32_t*
                                 const int64_t* __restrict thresholds, const Real* __restrict factors,
                                 Real* __restrict values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    values[i] = words[i] < thresholds[ranks[i]] ? factors[ranks[i]] * values[i] : Real{0};
+    const Real product = factors[ranks[i]] * values[i];  // in any case: a branch could not be vectorised
+    values[i] = words[i] < thresholds[ranks[i]] ? product : Real{0};
   }
 }
 
