@@ -1,4 +1,4 @@
-// Radix sort of each row by the bits of the magnitudes, lowest byte first. The row is entered from its end, so that of
+// Radix sort of each row by the bits of the magnitudes, lowest digit first. The row is entered from its end, so that of
 // equal magnitudes the higher index comes first; the last pass writes ranks in place of sorted elements.
 #include "r_tsvm/magnitude_ranks.h"
 
@@ -17,7 +17,11 @@
 namespace r_tsvm {
 namespace {
 
-constexpr int kByteValues = 256;
+// Bits of a digit; the wide one, which leaves out a pass over the row, costs more counters. 16-bit floats have two
+// digits in any case.
+constexpr int kDigit = 8;
+constexpr int kWideDigit = 11;
+constexpr int64_t kLongRow = 2048;
 // Rows up to this length are ranked by comparing all pairs.
 constexpr int64_t kShortRow = 48;
 // Short rows are shared out in units of about so many elements.
@@ -58,7 +62,7 @@ RTSVM_ISA_CLONES int64_t keys_of(const uint64_t* words, int64_t n, uint64_t infi
   return keys_of_any(words, n, infinity, keys);
 }
 
-template <class Key, class Index>
+template <class Key, class Index, int kBits>
 class RowSorter {
  public:
   explicit RowSorter(int64_t cols) : cols_(cols), keys_(cols), from_(cols > kShortRow ? cols : 0), to_(from_.size()) {}
@@ -74,34 +78,36 @@ class RowSorter {
   }
 
  private:
+  static constexpr int kValues = 1 << kBits;
+  static constexpr int kCount = (8 * sizeof(Key) - 1 + kBits - 1) / kBits;  // the sign is gone
+
   struct Element {
     Key key;
     Index index;
   };
 
   void sort(const Key* keys, int32_t* ranks) {
-    constexpr int kBytes = sizeof(Key);
-    uint32_t counts[kBytes][kByteValues] = {};
+    uint32_t counts[kCount][kValues] = {};
     for (int64_t i = 0; i < cols_; ++i) {
-      for (int byte = 0; byte < kBytes; ++byte) ++counts[byte][digit(keys[i], byte)];
+      for (int digit = 0; digit < kCount; ++digit) ++counts[digit][value(keys[i], digit)];
     }
-    int passes[kBytes];
+    int passes[kCount];
     int count = 0;
-    for (int byte = 0; byte < kBytes; ++byte) {  // a digit that all share sorts nothing
-      if (counts[byte][digit(keys[0], byte)] != static_cast<uint64_t>(cols_)) passes[count++] = byte;
+    for (int digit = 0; digit < kCount; ++digit) {  // a digit that all share sorts nothing
+      if (counts[digit][value(keys[0], digit)] != static_cast<uint64_t>(cols_)) passes[count++] = digit;
     }
     if (count == 0) {
       for (int64_t i = 0; i < cols_; ++i) ranks[i] = static_cast<int32_t>(cols_ - 1 - i);
       return;
     }
     for (int pass = 0; pass < count; ++pass) starts(counts[passes[pass]]);
-    const auto begin = [&](int byte, const auto& put) {
+    const auto begin = [&](int digit, const auto& put) {
       for (int64_t i = cols_ - 1; i >= 0; --i) {
-        put(counts[byte][digit(keys[i], byte)]++, Element{keys[i], static_cast<Index>(i)});
+        put(counts[digit][value(keys[i], digit)]++, Element{keys[i], static_cast<Index>(i)});
       }
     };
-    const auto go_on = [&](int byte, const auto& put) {
-      for (const Element& element : from_) put(counts[byte][digit(element.key, byte)]++, element);
+    const auto go_on = [&](int digit, const auto& put) {
+      for (const Element& element : from_) put(counts[digit][value(element.key, digit)]++, element);
     };
     const auto store = [&](uint32_t place, const Element& element) { to_[place] = element; };
     const auto finish = [&](uint32_t place, const Element& element) {
@@ -116,12 +122,12 @@ class RowSorter {
     }
   }
 
-  static int digit(Key key, int byte) { return static_cast<int>((key >> (8 * byte)) & (kByteValues - 1)); }
+  static int value(Key key, int digit) { return static_cast<int>((key >> (kBits * digit)) & (kValues - 1)); }
 
   // Turns counts into the places where the digits begin.
   static void starts(uint32_t* counts) {
     uint32_t place = 0;
-    for (int value = 0; value < kByteValues; ++value) place += std::exchange(counts[value], place);
+    for (int value = 0; value < kValues; ++value) place += std::exchange(counts[value], place);
   }
 
   int64_t cols_;
@@ -131,18 +137,18 @@ class RowSorter {
 };
 
 // keys_of_row(first, n, keys) writes the keys of elements first ... first + n - 1 and returns how many are not finite.
-template <class Key, class Index, class KeysOfRow>
+template <class Key, class Index, int kBits, class KeysOfRow>
 void run(int64_t elements, int64_t cols, const MagnitudeRanksOutput& output, int threads,
          const KeysOfRow& keys_of_row) {
   const int64_t rows = elements / cols;
   const int64_t rows_per_unit = std::max<int64_t>(1, kUnit / cols);
   const int64_t units = (rows + rows_per_unit - 1) / rows_per_unit;
   const int64_t workers = elements < kParallelElements ? 1 : std::min<int64_t>(units, threads);
-  std::vector<RowSorter<Key, Index>> sorters(workers, RowSorter<Key, Index>(cols));
+  std::vector<RowSorter<Key, Index, kBits>> sorters(workers, RowSorter<Key, Index, kBits>(cols));
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> nonfinite{0};
   parallel_for(workers, elements, threads, [&](int64_t worker) {
-    RowSorter<Key, Index>& sorter = sorters[worker];
+    RowSorter<Key, Index, kBits>& sorter = sorters[worker];
     for (int64_t unit = next++; unit < units; unit = next++) {
       const int64_t end = std::min(rows, (unit + 1) * rows_per_unit);
       for (int64_t row = unit * rows_per_unit; row < end; ++row) {
@@ -169,16 +175,16 @@ void run_16bit(const MatrixView& x, int64_t cols, uint16_t infinity, const Magni
   };
   // Key and index in 4 bytes where they fit.
   if (cols <= int64_t{1} << 16) {
-    run<uint16_t, uint16_t>(element_count(x), cols, output, threads, keys_of_row);
+    run<uint16_t, uint16_t, kDigit>(element_count(x), cols, output, threads, keys_of_row);
   } else {
-    run<uint16_t, uint32_t>(element_count(x), cols, output, threads, keys_of_row);
+    run<uint16_t, uint32_t, kDigit>(element_count(x), cols, output, threads, keys_of_row);
   }
 }
 
 template <class Real, class Key>
 void run_widened(const MatrixView& x, const MatrixView* base, int64_t cols, const MagnitudeRanksOutput& output,
                  int threads) {
-  run<Key, uint32_t>(element_count(x), cols, output, threads, [&](int64_t first, int64_t n, Key* keys) {
+  const auto keys_of_row = [&](int64_t first, int64_t n, Key* keys) {
     alignas(64) Real values[kBlock];
     load(x, first, n, values);
     if (base != nullptr) {
@@ -189,7 +195,12 @@ void run_widened(const MatrixView& x, const MatrixView* base, int64_t cols, cons
     alignas(64) Key words[kBlock];
     std::memcpy(words, values, n * sizeof(Real));
     return keys_of(words, n, static_cast<Key>(Pattern<Real>::kInfinity), keys);
-  });
+  };
+  if (cols < kLongRow) {
+    run<Key, uint32_t, kDigit>(element_count(x), cols, output, threads, keys_of_row);
+  } else {
+    run<Key, uint32_t, kWideDigit>(element_count(x), cols, output, threads, keys_of_row);
+  }
 }
 
 }  // namespace
