@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "isa.h"
 #include "largest.h"
 
 namespace r_tsvm {
@@ -12,6 +13,31 @@ alignas(64) constexpr double kZeros64[kBlock] = {};
 alignas(64) constexpr float kZeros32[kBlock] = {};
 inline const float* zeros(float) { return kZeros32; }
 inline const double* zeros(double) { return kZeros64; }
+
+// Writes the values whose magnitude has at least the bits `from`, +0.0 in place of the others; returns how many
+// magnitudes have the bits `tie`.
+template <class Real>
+RTSVM_INLINE int64_t prune_any(const Real* __restrict values, int64_t n, int64_t from, int64_t tie,
+                               Real* __restrict kept) {
+  using Int = typename Pattern<Real>::Int;
+  const Int first_kept = static_cast<Int>(from);
+  const Int exact = static_cast<Int>(tie);
+  Int tied = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Int bits = magnitude_bits(values[i]);
+    kept[i] = bits >= first_kept ? values[i] : Real{0};
+    tied += bits == exact ? 1 : 0;
+  }
+  return tied;
+}
+
+// GCC clones functions, not templates.
+RTSVM_ISA_CLONES int64_t prune(const float* values, int64_t n, int64_t from, int64_t tie, float* kept) {
+  return prune_any(values, n, from, tie, kept);
+}
+RTSVM_ISA_CLONES int64_t prune(const double* values, int64_t n, int64_t from, int64_t tie, double* kept) {
+  return prune_any(values, n, from, tie, kept);
+}
 
 template <class Real>
 class InplacePruning {
@@ -77,10 +103,9 @@ class InplacePruning {
   }
 
   void write(int64_t chunk, int64_t quota) {
-    const Bracket nothing{Pattern<Real>::kInfinity, Pattern<Real>::kInfinity};
     for_chunk(chunk, [&](int64_t first, int64_t n, const Real* values) {
       const int64_t from = quota > 0 ? found_.prefix : found_.prefix + 1;
-      quota -= keep_from(values, n, from, nothing, found_.prefix, matrix_ + first).tied;
+      quota -= prune(values, n, from, found_.prefix, matrix_ + first);
       for (int64_t i = n - 1; quota < 0 && from == found_.prefix; --i) {  // the last ones were too many
         if (magnitude_bits(values[i]) != found_.prefix) continue;
         matrix_[first + i] = 0;
