@@ -13,6 +13,7 @@ from .._native import matrix, with_rows
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
 from . import Keep
+from .ranked import rank_tables
 
 # Codes of r_tsvm::Election (csrc/include/r_tsvm/elect_and_sum.h).
 ELECTIONS = {"none": 0, "sum": 1, "count": 2}
@@ -30,23 +31,36 @@ def run(
     """See `elect_and_sum`; the same bits as the reference, whatever the strides and the number of threads."""
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     views = [matrix(tensor) for tensor in tensors]
+    dtype = accumulation_dtype(base, *tuned)
+    ranked = [_ranked(rule, weight, dtype) for weight, rule in zip(weights, keep, strict=True)]
     tasks = [
         (
             weight,
             weight * rule.rescale,
-            _selection(rule.largest),
-            _selection(rule.outliers),
+            _selection(rule.largest, dtype),
+            _selection(rule.outliers, dtype),
             (mask_threshold(rule.probability), rule.seed, rule.stream),
+            tuple(tensor.data_ptr() for tensor in tables) or (0, 0, 0),
         )
-        for weight, rule in zip(weights, keep, strict=True)
+        for weight, rule, tables in zip(weights, keep, ranked, strict=True)
     ]
-    output = torch.empty(base.shape, dtype=accumulation_dtype(base, *tuned), device=base.device)
+    output = torch.empty(base.shape, dtype=dtype, device=base.device)
     threads = torch.get_num_threads()
     native = backends.native("cpu")
     native.elect_and_sum(views[0], views[1:], tasks, ELECTIONS[elect], normalize, alpha, output.data_ptr(), threads)
     return output
 
 
-def _selection(selection: MagnitudeSelection | None) -> tuple[float, int]:
+def _selection(selection: MagnitudeSelection | None, dtype: torch.dtype) -> tuple[float, int]:
     """Return threshold and ties; a negative number of ties where there is no selection."""
-    return (0.0, -1) if selection is None else (float(selection.threshold), int(selection.ties))
+    if selection is None:
+        return 0.0, -1
+    selection = selection.rounded(dtype)
+    return float(selection.threshold), int(selection.ties)
+
+
+def _ranked(rule: Keep, weight: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return ranks, thresholds and factors; nothing where there are no ranks."""
+    if rule.ranked is None:
+        return ()
+    return (rule.ranked.ranks.contiguous(), *rank_tables(rule.ranked, weight * rule.rescale, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,8 +74,13 @@ def digit_kernel(
     tl.atomic_add(counts_ptr + tl.arange(0, 1 << BITS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
-def run(x: Tensor, keep: int, base: Tensor | None = None) -> MagnitudeSelection:
-    """See `magnitude_select`; 1 <= keep <= x.numel(). Waits for the device only with a base, to refuse NaN."""
+def run(x: Tensor, keep: Sequence[int], base: Tensor | None = None) -> list[MagnitudeSelection]:
+    """See `magnitude_select`; one or more numbers, each from 1 to x.numel(), one after the other."""
+    return [_select(x, count, base) for count in keep]
+
+
+def _select(x: Tensor, keep: int, base: Tensor | None) -> MagnitudeSelection:
+    """Return one selection. Waits for the device only with a base, to refuse NaN."""
     with device_of(x):
         if base is None:
             return kth_magnitude(flat(x), keep, x.dtype)[0]
