@@ -26,8 +26,8 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "magnitude_select": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
     "reweight_prune": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
     "add_update": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
-    "random_mask": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
-    "elect_and_sum": {"cuda": ("torch",), "cpu": ("cpu", "torch")},
+    "random_mask": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
+    "elect_and_sum": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
 }
 
 MODULE = {"torch": "reference", "cpu": "cpu_kernel", "cuda": "cuda_kernel", "triton": "triton_kernel"}

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import accumulation_dtype, raise_not_finite
-from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load_delta
+from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load_delta, selected, ties_in_block
 from ..magnitude_select.triton_kernel import kth_magnitude
 from ..task_statistics import TaskStatistics
 
@@ -25,8 +25,7 @@ def tie_kernel(
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
     delta = load_delta(base_ptr, tuned_ptr, theta_ptr, offsets, inside, REAL)
-    tied = (tl.abs(delta) == tl.load(threshold_ptr)) & inside
-    tl.store(ties_in_ptr + block, tl.sum(tied.to(tl.int32), axis=0).to(tl.int64))
+    tl.store(ties_in_ptr + block, ties_in_block(tl.abs(delta), inside, threshold_ptr))
 
 
 @triton.jit
@@ -42,11 +41,8 @@ def prune_kernel(
     offsets, inside = block_offsets(block, numel, BLOCK)
     delta = load_delta(base_ptr, tuned_ptr, theta_ptr, offsets, inside, REAL)  # (BLOCK,)
     if threshold_ptr is not None:
-        threshold = tl.load(threshold_ptr)
-        magnitude = tl.abs(delta)
-        tied = (magnitude == threshold) & inside
-        rank = tl.load(ties_before_ptr + block) + tl.cumsum(tied.to(tl.int32), axis=0)  # of a tie, from 1
-        delta = tl.where((magnitude > threshold) | (tied & (rank <= tl.load(ties_ptr))), delta, 0.0)
+        survives = selected(tl.abs(delta), inside, threshold_ptr, ties_ptr, ties_before_ptr + block)
+        delta = tl.where(survives, delta, 0.0)
     tl.store(out_ptr + offsets, delta, mask=inside)
 
 

@@ -1,0 +1,165 @@
+"""Sparsifying, electing and summing in Triton: one launch for all tasks; one more before it where ties are selected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._checks import accumulation_dtype
+from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load, random_words, selected, ties_in_block
+from ..magnitude_select import MagnitudeSelection
+from ..random_mask import mask_threshold
+from ..random_mask.triton_kernel import draws
+from . import Keep
+
+BLOCK = 1024
+
+
+@triton.jit
+def tie_kernel(
+    base_ptr, tuned_ptrs, thresholds_ptr, ties_in_ptr, numel,
+    SELECTIONS: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``ties_in[s, b] = #{i in block b: |tuned_t - base|_i = thresholds[s]}`` for each selection s of a task t."""
+    block = tl.program_id(0)
+    offsets, inside = block_offsets(block, numel, BLOCK)
+    blocks = tl.num_programs(0).to(tl.int64)
+    start = load(base_ptr, offsets, inside, REAL)  # (BLOCK,)
+    for t in tl.static_range(len(tuned_ptrs)):
+        if SELECTIONS[t][0] is not None or SELECTIONS[t][1] is not None:
+            magnitude = tl.abs(load(tuned_ptrs[t], offsets, inside, REAL) - start)
+            for side in tl.static_range(2):
+                if SELECTIONS[t][side] is not None:
+                    ties = ties_in_block(magnitude, inside, thresholds_ptr + SELECTIONS[t][side])
+                    tl.store(ties_in_ptr + SELECTIONS[t][side] * blocks + block, ties)
+
+
+@triton.jit
+def elect_and_sum_kernel(
+    base_ptr, tuned_ptrs, numbers_ptr, thresholds_ptr, ties_ptr, ties_before_ptr, draws_ptr, out_ptr, numel,
+    SELECTIONS: tl.constexpr, DRAWN: tl.constexpr, ELECT: tl.constexpr, NORMALIZE: tl.constexpr,
+    REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out = base + alpha combined``, see `elect_and_sum`.
+
+    Args:
+        tuned_ptrs: one pointer per task; the dtypes may differ.
+        numbers_ptr: alpha, then factor and weight of each task.
+        thresholds_ptr, ties_ptr: of each selection.
+        ties_before_ptr: (selections, blocks), how many magnitudes tie in earlier blocks.
+        draws_ptr: threshold, seed and stream of each task.
+        SELECTIONS: for each task the selections of its largest elements and of its outliers, or None.
+        DRAWN: for each task whether its elements survive at random.
+    """
+    block = tl.program_id(0)
+    offsets, inside = block_offsets(block, numel, BLOCK)
+    blocks = tl.num_programs(0).to(tl.int64)
+    start = load(base_ptr, offsets, inside, REAL)  # (BLOCK,)
+    # The two outcomes of an election are summed side by side, so that each task vector is formed once.
+    votes = tl.zeros((BLOCK,), REAL)
+    positive = tl.zeros((BLOCK,), REAL)
+    negative = tl.zeros((BLOCK,), REAL)
+    positive_weight = tl.zeros((BLOCK,), REAL)
+    negative_weight = tl.zeros((BLOCK,), REAL)
+    for t in tl.static_range(len(tuned_ptrs)):
+        delta = load(tuned_ptrs[t], offsets, inside, REAL) - start
+        survives = inside
+        for side in tl.static_range(2):
+            if SELECTIONS[t][side] is not None:
+                chosen = selected(
+                    tl.abs(delta), inside, thresholds_ptr + SELECTIONS[t][side], ties_ptr + SELECTIONS[t][side],
+                    ties_before_ptr + SELECTIONS[t][side] * blocks + block,
+                )  # fmt: skip
+                survives = survives & (chosen == (side == 0))
+        if DRAWN[t]:
+            words = random_words(block, tl.load(draws_ptr + 3 * t + 1), tl.load(draws_ptr + 3 * t + 2), BLOCK)
+            survives = survives & (words.to(tl.int64) < tl.load(draws_ptr + 3 * t))
+        vector = tl.load(numbers_ptr + 1 + 2 * t) * tl.where(survives, delta, 0.0)
+        if ELECT == "none":
+            positive += vector
+        else:
+            if ELECT == "sum":
+                votes += vector
+            else:
+                votes += (vector > 0).to(REAL) - (vector < 0).to(REAL)
+            # NaN is on both sides, so that it never disappears.
+            positive += tl.where(vector < 0, 0.0, vector)
+            negative += tl.where(vector > 0, 0.0, vector)
+            if NORMALIZE:
+                weight = tl.load(numbers_ptr + 2 + 2 * t)
+                positive_weight += tl.where((vector < 0) | (vector == 0), 0.0, weight)
+                negative_weight += tl.where((vector > 0) | (vector == 0), 0.0, weight)
+    combined = positive
+    if ELECT != "none":
+        combined = tl.where(votes >= 0, positive, negative)
+        if NORMALIZE:
+            divisor = tl.where(votes >= 0, positive_weight, negative_weight)
+            combined = divide(combined, tl.where(divisor == 0, 1.0, divisor))
+    step = tl.load(numbers_ptr) * combined
+    tl.store(out_ptr + offsets, tl.where(step == 0, start, start + step), mask=inside)
+
+
+@triton.jit
+def divide(x, y):
+    """``x / y``, correctly rounded: of float32, Triton's operator need not be."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+def run(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    keep: Sequence[Keep],
+    elect: str,
+    normalize: bool,
+    alpha: float,
+) -> Tensor:
+    """See `elect_and_sum`. Never waits for the device."""
+    dtype = accumulation_dtype(base, *tuned)
+    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    numel, real, grid = out.numel(), REAL[dtype], (triton.cdiv(out.numel(), BLOCK),)
+    if numel == 0:
+        return out
+    origin, tensors = flat(base), tuple(flat(tensor) for tensor in tuned)
+    numbers = [alpha]
+    for weight, rule in zip(weights, keep, strict=True):
+        numbers += [weight * rule.rescale, weight]
+    # In memory: Triton would pass a Python float as float32.
+    scalars = torch.tensor(numbers, dtype=dtype, device=base.device)
+    drawn = tuple(rule.probability < 1 for rule in keep)
+    sampled = thresholds = ties = ties_before = None
+    if any(drawn):
+        sampled = draws([(mask_threshold(rule.probability), rule.seed, rule.stream) for rule in keep], base.device)
+    places, selections = _selections(keep)
+    with device_of(base):
+        if selections:
+            thresholds = torch.stack([selection.threshold.to(dtype) for selection in selections])
+            ties = torch.stack([selection.ties for selection in selections])
+            ties_in = torch.empty((len(selections), *grid), dtype=torch.int64, device=base.device)
+            tie_kernel[grid](origin, tensors, thresholds, ties_in, numel, places, real, BLOCK, **LAUNCH)
+            ties_before = ties_in.cumsum(1) - ties_in
+        elect_and_sum_kernel[grid](
+            origin, tensors, scalars, thresholds, ties, ties_before, sampled, out, numel,
+            places, drawn, elect, normalize, real, BLOCK, **LAUNCH,
+        )  # fmt: skip
+    return out
+
+
+def _selections(keep: Sequence[Keep]) -> tuple[tuple[tuple[int | None, int | None], ...], list[MagnitudeSelection]]:
+    """Return the selections of all tasks, and for each task the places of its two among them."""
+    selections: list[MagnitudeSelection] = []
+
+    def place(selection: MagnitudeSelection | None) -> int | None:
+        if selection is None:
+            return None
+        selections.append(selection)
+        return len(selections) - 1
+
+    return tuple((place(rule.largest), place(rule.outliers)) for rule in keep), selections
