@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 ARCHITECTURES = [80, 86, 89, 90, 100]
+TASKS = 8  # of the kernels that take all at once
 # Base, fine-tuned, what they are subtracted in, type of the element count.
 MIXES = {
     "bf16": ("*bf16", "*bf16", "fp32", "i32"),
@@ -27,9 +28,9 @@ MIXES = {
     "fp32-bf16": ("*fp32", "*bf16", "fp32", "i64"),
     "fp64": ("*fp64", "*fp64", "fp64", "i64"),
 }
-INTEGERS = ("prefix_ptr", "counts_ptr", "ties_in_ptr", "ties_ptr", "ties_before_ptr")
+INTEGERS = ("prefix_ptr", "counts_ptr", "ties_in_ptr", "ties_ptr", "ties_before_ptr", "draw_ptr", "draws_ptr")
 FLOAT64 = ("theta_ptr", "small_limit_ptr", "parts_ptr")
-REAL = ("threshold_ptr", "alpha_ptr", "out_ptr")
+REAL = ("threshold_ptr", "thresholds_ptr", "alpha_ptr", "numbers_ptr", "out_ptr")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
@@ -38,19 +39,22 @@ def cases():
     import torch
     import triton.language as tl
 
-    add, select, prune, measure = (
+    add, select, prune, measure, mask, elect = (
         import_module(f"r_tsvm_kernels.ops.{op}.triton_kernel")
-        for op in ("add_update", "magnitude_select", "reweight_prune", "task_statistics")
+        for op in ("add_update", "magnitude_select", "reweight_prune", "task_statistics", "random_mask", "elect_and_sum")
     )
     digits = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
     digits = {name: select.FORMATS[dtype].digits for name, dtype in digits.items()}
     nothing_pruned = dict.fromkeys(("theta_ptr", "threshold_ptr", "ties_ptr", "ties_before_ptr"))
+    drawn = {"draw_ptr": "*i64", "out_ptr": "*u8", "numel": "i64", "BLOCK": mask.BLOCK}
+    yield "random_mask_kernel bf16", mask.random_mask_kernel, drawn
     for mix, (base, tuned, real, count) in MIXES.items():
         common = {
             "numel": count,
             "blocks": "i32",
             "base_ptr": base,
             "tuned_ptr": tuned,
+            "tuned_ptrs": (tuned, base) * (TASKS // 2),
             "update_ptr": tuned,
             "x_ptr": tuned,
         }
@@ -66,7 +70,21 @@ def cases():
             yield f"digit_kernel {mix}", select.digit_kernel, {**common, **alone, "BLOCK": select.BLOCK}
         yield f"tie_kernel {mix}", prune.tie_kernel, {**common, "BLOCK": prune.BLOCK}
         yield f"prune_kernel {mix}", prune.prune_kernel, {**common, "BLOCK": prune.BLOCK}
+        for label, options in elections(TASKS):
+            merge = {**common, **options, "BLOCK": elect.BLOCK}
+            yield f"elect_and_sum_kernel {mix} {label}", elect.elect_and_sum_kernel, merge
+        yield f"elect_and_sum tie_kernel {mix}", elect.tie_kernel, merge
         yield f"prune_kernel {mix} all", prune.prune_kernel, {**common, **nothing_pruned, "BLOCK": prune.BLOCK}
+
+
+def elections(tasks):
+    """Yield a label and the constants of `elect_and_sum_kernel`, from the simplest to everything at once."""
+    nothing = {"SELECTIONS": ((None, None),) * tasks, "DRAWN": (False,) * tasks}
+    everything = {"SELECTIONS": tuple((2 * t, 2 * t + 1) for t in range(tasks)), "DRAWN": (True,) * tasks}
+    yield "all", {**nothing, "ELECT": "none", "NORMALIZE": False}
+    yield "mean", {**nothing, "ELECT": "count", "NORMALIZE": True}
+    yield "dare", {**nothing, "DRAWN": (True,) * tasks, "ELECT": "none", "NORMALIZE": False}
+    yield "everything", {**everything, "ELECT": "sum", "NORMALIZE": True}
 
 
 def compiled(kernel, arguments, target):
@@ -78,11 +96,15 @@ def compiled(kernel, arguments, target):
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        signature[name] = value if isinstance(value, str) else "constexpr"
-        if signature[name] == "constexpr":
+        pointers = {(place,): value} if isinstance(value, str) and not name.isupper() else {}
+        if name == "tuned_ptrs":
+            pointers = {(place, task): pointer for task, pointer in enumerate(value)}
+        signature[name] = value if pointers else "constexpr"
+        if not pointers:
             constants[(place,)] = value
-        elif value.startswith("*"):
-            attributes[(place,)] = [["tt.divisibility", 16]]  # as torch allocates
+        for path, pointer in pointers.items():
+            if pointer.startswith("*"):
+                attributes[path] = [["tt.divisibility", 16]]  # as torch allocates
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=dict(LAUNCH))
 
@@ -106,10 +128,11 @@ def test_no_triton_kernel_spills(architecture, tmp_path, monkeypatch, capsys):
     rows = []
     for label, kernel, arguments in cases():
         result = compiled(kernel, arguments, GPUTarget("cuda", architecture, 32))
-        # Flushing subnormals or fusing a product into a sum would change results.
-        assert ".ftz" not in result.asm["ptx"] and "fma.rn" not in result.asm["ptx"], label
+        # Flushing subnormals, fusing a product into a sum, dividing roughly: each would change results.
+        for inexact in (".ftz", "fma.rn", "div.full", "div.approx"):
+            assert inexact not in result.asm["ptx"], (label, inexact)
         rows.append((label, result.metadata.shared, *resources(result.asm["cubin"], tmp_path / "kernel.cubin")))
-    table = [f"  {label:34}{used:4} registers{shared:7} B shared{spilled:5} B spilled"
+    table = [f"  {label:38}{used:4} registers{shared:7} B shared{spilled:5} B spilled"
              for label, shared, used, spilled in rows]  # fmt: skip
     with capsys.disabled():
         sys.stdout.write("\n".join(["", f"triton, sm_{architecture}", *table, ""]))
@@ -126,9 +149,9 @@ def test_amd(tmp_path, monkeypatch, capsys):
         if label.split()[1] in ("bf16", "fp64"):
             try:
                 shared = compiled(kernel, arguments, GPUTarget("hip", "gfx942", 64)).metadata.shared
-                lines.append(f"  {label:34}{shared:7} B shared")
+                lines.append(f"  {label:38}{shared:7} B shared")
             except Exception as error:  # a report, whatever the compiler raises
-                lines.append(f"  {label:34} does not compile: {type(error).__name__}")
+                lines.append(f"  {label:38} does not compile: {type(error).__name__}")
     with capsys.disabled():
         sys.stdout.write("\n".join(["", "triton, gfx942", *lines, ""]))
     assert lines
