@@ -45,8 +45,10 @@ def load(pointer, offsets, inside, REAL: tl.constexpr):
 
 @triton.jit
 def load_delta(base_ptr, tuned_ptr, theta_ptr, offsets, inside, REAL: tl.constexpr):
-    """``clamp(tuned - base, -theta, theta)`` in REAL, 0 outside; no clamp where `theta_ptr` is None."""
-    delta = load(tuned_ptr, offsets, inside, REAL) - load(base_ptr, offsets, inside, REAL)  # (BLOCK,)
+    """``clamp(tuned - base, -theta, theta)`` in REAL, 0 outside; without base or theta where the pointer is None."""
+    delta = load(tuned_ptr, offsets, inside, REAL)  # (BLOCK,)
+    if base_ptr is not None:
+        delta -= load(base_ptr, offsets, inside, REAL)
     if theta_ptr is not None:
         theta = tl.load(theta_ptr).to(REAL)
         # In this order a NaN of either side comes through.
