@@ -15,6 +15,7 @@ from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
 from ..random_mask.triton_kernel import draws
 from . import Keep
+from .ranked import rank_tables
 
 BLOCK = 1024
 
@@ -40,7 +41,8 @@ def tie_kernel(
 
 @triton.jit
 def elect_and_sum_kernel(
-    base_ptr, tuned_ptrs, numbers_ptr, thresholds_ptr, ties_ptr, ties_before_ptr, draws_ptr, out_ptr, numel,
+    base_ptr, tuned_ptrs, numbers_ptr, thresholds_ptr, ties_ptr, ties_before_ptr, draws_ptr,
+    ranks_ptrs, rank_thresholds_ptrs, rank_factors_ptrs, out_ptr, numel,
     SELECTIONS: tl.constexpr, DRAWN: tl.constexpr, ELECT: tl.constexpr, NORMALIZE: tl.constexpr,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -52,6 +54,8 @@ def elect_and_sum_kernel(
         thresholds_ptr, ties_ptr: of each selection.
         ties_before_ptr: (selections, blocks), how many magnitudes tie in earlier blocks.
         draws_ptr: threshold, seed and stream of each task.
+        ranks_ptrs: for each task the ranks of its elements, or None.
+        rank_thresholds_ptrs, rank_factors_ptrs: for each task threshold and factor by rank, or None.
         SELECTIONS: for each task the selections of its largest elements and of its outliers, or None.
         DRAWN: for each task whether its elements survive at random.
     """
@@ -75,10 +79,15 @@ def elect_and_sum_kernel(
                     ties_before_ptr + SELECTIONS[t][side] * blocks + block,
                 )  # fmt: skip
                 survives = survives & (chosen == (side == 0))
+        factor_ptr = numbers_ptr + 1 + 2 * t
         if DRAWN[t]:
-            words = random_words(block, tl.load(draws_ptr + 3 * t + 1), tl.load(draws_ptr + 3 * t + 2), BLOCK)
-            survives = survives & (words.to(tl.int64) < tl.load(draws_ptr + 3 * t))
-        vector = tl.load(numbers_ptr + 1 + 2 * t) * tl.where(survives, delta, 0.0)
+            limit_ptr = draws_ptr + 3 * t
+            words = random_words(block, tl.load(limit_ptr + 1), tl.load(limit_ptr + 2), BLOCK)
+            if ranks_ptrs[t] is not None:
+                rank = tl.load(ranks_ptrs[t] + offsets, mask=inside, other=0)  # (BLOCK,)
+                limit_ptr, factor_ptr = rank_thresholds_ptrs[t] + rank, rank_factors_ptrs[t] + rank
+            survives = survives & (words.to(tl.int64) < tl.load(limit_ptr))
+        vector = tl.load(factor_ptr) * tl.where(survives, delta, 0.0)
         if ELECT == "none":
             positive += vector
         else:
@@ -133,23 +142,39 @@ def run(
         numbers += [weight * rule.rescale, weight]
     # In memory: Triton would pass a Python float as float32.
     scalars = torch.tensor(numbers, dtype=dtype, device=base.device)
-    drawn = tuple(rule.probability < 1 for rule in keep)
+    drawn = tuple(rule.probability < 1 or rule.ranked is not None for rule in keep)
     sampled = thresholds = ties = ties_before = None
     if any(drawn):
         sampled = draws([(mask_threshold(rule.probability), rule.seed, rule.stream) for rule in keep], base.device)
+    ranked = _ranked(weights, keep, dtype)
     places, selections = _selections(keep)
     with device_of(base):
         if selections:
-            thresholds = torch.stack([selection.threshold.to(dtype) for selection in selections])
-            ties = torch.stack([selection.ties for selection in selections])
+            thresholds = torch.stack([selection.rounded(dtype).threshold for selection in selections])
+            ties = torch.stack([selection.rounded(dtype).ties for selection in selections])
             ties_in = torch.empty((len(selections), *grid), dtype=torch.int64, device=base.device)
             tie_kernel[grid](origin, tensors, thresholds, ties_in, numel, places, real, BLOCK, **LAUNCH)
             ties_before = ties_in.cumsum(1) - ties_in
         elect_and_sum_kernel[grid](
-            origin, tensors, scalars, thresholds, ties, ties_before, sampled, out, numel,
+            origin, tensors, scalars, thresholds, ties, ties_before, sampled, *ranked, out, numel,
             places, drawn, elect, normalize, real, BLOCK, **LAUNCH,
         )  # fmt: skip
     return out
+
+
+def _ranked(
+    weights: Sequence[float], keep: Sequence[Keep], dtype: torch.dtype
+) -> tuple[tuple[Tensor | None, ...], ...]:
+    """Return for each task its ranks, thresholds by rank and factors by rank, or None."""
+    rows: list[tuple[Tensor | None, ...]] = []
+    for weight, rule in zip(weights, keep, strict=True):
+        row: tuple[Tensor | None, ...] = (None, None, None)
+        if rule.ranked is not None:
+            ranks = flat(rule.ranked.ranks)
+            tables = rank_tables(rule.ranked, weight * rule.rescale, dtype)
+            row = (ranks, *(table.to(ranks.device) for table in tables))
+        rows.append(row)
+    return tuple(zip(*rows, strict=True))
 
 
 def _selections(keep: Sequence[Keep]) -> tuple[tuple[tuple[int | None, int | None], ...], list[MagnitudeSelection]]:
