@@ -3,9 +3,15 @@
 from ._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
 from .add_update import add_update
 from .elect_and_sum import Election, Keep, elect_and_sum, normalized
+from .elect_and_sum.many import elect_and_sum_many
+from .elect_and_sum.ranked import RankedKeep, della_probabilities
+from .magnitude_histogram import magnitude_histogram
+from .magnitude_ranks import magnitude_ranks
 from .magnitude_select import MagnitudeSelection, kept_count, magnitude_select
+from .magnitude_select.many import magnitude_select_many
 from .random_mask import random_mask
 from .reweight_prune import OutlierWeighting, outlier_weights, pruned_sparsity, reweight_prune
+from .reweight_prune_inplace import reweight_prune_
 from .task_statistics import TaskStatistics, task_statistics
 
 __all__ = [
@@ -14,18 +20,25 @@ __all__ = [
     "Keep",
     "MagnitudeSelection",
     "OutlierWeighting",
+    "RankedKeep",
     "TaskStatistics",
     "accumulation_dtype",
     "add_update",
     "check_finite",
     "check_group",
+    "della_probabilities",
     "elect_and_sum",
+    "elect_and_sum_many",
     "kept_count",
+    "magnitude_histogram",
+    "magnitude_ranks",
     "magnitude_select",
+    "magnitude_select_many",
     "normalized",
     "outlier_weights",
     "pruned_sparsity",
     "random_mask",
     "reweight_prune",
+    "reweight_prune_",
     "task_statistics",
 ]

@@ -10,10 +10,11 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from ... import dispatch
-from ...errors import ConfigError
+from ...errors import ConfigError, DeviceError, ShapeError
 from .._checks import check_group
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import check_random
+from .ranked import RankedKeep
 
 Election = Literal["none", "sum", "count"]
 
@@ -22,12 +23,13 @@ Election = Literal["none", "sum", "count"]
 class Keep:
     """Which elements of a task vector survive, and how they are rescaled; the others become 0.
 
-    An element survives if all three conditions hold. With n elements, density d and k(d) = `kept_count(d, n)`:
+    An element survives if all conditions hold. With n elements, density d and k(d) = `kept_count(d, n)`:
 
     - TIES (Yadav et al., arXiv 2306.01708), trimming: ``largest`` selects k(d) magnitudes.
     - Model Breadcrumbs (Davari, Belilovsky, arXiv 2312.06795): the fraction gamma of the largest magnitudes goes too:
       ``largest`` selects k(d + gamma), ``outliers`` k(gamma).
     - DARE (Yu et al., arXiv 2311.03099): ``probability = d``, ``rescale = 1 / d``, one ``stream`` per task.
+    - DELLA (Deep et al., arXiv 2406.11617), without its election: ``ranked``, one ``stream`` per task.
 
     Attributes:
         largest: survivors by magnitude, selected on ``tuned[t] - base`` in the accumulation dtype; None for all.
@@ -36,6 +38,8 @@ class Keep:
         seed: of the random mask, 0 <= seed < 2**64.
         stream: of the random mask, 0 <= stream < 2**32.
         rescale: factor of the survivors.
+        ranked: survivors by chance, more likely the larger their magnitude is in the row; in place of `probability`,
+            drawn from the words of the same random mask; None for all.
     """
 
     largest: MagnitudeSelection | None = None
@@ -44,11 +48,14 @@ class Keep:
     seed: int = 0
     stream: int = 0
     rescale: float = 1.0
+    ranked: RankedKeep | None = None
 
     def __post_init__(self) -> None:
         check_random(self.probability, self.seed, self.stream, op="elect_and_sum")
         if not math.isfinite(self.rescale):
             raise ConfigError(f"elect_and_sum: rescale must be finite, got {self.rescale}")
+        if self.ranked is not None and self.probability != 1:
+            raise ConfigError(f"elect_and_sum: with ranked, probability must be 1, got {self.probability}")
 
 
 def elect_and_sum(
@@ -107,10 +114,25 @@ def elect_and_sum(
         raise ConfigError(f"elect_and_sum: expected finite numbers, got weights {list(weights)}, alpha {alpha}")
     if normalize and elect == "none":
         weights = normalized(weights)
-    run = dispatch.select("elect_and_sum", base, *tuned, backend=backend)
     rules = list(keep) if keep is not None else [Keep()] * len(tuned)
+    for index, rule in enumerate(rules):
+        if rule.ranked is not None:
+            _check_ranks(rule.ranked.ranks, base, index)
+    run = dispatch.select("elect_and_sum", base, *tuned, backend=backend)
     result: Tensor = run(base, tuned, list(weights), rules, elect, normalize, alpha)
     return result
+
+
+def _check_ranks(ranks: Tensor, base: Tensor, task: int) -> None:
+    if ranks.shape != base.shape:
+        raise ShapeError(
+            f"elect_and_sum: the ranks of task {task} have shape {tuple(ranks.shape)}, the base has {tuple(base.shape)}"
+        )
+    if ranks.device != base.device:
+        raise DeviceError(
+            f"elect_and_sum: the ranks of task {task} lie on {ranks.device}, the base on {base.device}; "
+            "move them with .to()"
+        )
 
 
 def normalized(weights: Sequence[float]) -> list[float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from ...errors import BackendUnavailable
 from .._checks import accumulation_dtype
 from .._native import matrix, with_rows
 from ..magnitude_select import MagnitudeSelection
@@ -28,25 +29,31 @@ def run(
     alpha: float,
 ) -> Tensor:
     """See `elect_and_sum`; the same bits as the reference, whatever the strides and the number of threads."""
+    if any(rule.ranked is not None for rule in keep):
+        raise BackendUnavailable("elect_and_sum: the cpu backend does not know ranked sparsifiers; use torch")
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     views = [matrix(tensor) for tensor in tensors]
+    dtype = accumulation_dtype(base, *tuned)
     tasks = [
         (
             weight,
             weight * rule.rescale,
-            _selection(rule.largest),
-            _selection(rule.outliers),
+            _selection(rule.largest, dtype),
+            _selection(rule.outliers, dtype),
             (mask_threshold(rule.probability), rule.seed, rule.stream),
         )
         for weight, rule in zip(weights, keep, strict=True)
     ]
-    output = torch.empty(base.shape, dtype=accumulation_dtype(base, *tuned), device=base.device)
+    output = torch.empty(base.shape, dtype=dtype, device=base.device)
     threads = torch.get_num_threads()
     native = backends.native("cpu")
     native.elect_and_sum(views[0], views[1:], tasks, ELECTIONS[elect], normalize, alpha, output.data_ptr(), threads)
     return output
 
 
-def _selection(selection: MagnitudeSelection | None) -> tuple[float, int]:
+def _selection(selection: MagnitudeSelection | None, dtype: torch.dtype) -> tuple[float, int]:
     """Return threshold and ties; a negative number of ties where there is no selection."""
-    return (0.0, -1) if selection is None else (float(selection.threshold), int(selection.ties))
+    if selection is None:
+        return 0.0, -1
+    selection = selection.rounded(dtype)
+    return float(selection.threshold), int(selection.ties)

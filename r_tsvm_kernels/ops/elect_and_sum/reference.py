@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .._checks import accumulation_dtype
 from ..random_mask import random_mask
+from ..random_mask.reference import random_words
 from . import Keep
+from .ranked import rank_tables
 
 
 def run(
@@ -26,7 +28,7 @@ def run(
     start = base.to(dtype)
     # A generator: without an election, one task vector at a time is in memory.
     task_vectors = (
-        weight * rule.rescale * _survivors(tensor.to(dtype) - start, rule)
+        _sparsified(tensor.to(dtype) - start, weight, rule)
         for tensor, weight, rule in zip(tuned, weights, keep, strict=True)
     )
     combined = torch.zeros_like(start)
@@ -50,7 +52,7 @@ def run(
     return torch.where(step == 0, start, start + step)  # -0.0 + 0.0 would be +0.0
 
 
-def _survivors(difference: Tensor, rule: Keep) -> Tensor:
+def _sparsified(difference: Tensor, weight: float, rule: Keep) -> Tensor:
     survives = torch.ones_like(difference, dtype=torch.bool)
     if rule.largest is not None:
         survives &= rule.largest.mask(difference)
@@ -59,4 +61,11 @@ def _survivors(difference: Tensor, rule: Keep) -> Tensor:
     if rule.probability < 1:
         drawn = (rule.probability, rule.seed, rule.stream)
         survives &= random_mask(difference.shape, *drawn, device=difference.device, backend="torch")
-    return torch.where(survives, difference, 0)
+    factor: float | Tensor = weight * rule.rescale
+    if rule.ranked is not None:
+        tables = rank_tables(rule.ranked, weight * rule.rescale, difference.dtype)
+        ranks = rule.ranked.ranks.long()
+        words = random_words(difference.numel(), rule.seed, rule.stream, difference.device).view(difference.shape)
+        survives &= words < tables.thresholds.to(difference.device)[ranks]
+        factor = tables.factors.to(difference.device)[ranks]
+    return factor * torch.where(survives, difference, 0)

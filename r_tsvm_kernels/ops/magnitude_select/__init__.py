@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -27,11 +29,29 @@ class MagnitudeSelection:
     ties: Tensor
 
     def mask(self, x: Tensor) -> Tensor:
-        """Return the boolean mask (shape of `x`) of the elements of `x` that survive."""
-        magnitude = x.abs()
-        tied = magnitude == self.threshold
+        """Return the boolean mask (shape of `x`) of the elements of `x` that survive; exact for any two dtypes."""
+        # Explicitly: torch would round a 0-D tensor to the dtype of the other one.
+        dtype = torch.promote_types(x.dtype, self.threshold.dtype)
+        magnitude, threshold = x.abs().to(dtype), self.threshold.to(dtype)
+        tied = magnitude == threshold
         first = tied.flatten().cumsum(0).view(x.shape) <= self.ties
-        return (magnitude > self.threshold) | (tied & first)
+        return (magnitude > threshold) | (tied & first)
+
+    def rounded(self, dtype: torch.dtype) -> MagnitudeSelection:
+        """Return the selection that makes the same masks of tensors of `dtype`, with its threshold in `dtype`.
+
+        A threshold that lies between two magnitudes of `dtype` goes down to the lower one, to which nothing is tied.
+
+        Args:
+            dtype: float32 or float64.
+        """
+        threshold = self.threshold.to(dtype)
+        if torch.promote_types(dtype, self.threshold.dtype) == dtype:
+            return MagnitudeSelection(threshold, self.ties)
+        below = torch.nextafter(threshold, torch.zeros_like(threshold))
+        threshold = torch.where(threshold.to(self.threshold.dtype) > self.threshold, below, threshold)
+        exact = threshold.to(self.threshold.dtype) == self.threshold
+        return MagnitudeSelection(threshold, torch.where(exact, self.ties, 0))
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -45,20 +65,36 @@ def kept_count(density: float, numel: int) -> int:
     return math.ceil(Fraction(repr(float(density))) * numel)
 
 
+@overload
 def magnitude_select(
     x: Tensor, keep: int, *, base: Tensor | None = None, backend: str | None = None
-) -> MagnitudeSelection:
+) -> MagnitudeSelection: ...
+
+
+@overload
+def magnitude_select(
+    x: Tensor, keep: Sequence[int], *, base: Tensor | None = None, backend: str | None = None
+) -> tuple[MagnitudeSelection, ...]: ...
+
+
+def magnitude_select(
+    x: Tensor, keep: int | Sequence[int], *, base: Tensor | None = None, backend: str | None = None
+) -> MagnitudeSelection | tuple[MagnitudeSelection, ...]:
     """Find the `keep` largest magnitudes of `x`, or of ``x - base``; of equal ones the lowest flat index goes first.
 
     Exact: a mask made from the result has exactly `keep` elements set. -0.0 counts as 0.
 
     Args:
         x: any shape, float64, float32, float16 or bfloat16.
-        keep: how many elements survive, 0 <= keep <= x.numel().
+        keep: how many elements survive, 0 <= keep <= x.numel(); or several such numbers, whose selections are found
+            together, in shared passes over the data.
         base: of the shape and device of `x`; the dtype may differ. The differences are formed in float32 (float64 if
             either input is float64), in which the threshold comes back too; the mask is then that of the differences.
             The native kernel never stores them.
         backend: run this implementation or raise; None takes the fastest one that is available.
+
+    Returns:
+        One selection, or a tuple of as many as there are numbers in `keep`.
 
     Raises:
         ConfigError: `keep` is out of range.
@@ -69,19 +105,29 @@ def magnitude_select(
     """
     if x.dtype not in FLOAT_DTYPES:
         raise DTypeError(f"magnitude_select: expected a floating-point tensor, got {x.dtype}")
-    if not 0 <= keep <= x.numel():
-        raise ConfigError(f"magnitude_select: keep must lie in [0, {x.numel()}], got {keep}")
+    counts = [keep] if isinstance(keep, int) else list(keep)
+    for count in counts:
+        if not 0 <= count <= x.numel():
+            raise ConfigError(f"magnitude_select: keep must lie in [0, {x.numel()}], got {count}")
     if base is None:
         check_finite(x, "magnitude_select")
     else:
         check_group(base, [x], op="magnitude_select")
     tensors = [x] if base is None else [x, base]
     run = dispatch.select("magnitude_select", *tensors, backend=backend)
-    if keep == 0:
-        dtype = x.dtype if base is None else accumulation_dtype(*tensors)
-        if base is not None:
-            check_finite(x.to(dtype) - base.to(dtype), "magnitude_select")
-        none = torch.zeros((), dtype=torch.int64, device=x.device)
-        return MagnitudeSelection(torch.tensor(math.inf, dtype=dtype, device=x.device), none)
-    result: MagnitudeSelection = run(x, keep) if base is None else run(x, keep, base)
-    return result
+    positive = [count for count in counts if count > 0]
+    found: list[MagnitudeSelection] = []
+    if positive:
+        found = run(x, positive) if base is None else run(x, positive, base)
+    elif base is not None:
+        dtype = accumulation_dtype(*tensors)
+        check_finite(x.to(dtype) - base.to(dtype), "magnitude_select")
+    rest = iter(found)
+    selections = tuple(next(rest) if count > 0 else _nothing(*tensors) for count in counts)
+    return selections[0] if isinstance(keep, int) else selections
+
+
+def _nothing(x: Tensor, *base: Tensor) -> MagnitudeSelection:
+    dtype = accumulation_dtype(x, *base) if base else x.dtype
+    none = torch.zeros((), dtype=torch.int64, device=x.device)
+    return MagnitudeSelection(torch.tensor(math.inf, dtype=dtype, device=x.device), none)

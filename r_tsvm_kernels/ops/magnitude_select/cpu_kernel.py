@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,12 @@ from .._native import matrix, with_rows
 from . import MagnitudeSelection
 
 
-def run(x: Tensor, keep: int, base: Tensor | None = None) -> MagnitudeSelection:
-    """See `magnitude_select`; 1 <= keep <= x.numel()."""
+def run(x: Tensor, keep: Sequence[int], base: Tensor | None = None) -> list[MagnitudeSelection]:
+    """See `magnitude_select`; one or more numbers, each from 1 to x.numel()."""
+    return [_select(x, count, base) for count in keep]
+
+
+def _select(x: Tensor, keep: int, base: Tensor | None) -> MagnitudeSelection:
     tensors = [with_rows(tensor) for tensor in ([x] if base is None else [x, base])]
     views = [matrix(tensor) for tensor in tensors]
     threshold = torch.empty((), dtype=torch.float64)

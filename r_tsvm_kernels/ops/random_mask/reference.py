@@ -13,10 +13,14 @@ ROUNDS = 10
 
 def run(mask: Tensor, threshold: int, seed: int, stream: int) -> None:
     """See `random_mask`; fills `mask`, a contiguous tensor."""
-    group = torch.arange((mask.numel() + 3) // 4, device=mask.device)
+    mask.copy_((random_words(mask.numel(), seed, stream, mask.device) < threshold).view(mask.shape))
+
+
+def random_words(numel: int, seed: int, stream: int, device: torch.device) -> Tensor:
+    """Return the 32-bit words of elements 0 to numel - 1, as int64."""
+    group = torch.arange((numel + 3) // 4, device=device)
     counter = (group & WORD, group >> 32, torch.full_like(group, stream), torch.zeros_like(group))
-    words = torch.stack(philox(counter, (seed & WORD, seed >> 32)), dim=1)
-    mask.copy_((words.flatten()[: mask.numel()] < threshold).view(mask.shape))
+    return torch.stack(philox(counter, (seed & WORD, seed >> 32)), dim=1).flatten()[:numel]
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -49,9 +49,8 @@ def reweight_prune(
         BackendUnavailable: `backend` cannot run here.
     """
     check_group(base, tuned, op="reweight_prune")
-    if outlier_weighting not in ("clip", "damp", "boost", "none"):
-        raise ConfigError(f"outlier_weighting must be clip, damp, boost or none, got {outlier_weighting!r}")
-    keep = _kept_counts(density, len(tuned), base.numel())
+    check_weighting(outlier_weighting)
+    keep = kept_counts(density, len(tuned), base.numel(), op="reweight_prune")
     run = dispatch.select("reweight_prune", base, *tuned, backend=backend)
     result: list[Tensor] = run(base, tuned, statistics, outlier_weighting, keep)
     return result
@@ -80,7 +79,7 @@ def pruned_sparsity(
     """
     numel = statistics.numel
     shares = []
-    keep = _kept_counts(density, len(statistics.mean), numel)
+    keep = kept_counts(density, len(statistics.mean), numel, op="pruned_sparsity")
     columns = (statistics.mean.tolist(), statistics.theta.tolist(), statistics.small.tolist(), keep)
     for mean, theta, small, kept in zip(*columns, strict=True):
         all_small = numel == 0 or (outlier_weighting == "clip" and theta <= eps * mean)
@@ -88,10 +87,21 @@ def pruned_sparsity(
     return shares
 
 
-def _kept_counts(density: Sequence[float] | float, tasks: int, numel: int) -> list[int]:
+def check_weighting(outlier_weighting: str) -> None:
+    """Raise `ConfigError` if there is no such mode."""
+    if outlier_weighting not in get_args(OutlierWeighting):
+        raise ConfigError(f"outlier_weighting must be clip, damp, boost or none, got {outlier_weighting!r}")
+
+
+def kept_counts(density: Sequence[float] | float, tasks: int, numel: int, op: str) -> list[int]:
+    """Return how many elements of each task are kept.
+
+    Raises:
+        ConfigError: a density out of range or of the wrong number.
+    """
     densities = [density] * tasks if isinstance(density, int | float) else list(density)
     if len(densities) != tasks:
-        raise ConfigError(f"reweight_prune: {tasks} tasks but {len(densities)} densities")
+        raise ConfigError(f"{op}: {tasks} tasks but {len(densities)} densities")
     return [kept_count(fraction, numel) for fraction in densities]
 
 

@@ -1,0 +1,92 @@
+"""Survival by rank: a probability of its own for every rank of a magnitude within its row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, DTypeError, ShapeError
+
+
+@dataclass(frozen=True)
+class RankedKeep:
+    """Which elements survive by chance, with a probability that depends on their rank within the row.
+
+    DELLA (Deep et al., arXiv 2406.11617, MAGPRUNE): ``ranks = magnitude_ranks(tuned, base=base)``,
+    ``probabilities = della_probabilities(cols, density, epsilon)``.
+
+    Attributes:
+        ranks: int32, of the tensor's shape, from 0 to cols - 1: from `magnitude_ranks`.
+        probabilities: of surviving, by rank; float64 of shape (cols,) on the CPU, each in [0, 1].
+        rescale: divide the survivors by their probability, so that the mean over all draws is the element itself.
+    """
+
+    ranks: Tensor
+    probabilities: Tensor
+    rescale: bool = True
+
+    def __post_init__(self) -> None:
+        ranks, probabilities = self.ranks, self.probabilities
+        if ranks.dtype != torch.int32 or probabilities.dtype != torch.float64:
+            raise DTypeError(
+                f"RankedKeep: expected int32 ranks and float64 probabilities, got {ranks.dtype}, {probabilities.dtype}"
+            )
+        if probabilities.ndim != 1 or ranks.ndim == 0 or ranks.shape[-1] != len(probabilities):
+            raise ShapeError(
+                "RankedKeep: expected one probability per column, got "
+                f"{tuple(probabilities.shape)} for ranks of shape {tuple(ranks.shape)}"
+            )
+        if probabilities.device.type != "cpu":
+            raise ConfigError(f"RankedKeep: the probabilities lie on {probabilities.device}; move them with .cpu()")
+        if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):  # NaN is neither
+            raise ConfigError("RankedKeep: the probabilities must lie in [0, 1]")
+        if ranks.numel() > 0:  # kernels look them up in tables
+            low, high = (int(rank) for rank in torch.aminmax(ranks))
+            if low < 0 or high >= len(probabilities):
+                raise ConfigError(f"RankedKeep: ranks must lie in [0, {len(probabilities) - 1}], got {low} to {high}")
+
+
+class RankTables(NamedTuple):
+    """What kernels look up by rank.
+
+    Attributes:
+        thresholds: int64 of shape (cols,): an element survives iff its random word is below; 2**32 for always.
+        factors: of shape (cols,) in the accumulation dtype: what survivors are multiplied by; 0 if there are none.
+    """
+
+    thresholds: Tensor
+    factors: Tensor
+
+
+def rank_tables(ranked: RankedKeep, factor: float, dtype: torch.dtype) -> RankTables:
+    """Return the tables of a sparsifier, on the CPU; `factor` is weight times rescale of the task."""
+    thresholds = (ranked.probabilities * 2.0**32).round()  # as mask_threshold: half to even
+    factors = torch.full_like(ranked.probabilities, factor)
+    if ranked.rescale:
+        factors /= ranked.probabilities
+    return RankTables(thresholds.long(), torch.where(thresholds > 0, factors, 0).to(dtype))
+
+
+def della_probabilities(cols: int, density: float, epsilon: float) -> Tensor:
+    """Return the probabilities of MAGPRUNE, linear in the rank: ``density - epsilon`` to ``density + epsilon``.
+
+    ``density - epsilon + 2 * epsilon * rank / (cols - 1)``; `density` itself for one column (Deep et al.,
+    arXiv 2406.11617). Float64, shape (cols,).
+
+    Raises:
+        ConfigError: epsilon < 0, density - epsilon < 0, density + epsilon > 1, or cols < 0.
+    """
+    if not (epsilon >= 0 and density - epsilon >= 0 and density + epsilon <= 1):
+        raise ConfigError(
+            "della_probabilities: expected epsilon >= 0, density - epsilon >= 0 and density + epsilon <= 1, "
+            f"got density {density}, epsilon {epsilon}"
+        )
+    if cols < 0:
+        raise ConfigError(f"della_probabilities: expected cols >= 0, got {cols}")
+    if cols == 1:
+        return torch.tensor([density], dtype=torch.float64)
+    ranks = torch.arange(cols, dtype=torch.float64)
+    return (density - epsilon + 2 * epsilon * ranks / (cols - 1)).clamp(0, 1)
