@@ -37,7 +37,7 @@ RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
 def cases():
-    """Yield a label, a kernel and the type (text) or the constant value of each of its arguments."""
+    """Yield a label, a kernel, and the type (text) or the constant value of each argument; also "options"."""
     import torch
     import triton.language as tl
 
@@ -66,8 +66,9 @@ def cases():
         common |= dict.fromkeys(INTEGERS, "*i64") | dict.fromkeys(FLOAT64, "*fp64") | dict.fromkeys(REAL, f"*{real}")
         common |= {"REAL": {"fp32": tl.float32, "fp64": tl.float64}[real]}
         common |= {"PREFIXES": 1, "BITS": digits[real][0], "SHIFT": sum(digits[real][1:])}
-        yield f"moments_kernel {mix}", measure.moments_kernel, {**common, "BLOCK": measure.BLOCK}
-        yield f"tail_kernel {mix}", measure.tail_kernel, {**common, "BLOCK": measure.BLOCK}
+        measured = {**common, "BLOCK": measure.BLOCK, "options": measure.OPTIONS}
+        yield f"moments_kernel {mix}", measure.moments_kernel, measured
+        yield f"tail_kernel {mix}", measure.tail_kernel, measured
         yield f"add_update_kernel {mix}", add.add_update_kernel, {**common, "BLOCK": add.BLOCK}
         count_digits = {**common, "BLOCK": select.BLOCK}
         yield f"digit_kernel {mix} delta", select.digit_kernel, count_digits
@@ -79,7 +80,8 @@ def cases():
             yield f"digit_kernel {mix}", select.digit_kernel, {**count_digits, **alone}
         if real == "fp32":
             for columns in (1024, rank.LONGEST) if mix == "bf16" else (1024,):
-                yield f"rank_kernel {mix} {columns}", rank.rank_kernel, {**common, "BLOCK": columns}
+                row = {**common, "BLOCK": columns, "options": rank.options(columns)}
+                yield f"rank_kernel {mix} {columns}", rank.rank_kernel, row
         yield f"tie_kernel {mix}", prune.tie_kernel, {**common, "BLOCK": prune.BLOCK}
         yield f"prune_kernel {mix}", prune.prune_kernel, {**common, "BLOCK": prune.BLOCK}
         yield f"prune_kernel {mix} all", prune.prune_kernel, {**common, **nothing_pruned, "BLOCK": prune.BLOCK}
@@ -110,7 +112,6 @@ def compiled(kernel, arguments, target):
     from triton.compiler import ASTSource
 
     from r_tsvm_kernels.ops._triton import LAUNCH
-    from r_tsvm_kernels.ops.magnitude_ranks.triton_kernel import warps
 
     signature, constants, attributes = {}, {}, {}
 
@@ -127,8 +128,7 @@ def compiled(kernel, arguments, target):
     for place, name in enumerate(kernel.arg_names):
         signature[name] = describe((place,), arguments[name], constant=name.isupper())
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    sorts = {"num_warps": warps(arguments["BLOCK"])} if kernel.__name__ == "rank_kernel" else {}
-    return triton.compile(source, target=target, options={**LAUNCH, **sorts})
+    return triton.compile(source, target=target, options=dict(arguments.get("options", LAUNCH)))
 
 
 def resources(cubin, path):

@@ -1,4 +1,4 @@
-"""tests/ops/test_triton.py in a process of its own, where Triton interprets its kernels on the CPU."""
+"""tests/ops/test_triton*.py in a process of its own, where Triton interprets its kernels on the CPU."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def test_the_kernels_in_the_interpreter():
         "no:xdist",
         "-p",
         "no:cacheprovider",
-        "tests/ops/test_triton.py",
+        *sorted(path.relative_to(root).as_posix() for path in root.glob("tests/ops/test_triton*.py")),
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTEST_XDIST_WORKER", None)

@@ -40,11 +40,10 @@ def run(x: Tensor, base: Tensor | None) -> Tensor:
     if dtype == torch.float64 or cols > LONGEST:
         return _by_torch(x.to(dtype) if base is None else x.to(dtype) - base.to(dtype), ranks)
     block = triton.next_power_of_2(cols)
-    options = {**LAUNCH, "num_warps": warps(block)}
     bad_in = torch.empty(rows, dtype=torch.int64, device=x.device)
     with device_of(x):
         rank_kernel[(rows,)](
-            flat(x), None if base is None else flat(base), ranks, bad_in, cols, REAL[dtype], block, **options
+            flat(x), None if base is None else flat(base), ranks, bad_in, cols, REAL[dtype], block, **options(block)
         )  # fmt: skip
     bad = int(bad_in.sum())
     if bad:
@@ -52,9 +51,9 @@ def run(x: Tensor, base: Tensor | None) -> Tensor:
     return ranks
 
 
-def warps(block: int) -> int:
-    """Return how many warps sort a row: each thread holds a few elements, up to 8 of them."""
-    return min(max(block // 128, 1), 16)
+def options(block: int) -> dict[str, object]:
+    """Return how a row of this length is launched: each thread holds up to 8 of its elements."""
+    return {**LAUNCH, "num_warps": min(max(block // 128, 1), 16)}
 
 
 def _by_torch(x: Tensor, ranks: Tensor) -> Tensor:

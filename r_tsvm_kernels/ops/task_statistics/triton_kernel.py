@@ -15,6 +15,7 @@ from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load
 from . import TaskStatistics, reference
 
 BLOCK = 2048
+OPTIONS = {**LAUNCH, "num_warps": 16}  # with 8, many tasks at once do not fit into the registers
 
 
 @triton.jit
@@ -74,11 +75,11 @@ def run(base: Tensor, tuned: Sequence[Tensor], sigma: float, eps: float) -> Task
     moments = torch.empty((len(tuned), 4, blocks), dtype=torch.float64, device=base.device)
     tails = torch.empty((len(tuned), 2, blocks), dtype=torch.float64, device=base.device)
     with device_of(base):
-        moments_kernel[(blocks,)](origin, tensors, moments, numel, real, BLOCK, **LAUNCH)
+        moments_kernel[(blocks,)](origin, tensors, moments, numel, real, BLOCK, **OPTIONS)
         total, mean, sd, largest, zeros = _merge(moments, numel)
         theta = torch.full_like(mean, math.inf) if math.isinf(sigma) else mean + sigma * sd
         small_limit = eps * mean
-        tail_kernel[(blocks,)](origin, tensors, theta, small_limit, tails, numel, real, BLOCK, **LAUNCH)
+        tail_kernel[(blocks,)](origin, tensors, theta, small_limit, tails, numel, real, BLOCK, **OPTIONS)
     outlier_sum, small = tails.sum(-1).unbind(1)
     outlier_mass = torch.where(total > 0, outlier_sum / total, total)
     return TaskStatistics(numel, mean, sd, largest, zeros.long(), theta, outlier_mass, small.long())
