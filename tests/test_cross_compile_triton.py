@@ -72,8 +72,9 @@ def cases():
         yield f"add_update_kernel {mix}", add.add_update_kernel, {**common, "BLOCK": add.BLOCK}
         count_digits = {**common, "BLOCK": select.BLOCK}
         yield f"digit_kernel {mix} delta", select.digit_kernel, count_digits
-        second = {"PREFIXES": select.TOGETHER, "BITS": digits[real][1], "SHIFT": sum(digits[real][2:])}
-        yield f"digit_kernel {mix} several", select.digit_kernel, {**count_digits, **second}
+        if mix in ("bf16", "fp64"):
+            second = {"PREFIXES": select.TOGETHER, "BITS": digits[real][1], "SHIFT": sum(digits[real][2:])}
+            yield f"digit_kernel {mix} several", select.digit_kernel, {**count_digits, **second}
         if mix in digits:
             alone = {"base_ptr": None, "theta_ptr": None, "REAL": None if real != mix else common["REAL"]}
             alone |= {"BITS": digits[mix][0], "SHIFT": sum(digits[mix][1:])}
@@ -87,7 +88,8 @@ def cases():
         yield f"prune_kernel {mix} all", prune.prune_kernel, {**common, **nothing_pruned, "BLOCK": prune.BLOCK}
         for label, options in elections(TASKS, real):
             merge = {**common, **options, "BLOCK": elect.BLOCK}
-            yield f"elect_and_sum_kernel {mix} {label}", elect.elect_and_sum_kernel, merge
+            if label == "all" or mix in ("bf16", "fp64"):
+                yield f"elect_and_sum_kernel {mix} {label}", elect.elect_and_sum_kernel, merge
         yield f"elect_and_sum_ties {mix}", elect.tie_kernel, merge
     yield "digit_kernel bf16 one bit", select.digit_kernel, {**count_digits, "BITS": 1, "SHIFT": 29}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from compare import same_bits
-from interpreted import MIXES, every_dtype, every_mix, interpreted, nasty, pair, small_blocks
+from interpreted import MIXES, TINY, every_dtype, every_mix, interpreted, nasty, pair, small_blocks
 from test_elect_and_sum import ELECTIONS, KINDS, WEIGHTS, sparsifiers, whole_numbers
 from test_random_mask import word
 
@@ -143,6 +143,14 @@ def test_merging_ties_and_drawn_elections(tasks, kind):
     base, tuned = whole_numbers(17, 31, tasks=tasks)
     for elect in ELECTIONS:
         assert_merged(base, tuned, elect=elect, normalize=tasks < 8, keep=sparsifiers(base, tuned, kind))
+
+
+@every_election
+@every_dtype
+def test_means_of_subnormals(elect, dtype):
+    steps = torch.arange(-150, 150).double()
+    tuned = [(steps * factor % 97 * TINY[dtype]).to(dtype) for factor in (1, -3, 7)]
+    assert_merged(torch.zeros_like(tuned[0]), tuned, elect=elect, normalize=True)
 
 
 @pytest.mark.parametrize("field", ["largest", "outliers"])

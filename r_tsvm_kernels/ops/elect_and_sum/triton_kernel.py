@@ -48,16 +48,11 @@ def elect_and_sum_kernel(
 ):  # fmt: skip
     """``out = base + alpha combined``, see `elect_and_sum`.
 
-    Args:
-        tuned_ptrs: one pointer per task; the dtypes may differ.
-        numbers_ptr: alpha, then factor and weight of each task.
-        thresholds_ptr, ties_ptr: of each selection.
-        ties_before_ptr: (selections, blocks), how many magnitudes tie in earlier blocks.
-        draws_ptr: threshold, seed and stream of each task.
-        ranks_ptrs: for each task the ranks of its elements, or None.
-        rank_thresholds_ptrs, rank_factors_ptrs: for each task threshold and factor by rank, or None.
-        SELECTIONS: for each task the selections of its largest elements and of its outliers, or None.
-        DRAWN: for each task whether its elements survive at random.
+    `tuned_ptrs` has one pointer per task; `numbers_ptr` points to alpha, then factor and weight of each task.
+    SELECTIONS names for each task the selections of its largest elements and of its outliers, or None:
+    `thresholds_ptr` and `ties_ptr` hold one number for each, `ties_before_ptr` (selections, blocks) how many magnitudes
+    tie in earlier blocks. DRAWN: for each task whether its elements survive at random; `draws_ptr` has threshold, seed
+    and stream of each task, in place of which threshold and factor go by rank where there are `ranks_ptrs`.
     """
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
@@ -114,11 +109,11 @@ def elect_and_sum_kernel(
 
 @triton.jit
 def divide(x, y):
-    """``x / y``, correctly rounded: of float32, Triton's operator need not be."""
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    else:
-        return x / y
+    """``x / y``, correctly rounded. Of float32 Triton's operator is not, and `tl.div_rn` may flush subnormals.
+
+    A quotient of float32 that is rounded to float64 first is never near enough to a tie of float32 to change its side.
+    """
+    return (x.to(tl.float64) / y.to(tl.float64)).to(x.dtype)
 
 
 def run(

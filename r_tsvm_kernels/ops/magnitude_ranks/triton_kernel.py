@@ -39,7 +39,7 @@ def run(x: Tensor, base: Tensor | None) -> Tensor:
     ranks = torch.empty(x.shape, dtype=torch.int32, device=x.device)
     if dtype == torch.float64 or cols > LONGEST:
         return _by_torch(x.to(dtype) if base is None else x.to(dtype) - base.to(dtype), ranks)
-    block = triton.next_power_of_2(cols)
+    block = triton.next_power_of_2(max(cols, 2))  # some versions of Triton cannot sort one element
     bad_in = torch.empty(rows, dtype=torch.int64, device=x.device)
     with device_of(x):
         rank_kernel[(rows,)](

@@ -16,7 +16,7 @@ from . import MagnitudeSelection
 
 BLOCK = 4096
 PROGRAMS = 512  # at most; each counts many blocks in registers before it adds to the histogram in memory
-TOGETHER = 4  # selections that share the passes; their counts lie in registers
+TOGETHER = 2  # selections that share the passes; their counts lie in registers
 
 
 class _Format(NamedTuple):
