@@ -1,4 +1,4 @@
-"""tests/ops/test_triton.py in a process of its own, where Triton interprets its kernels on the CPU."""
+"""tests/ops/test_triton*.py in a process of its own, where Triton interprets its kernels on the CPU."""
 
 import os
 import re
@@ -28,12 +28,12 @@ def test_the_kernels_in_the_interpreter():
         "no:xdist",
         "-p",
         "no:cacheprovider",
-        "tests/ops/test_triton.py",
+        *sorted(path.relative_to(root).as_posix() for path in root.glob("tests/ops/test_triton*.py")),
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= 180, done.stdout[-1000:]
+    assert passed is not None and int(passed[1]) >= 430, done.stdout[-1000:]
     assert "skipped" not in done.stdout

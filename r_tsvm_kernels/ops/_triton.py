@@ -45,11 +45,39 @@ def load(pointer, offsets, inside, REAL: tl.constexpr):
 
 @triton.jit
 def load_delta(base_ptr, tuned_ptr, theta_ptr, offsets, inside, REAL: tl.constexpr):
-    """``clamp(tuned - base, -theta, theta)`` in REAL, 0 outside; no clamp where `theta_ptr` is None."""
-    delta = load(tuned_ptr, offsets, inside, REAL) - load(base_ptr, offsets, inside, REAL)  # (BLOCK,)
+    """``clamp(tuned - base, -theta, theta)`` in REAL, 0 outside; without base or theta where the pointer is None."""
+    delta = load(tuned_ptr, offsets, inside, REAL)  # (BLOCK,)
+    if base_ptr is not None:
+        delta -= load(base_ptr, offsets, inside, REAL)
     if theta_ptr is not None:
         theta = tl.load(theta_ptr).to(REAL)
         # In this order a NaN of either side comes through.
         clipped = tl.where(delta > theta, theta, tl.where(delta >= -theta, delta, -theta))
         delta = tl.where(delta == delta, clipped, delta)
     return delta
+
+
+@triton.jit
+def ties_in_block(magnitude, inside, threshold_ptr):
+    """How many magnitudes of a block are equal to the threshold, int64."""
+    tied = (magnitude == tl.load(threshold_ptr)) & inside
+    return tl.sum(tied.to(tl.int32), axis=0).to(tl.int64)
+
+
+@triton.jit
+def selected(magnitude, inside, threshold_ptr, ties_ptr, ties_before_ptr):
+    """Which magnitudes of a block a `MagnitudeSelection` selects; `ties_before_ptr`: how many tie in earlier blocks."""
+    threshold = tl.load(threshold_ptr)
+    tied = (magnitude == threshold) & inside
+    rank = tl.load(ties_before_ptr) + tl.cumsum(tied.to(tl.int32), axis=0)  # of a tie, from 1
+    return (magnitude > threshold) | (tied & (rank <= tl.load(ties_ptr)))
+
+
+@triton.jit
+def random_words(block, seed, stream, BLOCK: tl.constexpr):
+    """The words of `random_mask` for a block, uint32: word i % 4 of the counter (i // 4 as two words; stream; 0)."""
+    counter = block.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # (BLOCK / 4,)
+    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+    third = tl.zeros_like(low) + stream.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, third, tl.zeros_like(low))
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # (BLOCK,)

@@ -1,75 +1,19 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: ``TRITON_INTERPRET=1 pytest tests/ops/test_triton.py``.
-
-Triton reads the variable when it is imported, so it must be set for the whole process; tests/test_triton_interpreter.py
-runs this file in one of its own.
-"""
+"""The Triton kernels for statistics, update, selection and pruning against the references, in the interpreter."""
 
 import math
-from importlib import import_module
 
 import pytest
 import torch
 from compare import same_bits
+from interpreted import TINY, every_dtype, every_mix, interpreted, kernel, nasty, pair, small_blocks, some_counts
 
-from r_tsvm_kernels import backends, dispatch
+from r_tsvm_kernels import dispatch
 from r_tsvm_kernels.errors import BackendUnavailable, NonFiniteError
-from r_tsvm_kernels.ops import add_update, magnitude_select, reweight_prune, task_statistics
+from r_tsvm_kernels.ops import add_update, magnitude_select, reweight_prune, reweight_prune_, task_statistics
 
-STATE = backends.triton_interpreter_state()
+pytestmark = [*interpreted, pytest.mark.usefixtures(small_blocks.__name__)]
 
-pytestmark = [
-    pytest.mark.skipif(STATE != backends.READY, reason=f"triton: {STATE}"),
-    # The interpreter computes with numpy, which warns about overflow and NaN.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-MIXES = [
-    (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32),
-    (torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float32, torch.float16),
-    (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float64), (torch.float64, torch.float16),
-]  # fmt: skip
 SIZES = [1, 2, 128, 129, 500]
-TINY = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-every_mix = pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "-".join(str(d).removeprefix("torch.") for d in mix))
-
-
-def kernel(op):
-    return import_module(f"r_tsvm_kernels.ops.{op}.triton_kernel")
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several blocks, and several per program, even for the small tensors that the interpreter can handle."""
-    for op in ("task_statistics", "magnitude_select", "reweight_prune", "add_update"):
-        monkeypatch.setattr(kernel(op), "BLOCK", 128)
-    monkeypatch.setattr(kernel("magnitude_select"), "PROGRAMS", 2)
-
-
-def nasty(dtype):
-    """Yield named tensors that are hard to select from."""
-    tiny = TINY[dtype]
-    yield "all equal", torch.full((131,), -0.3, dtype=dtype)
-    yield "all zero", torch.zeros(70, dtype=dtype)
-    yield "negative zero", torch.tensor([0.0, -0.0, 1.0, -0.0] * 40, dtype=dtype)
-    yield "ties", torch.randint(-3, 4, (200,)).to(dtype)
-    yield "subnormal", torch.arange(-90, 90).double().mul(tiny).to(dtype)
-    yield "largest", torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max, 1.0, tiny, 0.0], dtype=dtype)
-    yield "neighbours", (1 + torch.arange(300).double() % 7 * torch.finfo(dtype).eps).to(dtype)
-    yield "wide", (torch.randn(150).double() * 10.0 ** torch.randint(-4, 4, (150,))).to(dtype)
-    yield "one", torch.tensor([-2.0], dtype=dtype)
-
-
-def some_counts(numel):
-    return sorted({1, numel // 2, numel} - {0})
-
-
-def pair(shape, mix=(torch.float32, torch.float32), tasks=2, scale=0.05):
-    base = torch.randn(shape, dtype=torch.float64)
-    tuned = [(base + scale * torch.randn(shape)).to(mix[(task + 1) % 2]) for task in range(tasks)]
-    return base.to(mix[0]), tuned
 
 
 # --- dispatch
@@ -199,10 +143,15 @@ def test_add_update_of_views():
 # --- magnitude_select
 
 
+def assert_same_selections(got, expected, *what):
+    assert len(got) == len(expected)
+    for g, e in zip(got, expected, strict=True):
+        assert same_bits(g.threshold, e.threshold) and same_bits(g.ties, e.ties), (*what, g, e)
+
+
 def assert_selection(x, keep, name=""):
     got, expected = (magnitude_select(x, keep, backend=backend) for backend in ("triton", "torch"))
-    assert same_bits(got.threshold, expected.threshold), (name, keep, got, expected)
-    assert same_bits(got.ties, expected.ties), (name, keep, got, expected)
+    assert_same_selections([got], [expected], name, keep)
     assert int(got.mask(x).sum()) == keep
 
 
@@ -244,7 +193,7 @@ def test_selection_from_differences(mix):
     base, (x, _) = pair((300,), mix)
     for keep in (1, 150, 300):
         got, expected = (magnitude_select(x, keep, base=base, backend=backend) for backend in ("triton", "torch"))
-        assert same_bits(got.threshold, expected.threshold) and same_bits(got.ties, expected.ties)
+        assert_same_selections([got], [expected], keep)
     x[7] = math.nan
     with pytest.raises(NonFiniteError, match="1 of 300"):
         magnitude_select(x, 5, base=base, backend="triton")
@@ -255,7 +204,30 @@ def test_large_blocks_and_the_defaults_agree(monkeypatch):
     small = magnitude_select(x, 1234, backend="triton")
     monkeypatch.undo()
     default = magnitude_select(x, 1234, backend="triton")
-    assert same_bits(small.threshold, default.threshold) and same_bits(small.ties, default.ties)
+    assert_same_selections([small], [default])
+
+
+@every_dtype
+@pytest.mark.parametrize("some", [[60, 3], [1, 50, 50, 49, 51, 2, 70]], ids=len)
+def test_several_selections_at_once(dtype, some):
+    for name, x in nasty(dtype):
+        counts = [min(count, x.numel()) for count in some]
+        got, expected = (magnitude_select(x, counts, backend=backend) for backend in ("triton", "torch"))
+        assert_same_selections(got, expected, name, counts)
+
+
+@pytest.mark.parametrize(("count", "passes_expected"), [(1, 3), (2, 3), (3, 6), (5, 9)])
+def test_selections_share_the_passes(count, passes_expected, monkeypatch):
+    passes = []
+    whole = kernel("magnitude_select").count_digits
+    monkeypatch.setattr(
+        kernel("magnitude_select"), "count_digits", lambda *arguments: passes.append(1) or whole(*arguments)
+    )
+    base, (x, _) = pair((300,))
+    counts = [3, 100, 100, 299, 7][:count]
+    got, expected = (magnitude_select(x, counts, base=base, backend=backend) for backend in ("triton", "torch"))
+    assert_same_selections(got, expected)
+    assert len(passes) == passes_expected
 
 
 # --- reweight_prune
@@ -333,3 +305,31 @@ def test_nan_and_infinity_come_through_where_nothing_is_pruned(bad):
             )
             for g, e in zip(got, expected, strict=True):
                 assert torch.equal(g.isnan(), e.isnan()) and same_bits(g.nan_to_num(), e.nan_to_num())
+
+
+# --- reweight_prune_
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("density", [1.0, [0.3, 0.0]])
+def test_pruning_in_place(dtype, density):
+    for name, x in nasty(dtype):
+        deltas, zeros = [x.clone(), x.flip(0).contiguous()], torch.zeros_like(x)
+        statistics = task_statistics(zeros, deltas, sigma=1.0)
+        for weighting in ("clip", "none"):
+            expected = reweight_prune(zeros, deltas, statistics, weighting, density, backend="torch")
+            copies = [delta.clone() for delta in deltas]
+            got = reweight_prune_(copies, statistics, weighting, density, backend="triton")
+            assert all(g is copy for g, copy in zip(got, copies, strict=True))
+            assert all(same_bits(g, e) for g, e in zip(got, expected, strict=True)), (name, weighting)
+
+
+def test_pruning_in_place_changes_nothing_if_it_is_refused():
+    deltas = [torch.randn(300), torch.randn(300)]
+    deltas[1][200] = math.nan
+    statistics = task_statistics(torch.zeros(300), deltas)
+    copies = [delta.clone() for delta in deltas]
+    with pytest.raises(NonFiniteError, match="reweight_prune_: 1 of 300"):
+        reweight_prune_(copies, statistics, "none", 0.5, backend="triton")
+    assert all(same_bits(copy, delta) for copy, delta in zip(copies, deltas, strict=True))
+    assert reweight_prune_([torch.empty(0, 3)], statistics, "none", backend="triton")[0].shape == (0, 3)

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import accumulation_dtype, raise_not_finite
-from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load_delta
-from ..magnitude_select.triton_kernel import kth_magnitude
+from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load_delta, selected, ties_in_block
+from ..magnitude_select import MagnitudeSelection
+from ..magnitude_select.triton_kernel import kth_magnitudes
 from ..task_statistics import TaskStatistics
 
 BLOCK = 2048
@@ -25,8 +26,7 @@ def tie_kernel(
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
     delta = load_delta(base_ptr, tuned_ptr, theta_ptr, offsets, inside, REAL)
-    tied = (tl.abs(delta) == tl.load(threshold_ptr)) & inside
-    tl.store(ties_in_ptr + block, tl.sum(tied.to(tl.int32), axis=0).to(tl.int64))
+    tl.store(ties_in_ptr + block, ties_in_block(tl.abs(delta), inside, threshold_ptr))
 
 
 @triton.jit
@@ -42,45 +42,63 @@ def prune_kernel(
     offsets, inside = block_offsets(block, numel, BLOCK)
     delta = load_delta(base_ptr, tuned_ptr, theta_ptr, offsets, inside, REAL)  # (BLOCK,)
     if threshold_ptr is not None:
-        threshold = tl.load(threshold_ptr)
-        magnitude = tl.abs(delta)
-        tied = (magnitude == threshold) & inside
-        rank = tl.load(ties_before_ptr + block) + tl.cumsum(tied.to(tl.int32), axis=0)  # of a tie, from 1
-        delta = tl.where((magnitude > threshold) | (tied & (rank <= tl.load(ties_ptr))), delta, 0.0)
+        survives = selected(tl.abs(delta), inside, threshold_ptr, ties_ptr, ties_before_ptr + block)
+        delta = tl.where(survives, delta, 0.0)
     tl.store(out_ptr + offsets, delta, mask=inside)
 
 
 def run(
     base: Tensor, tuned: Sequence[Tensor], statistics: TaskStatistics, outlier_weighting: str, keep: Sequence[int]
 ) -> list[Tensor]:
-    """See `reweight_prune`. Waits for the device once for each task that is pruned: to refuse NaN and infinity."""
+    """See `reweight_prune`. Waits for the device once if anything is pruned: to refuse NaN and infinity."""
     dtype = accumulation_dtype(base, *tuned)
-    origin = flat(base)
-    pruned = []
-    with device_of(base):
-        for task, (weight, count) in enumerate(zip(tuned, keep, strict=True)):
-            theta = statistics.theta[task] if outlier_weighting == "clip" else None
-            pruned.append(_prune(origin, flat(weight), theta, count, dtype))
+    pruned = [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in tuned]
+    theta = statistics.theta if outlier_weighting == "clip" else None
+    prune_into(pruned, flat(base), [flat(tensor) for tensor in tuned], theta, keep, op="reweight_prune")
     return pruned
 
 
-def _prune(base: Tensor, tuned: Tensor, theta: Tensor | None, keep: int, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(base.shape, dtype=dtype, device=base.device)
-    numel, real, grid = base.numel(), REAL[dtype], (triton.cdiv(base.numel(), BLOCK),)
+def prune_into(
+    outputs: Sequence[Tensor],
+    base: Tensor | None,
+    tuned: Sequence[Tensor],
+    theta: Tensor | None,
+    keep: Sequence[int],
+    op: str,
+) -> None:
+    """Write the pruned task vectors; nothing is written before all task vectors are known to be finite.
+
+    Args:
+        outputs: contiguous, float32 or float64; they may be `tuned`.
+        base: contiguous, or None for zeros.
+        tuned: contiguous.
+        theta: float64 (tasks,), clip there.
+        keep: number of survivors of each task.
+        op: whose name an error carries.
+    """
+    numel, dtype, real = outputs[0].numel(), outputs[0].dtype, REAL[outputs[0].dtype]
     if numel == 0:
-        return out
-    threshold = ties = ties_before = None
-    if keep < numel:
-        selection, bad = kth_magnitude(tuned, max(keep, 1), dtype, base, theta)
-        if bad:
-            raise_not_finite("reweight_prune", int(bad), numel)
-        if keep == 0:
-            return out.zero_()
-        threshold, ties = selection.threshold, selection.ties
-        ties_in = torch.empty(grid, dtype=torch.int64, device=base.device)
-        tie_kernel[grid](base, tuned, theta, threshold, ties_in, numel, real, BLOCK, **LAUNCH)
-        ties_before = ties_in.cumsum(0) - ties_in
-    prune_kernel[grid](
-        base, tuned, theta, threshold, ties, ties_before, out, numel, real, BLOCK, **LAUNCH
-    )  # fmt: skip
-    return out
+        return
+    grid = (triton.cdiv(numel, BLOCK),)
+    limits = [None] * len(tuned) if theta is None else theta.unbind()
+    with device_of(outputs[0]):
+        selections: dict[int, MagnitudeSelection] = {}
+        bad = {}
+        for task, count in enumerate(keep):
+            if count < numel:
+                (selections[task],), bad[task] = kth_magnitudes(tuned[task], [max(count, 1)], dtype, base, limits[task])
+        for count in torch.stack(list(bad.values())).tolist() if bad else []:
+            if count:
+                raise_not_finite(op, count, numel)
+        for task, out in enumerate(outputs):
+            if keep[task] == 0:
+                out.zero_()
+                continue
+            arguments = (base, tuned[task], limits[task])
+            threshold = ties = ties_before = None
+            if task in selections:
+                threshold, ties = selections[task].threshold, selections[task].ties
+                ties_in = torch.empty(grid, dtype=torch.int64, device=out.device)
+                tie_kernel[grid](*arguments, threshold, ties_in, numel, real, BLOCK, **LAUNCH)
+                ties_before = ties_in.cumsum(0) - ties_in
+            prune_kernel[grid](*arguments, threshold, ties, ties_before, out, numel, real, BLOCK, **LAUNCH)

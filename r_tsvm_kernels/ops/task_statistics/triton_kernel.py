@@ -11,62 +11,75 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import accumulation_dtype
-from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load_delta
+from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load
 from . import TaskStatistics, reference
 
-BLOCK = 4096
+BLOCK = 2048
+OPTIONS = {**LAUNCH, "num_warps": 16}  # with 8, many tasks at once do not fit into the registers
 
 
 @triton.jit
-def moments_kernel(base_ptr, tuned_ptr, parts_ptr, numel, REAL: tl.constexpr, BLOCK: tl.constexpr):
-    """Of ``a = |tuned - base|`` in one block: ``sum(a)``, ``sum((a - mean(a))^2)``, ``max(a)``, count of ``a = 0``."""
+def moments_kernel(base_ptr, tuned_ptrs, parts_ptr, numel, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Of ``a = |tuned - base|`` in one block: ``sum(a)``, ``sum((a - mean(a))^2)``, ``max(a)``, count of ``a = 0``.
+
+    For each of the tasks; `parts_ptr` is (tasks, 4, blocks).
+    """
     block = tl.program_id(0)
-    offsets, inside = block_offsets(block, numel, BLOCK)
-    a = tl.abs(load_delta(base_ptr, tuned_ptr, None, offsets, inside, REAL)).to(tl.float64)  # (BLOCK,)
-    total = tl.sum(a, axis=0)
-    mean = total / tl.sum(inside.to(tl.int32), axis=0)
-    deviation = tl.where(inside, a - mean, 0.0)
     blocks = tl.num_programs(0).to(tl.int64)
-    tl.store(parts_ptr + block, total)
-    tl.store(parts_ptr + blocks + block, tl.sum(deviation * deviation, axis=0))
-    tl.store(parts_ptr + 2 * blocks + block, tl.max(a, axis=0))
-    tl.store(parts_ptr + 3 * blocks + block, tl.sum(((a == 0) & inside).to(tl.int32), axis=0).to(tl.float64))
+    offsets, inside = block_offsets(block, numel, BLOCK)
+    start = load(base_ptr, offsets, inside, REAL)
+    part_ptr = parts_ptr + block
+    for t in tl.static_range(len(tuned_ptrs)):
+        a = tl.abs(load(tuned_ptrs[t], offsets, inside, REAL) - start).to(tl.float64)  # (BLOCK,)
+        total = tl.sum(a, axis=0)
+        mean = total / tl.sum(inside.to(tl.int32), axis=0)
+        deviation = tl.where(inside, a - mean, 0.0)
+        zeros = (a == 0) & inside
+        tl.store(part_ptr, total)
+        tl.store(part_ptr + blocks, tl.sum(deviation * deviation, axis=0))
+        tl.store(part_ptr + 2 * blocks, tl.max(a, axis=0))
+        tl.store(part_ptr + 3 * blocks, tl.sum(zeros.to(tl.int32), axis=0).to(tl.float64))
+        part_ptr += 4 * blocks
 
 
 @triton.jit
 def tail_kernel(
-    base_ptr, tuned_ptr, theta_ptr, small_limit_ptr, parts_ptr, numel, REAL: tl.constexpr, BLOCK: tl.constexpr
+    base_ptr, tuned_ptrs, theta_ptr, small_limit_ptr, parts_ptr, numel, REAL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of ``a = |tuned - base|`` in one block: ``sum(a[a > theta])`` and the count of ``a <= small_limit``."""
+    """Of ``a = |tuned - base|`` in one block: ``sum(a[a > theta])`` and the count of ``a <= small_limit``.
+
+    For each of the tasks; `parts_ptr` is (tasks, 2, blocks).
+    """
     block = tl.program_id(0)
+    blocks = tl.num_programs(0).to(tl.int64)
     offsets, inside = block_offsets(block, numel, BLOCK)
-    a = tl.abs(load_delta(base_ptr, tuned_ptr, None, offsets, inside, REAL)).to(tl.float64)  # (BLOCK,)
-    outliers = tl.where(a > tl.load(theta_ptr), a, 0.0)
-    small = (a <= tl.load(small_limit_ptr)) & inside
-    tl.store(parts_ptr + block, tl.sum(outliers, axis=0))
-    tl.store(parts_ptr + tl.num_programs(0).to(tl.int64) + block, tl.sum(small.to(tl.int32), axis=0).to(tl.float64))
+    start = load(base_ptr, offsets, inside, REAL)
+    part_ptr = parts_ptr + block
+    for t in tl.static_range(len(tuned_ptrs)):
+        a = tl.abs(load(tuned_ptrs[t], offsets, inside, REAL) - start).to(tl.float64)  # (BLOCK,)
+        outliers = tl.where(a > tl.load(theta_ptr + t), a, 0.0)
+        small = (a <= tl.load(small_limit_ptr + t)) & inside
+        tl.store(part_ptr, tl.sum(outliers, axis=0))
+        tl.store(part_ptr + blocks, tl.sum(small.to(tl.int32), axis=0).to(tl.float64))
+        part_ptr += 2 * blocks
 
 
 def run(base: Tensor, tuned: Sequence[Tensor], sigma: float, eps: float) -> TaskStatistics:
-    """See `task_statistics`. Deterministic; never waits for the device. The base is read once for each task."""
+    """See `task_statistics`. Deterministic; never waits for the device. The base and each task are read twice."""
     numel, blocks = base.numel(), triton.cdiv(base.numel(), BLOCK)
     if numel == 0:
         return reference.run(base, tuned, sigma, eps)
     real = REAL[accumulation_dtype(base, *tuned)]
-    tensors = [flat(tensor) for tensor in (base, *tuned)]
+    origin, tensors = flat(base), tuple(flat(tensor) for tensor in tuned)
     # Counts are kept as float64 too, which holds them exactly.
     moments = torch.empty((len(tuned), 4, blocks), dtype=torch.float64, device=base.device)
+    tails = torch.empty((len(tuned), 2, blocks), dtype=torch.float64, device=base.device)
     with device_of(base):
-        for tensor, parts in zip(tensors[1:], moments, strict=True):
-            moments_kernel[(blocks,)](tensors[0], tensor, parts, numel, real, BLOCK, **LAUNCH)
+        moments_kernel[(blocks,)](origin, tensors, moments, numel, real, BLOCK, **OPTIONS)
         total, mean, sd, largest, zeros = _merge(moments, numel)
         theta = torch.full_like(mean, math.inf) if math.isinf(sigma) else mean + sigma * sd
         small_limit = eps * mean
-        tails = torch.empty((len(tuned), 2, blocks), dtype=torch.float64, device=base.device)
-        for task, (tensor, parts) in enumerate(zip(tensors[1:], tails, strict=True)):
-            tail_kernel[(blocks,)](
-                tensors[0], tensor, theta[task], small_limit[task], parts, numel, real, BLOCK, **LAUNCH
-            )
+        tail_kernel[(blocks,)](origin, tensors, theta, small_limit, tails, numel, real, BLOCK, **OPTIONS)
     outlier_sum, small = tails.sum(-1).unbind(1)
     outlier_mass = torch.where(total > 0, outlier_sum / total, total)
     return TaskStatistics(numel, mean, sd, largest, zeros.long(), theta, outlier_mass, small.long())

@@ -1,0 +1,185 @@
+"""Sparsifying, electing and summing in Triton: one launch for all tasks; one more before it where ties are selected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._checks import accumulation_dtype
+from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load, random_words, selected, ties_in_block
+from ..magnitude_select import MagnitudeSelection
+from ..random_mask import mask_threshold
+from ..random_mask.triton_kernel import draws
+from . import Keep
+from .ranked import rank_tables
+
+BLOCK = 1024
+
+
+@triton.jit
+def tie_kernel(
+    base_ptr, tuned_ptrs, thresholds_ptr, ties_in_ptr, numel,
+    SELECTIONS: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``ties_in[s, b] = #{i in block b: |tuned_t - base|_i = thresholds[s]}`` for each selection s of a task t."""
+    block = tl.program_id(0)
+    offsets, inside = block_offsets(block, numel, BLOCK)
+    blocks = tl.num_programs(0).to(tl.int64)
+    start = load(base_ptr, offsets, inside, REAL)  # (BLOCK,)
+    for t in tl.static_range(len(tuned_ptrs)):
+        if SELECTIONS[t][0] is not None or SELECTIONS[t][1] is not None:
+            magnitude = tl.abs(load(tuned_ptrs[t], offsets, inside, REAL) - start)
+            for side in tl.static_range(2):
+                if SELECTIONS[t][side] is not None:
+                    ties = ties_in_block(magnitude, inside, thresholds_ptr + SELECTIONS[t][side])
+                    tl.store(ties_in_ptr + SELECTIONS[t][side] * blocks + block, ties)
+
+
+@triton.jit
+def elect_and_sum_kernel(
+    base_ptr, tuned_ptrs, numbers_ptr, thresholds_ptr, ties_ptr, ties_before_ptr, draws_ptr,
+    ranks_ptrs, rank_thresholds_ptrs, rank_factors_ptrs, out_ptr, numel,
+    SELECTIONS: tl.constexpr, DRAWN: tl.constexpr, ELECT: tl.constexpr, NORMALIZE: tl.constexpr,
+    REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out = base + alpha combined``, see `elect_and_sum`.
+
+    `tuned_ptrs` has one pointer per task; `numbers_ptr` points to alpha, then factor and weight of each task.
+    SELECTIONS names for each task the selections of its largest elements and of its outliers, or None:
+    `thresholds_ptr` and `ties_ptr` hold one number for each, `ties_before_ptr` (selections, blocks) how many magnitudes
+    tie in earlier blocks. DRAWN: for each task whether its elements survive at random; `draws_ptr` has threshold, seed
+    and stream of each task, in place of which threshold and factor go by rank where there are `ranks_ptrs`.
+    """
+    block = tl.program_id(0)
+    offsets, inside = block_offsets(block, numel, BLOCK)
+    blocks = tl.num_programs(0).to(tl.int64)
+    start = load(base_ptr, offsets, inside, REAL)  # (BLOCK,)
+    # The two outcomes of an election are summed side by side, so that each task vector is formed once.
+    votes = tl.zeros((BLOCK,), REAL)
+    positive = tl.zeros((BLOCK,), REAL)
+    negative = tl.zeros((BLOCK,), REAL)
+    positive_weight = tl.zeros((BLOCK,), REAL)
+    negative_weight = tl.zeros((BLOCK,), REAL)
+    for t in tl.static_range(len(tuned_ptrs)):
+        delta = load(tuned_ptrs[t], offsets, inside, REAL) - start
+        survives = inside
+        for side in tl.static_range(2):
+            if SELECTIONS[t][side] is not None:
+                chosen = selected(
+                    tl.abs(delta), inside, thresholds_ptr + SELECTIONS[t][side], ties_ptr + SELECTIONS[t][side],
+                    ties_before_ptr + SELECTIONS[t][side] * blocks + block,
+                )  # fmt: skip
+                survives = survives & (chosen == (side == 0))
+        factor_ptr = numbers_ptr + 1 + 2 * t
+        if DRAWN[t]:
+            limit_ptr = draws_ptr + 3 * t
+            words = random_words(block, tl.load(limit_ptr + 1), tl.load(limit_ptr + 2), BLOCK)
+            if ranks_ptrs[t] is not None:
+                rank = tl.load(ranks_ptrs[t] + offsets, mask=inside, other=0)  # (BLOCK,)
+                limit_ptr, factor_ptr = rank_thresholds_ptrs[t] + rank, rank_factors_ptrs[t] + rank
+            survives = survives & (words.to(tl.int64) < tl.load(limit_ptr))
+        vector = tl.load(factor_ptr) * tl.where(survives, delta, 0.0)
+        if ELECT == "none":
+            positive += vector
+        else:
+            if ELECT == "sum":
+                votes += vector
+            else:
+                votes += (vector > 0).to(REAL) - (vector < 0).to(REAL)
+            # NaN is on both sides, so that it never disappears.
+            positive += tl.where(vector < 0, 0.0, vector)
+            negative += tl.where(vector > 0, 0.0, vector)
+            if NORMALIZE:
+                weight = tl.load(numbers_ptr + 2 + 2 * t)
+                positive_weight += tl.where((vector < 0) | (vector == 0), 0.0, weight)
+                negative_weight += tl.where((vector > 0) | (vector == 0), 0.0, weight)
+    combined = positive
+    if ELECT != "none":
+        combined = tl.where(votes >= 0, positive, negative)
+        if NORMALIZE:
+            divisor = tl.where(votes >= 0, positive_weight, negative_weight)
+            combined = divide(combined, tl.where(divisor == 0, 1.0, divisor))
+    step = tl.load(numbers_ptr) * combined
+    tl.store(out_ptr + offsets, tl.where(step == 0, start, start + step), mask=inside)
+
+
+@triton.jit
+def divide(x, y):
+    """``x / y``, correctly rounded. Of float32 Triton's operator is not, and `tl.div_rn` may flush subnormals.
+
+    A quotient of float32 that is rounded to float64 first is never near enough to a tie of float32 to change its side.
+    """
+    return (x.to(tl.float64) / y.to(tl.float64)).to(x.dtype)
+
+
+def run(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    keep: Sequence[Keep],
+    elect: str,
+    normalize: bool,
+    alpha: float,
+) -> Tensor:
+    """See `elect_and_sum`. Never waits for the device."""
+    dtype = accumulation_dtype(base, *tuned)
+    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    numel, real, grid = out.numel(), REAL[dtype], (triton.cdiv(out.numel(), BLOCK),)
+    if numel == 0:
+        return out
+    origin, tensors = flat(base), tuple(flat(tensor) for tensor in tuned)
+    numbers = [alpha]
+    for weight, rule in zip(weights, keep, strict=True):
+        numbers += [weight * rule.rescale, weight]
+    # In memory: Triton would pass a Python float as float32.
+    scalars = torch.tensor(numbers, dtype=dtype, device=base.device)
+    drawn = tuple(rule.probability < 1 or rule.ranked is not None for rule in keep)
+    sampled = thresholds = ties = ties_before = None
+    if any(drawn):
+        sampled = draws([(mask_threshold(rule.probability), rule.seed, rule.stream) for rule in keep], base.device)
+    ranked = _ranked(weights, keep, dtype)
+    places, selections = _selections(keep)
+    with device_of(base):
+        if selections:
+            thresholds = torch.stack([selection.rounded(dtype).threshold for selection in selections])
+            ties = torch.stack([selection.rounded(dtype).ties for selection in selections])
+            ties_in = torch.empty((len(selections), *grid), dtype=torch.int64, device=base.device)
+            tie_kernel[grid](origin, tensors, thresholds, ties_in, numel, places, real, BLOCK, **LAUNCH)
+            ties_before = ties_in.cumsum(1) - ties_in
+        elect_and_sum_kernel[grid](
+            origin, tensors, scalars, thresholds, ties, ties_before, sampled, *ranked, out, numel,
+            places, drawn, elect, normalize, real, BLOCK, **LAUNCH,
+        )  # fmt: skip
+    return out
+
+
+def _ranked(
+    weights: Sequence[float], keep: Sequence[Keep], dtype: torch.dtype
+) -> tuple[tuple[Tensor | None, ...], ...]:
+    """Return for each task its ranks, thresholds by rank and factors by rank, or None."""
+    rows: list[tuple[Tensor | None, ...]] = []
+    for weight, rule in zip(weights, keep, strict=True):
+        row: tuple[Tensor | None, ...] = (None, None, None)
+        if rule.ranked is not None:
+            ranks = flat(rule.ranked.ranks)
+            tables = rank_tables(rule.ranked, weight * rule.rescale, dtype)
+            row = (ranks, *(table.to(ranks.device) for table in tables))
+        rows.append(row)
+    return tuple(zip(*rows, strict=True))
+
+
+def _selections(keep: Sequence[Keep]) -> tuple[tuple[tuple[int | None, int | None], ...], list[MagnitudeSelection]]:
+    """Return the selections of all tasks, and for each task the places of its two among them."""
+    selections: list[MagnitudeSelection] = []
+
+    def place(selection: MagnitudeSelection | None) -> int | None:
+        if selection is None:
+            return None
+        selections.append(selection)
+        return len(selections) - 1
+
+    return tuple((place(rule.largest), place(rule.outliers)) for rule in keep), selections

@@ -1,0 +1,69 @@
+"""What the tests of the Triton kernels share. They run in Triton's interpreter: ``TRITON_INTERPRET=1 pytest FILE``.
+
+Triton reads the variable when it is imported, so it must be set for the whole process; tests/test_triton_interpreter.py
+runs tests/ops/test_triton*.py in one of its own.
+"""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from r_tsvm_kernels import backends
+
+STATE = backends.triton_interpreter_state()
+
+interpreted = [
+    pytest.mark.skipif(STATE != backends.READY, reason=f"triton: {STATE}"),
+    # The interpreter computes with numpy, which warns about overflow and NaN.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+MIXES = [
+    (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32),
+    (torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float32, torch.float16),
+    (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float64), (torch.float64, torch.float16),
+]  # fmt: skip
+TINY = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_mix = pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "-".join(str(d).removeprefix("torch.") for d in mix))
+
+
+def kernel(op):
+    return import_module(f"r_tsvm_kernels.ops.{op}.triton_kernel")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks, and several per program, even for the small tensors that the interpreter can handle."""
+    for op in (
+        "task_statistics", "magnitude_select", "reweight_prune", "add_update", "random_mask", "elect_and_sum"
+    ):  # fmt: skip
+        monkeypatch.setattr(kernel(op), "BLOCK", 128)
+    monkeypatch.setattr(kernel("magnitude_select"), "PROGRAMS", 2)
+
+
+def nasty(dtype):
+    """Yield named tensors that are hard to select from."""
+    tiny = TINY[dtype]
+    yield "all equal", torch.full((131,), -0.3, dtype=dtype)
+    yield "all zero", torch.zeros(70, dtype=dtype)
+    yield "negative zero", torch.tensor([0.0, -0.0, 1.0, -0.0] * 40, dtype=dtype)
+    yield "ties", torch.randint(-3, 4, (200,)).to(dtype)
+    yield "subnormal", torch.arange(-90, 90).double().mul(tiny).to(dtype)
+    yield "largest", torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max, 1.0, tiny, 0.0], dtype=dtype)
+    yield "neighbours", (1 + torch.arange(300).double() % 7 * torch.finfo(dtype).eps).to(dtype)
+    yield "wide", (torch.randn(150).double() * 10.0 ** torch.randint(-4, 4, (150,))).to(dtype)
+    yield "one", torch.tensor([-2.0], dtype=dtype)
+
+
+def some_counts(numel):
+    return sorted({1, numel // 2, numel} - {0})
+
+
+def pair(shape, mix=(torch.float32, torch.float32), tasks=2, scale=0.05):
+    base = torch.randn(shape, dtype=torch.float64)
+    tuned = [(base + scale * torch.randn(shape)).to(mix[(task + 1) % 2]) for task in range(tasks)]
+    return base.to(mix[0]), tuned
