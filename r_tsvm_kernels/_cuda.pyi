@@ -31,7 +31,27 @@ def elect_and_sum(
     device: int,
     stream: int,
 ) -> None:
-    """Queue the merge; output as in ``_cpu``. `selections`: addresses of thresholds and ties, and how many there are."""
+    """Queue the merge; output as in ``_cpu``. `selections`: addresses of thresholds and ties, how many there are."""
+
+def magnitude_histogram(
+    x: _Matrix, base: _Matrix | None, bits: int, prefix: int, shift: int, counts: int, device: int, stream: int
+) -> None:
+    """Queue the counting of digits; writes 2**bits numbers (int64) to the address `counts`."""
+
+def magnitude_ranks_workspace(rows: int, cols: int, in_float64: bool, device: int) -> int:
+    """Return the bytes of device memory that `magnitude_ranks` needs."""
+
+def magnitude_ranks(
+    x: _Matrix,
+    base: _Matrix | None,
+    cols: int,
+    ranks: int,
+    nonfinite: int,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None:
+    """Queue the ranking of rows; writes ranks (int32) and the number of NaN and infinite values (int64)."""
 
 def magnitude_select_workspace() -> int:
     """Return the bytes of device memory that `magnitude_select` needs."""

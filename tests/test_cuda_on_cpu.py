@@ -25,11 +25,16 @@ from r_tsvm_kernels.errors import NonFiniteError
 from r_tsvm_kernels.ops import (
     Keep,
     MagnitudeSelection,
+    RankedKeep,
     accumulation_dtype,
     add_update,
+    della_probabilities,
     elect_and_sum,
     kept_count,
+    magnitude_histogram,
+    magnitude_ranks,
     magnitude_select,
+    magnitude_select_many,
     random_mask,
     reweight_prune,
     reweight_prune_,
@@ -176,6 +181,58 @@ def test_selection_refuses_what_is_not_finite(dtype, bad):
         magnitude_select(x, [5, 10], base=torch.zeros(3000), backend="cuda")
 
 
+# --- magnitude_histogram, magnitude_ranks
+
+
+@many
+@given(tensors=groups, bits=st.integers(1, 11), prefix_bits=st.integers(0, 20))
+def test_histograms(tensors, bits, prefix_bits):
+    base, (x, *_) = tensors
+    for origin in (base, None):
+        dtype = accumulation_dtype(x, *([] if origin is None else [origin]))
+        value = x.flatten()[-1].to(dtype) - (0 if origin is None else origin.flatten()[-1].to(dtype))
+        integer, length = (torch.int64, 63) if dtype == torch.float64 else (torch.int32, 31)
+        prefix = int(value.abs().view(integer)) >> (length - prefix_bits)
+        got, expected = both(magnitude_histogram, x, bits, prefix=prefix, prefix_bits=prefix_bits, base=origin)
+        assert same_bits(got, expected) and got.sum() > 0
+
+
+def test_histograms_of_nothing_and_of_nan():
+    assert magnitude_histogram(torch.empty(0), 4, backend="cuda").tolist() == [0] * 16
+    x = torch.tensor([math.nan, -math.inf, 0.0, -0.0, 1.0])
+    assert same_bits(*both(magnitude_histogram, x, 11))
+
+
+def test_selection_over_many_tensors():
+    tensors = [torch.randn(50, 40), torch.zeros(30), torch.randn(5000).round(decimals=1)]
+    assert same_selections(*both(magnitude_select_many, lambda: iter(tensors), 2500))
+
+
+@many
+@given(tensors=groups)
+def test_ranks(tensors):
+    base, (x, *_) = tensors
+    for origin in (base, None):
+        assert same_bits(*both(magnitude_ranks, x, base=origin))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [511, 4097, 20_000])
+def test_ranks_of_long_rows(dtype, cols):
+    """20,000 columns do not fit into shared memory."""
+    x = torch.randn(20, cols).to(dtype)
+    x[:, ::7] = 0.5
+    assert same_bits(*both(magnitude_ranks, x))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_ranks_refuse_what_is_not_finite(bad):
+    x = torch.randn(30, 100, dtype=torch.bfloat16)
+    x[[3, 29], 99] = bad
+    with pytest.raises(NonFiniteError, match="2 of 3000"):
+        magnitude_ranks(x, base=torch.zeros_like(x), backend="cuda")
+
+
 # --- reweight_prune
 
 
@@ -286,6 +343,15 @@ def sparsifier(difference, kind, task):
         "ties": Keep(largest=top(0.4)),
         "breadcrumbs": Keep(largest=top(0.5), outliers=top(0.1)),
         "dare": Keep(probability=0.4, seed=7, stream=task, rescale=2.5),
+        "della": Keep(
+            ranked=RankedKeep(
+                magnitude_ranks(difference, backend="torch"),
+                della_probabilities(difference.shape[-1], 0.5, 0.3),
+                rescale=task % 2 == 0,
+            ),
+            seed=11,
+            stream=task,
+        ),
         "everything": Keep(largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3),
     }[kind]
 
@@ -293,7 +359,9 @@ def sparsifier(difference, kind, task):
 @many
 @given(
     tensors=groups,
-    kinds=st.lists(st.sampled_from(["all", "ties", "breadcrumbs", "dare", "everything"]), min_size=5, max_size=5),
+    kinds=st.lists(
+        st.sampled_from(["all", "ties", "breadcrumbs", "dare", "della", "everything"]), min_size=5, max_size=5
+    ),
     elect=st.sampled_from(["none", "sum", "count"]),
     normalize=st.booleans(),
     alpha=st.sampled_from([1.0, 0.3, -2.0]),

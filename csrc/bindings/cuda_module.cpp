@@ -1,6 +1,8 @@
 #include "arguments.h"
 #include "r_tsvm/add_update.h"
 #include "r_tsvm/elect_and_sum.h"
+#include "r_tsvm/magnitude_histogram.h"
+#include "r_tsvm/magnitude_ranks.h"
 #include "r_tsvm/random_mask.h"
 
 namespace py = pybind11;
@@ -101,6 +103,36 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       },
       py::arg("x"), py::arg("base"), py::arg("keep"), py::arg("output"), py::arg("workspace"), py::arg("device"),
       py::arg("stream"));
+
+  module.def(
+      "magnitude_histogram",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int bits,
+         uint64_t prefix, int shift, std::uintptr_t counts, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_histogram");
+        const std::vector<MatrixView> bases = optional_base(base, view, "magnitude_histogram");
+        magnitude_histogram_cuda(view, bases.empty() ? nullptr : &bases[0], bits, prefix, shift,
+                                 bindings::pointer<int64_t>(counts), device, bindings::pointer<void>(stream));
+      },
+      py::arg("x"), py::arg("base"), py::arg("bits"), py::arg("prefix"), py::arg("shift"), py::arg("counts"),
+      py::arg("device"), py::arg("stream"));
+
+  module.def("magnitude_ranks_workspace", &magnitude_ranks_cuda_workspace, py::arg("rows"), py::arg("cols"),
+             py::arg("in_float64"), py::arg("device"));
+
+  module.def(
+      "magnitude_ranks",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int64_t cols,
+         std::uintptr_t ranks, std::uintptr_t nonfinite, std::uintptr_t workspace, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_ranks");
+        const std::vector<MatrixView> bases = optional_base(base, view, "magnitude_ranks");
+        magnitude_ranks_cuda(view, bases.empty() ? nullptr : &bases[0], cols, bindings::pointer<int32_t>(ranks),
+                             bindings::pointer<int64_t>(nonfinite), bindings::pointer<void>(workspace), device,
+                             bindings::pointer<void>(stream));
+      },
+      py::arg("x"), py::arg("base"), py::arg("cols"), py::arg("ranks"), py::arg("nonfinite"), py::arg("workspace"),
+      py::arg("device"), py::arg("stream"));
 
   module.def("reweight_prune_workspace", &reweight_prune_cuda_workspace, py::arg("elements"), py::arg("selections"));
 

@@ -1,12 +1,13 @@
 #include <algorithm>
 
+#include "patterns.cuh"
+#include "r_tsvm/magnitude_histogram.h"
 #include "r_tsvm/magnitude_select.h"
 #include "reduce.cuh"
 #include "selection.h"
 #include "slices.cuh"
 
-// Exact selection by counting digits of magnitudes: the bit pattern of a float without its sign, as an integer, has the
-// order of the magnitudes. Counts are integers, so nothing depends on who counted what.
+// Exact selection by counting digits of magnitudes. Counts are integers, so nothing depends on who counted what.
 namespace r_tsvm {
 namespace {
 
@@ -39,25 +40,6 @@ constexpr Digits kFloat32Digits{{11, 10, 10}, 3, 31};
 // A 16-bit float widened to float32 has zeros from there on.
 constexpr Digits k16BitDigits{{11, 10}, 2, 31};
 constexpr Digits kFloat64Digits{{11, 11, 11, 10, 10, 10}, 6, 63};
-
-__device__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
-__device__ uint64_t magnitude_bits(double value) {
-  return static_cast<uint64_t>(__double_as_longlong(value)) & 0x7fffffffffffffffu;
-}
-
-__device__ uint64_t infinity_bits(ElementType type) {
-  switch (type) {
-    case ElementType::kFloat64:
-      return uint64_t{0x7ff} << 52;
-    case ElementType::kFloat32:
-      return 0x7f800000u;
-    case ElementType::kFloat16:
-      return 0x7c00u;
-    case ElementType::kBFloat16:
-      return 0x7f80u;
-  }
-  return 0;
-}
 
 __device__ double from_bits(ElementType type, uint64_t bits) {
   switch (type) {
@@ -291,6 +273,24 @@ void magnitude_select_cuda(const MatrixView& x, const MatrixView* base, const in
     select_magnitudes(queue, of, keeps, Found{output.threshold + first, output.ties + first, tied},
                       tied + kMaxSelections);
   }
+}
+
+void magnitude_histogram_cuda(const MatrixView& x, const MatrixView* base, int bits, uint64_t prefix, int shift,
+                              int64_t* counts, int device, void* stream) {
+  if (!is_contiguous(x) || (base != nullptr && !is_contiguous(*base))) {
+    throw std::runtime_error("magnitude_histogram: the CUDA kernel reads contiguous tensors only");
+  }
+  if (bits < 1 || bits > kMaxBits) throw std::runtime_error("magnitude_histogram: too long a digit");
+  const DeviceGuard guard(device, "magnitude_histogram");
+  const Queue queue{"magnitude_histogram", device, static_cast<cudaStream_t>(stream)};
+  check(cudaMemsetAsync(counts, 0, counts_bytes(1, 1, bits), queue.stream), queue.op, "cannot clear the counters");
+  if (element_count(x) == 0) return;
+  Magnitudes of{};
+  of.base = base != nullptr ? *base : MatrixView{nullptr, 0, 0, 0, x.type};
+  of.tensor[0] = x;
+  of.tensors = of.keeps = 1;
+  const auto count = any_float64(of.base, &x, 1) ? count_digits<double> : count_digits<float>;
+  count(queue, of, shift, bits, nullptr, prefix, reinterpret_cast<Count*>(counts));
 }
 
 }  // namespace r_tsvm

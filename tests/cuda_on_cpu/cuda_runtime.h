@@ -54,7 +54,6 @@ inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 // --- device functions
 
 inline void __syncthreads() { cuda_on_cpu::barrier(); }
-inline void __threadfence() {}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
@@ -85,16 +84,7 @@ unsigned __match_any_sync(unsigned mask, T value) {
   return same;
 }
 
-inline int __syncthreads_or(int vote) {
-  static int any = 0;
-  if (threadIdx.x == 0) any = 0;
-  cuda_on_cpu::barrier();
-  any |= vote;
-  cuda_on_cpu::barrier();
-  const int all = any;
-  cuda_on_cpu::barrier();
-  return all != 0;
-}
+inline void __syncwarp() { cuda_on_cpu::exchange(0xffffffffu, 3, 0); }
 
 template <class T>
 T atomicAdd(T* address, T value) {
