@@ -76,6 +76,7 @@ def reweight_prune_workspace(elements: int, selections: int) -> int:
 def reweight_prune_select(
     base: _Matrix | None,
     tasks: Sequence[_PruneTask],
+    in_float64: bool,
     selections: tuple[int, int, int, int],
     workspace: int,
     device: int,
@@ -89,6 +90,7 @@ def reweight_prune_select(
 def reweight_prune_apply(
     base: _Matrix | None,
     tasks: Sequence[_PruneTask],
+    in_float64: bool,
     selections: tuple[int, int, int, int],
     selection_count: int,
     workspace: int,

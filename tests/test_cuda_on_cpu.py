@@ -266,9 +266,12 @@ def test_pruning_in_place(tensors, weighting, density, wide):
     assert same_all(got, reweight_prune(zeros, deltas, statistics, weighting, density, backend="torch"))
 
 
-def test_pruning_of_many_tasks():
-    base, tuned = group((37, 41), [torch.bfloat16] * 20, "ties", ["contiguous"] * 20, 0)
+@pytest.mark.parametrize("last", [torch.bfloat16, torch.float64], ids=str)
+def test_pruning_of_many_tasks(last):
+    """More than one launch takes; all are computed in float64 if one is, even one that is not pruned."""
+    base, tuned = group((37, 41), [*[torch.bfloat16] * 19, last], "ties", ["contiguous"] * 20, 0)
     density = [min(1.0, 0.06 * t) for t in range(19)]
+    assert density[-1] == 1.0
     assert same_all(*both(reweight_prune, base, tuned, task_statistics(base, tuned), "clip", density))
 
 

@@ -138,22 +138,22 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
 
   module.def(
       "reweight_prune_select",
-      [](const std::optional<bindings::MatrixArgument>& base, const std::vector<PruneArgument>& tasks,
+      [](const std::optional<bindings::MatrixArgument>& base, const std::vector<PruneArgument>& tasks, bool in_float64,
          const PruneAddresses& selections, std::uintptr_t workspace, int device, std::uintptr_t stream) {
         const py::gil_scoped_release unlocked;
         const std::vector<PruneTaskCuda> views = prune_tasks(tasks);
         if (views.empty()) return;
         const std::vector<MatrixView> bases = optional_base(base, views[0].tuned, "reweight_prune");
         reweight_prune_select_cuda(bases.empty() ? nullptr : &bases[0], views.data(),
-                                   static_cast<int64_t>(views.size()), prune_selections(selections),
+                                   static_cast<int64_t>(views.size()), in_float64, prune_selections(selections),
                                    bindings::pointer<void>(workspace), device, bindings::pointer<void>(stream));
       },
-      py::arg("base"), py::arg("tasks"), py::arg("selections"), py::arg("workspace"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("base"), py::arg("tasks"), py::arg("in_float64"), py::arg("selections"), py::arg("workspace"),
+      py::arg("device"), py::arg("stream"));
 
   module.def(
       "reweight_prune_apply",
-      [](const std::optional<bindings::MatrixArgument>& base, const std::vector<PruneArgument>& tasks,
+      [](const std::optional<bindings::MatrixArgument>& base, const std::vector<PruneArgument>& tasks, bool in_float64,
          const PruneAddresses& selections, int64_t selection_count, std::uintptr_t workspace, int device,
          std::uintptr_t stream) {
         const py::gil_scoped_release unlocked;
@@ -161,11 +161,11 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         if (views.empty()) return;
         const std::vector<MatrixView> bases = optional_base(base, views[0].tuned, "reweight_prune");
         reweight_prune_apply_cuda(bases.empty() ? nullptr : &bases[0], views.data(), static_cast<int64_t>(views.size()),
-                                  prune_selections(selections), selection_count, bindings::pointer<void>(workspace),
-                                  device, bindings::pointer<void>(stream));
+                                  in_float64, prune_selections(selections), selection_count,
+                                  bindings::pointer<void>(workspace), device, bindings::pointer<void>(stream));
       },
-      py::arg("base"), py::arg("tasks"), py::arg("selections"), py::arg("selection_count"), py::arg("workspace"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("base"), py::arg("tasks"), py::arg("in_float64"), py::arg("selections"), py::arg("selection_count"),
+      py::arg("workspace"), py::arg("device"), py::arg("stream"));
 
   module.def(
       "random_mask",

@@ -13,8 +13,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t slice = blockIdx.x; slice * kSlice < elements; slice += gridDim.x) {
     const int64_t index = first_item(slice);
     Real start[kItems], step[kItems];
-    load_four(base, index, elements, start);
-    load_four(update, index, elements, step);
+    const Raw<Real> raw_start = load_raw<Real>(base, index, elements);
+    const Raw<Real> raw_step = load_raw<Real>(update, index, elements);
+    widen(base.type, raw_start, start);
+    widen(update.type, raw_step, step);
     add_step(start, alpha, step);
     store_four(start, output, index, elements);
   }

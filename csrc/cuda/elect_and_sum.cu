@@ -33,14 +33,6 @@ __global__ void put_kernel(const __grid_constant__ Batch<Real> batch, int count,
 }
 
 template <class Real>
-__device__ void load_difference(const Task<Real>& task, const Real (&base)[kItems], int64_t index, int64_t elements,
-                                Real (&values)[kItems]) {
-  load_four(task.view, index, elements, values);
-#pragma unroll
-  for (int j = 0; j < kItems; ++j) values[j] -= base[j];
-}
-
-template <class Real>
 __global__ void __launch_bounds__(kThreads)
     tie_kernel(const __grid_constant__ MatrixView base, const Task<Real>* tasks, int count,
                const __grid_constant__ TieRules rules, int64_t elements) {
@@ -55,7 +47,9 @@ __global__ void __launch_bounds__(kThreads)
       if (!kept && !dropped) continue;
       if (!loaded) load_four(base, index, elements, origin);
       loaded = true;
-      load_difference(task, origin, index, elements, values);
+      load_four(task.view, index, elements, values);
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) values[j] -= origin[j];
       if (kept) count_ties(rules, task.kept, values, slice, elements);
       if (dropped) count_ties(rules, task.dropped, values, slice, elements);
     }
@@ -109,14 +103,13 @@ __global__ void __launch_bounds__(kThreads)
                const __grid_constant__ TieRules rules, Real alpha, int64_t elements, Real* output) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
-    Real origin[kItems], values[kItems], sum[kItems] = {};
-    load_four(base, index, elements, origin);
-    for (int t = 0; t < count; ++t) {
-      load_difference(tasks[t], origin, index, elements, values);
+    const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
+    Real origin[kItems], sum[kItems] = {};
+    for_differences(base, count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
       sparsify(tasks[t], rules, slice, elements, values);
 #pragma unroll
       for (int j = 0; j < kItems; ++j) sum[j] += values[j];
-    }
+    });
     add_step(origin, alpha, sum);
     store_four(origin, output, index, elements);
   }
@@ -125,17 +118,16 @@ __global__ void __launch_bounds__(kThreads)
 // The two outcomes of an election are summed side by side, so that one pass over the tasks is enough. NaN is on both
 // sides, so that it never disappears.
 template <class Real>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 4 : 2)
     elect_kernel(const __grid_constant__ MatrixView base, const Task<Real>* tasks, int count,
                  const __grid_constant__ TieRules rules, bool by_count, bool normalize, Real alpha, int64_t elements,
                  Real* output) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
-    Real origin[kItems], values[kItems], votes[kItems] = {};
+    const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
+    Real origin[kItems], elected[kItems], votes[kItems] = {};
     Real positive[kItems] = {}, negative[kItems] = {}, positive_weight[kItems] = {}, negative_weight[kItems] = {};
-    load_four(base, index, elements, origin);
-    for (int t = 0; t < count; ++t) {
-      load_difference(tasks[t], origin, index, elements, values);
+    for_differences(base, count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
       sparsify(tasks[t], rules, slice, elements, values);
       const Real weight = tasks[t].weight;
 #pragma unroll
@@ -148,15 +140,15 @@ __global__ void __launch_bounds__(kThreads)
         positive_weight[j] += value > 0 ? weight : Real{0};
         negative_weight[j] += value < 0 ? weight : Real{0};
       }
-    }
+    });
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
       const bool won = votes[j] >= 0;
       const Real weight = won ? positive_weight[j] : negative_weight[j];
-      values[j] = won ? positive[j] : negative[j];
-      if (normalize) values[j] /= weight == 0 ? Real{1} : weight;
+      elected[j] = won ? positive[j] : negative[j];
+      if (normalize) elected[j] /= weight == 0 ? Real{1} : weight;
     }
-    add_step(origin, alpha, values);
+    add_step(origin, alpha, elected);
     store_four(origin, output, index, elements);
   }
 }

@@ -19,7 +19,7 @@ struct Queue {
 inline constexpr int kThreads = 256;
 
 // Shared memory whose size the launch decides.
-extern __shared__ uint32_t dynamic_shared[];
+alignas(16) extern __shared__ uint32_t dynamic_shared[];
 
 // Queues kernel(arguments...) with at most `blocks` blocks: the kernels loop over what is left.
 template <class... Parameters, class... Arguments>

@@ -77,12 +77,10 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   for (int64_t slice = blockIdx.x; slice * kSlice < elements; slice += gridDim.x) {
     const int64_t index = first_item(slice);
-    Real base[kItems] = {};
-    if (of.base.data != nullptr) load_four(of.base, index, elements, base);
-    for (int i = 0; i < of.tensors; ++i) {
-      Real values[kItems];
-      load_four(of.tensor[i], index, elements, values);
-      subtract_and_clip(base, of.theta[i], values);
+    const auto view_of = [&](int i) -> const MatrixView& { return of.tensor[i]; };
+    Real base[kItems];
+    for_differences(of.base, of.tensors, view_of, index, elements, base, [&](int i, Real(&values)[kItems]) {
+      clip(of.theta[i], values);
       for (int k = 0; k < each; ++k) {
         const uint64_t wanted = choices == nullptr ? prefix : choices[i * of.keeps + k].prefix;
 #pragma unroll
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
           count_in(dynamic_shared + (i * each + k) * bins, counted, pattern == 0, digit);
         }
       }
-    }
+    });
   }
   __syncthreads();
   for (int i = threadIdx.x; i < of.tensors * each * bins; i += kThreads) {
@@ -237,7 +235,7 @@ void select_magnitudes(const Queue& queue, const Magnitudes& of, const KeepCount
   Count* counts = static_cast<Count*>(workspace);
   Choice* choices = reinterpret_cast<Choice*>(counts + (kMaxSelections * kMaxPasses << kMaxBits));
   const bool alone = of.tensors == 1 && of.base.data == nullptr && of.theta[0] == nullptr && is_16bit(of.tensor[0]);
-  if (any_float64(of.base, of.tensor, of.tensors)) {
+  if (of.in_float64) {
     select_by_digits<double>(queue, of, kFloat64Digits, keep, found, counts, choices);
   } else if (!alone) {
     select_by_digits<float>(queue, of, kFloat32Digits, keep, found, counts, choices);
@@ -266,6 +264,7 @@ void magnitude_select_cuda(const MatrixView& x, const MatrixView* base, const in
     of.base = base != nullptr ? *base : MatrixView{nullptr, 0, 0, 0, x.type};
     of.tensor[0] = x;
     of.nonfinite[0] = output.nonfinite;
+    of.in_float64 = any_float64(of.base, &x, 1);
     of.tensors = 1;
     of.keeps = static_cast<int>(std::min<int64_t>(kMaxSelections, count - first));
     KeepCounts keeps{};

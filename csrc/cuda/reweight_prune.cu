@@ -15,14 +15,6 @@ struct Tasks {
   int count;
 };
 
-// Task t less the base, clipped; `base` holds its elements already.
-template <class Real>
-__device__ void load_task(const PruneTaskCuda& task, const Real (&base)[kItems], int64_t index, int64_t elements,
-                          Real (&values)[kItems]) {
-  load_four(task.tuned, index, elements, values);
-  subtract_and_clip(base, task.theta, values);
-}
-
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     tie_kernel(const __grid_constant__ MatrixView base, const __grid_constant__ Tasks tasks,
@@ -39,7 +31,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int t = 0; t < tasks.count; ++t) {
       const int rule = tasks.task[t].selection;
       if (rule < 0 || !is_open(rules, rule)) continue;
-      load_task(tasks.task[t], origin, index, elements, values);
+      load_four(tasks.task[t].tuned, index, elements, values);
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) values[j] -= origin[j];
+      clip(tasks.task[t].theta, values);
       count_ties(rules, rule, values, slice, elements);
     }
   }
@@ -52,11 +47,11 @@ __global__ void __launch_bounds__(kThreads)
                  const __grid_constant__ TieRules rules, int64_t elements) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
-    Real origin[kItems] = {}, values[kItems];
-    if (base.data != nullptr) load_four(base, index, elements, origin);
-    for (int t = 0; t < tasks.count; ++t) {
+    const auto view_of = [&](int t) -> const MatrixView& { return tasks.task[t].tuned; };
+    Real origin[kItems];
+    for_differences(base, tasks.count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
       const PruneTaskCuda& task = tasks.task[t];
-      load_task(task, origin, index, elements, values);
+      clip(task.theta, values);
       if (task.selection >= 0) {
         bool selected[kItems];
         select(rules, task.selection, values, slice, selected);
@@ -64,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < kItems; ++j) values[j] = selected[j] ? values[j] : Real{0};
       }
       store_four(values, static_cast<Real*>(task.matrix), index, elements);
-    }
+    });
   }
 }
 
@@ -87,12 +82,6 @@ MatrixView base_or_none(const MatrixView* base, const PruneTaskCuda* tasks, int6
   return base != nullptr ? *base : MatrixView{nullptr, 0, 0, 0, tasks[0].tuned.type};
 }
 
-bool in_float64(const MatrixView& base, const PruneTaskCuda* tasks, int64_t count) {
-  bool found = base.type == ElementType::kFloat64;
-  for (int64_t t = 0; t < count; ++t) found = found || tasks[t].tuned.type == ElementType::kFloat64;
-  return found;
-}
-
 }  // namespace
 
 int64_t reweight_prune_cuda_workspace(int64_t elements, int64_t selections) {
@@ -100,7 +89,7 @@ int64_t reweight_prune_cuda_workspace(int64_t elements, int64_t selections) {
   return std::max(quotas, select_magnitudes_workspace());
 }
 
-void reweight_prune_select_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count,
+void reweight_prune_select_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
                                 const PruneSelections& selections, void* workspace, int device, void* stream) {
   if (count == 0) return;
   const MatrixView origin = base_or_none(base, tasks, count);
@@ -113,6 +102,7 @@ void reweight_prune_select_cuda(const MatrixView* base, const PruneTaskCuda* tas
     of.base = origin;
     of.tensors = static_cast<int>(std::min<int64_t>(kMaxSelections, count - first));
     of.keeps = 1;
+    of.in_float64 = in_float64;
     for (int i = 0; i < of.tensors; ++i) {
       of.tensor[i] = tasks[first + i].tuned;
       of.theta[i] = tasks[first + i].theta;
@@ -124,12 +114,11 @@ void reweight_prune_select_cuda(const MatrixView* base, const PruneTaskCuda* tas
   }
 }
 
-void reweight_prune_apply_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count,
+void reweight_prune_apply_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
                                const PruneSelections& selections, int64_t selection_count, void* workspace, int device,
                                void* stream) {
   if (count == 0 || element_count(tasks[0].tuned) == 0) return;
   const MatrixView origin = base_or_none(base, tasks, count);
-  const bool wide = in_float64(origin, tasks, count);
   const DeviceGuard guard(device, kOp);
   const Queue queue{kOp, device, static_cast<cudaStream_t>(stream)};
   const TieRules rules{selections.threshold, selections.ties, selections.tied, static_cast<int*>(workspace),
@@ -143,11 +132,12 @@ void reweight_prune_apply_cuda(const MatrixView* base, const PruneTaskCuda* task
     }
   };
   if (selection_count > 0) {
-    for_batches(
-        [&](const Tasks& batch) { (wide ? launch_ties<double> : launch_ties<float>)(queue, origin, batch, rules); });
+    for_batches([&](const Tasks& batch) {
+      (in_float64 ? launch_ties<double> : launch_ties<float>)(queue, origin, batch, rules);
+    });
     launch_kernel(queue, "quota_kernel", selection_count, kQuotaThreads, 0, quota_kernel, rules);
   }
-  for_batches([&](const Tasks& batch) { (wide ? launch<double> : launch<float>)(queue, origin, batch, rules); });
+  for_batches([&](const Tasks& batch) { (in_float64 ? launch<double> : launch<float>)(queue, origin, batch, rules); });
 }
 
 }  // namespace r_tsvm

@@ -16,6 +16,7 @@ struct Magnitudes {
   MatrixView tensor[kMaxSelections];
   const double* theta[kMaxSelections];  // on the device; null clips nothing
   int64_t* nonfinite[kMaxSelections];   // out: the number of NaN and infinite values, on the device
+  bool in_float64;                      // rather than float32; it must be if one of them is float64
   int tensors;
   int keeps;  // selections from each tensor; tensors * keeps <= kMaxSelections
 };

@@ -28,36 +28,102 @@ __device__ inline bool is_whole(const T* address, int64_t index, int64_t element
   return index + kItems <= elements && reinterpret_cast<uintptr_t>(address) % alignof(Four<T>) == 0;
 }
 
-template <class From, class Real>
-__device__ inline void load_four_as(const void* data, int64_t index, int64_t elements, Real (&out)[kItems]) {
-  const From* from = static_cast<const From*>(data) + index;
+// The thread's elements of one tensor as they lie in memory. Reading and widening are apart so that several reads can
+// be under way together.
+template <class Real>
+struct Raw {
+  uint32_t word[kItems * sizeof(Real) / sizeof(uint32_t)];
+};
+
+template <class Bits, class Real>
+__device__ inline void load_bits(const void* data, int64_t index, int64_t elements, Raw<Real>& raw) {
+  struct alignas(kItems * sizeof(Bits)) Words {
+    uint32_t word[kItems * sizeof(Bits) / sizeof(uint32_t)];
+  };
+  constexpr int kWords = sizeof(Words) / sizeof(uint32_t);
+  const Bits* from = static_cast<const Bits*>(data) + index;
   if (is_whole(from, index, elements)) {
-    const Four<From> four = *reinterpret_cast<const Four<From>*>(from);
+    const Words words = *reinterpret_cast<const Words*>(from);
 #pragma unroll
-    for (int j = 0; j < kItems; ++j) out[j] = static_cast<Real>(widened(four.item[j]));
+    for (int w = 0; w < kWords; ++w) raw.word[w] = words.word[w];
   } else {
 #pragma unroll
-    for (int j = 0; j < kItems; ++j) out[j] = index + j < elements ? static_cast<Real>(widened(from[j])) : Real{0};
+    for (int j = 0; j < kItems; ++j) {
+      const uint64_t bits = index + j < elements ? from[j] : Bits{0};
+      const int at = j * static_cast<int>(sizeof(Bits));
+      raw.word[at / 4] |= static_cast<uint32_t>(bits << 8 * (at % 4));
+      if constexpr (sizeof(Bits) == 8) raw.word[at / 4 + 1] = static_cast<uint32_t>(bits >> 32);
+    }
   }
 }
 
-// out[j] = element index + j of a contiguous view, 0 beyond its end.
+// Elements index ... index + 3 of a contiguous view, zeros beyond its end.
 template <class Real>
-__device__ inline void load_four(const MatrixView& view, int64_t index, int64_t elements, Real (&out)[kItems]) {
+__device__ inline Raw<Real> load_raw(const MatrixView& view, int64_t index, int64_t elements) {
+  Raw<Real> raw{};
   switch (view.type) {
     case ElementType::kFloat64:
       // Only reached with Real = double: float64 among the inputs is what selects it.
-      if constexpr (sizeof(Real) == sizeof(double)) load_four_as<double>(view.data, index, elements, out);
+      if constexpr (sizeof(Real) == sizeof(double)) load_bits<uint64_t>(view.data, index, elements, raw);
       break;
     case ElementType::kFloat32:
-      load_four_as<float>(view.data, index, elements, out);
+      load_bits<uint32_t>(view.data, index, elements, raw);
       break;
     case ElementType::kFloat16:
-      load_four_as<__half>(view.data, index, elements, out);
-      break;
     case ElementType::kBFloat16:
-      load_four_as<__nv_bfloat16>(view.data, index, elements, out);
+      load_bits<uint16_t>(view.data, index, elements, raw);
       break;
+  }
+  return raw;
+}
+
+template <class Real>
+__device__ inline void widen(ElementType type, const Raw<Real>& raw, Real (&out)[kItems]) {
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    const uint16_t half = static_cast<uint16_t>(raw.word[j / 2] >> 16 * (j % 2));
+    switch (type) {
+      case ElementType::kFloat64:
+        if constexpr (sizeof(Real) == sizeof(double)) {
+          const uint64_t bits = static_cast<uint64_t>(raw.word[2 * j + 1]) << 32 | raw.word[2 * j];
+          out[j] = __longlong_as_double(static_cast<long long>(bits));
+        }
+        break;
+      case ElementType::kFloat32:
+        out[j] = __uint_as_float(raw.word[j]);
+        break;
+      case ElementType::kFloat16:
+        out[j] = widened(reinterpret_cast<const __half&>(half));
+        break;
+      case ElementType::kBFloat16:
+        out[j] = __uint_as_float(static_cast<uint32_t>(half) << 16);
+        break;
+    }
+  }
+}
+
+template <class Real>
+__device__ inline void load_four(const MatrixView& view, int64_t index, int64_t elements, Real (&out)[kItems]) {
+  widen(view.type, load_raw<Real>(view, index, elements), out);
+}
+
+// Calls body(t, values) for each of `count` tensors in order, with values = view_of(t) - base; a base without data is
+// 0. `origin` becomes the base. The next tensor is read while one is worked on.
+template <class Real, class ViewOf, class Body>
+__device__ inline void for_differences(const MatrixView& base, int count, const ViewOf& view_of, int64_t index,
+                                       int64_t elements, Real (&origin)[kItems], const Body& body) {
+  Raw<Real> first{};
+  if (base.data != nullptr) first = load_raw<Real>(base, index, elements);
+  Raw<Real> next = load_raw<Real>(view_of(0), index, elements);
+  widen(base.type, first, origin);
+  for (int t = 0; t < count; ++t) {
+    const Raw<Real> raw = next;
+    if (t + 1 < count) next = load_raw<Real>(view_of(t + 1), index, elements);
+    Real values[kItems];
+    widen(view_of(t).type, raw, values);
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) values[j] -= origin[j];
+    body(t, values);
   }
 }
 
@@ -77,11 +143,9 @@ __device__ inline void store_four(const Real (&in)[kItems], Real* to, int64_t in
   }
 }
 
-// `values` minus the same elements of `base`, which may be missing, clipped at +-theta; NaN if theta is NaN.
+// Clips at +-theta, which lies on the device; all becomes NaN if theta is NaN.
 template <class Real>
-__device__ inline void subtract_and_clip(const Real (&base)[kItems], const double* theta, Real (&values)[kItems]) {
-#pragma unroll
-  for (int j = 0; j < kItems; ++j) values[j] -= base[j];
+__device__ inline void clip(const double* theta, Real (&values)[kItems]) {
   if (theta == nullptr) return;
   const Real bound = static_cast<Real>(*theta);
 #pragma unroll

@@ -13,7 +13,7 @@
 namespace r_tsvm {
 
 // What csrc/cuda/launch.cuh declares.
-extern thread_local uint32_t dynamic_shared[];
+alignas(16) extern thread_local uint32_t dynamic_shared[];
 alignas(16) thread_local uint32_t dynamic_shared[227 * 1024 / 4];
 
 }  // namespace r_tsvm

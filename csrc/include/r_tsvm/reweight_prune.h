@@ -48,11 +48,13 @@ struct PruneSelections {
 // Bytes of device memory, 8-byte aligned, that each step needs; the content does not matter.
 int64_t reweight_prune_cuda_workspace(int64_t elements, int64_t selections);
 
-// `base` may be null, which stands for zeros. The views must be contiguous, with elements. Both queue their work on
-// `stream` (a cudaStream_t) of `device` and return; neither waits for the device. Selection i is that of task i.
-void reweight_prune_select_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count,
+// `base` may be null, which stands for zeros. The views must be contiguous, with elements. `in_float64`: whether
+// task vectors and matrices are float64 rather than float32; the tasks of one step may not show it. Both queue their
+// work on `stream` (a cudaStream_t) of `device` and return; neither waits for the device. The first step makes
+// selection i for task i.
+void reweight_prune_select_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
                                 const PruneSelections& selections, void* workspace, int device, void* stream);
-void reweight_prune_apply_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count,
+void reweight_prune_apply_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
                                const PruneSelections& selections, int64_t selection_count, void* workspace, int device,
                                void* stream);
 

@@ -54,9 +54,10 @@ def prune(
     memory = workspace(native.reweight_prune_workspace(numel, len(pruned)), tuned[0])
     where = (memory.data_ptr(), *queue(tuned[0]))
     origin = None if base is None else matrix(base)
+    wide = results[0].dtype == torch.float64
     if pruned:
-        native.reweight_prune_select(origin, [tasks[index] for index in pruned], selections, *where)
+        native.reweight_prune_select(origin, [tasks[index] for index in pruned], wide, selections, *where)
         for bad in nonfinite.tolist():
             if bad:
                 raise_not_finite("reweight_prune", bad, numel)
-    native.reweight_prune_apply(origin, tasks, selections, len(pruned), *where)
+    native.reweight_prune_apply(origin, tasks, wide, selections, len(pruned), *where)
