@@ -56,13 +56,14 @@ RandomMask random_mask(const RandomMaskArgument& argument) {
 ElectTaskCuda elect_task(const ElectTaskArgument& argument) {
   const auto& [weight, factor, kept, dropped, sampled, ranked] = argument;
   const auto [ranks, thresholds, factors] = ranked;
-  return ElectTaskCuda{weight,
-                       factor,
-                       kept,
-                       dropped,
-                       random_mask(sampled),
-                       RankTables{bindings::pointer<const int32_t>(ranks), bindings::pointer<const int64_t>(thresholds),
-                                  bindings::pointer<const void>(factors)}};
+  return ElectTaskCuda{
+      weight,
+      factor,
+      kept,
+      dropped,
+      random_mask(sampled),
+      RankedSelection{bindings::pointer<const int32_t>(ranks), bindings::pointer<const int64_t>(thresholds),
+                      bindings::pointer<const void>(factors)}};
 }
 
 }  // namespace
@@ -107,11 +108,11 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
   module.def(
       "magnitude_histogram",
       [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int bits,
-         uint64_t prefix, int shift, std::uintptr_t counts, int device, std::uintptr_t stream) {
+         int64_t prefix, int shift, std::uintptr_t counts, int device, std::uintptr_t stream) {
         const py::gil_scoped_release unlocked;
         const MatrixView view = bindings::matrix(x, "magnitude_histogram");
         const std::vector<MatrixView> bases = optional_base(base, view, "magnitude_histogram");
-        magnitude_histogram_cuda(view, bases.empty() ? nullptr : &bases[0], bits, prefix, shift,
+        magnitude_histogram_cuda(view, bases.empty() ? nullptr : &bases[0], Digit{bits, prefix, shift},
                                  bindings::pointer<int64_t>(counts), device, bindings::pointer<void>(stream));
       },
       py::arg("x"), py::arg("base"), py::arg("bits"), py::arg("prefix"), py::arg("shift"), py::arg("counts"),
@@ -127,9 +128,10 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         const py::gil_scoped_release unlocked;
         const MatrixView view = bindings::matrix(x, "magnitude_ranks");
         const std::vector<MatrixView> bases = optional_base(base, view, "magnitude_ranks");
-        magnitude_ranks_cuda(view, bases.empty() ? nullptr : &bases[0], cols, bindings::pointer<int32_t>(ranks),
-                             bindings::pointer<int64_t>(nonfinite), bindings::pointer<void>(workspace), device,
-                             bindings::pointer<void>(stream));
+        magnitude_ranks_cuda(
+            view, bases.empty() ? nullptr : &bases[0], cols,
+            MagnitudeRanksOutput{bindings::pointer<int32_t>(ranks), bindings::pointer<int64_t>(nonfinite)},
+            bindings::pointer<void>(workspace), device, bindings::pointer<void>(stream));
       },
       py::arg("x"), py::arg("base"), py::arg("cols"), py::arg("ranks"), py::arg("nonfinite"), py::arg("workspace"),
       py::arg("device"), py::arg("stream"));

@@ -13,7 +13,7 @@ template <class Real>
 struct Task {
   MatrixView view;
   RandomMask sampled;
-  RankTables ranked;
+  RankedSelection ranked;
   int kept;
   int dropped;
   Real weight;

@@ -172,7 +172,7 @@ int64_t magnitude_ranks_cuda_workspace(int64_t rows, int64_t cols, bool in_float
   return fits_shared(queue, bytes) ? 0 : block_count(queue, rows) * bytes;
 }
 
-void magnitude_ranks_cuda(const MatrixView& x, const MatrixView* base, int64_t cols, int32_t* ranks, int64_t* nonfinite,
+void magnitude_ranks_cuda(const MatrixView& x, const MatrixView* base, int64_t cols, const MagnitudeRanksOutput& output,
                           void* workspace, int device, void* stream) {
   if (!is_contiguous(x) || (base != nullptr && !is_contiguous(*base))) {
     throw std::runtime_error("magnitude_ranks: the CUDA kernel reads contiguous tensors only");
@@ -184,7 +184,7 @@ void magnitude_ranks_cuda(const MatrixView& x, const MatrixView* base, int64_t c
   const Queue queue{kOp, device, static_cast<cudaStream_t>(stream)};
   const MatrixView origin = base != nullptr ? *base : MatrixView{nullptr, 0, 0, 0, x.type};
   const auto run_real = any_float64(origin, &x, 1) ? run<double, uint64_t> : run<float, uint32_t>;
-  run_real(queue, x, origin, cols, ranks, nonfinite, workspace);
+  run_real(queue, x, origin, cols, output.ranks, output.nonfinite, workspace);
 }
 
 }  // namespace r_tsvm

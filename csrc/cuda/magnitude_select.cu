@@ -274,22 +274,24 @@ void magnitude_select_cuda(const MatrixView& x, const MatrixView* base, const in
   }
 }
 
-void magnitude_histogram_cuda(const MatrixView& x, const MatrixView* base, int bits, uint64_t prefix, int shift,
-                              int64_t* counts, int device, void* stream) {
+void magnitude_histogram_cuda(const MatrixView& x, const MatrixView* base, const Digit& digit, int64_t* counts,
+                              int device, void* stream) {
   if (!is_contiguous(x) || (base != nullptr && !is_contiguous(*base))) {
     throw std::runtime_error("magnitude_histogram: the CUDA kernel reads contiguous tensors only");
   }
-  if (bits < 1 || bits > kMaxBits) throw std::runtime_error("magnitude_histogram: too long a digit");
+  if (digit.bits < 1 || digit.bits > kMaxBits) throw std::runtime_error("magnitude_histogram: too long a digit");
   const DeviceGuard guard(device, "magnitude_histogram");
   const Queue queue{"magnitude_histogram", device, static_cast<cudaStream_t>(stream)};
-  check(cudaMemsetAsync(counts, 0, counts_bytes(1, 1, bits), queue.stream), queue.op, "cannot clear the counters");
+  check(cudaMemsetAsync(counts, 0, counts_bytes(1, 1, digit.bits), queue.stream), queue.op,
+        "cannot clear the counters");
   if (element_count(x) == 0) return;
   Magnitudes of{};
   of.base = base != nullptr ? *base : MatrixView{nullptr, 0, 0, 0, x.type};
   of.tensor[0] = x;
   of.tensors = of.keeps = 1;
   const auto count = any_float64(of.base, &x, 1) ? count_digits<double> : count_digits<float>;
-  count(queue, of, shift, bits, nullptr, prefix, reinterpret_cast<Count*>(counts));
+  count(queue, of, digit.shift, digit.bits, nullptr, static_cast<uint64_t>(digit.prefix),
+        reinterpret_cast<Count*>(counts));
 }
 
 }  // namespace r_tsvm

@@ -10,7 +10,7 @@ from variants import DTYPES, LAYOUTS, SHAPES, VALUES, available, layout_names, t
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, NonFiniteError, ShapeError
-from r_tsvm_kernels.ops import kept_count, magnitude_select
+from r_tsvm_kernels.ops import MagnitudeSelection, kept_count, magnitude_select
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 native_backend = pytest.mark.parametrize("backend", available("cpu"))
@@ -80,6 +80,44 @@ def test_of_a_difference(backend, dtypes):
         assert torch.equal(selection.mask(difference), stable_mask(difference, keep))
 
 
+@every_backend
+@given(
+    kind=st.sampled_from(sorted(VALUES)),
+    shape=SHAPES,
+    dtype=st.sampled_from(DTYPES),
+    with_base=st.booleans(),
+    densities=st.lists(st.sampled_from([0.0, 1e-3, 0.1, 0.5, 0.5, 0.501, 0.99, 1.0]), max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_several_at_once_are_those_found_alone(backend, kind, shape, dtype, with_base, densities, seed):
+    torch.manual_seed(seed)
+    base = torch.randn(shape).to(dtype) if with_base else None
+    x = VALUES[kind](shape).to(dtype)
+    keep = [kept_count(density, x.numel()) for density in densities]
+    several = magnitude_select(x, keep, base=base, backend=backend)
+    assert isinstance(several, tuple)
+    assert len(several) == len(keep)
+    for selection, count in zip(several, keep, strict=True):
+        assert same_selection(selection, magnitude_select(x, count, base=base, backend="torch"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threshold_dtype", DTYPES, ids=str)
+@given(values=st.lists(st.sampled_from([0.1, 0.2, 0.3, 1 / 3, 1e-9, 1e30, 0.0]), min_size=1), threshold=st.floats(0))
+def test_masks_compare_exactly_whatever_the_dtypes(dtype, threshold_dtype, values, threshold):
+    x = torch.tensor(values, dtype=torch.float64).to(dtype)
+    for limit in (threshold, *values, math.inf):
+        selection = MagnitudeSelection(torch.tensor(limit, dtype=torch.float64).to(threshold_dtype), torch.tensor(1))
+        exact = MagnitudeSelection(selection.threshold.double(), selection.ties)
+        expected = exact.mask(x.double())
+        assert torch.equal(selection.mask(x), expected)
+        for real in (torch.float32, torch.float64):
+            if torch.promote_types(real, dtype) == real:
+                rounded = selection.rounded(real)
+                assert rounded.threshold.dtype == real
+                assert torch.equal(rounded.mask(x), expected)
+
+
 @native_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", sorted(VALUES))
@@ -130,6 +168,8 @@ def test_what_it_refuses():
     x = torch.ones(4)
     with pytest.raises(ConfigError, match="keep must lie in"):
         magnitude_select(x, 5)
+    with pytest.raises(ConfigError, match="keep must lie in"):
+        magnitude_select(x, [1, -1])
     with pytest.raises(DTypeError):
         magnitude_select(torch.ones(4, dtype=torch.int32), 1)
     with pytest.raises(DTypeError):
@@ -144,7 +184,9 @@ def test_what_it_refuses():
 def test_the_native_module_names_the_op_in_its_errors(backend):
     native, base = backends.native(backend), (0, 1, 4, 4, 1)
     with pytest.raises(RuntimeError, match="magnitude_select: the tensors differ in size"):
-        native.magnitude_select((0, 1, 5, 5, 1), base, 1, (0,) * 3, 1)
+        native.magnitude_select((0, 1, 5, 5, 1), base, [1], (0,) * 3, 1)
+    with pytest.raises(RuntimeError, match="magnitude_histogram: the tensors differ in size"):
+        native.magnitude_histogram((0, 1, 5, 5, 1), base, (1, 0, 30), 0, 1)
     with pytest.raises(RuntimeError, match="reweight_prune: the tensors differ in size"):
         native.reweight_prune(base, [((0, 1, 5, 5, 1), 1.0, 1, 0, 0)], 1)
 

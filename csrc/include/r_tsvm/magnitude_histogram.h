@@ -1,10 +1,9 @@
-// Counts of a digit of the magnitudes' bit patterns. The definition is
-// r_tsvm_kernels/ops/magnitude_histogram/reference.py.
+// Counts of one digit of the magnitudes. The definition is r_tsvm_kernels/ops/magnitude_histogram/reference.py.
 //
-// Inputs: contiguous views of x, and optionally of a base with as many elements; element types may differ. With a base
-// the magnitudes are those of x - base. Patterns are those of float32 (31 bits), or of float64 (63 bits) if either
-// input is float64. The digit has `bits` bits, 1 to 11, with `shift` bits below it; it is counted where the bits above
-// it are `prefix`. Output: 2^bits counts, owned by the caller, overwritten. Exact.
+// Inputs: a view of x, and optionally one of a base with as many elements; element types and row strides may differ.
+// The magnitudes are those of x or x - base in float32, or in float64 if either input is float64.
+// Output: 2^bits counts, owned by the caller, overwritten. Exact, so the same for every number of threads and every
+// instruction set.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +12,20 @@
 
 namespace r_tsvm {
 
-// `base` may be null. Queues the work on `stream` (a cudaStream_t) of `device` and returns; never waits for the device.
-void magnitude_histogram_cuda(const MatrixView& x, const MatrixView* base, int bits, uint64_t prefix, int shift,
-                              int64_t* counts, int device, void* stream);
+// Of the bit patterns (31 bits, 63 in float64) that begin with `prefix`, the `bits` after it; `shift` more follow.
+struct Digit {
+  int bits;  // 1 to 11
+  int64_t prefix;
+  int shift;
+};
+
+// `base` may be null. Uses at most `threads` threads, one for small tensors. Reads the inputs once.
+void magnitude_histogram_cpu(const MatrixView& x, const MatrixView* base, const Digit& digit, int64_t* counts,
+                             int threads);
+
+// The views must be contiguous. Queues the work on `stream` (a cudaStream_t) of `device`, where the counts lie, and
+// returns; never waits for the device.
+void magnitude_histogram_cuda(const MatrixView& x, const MatrixView* base, const Digit& digit, int64_t* counts,
+                              int device, void* stream);
 
 }  // namespace r_tsvm

@@ -1,0 +1,141 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from compare import same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from variants import DTYPES, LAYOUTS, VALUES, available, layout_names, torch_threads
+
+from r_tsvm_kernels.errors import BackendUnavailable, DTypeError, NonFiniteError, ShapeError
+from r_tsvm_kernels.ops import magnitude_ranks, magnitude_select
+
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
+native_backend = pytest.mark.parametrize("backend", available("cpu"))
+
+# Rows of few elements, and of more than one byte and 16 bits can count.
+ROWS = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 257, 2049, 65535, 65537]))
+SHAPES = st.one_of(ROWS.map(lambda n: (n,)), st.lists(st.integers(0, 40), min_size=2, max_size=3).map(tuple))
+
+
+def sorted_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Order by magnitude, then by falling index, and number; done the slow way."""
+    magnitude = x.abs().double().numpy().reshape(-1, x.shape[-1])
+    ranks = np.empty(magnitude.shape, dtype=np.int32)
+    for row, values in enumerate(magnitude):
+        for rank, col in enumerate(sorted(range(len(values)), key=lambda i: (values[i], -i))):
+            ranks[row, col] = rank
+    return torch.from_numpy(ranks.reshape(tuple(x.shape)))
+
+
+@every_backend
+@given(
+    kind=st.sampled_from(sorted(VALUES)),
+    shape=st.lists(st.integers(1, 20), min_size=1, max_size=3).map(tuple),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_equals_sorting(backend, kind, shape, dtype):
+    x = VALUES[kind](shape).to(dtype)
+    assert same_bits(magnitude_ranks(x, backend=backend), sorted_ranks(x))
+
+
+@native_backend
+@given(
+    kind=st.sampled_from(sorted(VALUES)),
+    shape=SHAPES,
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=2),
+    layouts=st.lists(layout_names, min_size=2, max_size=2),
+    with_base=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_reference(backend, kind, shape, dtypes, layouts, with_base, seed):
+    torch.manual_seed(seed)
+    base = torch.randn(shape) if with_base and "subnormal" not in kind else torch.zeros(shape)
+    x = LAYOUTS[layouts[0]]((base + VALUES[kind](shape)).to(dtypes[0]))
+    base = LAYOUTS[layouts[1]](base.to(dtypes[1])) if with_base else None
+    got = magnitude_ranks(x, base=base, backend=backend)
+    assert got.is_contiguous()
+    assert same_bits(got, magnitude_ranks(x, base=base, backend="torch"))
+
+
+@every_backend
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float64, torch.float16)], ids=str)
+def test_of_a_difference(backend, dtypes):
+    x, base = torch.randn(31, 33).to(dtypes[0]), torch.randn(31, 33).to(dtypes[1])
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    assert same_bits(magnitude_ranks(x, base=base, backend=backend), sorted_ranks(x.to(dtype) - base.to(dtype)))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", sorted(VALUES))
+def test_select_in_each_row_like_magnitude_select(backend, kind, dtype):
+    x = VALUES[kind]((5, 70)).to(dtype)
+    ranks = magnitude_ranks(x, backend=backend)
+    for keep in (0, 1, 35, 70):
+        rows = [magnitude_select(row, keep, backend="torch").mask(row) for row in x]
+        assert torch.equal(ranks >= 70 - keep, torch.stack(rows))
+
+
+@every_backend
+def test_by_hand(backend):
+    x = torch.tensor([[3.0, -3.0, 0.0, -0.0, 1.0], [-0.0, 0.0, 0.0, -0.0, 0.0], [1e-45, -3e-45, 0.0, 1e-38, -2e38]])
+    assert magnitude_ranks(x, backend=backend).tolist() == [[4, 3, 1, 0, 2], [4, 3, 2, 1, 0], [1, 2, 0, 3, 4]]
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_finite_16_bit_magnitude(backend, dtype):
+    values = torch.arange(0, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    order = torch.randperm(len(values))
+    assert torch.equal(magnitude_ranks(-values[order], backend=backend).long(), order)
+
+
+@native_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(300, 1001), (100_000, 3), (2, 70_001), (301, 64), (299, 65)], ids=str)
+def test_number_of_threads_does_not_matter(backend, dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    base = (x.double() + 0.01 * torch.randint(-3, 4, shape)).to(dtype)
+    for origin in (None, base):
+        expected = magnitude_ranks(x, base=origin, backend="torch")
+        for threads in (1, 2, 3):
+            with torch_threads(threads):
+                assert same_bits(magnitude_ranks(x, base=origin, backend=backend), expected)
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)], ids=str)
+def test_empty(backend, shape):
+    assert same_bits(magnitude_ranks(torch.empty(shape), backend=backend), torch.empty(shape, dtype=torch.int32))
+
+
+@every_backend
+@pytest.mark.parametrize("cols", [4, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(backend, cols, dtype, bad):
+    x = torch.ones(3, cols, dtype=dtype)
+    x[1, 2] = x[2, 0] = bad
+    with pytest.raises(NonFiniteError, match=f"magnitude_ranks: 2 of {3 * cols}"):
+        magnitude_ranks(x, backend=backend)
+    with pytest.raises(NonFiniteError, match=f"magnitude_ranks: 2 of {3 * cols}"):
+        magnitude_ranks(torch.zeros(3, cols), base=x, backend=backend)
+
+
+def test_what_it_refuses():
+    x = torch.ones(4)
+    with pytest.raises(ShapeError, match="shape"):
+        magnitude_ranks(torch.tensor(1.0))
+    with pytest.raises(ShapeError, match="rows of less"):
+        magnitude_ranks(torch.ones(1).expand(2**31))
+    with pytest.raises(DTypeError):
+        magnitude_ranks(x.int())
+    with pytest.raises(DTypeError):
+        magnitude_ranks(x, base=x.int())
+    with pytest.raises(ShapeError):
+        magnitude_ranks(x, base=torch.ones(2, 2))
+    with pytest.raises(BackendUnavailable, match="magnitude_ranks"):
+        magnitude_ranks(x, backend="abacus")
