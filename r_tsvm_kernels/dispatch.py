@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 # On CUDA it comes first until the kernels have run on a GPU: a kernel that was only compiled must be asked for by name.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "task_statistics": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "magnitude_select": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "magnitude_histogram": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "magnitude_ranks": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "reweight_prune": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "reweight_prune_inplace": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "add_update": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
-    "random_mask": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "elect_and_sum": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
+    "magnitude_select": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
+    "magnitude_histogram": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
+    "magnitude_ranks": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
+    "reweight_prune": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
+    "reweight_prune_inplace": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
+    "add_update": {"cuda": ("torch", "cuda", "triton"), "cpu": ("torch",)},
+    "random_mask": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
+    "elect_and_sum": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
 }
 
 MODULE = {"torch": "reference", "cpu": "cpu_kernel", "cuda": "cuda_kernel", "triton": "triton_kernel"}

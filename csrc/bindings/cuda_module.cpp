@@ -1,7 +1,72 @@
 #include "arguments.h"
+#include "r_tsvm/add_update.h"
+#include "r_tsvm/elect_and_sum.h"
+#include "r_tsvm/magnitude_histogram.h"
+#include "r_tsvm/magnitude_ranks.h"
+#include "r_tsvm/random_mask.h"
 
 namespace py = pybind11;
 using namespace r_tsvm;
+
+namespace {
+
+// tuned, address of theta or 0, keep, address of the output, index of the selection or -1
+using PruneArgument = std::tuple<bindings::MatrixArgument, std::uintptr_t, int64_t, std::uintptr_t, int>;
+
+// threshold, ties, tied, nonfinite
+using PruneAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+// threshold, seed, stream
+using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
+
+// weight, factor; indices of what is kept and of what is dropped again, or -1; random mask; addresses of ranks,
+// thresholds and factors, or 0
+using ElectTaskArgument = std::tuple<double, double, int, int, RandomMaskArgument,
+                                     std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>>;
+
+std::vector<PruneTaskCuda> prune_tasks(const std::vector<PruneArgument>& arguments) {
+  std::vector<PruneTaskCuda> tasks;
+  for (const auto& [tuned, theta, keep, output, selection] : arguments) {
+    tasks.push_back(PruneTaskCuda{bindings::matrix(tuned, "reweight_prune"), bindings::pointer<const double>(theta),
+                                  keep, bindings::pointer<void>(output), selection});
+    if (element_count(tasks.back().tuned) != element_count(tasks.front().tuned)) {
+      throw std::runtime_error("reweight_prune: the tensors differ in size");
+    }
+  }
+  return tasks;
+}
+
+PruneSelections prune_selections(const PruneAddresses& addresses) {
+  const auto [threshold, ties, tied, nonfinite] = addresses;
+  return PruneSelections{bindings::pointer<double>(threshold), bindings::pointer<int64_t>(ties),
+                         bindings::pointer<int64_t>(tied), bindings::pointer<int64_t>(nonfinite)};
+}
+
+// The view of a base that may be missing, checked to hold as many elements as `other`.
+std::vector<MatrixView> optional_base(const std::optional<bindings::MatrixArgument>& base, const MatrixView& other,
+                                      const char* op) {
+  return bindings::matrices(base ? std::vector{*base} : std::vector<bindings::MatrixArgument>{}, other, op);
+}
+
+RandomMask random_mask(const RandomMaskArgument& argument) {
+  const auto [threshold, seed, stream] = argument;
+  return RandomMask{threshold, seed, stream};
+}
+
+ElectTaskCuda elect_task(const ElectTaskArgument& argument) {
+  const auto& [weight, factor, kept, dropped, sampled, ranked] = argument;
+  const auto [ranks, thresholds, factors] = ranked;
+  return ElectTaskCuda{
+      weight,
+      factor,
+      kept,
+      dropped,
+      random_mask(sampled),
+      RankedSelection{bindings::pointer<const int32_t>(ranks), bindings::pointer<const int64_t>(thresholds),
+                      bindings::pointer<const void>(factors)}};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
   module.doc() = "CUDA kernels. Addresses in, work queued on the given stream; the caller checks shapes.";
@@ -22,4 +87,133 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       },
       py::arg("base"), py::arg("tuned"), py::arg("sigma"), py::arg("eps"), py::arg("output"), py::arg("workspace"),
       py::arg("device"), py::arg("stream"));
+
+  module.def("magnitude_select_workspace", &magnitude_select_cuda_workspace);
+
+  module.def(
+      "magnitude_select",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base,
+         const std::vector<int64_t>& keep, const bindings::MagnitudeSelectAddresses& output, std::uintptr_t workspace,
+         int device, std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_select");
+        const std::vector<MatrixView> bases = optional_base(base, view, "magnitude_select");
+        magnitude_select_cuda(view, bases.empty() ? nullptr : &bases[0], keep.data(), static_cast<int64_t>(keep.size()),
+                              bindings::magnitude_select_output(output), bindings::pointer<void>(workspace), device,
+                              bindings::pointer<void>(stream));
+      },
+      py::arg("x"), py::arg("base"), py::arg("keep"), py::arg("output"), py::arg("workspace"), py::arg("device"),
+      py::arg("stream"));
+
+  module.def(
+      "magnitude_histogram",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int bits,
+         int64_t prefix, int shift, std::uintptr_t counts, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_histogram");
+        const std::vector<MatrixView> bases = optional_base(base, view, "magnitude_histogram");
+        magnitude_histogram_cuda(view, bases.empty() ? nullptr : &bases[0], Digit{bits, prefix, shift},
+                                 bindings::pointer<int64_t>(counts), device, bindings::pointer<void>(stream));
+      },
+      py::arg("x"), py::arg("base"), py::arg("bits"), py::arg("prefix"), py::arg("shift"), py::arg("counts"),
+      py::arg("device"), py::arg("stream"));
+
+  module.def("magnitude_ranks_workspace", &magnitude_ranks_cuda_workspace, py::arg("rows"), py::arg("cols"),
+             py::arg("in_float64"), py::arg("device"));
+
+  module.def(
+      "magnitude_ranks",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int64_t cols,
+         std::uintptr_t ranks, std::uintptr_t nonfinite, std::uintptr_t workspace, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_ranks");
+        const std::vector<MatrixView> bases = optional_base(base, view, "magnitude_ranks");
+        magnitude_ranks_cuda(
+            view, bases.empty() ? nullptr : &bases[0], cols,
+            MagnitudeRanksOutput{bindings::pointer<int32_t>(ranks), bindings::pointer<int64_t>(nonfinite)},
+            bindings::pointer<void>(workspace), device, bindings::pointer<void>(stream));
+      },
+      py::arg("x"), py::arg("base"), py::arg("cols"), py::arg("ranks"), py::arg("nonfinite"), py::arg("workspace"),
+      py::arg("device"), py::arg("stream"));
+
+  module.def("reweight_prune_workspace", &reweight_prune_cuda_workspace, py::arg("elements"), py::arg("selections"));
+
+  module.def(
+      "reweight_prune_select",
+      [](const std::optional<bindings::MatrixArgument>& base, const std::vector<PruneArgument>& tasks, bool in_float64,
+         const PruneAddresses& selections, std::uintptr_t workspace, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        const std::vector<PruneTaskCuda> views = prune_tasks(tasks);
+        if (views.empty()) return;
+        const std::vector<MatrixView> bases = optional_base(base, views[0].tuned, "reweight_prune");
+        reweight_prune_select_cuda(bases.empty() ? nullptr : &bases[0], views.data(),
+                                   static_cast<int64_t>(views.size()), in_float64, prune_selections(selections),
+                                   bindings::pointer<void>(workspace), device, bindings::pointer<void>(stream));
+      },
+      py::arg("base"), py::arg("tasks"), py::arg("in_float64"), py::arg("selections"), py::arg("workspace"),
+      py::arg("device"), py::arg("stream"));
+
+  module.def(
+      "reweight_prune_apply",
+      [](const std::optional<bindings::MatrixArgument>& base, const std::vector<PruneArgument>& tasks, bool in_float64,
+         const PruneAddresses& selections, int64_t selection_count, std::uintptr_t workspace, int device,
+         std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        const std::vector<PruneTaskCuda> views = prune_tasks(tasks);
+        if (views.empty()) return;
+        const std::vector<MatrixView> bases = optional_base(base, views[0].tuned, "reweight_prune");
+        reweight_prune_apply_cuda(bases.empty() ? nullptr : &bases[0], views.data(), static_cast<int64_t>(views.size()),
+                                  in_float64, prune_selections(selections), selection_count,
+                                  bindings::pointer<void>(workspace), device, bindings::pointer<void>(stream));
+      },
+      py::arg("base"), py::arg("tasks"), py::arg("in_float64"), py::arg("selections"), py::arg("selection_count"),
+      py::arg("workspace"), py::arg("device"), py::arg("stream"));
+
+  module.def(
+      "random_mask",
+      [](std::uintptr_t output, int64_t elements, const RandomMaskArgument& mask, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        random_mask_cuda(bindings::pointer<uint8_t>(output), elements, random_mask(mask), device,
+                         bindings::pointer<void>(stream));
+      },
+      py::arg("output"), py::arg("elements"), py::arg("mask"), py::arg("device"), py::arg("stream"));
+
+  module.def(
+      "add_update",
+      [](const bindings::MatrixArgument& base, const bindings::MatrixArgument& update, double alpha,
+         std::uintptr_t output, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView base_view = bindings::matrix(base, "add_update");
+        const std::vector<MatrixView> views = bindings::matrices({update}, base_view, "add_update");
+        add_update_cuda(base_view, views[0], alpha, bindings::pointer<void>(output), device,
+                        bindings::pointer<void>(stream));
+      },
+      py::arg("base"), py::arg("update"), py::arg("alpha"), py::arg("output"), py::arg("device"), py::arg("stream"));
+
+  module.def("elect_and_sum_workspace", &elect_and_sum_cuda_workspace, py::arg("elements"), py::arg("tasks"),
+             py::arg("selections"));
+
+  module.def(
+      "elect_and_sum",
+      [](const bindings::MatrixArgument& base, const std::vector<bindings::MatrixArgument>& tuned,
+         const std::vector<ElectTaskArgument>& tasks, int election, bool normalize, double alpha,
+         const std::tuple<std::uintptr_t, std::uintptr_t, int64_t>& selections, std::uintptr_t output,
+         std::uintptr_t workspace, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView base_view = bindings::matrix(base, "elect_and_sum");
+        const std::vector<MatrixView> views = bindings::matrices(tuned, base_view, "elect_and_sum");
+        if (tasks.size() != views.size()) throw std::runtime_error("elect_and_sum: not one task per tensor");
+        if (election < 0 || election >= kElections) throw std::runtime_error("elect_and_sum: unknown election code");
+        std::vector<ElectTaskCuda> rules;
+        for (const ElectTaskArgument& task : tasks) rules.push_back(elect_task(task));
+        const auto [threshold, ties, count] = selections;
+        elect_and_sum_cuda(
+            base_view, views.data(), rules.data(), static_cast<int64_t>(views.size()),
+            ElectOptions{static_cast<Election>(election), normalize, alpha},
+            ElectSelections{bindings::pointer<const double>(threshold), bindings::pointer<const int64_t>(ties), count},
+            bindings::pointer<void>(output), bindings::pointer<void>(workspace), device,
+            bindings::pointer<void>(stream));
+      },
+      py::arg("base"), py::arg("tuned"), py::arg("tasks"), py::arg("election"), py::arg("normalize"), py::arg("alpha"),
+      py::arg("selections"), py::arg("output"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
 }

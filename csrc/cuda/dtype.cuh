@@ -46,4 +46,20 @@ __device__ inline void load(const MatrixView& view, int64_t first, int count, Re
   }
 }
 
+// Element i of a contiguous view.
+template <class Real>
+__device__ inline Real element(const MatrixView& view, int64_t i) {
+  switch (view.type) {
+    case ElementType::kFloat64:
+      return static_cast<Real>(static_cast<const double*>(view.data)[i]);
+    case ElementType::kFloat32:
+      return static_cast<Real>(static_cast<const float*>(view.data)[i]);
+    case ElementType::kFloat16:
+      return static_cast<Real>(widened(static_cast<const __half*>(view.data)[i]));
+    case ElementType::kBFloat16:
+      return static_cast<Real>(widened(static_cast<const __nv_bfloat16*>(view.data)[i]));
+  }
+  return 0;
+}
+
 }  // namespace r_tsvm

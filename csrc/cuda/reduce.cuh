@@ -37,6 +37,34 @@ __device__ inline T block_reduce(T value, Operation operation) {
   return value;
 }
 
+// Returns the sum of `value` over the threads before this one, and over all of them as `total`. All kThreads threads
+// must call it.
+template <int kThreads, class T>
+__device__ inline T block_scan(T value, T& total) {
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kWarps * 32 == kThreads, "whole warps");
+  __shared__ T of_warp[kWarps];
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  T sum = value;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const T below = __shfl_up_sync(0xffffffffu, sum, distance);
+    sum += lane >= distance ? below : T{0};
+  }
+  __syncthreads();  // the previous call has been read
+  if (lane == 31) of_warp[warp] = sum;
+  __syncthreads();
+  T before = sum - value;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp ? of_warp[w] : T{0};
+    total += of_warp[w];
+  }
+  return before;
+}
+
 // Merges parts[0 ... count - 1]; the result is thread 0's. Each thread takes every kThreads-th part in order, then
 // the threads are merged pairwise.
 template <int kThreads, class Part>
@@ -48,7 +76,8 @@ __device__ inline Part block_merge(const Part* parts, int64_t count) {
   of_thread[threadIdx.x] = merged;
   for (int width = kThreads / 2; width > 0; width /= 2) {
     __syncthreads();
-    if (threadIdx.x < width) of_thread[threadIdx.x] = merge(of_thread[threadIdx.x], of_thread[threadIdx.x + width]);
+    if (static_cast<int>(threadIdx.x) < width)
+      of_thread[threadIdx.x] = merge(of_thread[threadIdx.x], of_thread[threadIdx.x + width]);
   }
   return of_thread[0];
 }

@@ -2,6 +2,7 @@
 
 #include "check.cuh"
 #include "dtype.cuh"
+#include "launch.cuh"
 #include "r_tsvm/moments.h"
 #include "r_tsvm/task_statistics.h"
 #include "reduce.cuh"
@@ -10,7 +11,6 @@ namespace r_tsvm {
 namespace {
 
 constexpr char kOp[] = "task_statistics";
-constexpr int kThreads = 256;
 constexpr int kPerThread = 8;
 constexpr int kChunk = kThreads * kPerThread;  // elements of one thread block
 constexpr int kMaxTasks = 8;                   // tasks of one launch
@@ -134,23 +134,21 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Tail* tails, int
 
 template <class Real>
 void launch(const MatrixView& base, const TunedViews& tuned, int tasks, double sigma, double eps,
-            const TaskStatisticsOutput& output, const Workspace& workspace, cudaStream_t stream) {
+            const TaskStatisticsOutput& output, const Workspace& workspace, const Queue& queue) {
   const int64_t elements = element_count(base);
   const int64_t chunks = chunk_count(elements);
-  const unsigned grid = static_cast<unsigned>(chunks);
   if (chunks > 0) {
-    moments_kernel<Real><<<grid, kThreads, 0, stream>>>(base, tuned, tasks, elements, workspace.moments);
-    check(cudaGetLastError(), kOp, "launch of moments_kernel failed");
+    launch_kernel(queue, "moments_kernel", chunks, kThreads, 0, moments_kernel<Real>, base, tuned, tasks, elements,
+                  workspace.moments);
   }
-  summary_kernel<<<tasks, kThreads, 0, stream>>>(workspace.moments, chunks, sigma, eps, workspace.summaries, output);
-  check(cudaGetLastError(), kOp, "launch of summary_kernel failed");
+  launch_kernel(queue, "summary_kernel", tasks, kThreads, 0, summary_kernel, workspace.moments, chunks, sigma, eps,
+                workspace.summaries, output);
   if (chunks > 0) {
-    tail_kernel<Real>
-        <<<grid, kThreads, 0, stream>>>(base, tuned, tasks, elements, workspace.summaries, workspace.tails);
-    check(cudaGetLastError(), kOp, "launch of tail_kernel failed");
+    launch_kernel(queue, "tail_kernel", chunks, kThreads, 0, tail_kernel<Real>, base, tuned, tasks, elements,
+                  workspace.summaries, workspace.tails);
   }
-  finish_kernel<<<tasks, kThreads, 0, stream>>>(workspace.tails, chunks, workspace.summaries, output);
-  check(cudaGetLastError(), kOp, "launch of finish_kernel failed");
+  launch_kernel(queue, "finish_kernel", tasks, kThreads, 0, finish_kernel, workspace.tails, chunks, workspace.summaries,
+                output);
 }
 
 TaskStatisticsOutput from_task(const TaskStatisticsOutput& output, int64_t task) {
@@ -174,6 +172,7 @@ void task_statistics_cuda(const MatrixView& base, const MatrixView* tuned, int64
   const int64_t chunks = chunk_count(element_count(base));
   if (chunks > 0x7fffffff) throw std::runtime_error("task_statistics: the tensor exceeds 2^42 elements");
   const DeviceGuard guard(device, kOp);
+  const Queue queue{kOp, device, static_cast<cudaStream_t>(stream)};
   const bool in_float64 = any_float64(base, tuned, tasks);
   // Later launches reuse the workspace: they follow on the same stream.
   for (int64_t first = 0; first < tasks; first += kMaxTasks) {
@@ -185,7 +184,7 @@ void task_statistics_cuda(const MatrixView& base, const MatrixView* tuned, int64
     TunedViews views{};
     std::copy(tuned + first, tuned + first + count, views.task);
     const auto launch_real = in_float64 ? launch<double> : launch<float>;
-    launch_real(base, views, count, sigma, eps, from_task(output, first), parts, static_cast<cudaStream_t>(stream));
+    launch_real(base, views, count, sigma, eps, from_task(output, first), parts, queue);
   }
 }
 

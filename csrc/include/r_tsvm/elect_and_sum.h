@@ -53,4 +53,29 @@ struct ElectOptions {
 void elect_and_sum_cpu(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks, int64_t count,
                        const ElectOptions& options, void* output, int threads);
 
+struct ElectTaskCuda {
+  double weight;
+  double factor;
+  int kept;  // which of the selections; negative: there is none
+  int dropped;
+  RandomMask sampled;
+  RankedSelection ranked;  // its arrays on the device
+};
+
+// Arrays on the device.
+struct ElectSelections {
+  const double* threshold;
+  const int64_t* ties;
+  int64_t count;
+};
+
+// Bytes of device memory, 8-byte aligned, that elect_and_sum_cuda needs; the content does not matter.
+int64_t elect_and_sum_cuda_workspace(int64_t elements, int64_t tasks, int64_t selections);
+
+// The views must be contiguous. Queues the work on `stream` (a cudaStream_t) of `device` and returns; never waits for
+// the device. The inputs are read once, those with a selection twice.
+void elect_and_sum_cuda(const MatrixView& base, const MatrixView* tuned, const ElectTaskCuda* tasks, int64_t count,
+                        const ElectOptions& options, const ElectSelections& selections, void* output, void* workspace,
+                        int device, void* stream);
+
 }  // namespace r_tsvm

@@ -23,4 +23,9 @@ struct Digit {
 void magnitude_histogram_cpu(const MatrixView& x, const MatrixView* base, const Digit& digit, int64_t* counts,
                              int threads);
 
+// The views must be contiguous. Queues the work on `stream` (a cudaStream_t) of `device`, where the counts lie, and
+// returns; never waits for the device.
+void magnitude_histogram_cuda(const MatrixView& x, const MatrixView* base, const Digit& digit, int64_t* counts,
+                              int device, void* stream);
+
 }  // namespace r_tsvm

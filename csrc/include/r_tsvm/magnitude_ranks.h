@@ -25,4 +25,13 @@ struct MagnitudeRanksOutput {
 void magnitude_ranks_cpu(const MatrixView& x, const MatrixView* base, int64_t cols, const MagnitudeRanksOutput& output,
                          int threads);
 
+// Bytes of device memory, 8-byte aligned, that magnitude_ranks_cuda needs; the content does not matter. For long rows
+// they are 16 bytes (24 for float64) per element of the rows that are sorted at the same time.
+int64_t magnitude_ranks_cuda_workspace(int64_t rows, int64_t cols, bool in_float64, int device);
+
+// The views must be contiguous. Queues the work on `stream` (a cudaStream_t) of `device`, where the outputs lie, and
+// returns; never waits for the device. One thread block sorts a row: few long rows leave most of the device idle.
+void magnitude_ranks_cuda(const MatrixView& x, const MatrixView* base, int64_t cols, const MagnitudeRanksOutput& output,
+                          void* workspace, int device, void* stream);
+
 }  // namespace r_tsvm

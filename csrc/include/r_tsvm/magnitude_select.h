@@ -24,4 +24,14 @@ struct MagnitudeSelectOutput {
 void magnitude_select_cpu(const MatrixView& x, const MatrixView* base, const int64_t* keep, int64_t count,
                           const MagnitudeSelectOutput& output, int threads);
 
+// Bytes of device memory, 8-byte aligned, that magnitude_select_cuda needs; the content does not matter.
+int64_t magnitude_select_cuda_workspace();
+
+// Finds keep[0 ... count - 1] together: `output` has `count` thresholds and ties, on the device, and one `nonfinite`.
+// The views must be contiguous. Queues the work on `stream` (a cudaStream_t) of `device` and returns; never waits for
+// the device. 16-bit floats without a base are read once where a block has 128 KiB of shared memory, else twice;
+// float32 three times, float64 six times.
+void magnitude_select_cuda(const MatrixView& x, const MatrixView* base, const int64_t* keep, int64_t count,
+                           const MagnitudeSelectOutput& output, void* workspace, int device, void* stream);
+
 }  // namespace r_tsvm

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ... import backends
+from .._cuda import flat, queue, workspace
 from .._native import matrix
 from . import TaskStatistics
 from .cpu_kernel import allocate
@@ -16,13 +16,9 @@ from .cpu_kernel import allocate
 def run(base: Tensor, tuned: Sequence[Tensor], sigma: float, eps: float) -> TaskStatistics:
     """See `task_statistics`. Queued on the current stream of the tensors' device; deterministic; never waits."""
     native = backends.native("cuda")
-    tensors = [tensor.resolve_neg().contiguous() for tensor in (base, *tuned)]
+    tensors = [flat(tensor) for tensor in (base, *tuned)]
     views = [matrix(tensor) for tensor in tensors]
     result, addresses = allocate(base, len(tuned))
-    size = native.task_statistics_workspace(base.numel(), len(tuned))
-    workspace = torch.empty(size, dtype=torch.uint8, device=base.device)
-    stream = torch.cuda.current_stream(base.device)
-    native.task_statistics(
-        views[0], views[1:], sigma, eps, addresses, workspace.data_ptr(), stream.device_index, stream.cuda_stream
-    )
+    memory = workspace(native.task_statistics_workspace(base.numel(), len(tuned)), base)
+    native.task_statistics(views[0], views[1:], sigma, eps, addresses, memory.data_ptr(), *queue(base))
     return result

@@ -1,0 +1,43 @@
+// How kernels are launched, and how they cut tensors into pieces.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "check.cuh"
+
+namespace r_tsvm {
+
+// Where the work of an op is queued.
+struct Queue {
+  const char* op;
+  int device;
+  cudaStream_t stream;
+};
+
+// Threads of a block.
+inline constexpr int kThreads = 256;
+
+// Shared memory whose size the launch decides.
+alignas(16) extern __shared__ uint32_t dynamic_shared[];
+
+// Queues kernel(arguments...) with at most `blocks` blocks: the kernels loop over what is left.
+template <class... Parameters, class... Arguments>
+void launch_kernel(const Queue& queue, const char* name, int64_t blocks, int threads, size_t shared_bytes,
+                   void (*kernel)(Parameters...), Arguments&&... arguments) {
+  cudaLaunchConfig_t how{};
+  how.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 0x7fffffff)), 1, 1);
+  how.blockDim = dim3(static_cast<unsigned>(threads), 1, 1);
+  how.dynamicSmemBytes = shared_bytes;
+  how.stream = queue.stream;
+  const cudaError_t status = cudaLaunchKernelEx(&how, kernel, static_cast<Arguments&&>(arguments)...);
+  check(status, queue.op, (std::string("launch of ") + name + " failed").c_str());
+}
+
+inline int device_attribute(const Queue& queue, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, queue.device), queue.op, "cannot read an attribute of the device");
+  return value;
+}
+
+}  // namespace r_tsvm

@@ -1,0 +1,180 @@
+// Tensors in slices: thread t of a block has the neighbours 4 t ... 4 t + 3 of each slice, which are one random counter
+// and, where the address allows it, one read.
+#pragma once
+
+#include "dtype.cuh"
+#include "launch.cuh"
+#include "r_tsvm/philox.h"
+
+namespace r_tsvm {
+
+inline constexpr int kItems = 4;
+inline constexpr int kSlice = kThreads * kItems;
+
+inline int64_t slice_count(int64_t elements) { return (elements + kSlice - 1) / kSlice; }
+
+// The flat index of the thread's first element. Tensors exceed 2^31 elements.
+__device__ inline int64_t first_item(int64_t slice) {
+  return slice * kSlice + static_cast<int64_t>(threadIdx.x) * kItems;
+}
+
+template <class T>
+struct alignas(kItems * sizeof(T)) Four {
+  T item[kItems];
+};
+
+template <class T>
+__device__ inline bool is_whole(const T* address, int64_t index, int64_t elements) {
+  return index + kItems <= elements && reinterpret_cast<uintptr_t>(address) % alignof(Four<T>) == 0;
+}
+
+// The thread's elements of one tensor as they lie in memory. Reading and widening are apart so that several reads can
+// be under way together.
+template <class Real>
+struct Raw {
+  uint32_t word[kItems * sizeof(Real) / sizeof(uint32_t)];
+};
+
+template <class Bits, class Real>
+__device__ inline void load_bits(const void* data, int64_t index, int64_t elements, Raw<Real>& raw) {
+  struct alignas(kItems * sizeof(Bits)) Words {
+    uint32_t word[kItems * sizeof(Bits) / sizeof(uint32_t)];
+  };
+  constexpr int kWords = sizeof(Words) / sizeof(uint32_t);
+  const Bits* from = static_cast<const Bits*>(data) + index;
+  if (is_whole(from, index, elements)) {
+    const Words words = *reinterpret_cast<const Words*>(from);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) raw.word[w] = words.word[w];
+  } else {
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const uint64_t bits = index + j < elements ? from[j] : Bits{0};
+      const int at = j * static_cast<int>(sizeof(Bits));
+      raw.word[at / 4] |= static_cast<uint32_t>(bits << 8 * (at % 4));
+      if constexpr (sizeof(Bits) == 8) raw.word[at / 4 + 1] = static_cast<uint32_t>(bits >> 32);
+    }
+  }
+}
+
+// Elements index ... index + 3 of a contiguous view, zeros beyond its end.
+template <class Real>
+__device__ inline Raw<Real> load_raw(const MatrixView& view, int64_t index, int64_t elements) {
+  Raw<Real> raw{};
+  switch (view.type) {
+    case ElementType::kFloat64:
+      // Only reached with Real = double: float64 among the inputs is what selects it.
+      if constexpr (sizeof(Real) == sizeof(double)) load_bits<uint64_t>(view.data, index, elements, raw);
+      break;
+    case ElementType::kFloat32:
+      load_bits<uint32_t>(view.data, index, elements, raw);
+      break;
+    case ElementType::kFloat16:
+    case ElementType::kBFloat16:
+      load_bits<uint16_t>(view.data, index, elements, raw);
+      break;
+  }
+  return raw;
+}
+
+template <class Real>
+__device__ inline void widen(ElementType type, const Raw<Real>& raw, Real (&out)[kItems]) {
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    const uint16_t half = static_cast<uint16_t>(raw.word[j / 2] >> 16 * (j % 2));
+    switch (type) {
+      case ElementType::kFloat64:
+        if constexpr (sizeof(Real) == sizeof(double)) {
+          const uint64_t bits = static_cast<uint64_t>(raw.word[2 * j + 1]) << 32 | raw.word[2 * j];
+          out[j] = __longlong_as_double(static_cast<long long>(bits));
+        }
+        break;
+      case ElementType::kFloat32:
+        out[j] = __uint_as_float(raw.word[j]);
+        break;
+      case ElementType::kFloat16:
+        out[j] = widened(reinterpret_cast<const __half&>(half));
+        break;
+      case ElementType::kBFloat16:
+        out[j] = __uint_as_float(static_cast<uint32_t>(half) << 16);
+        break;
+    }
+  }
+}
+
+template <class Real>
+__device__ inline void load_four(const MatrixView& view, int64_t index, int64_t elements, Real (&out)[kItems]) {
+  widen(view.type, load_raw<Real>(view, index, elements), out);
+}
+
+// Calls body(t, values) for each of `count` tensors in order, with values = view_of(t) - base; a base without data is
+// 0. `origin` becomes the base. The next tensor is read while one is worked on.
+template <class Real, class ViewOf, class Body>
+__device__ inline void for_differences(const MatrixView& base, int count, const ViewOf& view_of, int64_t index,
+                                       int64_t elements, Real (&origin)[kItems], const Body& body) {
+  Raw<Real> first{};
+  if (base.data != nullptr) first = load_raw<Real>(base, index, elements);
+  Raw<Real> next = load_raw<Real>(view_of(0), index, elements);
+  widen(base.type, first, origin);
+  for (int t = 0; t < count; ++t) {
+    const Raw<Real> raw = next;
+    if (t + 1 < count) next = load_raw<Real>(view_of(t + 1), index, elements);
+    Real values[kItems];
+    widen(view_of(t).type, raw, values);
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) values[j] -= origin[j];
+    body(t, values);
+  }
+}
+
+template <class Real>
+__device__ inline void store_four(const Real (&in)[kItems], Real* to, int64_t index, int64_t elements) {
+  to += index;
+  if (is_whole(to, index, elements)) {
+    Four<Real> four;
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) four.item[j] = in[j];
+    *reinterpret_cast<Four<Real>*>(to) = four;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      if (index + j < elements) to[j] = in[j];
+    }
+  }
+}
+
+// Clips at +-theta, which lies on the device; all becomes NaN if theta is NaN.
+template <class Real>
+__device__ inline void clip(const double* theta, Real (&values)[kItems]) {
+  if (theta == nullptr) return;
+  const Real bound = static_cast<Real>(*theta);
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    values[j] = values[j] < -bound ? -bound : values[j];
+    values[j] = values[j] > bound ? bound : values[j];
+    values[j] = bound == bound ? values[j] : bound;
+  }
+}
+
+// base + alpha * update, in place of `base`, which stays as it is where the step is 0: -0.0 + 0.0 would be +0.0.
+template <class Real>
+__device__ inline void add_step(Real (&base)[kItems], Real alpha, const Real (&update)[kItems]) {
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    const Real step = alpha * update[j];
+    base[j] = step == 0 ? base[j] : base[j] + step;
+  }
+}
+
+// The random words of the thread's elements (r_tsvm/philox.h).
+__device__ inline void random_words(const RandomMask& mask, int64_t index, uint32_t (&words)[kItems]) {
+  static_assert(kItems == 4, "the words of one counter");
+  const uint64_t counter = static_cast<uint64_t>(index) / kItems;
+  words[0] = static_cast<uint32_t>(counter);
+  words[1] = static_cast<uint32_t>(counter >> 32);
+  words[2] = mask.stream;
+  words[3] = 0;
+  philox(philox_key(mask.seed), words[0], words[1], words[2], words[3]);
+}
+
+}  // namespace r_tsvm

@@ -1,0 +1,406 @@
+"""The CUDA kernels without a GPU: their sources, built by a C++ compiler against tests/cuda_on_cpu, on CPU tensors.
+
+What that can and cannot show is said in tests/cuda_on_cpu/cuda_runtime.h. Everything runs with the blocks and threads
+in both orders, and must give the reference's bits.
+"""
+
+import importlib.util
+import math
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from compare import same_bits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from variants import DTYPES, LAYOUTS, VALUES, layout_names
+
+from r_tsvm_kernels import backends, dispatch
+from r_tsvm_kernels.errors import NonFiniteError
+from r_tsvm_kernels.ops import (
+    Keep,
+    MagnitudeSelection,
+    RankedKeep,
+    accumulation_dtype,
+    add_update,
+    della_probabilities,
+    elect_and_sum,
+    kept_count,
+    magnitude_histogram,
+    magnitude_ranks,
+    magnitude_select,
+    magnitude_select_many,
+    random_mask,
+    reweight_prune,
+    reweight_prune_,
+    task_statistics,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+STAND_IN = ROOT / "tests" / "cuda_on_cpu"
+CXX = shutil.which("g++") or shutil.which("c++")
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CXX is None, reason="no C++ compiler on PATH")]
+
+
+def build(folder: Path) -> Path:
+    """Compile the CUDA sources and their bindings as C++; return the module."""
+    import pybind11
+
+    includes = [STAND_IN, ROOT / "csrc" / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    # No fortified longjmp: the fibers jump between stacks.
+    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+    flags += ["-include", "cuda_runtime.h", *(f"-I{path}" for path in includes)]
+    sources = [
+        *(ROOT / "csrc" / "cuda").glob("*.cu"),
+        ROOT / "csrc/bindings/cuda_module.cpp",
+        STAND_IN / "emulator.cpp",
+    ]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+
+    def run(*command):
+        done = subprocess.run([CXX, *map(str, command)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-5000:]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda s, o: run(*flags, "-x", "c++", "-c", s, "-o", o), sources, objects))
+    run("-shared", "-o", folder / "_cuda.so", *objects)
+    return folder / "_cuda.so"
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("_cuda", build(tmp_path_factory.mktemp("cuda_on_cpu")))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["forward", "reverse"])
+def emulation(request, emulated, monkeypatch):
+    """Let ``backend="cuda"`` run the emulated kernels on CPU tensors."""
+    native, state = backends.native, backends.state
+    monkeypatch.setenv("CUDA_ON_CPU_ORDER", request.param)
+    monkeypatch.setattr(backends, "native", lambda name: emulated if name == "cuda" else native(name))
+    monkeypatch.setattr(backends, "state", lambda name: backends.READY if name == "cuda" else state(name))
+    for op, order in dispatch.ORDER.items():
+        if "cuda" in order["cuda"]:
+            monkeypatch.setitem(dispatch.ORDER, op, {**order, "cpu": (*order["cpu"], "cuda")})
+    stream = SimpleNamespace(device_index=0, cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+
+pytestmark.append(pytest.mark.usefixtures("emulation"))
+
+# The patches do not change from example to example.
+many = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+# Around the slice of 1024 elements, and around several.
+sizes = st.one_of(st.integers(1, 70), st.sampled_from([1023, 1024, 1025, 2048, 4099, 9001]))
+shapes = st.one_of(sizes.map(lambda n: (n,)), st.lists(st.integers(1, 30), min_size=2, max_size=3).map(tuple))
+dtype_lists = st.lists(st.sampled_from(DTYPES), min_size=2, max_size=6)
+kinds = st.sampled_from(sorted(VALUES))
+
+
+def group(shape, dtypes, kind, layouts, seed):
+    """A base and one tensor for each further dtype, of differences of a kind from it."""
+    torch.manual_seed(seed)
+    origin = torch.zeros(shape) if "subnormal" in kind else torch.randn(shape)
+    values = [origin, *(origin + VALUES[kind](shape) for _ in dtypes[1:])]
+    tensors = [LAYOUTS[how](v.to(dtype)) for v, dtype, how in zip(values, dtypes, layouts, strict=False)]
+    return tensors[0], tensors[1:]
+
+
+groups = st.builds(
+    group, shapes, dtype_lists, kinds, st.lists(layout_names, min_size=6, max_size=6), st.integers(0, 99)
+)
+densities = st.sampled_from([0.0, 1e-3, 0.1, 0.3, 0.5, 0.9, 0.999, 1.0])
+
+
+def both(op, *arguments, **options):
+    return (op(*arguments, **options, backend=backend) for backend in ("cuda", "torch"))
+
+
+def same_selections(got, expected):
+    return all(
+        same_bits(g.threshold, e.threshold) and same_bits(g.ties, e.ties) for g, e in zip(got, expected, strict=True)
+    )
+
+
+# --- task_statistics
+
+
+@many
+@given(tensors=groups, sigma=st.sampled_from([0.0, 0.5, 3.0, math.inf]), eps=st.sampled_from([0.0, 0.1, 5.0]))
+def test_statistics(tensors, sigma, eps):
+    got, expected = both(task_statistics, *tensors, sigma, eps)
+    for field in ("mean", "sd", "max", "theta", "outlier_mass"):
+        scale = float(expected.max.abs().max())
+        torch.testing.assert_close(getattr(got, field), getattr(expected, field), rtol=1e-12, atol=1e-14 * scale)
+    a = [(t.to(dtype) - tensors[0].to(dtype)).abs().double() for dtype in [accumulation_dtype(tensors[0], *tensors[1])]
+         for t in tensors[1]]  # fmt: skip
+    assert got.zeros.tolist() == expected.zeros.tolist()
+    assert got.small.tolist() == [int((x <= eps * mean).sum()) for x, mean in zip(a, got.mean, strict=True)]
+
+
+# --- magnitude_select
+
+
+@many
+@given(tensors=groups, density=st.lists(densities, min_size=1, max_size=6))
+def test_selection(tensors, density):
+    base, (x, *_) = tensors
+    keep = [kept_count(d, x.numel()) for d in density]
+    for origin in (base, None):
+        got, expected = both(magnitude_select, x, keep, base=origin)
+        assert same_selections(got, expected)
+
+
+@pytest.mark.parametrize("shared", [227 * 1024, 99 * 1024])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_selection_from_every_16_bit_value(dtype, shared, monkeypatch):
+    """By all bits at once, or by digits where a block has too little shared memory for that."""
+    monkeypatch.setenv("CUDA_ON_CPU_SHARED", str(shared))
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    values = values[torch.randperm(values.numel())]
+    for x in (values, values[1:]):
+        assert same_selections(*both(magnitude_select, x, [1, 777, 20_001, x.numel() - 1, x.numel(), 0]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_selection_refuses_what_is_not_finite(dtype, bad):
+    x = torch.randn(3000).to(dtype)
+    x[[7, 2999]] = bad
+    with pytest.raises(NonFiniteError, match="2 of 3000"):
+        magnitude_select(x, [5, 10], base=torch.zeros(3000), backend="cuda")
+
+
+# --- magnitude_histogram, magnitude_ranks
+
+
+@many
+@given(tensors=groups, bits=st.integers(1, 11), prefix_bits=st.integers(0, 20))
+def test_histograms(tensors, bits, prefix_bits):
+    base, (x, *_) = tensors
+    for origin in (base, None):
+        dtype = accumulation_dtype(x, *([] if origin is None else [origin]))
+        value = x.flatten()[-1].to(dtype) - (0 if origin is None else origin.flatten()[-1].to(dtype))
+        integer, length = (torch.int64, 63) if dtype == torch.float64 else (torch.int32, 31)
+        prefix = int(value.abs().view(integer)) >> (length - prefix_bits)
+        got, expected = both(magnitude_histogram, x, bits, prefix=prefix, prefix_bits=prefix_bits, base=origin)
+        assert same_bits(got, expected) and got.sum() > 0
+
+
+def test_histograms_of_nothing_and_of_nan():
+    assert magnitude_histogram(torch.empty(0), 4, backend="cuda").tolist() == [0] * 16
+    x = torch.tensor([math.nan, -math.inf, 0.0, -0.0, 1.0])
+    assert same_bits(*both(magnitude_histogram, x, 11))
+
+
+def test_selection_over_many_tensors():
+    tensors = [torch.randn(50, 40), torch.zeros(30), torch.randn(5000).round(decimals=1)]
+    assert same_selections(*both(magnitude_select_many, lambda: iter(tensors), 2500))
+
+
+@many
+@given(tensors=groups)
+def test_ranks(tensors):
+    base, (x, *_) = tensors
+    for origin in (base, None):
+        assert same_bits(*both(magnitude_ranks, x, base=origin))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [511, 4097, 20_000])
+def test_ranks_of_long_rows(dtype, cols):
+    """20,000 columns do not fit into shared memory."""
+    x = torch.randn(20, cols).to(dtype)
+    x[:, ::7] = 0.5
+    assert same_bits(*both(magnitude_ranks, x))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_ranks_refuse_what_is_not_finite(bad):
+    x = torch.randn(30, 100, dtype=torch.bfloat16)
+    x[[3, 29], 99] = bad
+    with pytest.raises(NonFiniteError, match="2 of 3000"):
+        magnitude_ranks(x, base=torch.zeros_like(x), backend="cuda")
+
+
+# --- reweight_prune
+
+
+def same_all(got, expected):
+    return all(same_bits(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@many
+@given(
+    tensors=groups,
+    sigma=st.sampled_from([0.0, 1.0, 3.0, math.inf]),
+    weighting=st.sampled_from(["clip", "none"]),
+    density=st.lists(densities, min_size=5, max_size=5),
+)
+def test_pruning(tensors, sigma, weighting, density):
+    statistics = task_statistics(*tensors, sigma)
+    assert same_all(*both(reweight_prune, *tensors, statistics, weighting, density[: len(tensors[1])]))
+
+
+@many
+@given(tensors=groups, weighting=st.sampled_from(["clip", "none"]), density=densities, wide=st.booleans())
+def test_pruning_in_place(tensors, weighting, density, wide):
+    deltas = [(t.double() - tensors[0].double()).to(torch.float64 if wide else torch.float32) for t in tensors[1]]
+    deltas = [delta.contiguous() for delta in deltas]
+    statistics = task_statistics(torch.zeros_like(deltas[0]), deltas)
+    got = [delta.clone() for delta in deltas]
+    addresses = [delta.data_ptr() for delta in got]
+    reweight_prune_(got, statistics, weighting, density, backend="cuda")
+    assert addresses == [delta.data_ptr() for delta in got]
+    zeros = torch.zeros_like(deltas[0])
+    assert same_all(got, reweight_prune(zeros, deltas, statistics, weighting, density, backend="torch"))
+
+
+@pytest.mark.parametrize("last", [torch.bfloat16, torch.float64], ids=str)
+def test_pruning_of_many_tasks(last):
+    """More than one launch takes; all are computed in float64 if one is, even one that is not pruned."""
+    base, tuned = group((37, 41), [*[torch.bfloat16] * 19, last], "ties", ["contiguous"] * 20, 0)
+    density = [min(1.0, 0.06 * t) for t in range(19)]
+    assert density[-1] == 1.0
+    assert same_all(*both(reweight_prune, base, tuned, task_statistics(base, tuned), "clip", density))
+
+
+@pytest.mark.parametrize("ties", [0, 1, 1023, 1024, 1025, 20_000, 59_999, 60_000])
+def test_the_first_ties_survive(ties):
+    tuned = torch.full((60_001,), 0.5)
+    tuned[::2] = -0.5
+    tuned[-1] = 3.0
+    zero = torch.zeros_like(tuned)
+    (got,) = reweight_prune(
+        zero, [tuned], task_statistics(zero, [tuned]), "none", (ties + 0.5) / 60_001, backend="cuda"
+    )
+    expected = torch.where(torch.arange(60_001) < ties, tuned, 0)
+    expected[-1] = 3.0
+    assert same_bits(got, expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("density", [0.0, 0.5])
+def test_pruning_refuses_what_is_not_finite_and_leaves_it_alone(bad, density):
+    deltas = [torch.randn(3000) for _ in range(6)]
+    deltas[5][77] = bad
+    before = [delta.clone() for delta in deltas]
+    statistics = task_statistics(torch.zeros(3000), deltas, sigma=math.inf)
+    with pytest.raises(NonFiniteError, match="1 of 3000"):
+        reweight_prune_(deltas, statistics, "clip", [1.0, 0.5, 0.5, 0.5, 0.5, density], backend="cuda")
+    assert same_all(deltas, before)
+    with pytest.raises(NonFiniteError, match="1 of 3000"):
+        reweight_prune(torch.zeros(3000), deltas, statistics, "clip", density, backend="cuda")
+
+
+@pytest.mark.parametrize("sigma", [3.0, math.inf])
+def test_without_pruning_nan_and_infinity_pass(sigma):
+    base, tuned = torch.zeros(5), torch.tensor([1.0, math.nan, math.inf, -math.inf, 0.0])
+    statistics = task_statistics(base, [tuned], sigma)
+    (got,), (expected,) = both(reweight_prune, base, [tuned], statistics, "clip")
+    assert torch.equal(got.isnan(), expected.isnan()) and same_bits(got.nan_to_num(), expected.nan_to_num())
+
+
+# --- random_mask, add_update
+
+
+@many
+@given(
+    numel=st.one_of(st.integers(0, 70), st.sampled_from([1023, 1025, 4100])),
+    probability=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 1 - 2.0**-32])),
+    seed=st.integers(0, 2**64 - 1),
+    stream=st.integers(0, 2**32 - 1),
+)
+def test_random_masks(numel, probability, seed, stream):
+    assert same_bits(*both(random_mask, (numel,), probability, seed, stream))
+
+
+@many
+@given(tensors=groups, alpha=st.sampled_from([1.0, 0.7, -1e-30, 0.0]))
+def test_add_update(tensors, alpha):
+    base, (update, *_) = tensors
+    update[::3] = 0
+    assert same_bits(*both(add_update, base, update, alpha))
+    assert same_bits(*both(add_update, -torch.zeros_like(base), update, alpha))
+
+
+# --- elect_and_sum
+
+
+def sparsifier(difference, kind, task):
+    def top(density):
+        return magnitude_select(difference, kept_count(density, difference.numel()), backend="torch")
+
+    return {
+        "all": Keep(),
+        "ties": Keep(largest=top(0.4)),
+        "breadcrumbs": Keep(largest=top(0.5), outliers=top(0.1)),
+        "dare": Keep(probability=0.4, seed=7, stream=task, rescale=2.5),
+        "della": Keep(
+            ranked=RankedKeep(
+                magnitude_ranks(difference, backend="torch"),
+                della_probabilities(difference.shape[-1], 0.5, 0.3),
+                rescale=task % 2 == 0,
+            ),
+            seed=11,
+            stream=task,
+        ),
+        "everything": Keep(largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3),
+    }[kind]
+
+
+@many
+@given(
+    tensors=groups,
+    kinds=st.lists(
+        st.sampled_from(["all", "ties", "breadcrumbs", "dare", "della", "everything"]), min_size=5, max_size=5
+    ),
+    elect=st.sampled_from(["none", "sum", "count"]),
+    normalize=st.booleans(),
+    alpha=st.sampled_from([1.0, 0.3, -2.0]),
+)
+def test_merging(tensors, kinds, elect, normalize, alpha):
+    base, tuned = tensors
+    dtype = accumulation_dtype(base, *tuned)
+    differences = [t.to(dtype) - base.to(dtype) for t in tuned]
+    keep = [sparsifier(d, kind, task) for task, (d, kind) in enumerate(zip(differences, kinds, strict=False))]
+    weights = [1.0, 0.5, 2.0, -0.25, 0.75][: len(tuned)]
+    options = {"elect": elect, "normalize": normalize, "alpha": alpha, "keep": keep}
+    assert same_bits(*both(elect_and_sum, base, tuned, weights, **options))
+
+
+@pytest.mark.parametrize("elect", ["none", "sum", "count"])
+def test_merging_many_tasks_with_ties_in_every_slice(elect):
+    base = torch.randint(-4, 5, (131, 97)).float()
+    tuned = [base + torch.randint(-2, 3, base.shape) for _ in range(40)]
+    keep = [sparsifier(t - base, ["breadcrumbs", "dare", "ties"][task % 3], task) for task, t in enumerate(tuned)]
+    weights = [1 + task / 7 for task in range(40)]
+    assert same_bits(*both(elect_and_sum, base, tuned, weights, elect=elect, normalize=True, keep=keep))
+
+
+@pytest.mark.parametrize("ties", [0, 1, 1024, 1025, 30_000, 69_999, 70_000])
+@pytest.mark.parametrize("field", ["largest", "outliers"])
+def test_merging_takes_the_first_ties(ties, field):
+    base, tuned = torch.zeros(70_001), torch.full((70_001,), 0.5)
+    tuned[-1] = 3.0
+    keep = [Keep(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})]
+    assert same_bits(*both(elect_and_sum, base, [tuned], [1.0], keep=keep))
+
+
+@pytest.mark.parametrize("elect", ["none", "sum", "count"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_merging_lets_nan_and_infinity_through(elect, normalize):
+    base, tuned = group((2000,), [torch.float32] * 4, "gaussian", ["contiguous"] * 4, 0)
+    tuned[1][5], tuned[2][700], tuned[0][9] = math.nan, math.inf, -math.inf
+    got, expected = both(elect_and_sum, base, tuned, [1.0] * 3, elect=elect, normalize=normalize)
+    assert torch.equal(got.isnan(), expected.isnan()) and same_bits(got.nan_to_num(), expected.nan_to_num())
