@@ -6,8 +6,10 @@ from collections.abc import Sequence
 _Matrix = tuple[int, int, int, int, int]
 # threshold, seed, stream
 _RandomMask = tuple[int, int, int]
-# weight, factor; threshold and ties of what is kept and of what is dropped again; random mask
-_ElectTask = tuple[float, float, tuple[float, int], tuple[float, int], _RandomMask]
+# addresses of ranks (int32, contiguous; 0 for none), and by rank thresholds (int64) and factors (of the output's dtype)
+_Ranked = tuple[int, int, int]
+# weight, factor; threshold and ties of what is kept and of what is dropped again; random mask; selection by rank
+_ElectTask = tuple[float, float, tuple[float, int], tuple[float, int], _RandomMask, _Ranked]
 
 def elect_and_sum(
     base: _Matrix,
@@ -41,10 +43,27 @@ def task_statistics(
     int64 for zeros and small.
     """
 
-def magnitude_select(x: _Matrix, base: _Matrix | None, keep: int, output: tuple[int, int, int], threads: int) -> None:
-    """Write the `keep`-th largest magnitude of `x`, or of ``x - base``, to `output`.
+def magnitude_histogram(
+    x: _Matrix, base: _Matrix | None, digit: tuple[int, int, int], counts: int, threads: int
+) -> None:
+    """Write the counts of a digit of the magnitudes of `x`, or of ``x - base``, to the address `counts` (int64).
 
-    `output` holds the addresses of the threshold (float64), ties and the number of NaN and infinite values (int64).
+    The digit is given by its number of bits, the bits before it as a number, and the number of bits after it.
+    """
+
+def magnitude_ranks(x: _Matrix, base: _Matrix | None, cols: int, output: tuple[int, int], threads: int) -> None:
+    """Write the ranks of the magnitudes within rows of `cols` elements.
+
+    `output` holds the addresses of the ranks (int32, contiguous) and the number of NaN and infinite values (int64).
+    """
+
+def magnitude_select(
+    x: _Matrix, base: _Matrix | None, keep: Sequence[int], output: tuple[int, int, int], threads: int
+) -> None:
+    """Write the keep-th largest magnitude of `x`, or of ``x - base``, to `output`, for each number of `keep`.
+
+    `output` holds the addresses of the thresholds (float64), ties (int64) and the one number of NaN and infinite values
+    (int64).
     """
 
 def reweight_prune(base: _Matrix, tasks: Sequence[tuple[_Matrix, float, int, int, int]], threads: int) -> None:
@@ -52,4 +71,14 @@ def reweight_prune(base: _Matrix, tasks: Sequence[tuple[_Matrix, float, int, int
 
     A task is tuned, theta, keep, the address of the output (contiguous, float32, float64 if any input is float64) and
     that of the number of NaN and infinite values met while pruning (int64).
+    """
+
+def reweight_prune_inplace(
+    tasks: Sequence[tuple[int, float, int, int]], elements: int, type: int, threads: int
+) -> None:
+    """Clip and prune task vectors in place.
+
+    A task is the address of a contiguous matrix of `elements` float32 or float64 (`type`, an element type code), theta,
+    keep, and the address of the number of NaN and infinite values met while pruning (int64). If there are any, no
+    matrix is changed.
     """

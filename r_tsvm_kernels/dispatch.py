@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "task_statistics": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
     "magnitude_select": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "magnitude_histogram": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
-    "magnitude_ranks": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
+    "magnitude_histogram": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
+    "magnitude_ranks": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
     "reweight_prune": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "reweight_prune_inplace": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
+    "reweight_prune_inplace": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
     "add_update": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
     "random_mask": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
     "elect_and_sum": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},

@@ -1,6 +1,9 @@
 #include "arguments.h"
 #include "r_tsvm/elect_and_sum.h"
+#include "r_tsvm/magnitude_histogram.h"
+#include "r_tsvm/magnitude_ranks.h"
 #include "r_tsvm/random_mask.h"
+#include "r_tsvm/reweight_prune_inplace.h"
 
 namespace py = pybind11;
 using namespace r_tsvm;
@@ -10,9 +13,16 @@ namespace {
 // threshold, seed, stream
 using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
 
-// weight, factor; threshold and ties of what is kept and of what is dropped again, ties < 0 for none; random mask
-using ElectTaskArgument =
-    std::tuple<double, double, std::tuple<double, int64_t>, std::tuple<double, int64_t>, RandomMaskArgument>;
+// addresses of ranks (0 for none), thresholds and factors
+using RankedArgument = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+// weight, factor; threshold and ties of what is kept and of what is dropped again, ties < 0 for none; random mask;
+// selection by rank
+using ElectTaskArgument = std::tuple<double, double, std::tuple<double, int64_t>, std::tuple<double, int64_t>,
+                                     RandomMaskArgument, RankedArgument>;
+
+// address of the matrix, theta, keep, address of nonfinite
+using InplacePruneArgument = std::tuple<std::uintptr_t, double, int64_t, std::uintptr_t>;
 
 RandomMask random_mask(const RandomMaskArgument& argument) {
   const auto [threshold, seed, stream] = argument;
@@ -20,9 +30,22 @@ RandomMask random_mask(const RandomMaskArgument& argument) {
 }
 
 ElectTask elect_task(const ElectTaskArgument& argument) {
-  const auto [weight, factor, kept, dropped, sampled] = argument;
-  return ElectTask{weight, factor, Selection{std::get<0>(kept), std::get<1>(kept)},
-                   Selection{std::get<0>(dropped), std::get<1>(dropped)}, random_mask(sampled)};
+  const auto& [weight, factor, kept, dropped, sampled, ranked] = argument;
+  const auto [ranks, thresholds, factors] = ranked;
+  return ElectTask{
+      weight,
+      factor,
+      Selection{std::get<0>(kept), std::get<1>(kept)},
+      Selection{std::get<0>(dropped), std::get<1>(dropped)},
+      random_mask(sampled),
+      RankedSelection{bindings::pointer<const int32_t>(ranks), bindings::pointer<const int64_t>(thresholds),
+                      bindings::pointer<const void>(factors)}};
+}
+
+// One view, or none.
+std::vector<MatrixView> optional_matrix(const std::optional<bindings::MatrixArgument>& base, const MatrixView& x,
+                                        const char* op) {
+  return bindings::matrices(base ? std::vector{*base} : std::vector<bindings::MatrixArgument>{}, x, op);
 }
 
 }  // namespace
@@ -43,17 +66,44 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
       py::arg("base"), py::arg("tuned"), py::arg("sigma"), py::arg("eps"), py::arg("output"), py::arg("threads"));
 
   module.def(
+      "magnitude_ranks",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int64_t cols,
+         const std::tuple<std::uintptr_t, std::uintptr_t>& output, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_ranks");
+        const std::vector<MatrixView> bases = optional_matrix(base, view, "magnitude_ranks");
+        if (cols < 1 || element_count(view) % cols != 0) throw std::runtime_error("magnitude_ranks: not whole rows");
+        const auto [ranks, nonfinite] = output;
+        magnitude_ranks_cpu(
+            view, bases.empty() ? nullptr : &bases[0], cols,
+            MagnitudeRanksOutput{bindings::pointer<int32_t>(ranks), bindings::pointer<int64_t>(nonfinite)}, threads);
+      },
+      py::arg("x"), py::arg("base"), py::arg("cols"), py::arg("output"), py::arg("threads"));
+
+  module.def(
       "magnitude_select",
-      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int64_t keep,
-         const bindings::MagnitudeSelectAddresses& output, int threads) {
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base,
+         const std::vector<int64_t>& keep, const bindings::MagnitudeSelectAddresses& output, int threads) {
         const py::gil_scoped_release unlocked;
         const MatrixView view = bindings::matrix(x, "magnitude_select");
-        const std::vector<MatrixView> bases = bindings::matrices(
-            base ? std::vector{*base} : std::vector<bindings::MatrixArgument>{}, view, "magnitude_select");
-        magnitude_select_cpu(view, bases.empty() ? nullptr : &bases[0], keep, bindings::magnitude_select_output(output),
-                             threads);
+        const std::vector<MatrixView> bases = optional_matrix(base, view, "magnitude_select");
+        magnitude_select_cpu(view, bases.empty() ? nullptr : &bases[0], keep.data(), static_cast<int64_t>(keep.size()),
+                             bindings::magnitude_select_output(output), threads);
       },
       py::arg("x"), py::arg("base"), py::arg("keep"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "magnitude_histogram",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base,
+         const std::tuple<int, int64_t, int>& digit, std::uintptr_t counts, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "magnitude_histogram");
+        const std::vector<MatrixView> bases = optional_matrix(base, view, "magnitude_histogram");
+        const auto [bits, prefix, shift] = digit;
+        magnitude_histogram_cpu(view, bases.empty() ? nullptr : &bases[0], Digit{bits, prefix, shift},
+                                bindings::pointer<int64_t>(counts), threads);
+      },
+      py::arg("x"), py::arg("base"), py::arg("digit"), py::arg("counts"), py::arg("threads"));
 
   module.def(
       "reweight_prune",
@@ -64,6 +114,23 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         reweight_prune_cpu(base_view, views.data(), static_cast<int64_t>(views.size()), threads);
       },
       py::arg("base"), py::arg("tasks"), py::arg("threads"));
+
+  module.def(
+      "reweight_prune_inplace",
+      [](const std::vector<InplacePruneArgument>& tasks, int64_t elements, int type, int threads) {
+        const py::gil_scoped_release unlocked;
+        if (type != static_cast<int>(ElementType::kFloat32) && type != static_cast<int>(ElementType::kFloat64)) {
+          throw std::runtime_error("reweight_prune_inplace: unknown element type code " + std::to_string(type));
+        }
+        std::vector<InplacePruneTask> views;
+        for (const auto& [matrix, theta, keep, nonfinite] : tasks) {
+          views.push_back(
+              InplacePruneTask{bindings::pointer<void>(matrix), theta, keep, bindings::pointer<int64_t>(nonfinite)});
+        }
+        reweight_prune_inplace_cpu(views.data(), static_cast<int64_t>(views.size()), elements,
+                                   static_cast<ElementType>(type), threads);
+      },
+      py::arg("tasks"), py::arg("elements"), py::arg("type"), py::arg("threads"));
 
   module.def(
       "elect_and_sum",

@@ -44,8 +44,10 @@ struct Task {
   Rule<Real> kept;
   Rule<Real> dropped;
   RandomMask sampled;
+  RankedSelection ranked;
 
-  bool sparse() const { return kept.used() || dropped.used() || sampled.threshold < (uint64_t{1} << 32); }
+  bool samples() const { return sampled.threshold < (uint64_t{1} << 32); }
+  bool sparse() const { return kept.used() || dropped.used() || samples() || ranked.ranks != nullptr; }
 };
 
 template <class Real>
@@ -96,6 +98,17 @@ RTSVM_INLINE void select(const Real* __restrict differences, Real* __restrict va
 template <class Real>
 RTSVM_INLINE void sample(const uint32_t* __restrict words, Real* __restrict values, int64_t n, uint64_t threshold) {
   for (int64_t i = 0; i < n; ++i) values[i] = words[i] < threshold ? values[i] : Real{0};
+}
+
+// Also multiplies the survivors.
+template <class Real>
+RTSVM_INLINE void sample_ranked(const uint32_t* __restrict words, const int32_t* __restrict ranks,
+                                const int64_t* __restrict thresholds, const Real* __restrict factors,
+                                Real* __restrict values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Real product = factors[ranks[i]] * values[i];  // in any case: a branch could not be vectorised
+    values[i] = words[i] < thresholds[ranks[i]] ? product : Real{0};
+  }
 }
 
 template <class Real>
@@ -169,9 +182,11 @@ RTSVM_INLINE void merge_chunk_any(Problem<Real>& problem, int64_t chunk) {
         if (task.dropped.used()) {
           select(differences, survivors, n, task.dropped.threshold, task.dropped.ties_left[chunk], false);
         }
-        if (task.sampled.threshold < (uint64_t{1} << 32)) {
-          random_words(task.sampled, first, n, words);
-          sample(words, survivors, n, task.sampled.threshold);
+        if (task.samples() || task.ranked.ranks != nullptr) random_words(task.sampled, first, n, words);
+        if (task.samples()) sample(words, survivors, n, task.sampled.threshold);
+        if (task.ranked.ranks != nullptr) {
+          sample_ranked(words, task.ranked.ranks + first, task.ranked.thresholds,
+                        static_cast<const Real*>(task.ranked.factors), survivors, n);
         }
         values = survivors;
       }
@@ -245,9 +260,10 @@ void run(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks
       elements};
   bool counts_ties = false;
   for (int64_t t = 0; t < count; ++t) {
-    problem.tasks.push_back(Task<Real>{tuned[t], static_cast<Real>(tasks[t].weight), static_cast<Real>(tasks[t].factor),
+    const double factor = tasks[t].ranked.ranks == nullptr ? tasks[t].factor : 1;
+    problem.tasks.push_back(Task<Real>{tuned[t], static_cast<Real>(tasks[t].weight), static_cast<Real>(factor),
                                        rule<Real>(tasks[t].kept, chunks), rule<Real>(tasks[t].dropped, chunks),
-                                       tasks[t].sampled});
+                                       tasks[t].sampled, tasks[t].ranked});
     const Task<Real>& task = problem.tasks.back();
     counts_ties = counts_ties || task.kept.counts_ties() || task.dropped.counts_ties();
   }

@@ -21,7 +21,7 @@ from r_tsvm_kernels.ops import (
     random_mask,
 )
 
-every_backend = pytest.mark.parametrize("backend", available("torch"))
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 native_backend = pytest.mark.parametrize("backend", available("cpu"))
 every_election = pytest.mark.parametrize("elect", ["none", "sum", "count"])
 

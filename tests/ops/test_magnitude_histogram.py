@@ -10,7 +10,7 @@ from variants import DTYPES, LAYOUTS, SHAPES, VALUES, available, layout_names, t
 from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, ShapeError
 from r_tsvm_kernels.ops import accumulation_dtype, magnitude_histogram
 
-every_backend = pytest.mark.parametrize("backend", available("torch"))
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 native_backend = pytest.mark.parametrize("backend", available("cpu"))
 
 

@@ -10,7 +10,7 @@ from variants import DTYPES, LAYOUTS, VALUES, available, layout_names
 from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.ops import Keep, accumulation_dtype, elect_and_sum, magnitude_select, magnitude_select_many
 
-every_backend = pytest.mark.parametrize("backend", available("torch"))
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 
 
 def magnitudes(item) -> torch.Tensor:

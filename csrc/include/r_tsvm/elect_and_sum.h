@@ -26,12 +26,21 @@ struct Selection {
   int64_t ties;  // negative: there is no such selection
 };
 
+// Survival by the rank of a magnitude within its row: of the element of rank r, iff its word (r_tsvm/philox.h) is below
+// thresholds[r]; a survivor is multiplied by factors[r]. The caller sees to it that the tables hold all ranks.
+struct RankedSelection {
+  const int32_t* ranks;       // contiguous, of the tensors' size; null: there is no such selection
+  const int64_t* thresholds;  // from 0 (never) to 2^32 (always)
+  const void* factors;        // of the output's type; they take the place of ElectTask::factor
+};
+
 struct ElectTask {
-  double weight;       // what the task adds to the divisor
-  double factor;       // what its differences are multiplied by
-  Selection kept;      // these survive,
-  Selection dropped;   // unless they are also among these,
-  RandomMask sampled;  // or not in this mask
+  double weight;           // what the task adds to the divisor
+  double factor;           // what its differences are multiplied by
+  Selection kept;          // these survive,
+  Selection dropped;       // unless they are also among these,
+  RandomMask sampled;      // or not in this mask,
+  RankedSelection ranked;  // or not selected here, by the same random words
 };
 
 struct ElectOptions {

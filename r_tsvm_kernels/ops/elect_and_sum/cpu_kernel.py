@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...errors import BackendUnavailable
 from .._checks import accumulation_dtype
 from .._native import matrix, with_rows
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
 from . import Keep
+from .ranked import rank_tables
 
 # Codes of r_tsvm::Election (csrc/include/r_tsvm/elect_and_sum.h).
 ELECTIONS = {"none": 0, "sum": 1, "count": 2}
@@ -29,11 +29,10 @@ def run(
     alpha: float,
 ) -> Tensor:
     """See `elect_and_sum`; the same bits as the reference, whatever the strides and the number of threads."""
-    if any(rule.ranked is not None for rule in keep):
-        raise BackendUnavailable("elect_and_sum: the cpu backend does not know ranked sparsifiers; use torch")
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     views = [matrix(tensor) for tensor in tensors]
     dtype = accumulation_dtype(base, *tuned)
+    ranked = [_ranked(rule, weight, dtype) for weight, rule in zip(weights, keep, strict=True)]
     tasks = [
         (
             weight,
@@ -41,8 +40,9 @@ def run(
             _selection(rule.largest, dtype),
             _selection(rule.outliers, dtype),
             (mask_threshold(rule.probability), rule.seed, rule.stream),
+            tuple(tensor.data_ptr() for tensor in tables) or (0, 0, 0),
         )
-        for weight, rule in zip(weights, keep, strict=True)
+        for weight, rule, tables in zip(weights, keep, ranked, strict=True)
     ]
     output = torch.empty(base.shape, dtype=dtype, device=base.device)
     threads = torch.get_num_threads()
@@ -57,3 +57,10 @@ def _selection(selection: MagnitudeSelection | None, dtype: torch.dtype) -> tupl
         return 0.0, -1
     selection = selection.rounded(dtype)
     return float(selection.threshold), int(selection.ties)
+
+
+def _ranked(rule: Keep, weight: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return ranks, thresholds and factors; nothing where there are no ranks."""
+    if rule.ranked is None:
+        return ()
+    return (rule.ranked.ranks.contiguous(), *rank_tables(rule.ranked, weight * rule.rescale, dtype))
