@@ -215,7 +215,7 @@ def test_merging_views():
 def test_ranked_sparsifiers(elect, rescale, mix):
     base, tuned = pair((11, 33), mix, tasks=4)
     ranked = [
-        RankedKeep(magnitude_ranks(t, base=base), della_probabilities(33, 0.5, epsilon), rescale)
+        RankedKeep(magnitude_ranks(t, base=base, backend="torch"), della_probabilities(33, 0.5, epsilon), rescale)
         for t, epsilon in zip(tuned, (0.5, 0.1), strict=False)
     ]
     selection = sparsifiers(base, tuned[1:2], "ties")[0].largest
