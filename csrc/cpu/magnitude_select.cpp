@@ -69,10 +69,10 @@ void run(const MatrixView& x, const MatrixView* base, int64_t keep, const Magnit
       values_of(first, n, values);
       const int64_t least = found.prefix << (shift + kDigitBits);
       const Bracket bracket{least, least + (kDigits << shift) - 1};
-      alignas(64) uint16_t positions[kBlock + 1];
+      Positions positions;
       const int64_t inside = list_inside(values, n, bracket, positions);
       for (int64_t i = 0; i < inside; ++i) {
-        ++counters[(magnitude_bits(values[positions[i]]) >> shift) & (kDigits - 1)];
+        ++counters[(magnitude_bits(values[positions.at[i]]) >> shift) & (kDigits - 1)];
       }
     });
     found = narrow(found, counts);

@@ -1,6 +1,7 @@
 // Fewer page faults under large outputs that nobody has touched yet.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(__linux__)
@@ -9,12 +10,19 @@
 
 namespace r_tsvm {
 
+inline constexpr int64_t kHugePage = 2 << 20;
+
+// How many neighbouring units of so many bytes a thread should take at a time: two threads that first touch the same
+// huge page both clear one, and one of the two is thrown away. Fewer where threads would wait for each other.
+inline int64_t page_grain(int64_t units, int64_t bytes_per_unit, int threads) {
+  return std::max<int64_t>(1, std::min(kHugePage / bytes_per_unit, units / (4 * threads)));
+}
+
 // A hint: where the system takes it, first writing to fresh memory costs a fraction.
 inline void prefer_huge_pages(void* address, uint64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uint64_t kHuge = 2u << 20;
-  const uint64_t first = (reinterpret_cast<uintptr_t>(address) + kHuge - 1) / kHuge * kHuge;
-  const uint64_t last = (reinterpret_cast<uintptr_t>(address) + bytes) / kHuge * kHuge;
+  const uint64_t first = (reinterpret_cast<uintptr_t>(address) + kHugePage - 1) / kHugePage * kHugePage;
+  const uint64_t last = (reinterpret_cast<uintptr_t>(address) + bytes) / kHugePage * kHugePage;
   if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)address;

@@ -16,7 +16,7 @@ inline constexpr int64_t kRun = 16;
 
 // How many runs represent so many elements; 0 for tensors too small for it.
 inline int64_t sample_runs(int64_t elements) {
-  const int64_t runs = std::min<int64_t>(elements / (16 * kRun), 4096);
+  const int64_t runs = std::min<int64_t>(elements / (16 * kRun), 16384);
   return runs >= 256 ? runs : 0;
 }
 
@@ -39,15 +39,18 @@ Guess guess_threshold(std::vector<Real>& sample, double kept) {
   const double size = static_cast<double>(sample.size());
   const double margin = 5 * std::sqrt(kept * (1 - kept) * size) + 5;
   const auto larger = [](Real a, Real b) { return magnitude_bits(a) > magnitude_bits(b); };
+  // Between places known before: each makes the search for the next one shorter.
+  auto first = sample.begin(), last = sample.end();
   const auto at = [&](double place) {
-    if (place < 0) return Pattern<Real>::kInfinity - 1;
-    if (place >= size) return int64_t{0};
     const auto nth = sample.begin() + static_cast<int64_t>(place);
-    std::nth_element(sample.begin(), nth, sample.end(), larger);
-    return static_cast<int64_t>(magnitude_bits(*nth));
+    if (nth != last) std::nth_element(first, nth, last, larger);
+    return nth;
   };
   const double rank = kept * size;
-  Guess guess{{at(rank + margin), at(rank - margin)}, at(std::min(rank, size - 1)), 0};
+  Guess guess{{0, Pattern<Real>::kInfinity - 1}, 0, 0};
+  if (rank + margin < size) guess.bracket.least = magnitude_bits(*(last = at(rank + margin)));
+  if (rank - margin >= 0) guess.bracket.most = magnitude_bits(*(first = at(rank - margin)));
+  guess.threshold = magnitude_bits(*at(std::min(rank, size - 1)));
   int64_t above = 0, ties = 0;
   for (const Real value : sample) {
     above += magnitude_bits(value) > guess.threshold;
