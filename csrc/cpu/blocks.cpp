@@ -113,6 +113,7 @@ bool difference_of_same(const MatrixView& tuned, const MatrixView& base, int64_t
 template <class Real>
 void load_difference_any(const MatrixView& tuned, const MatrixView& base, int64_t first, int64_t n, Real theta,
                          Real* to) {
+  if (n == 0) return;
   if (std::isnan(theta)) {
     std::fill_n(to, n, theta);
     return;

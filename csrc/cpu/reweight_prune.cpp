@@ -19,6 +19,8 @@ namespace {
 // Elements of a chunk that are listed at most.
 constexpr int64_t kListed = kChunk / 8;
 
+constexpr int64_t kMostRuns = 16384;
+
 // Bits that a pass over undecided elements settles.
 constexpr int kPassBits = 11;
 constexpr int64_t kPassBins = int64_t{1} << kPassBits;
@@ -55,7 +57,7 @@ struct Pruning {
     return sum;
   }
 
-  Guess guess{};
+  ThresholdGuess guess{};
   Undecided found{};        // of the elements in the bracket; `prefix` counts from its lower end
   int64_t tied_chunks = 0;  // the chunks in which elements equal to the guess were written
   std::vector<Chunk<Real>> chunks;
@@ -95,7 +97,7 @@ class Calculation {
 
  private:
   void guess() {
-    const int64_t runs = sample_runs(elements_);
+    const int64_t runs = sample_runs(elements_, kMostRuns);
     std::vector<std::vector<Real>> samples(tasks_.size());
     for (const int64_t task : pruned_) samples[task].resize(runs * kRun);
     parallel_for(runs, pruned_.size() * elements_, threads_, [&](int64_t run) {
@@ -106,7 +108,7 @@ class Calculation {
       const int64_t task = pruned_[index];
       Pruning<Real>& pruning = *prunings_[task];
       const double kept = static_cast<double>(tasks_[task].keep) / static_cast<double>(elements_);
-      pruning.guess = Guess{{0, Pattern<Real>::kInfinity - 1}, Pattern<Real>::kInfinity, 0};
+      pruning.guess = ThresholdGuess{{0, Pattern<Real>::kInfinity - 1}, Pattern<Real>::kInfinity, 0};
       if (runs > 0) pruning.guess = guess_threshold(samples[task], kept);
       pruning.tied_chunks = static_cast<int64_t>(pruning.guess.tie_share * static_cast<double>(chunks_));
     });

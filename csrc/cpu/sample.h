@@ -14,9 +14,9 @@ namespace r_tsvm {
 // Short runs of neighbours at scattered places.
 inline constexpr int64_t kRun = 16;
 
-// How many runs represent so many elements; 0 for tensors too small for it.
-inline int64_t sample_runs(int64_t elements) {
-  const int64_t runs = std::min<int64_t>(elements / (16 * kRun), 16384);
+// How many runs, at most `most`, represent so many elements; 0 for tensors too small for it.
+inline int64_t sample_runs(int64_t elements, int64_t most) {
+  const int64_t runs = std::min<int64_t>(elements / (16 * kRun), most);
   return runs >= 256 ? runs : 0;
 }
 
@@ -27,14 +27,14 @@ inline int64_t run_start(int64_t run, int64_t runs, int64_t elements) {
   return run * stride + static_cast<int64_t>((hash >> 32) % static_cast<uint64_t>(stride - kRun + 1));
 }
 
-struct Guess {
+struct ThresholdGuess {
   Bracket bracket;
   int64_t threshold;
   double tie_share;  // of the elements equal to the threshold, the share that survives
 };
 
 template <class Real>
-Guess guess_threshold(std::vector<Real>& sample, double kept) {
+ThresholdGuess guess_threshold(std::vector<Real>& sample, double kept) {
   // Five standard deviations of the rank for independent elements; neighbours depend on each other.
   const double size = static_cast<double>(sample.size());
   const double margin = 5 * std::sqrt(kept * (1 - kept) * size) + 5;
@@ -47,7 +47,7 @@ Guess guess_threshold(std::vector<Real>& sample, double kept) {
     return nth;
   };
   const double rank = kept * size;
-  Guess guess{{0, Pattern<Real>::kInfinity - 1}, 0, 0};
+  ThresholdGuess guess{{0, Pattern<Real>::kInfinity - 1}, 0, 0};
   if (rank + margin < size) guess.bracket.least = magnitude_bits(*(last = at(rank + margin)));
   if (rank - margin >= 0) guess.bracket.most = magnitude_bits(*(first = at(rank - margin)));
   guess.threshold = magnitude_bits(*at(std::min(rank, size - 1)));
