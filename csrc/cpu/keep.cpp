@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 #include "selection.h"
@@ -9,37 +10,42 @@
 namespace r_tsvm {
 namespace {
 
+// Whether least <= bits <= most, by one comparison.
+template <class Real>
+struct Inside {
+  using Unsigned = std::make_unsigned_t<typename Pattern<Real>::Int>;
+
+  explicit Inside(const Bracket& bracket)
+      : least(static_cast<Unsigned>(bracket.least)), span(static_cast<Unsigned>(bracket.most - bracket.least)) {}
+  bool operator()(typename Pattern<Real>::Int bits) const { return static_cast<Unsigned>(bits) - least <= span; }
+
+  const Unsigned least;
+  const Unsigned span;
+};
+
 template <class Real>
 RTSVM_INLINE Tally keep_from_any(const Real* __restrict values, int64_t n, int64_t from, const Bracket& bracket,
-                                 int64_t tie, Real* __restrict kept, uint8_t* __restrict inside) {
+                                 Real* __restrict kept, uint8_t* __restrict marks) {
   using Int = typename Pattern<Real>::Int;
   const Int first_kept = static_cast<Int>(from);
-  const Int least = static_cast<Int>(bracket.least);
   const Int most = static_cast<Int>(bracket.most);
-  const Int exact = static_cast<Int>(tie);
-  Int above = 0, reached = 0, tied = 0, nonfinite = 0;
+  const Inside<Real> inside(bracket);
+  Int above = 0, largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Int bits = magnitude_bits(values[i]);
     kept[i] = bits >= first_kept ? values[i] : Real{0};
     above += bits > most ? 1 : 0;
-    reached += bits >= least ? 1 : 0;
-    inside[i] = (bits >= least) & (bits <= most) ? 1 : 0;
-    tied += bits == exact ? 1 : 0;
-    nonfinite += bits >= static_cast<Int>(Pattern<Real>::kInfinity) ? 1 : 0;
+    largest = bits > largest ? bits : largest;
+    marks[i] = inside(bits) ? 1 : 0;
   }
-  return Tally{above, reached - above, tied, nonfinite};
+  return Tally{above, largest};
 }
 
 template <class Real>
 RTSVM_INLINE void mark_inside_any(const Real* __restrict values, int64_t n, const Bracket& bracket,
-                                  uint8_t* __restrict inside) {
-  using Int = typename Pattern<Real>::Int;
-  const Int least = static_cast<Int>(bracket.least);
-  const Int most = static_cast<Int>(bracket.most);
-  for (int64_t i = 0; i < n; ++i) {
-    const Int bits = magnitude_bits(values[i]);
-    inside[i] = (bits >= least) & (bits <= most) ? 1 : 0;
-  }
+                                  uint8_t* __restrict marks) {
+  const Inside<Real> inside(bracket);
+  for (int64_t i = 0; i < n; ++i) marks[i] = inside(magnitude_bits(values[i])) ? 1 : 0;
 }
 
 // GCC clones functions, not templates.
@@ -59,13 +65,19 @@ int64_t list_inside_any(const Real* values, int64_t n, const Bracket& bracket, P
 
 }  // namespace
 
-RTSVM_ISA_CLONES Tally keep_from(const float* values, int64_t n, int64_t from, const Bracket& bracket, int64_t tie,
-                                 float* kept, Marks& inside) {
-  return keep_from_any(values, n, from, bracket, tie, kept, inside.at);
+RTSVM_ISA_CLONES Tally keep_from(const float* values, int64_t n, int64_t from, const Bracket& bracket, float* kept,
+                                 Marks& inside) {
+  return keep_from_any(values, n, from, bracket, kept, inside.at);
 }
-RTSVM_ISA_CLONES Tally keep_from(const double* values, int64_t n, int64_t from, const Bracket& bracket, int64_t tie,
-                                 double* kept, Marks& inside) {
-  return keep_from_any(values, n, from, bracket, tie, kept, inside.at);
+RTSVM_ISA_CLONES Tally keep_from(const double* values, int64_t n, int64_t from, const Bracket& bracket, double* kept,
+                                 Marks& inside) {
+  return keep_from_any(values, n, from, bracket, kept, inside.at);
+}
+
+RTSVM_ISA_CLONES int64_t count_marked(const Marks& marks, int64_t n) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += marks.at[i];
+  return count;
 }
 
 // No branch depends on where the marks are: few are set, and which ones cannot be foretold.

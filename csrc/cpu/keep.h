@@ -24,17 +24,15 @@ struct alignas(64) Positions {
 
 struct Tally {
   int64_t above;
-  int64_t inside;
-  int64_t tied;
-  int64_t nonfinite;
+  int64_t largest;
 };
 
-// Writes the values whose magnitude has at least the bits `from`, +0.0 in place of the others. Counts those above the
-// bracket, inside it, equal to `tie`, and those that are NaN or infinite, and marks those inside by 1, the rest by 0.
-Tally keep_from(const float* values, int64_t n, int64_t from, const Bracket& bracket, int64_t tie, float* kept,
-                Marks& inside);
-Tally keep_from(const double* values, int64_t n, int64_t from, const Bracket& bracket, int64_t tie, double* kept,
-                Marks& inside);
+// Writes the values whose magnitude has at least the bits `from`, +0.0 in place of the others. Returns the number of
+// those above the bracket and the largest bits; marks those inside by 1, the rest by 0.
+Tally keep_from(const float* values, int64_t n, int64_t from, const Bracket& bracket, float* kept, Marks& inside);
+Tally keep_from(const double* values, int64_t n, int64_t from, const Bracket& bracket, double* kept, Marks& inside);
+
+int64_t count_marked(const Marks& marks, int64_t n);
 
 // Lists the positions of the marked ones among n elements, in order; returns their number.
 int64_t list_marked(Marks& marks, int64_t n, Positions& positions);

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -29,5 +31,26 @@ inline void prefer_huge_pages(void* address, uint64_t bytes) {
   (void)bytes;
 #endif
 }
+
+// Memory that nobody has touched yet, for many small pieces that different threads write.
+template <class T>
+class Pages {
+ public:
+  explicit Pages(int64_t size)
+      : size_(size), data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{kHugePage}))) {
+    prefer_huge_pages(data_.get(), size * sizeof(T));
+  }
+
+  int64_t size() const { return size_; }
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, std::align_val_t{kHugePage}); }
+  };
+
+  int64_t size_;
+  std::unique_ptr<T, Free> data_;
+};
 
 }  // namespace r_tsvm

@@ -4,8 +4,10 @@
 #include "r_tsvm/reweight_prune.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <memory>
-#include <new>
+#include <optional>
 #include <utility>
 
 #include "keep.h"
@@ -16,8 +18,9 @@
 namespace r_tsvm {
 namespace {
 
-// Elements of a chunk that are listed at most.
+// Elements of a chunk, and share of all elements, that are listed at most.
 constexpr int64_t kListed = kChunk / 8;
+constexpr double kMostListed = 1.0 / 8;
 
 constexpr int64_t kMostRuns = 16384;
 
@@ -37,8 +40,8 @@ struct Chunk {
   int64_t undecided;
   int64_t tied;
   int64_t nonfinite;
-  int64_t quota;                         // elements equal to the threshold that survive, the first ones
-  std::unique_ptr<Listed<Real>[]> list;  // the undecided elements, or null where they must be computed again
+  int64_t quota;       // elements equal to the threshold that survive, the first ones
+  Listed<Real>* list;  // the undecided elements, or null where they must be computed again
 };
 
 template <class Real>
@@ -61,7 +64,14 @@ struct Pruning {
   Undecided found{};        // of the elements in the bracket; `prefix` counts from its lower end
   int64_t tied_chunks = 0;  // the chunks in which elements equal to the guess were written
   std::vector<Chunk<Real>> chunks;
+  std::optional<Pages<Listed<Real>>> lists;
+  std::atomic<int64_t> listed{0};
 };
+
+template <class Real>
+int64_t nonfinite(const Real* values, int64_t n) {
+  return std::count_if(values, values + n, [](Real value) { return !std::isfinite(value); });
+}
 
 template <class Real>
 class Calculation {
@@ -98,18 +108,21 @@ class Calculation {
  private:
   void guess() {
     const int64_t runs = sample_runs(elements_, kMostRuns);
-    std::vector<std::vector<Real>> samples(tasks_.size());
-    for (const int64_t task : pruned_) samples[task].resize(runs * kRun);
+    const int64_t size = runs * kRun;
+    const Pages<Real> samples(size * static_cast<int64_t>(tasks_.size()));
     parallel_for(runs, pruned_.size() * elements_, threads_, [&](int64_t run) {
       const int64_t first = run_start(run, runs, elements_);
-      for (const int64_t task : pruned_) values_of(task, first, kRun, samples[task].data() + run * kRun);
+      for (const int64_t task : pruned_) values_of(task, first, kRun, samples.data() + task * size + run * kRun);
     });
     parallel_for(static_cast<int64_t>(pruned_.size()), elements_, threads_, [&](int64_t index) {
       const int64_t task = pruned_[index];
       Pruning<Real>& pruning = *prunings_[task];
       const double kept = static_cast<double>(tasks_[task].keep) / static_cast<double>(elements_);
-      pruning.guess = ThresholdGuess{{0, Pattern<Real>::kInfinity - 1}, Pattern<Real>::kInfinity, 0};
-      if (runs > 0) pruning.guess = guess_threshold(samples[task], kept);
+      pruning.guess = ThresholdGuess{{0, Pattern<Real>::kInfinity - 1}, Pattern<Real>::kInfinity, 1, 0};
+      if (runs > 0) pruning.guess = guess_threshold(samples.data() + task * size, size, kept);
+      // A quarter more than expected, and one list.
+      const double expected = 1.25 * std::min(pruning.guess.share, kMostListed) * static_cast<double>(elements_);
+      pruning.lists.emplace(static_cast<int64_t>(expected) + kListed);
       pruning.tied_chunks = static_cast<int64_t>(pruning.guess.tie_share * static_cast<double>(chunks_));
     });
   }
@@ -138,22 +151,27 @@ class Calculation {
     for_blocks(chunk, [&](int64_t first, int64_t n) {
       values_of(task, first, n, values);
       Real* const matrix = static_cast<Real*>(tasks_[task].matrix) + first;
-      const Tally tally = keep_from(values, n, from, pruning.guess.bracket, threshold, matrix, inside);
+      const Tally tally = keep_from(values, n, from, pruning.guess.bracket, matrix, inside);
       known.above += tally.above;
-      known.tied += tally.tied;
-      known.nonfinite += tally.nonfinite;
+      if (tally.largest >= Pattern<Real>::kInfinity) known.nonfinite += nonfinite(values, n);
       const int64_t listed = known.undecided;
-      known.undecided += tally.inside;
-      if (tally.inside == 0 || pruning.is_single() || known.undecided > kListed) return;
-      list_marked(inside, n, positions);
-      for (int64_t i = 0; i < tally.inside; ++i) {
+      if (pruning.is_single() || listed > kListed) {
+        known.undecided += count_marked(inside, n);
+        return;
+      }
+      const int64_t found = list_marked(inside, n, positions);
+      known.undecided += found;
+      if (known.undecided > kListed) return;
+      for (int64_t i = 0; i < found; ++i) {
         const int64_t at = positions.at[i];
         list[listed + i] = Listed<Real>{values[at], static_cast<int32_t>(first - chunk * kChunk + at)};
       }
     });
     if (pruning.is_single() || known.undecided > kListed) return;
-    known.list.reset(new (std::nothrow) Listed<Real>[known.undecided]);
-    if (known.list) std::copy_n(list, known.undecided, known.list.get());
+    const int64_t place = pruning.listed.fetch_add(known.undecided, std::memory_order_relaxed);
+    if (place + known.undecided > pruning.lists->size()) return;
+    known.list = pruning.lists->data() + place;
+    std::copy_n(list, known.undecided, known.list);
   }
 
   // Finds the exact thresholds and mends what was guessed wrong. Each step is taken for all tasks together: it ends
@@ -165,7 +183,7 @@ class Calculation {
       pruning.found = Undecided{0, tasks_[task].keep - pruning.total(&Chunk<Real>::above), undecided};
       if (pruning.found.keep < 0 || pruning.found.keep > undecided) {
         pruning.guess.bracket = Bracket{0, Pattern<Real>::kInfinity - 1};
-        for (Chunk<Real>& chunk : pruning.chunks) chunk.list.reset();
+        for (Chunk<Real>& chunk : pruning.chunks) chunk.list = nullptr;
         pruning.found = Undecided{0, tasks_[task].keep, elements_};
       }
     }
@@ -174,10 +192,12 @@ class Calculation {
       for (const int64_t task : tasks) {
         Pruning<Real>& pruning = *prunings_[task];
         const int64_t threshold = pruning.threshold();
-        if (threshold == pruning.guess.threshold) continue;
-        int64_t tied = 0;
+        int64_t& tied = pruning.chunks[chunk].tied;
+        if (pruning.is_single()) {
+          tied = pruning.chunks[chunk].undecided;
+          continue;
+        }
         for_undecided(task, chunk, [&](int64_t, Real value) { tied += magnitude_bits(value) == threshold; });
-        pruning.chunks[chunk].tied = tied;
       }
     });
     for (const int64_t task : tasks) {

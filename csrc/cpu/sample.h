@@ -30,32 +30,59 @@ inline int64_t run_start(int64_t run, int64_t runs, int64_t elements) {
 struct ThresholdGuess {
   Bracket bracket;
   int64_t threshold;
-  double tie_share;  // of the elements equal to the threshold, the share that survives
+  double share;      // of the elements, those inside the bracket
+  double tie_share;  // of the elements equal to the threshold, those that survive
+};
+
+// The magnitudes of a sample in descending order, found one at a time.
+template <class Real>
+class Ranks {
+ public:
+  Ranks(const Real* sample, int64_t size) : sample_(sample), size_(size), counts_(int64_t{1} << kBits) {
+    for (int64_t i = 0; i < size; ++i) ++counts_[magnitude_bits(sample[i]) >> kShift];
+  }
+
+  int64_t at(int64_t rank) const {
+    const Undecided bin = pick(counts_, rank + 1);
+    std::vector<typename Pattern<Real>::Int> inside;
+    inside.reserve(bin.count);
+    for (int64_t i = 0; i < size_; ++i) {
+      const auto bits = magnitude_bits(sample_[i]);
+      if (bits >> kShift == bin.prefix) inside.push_back(bits);
+    }
+    const auto nth = inside.end() - bin.keep;
+    std::nth_element(inside.begin(), nth, inside.end());
+    return *nth;
+  }
+
+ private:
+  static constexpr int kBits = 12;
+  static constexpr int kShift = 8 * sizeof(Real) - 1 - kBits;
+
+  const Real* const sample_;
+  const int64_t size_;
+  std::vector<int64_t> counts_;  // by the upper bits
 };
 
 template <class Real>
-ThresholdGuess guess_threshold(std::vector<Real>& sample, double kept) {
+ThresholdGuess guess_threshold(const Real* sample, int64_t size, double kept) {
   // Five standard deviations of the rank for independent elements; neighbours depend on each other.
-  const double size = static_cast<double>(sample.size());
-  const double margin = 5 * std::sqrt(kept * (1 - kept) * size) + 5;
-  const auto larger = [](Real a, Real b) { return magnitude_bits(a) > magnitude_bits(b); };
-  // Between places known before: each makes the search for the next one shorter.
-  auto first = sample.begin(), last = sample.end();
-  const auto at = [&](double place) {
-    const auto nth = sample.begin() + static_cast<int64_t>(place);
-    if (nth != last) std::nth_element(first, nth, last, larger);
-    return nth;
-  };
-  const double rank = kept * size;
-  ThresholdGuess guess{{0, Pattern<Real>::kInfinity - 1}, 0, 0};
-  if (rank + margin < size) guess.bracket.least = magnitude_bits(*(last = at(rank + margin)));
-  if (rank - margin >= 0) guess.bracket.most = magnitude_bits(*(first = at(rank - margin)));
-  guess.threshold = magnitude_bits(*at(std::min(rank, size - 1)));
-  int64_t above = 0, ties = 0;
-  for (const Real value : sample) {
-    above += magnitude_bits(value) > guess.threshold;
-    ties += magnitude_bits(value) == guess.threshold;
+  const double n = static_cast<double>(size);
+  const double margin = 5 * std::sqrt(kept * (1 - kept) * n) + 5;
+  const double rank = kept * n;
+  const Ranks<Real> ranks(sample, size);
+  ThresholdGuess guess{{0, Pattern<Real>::kInfinity - 1}, 0, 0, 0};
+  if (rank + margin < n) guess.bracket.least = ranks.at(static_cast<int64_t>(rank + margin));
+  if (rank - margin >= 0) guess.bracket.most = ranks.at(static_cast<int64_t>(rank - margin));
+  guess.threshold = ranks.at(static_cast<int64_t>(std::min(rank, n - 1)));
+  int64_t above = 0, ties = 0, inside = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t bits = magnitude_bits(sample[i]);
+    above += bits > guess.threshold;
+    ties += bits == guess.threshold;
+    inside += bits >= guess.bracket.least && bits <= guess.bracket.most;
   }
+  guess.share = static_cast<double>(inside) / n;
   guess.tie_share = std::clamp((rank - static_cast<double>(above)) / static_cast<double>(ties), 0.0, 1.0);
   return guess;
 }
