@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, VALUES, available, layout_names, torch_threads
 
+from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailable, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.ops import magnitude_ranks, magnitude_select
 
@@ -139,3 +140,13 @@ def test_what_it_refuses():
         magnitude_ranks(x, base=torch.ones(2, 2))
     with pytest.raises(BackendUnavailable, match="magnitude_ranks"):
         magnitude_ranks(x, backend="abacus")
+
+
+@native_backend
+def test_the_native_module_names_the_op_in_its_errors(backend):
+    native, x = backends.native(backend), (0, 1, 4, 4, 1)
+    for cols in (0, 3):
+        with pytest.raises(RuntimeError, match="magnitude_ranks: not whole rows"):
+            native.magnitude_ranks(x, None, cols, (0, 0), 1)
+    with pytest.raises(RuntimeError, match="magnitude_ranks: the tensors differ in size"):
+        native.magnitude_ranks(x, (0, 1, 5, 5, 1), 4, (0, 0), 1)

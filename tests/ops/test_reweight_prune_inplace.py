@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from variants import SHAPES, VALUES, available, torch_threads
 
+from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.ops import reweight_prune, reweight_prune_, task_statistics
 
@@ -141,6 +142,8 @@ def test_what_it_refuses():
             prune(x.to(dtype))
     with pytest.raises(ConfigError, match="not contiguous"):
         prune(x, torch.randn(4, 3).T)
+    with pytest.raises(ConfigError, match="not contiguous"):
+        prune(torch.tensor([1 + 2j]).conj().imag)  # one element, but its sign is only noted
     with pytest.raises(ConfigError, match="share their memory"):
         prune(x, x)
     with pytest.raises(ConfigError, match="outlier_weighting"):
@@ -149,3 +152,9 @@ def test_what_it_refuses():
         prune(x, density=[0.1, 0.2])
     with pytest.raises(BackendUnavailable, match="reweight_prune_inplace"):
         prune(x, backend="abacus")
+
+
+@native_backend
+def test_the_native_module_names_the_op_in_its_errors(backend):
+    with pytest.raises(RuntimeError, match="reweight_prune_inplace: unknown element type code 3"):
+        backends.native(backend).reweight_prune_inplace([], 0, 3, 1)

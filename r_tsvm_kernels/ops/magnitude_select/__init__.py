@@ -105,7 +105,7 @@ def magnitude_select(
     """
     if x.dtype not in FLOAT_DTYPES:
         raise DTypeError(f"magnitude_select: expected a floating-point tensor, got {x.dtype}")
-    counts = [keep] if isinstance(keep, int) else list(keep)
+    counts = list(keep) if isinstance(keep, Sequence) else [keep]
     for count in counts:
         if not 0 <= count <= x.numel():
             raise ConfigError(f"magnitude_select: keep must lie in [0, {x.numel()}], got {count}")
@@ -124,7 +124,7 @@ def magnitude_select(
         check_finite(x.to(dtype) - base.to(dtype), "magnitude_select")
     rest = iter(found)
     selections = tuple(next(rest) if count > 0 else _nothing(*tensors) for count in counts)
-    return selections[0] if isinstance(keep, int) else selections
+    return selections if isinstance(keep, Sequence) else selections[0]
 
 
 def _nothing(x: Tensor, *base: Tensor) -> MagnitudeSelection:
