@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics as stats
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak_of
+from record import RESULTS, provenance, quartiles, ratios
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from r_tsvm_kernels import __version__
 from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.ops import kept_count, magnitude_select, pruned_sparsity, reweight_prune, task_statistics
 
-ROOT = Path(__file__).resolve().parents[1]
 SEED, TASKS, DENSITY = 0, 3, 0.3
 
 Inputs = tuple[Tensor, list[Tensor]]
@@ -117,15 +114,6 @@ def interleaved(sides: dict[str, Side], rounds: int, slow: set[str], slow_rounds
     return times
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, middle, high = stats.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "q1": low, "q3": high, "rounds": len(values)}
-
-
-def ratio(times: dict[str, list[float]], slower: str, faster: str) -> dict[str, float]:
-    return quartiles([a / b for a, b in zip(times[slower], times[faster], strict=False)])
-
-
 def peak_extra_bytes(side: str, shape: tuple[int, int]) -> int:
     """Peak memory of one run beyond inputs and results, measured in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", side, "--shapes", "x".join(map(str, shape))]
@@ -139,27 +127,8 @@ def print_peak(side: str, shape: tuple[int, int]) -> None:
     base = torch.zeros(shape, dtype=torch.bfloat16)
     base.view(torch.int16).copy_(torch.arange(base.numel()).view(shape) % 997 + 15_000)
     tuned = [base * (1 + 2**-6), base * (1 - 2**-5), base * 1.25]
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident("VmRSS")
-    results = functions[side](base, tuned)
-    print(max(0, resident("VmHWM") - before - sum(t.nbytes for t in results)))
-
-
-def resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
-def git(*args: str) -> str | None:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    results, peak = peak_of(lambda: functions[side](base, tuned))
+    print(max(0, peak - sum(t.nbytes for t in results)))
 
 
 def measure(shape: tuple[int, int], rounds: int, slow_rounds: int) -> dict[str, Any]:
@@ -175,11 +144,11 @@ def measure(shape: tuple[int, int], rounds: int, slow_rounds: int) -> dict[str, 
         "bytes_of_floor": moved,
         "seconds": {name: quartiles(values) for name, values in times.items()},
         "ratios": {
-            "eager / ours": ratio(times, "eager", "ours"),
-            "kthvalue / ours": ratio(times, "kthvalue", "ours"),
-            "ours / floor, fresh": ratio(times, "ours", "floor, fresh"),
-            "ours / floor, warm": ratio(times, "ours", "floor, warm"),
-            "reweight_prune / floor, fresh": ratio(times, "reweight_prune", "floor, fresh"),
+            "eager / ours": ratios(times["eager"], times["ours"]),
+            "kthvalue / ours": ratios(times["kthvalue"], times["ours"]),
+            "ours / floor, fresh": ratios(times["ours"], times["floor, fresh"]),
+            "ours / floor, warm": ratios(times["ours"], times["floor, warm"]),
+            "reweight_prune / floor, fresh": ratios(times["reweight_prune"], times["floor, fresh"]),
         },
         "peak_extra_bytes": {side: peak_extra_bytes(side, shape) for side in ("ours", "eager", "kthvalue")},
     }
@@ -202,7 +171,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096"], metavar="MxN")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow-rounds", type=int, default=3, help="rounds of the eager versions")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu", help="folder for the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--peak-of", choices=["ours", "eager", "kthvalue"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if min(args.rounds, args.slow_rounds) < 2:
@@ -212,16 +181,7 @@ def main() -> None:
         print_peak(args.peak_of, shapes[0])
         return
 
-    report = {
-        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "versions": {"r_tsvm_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__},
-        "seed": SEED,
-        "rows": [measure(shape, args.rounds, args.slow_rounds) for shape in shapes],
-    }
+    report = provenance() | {"seed": SEED, "rows": [measure(shape, args.rounds, args.slow_rounds) for shape in shapes]}
     for row in report["rows"]:
         print_tables(row, Console())
     args.out.mkdir(parents=True, exist_ok=True)

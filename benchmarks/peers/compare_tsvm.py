@@ -18,19 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 # One thread, for the peer's process too: on matrices this small the hand-over between threads costs more than the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,9 +39,11 @@ from rich.table import Column, Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from r_tsvm_kernels import MergeConfig, __version__, merge_tensors
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import RESULTS, ROOT, provenance
 
-ROOT = Path(__file__).resolve().parents[2]
+from r_tsvm_kernels import MergeConfig, merge_tensors
+
 PEER = Path(__file__).with_name("fusion_bench_tsvm.py")
 
 SEED = 0
@@ -267,43 +265,11 @@ def print_tables(rows: list[Row], console: Console) -> None:
         console.print(apart)
 
 
-def git(*args: str) -> str | None:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def provenance(peer_versions: dict[str, str]) -> dict[str, Any]:
-    packages = ("torch", "numpy", "safetensors")
-    return {
-        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "versions": {"r_tsvm_kernels": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in packages},
-        "peer_versions": peer_versions,
-        "seed": SEED,
-        "limits": {
-            "error_ours": ERROR_LIMIT,
-            "distance": f"2 * error_peer + error_ours + {DISTANCE_FLOOR:g}",
-            "error_peer_float64": CONFIRMED_LIMIT,
-        },
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default_python = ROOT / ".venv-fusion-bench" / "bin" / "python"
     parser.add_argument("--peer-python", type=Path, default=default_python, help="Python of the peer's environment")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu", help="folder for the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--checkpoints", type=Path, nargs="+", metavar="FOLDER", help="more cases: a base, then models")
     args = parser.parse_args()
     if not args.peer_python.exists():
@@ -313,7 +279,15 @@ def main() -> int:
     if args.checkpoints:
         cases |= checkpoint_cases(args.checkpoints[0], args.checkpoints[1:])
     peer, peer_float64, peer_versions = peer_of(cases, args.peer_python)
-    report = provenance(peer_versions)
+    report = provenance("numpy", "safetensors") | {
+        "peer_versions": peer_versions,
+        "seed": SEED,
+        "limits": {
+            "error_ours": ERROR_LIMIT,
+            "distance": f"2 * error_peer + error_ours + {DISTANCE_FLOOR:g}",
+            "error_peer_float64": CONFIRMED_LIMIT,
+        },
+    }
     rows = [compare(case, deltas, peer[case], peer_float64[case]) for case, deltas in cases.items()]
 
     console = Console()

@@ -33,4 +33,9 @@ void for_runs(const MatrixView& view, int64_t first, int64_t n, const Body& body
 void load(const MatrixView& view, int64_t first, int64_t n, float* to);
 void load(const MatrixView& view, int64_t first, int64_t n, double* to);
 
+// The same of tuned - base, clipped at +-theta; all NaN if theta is NaN. n <= kBlock.
+void load_difference(const MatrixView& tuned, const MatrixView& base, int64_t first, int64_t n, float theta, float* to);
+void load_difference(const MatrixView& tuned, const MatrixView& base, int64_t first, int64_t n, double theta,
+                     double* to);
+
 }  // namespace r_tsvm

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "r_tsvm/tensor_view.h"
+#include "blocks.h"
 
 namespace r_tsvm {
 
@@ -13,21 +13,32 @@ struct Bracket {
   int64_t most;
 };
 
-struct Tally {
-  int64_t above;
-  int64_t inside;
-  int64_t tied;
-  int64_t nonfinite;
+// Of up to kBlock elements, each a byte; and the places of the marked ones. Both have a margin to write into.
+inline constexpr int64_t kMarksAtOnce = sizeof(uint64_t);
+struct alignas(64) Marks {
+  uint8_t at[kBlock + kMarksAtOnce];
+};
+struct alignas(64) Positions {
+  uint16_t at[kBlock + kMarksAtOnce];
 };
 
-// Writes the values whose magnitude has at least the bits `from`, +0.0 in place of the others. Counts those above the
-// bracket, inside it, equal to `tie`, and those that are NaN or infinite.
-Tally keep_from(const float* values, int64_t n, int64_t from, const Bracket& bracket, int64_t tie, float* kept);
-Tally keep_from(const double* values, int64_t n, int64_t from, const Bracket& bracket, int64_t tie, double* kept);
+struct Tally {
+  int64_t above;
+  int64_t largest;
+};
 
-// Lists the positions of the values inside the bracket, in order; returns their number. n <= kBlock; `positions` has
-// room for n + 1.
-int64_t list_inside(const float* values, int64_t n, const Bracket& bracket, uint16_t* positions);
-int64_t list_inside(const double* values, int64_t n, const Bracket& bracket, uint16_t* positions);
+// Writes the values whose magnitude has at least the bits `from`, +0.0 in place of the others. Returns the number of
+// those above the bracket and the largest bits; marks those inside by 1, the rest by 0.
+Tally keep_from(const float* values, int64_t n, int64_t from, const Bracket& bracket, float* kept, Marks& inside);
+Tally keep_from(const double* values, int64_t n, int64_t from, const Bracket& bracket, double* kept, Marks& inside);
+
+int64_t count_marked(const Marks& marks, int64_t n);
+
+// Lists the positions of the marked ones among n elements, in order; returns their number.
+int64_t list_marked(Marks& marks, int64_t n, Positions& positions);
+
+// Lists the positions of the values inside the bracket, in order; returns their number.
+int64_t list_inside(const float* values, int64_t n, const Bracket& bracket, Positions& positions);
+int64_t list_inside(const double* values, int64_t n, const Bracket& bracket, Positions& positions);
 
 }  // namespace r_tsvm

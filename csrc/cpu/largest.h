@@ -49,7 +49,7 @@ std::vector<Undecided> find_largest(int64_t elements, const std::vector<int64_t>
   for (int shift = kTopShift<Real> - kDigitBits; shift >= 0; shift -= kDigitBits) {
     for_blocks(workers, elements, threads, [&](int64_t worker, int64_t first, int64_t n) {
       alignas(64) Real values[kBlock];
-      alignas(64) uint16_t positions[kBlock + 1];
+      Positions positions;
       values_of(first, n, values);
       for (int64_t k = 0; k < count; ++k) {
         const int64_t least = found[k].prefix << (shift + kDigitBits);
@@ -57,7 +57,7 @@ std::vector<Undecided> find_largest(int64_t elements, const std::vector<int64_t>
         const int64_t inside = list_inside(values, n, bracket, positions);
         uint32_t* const digits = counters.at(worker, k);
         for (int64_t i = 0; i < inside; ++i) {
-          ++digits[(magnitude_bits(values[positions[i]]) >> shift) & (kDigits - 1)];
+          ++digits[(magnitude_bits(values[positions.at[i]]) >> shift) & (kDigits - 1)];
         }
       }
     });

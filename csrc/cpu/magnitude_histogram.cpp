@@ -45,9 +45,9 @@ void run(const MatrixView& x, const MatrixView* base, const Digit& digit, int64_
       clipped_difference(origin, values, n, static_cast<Real>(INFINITY));
     }
     if (!all) {  // those with the prefix come to the front
-      alignas(64) uint16_t positions[kBlock + 1];
+      Positions positions;
       n = list_inside(values, n, bracket, positions);
-      for (int64_t i = 0; i < n; ++i) values[i] = values[positions[i]];
+      for (int64_t i = 0; i < n; ++i) values[i] = values[positions.at[i]];
     }
     digits_of(values, n, digit.shift, mask, digits);
     uint32_t* const even = counters.data() + worker * 2 * bins;

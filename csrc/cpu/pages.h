@@ -1,7 +1,10 @@
 // Fewer page faults under large outputs that nobody has touched yet.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -9,17 +12,45 @@
 
 namespace r_tsvm {
 
+inline constexpr int64_t kHugePage = 2 << 20;
+
+// How many neighbouring units of so many bytes a thread should take at a time: two threads that first touch the same
+// huge page both clear one, and one of the two is thrown away. Fewer where threads would wait for each other.
+inline int64_t page_grain(int64_t units, int64_t bytes_per_unit, int threads) {
+  return std::max<int64_t>(1, std::min(kHugePage / bytes_per_unit, units / (4 * threads)));
+}
+
 // A hint: where the system takes it, first writing to fresh memory costs a fraction.
 inline void prefer_huge_pages(void* address, uint64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uint64_t kHuge = 2u << 20;
-  const uint64_t first = (reinterpret_cast<uintptr_t>(address) + kHuge - 1) / kHuge * kHuge;
-  const uint64_t last = (reinterpret_cast<uintptr_t>(address) + bytes) / kHuge * kHuge;
+  const uint64_t first = (reinterpret_cast<uintptr_t>(address) + kHugePage - 1) / kHugePage * kHugePage;
+  const uint64_t last = (reinterpret_cast<uintptr_t>(address) + bytes) / kHugePage * kHugePage;
   if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)address;
   (void)bytes;
 #endif
 }
+
+// Memory that nobody has touched yet, for many small pieces that different threads write.
+template <class T>
+class Pages {
+ public:
+  explicit Pages(int64_t size)
+      : size_(size), data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{kHugePage}))) {
+    prefer_huge_pages(data_.get(), size * sizeof(T));
+  }
+
+  int64_t size() const { return size_; }
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, std::align_val_t{kHugePage}); }
+  };
+
+  int64_t size_;
+  std::unique_ptr<T, Free> data_;
+};
 
 }  // namespace r_tsvm

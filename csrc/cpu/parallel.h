@@ -7,15 +7,17 @@ namespace r_tsvm {
 // Below this many elements starting the threads costs more than it saves.
 inline constexpr int64_t kParallelElements = 1 << 16;
 
-// Calls body(0) ... body(units - 1), each once, in any order. `body` must not throw.
+// Calls body(0) ... body(units - 1), each once, in any order. `body` must not throw. A thread takes `grain`
+// neighbouring units at a time.
 template <class Body>
-void parallel_for(int64_t units, int64_t elements, int threads, const Body& body) {
+void parallel_for(int64_t units, int64_t elements, int threads, const Body& body, int64_t grain = 1) {
 #if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic) \
+#pragma omp parallel for schedule(dynamic, grain) \
     num_threads(threads) if (threads > 1 && units > 1 && elements >= kParallelElements)
 #else
   (void)elements;
   (void)threads;
+  (void)grain;
 #endif
   for (int64_t unit = 0; unit < units; ++unit) body(unit);
 }

@@ -4,7 +4,11 @@
 #include "r_tsvm/reweight_prune.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <memory>
+#include <optional>
+#include <utility>
 
 #include "keep.h"
 #include "pages.h"
@@ -14,44 +18,60 @@
 namespace r_tsvm {
 namespace {
 
-// Elements of a chunk that are listed at most.
+// Elements of a chunk, and share of all elements, that are listed at most.
 constexpr int64_t kListed = kChunk / 8;
+constexpr double kMostListed = 1.0 / 8;
 
+constexpr int64_t kMostRuns = 16384;
+
+// Bits that a pass over undecided elements settles.
+constexpr int kPassBits = 11;
+constexpr int64_t kPassBins = int64_t{1} << kPassBits;
+
+template <class Real>
+struct Listed {
+  Real value;
+  int32_t position;  // in the chunk
+};
+
+template <class Real>
 struct Chunk {
   int64_t above;
   int64_t undecided;
   int64_t tied;
   int64_t nonfinite;
-  int64_t quota;  // elements equal to the threshold that survive, the first ones
+  int64_t quota;       // elements equal to the threshold that survive, the first ones
+  Listed<Real>* list;  // the undecided elements, or null where they must be computed again
 };
 
 template <class Real>
 struct Pruning {
-  explicit Pruning(int64_t elements)
-      : chunks(chunk_count(elements)),
-        positions(new uint16_t[chunks.size() * kListed]),
-        values(new Real[chunks.size() * kListed]) {}
+  explicit Pruning(int64_t elements) : chunks(chunk_count(elements)) {}
 
   // Whether this element of the chunk was written rather than dropped.
   bool written(int64_t chunk, int64_t bits) const {
     return bits > guess.threshold || (bits == guess.threshold && chunk < tied_chunks);
   }
   bool is_single() const { return guess.bracket.least == guess.bracket.most; }
-  bool has_list(const Chunk& chunk) const { return !is_single() && chunk.undecided <= kListed; }
   int64_t threshold() const { return guess.bracket.least + found.prefix; }
-  int64_t total(int64_t Chunk::* field) const {
+  int64_t total(int64_t Chunk<Real>::* field) const {
     int64_t sum = 0;
-    for (const Chunk& chunk : chunks) sum += chunk.*field;
+    for (const Chunk<Real>& chunk : chunks) sum += chunk.*field;
     return sum;
   }
 
-  Guess guess{};
+  ThresholdGuess guess{};
   Undecided found{};        // of the elements in the bracket; `prefix` counts from its lower end
   int64_t tied_chunks = 0;  // the chunks in which elements equal to the guess were written
-  std::vector<Chunk> chunks;
-  const std::unique_ptr<uint16_t[]> positions;
-  const std::unique_ptr<Real[]> values;
+  std::vector<Chunk<Real>> chunks;
+  std::optional<Pages<Listed<Real>>> lists;
+  std::atomic<int64_t> listed{0};
 };
+
+template <class Real>
+int64_t nonfinite(const Real* values, int64_t n) {
+  return std::count_if(values, values + n, [](Real value) { return !std::isfinite(value); });
+}
 
 template <class Real>
 class Calculation {
@@ -75,10 +95,11 @@ class Calculation {
 
   void run() {
     guess();
-    parallel_for(chunks_, elements_, threads_, [&](int64_t chunk) { write(chunk); });
+    const int64_t grain = page_grain(chunks_, kChunk * sizeof(Real), threads_);
+    parallel_for(chunks_, elements_, threads_, [&](int64_t chunk) { write(chunk); }, grain);
     std::vector<int64_t> finite;
     for (const int64_t task : pruned_) {
-      *tasks_[task].nonfinite = prunings_[task]->total(&Chunk::nonfinite);
+      *tasks_[task].nonfinite = prunings_[task]->total(&Chunk<Real>::nonfinite);
       if (*tasks_[task].nonfinite == 0) finite.push_back(task);
     }
     if (!finite.empty()) settle(finite);
@@ -86,59 +107,71 @@ class Calculation {
 
  private:
   void guess() {
-    const int64_t runs = sample_runs(elements_);
-    std::vector<std::vector<Real>> samples(tasks_.size());
-    for (const int64_t task : pruned_) samples[task].resize(runs * kRun);
+    const int64_t runs = sample_runs(elements_, kMostRuns);
+    const int64_t size = runs * kRun;
+    const Pages<Real> samples(size * static_cast<int64_t>(tasks_.size()));
     parallel_for(runs, pruned_.size() * elements_, threads_, [&](int64_t run) {
-      Real base[kRun];
       const int64_t first = run_start(run, runs, elements_);
-      load(base_, first, kRun, base);
-      for (const int64_t task : pruned_) values_of(task, first, kRun, base, samples[task].data() + run * kRun);
+      for (const int64_t task : pruned_) values_of(task, first, kRun, samples.data() + task * size + run * kRun);
     });
     parallel_for(static_cast<int64_t>(pruned_.size()), elements_, threads_, [&](int64_t index) {
       const int64_t task = pruned_[index];
       Pruning<Real>& pruning = *prunings_[task];
       const double kept = static_cast<double>(tasks_[task].keep) / static_cast<double>(elements_);
-      pruning.guess = Guess{{0, Pattern<Real>::kInfinity - 1}, Pattern<Real>::kInfinity, 0};
-      if (runs > 0) pruning.guess = guess_threshold(samples[task], kept);
+      pruning.guess = ThresholdGuess{{0, Pattern<Real>::kInfinity - 1}, Pattern<Real>::kInfinity, 1, 0};
+      if (runs > 0) pruning.guess = guess_threshold(samples.data() + task * size, size, kept);
+      // A quarter more than expected, and one list.
+      const double expected = 1.25 * std::min(pruning.guess.share, kMostListed) * static_cast<double>(elements_);
+      pruning.lists.emplace(static_cast<int64_t>(expected) + kListed);
       pruning.tied_chunks = static_cast<int64_t>(pruning.guess.tie_share * static_cast<double>(chunks_));
     });
   }
 
   void write(int64_t chunk) {
-    alignas(64) Real base[kBlock];
-    alignas(64) Real values[kBlock];
-    alignas(64) uint16_t positions[kBlock + 1];
-    const int64_t end = std::min((chunk + 1) * kChunk, elements_);
-    for (int64_t first = chunk * kChunk; first < end; first += kBlock) {
-      const int64_t n = std::min(kBlock, end - first);
-      load(base_, first, n, base);
-      for (size_t task = 0; task < tasks_.size(); ++task) {
-        Real* const matrix = static_cast<Real*>(tasks_[task].matrix) + first;
-        if (!prunings_[task]) {
-          values_of(task, first, n, base, matrix);
-          continue;
-        }
-        values_of(task, first, n, base, values);
-        Pruning<Real>& pruning = *prunings_[task];
-        const int64_t threshold = pruning.guess.threshold;
-        const int64_t from = chunk < pruning.tied_chunks ? threshold : threshold + 1;
-        const Tally tally = keep_from(values, n, from, pruning.guess.bracket, threshold, matrix);
-        Chunk& known = pruning.chunks[chunk];
-        known.above += tally.above;
-        known.tied += tally.tied;
-        known.nonfinite += tally.nonfinite;
-        const int64_t listed = known.undecided;
-        known.undecided += tally.inside;
-        if (tally.inside == 0 || !pruning.has_list(known)) continue;
-        list_inside(values, n, pruning.guess.bracket, positions);
-        for (int64_t i = 0; i < tally.inside; ++i) {
-          const int64_t slot = chunk * kListed + listed + i;
-          pruning.positions[slot] = static_cast<uint16_t>(first - chunk * kChunk + positions[i]);
-          pruning.values[slot] = values[positions[i]];
-        }
+    for (size_t task = 0; task < tasks_.size(); ++task) {
+      if (prunings_[task]) {
+        write_pruned(task, chunk);
+        continue;
       }
+      for_blocks(chunk, [&](int64_t first, int64_t n) {
+        values_of(task, first, n, static_cast<Real*>(tasks_[task].matrix) + first);
+      });
     }
+  }
+
+  void write_pruned(int64_t task, int64_t chunk) {
+    Pruning<Real>& pruning = *prunings_[task];
+    Chunk<Real>& known = pruning.chunks[chunk];
+    const int64_t threshold = pruning.guess.threshold;
+    const int64_t from = chunk < pruning.tied_chunks ? threshold : threshold + 1;
+    alignas(64) Real values[kBlock];
+    Marks inside;
+    Positions positions;
+    Listed<Real> list[kListed];
+    for_blocks(chunk, [&](int64_t first, int64_t n) {
+      values_of(task, first, n, values);
+      Real* const matrix = static_cast<Real*>(tasks_[task].matrix) + first;
+      const Tally tally = keep_from(values, n, from, pruning.guess.bracket, matrix, inside);
+      known.above += tally.above;
+      if (tally.largest >= Pattern<Real>::kInfinity) known.nonfinite += nonfinite(values, n);
+      const int64_t listed = known.undecided;
+      if (pruning.is_single() || listed > kListed) {
+        known.undecided += count_marked(inside, n);
+        return;
+      }
+      const int64_t found = list_marked(inside, n, positions);
+      known.undecided += found;
+      if (known.undecided > kListed) return;
+      for (int64_t i = 0; i < found; ++i) {
+        const int64_t at = positions.at[i];
+        list[listed + i] = Listed<Real>{values[at], static_cast<int32_t>(first - chunk * kChunk + at)};
+      }
+    });
+    if (pruning.is_single() || known.undecided > kListed) return;
+    const int64_t place = pruning.listed.fetch_add(known.undecided, std::memory_order_relaxed);
+    if (place + known.undecided > pruning.lists->size()) return;
+    known.list = pruning.lists->data() + place;
+    std::copy_n(list, known.undecided, known.list);
   }
 
   // Finds the exact thresholds and mends what was guessed wrong. Each step is taken for all tasks together: it ends
@@ -146,11 +179,11 @@ class Calculation {
   void settle(const std::vector<int64_t>& tasks) {
     for (const int64_t task : tasks) {
       Pruning<Real>& pruning = *prunings_[task];
-      const int64_t undecided = pruning.total(&Chunk::undecided);
-      pruning.found = Undecided{0, tasks_[task].keep - pruning.total(&Chunk::above), undecided};
+      const int64_t undecided = pruning.total(&Chunk<Real>::undecided);
+      pruning.found = Undecided{0, tasks_[task].keep - pruning.total(&Chunk<Real>::above), undecided};
       if (pruning.found.keep < 0 || pruning.found.keep > undecided) {
         pruning.guess.bracket = Bracket{0, Pattern<Real>::kInfinity - 1};
-        for (Chunk& chunk : pruning.chunks) chunk.undecided = kChunk;  // more than a list holds
+        for (Chunk<Real>& chunk : pruning.chunks) chunk.list = nullptr;
         pruning.found = Undecided{0, tasks_[task].keep, elements_};
       }
     }
@@ -159,15 +192,17 @@ class Calculation {
       for (const int64_t task : tasks) {
         Pruning<Real>& pruning = *prunings_[task];
         const int64_t threshold = pruning.threshold();
-        if (threshold == pruning.guess.threshold) continue;
-        int64_t tied = 0;
+        int64_t& tied = pruning.chunks[chunk].tied;
+        if (pruning.is_single()) {
+          tied = pruning.chunks[chunk].undecided;
+          continue;
+        }
         for_undecided(task, chunk, [&](int64_t, Real value) { tied += magnitude_bits(value) == threshold; });
-        pruning.chunks[chunk].tied = tied;
       }
     });
     for (const int64_t task : tasks) {
       int64_t left = prunings_[task]->found.keep;
-      for (Chunk& chunk : prunings_[task]->chunks) {
+      for (Chunk<Real>& chunk : prunings_[task]->chunks) {
         chunk.quota = std::min(left, chunk.tied);
         left -= chunk.quota;
       }
@@ -177,42 +212,57 @@ class Calculation {
     });
   }
 
-  // Narrows the brackets down to one bit pattern, digit by digit.
+  // Narrows the brackets down to one bit pattern, some bits at a time.
   void find(const std::vector<int64_t>& tasks) {
     int shift = 0;
     for (const int64_t task : tasks) {
       const Bracket& bracket = prunings_[task]->guess.bracket;
-      while ((bracket.most - bracket.least) >> shift > 0) ++shift;
+      while (shift < 63 && (bracket.most - bracket.least) >> shift > 0) shift += kPassBits;
     }
-    if (shift == 0) return;
-    DigitCounters counters(workers_, static_cast<int64_t>(tasks_.size()));
     while (shift > 0) {
-      const int next = std::max(0, shift - kDigitBits);
+      shift -= kPassBits;
+      std::vector<Bins> bins(workers_ * tasks_.size());
       for_chunks(workers_, elements_, threads_, [&](int64_t worker, int64_t chunk) {
         for (const int64_t task : tasks) {
-          uint32_t* const digits = counters.at(worker, task);
-          const int64_t least = prunings_[task]->guess.bracket.least;
-          const int64_t prefix = prunings_[task]->found.prefix;
-          if (prunings_[task]->is_single()) continue;
-          for_undecided(task, chunk, [&](int64_t, Real value) {
-            const int64_t offset = magnitude_bits(value) - least;
-            if (offset >> shift == prefix) ++digits[(offset >> next) - (prefix << (shift - next))];
-          });
+          if (!prunings_[task]->is_single()) count(task, chunk, shift, bins[worker * tasks_.size() + task]);
         }
       });
       for (const int64_t task : tasks) {
         if (prunings_[task]->is_single()) continue;
+        std::vector<int64_t> sums(kPassBins);
+        for (int64_t worker = 0; worker < workers_; ++worker) {
+          const Bins& part = bins[worker * tasks_.size() + task];
+          for (int64_t bin = 0; bin < kPassBins; ++bin) sums[bin] += part.even[bin] + int64_t{part.odd[bin]};
+        }
         Undecided& found = prunings_[task]->found;
-        const Undecided inner = pick(counters.take(task, false), found.keep);
-        found = Undecided{(found.prefix << (shift - next)) + inner.prefix, inner.keep, inner.count};
+        const Undecided inner = pick(sums, found.keep);
+        found = Undecided{(found.prefix << kPassBits) + inner.prefix, inner.keep, inner.count};
       }
-      shift = next;
     }
+  }
+
+  // One bin for each value of the next bits after those found, and a last one for what does not begin like these.
+  // Neighbours are counted apart, as in count_digits_of, and no branch depends on an element.
+  struct Bins {
+    uint32_t even[kPassBins + 1];
+    uint32_t odd[kPassBins + 1];
+  };
+
+  void count(int64_t task, int64_t chunk, int shift, Bins& bins) const {
+    const int64_t least = prunings_[task]->guess.bracket.least;
+    const int64_t first = prunings_[task]->found.prefix << kPassBits;
+    uint32_t* counters = bins.even;
+    uint32_t* others = bins.odd;
+    for_undecided(task, chunk, [&](int64_t, Real value) {
+      const auto bin = static_cast<uint64_t>(((magnitude_bits(value) - least) >> shift) - first);
+      ++counters[std::min<uint64_t>(bin, kPassBins)];
+      std::swap(counters, others);
+    });
   }
 
   void mend(int64_t task, int64_t chunk, int64_t threshold) {
     const Pruning<Real>& pruning = *prunings_[task];
-    const Chunk& known = pruning.chunks[chunk];
+    const Chunk<Real>& known = pruning.chunks[chunk];
     const int64_t tied_written = chunk < pruning.tied_chunks ? known.tied : 0;
     if (threshold == pruning.guess.threshold && known.quota == tied_written) return;
     Real* const matrix = static_cast<Real*>(tasks_[task].matrix) + chunk * kChunk;
@@ -228,32 +278,31 @@ class Calculation {
   template <class Body>
   void for_undecided(int64_t task, int64_t chunk, const Body& body) const {
     const Pruning<Real>& pruning = *prunings_[task];
-    const Chunk& known = pruning.chunks[chunk];
-    if (pruning.has_list(known)) {
-      for (int64_t i = chunk * kListed; i < chunk * kListed + known.undecided; ++i) {
-        body(pruning.positions[i], pruning.values[i]);
-      }
+    const Chunk<Real>& known = pruning.chunks[chunk];
+    if (known.list) {
+      for (int64_t i = 0; i < known.undecided; ++i) body(known.list[i].position, known.list[i].value);
       return;
     }
     const Bracket& bracket = pruning.guess.bracket;
-    alignas(64) Real base[kBlock];
     alignas(64) Real values[kBlock];
-    const int64_t start = chunk * kChunk;
-    const int64_t end = std::min(start + kChunk, elements_);
-    for (int64_t first = start; first < end; first += kBlock) {
-      const int64_t n = std::min(kBlock, end - first);
-      load(base_, first, n, base);
-      values_of(task, first, n, base, values);
+    for_blocks(chunk, [&](int64_t first, int64_t n) {
+      values_of(task, first, n, values);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t bits = magnitude_bits(values[i]);
-        if (bits >= bracket.least && bits <= bracket.most) body(first - start + i, values[i]);
+        if (bits >= bracket.least && bits <= bracket.most) body(first - chunk * kChunk + i, values[i]);
       }
-    }
+    });
   }
 
-  void values_of(int64_t task, int64_t first, int64_t n, const Real* base, Real* values) const {
-    load(tasks_[task].tuned, first, n, values);
-    clipped_difference(base, values, n, static_cast<Real>(tasks_[task].theta));
+  // Calls body(first, n) for the blocks of a chunk.
+  template <class Body>
+  void for_blocks(int64_t chunk, const Body& body) const {
+    const int64_t end = std::min((chunk + 1) * kChunk, elements_);
+    for (int64_t first = chunk * kChunk; first < end; first += kBlock) body(first, std::min(kBlock, end - first));
+  }
+
+  void values_of(int64_t task, int64_t first, int64_t n, Real* values) const {
+    load_difference(tasks_[task].tuned, base_, first, n, static_cast<Real>(tasks_[task].theta), values);
   }
 
   const MatrixView base_;

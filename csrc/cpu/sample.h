@@ -14,9 +14,9 @@ namespace r_tsvm {
 // Short runs of neighbours at scattered places.
 inline constexpr int64_t kRun = 16;
 
-// How many runs represent so many elements; 0 for tensors too small for it.
-inline int64_t sample_runs(int64_t elements) {
-  const int64_t runs = std::min<int64_t>(elements / (16 * kRun), 4096);
+// How many runs, at most `most`, represent so many elements; 0 for tensors too small for it.
+inline int64_t sample_runs(int64_t elements, int64_t most) {
+  const int64_t runs = std::min<int64_t>(elements / (16 * kRun), most);
   return runs >= 256 ? runs : 0;
 }
 
@@ -27,32 +27,62 @@ inline int64_t run_start(int64_t run, int64_t runs, int64_t elements) {
   return run * stride + static_cast<int64_t>((hash >> 32) % static_cast<uint64_t>(stride - kRun + 1));
 }
 
-struct Guess {
+struct ThresholdGuess {
   Bracket bracket;
   int64_t threshold;
-  double tie_share;  // of the elements equal to the threshold, the share that survives
+  double share;      // of the elements, those inside the bracket
+  double tie_share;  // of the elements equal to the threshold, those that survive
+};
+
+// The magnitudes of a sample in descending order, found one at a time.
+template <class Real>
+class Ranks {
+ public:
+  Ranks(const Real* sample, int64_t size) : sample_(sample), size_(size), counts_(int64_t{1} << kBits) {
+    for (int64_t i = 0; i < size; ++i) ++counts_[magnitude_bits(sample[i]) >> kShift];
+  }
+
+  int64_t at(int64_t rank) const {
+    const Undecided bin = pick(counts_, rank + 1);
+    std::vector<typename Pattern<Real>::Int> inside;
+    inside.reserve(bin.count);
+    for (int64_t i = 0; i < size_; ++i) {
+      const auto bits = magnitude_bits(sample_[i]);
+      if (bits >> kShift == bin.prefix) inside.push_back(bits);
+    }
+    const auto nth = inside.end() - bin.keep;
+    std::nth_element(inside.begin(), nth, inside.end());
+    return *nth;
+  }
+
+ private:
+  static constexpr int kBits = 12;
+  static constexpr int kShift = 8 * sizeof(Real) - 1 - kBits;
+
+  const Real* const sample_;
+  const int64_t size_;
+  std::vector<int64_t> counts_;  // by the upper bits
 };
 
 template <class Real>
-Guess guess_threshold(std::vector<Real>& sample, double kept) {
+ThresholdGuess guess_threshold(const Real* sample, int64_t size, double kept) {
   // Five standard deviations of the rank for independent elements; neighbours depend on each other.
-  const double size = static_cast<double>(sample.size());
-  const double margin = 5 * std::sqrt(kept * (1 - kept) * size) + 5;
-  const auto larger = [](Real a, Real b) { return magnitude_bits(a) > magnitude_bits(b); };
-  const auto at = [&](double place) {
-    if (place < 0) return Pattern<Real>::kInfinity - 1;
-    if (place >= size) return int64_t{0};
-    const auto nth = sample.begin() + static_cast<int64_t>(place);
-    std::nth_element(sample.begin(), nth, sample.end(), larger);
-    return static_cast<int64_t>(magnitude_bits(*nth));
-  };
-  const double rank = kept * size;
-  Guess guess{{at(rank + margin), at(rank - margin)}, at(std::min(rank, size - 1)), 0};
-  int64_t above = 0, ties = 0;
-  for (const Real value : sample) {
-    above += magnitude_bits(value) > guess.threshold;
-    ties += magnitude_bits(value) == guess.threshold;
+  const double n = static_cast<double>(size);
+  const double margin = 5 * std::sqrt(kept * (1 - kept) * n) + 5;
+  const double rank = kept * n;
+  const Ranks<Real> ranks(sample, size);
+  ThresholdGuess guess{{0, Pattern<Real>::kInfinity - 1}, 0, 0, 0};
+  if (rank + margin < n) guess.bracket.least = ranks.at(static_cast<int64_t>(rank + margin));
+  if (rank - margin >= 0) guess.bracket.most = ranks.at(static_cast<int64_t>(rank - margin));
+  guess.threshold = ranks.at(static_cast<int64_t>(std::min(rank, n - 1)));
+  int64_t above = 0, ties = 0, inside = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t bits = magnitude_bits(sample[i]);
+    above += bits > guess.threshold;
+    ties += bits == guess.threshold;
+    inside += bits >= guess.bracket.least && bits <= guess.bracket.most;
   }
+  guess.share = static_cast<double>(inside) / n;
   guess.tie_share = std::clamp((rank - static_cast<double>(above)) / static_cast<double>(ties), 0.0, 1.0);
   return guess;
 }

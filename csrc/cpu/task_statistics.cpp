@@ -1,13 +1,21 @@
+// One read of the inputs does nearly everything: a sample brackets the two limits, what lies outside the brackets is
+// summed or counted at once, what lies inside is listed. The lists are judged when mean and deviation are known. Where
+// a bracket misses or a list is full, the limits get a pass of their own.
 #include "r_tsvm/task_statistics.h"
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "blocks.h"
 #include "isa.h"
+#include "keep.h"
 #include "parallel.h"
 #include "r_tsvm/moments.h"
+#include "sample.h"
 
 namespace r_tsvm {
 namespace {
@@ -16,10 +24,46 @@ namespace {
 // instruction set adds in the same order.
 constexpr int kLanes = 16;
 
+// Elements of a chunk that are listed at most.
+constexpr int64_t kListed = kChunk / 16;
+
+constexpr int64_t kMostRuns = 4096;
+
+template <class Real>
+struct Limits {
+  Real small;
+  Real theta;
+};
+
+// What a sample says of one task; NaN brackets say nothing. `pivot` is finite and about the mean, if possible.
+template <class Real>
+struct Guess {
+  double pivot;
+  Limits<Real> low;
+  Limits<Real> high;
+
+  bool holds(const Limits<Real>& limits) const {
+    return low.small <= limits.small && limits.small <= high.small && low.theta <= limits.theta &&
+           limits.theta <= high.theta;
+  }
+};
+
+// The sums of a block.
 struct Sweep {
-  double sum;
+  double deviations;  // from the pivot
+  double squares;     // of these
+  double outliers;    // magnitudes that are surely above theta
   double max;
   int64_t zeros;
+  int64_t small;  // magnitudes that are surely small
+};
+
+template <class Real>
+struct Chunk {
+  Moments moments;
+  Tail tail;
+  int64_t undecided;
+  std::unique_ptr<Real[]> list;  // the undecided magnitudes in order, or null where they were too many
 };
 
 RTSVM_INLINE double add_lanes(double (&lanes)[kLanes]) {
@@ -39,50 +83,49 @@ RTSVM_INLINE void for_lanes(int64_t n, const Step& step) {
   for (int lane = 0; i + lane < n; ++lane) step(i + lane, lane);
 }
 
-// Replaces `values` by |values - base|.
+// A NaN is in the sums, not in the maximum.
 template <class Real>
-RTSVM_INLINE void magnitudes_any(const Real* __restrict base, Real* __restrict values, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) values[i] = std::fabs(values[i] - base[i]);
-}
-
-// A NaN is in the sum, not in the maximum. Apart from the loop above because stores would keep the lanes in memory.
-template <class Real>
-RTSVM_INLINE Sweep summary_any(const Real* magnitudes, int64_t n) {
-  double sum[kLanes] = {};
+RTSVM_INLINE Sweep sweep_any(const Real* values, int64_t n, double pivot, Real small_limit, Real theta) {
+  double deviations[kLanes] = {}, squares[kLanes] = {}, outliers[kLanes] = {};
   Real max[kLanes] = {};
-  int32_t zeros[kLanes] = {};
+  int32_t zeros[kLanes] = {}, small[kLanes] = {};
   for_lanes(n, [&](int64_t i, int lane) {
-    const Real a = magnitudes[i];
-    sum[lane] += static_cast<double>(a);
+    const Real a = std::fabs(values[i]);
+    const double deviation = static_cast<double>(a) - pivot;
+    deviations[lane] += deviation;
+    squares[lane] += deviation * deviation;
+    outliers[lane] += static_cast<double>(a > theta ? a : Real{0});
     max[lane] = a > max[lane] ? a : max[lane];
     zeros[lane] += a == 0 ? 1 : 0;
+    small[lane] += a <= small_limit ? 1 : 0;
   });
-  Sweep sweep{add_lanes(sum), 0, 0};
+  Sweep sweep{add_lanes(deviations), add_lanes(squares), add_lanes(outliers), 0, 0, 0};
   for (int lane = 0; lane < kLanes; ++lane) {
     sweep.max = std::max(sweep.max, static_cast<double>(max[lane]));
     sweep.zeros += zeros[lane];
+    sweep.small += small[lane];
   }
   return sweep;
 }
 
+// Apart from the loop above because stores would keep the lanes in memory.
 template <class Real>
-RTSVM_INLINE double squared_deviations_any(const Real* values, int64_t n, double mean) {
-  double sum[kLanes] = {};
-  for_lanes(n, [&](int64_t i, int lane) {
-    const double deviation = static_cast<double>(values[i]) - mean;
-    sum[lane] += deviation * deviation;
-  });
-  return add_lanes(sum);
+RTSVM_INLINE void mark_any(const Real* __restrict values, int64_t n, const Limits<Real>& low, const Limits<Real>& high,
+                           uint8_t* __restrict marks) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Real a = std::fabs(values[i]);
+    marks[i] = ((a > low.small) & (a <= high.small)) | ((a > low.theta) & (a <= high.theta)) ? 1 : 0;
+  }
 }
 
 template <class Real>
-RTSVM_INLINE Tail tail_any(const Real* base, const Real* values, int64_t n, Real theta, Real small_limit) {
+RTSVM_INLINE Tail tail_any(const Real* values, int64_t n, const Limits<Real>& limits) {
   double sum[kLanes] = {};
   int32_t small[kLanes] = {};
   for_lanes(n, [&](int64_t i, int lane) {
-    const Real a = std::fabs(values[i] - base[i]);
-    sum[lane] += static_cast<double>(a > theta ? a : Real{0});
-    small[lane] += a <= small_limit ? 1 : 0;
+    const Real a = std::fabs(values[i]);
+    sum[lane] += static_cast<double>(a > limits.theta ? a : Real{0});
+    small[lane] += a <= limits.small ? 1 : 0;
   });
   Tail tail{add_lanes(sum), 0};
   for (int lane = 0; lane < kLanes; ++lane) tail.small += small[lane];
@@ -90,122 +133,205 @@ RTSVM_INLINE Tail tail_any(const Real* base, const Real* values, int64_t n, Real
 }
 
 // GCC clones functions, not templates.
-RTSVM_ISA_CLONES void magnitudes(const float* base, float* values, int64_t n) { magnitudes_any(base, values, n); }
-RTSVM_ISA_CLONES void magnitudes(const double* base, double* values, int64_t n) { magnitudes_any(base, values, n); }
-
-RTSVM_ISA_CLONES Sweep summary(const float* magnitudes, int64_t n) { return summary_any(magnitudes, n); }
-RTSVM_ISA_CLONES Sweep summary(const double* magnitudes, int64_t n) { return summary_any(magnitudes, n); }
-
-RTSVM_ISA_CLONES double squared_deviations(const float* values, int64_t n, double mean) {
-  return squared_deviations_any(values, n, mean);
+RTSVM_ISA_CLONES Sweep sweep(const float* values, int64_t n, double pivot, float small_limit, float theta) {
+  return sweep_any(values, n, pivot, small_limit, theta);
 }
-RTSVM_ISA_CLONES double squared_deviations(const double* values, int64_t n, double mean) {
-  return squared_deviations_any(values, n, mean);
+RTSVM_ISA_CLONES Sweep sweep(const double* values, int64_t n, double pivot, double small_limit, double theta) {
+  return sweep_any(values, n, pivot, small_limit, theta);
 }
 
-RTSVM_ISA_CLONES Tail tail(const float* base, const float* values, int64_t n, float theta, float small_limit) {
-  return tail_any(base, values, n, theta, small_limit);
+RTSVM_ISA_CLONES void mark(const float* values, int64_t n, const Limits<float>& low, const Limits<float>& high,
+                           uint8_t* marks) {
+  mark_any(values, n, low, high, marks);
 }
-RTSVM_ISA_CLONES Tail tail(const double* base, const double* values, int64_t n, double theta, double small_limit) {
-  return tail_any(base, values, n, theta, small_limit);
+RTSVM_ISA_CLONES void mark(const double* values, int64_t n, const Limits<double>& low, const Limits<double>& high,
+                           uint8_t* marks) {
+  mark_any(values, n, low, high, marks);
+}
+
+RTSVM_ISA_CLONES Tail tail(const float* values, int64_t n, const Limits<float>& limits) {
+  return tail_any(values, n, limits);
+}
+RTSVM_ISA_CLONES Tail tail(const double* values, int64_t n, const Limits<double>& limits) {
+  return tail_any(values, n, limits);
+}
+
+template <class Real>
+Limits<Real> limits_of(const Summary& summary) {
+  return Limits<Real>{round_down<Real>(summary.small_limit), round_down<Real>(summary.theta)};
+}
+
+template <class Real>
+Guess<Real> guess_limits(const std::vector<Real>& sample, double sigma, double eps) {
+  const double n = static_cast<double>(sample.size());
+  double sum = 0, squares = 0, fourths = 0;
+  for (const Real value : sample) sum += std::fabs(value);
+  const double mean = sum / n;
+  for (const Real value : sample) {
+    const double deviation = std::fabs(value) - mean;
+    squares += deviation * deviation;
+    fourths += deviation * deviation * deviation * deviation;
+  }
+  const double variance = squares / n;
+  const double sd = std::sqrt(variance);
+  // Five standard errors for independent elements; neighbours depend on each other.
+  const double mean_margin = 5 * sd / std::sqrt(n);
+  const double sd_margin = sd > 0 ? 5 * std::sqrt((fourths / n / variance - variance) / (4 * n)) : 0;
+  const auto limits = [&](double sign) {
+    Summary summary{};
+    summary.small_limit = eps * (mean + sign * mean_margin);
+    summary.theta = std::isinf(sigma) ? sigma : mean + sigma * sd + sign * (mean_margin + sigma * sd_margin);
+    return limits_of<Real>(summary);
+  };
+  return Guess<Real>{std::isfinite(mean) ? mean : 0, limits(-1), limits(1)};
 }
 
 template <class Real>
 class Calculation {
  public:
-  Calculation(const MatrixView& base, const MatrixView* tuned, int64_t tasks, int threads)
+  Calculation(const MatrixView& base, const MatrixView* tuned, int64_t tasks, double sigma, double eps, int threads)
       : base_(base),
         tuned_(tuned),
         tasks_(tasks),
+        sigma_(sigma),
+        eps_(eps),
         elements_(element_count(base)),
         threads_(threads),
-        chunks_(chunk_count(elements_)),
-        // Few chunks are also split by task; otherwise the base is converted once for all tasks.
-        tasks_per_unit_(chunks_ >= threads ? tasks : std::max<int64_t>(1, tasks * chunks_ / threads)) {}
+        chunks_(chunk_count(elements_)) {}
 
-  // Merges block(values, base, n, task) over all blocks of each task: the blocks of a chunk in order, then the chunks,
-  // so that threads only decide who does what.
-  template <class Part, class Block>
-  std::vector<Part> sweep(const Block& block) const {
-    std::vector<Part> parts(tasks_ * chunks_, Part{});
-    const int64_t groups = (tasks_ + tasks_per_unit_ - 1) / tasks_per_unit_;
-    parallel_for(groups * chunks_, tasks_ * elements_, threads_, [&](int64_t unit) {
-      const int64_t chunk = unit / groups;
-      const int64_t first_task = unit % groups * tasks_per_unit_;
-      const int64_t last_task = std::min(first_task + tasks_per_unit_, tasks_);
-      alignas(64) Real base[kBlock];
-      alignas(64) Real values[kBlock];
-      const int64_t end = std::min((chunk + 1) * kChunk, elements_);
-      for (int64_t first = chunk * kChunk; first < end; first += kBlock) {
-        const int64_t n = std::min(kBlock, end - first);
-        load(base_, first, n, base);
-        for (int64_t task = first_task; task < last_task; ++task) {
-          load(tuned_[task], first, n, values);
-          Part& part = parts[task * chunks_ + chunk];
-          part = merge(part, block(values, base, n, task));
-        }
-      }
-    });
-    std::vector<Part> merged(tasks_, Part{});
+  void run(const TaskStatisticsOutput& output) const {
+    const std::vector<Guess<Real>> guesses = guess();
+    std::vector<Chunk<Real>> parts(tasks_ * chunks_);
+    for_chunks_of_tasks(
+        [&](int64_t chunk, int64_t task) { parts[task * chunks_ + chunk] = measure(chunk, task, guesses[task]); });
     for (int64_t task = 0; task < tasks_; ++task) {
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        merged[task] = merge(merged[task], parts[task * chunks_ + chunk]);
-      }
+      const Chunk<Real>* const chunks = parts.data() + task * chunks_;
+      Moments moments{};
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) moments = merge(moments, chunks[chunk].moments);
+      const Summary summary = finish(moments, sigma_, eps_);
+      const Tail tail = tail_of(task, chunks, guesses[task], limits_of<Real>(summary));
+      output.mean[task] = summary.mean;
+      output.sd[task] = summary.sd;
+      output.max[task] = summary.max;
+      output.zeros[task] = moments.zeros;
+      output.theta[task] = summary.theta;
+      output.outlier_mass[task] = outlier_mass(summary, tail);
+      output.small[task] = tail.small;
     }
-    return merged;
   }
 
  private:
+  std::vector<Guess<Real>> guess() const {
+    const int64_t runs = sample_runs(elements_, kMostRuns);
+    std::vector<Guess<Real>> guesses(tasks_);
+    parallel_for(tasks_, tasks_ * elements_, threads_, [&](int64_t task) {
+      // Tensors too small for a sample start with a pivot from their first elements, and take the second pass.
+      std::vector<Real> sample(runs > 0 ? runs * kRun : std::min(elements_, kBlock));
+      for (int64_t run = 0; run < runs; ++run) {
+        values_of(task, run_start(run, runs, elements_), kRun, sample.data() + run * kRun);
+      }
+      if (runs == 0) values_of(task, 0, static_cast<int64_t>(sample.size()), sample.data());
+      guesses[task] = guess_limits(sample, sigma_, eps_);
+    });
+    return guesses;
+  }
+
+  Chunk<Real> measure(int64_t chunk, int64_t task, const Guess<Real>& guess) const {
+    Chunk<Real> known{};
+    alignas(64) Real values[kBlock];
+    Marks marks;
+    Positions positions;
+    Real list[kListed];
+    for_blocks(chunk, [&](int64_t first, int64_t n) {
+      values_of(task, first, n, values);
+      const Sweep block = sweep(values, n, guess.pivot, guess.low.small, guess.high.theta);
+      const double count = static_cast<double>(n);
+      const double squares = block.squares - block.deviations / count * block.deviations;
+      known.moments = merge(known.moments, Moments{n, count * guess.pivot + block.deviations, std::max(0.0, squares),
+                                                   block.max, block.zeros});
+      known.tail = merge(known.tail, Tail{block.outliers, block.small});
+      mark(values, n, guess.low, guess.high, marks.at);
+      const int64_t found = list_marked(marks, n, positions);
+      const int64_t listed = known.undecided;
+      known.undecided += found;
+      if (known.undecided > kListed) return;
+      for (int64_t i = 0; i < found; ++i) list[listed + i] = std::fabs(values[positions.at[i]]);
+    });
+    if (known.undecided <= kListed) known.list.reset(new (std::nothrow) Real[known.undecided]);
+    if (known.list) std::copy_n(list, known.undecided, known.list.get());
+    return known;
+  }
+
+  Tail tail_of(int64_t task, const Chunk<Real>* chunks, const Guess<Real>& guess, const Limits<Real>& limits) const {
+    const bool known = std::all_of(chunks, chunks + chunks_, [](const Chunk<Real>& chunk) { return !!chunk.list; });
+    if (!known || !guess.holds(limits)) return second_pass(task, limits);
+    Tail all{};
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      Tail tail = chunks[chunk].tail;
+      for (int64_t i = 0; i < chunks[chunk].undecided; ++i) {
+        const Real a = chunks[chunk].list[i];
+        // Beyond the far ends they are in the sums already.
+        if (a > limits.theta && a <= guess.high.theta) tail.outlier_sum += static_cast<double>(a);
+        if (a <= limits.small && a > guess.low.small) ++tail.small;
+      }
+      all = merge(all, tail);
+    }
+    return all;
+  }
+
+  Tail second_pass(int64_t task, const Limits<Real>& limits) const {
+    std::vector<Tail> parts(chunks_);
+    parallel_for(chunks_, elements_, threads_, [&](int64_t chunk) {
+      alignas(64) Real values[kBlock];
+      for_blocks(chunk, [&](int64_t first, int64_t n) {
+        values_of(task, first, n, values);
+        parts[chunk] = merge(parts[chunk], tail(values, n, limits));
+      });
+    });
+    Tail all{};
+    for (const Tail& part : parts) all = merge(all, part);
+    return all;
+  }
+
+  // Calls body(chunk, task). While there are chunks for every thread, one thread takes a chunk of all tasks, so that
+  // it reads the base once.
+  template <class Body>
+  void for_chunks_of_tasks(const Body& body) const {
+    const int64_t grain = chunks_ >= threads_ ? tasks_ : 1;
+    parallel_for(
+        chunks_ * tasks_, tasks_ * elements_, threads_, [&](int64_t unit) { body(unit / tasks_, unit % tasks_); },
+        grain);
+  }
+
+  // Calls body(first, n) for the blocks of a chunk.
+  template <class Body>
+  void for_blocks(int64_t chunk, const Body& body) const {
+    const int64_t end = std::min((chunk + 1) * kChunk, elements_);
+    for (int64_t first = chunk * kChunk; first < end; first += kBlock) body(first, std::min(kBlock, end - first));
+  }
+
+  void values_of(int64_t task, int64_t first, int64_t n, Real* values) const {
+    load_difference(tuned_[task], base_, first, n, std::numeric_limits<Real>::infinity(), values);
+  }
+
   const MatrixView base_;
   const MatrixView* tuned_;
   const int64_t tasks_;
+  const double sigma_;
+  const double eps_;
   const int64_t elements_;
   const int threads_;
   const int64_t chunks_;
-  const int64_t tasks_per_unit_;
 };
-
-template <class Real>
-void run(const MatrixView& base, const MatrixView* tuned, int64_t tasks, double sigma, double eps,
-         const TaskStatisticsOutput& output, int threads) {
-  const Calculation<Real> calculation(base, tuned, tasks, threads);
-  const auto moments = calculation.template sweep<Moments>([](Real* values, const Real* base, int64_t n, int64_t) {
-    magnitudes(base, values, n);
-    const Sweep sweep = summary(values, n);
-    const double mean = sweep.sum / static_cast<double>(n);
-    return Moments{n, sweep.sum, squared_deviations(values, n, mean), sweep.max, sweep.zeros};
-  });
-
-  std::vector<Summary> summaries;
-  std::vector<Real> thetas, small_limits;
-  for (const Moments& task : moments) {
-    summaries.push_back(finish(task, sigma, eps));
-    thetas.push_back(round_down<Real>(summaries.back().theta));
-    small_limits.push_back(round_down<Real>(summaries.back().small_limit));
-  }
-  const auto tails = calculation.template sweep<Tail>([&](Real* values, const Real* base, int64_t n, int64_t task) {
-    return tail(base, values, n, thetas[task], small_limits[task]);
-  });
-
-  for (int64_t task = 0; task < tasks; ++task) {
-    output.mean[task] = summaries[task].mean;
-    output.sd[task] = summaries[task].sd;
-    output.max[task] = summaries[task].max;
-    output.zeros[task] = moments[task].zeros;
-    output.theta[task] = summaries[task].theta;
-    output.outlier_mass[task] = outlier_mass(summaries[task], tails[task]);
-    output.small[task] = tails[task].small;
-  }
-}
 
 }  // namespace
 
 void task_statistics_cpu(const MatrixView& base, const MatrixView* tuned, int64_t tasks, double sigma, double eps,
                          const TaskStatisticsOutput& output, int threads) {
   if (any_float64(base, tuned, tasks)) {
-    run<double>(base, tuned, tasks, sigma, eps, output, threads);
+    Calculation<double>(base, tuned, tasks, sigma, eps, threads).run(output);
   } else {
-    run<float>(base, tuned, tasks, sigma, eps, output, threads);
+    Calculation<float>(base, tuned, tasks, sigma, eps, threads).run(output);
   }
 }
 

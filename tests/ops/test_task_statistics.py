@@ -227,6 +227,49 @@ def test_number_of_threads_does_not_change_a_bit(backend, size, tasks):
     assert_correct(results[0], base, tuned)
 
 
+@pytest.mark.parametrize("backend", available("cpu"))
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 3.0, math.inf])
+@pytest.mark.parametrize("eps", [0.0, 0.1, 1.0, 5.0])
+def test_limits_that_a_sample_finds(backend, sigma, eps):
+    """Large enough for a sample, with more elements between its brackets than a list holds, and with fewer."""
+    base, tuned = pair(300_000, tasks=2)
+    rounded, (coarse,) = pair(300_000, dtype=torch.bfloat16, scale=1e-3)
+    check(backend, base, [*tuned, base + torch.rand(300_000)], sigma, eps)
+    check(backend, rounded, [coarse, rounded], sigma, eps)
+
+
+@pytest.mark.parametrize("backend", available("cpu"))
+@pytest.mark.parametrize("first", [0, 150_000, 299_000])
+@pytest.mark.parametrize("size", [16, 1_000, 100_000])
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1e6])
+def test_what_the_sample_does_not_show(backend, first, size, factor):
+    """A stretch unlike the rest moves mean and deviation out of what the other elements promise."""
+    tuned = torch.randn(300_000)
+    tuned[first : first + size] *= factor
+    for sigma, eps in [(3.0, 0.1), (0.5, 1.0)]:
+        check(backend, torch.zeros_like(tuned), [tuned, tuned.abs()], sigma, eps)
+
+
+@pytest.mark.parametrize("backend", available("cpu"))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
+def test_a_sample_of_nothing_but_outliers(backend, bad):
+    """Every 16th element and its neighbours, so that the sample meets them; NaN and infinity leave no pivot."""
+    tuned = torch.rand(300_000)
+    tuned[::16] = bad
+    got = measure(backend, torch.zeros_like(tuned), [tuned])
+    if math.isfinite(bad):
+        assert_correct(got, torch.zeros_like(tuned), [tuned])
+    else:
+        np.testing.assert_equal([got["mean"][0], got["sd"][0]], [bad, math.nan])
+        np.testing.assert_equal(got["small"][0], 0 if math.isnan(bad) else 300_000)
+
+
+@pytest.mark.parametrize("backend", available("cpu"))
+def test_a_deviation_far_smaller_than_the_mean(backend):
+    base = torch.zeros(300_000, dtype=torch.float64)
+    check(backend, base, [1 + 1e-6 * torch.randn(300_000, dtype=torch.float64)])
+
+
 @native_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("partner", [torch.float32, torch.float64])
