@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kListed = kChunk / 8;
 constexpr double kMostListed = 1.0 / 8;
 
-constexpr int64_t kMostRuns = 16384;
+constexpr int64_t kMostRuns = 8192;
 
 // Bits that a pass over undecided elements settles.
 constexpr int kPassBits = 11;

@@ -1,4 +1,4 @@
-// A guess at a threshold from a few elements. It decides what is quick, never what comes out.
+// Guesses from a few elements. They decide what is quick, never what is selected.
 #pragma once
 
 #include <algorithm>
@@ -11,20 +11,21 @@
 
 namespace r_tsvm {
 
-// Short runs of neighbours at scattered places.
-inline constexpr int64_t kRun = 16;
+// Runs of neighbours at scattered places: 16-bit floats of one cache line, if the tensor begins with one.
+inline constexpr int64_t kRun = 32;
 
 // How many runs, at most `most`, represent so many elements; 0 for tensors too small for it.
 inline int64_t sample_runs(int64_t elements, int64_t most) {
   const int64_t runs = std::min<int64_t>(elements / (16 * kRun), most);
-  return runs >= 256 ? runs : 0;
+  return runs >= 128 ? runs : 0;
 }
 
 // An even spread, moved by a hash so that no column of the matrix is met more often than others.
 inline int64_t run_start(int64_t run, int64_t runs, int64_t elements) {
   const int64_t stride = elements / runs;
   const uint64_t hash = (static_cast<uint64_t>(run) + 1) * 0x9e3779b97f4a7c15u;
-  return run * stride + static_cast<int64_t>((hash >> 32) % static_cast<uint64_t>(stride - kRun + 1));
+  const int64_t start = run * stride + static_cast<int64_t>((hash >> 32) % static_cast<uint64_t>(stride - kRun + 1));
+  return start / kRun * kRun;
 }
 
 struct ThresholdGuess {

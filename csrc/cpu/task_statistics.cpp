@@ -27,7 +27,7 @@ constexpr int kLanes = 16;
 // Elements of a chunk that are listed at most.
 constexpr int64_t kListed = kChunk / 16;
 
-constexpr int64_t kMostRuns = 4096;
+constexpr int64_t kMostRuns = 2048;
 
 template <class Real>
 struct Limits {
