@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _record import RESULTS, ROOT, provenance, quartiles, ratios
+from record import RESULTS, ROOT, provenance, quartiles, ratios
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -253,7 +253,8 @@ def main() -> None:
         parser.error(f"no {args.peer_python}: run benchmarks/peers/fusion_bench_env.sh first, or pass --no-peer")
     with tempfile.TemporaryDirectory() as folder:
         peer = None if args.no_peer else Peer(args.peer_python, Path(folder))
-        report = provenance(seed=SEED, peer_versions=peer.versions if peer else {})
+        report = provenance("numpy", "safetensors")
+        report |= {"seed": SEED, "peer_versions": peer.versions if peer else {}}
         report["rows"] = [
             row for kind in ("flat", "power 0.3") for n in args.sizes for row in compare(kind, n, args.rounds, peer)
         ]
