@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Literal
 
 import torch
@@ -117,14 +116,13 @@ def check_planes(op: str, *planes: Planes) -> None:
 
 
 def factor(op: str, like: Planes, *values: float | Tensor) -> Tensor:
-    """Return the product of `values`, one float32 number per matrix of `like` (flat)."""
+    """Return the product of `values`, one float32 number per matrix of `like`, which has one leading dimension."""
+    total = torch.ones_like(like.scale)
     for value in values:
-        if isinstance(value, Tensor) and value.shape not in (torch.Size(), like.scale.shape):
-            raise ShapeError(
-                f"{op}: expected one factor per matrix, {tuple(like.scale.shape)}, got {tuple(value.shape)}"
-            )
-    total = reduce(torch.mul, values, torch.ones_like(like.scale))
-    return total.float().reshape(-1)
+        if isinstance(value, Tensor) and value.numel() not in (1, total.numel()):
+            raise ShapeError(f"{op}: expected one factor for each of {total.numel()} matrices, got {value.numel()}")
+        total = total * (value.reshape(-1) if isinstance(value, Tensor) else value)
+    return total.float()
 
 
 def summed(value: Tensor, like: Planes, out: Output) -> SymmetricProduct:

@@ -64,13 +64,9 @@ def gemm3(
     if isinstance(C, Tensor) and C.dtype not in OUT_DTYPES:
         raise DTypeError(f"gemm3: C must be planes or one of {OUT_DTYPES}, got {C.dtype}")
     left, right = A.flatten(), B.flatten()
-    scale = factor("gemm3", left, _flat(alpha), left.scale, right.scale)
+    scale = factor("gemm3", left, alpha, left.scale, right.scale)
     added = C.flatten() if isinstance(C, Planes) else None if C is None else C.reshape(-1, m, n)
-    share = factor("gemm3", left, _flat(beta), *([added.scale] if isinstance(added, Planes) else []))
+    share = factor("gemm3", left, beta, *([added.scale] if isinstance(added, Planes) else []))
     run = dispatch.select("gemm3", A.hi, *([C] if isinstance(C, Tensor) else []), backend=backend)
     result = run(left, right, scale, share, added, out)
     return result.unflatten(batch) if isinstance(result, Planes) else result.reshape(*batch, m, n)
-
-
-def _flat(value: float | Tensor) -> float | Tensor:
-    return value.reshape(-1) if isinstance(value, Tensor) and value.ndim else value

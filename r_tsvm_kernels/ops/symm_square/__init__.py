@@ -50,14 +50,10 @@ def symm_square(
         if not isinstance(out.matrix, Planes) or out.matrix.shape != planes.shape:
             raise ShapeError("symm_square: out must be a result of symm_square for planes of this shape")
         old = SymmetricProduct(out.matrix.flatten(), out.trace.reshape(-1), out.square_norm.reshape(-1))
-    linear = factor("symm_square", flat, _flat(a), flat.scale)
-    quadratic = factor("symm_square", flat, _flat(b), flat.scale, flat.scale)
+    linear = factor("symm_square", flat, a, flat.scale)
+    quadratic = factor("symm_square", flat, b, flat.scale, flat.scale)
     run = dispatch.select("symm_square", planes.hi, backend=backend)
     result = run(flat, linear, quadratic, None if done is None else done.reshape(-1), old)
     return SymmetricProduct(
         result.matrix.unflatten(batch), result.trace.reshape(batch), result.square_norm.reshape(batch)
     )
-
-
-def _flat(value: float | Tensor) -> float | Tensor:
-    return value.reshape(-1) if isinstance(value, Tensor) and value.ndim else value
