@@ -54,7 +54,9 @@ class Floats:
         result = a * plain + b * (plain @ plain)
         return self.measured(result if done is None else torch.where(done[..., None, None] > 0, plain, result))
 
-    def multiply(self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None) -> Operand:
+    def multiply(
+        self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None
+    ) -> Operand:
         """Return ``alpha x y + beta z``."""
         result = alpha * (cast(Tensor, x) @ cast(Tensor, y))
         return result if z is None else result + beta * cast(Tensor, z)
@@ -96,7 +98,9 @@ class FloatPlanes:
         """Return ``a x + b x x`` for symmetric x, or x where `done` is not 0."""
         return symm_square(cast(Planes, x.matrix), a, b, done=done, out=out)
 
-    def multiply(self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None) -> Operand:
+    def multiply(
+        self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None
+    ) -> Operand:
         """Return ``alpha x y + beta z``, whose entries must stay below 65504."""
         return gemm3(cast(Planes, x), cast(Planes, y), alpha, beta, z, out="planes")
 

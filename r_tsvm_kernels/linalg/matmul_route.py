@@ -16,6 +16,15 @@ from .purification import compress, leading_eigenspaces
 # Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4.
 LOWER = 1e-5
 
+# What the polar factors do to rounding errors of the bases, measured: see benchmarks/spectral_accuracy.py.
+AMPLIFICATION = 64
+
+# A singular value below the largest by more than this is float32 rounding: k lies above the numerical rank.
+LARGEST_RATIO = 2.0**22
+
+# Largest error estimate at which nothing is solved again, relative to the merged matrix.
+TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 2e-5, "fp16x3": 2e-5, "fp16": 2e-2}
+
 
 @dataclass(frozen=True)
 class MatmulSubspaces:
@@ -29,9 +38,11 @@ class MatmulSubspaces:
         residual: ``norm(D V - U core) / norm(D)``: is the factorisation right?
         invariance: ``norm(D^T U - V core^T) / norm(D)``: are the subspaces singular ones? Together 0 only if so.
         rank_defect: distance of the projector's trace from k. Beyond 0.1 the boundary at k was not resolved.
-        ratio: estimate of ``sigma_1 / sigma_k``.
-        error_estimate: ``eps (sigma_1 / sigma_k)^2`` of the format, what rounding the Gram matrix does to the subspace;
-            eps alone if the spectrum was compressed.
+        smallest: estimate of ``sigma_k``, rather above than below.
+        ratio: estimate of ``sigma_1 / sigma_k``, rather below than above.
+        error_estimate: of the merged matrix, ``eps (64 + ratio^2)`` with eps of the format: rounding the Gram matrix
+            turns the subspaces by ``eps ratio^2``. ``64 eps`` if the spectrum was compressed. Infinite if the projector
+            is none (`rank_defect`) or k above the numerical rank (`ratio`): the caller must go to another solver.
         outer_steps: squares of full size.
         inner_steps: squares of about 1.2 k.
         compressed: whether the spectrum was compressed in float64 first.
@@ -44,6 +55,7 @@ class MatmulSubspaces:
     residual: float
     invariance: float
     rank_defect: float
+    smallest: float
     ratio: float
     error_estimate: float
     outer_steps: int
@@ -86,8 +98,9 @@ def matmul_subspaces(
         return [replace(part, U=part.Vh.mT, core=part.core.mT, Vh=part.U.mT) for part in flipped]
     numbers = arithmetic(precision)
     exact = matrices.double()
-    # In units of the largest entry, so that no square overflows.
-    unit = exact.abs().amax((-2, -1)).clamp(min=torch.finfo(torch.float64).tiny)
+    # In units of a power of two near the largest entry, so that no square overflows.
+    unit = torch.frexp(exact.abs().amax((-2, -1)).clamp(min=2.0**-1000)).exponent
+    unit = torch.ldexp(torch.ones_like(exact[:, 0, 0]), unit)
     exact = exact / unit[:, None, None]
     if levels is None:
         tall = numbers.load(exact)
@@ -104,7 +117,10 @@ def matmul_subspaces(
             image = D @ V
         U, R = cholesky_qr(image)
         norm = max(float(torch.linalg.vector_norm(D)), torch.finfo(torch.float64).tiny)
-        ratio = _condition(R)
+        largest, smallest = _extremes(R)
+        ratio = largest / smallest if smallest > 0 else float("inf")
+        usable = ratio < LARGEST_RATIO and float(spaces.rank_defect[index]) < 0.1
+        amplification = AMPLIFICATION + (ratio**2 if levels is None else 0.0)
         parts.append(
             MatmulSubspaces(
                 U,
@@ -114,8 +130,9 @@ def matmul_subspaces(
                 residual=float(torch.linalg.vector_norm(D @ V - U @ R)) / norm,
                 invariance=float(torch.linalg.vector_norm(D.mT @ U - V @ R.mT)) / norm,
                 rank_defect=float(spaces.rank_defect[index]),
+                smallest=smallest * size,
                 ratio=ratio,
-                error_estimate=numbers.eps * (ratio**2 if levels is None else 1.0),
+                error_estimate=numbers.eps * amplification if usable else float("inf"),
                 outer_steps=int(spaces.outer_steps[index]),
                 inner_steps=int(spaces.inner_steps[index]),
                 compressed=levels is not None,
@@ -129,7 +146,7 @@ def matmul_tsv_merge(
     ranks: Sequence[int],
     weights: Sequence[float] | None = None,
     precision: Precision = "fp16x3",
-    tolerance: float = 2e-5,
+    tolerance: float | None = None,
 ) -> MatmulMerge:
     """TSV-Merge (see `tsv_merge`) of same-shape task matrices from matrix products alone.
 
@@ -142,12 +159,14 @@ def matmul_tsv_merge(
         ranks: T ranks of sum at most min(m, n), none above the numerical rank.
         weights: T factors of the cores; None means 1.
         precision: as for `matmul_subspaces`.
-        tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always.
+        tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always, None
+            for `TOLERANCE`.
     """
+    limit = TOLERANCE[precision] if tolerance is None else tolerance
     parts = matmul_subspaces(matrices, ranks, precision)
-    again = [i for i, part in enumerate(parts) if not part.error_estimate <= max(tolerance, 4 * arithmetic(precision).eps)]
+    again = [i for i, part in enumerate(parts) if part.error_estimate > limit and part.ratio < LARGEST_RATIO]
     if again:
-        levels = torch.tensor([_smallest(parts[i].core) for i in again], dtype=torch.float64, device=matrices.device)
+        levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=matrices.device)
         solved = matmul_subspaces(matrices[again], [ranks[i] for i in again], precision, levels)
         for i, part in zip(again, solved, strict=True):
             parts[i] = part
@@ -168,8 +187,8 @@ def matmul_tsv_merge(
     )
 
 
-def _condition(R: Tensor) -> float:
-    """Estimate the condition number of a triangular matrix from below, by a few power and inverse iterations."""
+def _extremes(R: Tensor) -> tuple[float, float]:
+    """Estimate the largest (from below) and smallest (from above) singular value of a triangular matrix."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(R.shape[0], 4, generator=generator, dtype=R.dtype).to(R.device)
     large, small = start, start
@@ -178,11 +197,5 @@ def _condition(R: Tensor) -> float:
         small = small / torch.linalg.vector_norm(small, dim=0)
         small = torch.linalg.solve_triangular(R.mT, small, upper=False)
         small = torch.linalg.solve_triangular(R, small, upper=True)
-    norms = torch.linalg.vector_norm(large, dim=0).amax() * torch.linalg.vector_norm(small, dim=0).amax()
-    return float(norms.sqrt())
-
-
-def _smallest(core: Tensor) -> float:
-    """Estimate the smallest singular value of a core; the largest is at most its Frobenius norm."""
-    upper = torch.linalg.qr(core).R
-    return float(torch.linalg.matrix_norm(upper, 2)) / _condition(upper)
+    largest, inverse = (torch.linalg.vector_norm(v, dim=0).amax().sqrt() for v in (large, small))
+    return float(largest), 1 / float(inverse)

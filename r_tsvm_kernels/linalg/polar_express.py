@@ -43,9 +43,7 @@ def best_quintic(low: float, high: float) -> Quintic:
 
 
 @lru_cache(maxsize=64)
-def coefficients(
-    lower: float, tolerance: float, margin: float = 0.0, cushion: float = CUSHION
-) -> tuple[Quintic, ...]:
+def coefficients(lower: float, tolerance: float, margin: float = 0.0, cushion: float = CUSHION) -> tuple[Quintic, ...]:
     """Return the quintics whose composition maps [lower, 1] to ``1 +- tolerance``.
 
     Each is the best one for what its predecessors made of the interval (Amsel et al., "The Polar Express", arXiv

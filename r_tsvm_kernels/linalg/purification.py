@@ -220,7 +220,9 @@ def _range_of(
     """
     bases = [sketch] * len(ranks)
     for turn in range(rounds):
-        padded = torch.stack([torch.nn.functional.pad(x[:, :k], (0, max(ranks) - k)) for x, k in zip(bases, ranks, strict=True)])
+        padded = torch.stack(
+            [torch.nn.functional.pad(x[:, :k], (0, max(ranks) - k)) for x, k in zip(bases, ranks, strict=True)]
+        )
         product = numbers.dense(numbers.multiply(projector, numbers.load(padded)))
         passes = 3 if turn == rounds - 1 else 1
         bases = [cholesky_qr(product[i, :, :k], passes)[0] for i, k in enumerate(ranks)]
