@@ -57,8 +57,7 @@ class Eigenspaces:
 def purify(
     start: SymmetricProduct,
     rank: Tensor,
-    slack: Tensor,
-    impurity: Tensor,
+    tolerances: Sequence[tuple[Tensor, Tensor]],
     extra: int,
     numbers: Arithmetic,
     steps: int = STEPS,
@@ -67,15 +66,14 @@ def purify(
 
     SP2 (Niklasson, Phys. Rev. B 66, 155115): ``X <- X X`` or ``2 X - X X``, whichever brings the trace nearer to
     `rank`; the trace of ``X X`` is the squared norm of X and known beforehand. A matrix is done `extra` squares after
-    ``|tr X - rank| < slack`` and ``tr X - tr X X < impurity``. All of that is decided on the device: `steps` squares
-    are launched whatever happens, and those of matrices that are done do nothing.
+    ``|tr X - rank| < slack`` and ``tr X - tr X X < impurity`` for one pair of `tolerances`. All of that is decided on
+    the device: `steps` squares are launched whatever happens, and those of matrices that are done do nothing.
 
     Args:
         start: a batch of matrices.
         rank: (B,) wanted traces.
-        slack: (B,) tolerance of the trace.
-        impurity: (B,) tolerance of ``sum x (1 - x)``.
-        extra: squares after both tolerances are met.
+        tolerances: pairs (slack, impurity), (B,) each: of the trace, and of ``sum x (1 - x)`` over the eigenvalues.
+        extra: squares after the tolerances are met.
         numbers: format of the products.
         steps: largest number of squares.
     """
@@ -84,7 +82,8 @@ def purify(
     count = torch.zeros_like(since)
     for _ in range(steps):
         trace, square = X.trace, X.square_norm
-        met = ((trace - rank).abs() < slack) & (trace - square < impurity)
+        off, impure = (trace - rank).abs(), trace - square
+        met = torch.stack([(off < slack) & (impure < impurity) for slack, impurity in tolerances]).any(0)
         since = torch.where((since > 0) | met, since + 1, since)
         done = (since - extra).clamp(min=0)
         if not trace.is_cuda and bool(done.all()):
@@ -138,7 +137,9 @@ def leading_eigenspaces(
             bases, (whole.trace - wanted).abs(), whole.impurity, whole.steps, torch.zeros_like(whole.steps)
         )
 
-    coarse = purify(start, wanted + spread / 2, spread / 2, spread / 8, 3, numbers)
+    # The second pair: near a projector of any rank from k to k + p. At an exact low rank there is nothing else.
+    tolerances = [(spread / 4, spread / 8), (spread / 2 + 0.25, torch.full_like(spread, 0.25))]
+    coarse = purify(start, wanted + spread / 2, tolerances, 3, numbers)
     spans = _range_of(coarse.matrix, sketch, width, numbers, rounds=3)
     Y = torch.stack([torch.nn.functional.pad(span, (0, columns - span.shape[1])) for span in spans])
     y = numbers.load(Y)
@@ -207,7 +208,7 @@ def _to_rank(start: SymmetricProduct, wanted: Tensor, numbers: Arithmetic) -> Pu
     """Purify until only rounding is left: the impurity at 1e-3 falls to its square in two steps."""
     limit = torch.clamp(0.5 * numbers.eps * wanted, min=1e-3)
     extra = 8 if numbers.eps < 1e-12 else 4
-    return purify(start, wanted, torch.full_like(wanted, 0.5), limit, extra, numbers)
+    return purify(start, wanted, [(torch.full_like(wanted, 0.5), limit)], extra, numbers)
 
 
 def _range_of(
