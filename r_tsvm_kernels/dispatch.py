@@ -31,6 +31,10 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "add_update": {"cuda": ("torch", "cuda", "triton"), "cpu": ("torch",)},
     "random_mask": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
     "elect_and_sum": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
+    "split_planes": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
+    "symm_gram": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
+    "symm_square": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
+    "gemm3": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
 }
 
 MODULE = {"torch": "reference", "cpu": "cpu_kernel", "cuda": "cuda_kernel", "triton": "triton_kernel"}

@@ -1,32 +1,28 @@
-"""Matrices with known spectra."""
+"""Task matrices with known kinds of spectra."""
 
 import torch
+from torch import Tensor
+
+KINDS = ("flat", "power 0.3", "power 0.7", "power 1.2", "low rank + noise", "low rank")
 
 
-def orthonormal(m, n, generator):
-    return torch.linalg.qr(torch.randn(m, n, generator=generator, dtype=torch.float64)).Q
-
-
-def singular_values(kind, r):
-    """Falling; ``flat`` is that of a random matrix, a noise floor without a gap anywhere."""
-    place = torch.arange(1, r + 1, dtype=torch.float64)
-    if isinstance(kind, float):
-        return place**-kind
-    if kind == "low rank":
-        return torch.where(place <= max(1, r // 10), 1 / place, 0.0)
-    if kind == "low rank + noise":
-        return torch.where(place <= max(1, r // 16), 2.0 / place.sqrt(), 0.0) + 0.05 * (1 - 0.99 * place / r)
-    raise ValueError(kind)
-
-
-def spectrum(m, n, kind, seed):
-    """Random float32 matrix whose singular values follow `kind`: a power i^-p, or a name."""
+def spectrum(kind: str, m: int, n: int, seed: int) -> Tensor:
+    """Return an (m, n) float32 matrix: Gaussian noise, singular values ``i^-p``, or rank ``min(m, n) // 10``."""
     generator = torch.Generator().manual_seed(seed)
-    if kind == "flat":
-        return torch.randn(m, n, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     r = min(m, n)
-    left, right = orthonormal(m, r, generator), orthonormal(n, r, generator)
-    return ((left * singular_values(kind, r)) @ right.mT).float()
+    if kind == "flat":
+        return normal(m, n).float()
+    if kind.startswith("power"):
+        U, V = torch.linalg.qr(normal(m, r)).Q, torch.linalg.qr(normal(n, r)).Q
+        return ((U * torch.arange(1, r + 1, dtype=torch.float64) ** -float(kind.split()[1])) @ V.mT).float()
+    low = normal(m, r // 10) @ normal(r // 10, n)
+    return (low + 0.3 * normal(m, n) if kind == "low rank + noise" else low).float()
 
 
-KINDS = ["flat", 0.3, 0.7, 1.2, "low rank + noise", "low rank"]
+def rank_of(kind: str, r: int, tasks: int) -> int:
+    """Return the rank of TSV-Merge, clipped to the numerical rank as callers do."""
+    return min(r // tasks, r // 10) if kind == "low rank" else r // tasks

@@ -1,17 +1,22 @@
-"""Element-wise operations on task vectors: one folder each, the reference beside its kernels."""
+"""Operations on task vectors and matrices: one folder each, the reference beside its kernels."""
 
 from ._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
+from ._planes import Planes, SymmetricProduct
 from .add_update import add_update
 from .elect_and_sum import Election, Keep, elect_and_sum, normalized
 from .elect_and_sum.many import elect_and_sum_many
 from .elect_and_sum.ranked import RankedKeep, della_probabilities
 from .magnitude_histogram import magnitude_histogram
 from .magnitude_ranks import magnitude_ranks
+from .gemm3 import gemm3
 from .magnitude_select import MagnitudeSelection, kept_count, magnitude_select
 from .magnitude_select.many import magnitude_select_many
 from .random_mask import random_mask
 from .reweight_prune import OutlierWeighting, outlier_weights, pruned_sparsity, reweight_prune
 from .reweight_prune_inplace import reweight_prune_
+from .split_planes import split_planes
+from .symm_gram import symm_gram
+from .symm_square import symm_square
 from .task_statistics import TaskStatistics, task_statistics
 
 __all__ = [
@@ -21,6 +26,8 @@ __all__ = [
     "MagnitudeSelection",
     "OutlierWeighting",
     "RankedKeep",
+    "Planes",
+    "SymmetricProduct",
     "TaskStatistics",
     "accumulation_dtype",
     "add_update",
@@ -29,6 +36,7 @@ __all__ = [
     "della_probabilities",
     "elect_and_sum",
     "elect_and_sum_many",
+    "gemm3",
     "kept_count",
     "magnitude_histogram",
     "magnitude_ranks",
@@ -40,5 +48,8 @@ __all__ = [
     "random_mask",
     "reweight_prune",
     "reweight_prune_",
+    "split_planes",
+    "symm_gram",
+    "symm_square",
     "task_statistics",
 ]

@@ -16,7 +16,7 @@ from r_tsvm_kernels.linalg import Certificate, tsv_merge
 @pytest.mark.parametrize(("m", "n"), [(48, 48), (30, 75), (75, 30)])
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
 def test_equals_float64_svd(power, m, n, tasks):
-    matrices = [spectrum(m, n, power, seed) for seed in range(tasks)]
+    matrices = [spectrum(f"power {power}", m, n, seed) for seed in range(tasks)]
     ranks, weights = [min(m, n) // tasks] * tasks, [1.0 + 0.1 * t for t in range(tasks)]
     got = tsv_merge(matrices, ranks, weights)
     exact = oracle.tsv_merge([matrix.double().numpy() for matrix in matrices], ranks, weights)
@@ -28,7 +28,7 @@ def test_equals_float64_svd(power, m, n, tasks):
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 99))
 def test_a_rank_per_task(ranks, seed):
-    matrices = [spectrum(50, 45, 0.5, seed + t) for t in range(len(ranks))]
+    matrices = [spectrum("power 0.5", 50, 45, seed + t) for t in range(len(ranks))]
     got = tsv_merge(matrices, ranks)
     exact = (
         oracle.tsv_merge([matrix.double().numpy() for matrix in matrices], ranks, [1.0] * len(ranks))
@@ -58,7 +58,7 @@ def merge_in(dtype, matrices, rank):
 @pytest.mark.parametrize("tasks", [2, 3, 8])
 @pytest.mark.parametrize("share", [1, 4], ids=["k = r / T", "k = r / 4T"])
 def test_large_enough_for_the_float32_route(kind, tasks, share):
-    matrices = [spectrum(288, 256, kind, seed) for seed in range(tasks)]
+    matrices = [spectrum(kind, 288, 256, seed) for seed in range(tasks)]
     rank = 256 // tasks // share
     exact, single = merge_in(torch.float64, matrices, rank), merge_in(torch.float32, matrices, rank)
     got = tsv_merge(matrices, [rank] * tasks)
@@ -71,7 +71,7 @@ def test_large_enough_for_the_float32_route(kind, tasks, share):
 
 @pytest.mark.parametrize("shape", [(900, 40), (40, 900)], ids=str)
 def test_row_tiles_give_the_same_merge(shape):
-    matrices = [spectrum(*shape, 0.3, seed) for seed in range(3)]
+    matrices = [spectrum("power 0.3", *shape, seed) for seed in range(3)]
     whole = tsv_merge(matrices, [13] * 3)
     tiled = tsv_merge(matrices, [13] * 3, workspace=2 * 8 * 40 * 256)  # 256 rows of four tiles, the images not kept
     assert relative_error(tiled.matrix, whole.matrix) < 1e-6
@@ -79,7 +79,7 @@ def test_row_tiles_give_the_same_merge(shape):
 
 
 def test_nearly_dependent_bases_take_the_exact_route_and_say_so():
-    first = spectrum(60, 60, 0.5, 0)
+    first = spectrum("power 0.5", 60, 60, 0)
     matrices = [first, first + 3e-6 * torch.randn(60, 60)]
     got = tsv_merge(matrices, [20, 20])
     assert relative_error(got.matrix, oracle.tsv_merge([m.double().numpy() for m in matrices], [20, 20], [1, 1])) < 1e-4
@@ -89,7 +89,7 @@ def test_nearly_dependent_bases_take_the_exact_route_and_say_so():
 
 
 def test_rank_rules_are_asked_with_all_singular_values():
-    matrices = [spectrum(30, 40, 0.7, seed) for seed in range(2)]
+    matrices = [spectrum("power 0.7", 30, 40, seed) for seed in range(2)]
     for matrix in matrices:
         matrix[:8] = 0  # left out of the solve, but zeros of the spectrum
     seen = []

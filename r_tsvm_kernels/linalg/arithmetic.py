@@ -1,0 +1,129 @@
+"""Number formats for algorithms made of matrix products only: one interface over floats and fp16 planes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..ops import Planes, SymmetricProduct, gemm3, split_planes, symm_gram, symm_square
+
+Precision = Literal["float64", "float32", "fp16x3", "fp16"]
+Operand = Tensor | Planes
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Products of ordinary tensors in one dtype."""
+
+    dtype: torch.dtype
+    eps: float
+
+    def load(self, x: Tensor) -> Operand:
+        """Convert a tensor to this format."""
+        return x.to(self.dtype)
+
+    def dense(self, x: Operand) -> Tensor:
+        """Convert an operand to a tensor."""
+        return cast(Tensor, x)
+
+    def gram(self, x: Operand) -> Operand:
+        """Return ``x^T x``."""
+        plain = cast(Tensor, x)
+        return plain.mT @ plain
+
+    def measured(self, x: Operand) -> SymmetricProduct:
+        """Return a symmetric operand with its trace and squared norm."""
+        plain = cast(Tensor, x)
+        return SymmetricProduct(plain, plain.diagonal(dim1=-2, dim2=-1).sum(-1), plain.square().sum((-2, -1)))
+
+    def square(
+        self,
+        x: SymmetricProduct,
+        a: float | Tensor,
+        b: float | Tensor,
+        done: Tensor | None = None,
+        out: SymmetricProduct | None = None,
+    ) -> SymmetricProduct:
+        """Return ``a x + b x x`` for symmetric x, or x where `done` is not 0."""
+        plain = cast(Tensor, x.matrix)
+        a, b = (value[..., None, None] if isinstance(value, Tensor) else value for value in (a, b))
+        result = a * plain + b * (plain @ plain)
+        return self.measured(result if done is None else torch.where(done[..., None, None] > 0, plain, result))
+
+    def multiply(
+        self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None
+    ) -> Operand:
+        """Return ``alpha x y + beta z``."""
+        result = alpha * (cast(Tensor, x) @ cast(Tensor, y))
+        return result if z is None else result + beta * cast(Tensor, z)
+
+
+@dataclass(frozen=True)
+class FloatPlanes:
+    """Products of fp16 planes on tensor cores, or their simulation; see `ops.Planes`."""
+
+    low: bool
+    eps: float
+
+    def load(self, x: Tensor) -> Operand:
+        """Convert a tensor to this format."""
+        return split_planes(x.float(), low=self.low)
+
+    def dense(self, x: Operand) -> Tensor:
+        """Convert an operand to a tensor."""
+        return cast(Planes, x).dense()
+
+    def gram(self, x: Operand) -> Operand:
+        """Return ``x^T x``, whose entries must stay below 65504."""
+        return symm_gram(cast(Planes, x), out="planes").matrix
+
+    def measured(self, x: Operand) -> SymmetricProduct:
+        """Return a symmetric operand with its trace and squared norm."""
+        plain = cast(Planes, x).dense()
+        trace, square_norm = plain.diagonal(dim1=-2, dim2=-1).sum(-1), plain.square().sum((-2, -1))
+        return SymmetricProduct(x, trace, square_norm)
+
+    def square(
+        self,
+        x: SymmetricProduct,
+        a: float | Tensor,
+        b: float | Tensor,
+        done: Tensor | None = None,
+        out: SymmetricProduct | None = None,
+    ) -> SymmetricProduct:
+        """Return ``a x + b x x`` for symmetric x, or x where `done` is not 0."""
+        return symm_square(cast(Planes, x.matrix), a, b, done=done, out=out)
+
+    def multiply(
+        self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None
+    ) -> Operand:
+        """Return ``alpha x y + beta z``, whose entries must stay below 65504."""
+        return gemm3(cast(Planes, x), cast(Planes, y), alpha, beta, z, out="planes")
+
+
+Arithmetic = Floats | FloatPlanes
+
+FORMATS: dict[str, Arithmetic] = {
+    "float64": Floats(torch.float64, 2.0**-53),
+    "float32": Floats(torch.float32, 2.0**-24),
+    "fp16x3": FloatPlanes(True, 2.0**-23),
+    "fp16": FloatPlanes(False, 2.0**-12),
+}
+
+
+def arithmetic(precision: Precision) -> Arithmetic:
+    """Return the arithmetic of that name.
+
+    ``fp16x3`` has float32's accuracy at a third of the fp16 rate of tensor cores, ``fp16`` that of tf32 at the full
+    rate. On a CPU both are simulated by rounding: right in accuracy, slow.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    if precision not in FORMATS:
+        raise ConfigError(f"precision must be one of {', '.join(FORMATS)}, got {precision!r}")
+    return FORMATS[precision]

@@ -1,0 +1,201 @@
+"""TSV-Merge from matrix products alone: the route for tensor cores, with the numbers a certificate needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .arithmetic import Precision, arithmetic
+from .orthonormal import cholesky_qr, orthogonality
+from .polar_express import polar_express
+from .purification import compress, leading_eigenspaces
+
+# Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4.
+LOWER = 1e-5
+
+# What the polar factors do to rounding errors of the bases, measured: see benchmarks/spectral_accuracy.py.
+AMPLIFICATION = 64
+
+# A singular value below the largest by more than this is float32 rounding: k lies above the numerical rank.
+LARGEST_RATIO = 2.0**22
+
+# Largest error estimate at which nothing is solved again, relative to the merged matrix.
+TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 2e-5, "fp16x3": 2e-5, "fp16": 2e-2}
+
+
+@dataclass(frozen=True)
+class MatmulSubspaces:
+    """Leading singular subspaces ``D ~ U core Vh`` of one matrix and what was measured of them.
+
+    Attributes:
+        U: (m, k) float64, orthonormal columns.
+        core: (k, k) float64.
+        Vh: (k, n) float64, orthonormal rows.
+        orthogonality: largest entry of ``|Q^T Q - I|`` over U and V.
+        residual: ``norm(D V - U core) / norm(D)``: is the factorisation right?
+        invariance: ``norm(D^T U - V core^T) / norm(D)``: are the subspaces singular ones? Together 0 only if so.
+        rank_defect: distance of the projector's trace from k. Beyond 0.1 the boundary at k was not resolved.
+        smallest: estimate of ``sigma_k``, rather above than below.
+        ratio: estimate of ``sigma_1 / sigma_k``, rather below than above.
+        error_estimate: of the merged matrix, ``eps (64 + ratio^2)`` with eps of the format: rounding the Gram matrix
+            turns the subspaces by ``eps ratio^2``. ``64 eps`` if the spectrum was compressed. Infinite if the projector
+            is none (`rank_defect`) or k above the numerical rank (`ratio`): the caller must go to another solver.
+        outer_steps: squares of full size.
+        inner_steps: squares of about 1.2 k.
+        compressed: whether the spectrum was compressed in float64 first.
+    """
+
+    U: Tensor
+    core: Tensor
+    Vh: Tensor
+    orthogonality: float
+    residual: float
+    invariance: float
+    rank_defect: float
+    smallest: float
+    ratio: float
+    error_estimate: float
+    outer_steps: int
+    inner_steps: int
+    compressed: bool
+
+
+@dataclass(frozen=True)
+class MatmulMerge:
+    """The merged update and what was measured on the way.
+
+    Attributes:
+        matrix: (m, n) float32, or float64 if that was the precision.
+        parts: the subspaces of each task.
+        orthogonality: largest entry of ``|Q^T Q - I|`` over the two polar factors. A basis with singular values below
+            `LOWER` shows here.
+        polar_steps: quintic steps of each polar factor.
+    """
+
+    matrix: Tensor
+    parts: tuple[MatmulSubspaces, ...]
+    orthogonality: float
+    polar_steps: int
+
+
+def matmul_subspaces(
+    matrices: Tensor, ranks: Sequence[int], precision: Precision = "fp16x3", levels: Tensor | None = None
+) -> list[MatmulSubspaces]:
+    """Find leading singular subspaces of a batch of matrices by purification of their short-side Gram matrices.
+
+    Args:
+        matrices: (B, m, n) float32 or float64, finite.
+        ranks: B ranks in 1..min(m, n), none above the numerical rank.
+        precision: ``fp16x3`` (exact mode), ``fp16`` (fast mode), or ``float32``, ``float64``.
+        levels: (B,) estimates of the k-th singular value. With them the Gram matrix and ``D V`` are computed in float64
+            and the spectrum is compressed, see `purification.compress`: for large ``sigma_1 / sigma_k``.
+    """
+    if matrices.shape[-2] < matrices.shape[-1]:
+        flipped = matmul_subspaces(matrices.mT, ranks, precision, levels)
+        return [replace(part, U=part.Vh.mT, core=part.core.mT, Vh=part.U.mT) for part in flipped]
+    numbers = arithmetic(precision)
+    exact = matrices.double()
+    # In units of a power of two near the largest entry, so that no square overflows.
+    unit = torch.frexp(exact.abs().amax((-2, -1)).clamp(min=2.0**-1000)).exponent
+    unit = torch.ldexp(torch.ones_like(exact[:, 0, 0]), unit)
+    exact = exact / unit[:, None, None]
+    if levels is None:
+        tall = numbers.load(exact)
+        spaces = leading_eigenspaces(numbers.dense(numbers.gram(tall)), ranks, precision)
+    else:
+        gram = compress(exact.mT @ exact, (levels.double() / unit).square())
+        spaces = leading_eigenspaces(gram, ranks, precision, largest=torch.ones_like(unit))
+    parts = []
+    for index, V in enumerate(spaces.bases):
+        D, size = exact[index], float(unit[index])
+        if levels is None:
+            image = numbers.dense(numbers.multiply(numbers.load(D), numbers.load(V)))
+        else:
+            image = D @ V
+        U, R = cholesky_qr(image)
+        norm = max(float(torch.linalg.vector_norm(D)), torch.finfo(torch.float64).tiny)
+        largest, smallest = _extremes(R)
+        ratio = largest / smallest if smallest > 0 else float("inf")
+        usable = ratio < LARGEST_RATIO and float(spaces.rank_defect[index]) < 0.1
+        amplification = AMPLIFICATION + (ratio**2 if levels is None else 0.0)
+        parts.append(
+            MatmulSubspaces(
+                U,
+                R * size,
+                V.mT,
+                orthogonality=max(float(orthogonality(U)), float(orthogonality(V))),
+                residual=float(torch.linalg.vector_norm(D @ V - U @ R)) / norm,
+                invariance=float(torch.linalg.vector_norm(D.mT @ U - V @ R.mT)) / norm,
+                rank_defect=float(spaces.rank_defect[index]),
+                smallest=smallest * size,
+                ratio=ratio,
+                error_estimate=numbers.eps * amplification if usable else float("inf"),
+                outer_steps=int(spaces.outer_steps[index]),
+                inner_steps=int(spaces.inner_steps[index]),
+                compressed=levels is not None,
+            )
+        )
+    return parts
+
+
+def matmul_tsv_merge(
+    matrices: Tensor,
+    ranks: Sequence[int],
+    weights: Sequence[float] | None = None,
+    precision: Precision = "fp16x3",
+    tolerance: float | None = None,
+) -> MatmulMerge:
+    """TSV-Merge (see `tsv_merge`) of same-shape task matrices from matrix products alone.
+
+    Tasks whose `error_estimate` is above `tolerance` are solved again with a compressed spectrum. The concatenated
+    bases must have full rank: the caller leaves out rows and columns that no task touched, and goes to another solver
+    if `orthogonality` says that the polar factor is not one.
+
+    Args:
+        matrices: (T, m, n) float32 or float64, finite.
+        ranks: T ranks of sum at most min(m, n), none above the numerical rank.
+        weights: T factors of the cores; None means 1.
+        precision: as for `matmul_subspaces`.
+        tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always, None
+            for `TOLERANCE`.
+    """
+    limit = TOLERANCE[precision] if tolerance is None else tolerance
+    parts = matmul_subspaces(matrices, ranks, precision)
+    again = [i for i, part in enumerate(parts) if part.error_estimate > limit and part.ratio < LARGEST_RATIO]
+    if again:
+        levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=matrices.device)
+        solved = matmul_subspaces(matrices[again], [ranks[i] for i in again], precision, levels)
+        for i, part in zip(again, solved, strict=True):
+            parts[i] = part
+    factors = [1.0] * len(parts) if weights is None else list(weights)
+    bound = len(parts) ** 0.5
+    left = polar_express(torch.cat([part.U for part in parts], 1), bound, LOWER, precision)
+    right = polar_express(torch.cat([part.Vh for part in parts], 0).mT, bound, LOWER, precision)
+    numbers = arithmetic(precision)
+    core = torch.block_diag(*(f * part.core for f, part in zip(factors, parts, strict=True)))  # type: ignore[no-untyped-call]
+    size = core.abs().amax().clamp(min=torch.finfo(core.dtype).tiny)
+    inner = numbers.multiply(numbers.load(left.matrix), numbers.load(core / size))
+    merged = numbers.dense(numbers.multiply(inner, numbers.load(right.matrix).mT))
+    return MatmulMerge(
+        (merged.double() * size).to(merged.dtype),
+        tuple(parts),
+        max(float(left.orthogonality), float(right.orthogonality)),
+        left.steps,
+    )
+
+
+def _extremes(R: Tensor) -> tuple[float, float]:
+    """Estimate the largest (from below) and smallest (from above) singular value of a triangular matrix."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(R.shape[0], 4, generator=generator, dtype=R.dtype).to(R.device)
+    large, small = start, start
+    for _ in range(8):
+        large = R.mT @ (R @ (large / torch.linalg.vector_norm(large, dim=0)))
+        small = small / torch.linalg.vector_norm(small, dim=0)
+        small = torch.linalg.solve_triangular(R.mT, small, upper=False)
+        small = torch.linalg.solve_triangular(R, small, upper=True)
+    largest, inverse = (torch.linalg.vector_norm(v, dim=0).amax().sqrt() for v in (large, small))
+    return float(largest), 1 / float(inverse)

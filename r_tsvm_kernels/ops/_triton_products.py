@@ -1,0 +1,198 @@
+"""What the Triton products on planes share: tile sizes, the loop over K, the lower triangle, the stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._planes import Output, Planes, SymmetricProduct
+from ._triton import LAUNCH, device_of
+
+# Tensor cores add with rounding towards zero. Their sums over this many of K are added up in float32 registers, with
+# rounding to nearest, so that the bias does not grow with K (arXiv 2203.03341, section 3).
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a program's output, the step through K, and how it is launched."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of a launch."""
+        sizes = {"BM": self.BM, "BN": self.BN, "BK": self.BK, "CHUNK": CHUNK}
+        return {**sizes, **LAUNCH, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# By compute capability; one in between takes the entry below it. BM is a multiple of BN, CHUNK of BK.
+TILES = {
+    80: Tile(128, 64, 32, 8, 3),
+    90: Tile(128, 128, 32, 8, 4),
+    100: Tile(128, 128, 64, 8, 3),
+    120: Tile(128, 64, 32, 8, 3),
+}
+INTERPRETED = Tile(32, 16, 16, 1, 1)
+
+
+def tile_of(tensor: Tensor) -> Tile:
+    """Return the tile for the device of `tensor`; on the CPU that of the interpreter."""
+    if not tensor.is_cuda:
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return TILES[max(key for key in TILES if key <= 10 * major + minor)]
+
+
+@triton.jit
+def low_plane(value, hi):
+    """What `hi` lacks, times 2^11, in fp16."""
+    return ((value - hi.to(tl.float32)) * 2048.0).to(tl.float16)
+
+
+@triton.jit
+def lower_tile(index, SPLIT: tl.constexpr):
+    """Block row and block column of a tile that touches the lower triangle; SPLIT blocks of columns make a square."""
+    square = index // SPLIT
+    row = ((tl.sqrt_rn((8 * square + 1).to(tl.float32)) - 1) / 2).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > square, row - 1, row)  # the root is rounded
+    row = tl.where((row + 1) * (row + 2) // 2 <= square, row + 1, row)
+    return row, (square - row * (row + 1) // 2) * SPLIT + index % SPLIT
+
+
+@triton.jit
+def product_tile(
+    a_hi, a_lo, b_hi, b_lo, row, column, m, n, k, stride_am, stride_ak, stride_bk, stride_bn,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Block (row, column) of ``A B``, float32, without the scales: ``hi hi + (hi lo + lo hi) / 2^11``."""
+    rows, columns, steps = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    a_first = tl.cast(row * BM, tl.int64) * stride_am
+    b_first = tl.cast(column * BN, tl.int64) * stride_bn
+    a_offsets = rows[:, None] * stride_am + steps[None, :] * stride_ak
+    b_offsets = steps[:, None] * stride_bk + columns[None, :] * stride_bn
+    a_inside = (row * BM + rows < m)[:, None]
+    b_inside = (column * BN + columns < n)[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    correction = tl.zeros((BM, BN), tl.float32)
+    for chunk in range(0, k, CHUNK):
+        partial = tl.zeros((BM, BN), tl.float32)
+        for at in range(chunk, min(chunk + CHUNK, k), BK):
+            a_mask = a_inside & (at + steps < k)[None, :]
+            b_mask = b_inside & (at + steps < k)[:, None]
+            a_at = a_first + tl.cast(at, tl.int64) * stride_ak
+            b_at = b_first + tl.cast(at, tl.int64) * stride_bk
+            a = tl.load(a_hi + a_at + a_offsets, mask=a_mask, other=0.0)
+            b = tl.load(b_hi + b_at + b_offsets, mask=b_mask, other=0.0)
+            if a_lo is not None:
+                a_rest = tl.load(a_lo + a_at + a_offsets, mask=a_mask, other=0.0)
+                b_rest = tl.load(b_lo + b_at + b_offsets, mask=b_mask, other=0.0)
+                correction = tl.dot(a, b_rest, correction)
+                correction = tl.dot(a_rest, b, correction)
+            partial = tl.dot(a, b, partial)
+        total += partial
+    return total + correction * (1.0 / 2048.0)
+
+
+@triton.jit
+def symmetric_kernel(
+    hi_ptr, lo_ptr, linear_ptr, quadratic_ptr, done_ptr, out_ptr, out_lo_ptr, sums_ptr,
+    n, k, stride_b, stride_n, stride_k,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``out = linear A + quadratic A A^T`` of matrix ``program_id(1)``; no linear term where `linear_ptr` is None.
+
+    One tile that touches the lower triangle; what lies below the diagonal is stored twice. `sums` gets the tile's part
+    of the trace and of the squared norm. ``done`` 1 skips the product, 2 the whole tile.
+    """
+    index, batch = tl.program_id(0), tl.program_id(1)
+    if done_ptr is not None:
+        done = tl.load(done_ptr + batch)
+        if done >= 2:
+            return
+        k = tl.where(done == 1, 0, k)
+    row, column = lower_tile(index, BM // BN)
+    first = tl.cast(batch, tl.int64) * stride_b
+    hi_ptr += first
+    if lo_ptr is not None:
+        lo_ptr += first
+    value = product_tile(
+        hi_ptr, lo_ptr, hi_ptr, lo_ptr, row, column, n, n, k, stride_n, stride_k, stride_k, stride_n, BM, BN, BK, CHUNK
+    )  # fmt: skip
+    value *= tl.load(quadratic_ptr + batch)
+    rows, columns = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    below = row * BM - column * BN  # of the tile's corner, below the diagonal
+    lower = (rows < n - row * BM) & (columns <= rows + below)
+    strictly = lower & (columns < rows + below)
+    # Only scalars are int64: a tile of them would not fit into registers.
+    above, left = tl.cast(row * BM, tl.int64), tl.cast(column * BN, tl.int64)
+    if linear_ptr is not None:
+        corner = above * stride_n + left * stride_k
+        at = rows * stride_n + columns * stride_k
+        old = tl.load(hi_ptr + corner + at, mask=lower, other=0.0).to(tl.float32)
+        if lo_ptr is not None:
+            old += tl.load(lo_ptr + corner + at, mask=lower, other=0.0).to(tl.float32) * (1.0 / 2048.0)
+        value += tl.load(linear_ptr + batch) * old
+
+    out_first = tl.cast(batch, tl.int64) * n * n
+    direct, mirrored = out_first + above * n + left, out_first + left * n + above
+    stored = value.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + direct + rows * n + columns, stored, mask=lower)
+    tl.store(out_ptr + mirrored + columns * n + rows, stored, mask=strictly)
+    kept = stored.to(tl.float32)
+    if out_lo_ptr is not None:
+        low = low_plane(value, stored)
+        tl.store(out_lo_ptr + direct + rows * n + columns, low, mask=lower)
+        tl.store(out_lo_ptr + mirrored + columns * n + rows, low, mask=strictly)
+        kept += low.to(tl.float32) * (1.0 / 2048.0)
+
+    kept = tl.where(lower, kept, 0.0)
+    part = sums_ptr + (tl.cast(batch, tl.int64) * tl.num_programs(0) + index) * 2
+    tl.store(part, tl.sum(tl.sum(tl.where(columns == rows + below, kept, 0.0), axis=1), axis=0))
+    tl.store(part + 1, tl.sum(tl.sum(kept * tl.where(strictly, kept + kept, kept), axis=1), axis=0))
+
+
+def symmetric_product(
+    A: Planes,
+    quadratic: Tensor,
+    out: Output,
+    linear: Tensor | None = None,
+    done: Tensor | None = None,
+    old: SymmetricProduct | None = None,
+) -> SymmetricProduct:
+    """Return ``linear A + quadratic A A^T``, A without its scale; see `symmetric_kernel` and `symm_square`."""
+    batch, n, k = A.shape
+    hi, tile = A.hi, tile_of(A.hi)
+    low = A.lo
+    if low is not None and low.stride() != hi.stride():
+        hi, low = hi.contiguous(), low.contiguous()
+    matrix: Tensor | Planes
+    if old is not None and isinstance(old.matrix, Planes):
+        matrix = old.matrix
+    elif out == "planes":
+        empty = hi.new_empty(batch, n, n)
+        matrix = Planes(empty, None if low is None else torch.empty_like(empty), torch.ones_like(A.scale))
+    else:
+        matrix = hi.new_empty((batch, n, n), dtype=torch.float32)
+    squares = triton.cdiv(n, tile.BM)
+    tiles = squares * (squares + 1) // 2 * (tile.BM // tile.BN)
+    sums = torch.zeros((batch, tiles, 2), dtype=torch.float32, device=hi.device)
+    first, second = (matrix, None) if isinstance(matrix, Tensor) else (matrix.hi, matrix.lo)
+    if batch * n:
+        with device_of(hi):
+            symmetric_kernel[(tiles, batch)](
+                hi, low, linear, quadratic, done, first, second, sums, n, k, *hi.stride(), **tile.options()
+            )  # fmt: skip
+    trace, square_norm = sums.double().sum(1).float().unbind(1)  # in a fixed order
+    if done is not None and old is not None:
+        trace = torch.where(done >= 2, old.trace, trace)
+        square_norm = torch.where(done >= 2, old.square_norm, square_norm)
+    return SymmetricProduct(matrix, trace, square_norm)

@@ -1,0 +1,45 @@
+"""Split float32 matrices into scaled fp16 planes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...errors import DTypeError, ShapeError
+from .._planes import Planes
+
+
+def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> Planes:
+    """Return ``hi = fp16(x / scale)`` and ``lo = fp16((x / scale - hi) * 2^11)`` (arXiv 2203.03341, section 4).
+
+    The scale is a power of two, one per matrix, with ``|x| / scale <= 1``; 1 for a matrix of zeros. Then x is
+    reproduced to 2^-22 of each element or 2^-36 of the largest one, whichever is larger. (Scales end at 2^126: above
+    it ``|x| / scale`` goes up to 4, which fp16 holds as well.) A matrix with NaN or infinity gets planes that are not
+    finite either.
+
+    Args:
+        x: (..., m, n) float32.
+        low: False leaves `lo` away: 11 bits instead of 22, a third of the work.
+        backend: run this implementation or raise; None takes the fastest one that is available.
+
+    Raises:
+        ShapeError, DTypeError: not float32 matrices.
+        BackendUnavailable: `backend` cannot run here.
+    """
+    if x.ndim < 2:
+        raise ShapeError(f"split_planes: expected matrices, got shape {tuple(x.shape)}")
+    if x.dtype != torch.float32:
+        raise DTypeError(f"split_planes: expected float32, got {x.dtype}; convert it with .float()")
+    planes: Planes = dispatch.select("split_planes", x, backend=backend)(x, plane_scale(x), low)
+    return planes
+
+
+def plane_scale(x: Tensor) -> Tensor:
+    """Return the power of two of each matrix, see `split_planes`."""
+    if x.numel() == 0:
+        return x.new_ones(x.shape[:-2])
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1))
+    mantissa, exponent = torch.frexp(torch.where(largest.isfinite(), largest, 0.0))  # mantissa in [0.5, 1)
+    exponent = (exponent - (mantissa == 0.5).int()).clamp(-126, 126)
+    return torch.where(mantissa > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)

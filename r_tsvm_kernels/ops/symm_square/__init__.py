@@ -1,0 +1,59 @@
+"""A quadratic polynomial of a symmetric matrix, the step of spectral purification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...errors import DTypeError, ShapeError
+from .._planes import Planes, SymmetricProduct, check_planes, factor
+
+
+def symm_square(
+    planes: Planes,
+    a: float | Tensor,
+    b: float | Tensor,
+    *,
+    done: Tensor | None = None,
+    out: SymmetricProduct | None = None,
+    backend: str | None = None,
+) -> SymmetricProduct:
+    """Return ``a X + b X X`` for symmetric X as planes of scale 1, with trace and squared Frobenius norm.
+
+    Accuracy as `symm_gram`; only the lower triangle of the product is computed. All arguments may lie in device
+    memory: a loop of such steps waits for nothing, and matrices that have converged cost next to nothing.
+
+    Args:
+        planes: (..., n, n), exactly symmetric. The entries of the result must stay below 65504.
+        a: a number, or a float32 tensor (...), one per matrix.
+        b: likewise.
+        done: (...) int32. 0: compute. 1: copy X. 2 or more: `out` holds a copy already, write nothing.
+        out: an earlier result of the same shape, not the one that holds `planes`; its memory is used again.
+        backend: run this implementation or raise; None takes the fastest one that is available.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: not square planes, or arguments that do not fit them.
+        BackendUnavailable: `backend` cannot run here.
+    """
+    check_planes("symm_square", planes)
+    batch, n = planes.shape[:-2], planes.shape[-1]
+    if planes.shape[-2] != n:
+        raise ShapeError(f"symm_square: expected square matrices, got shape {tuple(planes.shape)}")
+    if done is not None and (done.shape != batch or done.dtype != torch.int32):
+        raise DTypeError(
+            f"symm_square: done must be int32 of shape {tuple(batch)}, got {done.dtype} {tuple(done.shape)}"
+        )
+    flat = planes.flatten()
+    old = None
+    if out is not None:
+        if not isinstance(out.matrix, Planes) or out.matrix.shape != planes.shape:
+            raise ShapeError("symm_square: out must be a result of symm_square for planes of this shape")
+        old = SymmetricProduct(out.matrix.flatten(), out.trace.reshape(-1), out.square_norm.reshape(-1))
+    linear = factor("symm_square", flat, a, flat.scale)
+    quadratic = factor("symm_square", flat, b, flat.scale, flat.scale)
+    run = dispatch.select("symm_square", planes.hi, backend=backend)
+    result = run(flat, linear, quadratic, None if done is None else done.reshape(-1), old)
+    return SymmetricProduct(
+        result.matrix.unflatten(batch), result.trace.reshape(batch), result.square_norm.reshape(batch)
+    )

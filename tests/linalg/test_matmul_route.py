@@ -1,0 +1,86 @@
+"""TSV-Merge from matrix products alone, against the float64 SVD; formats of tensor cores are simulated by rounding."""
+
+import math
+
+import pytest
+import torch
+from compare import relative_error
+from spectra import KINDS, rank_of, spectrum
+
+from r_tsvm_kernels.linalg import tsv_merge
+from r_tsvm_kernels.linalg.matmul_route import matmul_subspaces, matmul_tsv_merge
+
+# Of the merged matrix, relative; exact mode's contract is 1e-4.
+EXACT, FAST = 3e-5, 2e-2
+
+
+def tasks_of(kind, m, n, tasks):
+    return torch.stack([spectrum(kind, m, n, seed) for seed in range(tasks)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n"), [(96, 96), (80, 130)])
+@pytest.mark.parametrize("tasks", [2, 3, 8])
+def test_merged_matrix(kind, m, n, tasks):
+    matrices, rank = tasks_of(kind, m, n, tasks), rank_of(kind, min(m, n), tasks)
+    exact = tsv_merge(matrices.double(), [rank] * tasks).matrix
+    precise = matmul_tsv_merge(matrices, [rank] * tasks)
+    assert relative_error(precise.matrix, exact) < EXACT
+    assert precise.orthogonality < 1e-5
+    assert relative_error(matmul_tsv_merge(matrices, [rank] * tasks, None, "fp16").matrix, exact) < FAST
+    assert relative_error(matmul_tsv_merge(matrices, [rank] * tasks, None, "float64").matrix, exact) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["fp16x3", "fp16"])
+def test_the_error_estimate_is_not_too_small(kind, precision):
+    matrices, rank = tasks_of(kind, 90, 90, 3), rank_of(kind, 90, 3)
+    exact = tsv_merge(matrices.double(), [rank] * 3).matrix
+    for tolerance in (math.inf, 0.0):
+        got = matmul_tsv_merge(matrices, [rank] * 3, None, precision, tolerance)
+        error = min(1.0, relative_error(got.matrix, exact))
+        estimate = max(part.error_estimate for part in got.parts)
+        assert error < 2 * estimate
+        assert all(part.compressed == (tolerance == 0) for part in got.parts)
+
+
+def test_heavy_heads_are_compressed_and_others_are_not():
+    matrices = tasks_of("flat", 90, 90, 3)
+    matrices[1] += 1e3 * torch.randn(90, 1) @ torch.randn(1, 90)
+    got = matmul_tsv_merge(matrices, [30, 30, 30], [1.0, 2.0, 0.5])
+    assert [part.compressed for part in got.parts] == [False, True, False]
+    assert got.parts[1].ratio > 1e3
+    exact = tsv_merge(matrices.double(), [30, 30, 30], [1.0, 2.0, 0.5]).matrix
+    assert relative_error(got.matrix, exact) < EXACT
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("shape", [(70, 40), (40, 70)])
+def test_subspaces_are_singular_ones(shape, scale):
+    matrices = scale * torch.randn(3, *shape)
+    ranks = [1, 9, 30]
+    for matrix, rank, part in zip(matrices, ranks, matmul_subspaces(matrices, ranks), strict=True):
+        U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        assert part.U.shape == (shape[0], rank) and part.Vh.shape == (rank, shape[1])
+        truncated = (U[:, :rank] * s[:rank]) @ Vh[:rank]
+        assert relative_error(part.U @ part.core @ part.Vh, truncated) < 1e-4
+        assert part.orthogonality < 1e-13 and part.residual < 1e-6 and part.invariance < 3e-6
+        assert part.ratio == pytest.approx(float(s[0] / s[rank - 1]), rel=0.2)
+        assert part.smallest == pytest.approx(float(s[rank - 1]), rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["fp16x3", "fp16", "float64"])
+def test_a_rank_above_the_numerical_rank_is_seen(precision):
+    got = matmul_tsv_merge(tasks_of("low rank", 90, 90, 3), [30, 30, 30], None, precision)
+    assert all(part.error_estimate == math.inf for part in got.parts)
+
+
+def test_shared_directions_are_seen():
+    matrix = torch.randn(60, 60)
+    got = matmul_tsv_merge(torch.stack([matrix, matrix]), [30, 30])
+    assert not got.orthogonality < 1e-3
+
+
+def test_one_task_of_full_rank_comes_back():
+    matrix = torch.randn(1, 40, 30)
+    assert relative_error(matmul_tsv_merge(matrix, [30]).matrix, matrix[0]) < EXACT

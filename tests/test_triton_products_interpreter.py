@@ -1,0 +1,29 @@
+"""tests/ops/test_triton_products.py in a process of its own, where Triton interprets its kernels on the CPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r_tsvm_kernels import backends
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(backends.triton_state() != backends.READY, reason=f"triton: {backends.triton_state()}"),
+]
+
+
+def test_the_products_in_the_interpreter():
+    root = Path(__file__).resolve().parents[1]
+    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [*program, "tests/ops/test_triton_products.py"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) >= 130, done.stdout[-1000:]
+    assert "skipped" not in done.stdout
