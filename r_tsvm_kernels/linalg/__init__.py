@@ -5,7 +5,7 @@ from .factored import Factored, FactoredMerge, merge_factored
 from .polar import PolarFactor, polar
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
 from .subspaces import Subspaces, TruncatedSVD, leading_subspaces, truncated_svd
-from .tsv_merge import TsvMerge, tsv_merge
+from .tsv_merge import Solver, TsvMerge, tsv_merge
 
 __all__ = [
     "Certificate",
@@ -15,6 +15,7 @@ __all__ = [
     "PolarFactor",
     "Rank",
     "RankRule",
+    "Solver",
     "Subspaces",
     "TruncatedSVD",
     "TsvMerge",

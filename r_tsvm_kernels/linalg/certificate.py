@@ -29,7 +29,7 @@ class Certificate:
         basis_rank: numerical ranks of the concatenated left and right bases. Below ``sum(ranks)`` tasks share
             directions, and the polar factor is a partial isometry.
         basis_condition: largest over smallest kept singular value of the two concatenated bases. The larger, the more
-            an error of the subspaces is amplified in the merged matrix.
+            an error of the subspaces is amplified in the merged matrix. NaN where the route does not measure it.
         escalations: routes that were tried before this one and given up, each with the reason.
     """
 

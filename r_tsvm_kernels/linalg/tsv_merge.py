@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceError, ShapeError
+from ..errors import ConfigError, ConvergenceError, ShapeError
+from .arithmetic import Precision
 from .certificate import Certificate, Mode, tolerance_of
 from .factored import Factored, merge_factored
+from .matmul_route import matmul_tsv_merge
 from .polar import InverseRoot, root_of_factor, root_of_gram
 from .ranks import Rank
 from .right_vectors import ROUTES, RightVectors, right_vectors
 from .subspaces import check_matrices
 from .tall_matrix import WORKSPACE, TallMatrix
+
+Solver = Literal["eigen", "products"]
 
 PROBES = 8
 
@@ -43,6 +49,7 @@ def tsv_merge(
     weights: Sequence[float] | None = None,
     mode: Mode = "exact",
     *,
+    solver: Solver = "eigen",
     workspace: int = WORKSPACE,
 ) -> TsvMerge:
     """Merge task matrices by TSV-Merge (Gargiulo et al., "Task Singular Vectors", CVPR 2025).
@@ -59,15 +66,20 @@ def tsv_merge(
             min(m, n), or the bases cannot become orthonormal.
         weights: T factors of the cores; None means 1.
         mode: ``exact`` or ``fast``, see `Certificate`.
+        solver: ``eigen``: eigenvalue decompositions of Gram matrices; ``products``: matrix products on tensor cores
+            (see `matmul_route`), all tasks in one batch, simulated and slow on a CPU. Where its estimated error is too
+            large, where a rank is a rule or above the numerical rank, ``eigen`` takes over.
         workspace: bytes for copies of matrix rows; beside them a few square matrices of the short side are needed.
 
     Raises:
         ShapeError: the matrices, ranks and weights do not match.
         DTypeError: a matrix is not float32 or float64.
-        ConfigError: an unknown mode.
+        ConfigError: an unknown mode or solver.
         ConvergenceError: no solver reached the tolerance of `mode`.
     """
     tolerance = tolerance_of(mode)
+    if solver not in get_args(Solver):
+        raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
     factors = [1.0] * len(task_matrices) if weights is None else list(weights)
     shapes = {tuple(matrix.shape) for matrix in task_matrices}
     if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
@@ -86,8 +98,13 @@ def tsv_merge(
         TallMatrix(matrix if whole else matrix[rows[:, None], columns], len(rows) < len(columns), workspace)
         for matrix in dense
     ]
-    of_all = [_of_all_values(rank, min(m, n)) for rank in ranks]
     given_up: tuple[str, ...] = ()
+    if solver == "products":
+        try:
+            return _by_products(dense, rows, columns, ranks, factors, mode)
+        except ConvergenceError as failure:
+            given_up = (str(failure),)
+    of_all = [_of_all_values(rank, min(m, n)) for rank in ranks]
     for first in range(len(ROUTES)):
         try:
             parts = [
@@ -259,6 +276,46 @@ def _touched(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     rows = torch.stack([(matrix != 0).any(1) for matrix in matrices]).any(0)
     columns = torch.stack([(matrix != 0).any(0) for matrix in matrices]).any(0)
     return rows.nonzero()[:, 0], columns.nonzero()[:, 0]
+
+
+def _by_products(
+    matrices: Sequence[Tensor],
+    rows: Tensor,
+    columns: Tensor,
+    ranks: Sequence[Rank],
+    weights: Sequence[float],
+    mode: Mode,
+) -> TsvMerge:
+    """Merge the touched part by the matrix-product route.
+
+    Raises:
+        ConvergenceError: the route is not made for this case, or its result is not accurate enough.
+    """
+    short = min(len(rows), len(columns))
+    numbers = [rank for rank in ranks if isinstance(rank, int)]
+    if len(numbers) != len(ranks) or not all(0 < rank <= short for rank in numbers) or sum(numbers) > short:
+        raise ConvergenceError("products: needs ranks that are positive numbers of sum at most min(m, n)")
+    precision: Precision = "fp16x3" if mode == "exact" else "fp16"
+    touched = torch.stack([matrix[rows[:, None], columns] for matrix in matrices])
+    merged = matmul_tsv_merge(touched, numbers, weights, precision)
+    subspace_error = max(part.error_estimate for part in merged.parts)
+    certificate = Certificate(
+        error=subspace_error + merged.orthogonality,
+        orthogonality=merged.orthogonality,
+        subspace_error=subspace_error,
+        tolerance=tolerance_of(mode),
+        route=f"products-{precision}",
+        basis_rank=(sum(numbers), sum(numbers)),
+        basis_condition=(math.nan, math.nan),
+    )
+    certificate.require()
+    result = torch.zeros_like(matrices[0])
+    result[rows[:, None], columns] = merged.matrix.to(result.dtype)
+    energies = [
+        min(1.0, float(part.core.square().sum() / matrix.double().square().sum()))
+        for part, matrix in zip(merged.parts, touched, strict=True)
+    ]
+    return TsvMerge(result, tuple(numbers), tuple(energies), certificate)
 
 
 def _of_all_values(rank: Rank, count: int) -> Rank:

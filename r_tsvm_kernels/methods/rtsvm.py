@@ -54,7 +54,7 @@ def rtsvm(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> Me
     ]
     reweighting = outlier_weights(statistics, options.outlier_weighting)
     weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
-    merged = tsv_merge(task_matrices, ranks, weights)
+    merged = tsv_merge(task_matrices, ranks, weights, options.mode, solver=options.solver)
     report = TensorReport(
         ranks=list(merged.ranks),
         sparsities=sparsities,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import fixed_rank, tsv_merge
+from ..linalg import Mode, Solver, fixed_rank, tsv_merge
 from ..ops import accumulation_dtype, add_update
 from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
 
@@ -16,6 +16,8 @@ class TsvmParameters(MethodParameters):
     """Parameters of `tsvm`."""
 
     alpha: FiniteFloat = Field(default=1.0, alias="lambda", description="scale of the merged task vector")
+    mode: Mode = Field(default="exact", description="exact (1e-4 of float64) or fast (1e-2)")
+    solver: Solver = Field(default="eigen", description="eigen, or products (tensor cores)")
     exclude_keys: list[str] = Field(
         default=[], description="names (or patterns with *) of matrices that get the mean task vector instead"
     )
@@ -37,7 +39,7 @@ def tsvm(base: Tensor, tuned: Sequence[Tensor], options: TsvmParameters) -> Merg
     dtype = accumulation_dtype(base, *tuned)
     task_matrices = [tensor.to(dtype) - base.to(dtype) for tensor in tuned]
     rank = fixed_rank((base.shape[0], base.shape[1]), len(tuned))
-    merged = tsv_merge(task_matrices, [rank] * len(tuned), options.weight)
+    merged = tsv_merge(task_matrices, [rank] * len(tuned), options.weight, options.mode, solver=options.solver)
     report = TensorReport(
         ranks=list(merged.ranks),
         weights=list(options.weight),

@@ -6,9 +6,9 @@ from .add_update import add_update
 from .elect_and_sum import Election, Keep, elect_and_sum, normalized
 from .elect_and_sum.many import elect_and_sum_many
 from .elect_and_sum.ranked import RankedKeep, della_probabilities
+from .gemm3 import gemm3
 from .magnitude_histogram import magnitude_histogram
 from .magnitude_ranks import magnitude_ranks
-from .gemm3 import gemm3
 from .magnitude_select import MagnitudeSelection, kept_count, magnitude_select
 from .magnitude_select.many import magnitude_select_many
 from .random_mask import random_mask
@@ -25,8 +25,8 @@ __all__ = [
     "Keep",
     "MagnitudeSelection",
     "OutlierWeighting",
-    "RankedKeep",
     "Planes",
+    "RankedKeep",
     "SymmetricProduct",
     "TaskStatistics",
     "accumulation_dtype",

@@ -78,6 +78,28 @@ def test_row_tiles_give_the_same_merge(shape):
     assert tiled.certificate.basis_condition == pytest.approx(whole.certificate.basis_condition, rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_the_route_of_matrix_products(mode):
+    matrices = [spectrum("power 0.3", 96, 80, seed) for seed in range(3)]
+    matrices[0][:, 5] = matrices[1][:, 5] = matrices[2][:, 5] = 0
+    got = tsv_merge(matrices, [20, 25, 10], [1.0, 2.0, 0.5], mode, solver="products")
+    expected = tsv_merge(matrices, [20, 25, 10], [1.0, 2.0, 0.5])
+    assert got.certificate.route == {"exact": "products-fp16x3", "fast": "products-fp16"}[mode]
+    assert relative_error(got.matrix, expected.matrix) <= got.certificate.error <= got.certificate.tolerance
+    assert got.captured_energy == pytest.approx(expected.captured_energy, rel=1e-3)
+    assert not got.matrix[:, 5].any()
+
+
+@pytest.mark.parametrize("case", ["above the numerical rank", "a rule", "no room"])
+def test_products_give_way_to_eigenvalues(case):
+    matrices = [spectrum("low rank" if "rank" in case else "flat", 40, 40, seed) for seed in range(2)]
+    ranks = [lambda values: 7] * 2 if case == "a rule" else [30, 30] if case == "no room" else [20, 20]
+    got = tsv_merge(matrices, ranks, solver="products")
+    assert torch.equal(got.matrix, tsv_merge(matrices, ranks).matrix)
+    assert got.certificate.route in ("gram-float64", "svd-float64")
+    assert "products" in got.certificate.escalations[0]
+
+
 def test_nearly_dependent_bases_take_the_exact_route_and_say_so():
     first = spectrum("power 0.5", 60, 60, 0)
     matrices = [first, first + 3e-6 * torch.randn(60, 60)]
@@ -170,6 +192,8 @@ def test_what_it_refuses():
         tsv_merge([torch.full((4, 4), torch.inf)], [1])
     with pytest.raises(ConfigError, match="mode"):
         tsv_merge([matrix], [1], mode="quick")
+    with pytest.raises(ConfigError, match="solver"):
+        tsv_merge([matrix], [1], solver="magic")
 
 
 def test_a_missed_certificate_raises():
