@@ -42,14 +42,14 @@ class Floats:
 
     def square(
         self,
-        x: SymmetricProduct,
+        x: Operand,
         a: float | Tensor,
         b: float | Tensor,
         done: Tensor | None = None,
         out: SymmetricProduct | None = None,
     ) -> SymmetricProduct:
         """Return ``a x + b x x`` for symmetric x, or x where `done` is not 0."""
-        plain = cast(Tensor, x.matrix)
+        plain = cast(Tensor, x)
         a, b = (value[..., None, None] if isinstance(value, Tensor) else value for value in (a, b))
         result = a * plain + b * (plain @ plain)
         return self.measured(result if done is None else torch.where(done[..., None, None] > 0, plain, result))
@@ -89,14 +89,14 @@ class FloatPlanes:
 
     def square(
         self,
-        x: SymmetricProduct,
+        x: Operand,
         a: float | Tensor,
         b: float | Tensor,
         done: Tensor | None = None,
         out: SymmetricProduct | None = None,
     ) -> SymmetricProduct:
         """Return ``a x + b x x`` for symmetric x, or x where `done` is not 0."""
-        return symm_square(cast(Planes, x.matrix), a, b, done=done, out=out)
+        return symm_square(cast(Planes, x), a, b, done=done, out=out)
 
     def multiply(
         self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None
@@ -106,6 +106,12 @@ class FloatPlanes:
 
 
 Arithmetic = Floats | FloatPlanes
+
+
+def padded(x: Tensor, columns: int) -> Tensor:
+    """Add columns of zeros up to the next multiple of 16 from `columns` on, which kernels load fastest."""
+    return torch.nn.functional.pad(x, (0, -(-columns // 16) * 16 - x.shape[-1]))
+
 
 FORMATS: dict[str, Arithmetic] = {
     "float64": Floats(torch.float64, 2.0**-53),

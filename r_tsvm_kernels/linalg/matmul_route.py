@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .arithmetic import Precision, arithmetic
+from .arithmetic import Precision, arithmetic, padded
 from .orthonormal import cholesky_qr, orthogonality
 from .polar_express import polar_express
 from .purification import compress, leading_eigenspaces
@@ -112,7 +112,8 @@ def matmul_subspaces(
     for index, V in enumerate(spaces.bases):
         D, size = exact[index], float(unit[index])
         if levels is None:
-            image = numbers.dense(numbers.multiply(numbers.load(D), numbers.load(V)))
+            image = numbers.dense(numbers.multiply(numbers.load(D), numbers.load(padded(V, ranks[index]))))
+            image = image[:, : ranks[index]]
         else:
             image = D @ V
         U, R = cholesky_qr(image)

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops import SymmetricProduct
-from .arithmetic import Operand, Precision, arithmetic
+from .arithmetic import Precision, arithmetic, padded
 from .orthonormal import orthogonality
 
 # A polynomial that is best on all of [l, 1] maps much of it to near 0 when l is small, and rounding errors grow there.
@@ -101,17 +99,12 @@ def polar_express(
         tolerance: distance of the singular values from 1 in exact arithmetic.
     """
     numbers = arithmetic(precision)
-    X = numbers.load(matrix / bound)
+    columns = matrix.shape[-1]
+    X = numbers.load(padded(matrix / bound, columns))
     steps = coefficients(lower, max(tolerance, numbers.eps), 64 * numbers.eps)
     for a, b, c in steps:
         Y = numbers.gram(X)
-        Z = numbers.square(SymmetricProduct(Y, *_unused(X)), b, c).matrix
+        Z = numbers.square(Y, b, c).matrix
         X = numbers.multiply(X, Z, 1.0, a, X)
-    result = numbers.dense(X)
+    result = numbers.dense(X)[..., :columns]
     return Polar(result, orthogonality(result.double()), len(steps))
-
-
-def _unused(X: Operand) -> tuple[Tensor, Tensor]:
-    """In place of trace and norm, which these steps do not read."""
-    empty = torch.empty(0)
-    return empty, empty

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import SymmetricProduct
-from .arithmetic import Arithmetic, Operand, Precision, arithmetic
+from .arithmetic import Arithmetic, Operand, Precision, arithmetic, padded
 from .orthonormal import cholesky_qr
 
 OVERSAMPLING = 0.2
@@ -91,7 +91,7 @@ def purify(
         count = count + (done == 0).int()
         shrink = (square - rank).abs() < (2 * trace - square - rank).abs()
         a, b = torch.where(shrink, 0.0, 2.0), torch.where(shrink, 1.0, -1.0)
-        X, spare = numbers.square(X, a, b, done, spare), X
+        X, spare = numbers.square(X.matrix, a, b, done, spare), X
         spare = spare if spare is not start else None  # the caller's
     return Purified(X.matrix, X.trace, X.trace - X.square_norm, count)
 
@@ -128,11 +128,10 @@ def leading_eigenspaces(
     start = _lifted(scaled, numbers)
     wanted, spread = scaled.new_tensor(ranks), scaled.new_tensor(extra)
     columns = max(width)
-    sketch = _gaussian(n, columns, gram.device)
 
     if 4 * columns > 3 * n:  # the second level would be as large as the first
         whole = _to_rank(start, wanted, numbers)
-        bases = _range_of(whole.matrix, sketch, ranks, numbers, rounds=2)
+        bases = _range_of(whole.matrix, _gaussian(n, max(ranks), gram.device), ranks, numbers, rounds=2)
         return Eigenspaces(
             bases, (whole.trace - wanted).abs(), whole.impurity, whole.steps, torch.zeros_like(whole.steps)
         )
@@ -140,12 +139,12 @@ def leading_eigenspaces(
     # The second pair: near a projector of any rank from k to k + p. At an exact low rank there is nothing else.
     tolerances = [(spread / 4, spread / 8), (spread / 2 + 0.25, torch.full_like(spread, 0.25))]
     coarse = purify(start, wanted + spread / 2, tolerances, 3, numbers)
-    spans = _range_of(coarse.matrix, sketch, width, numbers, rounds=3)
-    Y = torch.stack([torch.nn.functional.pad(span, (0, columns - span.shape[1])) for span in spans])
+    spans = _range_of(coarse.matrix, _gaussian(n, columns, gram.device), width, numbers, rounds=3)
+    Y = torch.stack([padded(span, columns) for span in spans])
     y = numbers.load(Y)
-    inner = numbers.dense(numbers.multiply(_transposed(y), numbers.multiply(start.matrix, y)))
+    inner = numbers.dense(numbers.multiply(y.mT, numbers.multiply(start.matrix, y)))
     fine = _to_rank(_lifted((inner + inner.mT) / 2, numbers), wanted, numbers)
-    corners = _range_of(fine.matrix, sketch[:columns], ranks, numbers, rounds=2)
+    corners = _range_of(fine.matrix, _gaussian(Y.shape[-1], max(ranks), gram.device), ranks, numbers, rounds=2)
     bases = [Y[i] @ corner for i, corner in enumerate(corners)]
     return Eigenspaces(bases, (fine.trace - wanted).abs(), fine.impurity, coarse.steps, fine.steps)
 
@@ -221,10 +220,8 @@ def _range_of(
     """
     bases = [sketch] * len(ranks)
     for turn in range(rounds):
-        padded = torch.stack(
-            [torch.nn.functional.pad(x[:, :k], (0, max(ranks) - k)) for x, k in zip(bases, ranks, strict=True)]
-        )
-        product = numbers.dense(numbers.multiply(projector, numbers.load(padded)))
+        start = torch.stack([padded(x[:, :k], max(ranks)) for x, k in zip(bases, ranks, strict=True)])
+        product = numbers.dense(numbers.multiply(projector, numbers.load(start)))
         passes = 3 if turn == rounds - 1 else 1
         bases = [cholesky_qr(product[i, :, :k], passes)[0] for i, k in enumerate(ranks)]
     return bases
@@ -234,7 +231,3 @@ def _gaussian(rows: int, columns: int, device: torch.device) -> Tensor:
     """The same random matrix each time."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device)
-
-
-def _transposed(x: Operand) -> Operand:
-    return x.mT

@@ -5,12 +5,14 @@ interpreter adds like float32 hardware, not like tensor cores, which round towar
 """
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compare import relative_error, same_bits
 
 from r_tsvm_kernels import backends
+from r_tsvm_kernels.errors import BackendUnavailable
 from r_tsvm_kernels.ops import Planes, gemm3, split_planes, symm_gram, symm_square
 
 STATE = backends.triton_interpreter_state()
@@ -145,8 +147,34 @@ def test_every_lower_tile_comes_once():
     assert symm_gram(ones, "left", backend="triton").square_norm == n * n
 
 
+@pytest.mark.parametrize(
+    ("capability", "key"), [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 120)]
+)
+def test_tile_by_capability(capability, key, monkeypatch):
+    products = import_module("r_tsvm_kernels.ops._triton_products")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    on_gpu = SimpleNamespace(is_cuda=True, device=None)
+    assert products.tile_of(on_gpu) is products.TILES[key]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(BackendUnavailable, match="8.0"):
+        products.tile_of(on_gpu)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_seen(bad):
     x = torch.eye(20)
     x[3, 3] = bad
     assert not symm_square(split_planes(x), 2.0, -1.0, backend="triton").square_norm.isfinite()
+
+
+def test_a_whole_merge_runs_on_the_kernels():
+    from r_tsvm_kernels import dispatch
+    from r_tsvm_kernels.linalg import tsv_merge
+    from r_tsvm_kernels.linalg.matmul_route import matmul_tsv_merge
+
+    matrices = torch.randn(2, 44, 36)
+    matrices[1, :, 0] *= 100  # the two tasks take different numbers of steps, and one is compressed
+    with dispatch.use_backend(split_planes="triton", symm_gram="triton", symm_square="triton", gemm3="triton"):
+        got = matmul_tsv_merge(matrices, [9, 4])
+    assert relative_error(got.matrix, tsv_merge(matrices.double(), [9, 4]).matrix) < 3e-5
+    assert len({part.outer_steps for part in got.parts}) == 2
