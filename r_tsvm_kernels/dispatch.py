@@ -28,6 +28,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "magnitude_ranks": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
     "reweight_prune": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
     "reweight_prune_inplace": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
+    "reweight_prune_planes": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
     "add_update": {"cuda": ("torch", "cuda", "triton"), "cpu": ("torch",)},
     "random_mask": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
     "elect_and_sum": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},

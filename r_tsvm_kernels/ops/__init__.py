@@ -14,6 +14,7 @@ from .magnitude_select.many import magnitude_select_many
 from .random_mask import random_mask
 from .reweight_prune import OutlierWeighting, outlier_weights, pruned_sparsity, reweight_prune
 from .reweight_prune_inplace import reweight_prune_
+from .reweight_prune_planes import reweight_prune_planes
 from .split_planes import split_planes
 from .symm_gram import symm_gram
 from .symm_square import symm_square
@@ -48,6 +49,7 @@ __all__ = [
     "random_mask",
     "reweight_prune",
     "reweight_prune_",
+    "reweight_prune_planes",
     "split_planes",
     "symm_gram",
     "symm_square",

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._planes import Planes
 from .._checks import accumulation_dtype, raise_not_finite
 from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load_delta, selected, ties_in_block
 from ..magnitude_select import MagnitudeSelection
 from ..magnitude_select.triton_kernel import kth_magnitudes
+from .._triton_products import low_plane
 from ..task_statistics import TaskStatistics
 
 BLOCK = 2048
@@ -31,12 +33,13 @@ def tie_kernel(
 
 @triton.jit
 def prune_kernel(
-    base_ptr, tuned_ptr, theta_ptr, threshold_ptr, ties_ptr, ties_before_ptr, out_ptr, numel,
+    base_ptr, tuned_ptr, theta_ptr, threshold_ptr, ties_ptr, ties_before_ptr, scale_ptr, out_ptr, low_ptr, numel,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out_i = d_i`` where ``|d_i| > threshold``, or it is equal and one of the first `ties` that are; 0 elsewhere.
 
-    ``d = clamp(tuned - base, -theta, theta)``; without `threshold_ptr` all of d stays.
+    ``d = clamp(tuned - base, -theta, theta)``; without `threshold_ptr` all of d stays. With `scale_ptr`, out and low
+    are the fp16 planes of ``out / scale``.
     """
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
@@ -44,7 +47,13 @@ def prune_kernel(
     if threshold_ptr is not None:
         survives = selected(tl.abs(delta), inside, threshold_ptr, ties_ptr, ties_before_ptr + block)
         delta = tl.where(survives, delta, 0.0)
-    tl.store(out_ptr + offsets, delta, mask=inside)
+    if scale_ptr is None:
+        tl.store(out_ptr + offsets, delta, mask=inside)
+    else:
+        delta = delta * (1.0 / tl.load(scale_ptr))  # powers of two: exact
+        hi = delta.to(tl.float16)
+        tl.store(out_ptr + offsets, hi, mask=inside)
+        tl.store(low_ptr + offsets, low_plane(delta, hi), mask=inside)
 
 
 def run(
@@ -65,18 +74,21 @@ def prune_into(
     theta: Tensor | None,
     keep: Sequence[int],
     op: str,
+    planes: Planes | None = None,
 ) -> None:
     """Write the pruned task vectors; nothing is written before all task vectors are known to be finite.
 
     Args:
-        outputs: contiguous, float32 or float64; they may be `tuned`.
+        outputs: contiguous, float32 or float64; they may be `tuned`. With `planes` its high planes, float16.
         base: contiguous, or None for zeros.
         tuned: contiguous.
         theta: float64 (tasks,), clip there.
         keep: number of survivors of each task.
         op: whose name an error carries.
+        planes: contiguous (tasks, ...), where the low planes go, and the scales.
     """
-    numel, dtype, real = outputs[0].numel(), outputs[0].dtype, REAL[outputs[0].dtype]
+    numel, dtype = outputs[0].numel(), torch.float32 if planes else outputs[0].dtype
+    real = REAL[dtype]
     if numel == 0:
         return
     grid = (triton.cdiv(numel, BLOCK),)
@@ -93,6 +105,8 @@ def prune_into(
         for task, out in enumerate(outputs):
             if keep[task] == 0:
                 out.zero_()
+                if planes is not None and planes.lo is not None:
+                    planes.lo[task].zero_()
                 continue
             arguments = (base, tuned[task], limits[task])
             threshold = ties = ties_before = None
@@ -101,4 +115,7 @@ def prune_into(
                 ties_in = torch.empty(grid, dtype=torch.int64, device=out.device)
                 tie_kernel[grid](*arguments, threshold, ties_in, numel, real, BLOCK, **LAUNCH)
                 ties_before = ties_in.cumsum(0) - ties_in
-            prune_kernel[grid](*arguments, threshold, ties, ties_before, out, numel, real, BLOCK, **LAUNCH)
+            scale, low = (None, None) if planes is None or planes.lo is None else (planes.scale[task], planes.lo[task])
+            prune_kernel[grid](
+                *arguments, threshold, ties, ties_before, scale, out, low, numel, real, BLOCK, **LAUNCH
+            )  # fmt: skip

@@ -39,7 +39,11 @@ def plane_scale(x: Tensor) -> Tensor:
     """Return the power of two of each matrix, see `split_planes`."""
     if x.numel() == 0:
         return x.new_ones(x.shape[:-2])
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1))
+    return scale_above(torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1)))
+
+
+def scale_above(largest: Tensor) -> Tensor:
+    """Return the least power of two not below each of these float32 magnitudes; 1 for 0, NaN and infinity."""
     mantissa, exponent = torch.frexp(torch.where(largest.isfinite(), largest, 0.0))  # mantissa in [0.5, 1)
     exponent = (exponent - (mantissa == 0.5).int()).clamp(-126, 126)
     return torch.where(mantissa > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
