@@ -55,6 +55,8 @@ def build(folder: Path) -> Path:
     includes = [STAND_IN, ROOT / "csrc" / "include", pybind11.get_include(), sysconfig.get_path("include")]
     # No fortified longjmp: the fibers jump between stacks.
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+    # A GPU refuses misaligned reads.
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     flags += ["-include", "cuda_runtime.h", *(f"-I{path}" for path in includes)]
     sources = [
         *(ROOT / "csrc" / "cuda").glob("*.cu"),
@@ -208,7 +210,7 @@ def test_selection_over_many_tensors():
     assert same_selections(*both(magnitude_select_many, lambda: iter(tensors), 2500))
 
 
-@many
+@settings(many, max_examples=8)  # a row is a block, however short it is
 @given(tensors=groups)
 def test_ranks(tensors):
     base, (x, *_) = tensors
@@ -395,6 +397,24 @@ def test_merging_takes_the_first_ties(ties, field):
     tuned[-1] = 3.0
     keep = [Keep(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})]
     assert same_bits(*both(elect_and_sum, base, [tuned], [1.0], keep=keep))
+
+
+def test_the_ties_of_more_slices_than_are_summed_at_once():
+    size = 2**23 + 5000
+    base, tuned = torch.zeros(size, dtype=torch.bfloat16), torch.ones(size, dtype=torch.bfloat16)
+    keep = [Keep(largest=MagnitudeSelection(torch.tensor(1.0), torch.tensor(2**23 + 1500)))]
+    got = elect_and_sum(base, [tuned], [1.0], keep=keep, backend="cuda")
+    assert got[: 2**23 + 1500].all() and not got[2**23 + 1500 :].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_begin_anywhere(dtype):
+    base, x, y = torch.randn(3, 3001).to(dtype).unbind()
+    for offset in (1, 2, 3):
+        tensors = [t[offset:] for t in (base, x, y)]
+        assert same_bits(*both(add_update, *tensors[:2], 0.3))
+        assert same_bits(*both(elect_and_sum, tensors[0], tensors[1:], [1.0, 2.0], elect="sum"))
+        assert same_selections(*both(magnitude_select, tensors[1], [1000, 7], base=tensors[0]))
 
 
 @pytest.mark.parametrize("elect", ["none", "sum", "count"])

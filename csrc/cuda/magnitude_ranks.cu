@@ -130,7 +130,6 @@ __global__ void __launch_bounds__(kRankThreads, 2)
           to.columns[target] = column;
         }
       }
-      __syncthreads();
     }
   }
 }
