@@ -1,12 +1,11 @@
-"""Pruning into fp16 planes in Triton's interpreter; see interpreted.py."""
+"""Pruning into fp16 planes in Triton, in the interpreter."""
 
 import pytest
 import torch
-from interpreted import *  # noqa: F403  (the fixtures and marks of every file of this kind)
-from interpreted import interpreted
+from interpreted import interpreted, small_blocks
 from test_reweight_prune_planes import check
 
-pytestmark = interpreted
+pytestmark = [*interpreted, pytest.mark.usefixtures(small_blocks.__name__)]
 
 
 @pytest.mark.parametrize("weighting", ["clip", "none"])

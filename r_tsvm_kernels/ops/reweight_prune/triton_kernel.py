@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._planes import Planes
 from .._checks import accumulation_dtype, raise_not_finite
+from .._planes import Planes
 from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load_delta, selected, ties_in_block
+from .._triton_products import low_plane
 from ..magnitude_select import MagnitudeSelection
 from ..magnitude_select.triton_kernel import kth_magnitudes
-from .._triton_products import low_plane
 from ..task_statistics import TaskStatistics
 
 BLOCK = 2048
