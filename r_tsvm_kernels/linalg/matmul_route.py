@@ -16,14 +16,15 @@ from .purification import compress, leading_eigenspaces
 # Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4.
 LOWER = 1e-5
 
-# What the polar factors do to rounding errors of the bases, measured: see benchmarks/spectral_accuracy.py.
-AMPLIFICATION = 64
+# What becomes of rounding errors, measured: see benchmarks/spectral_accuracy.py. The polar factors multiply those of
+# the bases. Those of the Gram matrix count most where the boundary lies in a flat part of the spectrum.
+POLAR_AMPLIFICATION, GRAM_AMPLIFICATION = 128, 8
 
 # A singular value below the largest by more than this is float32 rounding: k lies above the numerical rank.
 LARGEST_RATIO = 2.0**22
 
 # Largest error estimate at which nothing is solved again, relative to the merged matrix.
-TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 2e-5, "fp16x3": 2e-5, "fp16": 2e-2}
+TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 5e-5, "fp16x3": 5e-5, "fp16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class MatmulSubspaces:
         rank_defect: distance of the projector's trace from k. Beyond 0.1 the boundary at k was not resolved.
         smallest: estimate of ``sigma_k``, rather above than below.
         ratio: estimate of ``sigma_1 / sigma_k``, rather below than above.
-        error_estimate: of the merged matrix, ``eps (64 + ratio^2)`` with eps of the format: rounding the Gram matrix
-            turns the subspaces by ``eps ratio^2``. ``64 eps`` if the spectrum was compressed. Infinite if the projector
-            is none (`rank_defect`) or k above the numerical rank (`ratio`): the caller must go to another solver.
+        error_estimate: of the merged matrix, ``eps (128 + 8 h^2)`` with eps of the format and h the ratio, or
+            ``level / sigma_k`` if the spectrum was compressed. Infinite if the projector is none (`rank_defect`) or k
+            above the numerical rank (`ratio`): the caller must go to another solver.
         outer_steps: squares of full size.
         inner_steps: squares of about 1.2 k.
         compressed: whether the spectrum was compressed in float64 first.
@@ -90,8 +91,9 @@ def matmul_subspaces(
         matrices: (B, m, n) float32 or float64, finite.
         ranks: B ranks in 1..min(m, n), none above the numerical rank.
         precision: ``fp16x3`` (exact mode), ``fp16`` (fast mode), or ``float32``, ``float64``.
-        levels: (B,) estimates of the k-th singular value. With them the Gram matrix and ``D V`` are computed in float64
-            and the spectrum is compressed, see `purification.compress`: for large ``sigma_1 / sigma_k``.
+        levels: (B,) estimates of the k-th singular value, better too large than too small. With them the Gram matrix
+            and ``D V`` are computed in float64 and the spectrum is compressed, see `purification.compress`: for large
+            ``sigma_1 / sigma_k``.
     """
     if matrices.shape[-2] < matrices.shape[-1]:
         flipped = matmul_subspaces(matrices.mT, ranks, precision, levels)
@@ -121,7 +123,8 @@ def matmul_subspaces(
         largest, smallest = _extremes(R)
         ratio = largest / smallest if smallest > 0 else float("inf")
         usable = ratio < LARGEST_RATIO and float(spaces.rank_defect[index]) < 0.1
-        amplification = AMPLIFICATION + (ratio**2 if levels is None else 0.0)
+        height = ratio if levels is None or not usable else float(levels[index]) / (smallest * size)
+        estimate = numbers.eps * (POLAR_AMPLIFICATION + GRAM_AMPLIFICATION * height**2)
         parts.append(
             MatmulSubspaces(
                 U,
@@ -133,7 +136,7 @@ def matmul_subspaces(
                 rank_defect=float(spaces.rank_defect[index]),
                 smallest=smallest * size,
                 ratio=ratio,
-                error_estimate=numbers.eps * amplification if usable else float("inf"),
+                error_estimate=estimate if usable else float("inf"),
                 outer_steps=int(spaces.outer_steps[index]),
                 inner_steps=int(spaces.inner_steps[index]),
                 compressed=levels is not None,

@@ -156,7 +156,7 @@ def test_tile_by_capability(capability, key, monkeypatch):
     on_gpu = SimpleNamespace(is_cuda=True, device=None)
     assert products.tile_of(on_gpu) is products.TILES[key]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(BackendUnavailable, match=r"8\.0"):
+    with pytest.raises(BackendUnavailable, match="capability"):
         products.tile_of(on_gpu)
 
 
