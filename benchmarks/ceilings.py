@@ -35,9 +35,10 @@ TASKS = 3
 class Suite:
     """Measures, prints and keeps rows; the file is complete after every row."""
 
-    def __init__(self, out: Path, dry: bool) -> None:
+    def __init__(self, file: Path, dry: bool) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not dry else "cpu")
-        self.file = out / "ceilings.json"
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
         self.dry = dry
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor()
         self.result: dict[str, Any] = {
@@ -173,15 +174,20 @@ def published_tsvm(suite: Suite) -> None:
         suite.measure(f"published tsvm {rows}x{columns} T{TASKS}", lambda deltas=deltas: merge(deltas), repeats=1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the ceilings of this GPU.")
+def suite_of(file: str, description: str) -> Suite:
+    """Read the command line of a GPU benchmark."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/local"))
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    suite = Suite(options.out, options.dry_run)
+    suite = Suite(options.out / file, options.dry_run)
     if suite.device.type != "cuda" and not options.dry_run:
         parser.error("torch sees no CUDA device; --dry-run shows that the program works")
+    return suite
+
+
+def main() -> None:
+    suite = suite_of("ceilings.json", "Measure the ceilings of this GPU.")
     for part in (bandwidth, products, statistics_and_selection, decompositions, published_tsvm):
         part(suite)
 

@@ -40,11 +40,13 @@ if [ -z "$dry" ]; then
 fi
 stage info 60 "$PYTHON" -m r_tsvm_kernels info
 stage tests 300 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
-stage ceilings 240 "$PYTHON" benchmarks/ceilings.py --out "$OUT" $dry
+stage ceilings 200 "$PYTHON" benchmarks/ceilings.py --out "$OUT" $dry
+stage elementwise 150 "$PYTHON" benchmarks/elementwise_gpu.py --out "$OUT" $dry
+stage products 200 "$PYTHON" benchmarks/products.py --out "$OUT" $dry
 if [ -z "$dry" ] && command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     stage "$tool" 240 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/ops/test_task_statistics.py -k "not hypothesis and not large"
+      "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/ops/test_elementwise_gpu.py -k "cuda and (1031 or same_bits)"
   done
 fi
 exit $failed

@@ -1,21 +1,19 @@
-"""Time the products on fp16 planes on a GPU, beside torch's own, and check them.
+"""Time the products on fp16 planes on a GPU, beside torch's own, and the merge of a layer that is made of them.
 
     python benchmarks/products.py [--out DIR] [--dry-run]
 
 Rates are in useful flops: ``2 m n k`` for a product, half of that for a symmetric one, whatever the number of fp16
-products behind it. Writes `ceilings.json` into DIR. With --dry-run the references run on the CPU with tiny sizes; such
+products behind it. Writes `products.json` into DIR. With --dry-run the references run on the CPU with tiny sizes; such
 figures mean nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from ceilings import Suite
+from ceilings import MISTRAL_LAYER, TASKS, Suite, suite_of
 
-from r_tsvm_kernels.dispatch import explain
+from r_tsvm_kernels.dispatch import explain, use_backend
+from r_tsvm_kernels.linalg import Solver, TsvMerge, tsv_merge
 from r_tsvm_kernels.linalg.polar_express import polar_express
 from r_tsvm_kernels.linalg.purification import leading_eigenspaces
 from r_tsvm_kernels.ops import gemm3, split_planes, symm_gram, symm_square
@@ -60,19 +58,30 @@ def algorithms(suite: Suite) -> None:
         suite.measure(f"polar_express {n}", lambda basis=basis: polar_express(basis, BATCH**0.5, 1e-5))
 
 
+def layer(suite: Suite) -> None:
+    """TSV-Merge of the matrices of one Mistral-7B layer, k = r // T, by both solvers, and their distance."""
+    on_gpu = dict.fromkeys(("split_planes", "symm_gram", "symm_square", "gemm3"), "triton")
+    for rows, columns in sorted(set(MISTRAL_LAYER)):
+        matrices = [1e-3 * suite.random(rows, columns) for _ in range(TASKS)]
+        ranks = [min(matrices[0].shape) // TASKS] * TASKS
+        with use_backend(**(on_gpu if suite.device.type == "cuda" else {})):
+            for solver in ("products", "eigen"):
+
+                def merge(solver: Solver = solver, matrices: list[torch.Tensor] = matrices, ranks=ranks) -> TsvMerge:
+                    return tsv_merge(matrices, ranks, solver=solver)
+
+                certificate = merge().certificate
+                label = f"tsv_merge {solver} {rows}x{columns} T{TASKS} {certificate.route} {certificate.error:.0e}"
+                suite.measure(label, merge, repeats=2)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/local/products"))
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    suite = Suite(options.out, options.dry_run)
-    if suite.device.type != "cuda" and not options.dry_run:
-        parser.error("torch sees no CUDA device; --dry-run shows that the program works")
+    suite = suite_of("products.json", "Time the products on fp16 planes, and what is made of them.")
     for backend, state in explain("symm_square", suite.device.type):
         if state == "ready":
             products(suite, backend)
     algorithms(suite)
+    layer(suite)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""The CUDA and Triton kernels on a GPU: the bits of the references, sizes of real models, more than 2^31 elements."""
+
+import pytest
+import torch
+from compare import same_bits
+
+from r_tsvm_kernels.ops import (
+    Keep,
+    RankedKeep,
+    add_update,
+    della_probabilities,
+    elect_and_sum,
+    kept_count,
+    magnitude_histogram,
+    magnitude_ranks,
+    magnitude_select,
+    random_mask,
+    reweight_prune,
+    reweight_prune_,
+    reweight_prune_planes,
+    task_statistics,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
+SHAPES = [(1, 1), (3, 5), (129, 1031), (4096, 4096), (14336, 4096)]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def group(shape, dtype, tasks=3):
+    base = 0.02 * torch.randn(shape, device="cuda")
+    return base.to(dtype), [(base + 1e-3 * torch.randn(shape, device="cuda")).to(dtype) for _ in range(tasks)]
+
+
+def equal(a, b):
+    return same_bits(a.cpu(), b.cpu())
+
+
+@every_backend
+@every_shape
+@every_dtype
+def test_stage_one(backend, shape, dtype):
+    base, tuned = group(shape, dtype)
+    got, expected = (task_statistics(base, tuned, backend=which) for which in (backend, "torch"))
+    for name in ("mean", "sd", "max", "theta", "outlier_mass"):
+        assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-12, equal_nan=True)
+    assert torch.equal(got.zeros, expected.zeros)
+    for weighting, density in (("clip", 0.3), ("none", 1.0)):
+        arguments = (base, tuned, expected, weighting, density)
+        pruned = reweight_prune(*arguments, backend="torch")
+        assert all(map(equal, reweight_prune(*arguments, backend=backend), pruned))
+        if backend == "triton" and dtype != torch.float64:
+            mine, truth = (reweight_prune_planes(*arguments, backend=which) for which in (backend, "torch"))
+            assert equal(mine.hi, truth.hi) and equal(mine.lo, truth.lo) and equal(mine.scale, truth.scale)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    deltas = [weight.to(real) - base.to(real) for weight in tuned]
+    assert all(map(equal, reweight_prune_([d.clone() for d in deltas], expected, "clip", 0.3, backend=backend),
+                   reweight_prune(base, tuned, expected, "clip", 0.3, backend="torch")))  # fmt: skip
+
+
+@every_backend
+@every_shape
+@every_dtype
+def test_selection(backend, shape, dtype):
+    base, (x, *_) = group(shape, dtype)
+    counts = sorted({1, kept_count(0.3, x.numel()), x.numel()})
+    for origin in (None, base):
+        for mine, truth in zip(*(magnitude_select(x, counts, base=origin, backend=which) for which in (backend, "torch")),
+                               strict=True):  # fmt: skip
+            assert equal(mine.threshold, truth.threshold) and equal(mine.ties, truth.ties)
+        assert equal(*(magnitude_ranks(x, base=origin, backend=which) for which in (backend, "torch")))
+        assert equal(*(magnitude_histogram(x, 11, base=origin, backend=which) for which in (backend, "torch")))
+
+
+@every_backend
+@every_shape
+@every_dtype
+@pytest.mark.parametrize("elect", ["none", "sum", "count"])
+def test_merging(backend, shape, dtype, elect):
+    base, tuned = group(shape, dtype)
+    cols = shape[-1]
+    rules = {
+        "all": [Keep()] * 3,
+        "ties": [Keep(largest=magnitude_select(t, kept_count(0.3, t.numel()), base=base)) for t in tuned],
+        "dare": [Keep(probability=0.3, rescale=1 / 0.3, seed=7, stream=t) for t in range(3)],
+        "della": [
+            Keep(
+                seed=7, stream=t, ranked=RankedKeep(magnitude_ranks(x, base=base), della_probabilities(cols, 0.4, 0.2))
+            )
+            for t, x in enumerate(tuned)
+        ],
+    }
+    for keep in rules.values():
+        options = {"elect": elect, "normalize": True, "alpha": 0.7, "keep": keep}
+        assert equal(
+            *(elect_and_sum(base, tuned, [1.0, 0.5, -2.0], backend=which, **options) for which in (backend, "torch"))
+        )
+    assert equal(
+        *(
+            add_update(base, tuned[0].to(torch.promote_types(dtype, torch.float32)), 0.3, backend=which)
+            for which in (backend, "torch")
+        )
+    )
+
+
+@every_backend
+def test_masks_have_the_same_bits_everywhere(backend):
+    mask = random_mask((4097, 1025), 0.3, seed=2**40 + 5, stream=3, device="cuda", backend=backend)
+    assert torch.equal(mask.cpu(), random_mask((4097, 1025), 0.3, seed=2**40 + 5, stream=3, backend="torch"))
+
+
+@every_backend
+def test_more_elements_than_a_32_bit_index_counts(backend):
+    numel = 2**31 + 5003
+    x = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    x[-3:] = torch.tensor([1.0, -2.0, 3.0])
+    selection = magnitude_select(x, 2, backend=backend)
+    assert (float(selection.threshold), int(selection.ties)) == (2.0, 1)
+    statistics = task_statistics(torch.zeros_like(x), [x], backend=backend)
+    assert (int(statistics.zeros), float(statistics.max)) == (numel - 3, 3.0)
+    merged = elect_and_sum(torch.zeros_like(x), [x], [1.0], keep=[Keep(largest=selection)], backend=backend)
+    assert merged[-3:].tolist() == [0.0, -2.0, 3.0] and not merged[:-3].any()
