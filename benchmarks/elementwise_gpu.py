@@ -2,8 +2,8 @@
 
     python benchmarks/elementwise_gpu.py [--out DIR] [--dry-run]
 
-bfloat16, three tasks, density 0.3; beside the references (eager torch) and, for stage one, torch.compile. Each result is
-compared with the reference's before it is timed, and a wrong one is written down as wrong. Writes
+bfloat16, three tasks, density 0.3; beside the references (eager torch) and, for stage one, torch.compile. Each result
+is compared with the reference's before it is timed, and a wrong one is written down as wrong. Writes
 `elementwise_gpu.json`; the copy in `ceilings.json` of the same run is the ceiling. With --dry-run the CPU backends run
 with tiny sizes; such figures mean nothing.
 """

@@ -3,6 +3,7 @@
 #
 #   benchmarks/gpu_suite.sh               # results go to $OUT, by default benchmarks/results/local
 #   benchmarks/gpu_suite.sh --dry-run     # the same path on a CPU with tiny sizes: shows that the script works
+#   STAGES="tests elementwise" benchmarks/gpu_suite.sh     # only these, where one call may not take that long
 #
 # Needs Python with torch and, on PATH, nvcc; installs nothing from the network. WHEELS=DIR: a folder of wheels for what
 # else is missing (pydantic, safetensors, rich, PyYAML, hypothesis, pytest). Each stage has its own time limit and
@@ -22,6 +23,7 @@ failed=0
 stage() {
   local name=$1 limit=$2 start code=0
   shift 2
+  case " ${STAGES:-$name} wheels machine build " in *" $name "*) ;; *) return ;; esac
   start=$(date +%s)
   printf '\n=== %s: %s\n' "$name" "$*" >> "$OUT/suite.log"
   timeout "$limit" "$@" >> "$OUT/suite.log" 2>&1 || code=$?

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.ops import magnitude_select, reweight_prune, task_statistics
+from r_tsvm_kernels.linalg import Factored, tsv_merge
+from r_tsvm_kernels.ops import (
+    Keep,
+    RankedKeep,
+    della_probabilities,
+    elect_and_sum,
+    magnitude_ranks,
+    magnitude_select,
+    random_mask,
+    reweight_prune,
+    task_statistics,
+)
 
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.skipif(backends.state("cpu") != backends.READY, reason=f"cpu: {backends.state('cpu')}")
@@ -50,3 +61,42 @@ def test_magnitude_select(benchmark, inputs, of):
     got, expected = (magnitude_select(tuned, keep, base=origin, backend=name) for name in ("cpu", "torch"))
     assert got.threshold == expected.threshold and got.ties == expected.ties
     benchmark(magnitude_select, tuned, keep, base=origin, backend="cpu")
+
+
+def test_magnitude_ranks(benchmark, inputs):
+    _, (tuned, *_) = inputs
+    assert torch.equal(*(magnitude_ranks(tuned, backend=name) for name in ("cpu", "torch")))
+    benchmark(magnitude_ranks, tuned, backend="cpu")
+
+
+def test_random_mask(benchmark):
+    assert torch.equal(*(random_mask(SHAPE, 0.3, 1, backend=name) for name in ("cpu", "torch")))
+    benchmark(random_mask, SHAPE, 0.3, 1, backend="cpu")
+
+
+@pytest.mark.parametrize("kind", ["sum", "ties", "dare", "della"])
+def test_elect_and_sum(benchmark, inputs, kind):
+    base, tuned = inputs
+    keep = {
+        "sum": lambda t: Keep(),
+        "ties": lambda t: Keep(largest=magnitude_select(tuned[t], tuned[t].numel() // 3, base=base)),
+        "dare": lambda t: Keep(probability=0.3, rescale=1 / 0.3, stream=t),
+        "della": lambda t: Keep(
+            stream=t, ranked=RankedKeep(magnitude_ranks(tuned[t], base=base), della_probabilities(SHAPE[1], 0.3, 0.1))
+        ),
+    }[kind]
+    options = {"elect": "none" if kind == "sum" else "sum", "keep": [keep(t) for t in range(TASKS)]}
+    assert same(*(elect_and_sum(base, tuned, [1.0] * TASKS, backend=name, **options) for name in ("cpu", "torch")))
+    benchmark(elect_and_sum, base, tuned, [1.0] * TASKS, backend="cpu", **options)
+
+
+@pytest.mark.parametrize("share", [1, 2, 8])
+def test_tsv_merge(benchmark, share):
+    matrices = [torch.randn(768, 768) for _ in range(TASKS)]
+    merged = benchmark(tsv_merge, matrices, [768 // TASKS // share] * TASKS)
+    assert merged.certificate.met
+
+
+def test_tsv_merge_of_factors(benchmark):
+    tasks = [Factored(torch.randn(4096, 16), torch.randn(16, 4096)) for _ in range(TASKS)]
+    assert benchmark(tsv_merge, tasks, [16] * TASKS).certificate.met

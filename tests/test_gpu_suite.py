@@ -17,7 +17,8 @@ def test_dry_run(tmp_path):
     script = str(ROOT / "benchmarks" / "gpu_suite.sh")
     done = subprocess.run([script, "--dry-run"], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (tmp_path / "suite.log").read_text()[-3000:]
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["info", "tests", "ceilings", "elementwise", "products"]
+    stages = [line.split()[0] for line in done.stdout.splitlines()]
+    assert stages == ["info", "tests", "ceilings", "elementwise", "products"]
     measured = {
         "ceilings": {"copy", "matmul", "task_statistics", "eigh", "svd", "published"},
         "elementwise_gpu": {"task_statistics", "magnitude_select", "reweight_prune", "elect_and_sum", "random_mask"},
@@ -28,4 +29,13 @@ def test_dry_run(tmp_path):
         assert result["dry_run"] and all("error" not in row for row in result["rows"])
         assert {row["name"].split()[0] for row in result["rows"]} >= expected
         assert not any("WRONG" in row["name"] for row in result["rows"])
-        assert not any("gb_per_s" in row or "tflop_per_s" in row for row in result["rows"])  # a CPU makes no GPU figures
+        # a CPU makes no GPU figures
+        assert not any("gb_per_s" in row or "tflop_per_s" in row for row in result["rows"])
+
+
+@pytest.mark.slow
+def test_one_stage(tmp_path):
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable, "STAGES": "info"}
+    script = str(ROOT / "benchmarks" / "gpu_suite.sh")
+    done = subprocess.run([script, "--dry-run"], env=environment, capture_output=True, text=True, timeout=100)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["info"]

@@ -15,6 +15,7 @@ from .certificate import Certificate, Mode, tolerance_of
 from .factored import Factored, merge_factored
 from .matmul_route import matmul_tsv_merge
 from .polar import InverseRoot, root_of_factor, root_of_gram
+from .purification import STEPS
 from .ranks import Rank
 from .right_vectors import ROUTES, RightVectors, right_vectors
 from .subspaces import check_matrices
@@ -298,6 +299,8 @@ def _by_products(
     tolerance = None if mode == "exact" else tolerance_of(mode) / 2
     touched = torch.stack([matrix[rows[:, None], columns] for matrix in matrices])
     merged = matmul_tsv_merge(touched, numbers, weights, "fp16x3", tolerance)
+    if any(max(part.outer_steps, part.inner_steps) >= STEPS for part in merged.parts):
+        raise ConvergenceError("products: singular values on both sides of a rank are too close to be told apart")
     subspace_error = max(part.error_estimate for part in merged.parts)
     certificate = Certificate(
         error=subspace_error + merged.orthogonality,

@@ -90,9 +90,10 @@ def test_the_route_of_matrix_products(mode):
     assert not got.matrix[:, 5].any()
 
 
-@pytest.mark.parametrize("case", ["above the numerical rank", "a rule", "no room"])
+@pytest.mark.parametrize("case", ["above the numerical rank", "a rule", "no room", "no gap"])
 def test_products_give_way_to_eigenvalues(case):
-    matrices = [spectrum("low rank" if "rank" in case else "flat", 40, 40, seed) for seed in range(2)]
+    kind = {"above the numerical rank": "low rank", "no gap": "power 0.0"}.get(case, "flat")
+    matrices = [spectrum(kind, 40, 40, seed) for seed in range(2)]
     ranks = [lambda values: 7] * 2 if case == "a rule" else [30, 30] if case == "no room" else [20, 20]
     got = tsv_merge(matrices, ranks, solver="products")
     assert torch.equal(got.matrix, tsv_merge(matrices, ranks).matrix)

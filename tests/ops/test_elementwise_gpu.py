@@ -71,9 +71,9 @@ def test_selection(backend, shape, dtype):
     base, (x, *_) = group(shape, dtype)
     counts = sorted({1, kept_count(0.3, x.numel()), x.numel()})
     for origin in (None, base):
-        for mine, truth in zip(*(magnitude_select(x, counts, base=origin, backend=which) for which in (backend, "torch")),
-                               strict=True):  # fmt: skip
-            assert equal(mine.threshold, truth.threshold) and equal(mine.ties, truth.ties)
+        mine, truth = (magnitude_select(x, counts, base=origin, backend=which) for which in (backend, "torch"))
+        for got, expected in zip(mine, truth, strict=True):
+            assert equal(got.threshold, expected.threshold) and equal(got.ties, expected.ties)
         assert equal(*(magnitude_ranks(x, base=origin, backend=which) for which in (backend, "torch")))
         assert equal(*(magnitude_histogram(x, 11, base=origin, backend=which) for which in (backend, "torch")))
 
