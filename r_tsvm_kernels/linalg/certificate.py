@@ -19,7 +19,7 @@ class Certificate:
 
     Attributes:
         error: estimated bound of the result's relative error: ``subspace_error * max(basis_condition) +
-            orthogonality``.
+            orthogonality``, and for a merge the rounding of its last product, in the dtype of the task matrices.
         orthogonality: defect of the orthonormal factors, ``norm(Q^T Q z - z) / norm(z)`` on random vectors z (the part
             of z that a partial isometry keeps).
         subspace_error: estimated sine of the angle between computed and exact singular subspaces, the largest of the

@@ -82,13 +82,13 @@ def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
     values, V, others = approximate.double(), cholesky_whitened(Q[:, cut:].double()), Q[:, :cut]
     window = _window(n, rank)
     far = cut - window
-    V, others, values = _windowed(matrix, V, others, values, window)
+    _solve_window(matrix, V, others, values, window)
     error = _mixing(matrix, V, values[cut], others[:, :far], values[:far])
     for _ in range(CORRECTIONS):
         if error <= tolerance or not error <= CORRECTABLE:
             break
         V, values[cut:] = _corrected(matrix, V, others, values, window)
-        V, others, values = _windowed(matrix, V, others, values, window)
+        _solve_window(matrix, V, others, values, window)
         error = _mixing(matrix, V, values[cut], others[:, :far], values[:far])
     if not error <= tolerance:
         raise ConvergenceError(f"gram-float32: estimated error {error:.0e} of the subspace, allowed {tolerance:.0e}")
@@ -131,19 +131,16 @@ def _corrected(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, wi
     return cholesky_whitened(V + (others @ X).double()), diagonal
 
 
-def _windowed(
-    matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve the eigenproblem of the vectors next to the cut in float64; return basis, other vectors and eigenvalues."""
+def _solve_window(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, window: int) -> None:
+    """Solve the eigenproblem of the vectors next to the cut in float64; change basis, others and values in place."""
     if window == 0:
-        return V, others, values
+        return
     cut = others.shape[1]
     below = others[:, cut - window :].double()
     below = cholesky_whitened(below - V @ (V.mT @ below))
     near = torch.cat([below, V[:, :window]], dim=1)
     inner, rotation = eigh(matrix.image_gram(near))
     near = near @ rotation
-    others, values = others.clone(), values.clone()
     others[:, cut - window :] = near[:, :window].to(others.dtype)
     values[cut - window : cut + window] = inner
-    return torch.cat([near[:, window:], V[:, window:]], dim=1), others, values
+    V[:, :window] = near[:, window:]

@@ -78,6 +78,8 @@ def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[st
         except ConvergenceError as failure:
             failures.append(str(failure))
             continue
+        finally:
+            matrix.forget()
         return RightVectors(V, values / matrix.scale, error, route, tuple(failures))
     raise ConvergenceError("; ".join(failures))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
 from .ranks import Rank
 from .right_vectors import right_vectors
+from .side_by_side import side_by_side
 from .tall_matrix import TallMatrix
 
 
@@ -83,7 +85,8 @@ def leading_subspaces(
     """
     tolerance = tolerance_of(mode)
     check_matrices(matrices, ranks, "leading_subspaces")
-    return [_subspaces(matrix, rank, mode, tolerance) for matrix, rank in zip(matrices, ranks, strict=True)]
+    jobs = [partial(_subspaces, matrix, rank, mode, tolerance) for matrix, rank in zip(matrices, ranks, strict=True)]
+    return side_by_side(jobs, max(map(_short, matrices), default=0), matrices[0].device) if jobs else []
 
 
 def truncated_svd(matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], mode: Mode = "exact") -> TruncatedSVD:
@@ -128,6 +131,10 @@ def check_matrices(matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], o
     for rank in ranks:
         if isinstance(rank, int) and rank < 0:
             raise ShapeError(f"{op}: a rank must not be negative, got {rank}")
+
+
+def _short(matrix: Tensor) -> int:
+    return min(matrix.shape)
 
 
 def _subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float) -> Subspaces:

@@ -41,6 +41,7 @@ class TallMatrix:
         if not math.isfinite(largest):
             raise NonFiniteError(f"a {tuple(matrix.shape)} matrix holds NaN or infinity: it has no singular values")
         self.scale = 2.0 ** min(1020, 1 - math.frexp(largest)[1]) if largest else 1.0
+        self._wide: Tensor | None = None
         self.squared_norm = sum(float(torch.linalg.vector_norm(tile)) ** 2 for _, tile in self.tiles(torch.float64))
 
     @property
@@ -55,11 +56,20 @@ class TallMatrix:
         return [slice(first, min(m, first + height)) for first in range(0, m, height)]
 
     def tile(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return a scaled copy of some rows in `dtype`."""
+        """Return some rows, scaled, in `dtype`. The last tile of float64 is kept until `forget`, if it is all rows."""
+        if dtype == torch.float64 and self._wide is not None:
+            return self._wide
         tile = self.matrix[rows]
         # Scaled before it is narrowed, after it is widened: what fits is kept.
         widened = tile.dtype != dtype == torch.float64
-        return tile.to(dtype).mul_(self.scale) if widened else (tile * self.scale).to(dtype)
+        scaled = tile.to(dtype).mul_(self.scale) if widened else (tile * self.scale).to(dtype)
+        if dtype == torch.float64 and len(tile) == len(self.matrix):
+            self._wide = scaled
+        return scaled
+
+    def forget(self) -> None:
+        """Give up the copy that `tile` keeps."""
+        self._wide = None
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield the row ranges and their rows, one tile at a time."""

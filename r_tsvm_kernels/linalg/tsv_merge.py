@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from .polar import InverseRoot, root_of_factor, root_of_gram
 from .purification import STEPS
 from .ranks import Rank
 from .right_vectors import ROUTES, RightVectors, right_vectors
+from .side_by_side import side_by_side
 from .subspaces import check_matrices
 from .tall_matrix import WORKSPACE, TallMatrix
 
@@ -107,10 +109,11 @@ def tsv_merge(
     of_all = [_of_all_values(rank, min(m, n)) for rank in ranks]
     for first in range(len(ROUTES)):
         try:
-            parts = [
-                right_vectors(matrix, rank, mode, ROUTES[first:] if first else None)
+            solves = [
+                partial(right_vectors, matrix, rank, mode, ROUTES[first:] if first else None)
                 for matrix, rank in zip(tall, of_all, strict=True)
             ]
+            parts = side_by_side(solves, tall[0].shape[1], dense[0].device)
             merge = _Merge(tall, parts, factors, tolerance, given_up)
             merge.certificate.require()
             break
@@ -131,8 +134,8 @@ class _Merge:
     """The merge of tall matrices in the long side's tiles: the left bases ``U_t = D_t V_t R_t^-1`` are never stored.
 
     With ``W = [D_1 V_1 .. D_T V_T]`` and ``R = blockdiag(R_t)``, where ``R_t^T R_t`` are the diagonal blocks of
-    ``W^T W``, the concatenated left basis is ``W R^-1``, the cores are R_t, and the merged matrix is
-    ``W (R^-1 (U^T U)^(-1/2) blockdiag(w_t R_t) (V^T V)^(-1/2) V^T)``.
+    ``W^T W``, the concatenated left basis is ``U = W R^-1``, the cores are R_t, and the merged matrix is
+    ``W (R^-1 (U^T U)^(-1/2))`` times ``blockdiag(w_t R_t) (V^T V)^(-1/2) V^T``.
     """
 
     def __init__(
@@ -159,17 +162,23 @@ class _Merge:
             float((R * lengths[b]).square().sum()) for R, b in zip(self.factors, self.blocks, strict=True)
         ]
         left_gram = self._left(self._left(scaled, True).mT, True).mT
-        right_gram = V.mT @ V
-        escalations = list(given_up)
-        left = self._root(left_gram, escalations, lambda: self._left_factor(lengths))
-        right = self._root(right_gram, escalations, lambda: torch.linalg.qr(V, mode="r").R)
+        right_gram = self._mirrored(V.new_zeros(len(gram), len(gram)), V)
+        right_gram.diagonal()[:] = 1  # within a task the basis is orthonormal already
+        (left, left_failed), (right, right_failed) = side_by_side(
+            [
+                lambda: self._root(left_gram, lambda: self._left_factor(lengths)),
+                lambda: self._root(right_gram, lambda: torch.linalg.qr(V, mode="r").R),
+            ],
+            len(gram),
+            gram.device,
+        )
+        escalations = [*given_up, *left_failed, *right_failed]
 
+        self.to_polar = self._left(left.matrix, False) / lengths[:, None]  # W times this is polar(U)
         right_factor = right.matrix @ V.mT  # polar(V)^T
-        inner = torch.empty_like(right_factor)
+        self.inner = torch.empty_like(right_factor)
         for R, block, matrix, weight in zip(self.factors, self.blocks, matrices, weights, strict=True):
-            inner[block] = (R * (lengths[block] * (weight / matrix.scale))) @ right_factor[block]
-        # To the right of W, in the scale of the tiles.
-        self.inner = self._left(left.matrix @ inner, False) / lengths[:, None]
+            self.inner[block] = (R * (lengths[block] * (weight / matrix.scale))) @ right_factor[block]
 
         routes = {part.route for part in parts} | {root.route for root in (left, right) if root.route == ROUTES[-1]}
         defect = max(_defect(left, left_gram), _defect(right, right_gram))
@@ -178,7 +187,7 @@ class _Merge:
         if matrices[0].transposed:
             left, right, condition = right, left, condition[::-1]
         self.certificate = Certificate(
-            error=subspace_error * max(condition) + defect,
+            error=subspace_error * max(condition) + defect + 4 * torch.finfo(matrices[0].matrix.dtype).eps,
             orthogonality=defect,
             subspace_error=subspace_error,
             tolerance=tolerance,
@@ -194,11 +203,12 @@ class _Merge:
         return tuple(min(1.0, e / matrix.squared_norm) if matrix.squared_norm else 1.0 for e, matrix in energies)
 
     def write(self, out: Tensor) -> None:
-        """Write the merged matrix to `out` (m, n)."""
+        """Write the merged matrix to `out` (m, n), whose dtype does for the product of two well-conditioned factors."""
+        inner = self.inner.to(out.dtype)
         first = 0
         for image in self._tiles():
             rows = slice(first, first + len(image))
-            out[rows] = image @ self.inner
+            out[rows] = (image @ self.to_polar).to(out.dtype) @ inner
             first = rows.stop
 
     def _gram(self, V: Tensor) -> Tensor:
@@ -209,10 +219,21 @@ class _Merge:
         kept = []
         total = V.new_zeros(columns, columns)
         for image in self._tiles():
-            total.addmm_(image.mT, image)
+            for block in self.blocks:
+                total[block, block].addmm_(image[:, block].mT, image[:, block])
+            self._mirrored(total, image)
             if keep:
                 kept.append(image)
         self.images = kept if keep else None
+        return total
+
+    def _mirrored(self, total: Tensor, basis: Tensor) -> Tensor:
+        """Add what different tasks have in ``basis^T basis`` to `total`, one product for both halves."""
+        for block in self.blocks:
+            rest = slice(block.stop, total.shape[1])
+            product = basis[:, block].mT @ basis[:, rest]
+            total[block, rest] += product
+            total[rest, block] += product.mT
         return total
 
     def _tiles(self) -> Iterator[Tensor]:
@@ -242,12 +263,12 @@ class _Merge:
         return R
 
     @staticmethod
-    def _root(gram: Tensor, escalations: list[str], factor: Callable[[], Tensor]) -> InverseRoot:
+    def _root(gram: Tensor, factor: Callable[[], Tensor]) -> tuple[InverseRoot, list[str]]:
+        """Return the inverse root, and why the cheaper route was given up, if it was."""
         try:
-            return root_of_gram(gram)
+            return root_of_gram(gram), []
         except ConvergenceError as failure:
-            escalations.append(str(failure))
-            return root_of_factor(factor())
+            return root_of_factor(factor()), [str(failure)]
 
     @staticmethod
     def _cholesky(gram: Tensor) -> Tensor:
@@ -273,9 +294,10 @@ def _defect(root: InverseRoot, gram: Tensor) -> float:
 
 def _touched(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the rows and columns in which some matrix is not zero: into the others nothing may leak."""
-    rows = torch.stack([(matrix != 0).any(1) for matrix in matrices]).any(0)
-    columns = torch.stack([(matrix != 0).any(0) for matrix in matrices]).any(0)
-    return rows.nonzero()[:, 0], columns.nonzero()[:, 0]
+    touched = matrices[0] != 0
+    for matrix in matrices[1:]:
+        touched |= matrix != 0
+    return touched.any(1).nonzero()[:, 0], touched.any(0).nonzero()[:, 0]
 
 
 def _by_products(

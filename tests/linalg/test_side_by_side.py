@@ -1,0 +1,53 @@
+import pytest
+import torch
+from variants import torch_threads
+
+from r_tsvm_kernels import dispatch
+from r_tsvm_kernels.errors import ConvergenceError
+from r_tsvm_kernels.linalg import leading_subspaces, tsv_merge
+from r_tsvm_kernels.linalg.side_by_side import side_by_side
+
+CPU = torch.device("cpu")
+
+
+def test_results_in_order_and_threads_shared():
+    with torch_threads(4):
+        assert side_by_side([lambda: (1, torch.get_num_threads()), lambda: (2, torch.get_num_threads())], 999, CPU) == [
+            (1, 2), (2, 2),
+        ]  # fmt: skip
+        assert torch.get_num_threads() == 4
+        assert side_by_side([torch.get_num_threads] * 6, 999, CPU) == [1, 1, 1, 1, 2, 2]
+        assert side_by_side([torch.get_num_threads] * 5, 999, CPU) == [1, 1, 1, 1, 4]
+        assert side_by_side([torch.get_num_threads] * 2, 5, CPU) == [4, 4]  # too small
+        assert side_by_side([], 999, CPU) == []
+
+
+def test_jobs_see_the_callers_context():
+    def context():
+        backend = dispatch.select("task_statistics", torch.zeros(1)).__module__.rpartition(".")[2]
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), backend
+
+    with torch_threads(2), torch.inference_mode(), dispatch.use_backend(task_statistics="torch"):
+        assert side_by_side([context] * 2, 999, CPU) == [(False, True, "reference")] * 2
+    with torch_threads(2), torch.no_grad():
+        assert [found[:2] for found in side_by_side([context] * 2, 999, CPU)] == [(False, False)] * 2
+
+
+def test_an_error_comes_through():
+    def fail():
+        raise ConvergenceError("no")
+
+    with torch_threads(2):
+        with pytest.raises(ConvergenceError, match="no"):
+            side_by_side([fail, lambda: 1], 999, CPU)
+        assert torch.get_num_threads() == 2
+
+
+def test_the_solver_gives_the_same_result():
+    matrices = [torch.randn(300, 280) for _ in range(3)]
+    alone, parts = tsv_merge(matrices, [90, 70, 50]), leading_subspaces(matrices, [9, 7, 5])
+    with torch_threads(3), torch.inference_mode():
+        together, others = tsv_merge(matrices, [90, 70, 50]), leading_subspaces(matrices, [9, 7, 5])
+    assert torch.allclose(alone.matrix, together.matrix, atol=1e-5)
+    for part, other in zip(parts, others, strict=True):
+        assert torch.allclose(part.U @ part.core @ part.Vh, other.U @ other.core @ other.Vh, atol=1e-9)
