@@ -23,7 +23,9 @@ def cases(tile):
     """Yield a label, a kernel and the type (text) or the constant value of each of its arguments."""
     products = import_module("r_tsvm_kernels.ops._triton_products")
     gemm = import_module("r_tsvm_kernels.ops.gemm3.triton_kernel")
-    common = dict.fromkeys(("linear_ptr", "quadratic_ptr", "sums_ptr", "scale_ptr", "share_ptr"), "*fp32")
+    common = dict.fromkeys(
+        ("linear_ptr", "quadratic_ptr", "sums_ptr", "scale_ptr", "inverse_ptr", "share_ptr"), "*fp32"
+    )
     common |= dict.fromkeys(("n", "m", "k", "stride_b", "stride_ab", "stride_bb", "stride_cb", "stride_cm"), "i32")
     common |= {"done_ptr": "*i32", "stride_cn": 1, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
     common |= {"CHUNK": products.CHUNK, "GROUP": gemm.GROUP}

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,12 @@ def test_the_comparison_with_fusion_bench_is_quoted_correctly():
     assert f"{untouched['untouched_rows']} of {untouched['shape'][0]} untouched rows" in text
     assert f"{100 * untouched['untouched_energy_peer']:.1f} % of the update's energy" in text
     assert untouched["untouched_energy_ours"] == 0
+
+
+def test_the_table_of_speed_is_that_of_the_results():
+    program = [sys.executable, str(ROOT / "benchmarks" / "readme_speed.py")]
+    table = subprocess.run(program, check=True, capture_output=True, text=True).stdout.strip()
+    assert table in README, "run benchmarks/readme_speed.py and put its output into the README"
 
 
 @pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/peers/README.md"])

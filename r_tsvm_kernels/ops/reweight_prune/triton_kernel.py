@@ -33,13 +33,13 @@ def tie_kernel(
 
 @triton.jit
 def prune_kernel(
-    base_ptr, tuned_ptr, theta_ptr, threshold_ptr, ties_ptr, ties_before_ptr, scale_ptr, out_ptr, low_ptr, numel,
+    base_ptr, tuned_ptr, theta_ptr, threshold_ptr, ties_ptr, ties_before_ptr, inverse_ptr, out_ptr, low_ptr, numel,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out_i = d_i`` where ``|d_i| > threshold``, or it is equal and one of the first `ties` that are; 0 elsewhere.
 
-    ``d = clamp(tuned - base, -theta, theta)``; without `threshold_ptr` all of d stays. With `scale_ptr`, out and low
-    are the fp16 planes of ``out / scale``.
+    ``d = clamp(tuned - base, -theta, theta)``; without `threshold_ptr` all of d stays. With `inverse_ptr`, out and
+    low are the fp16 planes of ``out * inverse``.
     """
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
@@ -47,10 +47,10 @@ def prune_kernel(
     if threshold_ptr is not None:
         survives = selected(tl.abs(delta), inside, threshold_ptr, ties_ptr, ties_before_ptr + block)
         delta = tl.where(survives, delta, 0.0)
-    if scale_ptr is None:
+    if inverse_ptr is None:
         tl.store(out_ptr + offsets, delta, mask=inside)
     else:
-        delta = delta * (1.0 / tl.load(scale_ptr))  # powers of two: exact
+        delta = delta * tl.load(inverse_ptr)  # a power of two: exact
         hi = delta.to(tl.float16)
         tl.store(out_ptr + offsets, hi, mask=inside)
         tl.store(low_ptr + offsets, low_plane(delta, hi), mask=inside)
@@ -115,7 +115,9 @@ def prune_into(
                 ties_in = torch.empty(grid, dtype=torch.int64, device=out.device)
                 tie_kernel[grid](*arguments, threshold, ties_in, numel, real, BLOCK, **LAUNCH)
                 ties_before = ties_in.cumsum(0) - ties_in
-            scale, low = (None, None) if planes is None or planes.lo is None else (planes.scale[task], planes.lo[task])
+            inverse = low = None
+            if planes is not None and planes.lo is not None:
+                inverse, low = 1 / planes.scale[task], planes.lo[task]
             prune_kernel[grid](
-                *arguments, threshold, ties, ties_before, scale, out, low, numel, real, BLOCK, **LAUNCH
+                *arguments, threshold, ties, ties_before, inverse, out, low, numel, real, BLOCK, **LAUNCH
             )  # fmt: skip

@@ -15,13 +15,13 @@ BLOCK = 2048
 
 
 @triton.jit
-def split_kernel(x_ptr, scale_ptr, hi_ptr, lo_ptr, numel, BLOCK: tl.constexpr):
-    """``hi = fp16(x / scale)``, ``lo = fp16((x / scale - hi) 2^11)`` for matrix ``program_id(1)``."""
+def split_kernel(x_ptr, inverse_ptr, hi_ptr, lo_ptr, numel, BLOCK: tl.constexpr):
+    """``hi = fp16(x inverse)``, ``lo = fp16((x inverse - hi) 2^11)`` for matrix ``program_id(1)``."""
     batch = tl.program_id(1)
     offsets, inside = block_offsets(tl.program_id(0), numel, BLOCK)
     offsets += batch.to(tl.int64) * numel
-    # A power of two within the normal numbers, and so is its reciprocal: exact.
-    value = tl.load(x_ptr + offsets, mask=inside, other=0.0) * (1.0 / tl.load(scale_ptr + batch))
+    # The inverse of a power of two within the normal numbers: exact.
+    value = tl.load(x_ptr + offsets, mask=inside, other=0.0) * tl.load(inverse_ptr + batch)
     hi = value.to(tl.float16)
     tl.store(hi_ptr + offsets, hi, mask=inside)
     if lo_ptr is not None:
@@ -36,6 +36,6 @@ def run(x: Tensor, scale: Tensor, low: bool) -> Planes:
     if x.numel():
         with device_of(x):
             split_kernel[(triton.cdiv(numel, BLOCK), x.numel() // numel)](
-                flat(x), scale.reshape(-1), planes.hi, planes.lo, numel, BLOCK, **LAUNCH
+                flat(x), 1 / scale.reshape(-1), planes.hi, planes.lo, numel, BLOCK, **LAUNCH
             )  # fmt: skip
     return planes
