@@ -65,6 +65,8 @@ def elect_and_sum_kernel(
     positive_weight = tl.zeros((BLOCK,), REAL)
     negative_weight = tl.zeros((BLOCK,), REAL)
     for t in tl.static_range(len(tuned_ptrs)):
+        if t % 4 == 3:
+            tl.debug_barrier()  # the loads of many tasks ahead do not fit into the registers
         delta = load(tuned_ptrs[t], offsets, inside, REAL) - start
         survives = inside
         for side in tl.static_range(2):
