@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 # address, rows, cols, row stride in elements, element type code
 _Matrix = tuple[int, int, int, int, int]
-# tuned, address of theta or 0, keep, address of the output, index of the selection or -1
-_PruneTask = tuple[_Matrix, int, int, int, int]
+# tuned, address of theta or 0, keep, address of the output, index of the selection or -1, addresses of the low plane
+# and of its inverse scale or 0
+_PruneTask = tuple[_Matrix, int, int, int, int, tuple[int, int]]
 # threshold, seed, stream
 _RandomMask = tuple[int, int, int]
 # weight, factor; indices of the selections of what is kept and of what is dropped again, or -1; random mask; addresses

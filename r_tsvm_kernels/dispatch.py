@@ -28,7 +28,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "magnitude_ranks": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
     "reweight_prune": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
     "reweight_prune_inplace": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "reweight_prune_planes": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
+    "reweight_prune_planes": {"cuda": ("torch", "cuda", "triton"), "cpu": ("torch",)},
     "add_update": {"cuda": ("torch", "cuda", "triton"), "cpu": ("torch",)},
     "random_mask": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
     "elect_and_sum": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
@@ -64,6 +64,12 @@ def use_backend(**choice: str) -> Iterator[None]:
 def explain(op: str, device_type: str) -> list[tuple[str, str]]:
     """List the candidates of `op` on a device type, each with ``"ready"`` or the reason why it cannot run."""
     return [(name, backends.state(name)) for name in ORDER[op].get(device_type, ())]
+
+
+def chosen(op: str, device_type: str) -> str | None:
+    """Return the backend that `op` takes on a device type now: the one that is forced, or the first that is ready."""
+    ready = (name for name, state in explain(op, device_type) if state == backends.READY)
+    return _forced.get({}).get(op) or next(ready, None)
 
 
 def select(op: str, *tensors: Tensor, backend: str | None = None) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from r_tsvm_kernels import backends
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(STATE != backends.READY, reason=f"triton: {STATE}"),
+    pytest.mark.skipif(STATE != backends.READY, reason=f"compiles with Triton: {STATE}"),
 ]
 
 TENSOR_CORE = {90: r"wgmma\.mma_async\S*\.f32\.f16\.f16", 100: r"tcgen05\.mma\S*kind::f16"}

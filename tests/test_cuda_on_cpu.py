@@ -38,6 +38,7 @@ from r_tsvm_kernels.ops import (
     random_mask,
     reweight_prune,
     reweight_prune_,
+    reweight_prune_planes,
     task_statistics,
 )
 
@@ -45,7 +46,10 @@ ROOT = Path(__file__).resolve().parents[1]
 STAND_IN = ROOT / "tests" / "cuda_on_cpu"
 CXX = shutil.which("g++") or shutil.which("c++")
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CXX is None, reason="no C++ compiler on PATH")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CXX is None, reason="builds CUDA sources for the CPU: no C++ compiler on PATH"),
+]
 
 
 def build(folder: Path) -> Path:
@@ -311,6 +315,21 @@ def test_without_pruning_nan_and_infinity_pass(sigma):
     statistics = task_statistics(base, [tuned], sigma)
     (got,), (expected,) = both(reweight_prune, base, [tuned], statistics, "clip")
     assert torch.equal(got.isnan(), expected.isnan()) and same_bits(got.nan_to_num(), expected.nan_to_num())
+
+
+@many
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    dtypes=st.lists(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), min_size=3, max_size=3),
+    kind=kinds,
+    weighting=st.sampled_from(["clip", "none"]),
+    density=densities,
+    seed=st.integers(0, 99),
+)
+def test_pruning_into_planes(shape, dtypes, kind, weighting, density, seed):
+    base, tuned = group(shape, dtypes, kind, ["contiguous"] * 3, seed)
+    got, expected = both(reweight_prune_planes, base, tuned, task_statistics(base, tuned), weighting, density)
+    assert same_bits(got.hi, expected.hi) and same_bits(got.lo, expected.lo) and same_bits(got.scale, expected.scale)
 
 
 # --- random_mask, add_update

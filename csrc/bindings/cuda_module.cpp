@@ -10,8 +10,10 @@ using namespace r_tsvm;
 
 namespace {
 
-// tuned, address of theta or 0, keep, address of the output, index of the selection or -1
-using PruneArgument = std::tuple<bindings::MatrixArgument, std::uintptr_t, int64_t, std::uintptr_t, int>;
+// tuned, address of theta or 0, keep, address of the output, index of the selection or -1, addresses of the low plane
+// and of its inverse scale or 0
+using PruneArgument = std::tuple<bindings::MatrixArgument, std::uintptr_t, int64_t, std::uintptr_t, int,
+                                 std::pair<std::uintptr_t, std::uintptr_t>>;
 
 // threshold, ties, tied, nonfinite
 using PruneAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
@@ -26,9 +28,11 @@ using ElectTaskArgument = std::tuple<double, double, int, int, RandomMaskArgumen
 
 std::vector<PruneTaskCuda> prune_tasks(const std::vector<PruneArgument>& arguments) {
   std::vector<PruneTaskCuda> tasks;
-  for (const auto& [tuned, theta, keep, output, selection] : arguments) {
+  for (const auto& [tuned, theta, keep, output, selection, planes] : arguments) {
     tasks.push_back(PruneTaskCuda{bindings::matrix(tuned, "reweight_prune"), bindings::pointer<const double>(theta),
-                                  keep, bindings::pointer<void>(output), selection});
+                                  keep, bindings::pointer<void>(output), selection,
+                                  bindings::pointer<void>(planes.first),
+                                  bindings::pointer<const float>(planes.second)});
     if (element_count(tasks.back().tuned) != element_count(tasks.front().tuned)) {
       throw std::runtime_error("reweight_prune: the tensors differ in size");
     }

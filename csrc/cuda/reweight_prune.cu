@@ -40,6 +40,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The fp16 planes hi and (value - hi) 2^11 of values times `inverse`.
+__device__ inline void store_planes(const PruneTaskCuda& task, const float (&values)[kItems], int64_t index,
+                                    int64_t elements) {
+  const float inverse = *task.inverse;
+  __half* const high = static_cast<__half*>(task.matrix) + index;
+  __half* const low = static_cast<__half*>(task.low) + index;
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    if (index + j >= elements) return;
+    const float value = values[j] * inverse;
+    high[j] = __float2half(value);
+    low[j] = __float2half((value - widened(high[j])) * 2048.0f);
+  }
+}
+
 // A thread has read all it overwrites: the matrices may be the tuned tensors.
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
@@ -57,6 +72,12 @@ __global__ void __launch_bounds__(kThreads)
         select(rules, task.selection, values, slice, selected);
 #pragma unroll
         for (int j = 0; j < kItems; ++j) values[j] = selected[j] ? values[j] : Real{0};
+      }
+      if constexpr (sizeof(Real) == sizeof(float)) {
+        if (task.low != nullptr) {
+          store_planes(task, values, index, elements);
+          return;
+        }
       }
       store_four(values, static_cast<Real*>(task.matrix), index, elements);
     });

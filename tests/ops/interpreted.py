@@ -14,7 +14,7 @@ from r_tsvm_kernels import backends
 STATE = backends.triton_interpreter_state()
 
 interpreted = [
-    pytest.mark.skipif(STATE != backends.READY, reason=f"triton: {STATE}"),
+    pytest.mark.skipif(STATE != backends.READY, reason=f"needs Triton's interpreter: {STATE}"),
     # The interpreter computes with numpy, which warns about overflow and NaN.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]

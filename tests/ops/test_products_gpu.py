@@ -14,7 +14,7 @@ from r_tsvm_kernels.ops import gemm3, split_planes, symm_gram, symm_square
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="runs kernels on a GPU: needs a CUDA device"),
 ]
 
 TRITON = dict.fromkeys(("split_planes", "symm_gram", "symm_square", "gemm3"), "triton")

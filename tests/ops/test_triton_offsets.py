@@ -5,7 +5,7 @@ import torch
 from interpreted import interpreted
 from test_random_mask import word
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="checks positions inside Triton kernels, and triton is not installed")
 tl = triton.language
 
 from r_tsvm_kernels.ops._triton import block_offsets, random_words  # noqa: E402

@@ -18,7 +18,7 @@ from r_tsvm_kernels.ops import Planes, gemm3, split_planes, symm_gram, symm_squa
 STATE = backends.triton_interpreter_state()
 
 pytestmark = [
-    pytest.mark.skipif(STATE != backends.READY, reason=f"triton: {STATE}"),
+    pytest.mark.skipif(STATE != backends.READY, reason=f"needs Triton's interpreter: {STATE}"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes with numpy, which warns of NaN
 ]
 

@@ -31,10 +31,12 @@ void reweight_prune_cpu(const MatrixView& base, const PruneTask* tasks, int64_t 
 // On CUDA pruning has two steps, between which the caller can refuse what is not finite.
 struct PruneTaskCuda {
   MatrixView tuned;
-  const double* theta;  // on the device; null clips nothing
-  int64_t keep;         // for the first step
-  void* matrix;         // for the second step; may be the memory of `tuned` if that has its type
-  int selection;        // for the second step: which of the selections is this task's; negative if it is not pruned
+  const double* theta;   // on the device; null clips nothing
+  int64_t keep;          // for the first step
+  void* matrix;          // for the second step; may be the memory of `tuned` if that has its type
+  int selection;         // for the second step: which of the selections is this task's; negative if it is not pruned
+  void* low;             // null, or: `matrix` and this become the fp16 planes of the float32 result times `inverse`
+  const float* inverse;  // on the device, a power of two
 };
 
 // Arrays on the device.

@@ -11,6 +11,7 @@ from ... import backends
 from .._checks import accumulation_dtype, raise_not_finite
 from .._cuda import flat, queue, workspace
 from .._native import matrix
+from .._planes import Planes
 from ..task_statistics import TaskStatistics
 
 
@@ -31,13 +32,22 @@ def prune(
     outlier_weighting: str,
     keep: Sequence[int],
     results: Sequence[Tensor],
+    planes: Planes | None = None,
 ) -> None:
-    """Write the results, which may be the fine-tuned tensors; without a base, of a base of zeros. All contiguous."""
+    """Write the results, which may be the fine-tuned tensors; without a base, of a base of zeros. All contiguous.
+
+    With `planes` the results are its high planes; the low ones are written, too.
+    """
     native = backends.native("cuda")
     device, numel = tuned[0].device, tuned[0].numel()
     thetas = statistics.theta.to(device)
     pruned = [index for index, count in enumerate(keep) if count < numel]
     place = {index: place for place, index in enumerate(pruned)}
+    # Where the low planes go, and the inverse scales.
+    splits = [(0, 0)] * len(tuned)
+    if planes is not None and planes.lo is not None:
+        inverse = 1 / planes.scale
+        splits = [(low.data_ptr(), one.data_ptr()) for low, one in zip(planes.lo, inverse, strict=True)]
     tasks = [
         (
             matrix(tensor),
@@ -45,6 +55,7 @@ def prune(
             keep[index],
             results[index].data_ptr(),
             place.get(index, -1),
+            splits[index],
         )
         for index, tensor in enumerate(tuned)
     ]
