@@ -93,3 +93,30 @@ def rtsvm(
         shares = [1 - q for q in masses] if outlier_weighting == "damp" else masses
         weights = [w * tasks * s / sum(shares) for w, s in zip(weights, shares, strict=True)]
     return base + alpha * tsv_merge(prepared, ranks, weights), ranks
+
+
+def vote_and_sum(base, kept, weights, alpha=1.0, elect=False, normalize=False):
+    """Sum sparsified task vectors, after TIES' election of a sign; float64 arrays."""
+    weighted = np.array([w * d for w, d in zip(weights, kept, strict=True)])
+    if elect:
+        sign = np.where(weighted.sum(0) >= 0, 1.0, -1.0)
+        weighted = np.where(np.sign(weighted) == sign, weighted, 0.0)
+    update = weighted.sum(0)
+    if normalize and elect:
+        counted = sum(w * (v != 0) for w, v in zip(weights, weighted, strict=True))
+        update = update / np.where(counted == 0, 1.0, counted)
+    elif normalize:
+        update = update / sum(weights)
+    return base + alpha * update
+
+
+def della_probabilities(delta, density, epsilon):
+    """Probability of survival by rank within the row: ``density - epsilon`` to ``density + epsilon``."""
+    rows = np.atleast_1d(delta)
+    columns = rows.shape[-1]
+    if columns == 1:
+        return np.full(delta.shape, density)
+    # The lower index has the higher rank among equals.
+    order = np.argsort(np.abs(rows[..., ::-1]), axis=-1, kind="stable")
+    ranks = np.argsort(order, axis=-1)[..., ::-1]
+    return (density - epsilon + 2 * epsilon * ranks / (columns - 1)).reshape(delta.shape)

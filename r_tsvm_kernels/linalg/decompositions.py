@@ -36,16 +36,3 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             f"the eigenvalues of a {tuple(matrix.shape)} matrix did not converge: {error}"
         ) from error
     return values, vectors
-
-
-def cholesky_whitened(V: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns of `V`, which must be nearly orthogonal; column by column close to it.
-
-    Raises:
-        ConvergenceError: the columns are linearly dependent.
-    """
-    L, failed = torch.linalg.cholesky_ex(V.mT @ V)
-    if int(failed):
-        raise ConvergenceError(f"the columns of a {tuple(V.shape)} basis are linearly dependent")
-    whitened: Tensor = torch.linalg.solve_triangular(L.mT, V, upper=True, left=False)
-    return whitened

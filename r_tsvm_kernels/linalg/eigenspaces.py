@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvergenceError
-from .decompositions import cholesky_whitened, eigh
+from .decompositions import eigh
+from .orthonormal import cholesky_whitened
 from .tall_matrix import TallMatrix
 
-# Below this share of the largest eigenvalue, those of a float32 Gram matrix are noise; likewise in float64.
-FLOAT32_FLOOR, FLOAT64_FLOOR = 1e-5, 1e-13
+# Below this share of the largest eigenvalue the eigenvectors of a float32 Gram matrix are too wrong for corrections to
+# be worth while; those of a float64 Gram matrix are noise.
+FLOAT32_FLOOR, FLOAT64_FLOOR = 1e-3, 1e-13
 # A correction squares the error, or at least shrinks it as much as the one before: starting from more than this, two
 # would not do, and float64 from the start is cheaper than three.
 CORRECTABLE, CORRECTIONS = 3e-3, 2
@@ -79,17 +81,15 @@ def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
     cut = n - rank
     if approximate[cut] <= FLOAT32_FLOOR * approximate[-1]:
         raise ConvergenceError("gram-float32: the smallest wanted singular value is too small")
-    values, V, others = approximate.double(), cholesky_whitened(Q[:, cut:].double()), Q[:, :cut]
+    values, V, others = approximate.double(), Q[:, cut:].double(), Q[:, :cut]
     window = _window(n, rank)
     far = cut - window
-    _solve_window(matrix, V, others, values, window)
-    error = _mixing(matrix, V, values[cut], others[:, :far], values[:far])
     for _ in range(CORRECTIONS):
-        if error <= tolerance or not error <= CORRECTABLE:
-            break
         V, values[cut:] = _corrected(matrix, V, others, values, window)
         _solve_window(matrix, V, others, values, window)
         error = _mixing(matrix, V, values[cut], others[:, :far], values[:far])
+        if error <= tolerance:
+            break
     if not error <= tolerance:
         raise ConvergenceError(f"gram-float32: estimated error {error:.0e} of the subspace, allowed {tolerance:.0e}")
     return Eigenspace(V.flip(1), values.clamp(min=0).flip(0), error)
@@ -117,17 +117,23 @@ def _mixing(matrix: TallMatrix, V: Tensor, smallest: Tensor, others: Tensor, val
 
 
 def _corrected(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return the basis after one first-order correction, and its Rayleigh quotients, rising."""
+    """Return the basis after one first-order correction, and its Rayleigh quotients, rising.
+
+    The columns need not be orthonormal beyond float32: that adds an error of second order.
+
+    Raises:
+        ConvergenceError: it is not a small correction.
+    """
     cut = others.shape[1]
     image = matrix.normal_times(V)
-    H = V.mT @ image
-    residual = (image - V @ H).to(others.dtype)  # small: float32 holds it well enough
-    diagonal = H.diagonal()
+    diagonal = (V * image).sum(0) / V.square().sum(0)
+    residual = (image - V * diagonal).to(others.dtype)  # small: float32 holds it well enough
     gaps = (diagonal[None, :] - values[:cut, None]).to(others.dtype)
     X = (others.mT @ residual) / gaps
     X[cut - window :, :window] = 0  # these pairs are solved exactly afterwards
-    if not bool(torch.isfinite(X).all()):
-        raise ConvergenceError("gram-float32: eigenvalues coincide")
+    moved = float(torch.linalg.vector_norm(X))
+    if not moved <= CORRECTABLE:
+        raise ConvergenceError(f"gram-float32: off by {moved:.0e}, too much for a first-order correction")
     return cholesky_whitened(V + (others @ X).double()), diagonal
 
 

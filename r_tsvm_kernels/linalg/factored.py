@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import DeviceError, DTypeError, ShapeError
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
-from .polar import isometry_defect, root_of_factor
+from .inverse_root import root_of_factor
+from .polar import isometry_defect
 from .ranks import Rank
 
 
@@ -87,14 +88,14 @@ def merge_factored(
     tolerance = tolerance_of(mode)
     bases_left, bases_right, cores, energies = [], [], [], []
     for matrix, rank, weight in zip(matrices, ranks, weights, strict=True):
-        U, values, Vh, energy = _triplets(matrix, rank)
+        U, values, Vh, energy = leading_triplets(matrix, rank)
         bases_left.append(U)
         bases_right.append(Vh.mT)
         cores.append(weight * values)
         energies.append(energy)
     U, V = torch.cat(bases_left, dim=1), torch.cat(bases_right, dim=1)
     left, right = (root_of_factor(torch.linalg.qr(basis, mode="r").R) for basis in (U, V))
-    P, Q = U @ left.matrix, V @ right.matrix
+    P, Q = left.matrix.after(U), right.matrix.after(V)
     defect = max(isometry_defect(left, P.mT @ P), isometry_defect(right, Q.mT @ Q))
     certificate = Certificate(
         error=defect,
@@ -110,8 +111,21 @@ def merge_factored(
     return FactoredMerge(update, tuple(len(core) for core in cores), tuple(energies), certificate)
 
 
-def _triplets(matrix: Factored, rank: Rank) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return the leading singular triplets of the product and the share of the energy they hold."""
+def leading_triplets(matrix: Factored, rank: Rank) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return the leading singular triplets of the product and the share of the energy they hold, in float64.
+
+    Two thin QRs and the SVD of a core of the inner dimension; the product is never formed.
+
+    Args:
+        matrix: (m, n).
+        rank: >= 0, or a function of the singular values, padded with zeros to min(m, n); clipped to the numerical rank.
+
+    Returns:
+        U (m, k), the singular values (k,), falling, Vh (k, n), and the share of the squared Frobenius norm they hold.
+
+    Raises:
+        ConvergenceError: the SVD failed.
+    """
     Q_left, R_left = torch.linalg.qr(matrix.left.double())
     Q_right, R_right = torch.linalg.qr(matrix.right.double().mT)
     P, values, Qh = svd(R_left @ R_right.mT * matrix.scale)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arithmetic import Precision, arithmetic, padded
 from .orthonormal import cholesky_qr, orthogonality
-from .polar_express import polar_express
+from .polar_express import Polar, polar_express
 from .purification import compress, leading_eigenspaces
 
 # Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4.
@@ -152,34 +152,69 @@ def matmul_tsv_merge(
     precision: Precision = "fp16x3",
     tolerance: float | None = None,
 ) -> MatmulMerge:
-    """TSV-Merge (see `tsv_merge`) of same-shape task matrices from matrix products alone.
+    """Merge the task matrices (T, m, n) of one layer, see `matmul_tsv_merges`."""
+    return matmul_tsv_merges(matrices[None], [ranks], None if weights is None else [weights], precision, tolerance)[0]
 
-    Tasks whose `error_estimate` is above `tolerance` are solved again with a compressed spectrum. The concatenated
-    bases must have full rank: the caller leaves out rows and columns that no task touched, and goes to another solver
-    if `orthogonality` says that the polar factor is not one.
+
+def matmul_tsv_merges(
+    layers: Tensor,
+    ranks: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]] | None = None,
+    precision: Precision = "fp16x3",
+    tolerance: float | None = None,
+) -> list[MatmulMerge]:
+    """TSV-Merge (see `tsv_merge`) of the same-shape task matrices of several layers, from matrix products alone.
+
+    All matrices of all layers are solved in one batch. Those whose `error_estimate` is above `tolerance` are solved
+    again with a compressed spectrum. The concatenated bases must have full rank: the caller leaves out rows and columns
+    that no task touched, and goes to another solver if `orthogonality` says that the polar factor is not one.
 
     Args:
-        matrices: (T, m, n) float32 or float64, finite.
-        ranks: T ranks of sum at most min(m, n), none above the numerical rank.
-        weights: T factors of the cores; None means 1.
+        layers: (L, T, m, n) float32 or float64, finite.
+        ranks: T ranks for each layer, of sum at most min(m, n), none above the numerical rank.
+        weights: T factors of the cores for each layer; None means 1.
         precision: as for `matmul_subspaces`.
         tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always, None
             for `TOLERANCE`.
     """
     limit = TOLERANCE[precision] if tolerance is None else tolerance
-    parts = matmul_subspaces(matrices, ranks, precision)
+    tasks = layers.shape[1]
+    matrices, flat_ranks = layers.flatten(0, 1), [rank for layer in ranks for rank in layer]
+    parts = matmul_subspaces(matrices, flat_ranks, precision)
     again = [i for i, part in enumerate(parts) if part.error_estimate > limit and part.ratio < LARGEST_RATIO]
     if again:
-        levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=matrices.device)
-        solved = matmul_subspaces(matrices[again], [ranks[i] for i in again], precision, levels)
+        levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=layers.device)
+        solved = matmul_subspaces(matrices[again], [flat_ranks[i] for i in again], precision, levels)
         for i, part in zip(again, solved, strict=True):
             parts[i] = part
-    factors = [1.0] * len(parts) if weights is None else list(weights)
-    bound = len(parts) ** 0.5
-    left = polar_express(torch.cat([part.U for part in parts], 1), bound, LOWER, precision)
-    right = polar_express(torch.cat([part.Vh for part in parts], 0).mT, bound, LOWER, precision)
+    of_layers = [parts[first : first + tasks] for first in range(0, len(parts), tasks)]
+    lefts = _polar_factors([torch.cat([part.U for part in layer], 1) for layer in of_layers], tasks, precision)
+    rights = _polar_factors([torch.cat([part.Vh for part in layer], 0).mT for layer in of_layers], tasks, precision)
+    factors = [[1.0] * tasks] * len(of_layers) if weights is None else weights
+    return [
+        _reconstructed(layer, of_layer, left, right, precision)
+        for layer, of_layer, left, right in zip(of_layers, factors, lefts, rights, strict=True)
+    ]
+
+
+def _polar_factors(bases: list[Tensor], tasks: int, precision: Precision) -> list[Polar]:
+    """Return the polar factors of concatenated bases, in one batch if their widths allow."""
+    bound = tasks**0.5
+    if len({basis.shape for basis in bases}) > 1:
+        return [polar_express(basis, bound, LOWER, precision) for basis in bases]
+    batch = polar_express(torch.stack(bases), bound, LOWER, precision)
+    return [
+        Polar(matrix, orthogonality, batch.steps)
+        for matrix, orthogonality in zip(batch.matrix, batch.orthogonality, strict=True)
+    ]
+
+
+def _reconstructed(
+    parts: list[MatmulSubspaces], weights: Sequence[float], left: Polar, right: Polar, precision: Precision
+) -> MatmulMerge:
+    """Put the weighted cores between the polar factors."""
     numbers = arithmetic(precision)
-    core = torch.block_diag(*(f * part.core for f, part in zip(factors, parts, strict=True)))  # type: ignore[no-untyped-call]
+    core = torch.block_diag(*(f * part.core for f, part in zip(weights, parts, strict=True)))  # type: ignore[no-untyped-call]
     size = core.abs().amax().clamp(min=torch.finfo(core.dtype).tiny)
     inner = numbers.multiply(numbers.load(left.matrix), numbers.load(core / size))
     merged = numbers.dense(numbers.multiply(inner, numbers.load(right.matrix).mT))

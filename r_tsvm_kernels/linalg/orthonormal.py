@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import ConvergenceError
+
 
 def cholesky_qr(Y: Tensor, passes: int = 3) -> tuple[Tensor, Tensor]:
     """Return ``Q, R`` with ``Q R = Y``: Q has orthonormal columns, R is upper triangular.
@@ -28,6 +30,19 @@ def cholesky_qr(Y: Tensor, passes: int = 3) -> tuple[Tensor, Tensor]:
         Q = torch.linalg.solve_triangular(upper, Q, upper=True, left=False)
         R = upper @ R
     return Q, R
+
+
+def cholesky_whitened(V: Tensor) -> Tensor:
+    """Return an orthonormal basis of the columns of `V`, which must be nearly orthogonal; column by column close to it.
+
+    Raises:
+        ConvergenceError: the columns are linearly dependent.
+    """
+    L, failed = torch.linalg.cholesky_ex(V.mT @ V)
+    if int(failed):
+        raise ConvergenceError(f"the columns of a {tuple(V.shape)} basis are linearly dependent")
+    whitened: Tensor = torch.linalg.solve_triangular(L.mT, V, upper=True, left=False)
+    return whitened
 
 
 def orthogonality(Q: Tensor) -> Tensor:

@@ -10,33 +10,9 @@ from torch import Tensor
 
 from ..errors import ConvergenceError
 from .certificate import Certificate, Mode, tolerance_of
-from .decompositions import eigh, svd
+from .inverse_root import RANK_TOLERANCE, InverseRoot, root_of_factor, root_of_gram
 from .subspaces import check_matrices
 from .tall_matrix import TallMatrix
-
-# Relative to the largest singular value. Concatenated bases of real fine-tunes have condition numbers up to a few
-# thousand; float64 noise lies at 1e-15; nothing meaningful was seen in between.
-RANK_TOLERANCE = 1e-6
-
-# Share of the largest eigenvalue of a Gram matrix from which on the relative error of an eigenvalue is below 1e-5.
-RESOLVED = 1e-10
-
-
-@dataclass(frozen=True)
-class InverseRoot:
-    """``(X^T X)^(-1/2)`` on the range of ``X^T``, 0 on its complement.
-
-    Attributes:
-        matrix: (k, k) float64, symmetric; ``X @ matrix`` is the canonical polar factor of X.
-        rank: number of singular values of X above the tolerance.
-        condition: largest over smallest of these, 1.0 for a zero matrix.
-        route: ``gram-float64`` or ``svd-float64``.
-    """
-
-    matrix: Tensor
-    rank: int
-    condition: float
-    route: str
 
 
 @dataclass(frozen=True)
@@ -88,7 +64,7 @@ def _polar(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:
     except ConvergenceError as failure:
         escalations = (str(failure),)
         root = root_of_factor(tall.triangular_factor(), rtol)
-    P = torch.cat([tile @ root.matrix for _, tile in tall.tiles(torch.float64)] or [tall.matrix.double()])
+    P = torch.cat([root.matrix.after(tile) for _, tile in tall.tiles(torch.float64)] or [tall.matrix.double()])
     defect = isometry_defect(root, P.mT @ P)
     certificate = Certificate(
         error=defect,
@@ -102,35 +78,6 @@ def _polar(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:
     return PolarFactor(P.mT if tall.transposed else P, root.rank, root.condition, certificate)
 
 
-def root_of_gram(gram: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
-    """Return the inverse root of a Gram matrix ``X^T X`` (k, k), float64, by its eigenvalues.
-
-    Raises:
-        ConvergenceError: an eigenvalue is neither surely zero nor surely not, or inexact; or the decomposition failed.
-    """
-    if gram.shape[0] == 0:
-        return InverseRoot(gram, 0, 1.0, "gram-float64")
-    values, Q = eigh(gram)
-    largest = float(values[-1])
-    if largest <= 0:
-        return InverseRoot(torch.zeros_like(gram), 0, 1.0, "gram-float64")
-    rounding = 8 * len(values) ** 0.5 * torch.finfo(gram.dtype).eps
-    doubtful = (values > rounding * largest) & (values < max(RESOLVED, 100 * rtol**2) * largest)
-    if bool(doubtful.any()) or not float(values[0]) >= -rounding * largest:
-        raise ConvergenceError(f"gram-float64: a singular value of the basis is {_smallest(values, doubtful):.0e} of 1")
-    return _inverse_root(Q.flip(1), values.flip(0).clamp(min=0).sqrt(), rounding**0.5, "gram-float64")
-
-
-def root_of_factor(R: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
-    """Return the inverse root of ``R^T R`` by the SVD of R (any number of rows, k columns), float64.
-
-    Raises:
-        ConvergenceError: the SVD did not converge.
-    """
-    _, values, Qh = svd(R)
-    return _inverse_root(Qh.mT, values, rtol, "svd-float64")
-
-
 def isometry_defect(root: InverseRoot, gram: Tensor) -> float:
     """Return the largest entry of ``|P^T P - I|``; for a partial isometry of ``|P^T P P^T P - P^T P|``.
 
@@ -141,15 +88,3 @@ def isometry_defect(root: InverseRoot, gram: Tensor) -> float:
     full = root.rank == gram.shape[0]
     defect = gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if full else gram @ gram - gram
     return float(defect.abs().amax())
-
-
-def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> InverseRoot:
-    """Return the inverse root from right singular vectors and singular values, falling."""
-    rank = int((values > rtol * values[0]).sum()) if len(values) else 0
-    kept = Q[:, :rank]
-    condition = float(values[0] / values[rank - 1]) if rank else 1.0
-    return InverseRoot((kept / values[:rank]) @ kept.mT, rank, condition, route)
-
-
-def _smallest(values: Tensor, doubtful: Tensor) -> float:
-    return float(values[doubtful].amin() / values[-1]) ** 0.5 if bool(doubtful.any()) else 0.0

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import DTypeError, ShapeError
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
+from .orthonormal import orthogonality
 from .ranks import Rank
 from .right_vectors import right_vectors
 from .side_by_side import side_by_side
@@ -157,7 +158,7 @@ def _subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float) -> Subsp
         residual = float(torch.linalg.vector_norm(back - V @ core.mT)) / norm
         energy = min(1.0, float(core.square().sum()) / tall.squared_norm)
     core = core / tall.scale
-    defect = max(orthogonality(U), orthogonality(V))
+    defect = max(float(orthogonality(basis)) for basis in (U, V))
     certificate = Certificate(
         error=found.error + defect,
         orthogonality=defect,
@@ -170,10 +171,3 @@ def _subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float) -> Subsp
     if tall.transposed:
         U, core, V = V, core.mT, U
     return Subspaces(U, core, V.mT, energy, residual, certificate)
-
-
-def orthogonality(Q: Tensor) -> float:
-    """Return the largest entry of ``|Q^T Q - I|``."""
-    if Q.shape[1] == 0:
-        return 0.0
-    return float((Q.mT @ Q - torch.eye(Q.shape[1], dtype=Q.dtype, device=Q.device)).abs().amax())

@@ -81,7 +81,7 @@ class TallMatrix:
         n = self.shape[1]
         total = self.matrix.new_zeros(n, n, dtype=dtype)
         for _, tile in self.tiles(dtype):
-            total.addmm_(tile.mT, tile)
+            add_gram(total, tile)
         return total
 
     def normal_times(self, V: Tensor) -> Tensor:
@@ -106,3 +106,16 @@ class TallMatrix:
         for _, tile in self.tiles(torch.float64):
             R = torch.linalg.qr(torch.cat([R, tile if V is None else tile @ V]), mode="r").R
         return R
+
+
+def add_gram(total: Tensor, X: Tensor) -> None:
+    """Add ``X^T X`` to `total`: by blocks of columns, what is below the diagonal mirrored instead of multiplied."""
+    n = X.shape[1]
+    width = max(-(-n // 6), 128)
+    for first in range(0, n, width):
+        own, rest = slice(first, first + width), slice(first + width, n)
+        total[own, own].addmm_(X[:, own].mT, X[:, own])
+        if first + width < n:
+            product = X[:, own].mT @ X[:, rest]
+            total[own, rest] += product
+            total[rest, own] += product.mT

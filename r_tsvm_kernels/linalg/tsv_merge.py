@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ConvergenceError, ShapeError
+from ..errors import ConfigError, ConvergenceError, RTsvmError, ShapeError
 from .certificate import Certificate, Mode, tolerance_of
 from .factored import Factored, merge_factored
-from .matmul_route import matmul_tsv_merge
-from .polar import InverseRoot, root_of_factor, root_of_gram
+from .inverse_root import InverseRoot, root_of_factor, root_of_gram, root_of_gram_float32
+from .matmul_route import MatmulMerge, matmul_tsv_merges
 from .purification import STEPS
 from .ranks import Rank
 from .right_vectors import ROUTES, RightVectors, right_vectors
 from .side_by_side import side_by_side
 from .subspaces import check_matrices
-from .tall_matrix import WORKSPACE, TallMatrix
+from .tall_matrix import WORKSPACE, TallMatrix, add_gram
 
 Solver = Literal["eigen", "products"]
 
-PROBES = 8
+# From this size on bases of float32 tasks are whitened by float32 eigenvectors, if the estimated error is at most this
+# share of the tolerance. Below it float64 costs next to nothing.
+LARGE, WHITENING_SHARE = 768, 0.1
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def tsv_merge(
         ConfigError: an unknown mode or solver.
         ConvergenceError: no solver reached the tolerance of `mode`.
     """
-    tolerance = tolerance_of(mode)
+    tolerance_of(mode)  # or an error
     if solver not in get_args(Solver):
         raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
     factors = [1.0] * len(task_matrices) if weights is None else list(weights)
@@ -109,25 +112,109 @@ def tsv_merge(
     of_all = [_of_all_values(rank, min(m, n)) for rank in ranks]
     for first in range(len(ROUTES)):
         try:
-            solves = [
-                partial(right_vectors, matrix, rank, mode, ROUTES[first:] if first else None)
-                for matrix, rank in zip(tall, of_all, strict=True)
-            ]
-            parts = side_by_side(solves, tall[0].shape[1], dense[0].device)
-            merge = _Merge(tall, parts, factors, tolerance, given_up)
-            merge.certificate.require()
+            merge = _attempt(tall, of_all, factors, mode, ROUTES[first:] if first else None, given_up)
             break
         except ConvergenceError as failure:
             if first == len(ROUTES) - 1:
                 raise
             given_up += (str(failure),)
+            for matrix in tall:
+                matrix.forget()
 
     result = torch.zeros_like(dense[0])
     update = result if whole else result.new_zeros(len(rows), len(columns))
     merge.write(update.mT if tall[0].transposed else update)
     if not whole:
         result[rows[:, None], columns] = update
-    return TsvMerge(result, tuple(part.V.shape[1] for part in parts), merge.captured_energy(), merge.certificate)
+    return TsvMerge(result, tuple(part.V.shape[1] for part in merge.parts), merge.captured_energy(), merge.certificate)
+
+
+def _attempt(
+    matrices: Sequence[TallMatrix],
+    ranks: Sequence[Rank],
+    weights: Sequence[float],
+    mode: Mode,
+    routes: Sequence[str] | None,
+    given_up: tuple[str, ...],
+) -> _Merge:
+    """Merge by the first of `routes` that does; nothing of a failed attempt stays in memory.
+
+    Raises:
+        ConvergenceError: none does.
+    """
+    solves = [partial(right_vectors, matrix, rank, mode, routes) for matrix, rank in zip(matrices, ranks, strict=True)]
+    parts = side_by_side(solves, matrices[0].shape[1], matrices[0].matrix.device)
+    merge = _Merge(matrices, parts, weights, tolerance_of(mode), given_up)
+    merge.certificate.require()
+    return merge
+
+
+def tsv_merge_layers(
+    layers: Sequence[Sequence[Tensor | Factored]],
+    ranks: Sequence[Sequence[Rank]],
+    weights: Sequence[Sequence[float]] | None = None,
+    mode: Mode = "exact",
+    *,
+    solver: Solver = "eigen",
+    workspace: int = WORKSPACE,
+) -> list[TsvMerge]:
+    """Merge several layers; with solver ``products`` those of one shape and number of tasks in one batch.
+
+    A batch fills a GPU where a single small layer does not. What it does not suit (untouched rows or columns, rank
+    rules, a result that is not accurate enough) is merged on its own, and so is everything with solver ``eigen``.
+
+    Args:
+        layers: for each layer its task matrices, see `tsv_merge`.
+        ranks: for each layer the ranks of its tasks.
+        weights: for each layer the factors of the cores; None means 1.
+        mode: see `tsv_merge`.
+        solver: see `tsv_merge`.
+        workspace: see `tsv_merge`.
+
+    Raises:
+        As `tsv_merge`.
+    """
+    if len(layers) != len(ranks) or (weights is not None and len(weights) != len(layers)):
+        raise ShapeError(f"tsv_merge_layers: {len(layers)} layers, ranks for {len(ranks)}, or weights for others")
+    factors = [[1.0] * len(layer) for layer in layers] if weights is None else [list(layer) for layer in weights]
+    results: dict[int, TsvMerge] = {}
+    if solver == "products":
+        groups: dict[tuple[object, ...], list[int]] = {}
+        stacks: dict[int, Tensor] = {}
+        for index, layer in enumerate(layers):
+            stack = _stacked(layer, ranks[index], factors[index])
+            if stack is not None:
+                stacks[index] = stack
+                groups.setdefault((stack.shape, stack.dtype, stack.device), []).append(index)
+        for group in (group for group in groups.values() if len(group) > 1):
+            batch = torch.stack([stacks.pop(i) for i in group])
+            numbers = [_ranks_for_products(ranks[i], min(batch.shape[-2:])) for i in group]
+            merges = matmul_tsv_merges(batch, numbers, [factors[i] for i in group], tolerance=_products_tolerance(mode))
+            for i, merged, matrices in zip(group, merges, batch, strict=True):
+                with suppress(ConvergenceError):  # merged on its own below, where the failure is reported
+                    found = _of_products(merged, matrices, mode)
+                    results[i] = replace(found, matrix=found.matrix.to(matrices.dtype))
+    for i, layer in enumerate(layers):
+        if i not in results:
+            results[i] = tsv_merge(layer, ranks[i], factors[i], mode, solver=solver, workspace=workspace)
+    return [results[i] for i in range(len(layers))]
+
+
+def _stacked(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank], weights: Sequence[float]) -> Tensor | None:
+    """Return a layer that `matmul_tsv_merges` takes as one tensor: alike, finite, touched everywhere; else None."""
+    dense = [matrix for matrix in layer if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.numel()]
+    kinds = {(matrix.shape, matrix.dtype, matrix.device) for matrix in dense}
+    if len(kinds) != 1 or not len(layer) == len(dense) == len(ranks) == len(weights):
+        return None
+    try:
+        check_matrices(dense, ranks, "tsv_merge_layers")
+        _ranks_for_products(ranks, min(dense[0].shape))
+    except RTsvmError:  # `tsv_merge` says what is wrong
+        return None
+    rows, columns = _touched(dense)
+    stack = torch.stack(dense)
+    whole = (len(rows), len(columns)) == dense[0].shape and bool(torch.isfinite(stack).all())
+    return stack if whole else None
 
 
 class _Merge:
@@ -148,6 +235,7 @@ class _Merge:
     ) -> None:
         """Find the polar factors and what is to be multiplied with W."""
         self.matrices, self.parts = matrices, parts
+        self.whitening_tolerance = WHITENING_SHARE * tolerance
         ranks = [part.V.shape[1] for part in parts]
         ends = torch.tensor(ranks).cumsum(0).tolist()
         self.blocks = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
@@ -164,24 +252,27 @@ class _Merge:
         left_gram = self._left(self._left(scaled, True).mT, True).mT
         right_gram = self._mirrored(V.new_zeros(len(gram), len(gram)), V)
         right_gram.diagonal()[:] = 1  # within a task the basis is orthonormal already
-        (left, left_failed), (right, right_failed) = side_by_side(
+        (left, left_defect, left_failed), (right, right_defect, right_failed) = side_by_side(
             [
-                lambda: self._root(left_gram, lambda: self._left_factor(lengths)),
-                lambda: self._root(right_gram, lambda: torch.linalg.qr(V, mode="r").R),
+                partial(self._root, left_gram, lambda: self._left_factor(lengths)),
+                partial(self._root, right_gram, lambda: torch.linalg.qr(V, mode="r").R),
             ],
-            len(gram),
-            gram.device,
+            len(lengths),
+            lengths.device,
         )
+        del gram, scaled, left_gram, right_gram  # of 8 s^2 bytes each
         escalations = [*given_up, *left_failed, *right_failed]
 
-        self.to_polar = self._left(left.matrix, False) / lengths[:, None]  # W times this is polar(U)
-        right_factor = right.matrix @ V.mT  # polar(V)^T
+        # W times this is polar(U).
+        self.to_polar = left.matrix.map_rows(lambda x: self._left(x, False) / lengths[:, None].to(x.dtype))
+        right_factor = right.matrix.after(V).mT  # polar(V)^T
         self.inner = torch.empty_like(right_factor)
         for R, block, matrix, weight in zip(self.factors, self.blocks, matrices, weights, strict=True):
-            self.inner[block] = (R * (lengths[block] * (weight / matrix.scale))) @ right_factor[block]
+            core = R * (lengths[block] * (weight / matrix.scale))
+            torch.matmul(core.to(right_factor.dtype), right_factor[block], out=self.inner[block])
 
         routes = {part.route for part in parts} | {root.route for root in (left, right) if root.route == ROUTES[-1]}
-        defect = max(_defect(left, left_gram), _defect(right, right_gram))
+        defect = max(left_defect, right_defect)
         subspace_error = max(part.error for part in parts)
         condition = (left.condition, right.condition)
         if matrices[0].transposed:
@@ -208,7 +299,7 @@ class _Merge:
         first = 0
         for image in self._tiles():
             rows = slice(first, first + len(image))
-            out[rows] = (image @ self.to_polar).to(out.dtype) @ inner
+            out[rows] = self.to_polar.after(image).to(out.dtype) @ inner
             first = rows.stop
 
     def _gram(self, V: Tensor) -> Tensor:
@@ -220,7 +311,7 @@ class _Merge:
         total = V.new_zeros(columns, columns)
         for image in self._tiles():
             for block in self.blocks:
-                total[block, block].addmm_(image[:, block].mT, image[:, block])
+                add_gram(total[block, block], image[:, block])
             self._mirrored(total, image)
             if keep:
                 kept.append(image)
@@ -252,6 +343,7 @@ class _Merge:
         """Return ``blockdiag(R)^-1 x``, or ``blockdiag(R)^-T x``, for R in units of the lengths."""
         out = torch.empty_like(x)
         for R, block in zip(self.factors, self.blocks, strict=True):
+            R = R.to(x.dtype)
             out[block] = torch.linalg.solve_triangular(R.mT if transposed else R, x[block], upper=not transposed)
         return out
 
@@ -262,13 +354,22 @@ class _Merge:
             R = torch.linalg.qr(torch.cat([R, self._left((image / lengths).mT, True).mT]), mode="r").R
         return R
 
-    @staticmethod
-    def _root(gram: Tensor, factor: Callable[[], Tensor]) -> tuple[InverseRoot, list[str]]:
-        """Return the inverse root, and why the cheaper route was given up, if it was."""
+    def _root(self, gram: Tensor, factor: Callable[[], Tensor]) -> tuple[InverseRoot, float, list[str]]:
+        """Return the inverse root by the cheapest route that is exact enough, its defect, and why others gave way."""
+        given_up = []
+        if len(gram) >= LARGE and self.matrices[0].matrix.dtype == torch.float32:
+            try:
+                root = root_of_gram_float32(gram, self.whitening_tolerance)
+                return root, root.defect(gram), []
+            except ConvergenceError as failure:
+                given_up.append(str(failure))
         try:
-            return root_of_gram(gram), []
+            root = root_of_gram(gram)
+            return root, root.defect(gram), given_up
         except ConvergenceError as failure:
-            return root_of_factor(factor()), [str(failure)]
+            R = factor()
+            root = root_of_factor(R)
+            return root, root.defect(R.mT, R), [*given_up, str(failure)]
 
     @staticmethod
     def _cholesky(gram: Tensor) -> Tensor:
@@ -277,19 +378,6 @@ class _Merge:
             raise ConvergenceError("the images of a task's right singular vectors are linearly dependent")
         upper: Tensor = L.mT
         return upper
-
-
-def _defect(root: InverseRoot, gram: Tensor) -> float:
-    """Return ``norm(P^T P y - y) / norm(y)`` for random y in the range of the polar factor's ``P^T``."""
-    if root.rank == 0:
-        return 0.0
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64).to(gram.device)
-    y = root.matrix @ (gram @ (root.matrix @ z))
-    again = root.matrix @ (gram @ (root.matrix @ y))
-    if root.rank == len(gram):
-        again, y = y, z  # full rank: nothing but the identity will do
-    return float(torch.linalg.vector_norm(again - y) / torch.linalg.vector_norm(y))
 
 
 def _touched(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -313,16 +401,41 @@ def _by_products(
     Raises:
         ConvergenceError: the route is not made for this case, or its result is not accurate enough.
     """
-    short = min(len(rows), len(columns))
+    numbers = _ranks_for_products(ranks, min(len(rows), len(columns)))
+    touched = torch.stack([matrix[rows[:, None], columns] for matrix in matrices])
+    (merged,) = matmul_tsv_merges(touched[None], [numbers], [weights], "fp16x3", _products_tolerance(mode))
+    found = _of_products(merged, touched, mode)
+    result = torch.zeros_like(matrices[0])
+    result[rows[:, None], columns] = found.matrix.to(result.dtype)
+    return replace(found, matrix=result)
+
+
+def _ranks_for_products(ranks: Sequence[Rank], short: int) -> list[int]:
+    """Return the ranks, if they are such as the matrix-product route can take.
+
+    Raises:
+        ConvergenceError: they are not.
+    """
     numbers = [rank for rank in ranks if isinstance(rank, int)]
     if len(numbers) != len(ranks) or not all(0 < rank <= short for rank in numbers) or sum(numbers) > short:
         raise ConvergenceError("products: needs ranks that are positive numbers of sum at most min(m, n)")
+    return numbers
+
+
+def _products_tolerance(mode: Mode) -> float | None:
     # fp16 alone is off by up to 2e-2, more than fast mode allows. It saves the second solve with a compressed spectrum.
-    tolerance = None if mode == "exact" else tolerance_of(mode) / 2
-    touched = torch.stack([matrix[rows[:, None], columns] for matrix in matrices])
-    merged = matmul_tsv_merge(touched, numbers, weights, "fp16x3", tolerance)
+    return None if mode == "exact" else tolerance_of(mode) / 2
+
+
+def _of_products(merged: MatmulMerge, matrices: Tensor, mode: Mode) -> TsvMerge:
+    """Return the result of the matrix-product route with its certificate.
+
+    Raises:
+        ConvergenceError: it is not accurate enough.
+    """
     if any(max(part.outer_steps, part.inner_steps) >= STEPS for part in merged.parts):
         raise ConvergenceError("products: singular values on both sides of a rank are too close to be told apart")
+    ranks = tuple(part.core.shape[0] for part in merged.parts)
     subspace_error = max(part.error_estimate for part in merged.parts)
     certificate = Certificate(
         error=subspace_error + merged.orthogonality,
@@ -330,17 +443,15 @@ def _by_products(
         subspace_error=subspace_error,
         tolerance=tolerance_of(mode),
         route="products-fp16x3",
-        basis_rank=(sum(numbers), sum(numbers)),
+        basis_rank=(sum(ranks), sum(ranks)),
         basis_condition=(math.nan, math.nan),
     )
     certificate.require()
-    result = torch.zeros_like(matrices[0])
-    result[rows[:, None], columns] = merged.matrix.to(result.dtype)
-    energies = [
+    energies = tuple(
         min(1.0, float(part.core.square().sum() / matrix.double().square().sum()))
-        for part, matrix in zip(merged.parts, touched, strict=True)
-    ]
-    return TsvMerge(result, tuple(numbers), tuple(energies), certificate)
+        for part, matrix in zip(merged.parts, matrices, strict=True)
+    )
+    return TsvMerge(merged.matrix, ranks, energies, certificate)
 
 
 def _of_all_values(rank: Rank, count: int) -> Rank:

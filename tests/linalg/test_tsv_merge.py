@@ -204,3 +204,36 @@ def test_a_missed_certificate_raises():
         assert not missed.met
         with pytest.raises(ConvergenceError, match="orthogonality"):
             missed.require()
+
+
+@pytest.mark.parametrize("apart", [1e-3, 1e-5, 1e-6])
+def test_nearly_equal_tasks(apart):
+    """Their bases share all directions but for what float64 only just tells apart."""
+    common = torch.randn(60, 60, dtype=torch.float64)
+    tasks = [common + apart * torch.randn(60, 60, dtype=torch.float64) for _ in range(3)]
+    merged = tsv_merge(tasks, [20] * 3)
+    assert merged.certificate.route == "svd-float64"
+    assert merged.certificate.error < 1e-6
+    assert max(merged.certificate.basis_rank) <= 60
+
+
+def test_large_bases_are_whitened_by_float32_eigenvectors():
+    """Less exact than float64 throughout, but within what is told, and nearer to it than SVDs in float32."""
+    matrices = [torch.randn(820, 800) for _ in range(3)]
+    merged = tsv_merge(matrices, [266] * 3)
+    exact = tsv_merge([matrix.double() for matrix in matrices], [266] * 3)
+    assert merged.certificate.route == "gram-float32" and not merged.certificate.escalations
+    error = relative_error(merged.matrix, exact.matrix)
+    assert exact.certificate.error < 1e-6
+    assert 4e-7 < error < 5e-6
+    assert error < 2 * merged.certificate.error < 1e-4
+    parts = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
+    left = polar_by_svd(torch.cat([U[:, :266] for U, _, _ in parts], dim=1))
+    right = polar_by_svd(torch.cat([Vh[:266] for _, _, Vh in parts]))
+    single = (left * torch.cat([s[:266] for _, s, _ in parts])) @ right
+    assert error < relative_error(single, exact.matrix)
+
+
+def polar_by_svd(basis):
+    P, _, Qh = torch.linalg.svd(basis, full_matrices=False)
+    return P @ Qh

@@ -1,0 +1,207 @@
+"""The inverse square root of a Gram matrix ``X^T X``: times X it is the canonical polar factor of X.
+
+Three routes, from cheap to exact. ``gram-float32``: eigenvectors in float32, at half the price. What float32 cannot
+know, the eigenvectors of small eigenvalues, which the inverse root amplifies, is corrected to first order in float64,
+where it is a thin problem. ``gram-float64``: eigenvectors in float64. ``svd-float64``: by the SVD of a triangular
+factor of X, where squaring would lose a singular value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConvergenceError
+from .decompositions import eigh, svd
+from .orthonormal import cholesky_whitened
+from .tall_matrix import add_gram
+
+# Relative to the largest singular value. Concatenated bases of real fine-tunes have condition numbers up to a few
+# thousand; float64 noise lies at 1e-15; nothing meaningful was seen in between.
+RANK_TOLERANCE = 1e-6
+
+# Share of the largest eigenvalue of a Gram matrix from which on the relative error of an eigenvalue is below 1e-5.
+RESOLVED = 1e-10
+
+# Share of the largest eigenvalue below which eigenvectors are corrected in float64. Smaller: larger errors of the rest.
+SMALL_EIGENVALUE = 0.015
+# Share of the eigenvectors up to which the correction is thin, and worth it.
+FEW = 1 / 3
+
+PROBES = 8
+
+
+@dataclass(frozen=True)
+class SplitMatrix:
+    """A matrix ``bulk + left @ right``, whose few large singular values are in the float64 part.
+
+    Attributes:
+        bulk: (k, n) float64, or float32 if the rest of the matrix is small enough for it.
+        left: (k, j) float64.
+        right: (j, n) float64.
+    """
+
+    bulk: Tensor
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def whole(cls, matrix: Tensor) -> SplitMatrix:
+        """Wrap a float64 matrix."""
+        return cls(matrix, matrix[:, :0], matrix[:0])
+
+    def after(self, x: Tensor) -> Tensor:
+        """Return ``x @ self`` (m, n) in the dtype of the bulk, for float64 x (m, k)."""
+        return (x.to(self.bulk.dtype) @ self.bulk).add_(
+            (x @ self.left).to(self.bulk.dtype) @ self.right.to(self.bulk.dtype)
+        )
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> SplitMatrix:
+        """Apply a linear function of the columns, such as a product from the left."""
+        return SplitMatrix(function(self.bulk), function(self.left), self.right)
+
+
+@dataclass(frozen=True)
+class InverseRoot:
+    """``(X^T X)^(-1/2)`` on the range of ``X^T``, 0 on its complement.
+
+    Attributes:
+        matrix: (k, k), symmetric; ``matrix.after(X)`` is the canonical polar factor of X.
+        rank: number of singular values of X above the tolerance.
+        condition: largest over smallest of these, 1.0 for a zero matrix.
+        route: ``gram-float32``, ``gram-float64`` or ``svd-float64``.
+    """
+
+    matrix: SplitMatrix
+    rank: int
+    condition: float
+    route: str
+
+    def defect(self, *factors: Tensor) -> float:
+        """Estimate the relative error (Frobenius) of the polar factor P from random vectors.
+
+        ``norm(P^T P y - y) / norm(y)`` for y in the range of ``P^T``: as `matrix` is symmetric, only the true root
+        makes P an isometry.
+
+        Args:
+            factors: whose product from left to right is ``X^T X``: that matrix itself, or ``R^T, R``, which is exact
+                where squaring loses a singular value.
+        """
+        if self.rank == 0:
+            return 0.0
+        size, device = self.matrix.bulk.shape[0], self.matrix.bulk.device
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(size, PROBES, generator=generator, dtype=torch.float64).to(device)
+        y = self._isometry(factors, z)
+        if self.rank == size:  # full rank: nothing but the identity will do
+            again, y = y, z
+        else:
+            again = self._isometry(factors, y)
+        return float(torch.linalg.vector_norm(again - y) / torch.linalg.vector_norm(y))
+
+    def _isometry(self, factors: Sequence[Tensor], z: Tensor) -> Tensor:
+        """Return ``P^T P z``."""
+        bulk, left, right = self.matrix.bulk.double(), self.matrix.left, self.matrix.right
+        z = bulk @ z + left @ (right @ z)
+        for factor in reversed(factors):
+            z = factor @ z
+        return bulk @ z + left @ (right @ z)
+
+
+def root_of_gram_float32(gram: Tensor, tolerance: float) -> InverseRoot:
+    """Return the inverse root of a Gram matrix ``X^T X`` (k, k), float64, of full rank, by float32 eigenvectors.
+
+    Raises:
+        ConvergenceError: too many small eigenvalues, one that may be zero, or an estimated error above `tolerance`.
+    """
+    values, Q = eigh(gram.float())
+    largest = float(values[-1])
+    cut = int((values < SMALL_EIGENVALUE * largest).sum())
+    if largest <= 0 or cut > FEW * len(values):
+        raise ConvergenceError(f"gram-float32: {cut} of {len(values)} eigenvalues of the basis are small")
+    rest, kept = Q[:, cut:], values[cut:]
+    scaled = rest * kept.rsqrt().sqrt()
+    bulk, smallest = torch.zeros_like(Q), float(kept[0])
+    add_gram(bulk, scaled.mT)
+    V = left = gram[:, :0]
+    if cut:
+        small, V = _small_eigenspace(gram, Q[:, :cut], rest, kept)
+        smallest = float(small[0])
+        if smallest <= max(RESOLVED, 100 * RANK_TOLERANCE**2) * largest:
+            raise ConvergenceError(
+                f"gram-float32: an eigenvalue of the basis is {smallest / largest:.0e} of the largest"
+            )
+        left = V * small.rsqrt()
+        # The bulk has its range in the complement of V, but for rounding.
+        narrow = V.float()
+        leak = bulk @ narrow
+        leak = torch.addmm(leak, narrow, narrow.mT @ leak, alpha=-0.5) @ narrow.mT
+        bulk -= leak
+        bulk -= leak.mT
+    matrix = SplitMatrix(bulk, left, V.mT)
+    found = InverseRoot(matrix, len(values), (largest / smallest) ** 0.5, "gram-float32")
+    defect = found.defect(gram)
+    if not defect <= tolerance:
+        raise ConvergenceError(f"gram-float32: estimated error {defect:.0e} of a polar factor, allowed {tolerance:.0e}")
+    return found
+
+
+def _small_eigenspace(gram: Tensor, lowest: Tensor, rest: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest eigenvalues, rising, and float64 eigenvectors, from float32 ones and those of the rest.
+
+    To first order the basis lacks ``rest^T G V / (kept - values)`` of each other eigenvector. Where eigenvalues on
+    both sides of the cut are close the quotient is taken smaller: the root is hardly changed by what they mix.
+    """
+    V = cholesky_whitened(lowest.double())
+    image = gram @ V
+    inner = V.mT @ image
+    residual = (image - V @ inner).float()
+    gaps = kept[:, None] - inner.diagonal().float()
+    mixing = (rest.mT @ residual) / gaps.clamp(min=float(kept[0]) / 8)
+    V = cholesky_whitened(V - (rest @ mixing).double())
+    small, rotation = eigh(V.mT @ (gram @ V))
+    return small, V @ rotation
+
+
+def root_of_gram(gram: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
+    """Return the inverse root of a Gram matrix ``X^T X`` (k, k), float64, by its eigenvalues.
+
+    Raises:
+        ConvergenceError: an eigenvalue is neither surely zero nor surely not, or inexact; or the decomposition failed.
+    """
+    if gram.shape[0] == 0:
+        return InverseRoot(SplitMatrix.whole(gram), 0, 1.0, "gram-float64")
+    values, Q = eigh(gram)
+    largest = float(values[-1])
+    if largest <= 0:
+        return InverseRoot(SplitMatrix.whole(torch.zeros_like(gram)), 0, 1.0, "gram-float64")
+    rounding = 8 * len(values) ** 0.5 * torch.finfo(gram.dtype).eps
+    doubtful = (values > rounding * largest) & (values < max(RESOLVED, 100 * rtol**2) * largest)
+    if bool(doubtful.any()) or not float(values[0]) >= -rounding * largest:
+        raise ConvergenceError(f"gram-float64: a singular value of the basis is {_smallest(values, doubtful):.0e} of 1")
+    return _inverse_root(Q.flip(1), values.flip(0).clamp(min=0).sqrt(), rounding**0.5, "gram-float64")
+
+
+def root_of_factor(R: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
+    """Return the inverse root of ``R^T R`` by the SVD of R (any number of rows, k columns), float64.
+
+    Raises:
+        ConvergenceError: the SVD did not converge.
+    """
+    _, values, Qh = svd(R)
+    return _inverse_root(Qh.mT, values, rtol, "svd-float64")
+
+
+def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> InverseRoot:
+    """Return the inverse root from right singular vectors and singular values, falling."""
+    rank = int((values > rtol * values[0]).sum()) if len(values) else 0
+    kept = Q[:, :rank]
+    condition = float(values[0] / values[rank - 1]) if rank else 1.0
+    return InverseRoot(SplitMatrix.whole((kept / values[:rank]) @ kept.mT), rank, condition, route)
+
+
+def _smallest(values: Tensor, doubtful: Tensor) -> float:
+    return float(values[doubtful].amin() / values[-1]) ** 0.5 if bool(doubtful.any()) else 0.0

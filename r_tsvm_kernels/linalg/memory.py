@@ -1,0 +1,56 @@
+"""Upper bounds of the memory and estimates of the arithmetic that a TSV-Merge takes, from shapes and ranks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .tall_matrix import WORKSPACE
+from .tsv_merge import Solver
+
+
+def tsv_merge_bytes(
+    shape: tuple[int, int],
+    ranks: Sequence[int],
+    itemsize: int = 4,
+    solver: Solver = "eigen",
+    workspace: int = WORKSPACE,
+) -> int:
+    """Return an upper bound of the memory that `tsv_merge` uses beside its task matrices, with one thread.
+
+    The bound holds even if every route is given up but the last, the SVD, and if rows and columns are left out; so
+    most merges take less.
+
+    Args:
+        shape: (m, n) of the task matrices.
+        ranks: of every task, or upper bounds of them.
+        itemsize: bytes of one element of a task matrix, 4 or 8.
+        solver: as for `tsv_merge`.
+        workspace: as for `tsv_merge`.
+    """
+    long, short = max(shape), min(shape)
+    tasks, columns = len(ranks), min(sum(ranks), 2 * short)
+    matrix, square, wide, inner = (8 * size for size in (long * short, short**2, short * columns, columns**2))
+    height = min(long, max(256, workspace // (4 * 8 * max(short, 1))))
+    tile, image = 8 * height * short, 8 * height * columns
+    # Where one tile holds all rows, every task keeps its float64 copy.
+    copies = tasks * tile if height == long else 2 * tile
+    images = max(min(8 * long * columns, workspace // 2), image) + 2 * image
+    # Where rows or columns are left out: what is touched of every task, the same of the result, its way back.
+    dense = (tasks + 3) * matrix * itemsize // 8
+    # Measured: a task by LAPACK's SVD; the polar factors by SVD, and what is left of a route that was given up.
+    solving, merging = 11 * square + 3 * wide, 11 * wide + 20 * inner
+    eigen = dense + copies + images + max(solving, merging)
+    if solver == "eigen":
+        return eigen
+    # The task matrices in float64 twice and as planes; most square matrices are those of the simulation on a CPU.
+    products = dense + tasks * (8 + 8 + 16) * long * short + (2 * tasks + 64) * square
+    return max(eigen, products)
+
+
+def tsv_merge_flops(shape: tuple[int, int], ranks: Sequence[int]) -> float:
+    """Return about how many operations `tsv_merge` takes; an eigenvalue decomposition counts as ``9 n^3``."""
+    long, short, columns = float(max(shape)), float(min(shape)), float(sum(ranks))
+    grams = len(ranks) * (2 * long * short**2 + 9 * short**3)
+    corrections = 12 * (long + short) * short * columns
+    merging = 4 * long * columns * (short + columns) + 2 * 9 * columns**3
+    return grams + corrections + merging

@@ -1,0 +1,112 @@
+"""Inverse roots of Gram matrices: each route against the SVD in float64, and when it gives way to the next."""
+
+import pytest
+import torch
+
+from r_tsvm_kernels.errors import ConvergenceError
+from r_tsvm_kernels.linalg.inverse_root import (
+    FEW,
+    SplitMatrix,
+    root_of_factor,
+    root_of_gram,
+    root_of_gram_float32,
+)
+
+ROUTES = [
+    lambda X: root_of_gram_float32(X.mT @ X, 1e-5),
+    lambda X: root_of_gram(X.mT @ X),
+    root_of_factor,
+]
+
+
+def concatenated(n, ranks, seed=0):
+    """Random orthonormal bases side by side, as in a merge."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat(
+        [torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q for rank in ranks],
+        dim=1,
+    )
+
+
+def polar_by_svd(X):
+    P, _, Qh = torch.linalg.svd(X, full_matrices=False)
+    return P @ Qh
+
+
+def distance(got, exact):
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("route", range(3))
+@pytest.mark.parametrize("ranks", [(100, 100, 100), (150, 150), (40, 30, 20)], ids=str)
+def test_polar_factor(route, ranks):
+    X = concatenated(300, ranks)
+    root = ROUTES[route](X)
+    error = distance(root.matrix.after(X), polar_by_svd(X))
+    assert error < (4e-6 if route == 0 else 1e-9)
+    values = torch.linalg.svdvals(X)
+    assert root.rank == sum(ranks)
+    assert root.condition == pytest.approx(float(values[0] / values[-1]), rel=1e-3)
+    assert root.route == ("gram-float32", "gram-float64", "svd-float64")[route]
+    # The defect bounds the error, and is no more than a few times as large.
+    defect = root.defect(X.mT @ X)
+    assert error < 1.2 * defect + 1e-12 and defect < 20 * error + 1e-9
+
+
+@pytest.mark.parametrize("decades", [1, 2, 3, 4])
+def test_float32_eigenvectors_with_small_eigenvalues(decades):
+    """Far smaller ones than float32 can tell from zero: their eigenvectors are corrected in float64."""
+    X = concatenated(256, [128, 64])
+    P, s, Qh = torch.linalg.svd(X, full_matrices=False)
+    s[-6:] = torch.logspace(-1, -decades, 6, dtype=torch.float64)
+    X = (P * s) @ Qh
+    root = root_of_gram_float32(X.mT @ X, 1e-4)
+    assert distance(root.matrix.after(X), P @ Qh) < 1e-5
+    assert root.condition == pytest.approx(float(s[0]) * 10**decades, rel=1e-3)
+
+
+def test_float32_gives_way():
+    Q = concatenated(60, [20])
+    with pytest.raises(ConvergenceError, match="eigenvalue of the basis is"):  # rank deficient
+        root_of_gram_float32(torch.cat([Q, Q[:, :3]], dim=1).mT @ torch.cat([Q, Q[:, :3]], dim=1), 1e-5)
+    with pytest.raises(ConvergenceError, match="are small"):
+        root_of_gram_float32(torch.diag(torch.logspace(0, -6, 60, dtype=torch.float64)), 1e-5)
+    with pytest.raises(ConvergenceError, match="are small"):
+        root_of_gram_float32(torch.zeros(5, 5, dtype=torch.float64), 1e-5)
+    X = concatenated(300, [150, 150])
+    with pytest.raises(ConvergenceError, match="estimated error"):
+        root_of_gram_float32(X.mT @ X, 1e-9)
+    assert 0 < FEW < 1
+
+
+def test_a_wrong_root_has_a_defect():
+    X = concatenated(50, [25, 25])
+    gram = X.mT @ X
+    root = root_of_gram(gram)
+    wrong = type(root)(SplitMatrix.whole(root.matrix.bulk * 1.01), root.rank, root.condition, root.route)
+    assert root.defect(gram) < 1e-9
+    assert wrong.defect(gram) == pytest.approx(0.0201, rel=1e-3)
+
+
+def test_the_defect_of_an_ill_conditioned_basis_needs_its_factor():
+    X = concatenated(60, [60])
+    X = (X * torch.logspace(0, -5.5, 60, dtype=torch.float64)) @ concatenated(60, [60], seed=1)
+    R = torch.linalg.qr(X, mode="r").R
+    root = root_of_factor(R)
+    assert distance(root.matrix.after(X), polar_by_svd(X)) < 1e-9
+    assert root.defect(R.mT, R) < 1e-8 < root.defect(X.mT @ X)
+
+
+def test_split_matrix():
+    bulk, left, right = (
+        torch.randn(6, 5),
+        torch.randn(6, 2, dtype=torch.float64),
+        torch.randn(2, 5, dtype=torch.float64),
+    )
+    x, square = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, 6)
+    split = SplitMatrix(bulk, left, right)
+    dense = bulk.double() + left @ right
+    assert split.after(x).dtype == torch.float32
+    assert torch.allclose(split.after(x).double(), x @ dense, atol=1e-5)
+    mapped = split.map_rows(lambda part: square.to(part.dtype) @ part)
+    assert torch.allclose(mapped.after(x).double(), x @ square.double() @ dense, atol=1e-4)
