@@ -144,10 +144,16 @@ class MergeConfig(_Strict):
             position: of its layer in [0, 1], for gradients.
 
         Raises:
-            ConfigError: no tasks, or `models` has entries but not one per task.
+            ConfigError: no tasks, or more than the method merges; `models` has entries but not one per task; values do
+                not go together.
         """
         if tasks < 1:
             raise ConfigError("a merge needs at least one fine-tuned model, got none")
+        if self.method.tasks not in (None, tasks):
+            raise ConfigError(
+                f"{self.merge_method} merges the base with {self.method.tasks} fine-tuned model, got {tasks}; "
+                "multislerp and karcher merge several"
+            )
         if self.models and len(self.models) != tasks:
             raise ConfigError(f"the config lists {len(self.models)} models, but {tasks} fine-tuned tensors came")
         schema = self.method.parameters
@@ -161,7 +167,7 @@ class MergeConfig(_Strict):
             fallback = info.default[0] if common is None else common
             own = [evaluate(_lookup(m.parameters, schema, field_name), name, position) for m in self.models]
             values[field_name] = tuple(fallback if v is None else v for v in own or [None] * tasks)
-        return _parse(schema, values)
+        return _parse(schema, values).for_tensor(name)
 
     @model_validator(mode="after")
     def _check_parameters(self) -> MergeConfig:

@@ -1,4 +1,5 @@
 import pytest
+from merging import tasks_of
 
 from r_tsvm_kernels import ConfigError, MergeConfig
 from r_tsvm_kernels.methods import METHODS
@@ -53,10 +54,18 @@ def test_empty_values_count_as_absent():
     assert MergeConfig.from_dict({"merge_method": "linear", "slices": None, "dtype": None}).merge_method == "linear"
 
 
+def test_methods_go_by_the_names_of_other_tools():
+    assert MergeConfig(merge_method="ties_merging").method is METHODS["ties"]
+    assert MergeConfig(merge_method="weighted_average").method is METHODS["linear"]
+    names = [name for method in METHODS.values() for name in (method.name, *method.aliases)]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_defaults_of_every_method_are_valid(method):
-    options = MergeConfig(merge_method=method).options(4)
-    assert options.weight == (1.0,) * 4
+    tasks = tasks_of(method, 4)
+    options = MergeConfig(merge_method=method).options(tasks)
+    assert options.weight == (1.0,) * tasks
 
 
 def test_from_kwargs():

@@ -1,15 +1,45 @@
 """Merge methods, one short file each. Importing this package registers them."""
 
-from . import linear, rtsvm, task_arithmetic, tsvm  # noqa: F401  # registration
-from .base import METHODS, MergeResult, Method, MethodParameters, TensorReport, get_method, nearest
+from . import (  # noqa: F401  # registration
+    breadcrumbs,
+    dare,
+    della,
+    iso_c,
+    iso_cts,
+    karcher,
+    linear,
+    model_stock,
+    multislerp,
+    rtsvm,
+    sce,
+    slerp,
+    task_arithmetic,
+    ties,
+    tsvm,
+)
+from .base import (
+    METHODS,
+    Cost,
+    Job,
+    MergeResult,
+    Method,
+    MethodParameters,
+    TensorReport,
+    elementwise_cost,
+    get_method,
+    nearest,
+)
 from .task_arithmetic import mean_task_vector
 
 __all__ = [
     "METHODS",
+    "Cost",
+    "Job",
     "MergeResult",
     "Method",
     "MethodParameters",
     "TensorReport",
+    "elementwise_cost",
     "get_method",
     "mean_task_vector",
     "nearest",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
+from .. import backends, dispatch
 from ..errors import ConfigError
 from ..linalg import Certificate
 
@@ -44,6 +46,14 @@ class MethodParameters(BaseModel):
     def is_per_model(cls, name: str) -> bool:
         """Whether each model may set field `name` for itself."""
         return _PER_MODEL in cls.model_fields[name].metadata
+
+    def for_tensor(self, name: str) -> MethodParameters:
+        """Return the parameters for the tensor of that name; methods that draw at random give it a seed of its own.
+
+        Raises:
+            ConfigError: values that do not go together.
+        """
+        return self
 
 
 @dataclass
@@ -94,6 +104,48 @@ Run = Callable[[Tensor, Sequence[Tensor], Any], MergeResult]
 
 
 @dataclass(frozen=True)
+class Job:
+    """One tensor to be merged, as far as its header and the recipe tell.
+
+    Attributes:
+        shape: of the tensor.
+        tasks: number of fine-tuned models.
+        itemsize: bytes of one element of a task vector, 4 or 8.
+        device_type: ``cpu`` or ``cuda``.
+    """
+
+    shape: tuple[int, ...]
+    tasks: int
+    itemsize: int
+    device_type: str = "cpu"
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a job takes.
+
+    Attributes:
+        bytes: upper bound of the memory in use at one time beside the inputs; the float result is part of it.
+        flops: about how many operations.
+    """
+
+    bytes: int
+    flops: float
+
+
+def elementwise_cost(job: Job, options: Any) -> Cost:
+    """Return what a weighted sum of task vectors takes: the reference in torch stores what the kernels do not."""
+    ready = [name for name, state in dispatch.explain("elect_and_sum", job.device_type) if state == backends.READY]
+    copies = 7 * job.itemsize + 1 if ready[:1] == ["torch"] else job.itemsize
+    return Cost(copies * job.elements, (3.0 * job.tasks + 2) * job.elements)
+
+
+@dataclass(frozen=True)
 class Method:
     """A registered merge method.
 
@@ -105,7 +157,14 @@ class Method:
         run: ``run(base, tuned, options)``; returns the merged tensor in float32 (float64 if any input is float64).
         needs_base: whether task vectors are formed; if not, the base is an input only when it is listed as one.
         matrices_only: whether only 2-D tensors go through `run`, all others being given the mean task vector.
-        mean_if_rankless: whether matrices with fewer rows or columns than tasks are given the mean task vector too.
+        rank_per_task: whether each task gets a rank of its own, of which a matrix with fewer rows or columns than tasks
+            has none to give.
+        mean_if_rankless: whether such matrices are given the mean task vector too.
+        row_wise: whether rows may be merged apart: those of the result depend on the same rows of the inputs alone,
+            to the bit.
+        tasks: the only number of fine-tuned models it merges; None for any.
+        aliases: other names it goes by, in papers and in other tools.
+        cost: memory and operations of a job with its options.
     """
 
     name: str
@@ -115,16 +174,21 @@ class Method:
     run: Run
     needs_base: bool = True
     matrices_only: bool = False
+    rank_per_task: bool = False
     mean_if_rankless: bool = False
+    row_wise: bool = False
+    tasks: int | None = None
+    aliases: tuple[str, ...] = ()
+    cost: Callable[[Job, Any], Cost] = elementwise_cost
 
 
 METHODS: dict[str, Method] = {}
 
 
 def register(
-    name: str, *, pretty_name: str, paper_url: str, parameters: type[MethodParameters], **traits: bool
+    name: str, *, pretty_name: str, paper_url: str, parameters: type[MethodParameters], **traits: Any
 ) -> Callable[[Run], Run]:
-    """Register the decorated function as merge method `name`; `traits` are the boolean fields of `Method`."""
+    """Register the decorated function as merge method `name`; `traits` are the other fields of `Method`."""
 
     def decorate(run: Run) -> Run:
         METHODS[name] = Method(name, pretty_name, paper_url, parameters, run, **traits)
@@ -139,14 +203,15 @@ def nearest(word: str, candidates: Sequence[str]) -> str:
 
 
 def get_method(name: str) -> Method:
-    """Look a merge method up.
+    """Look a merge method up, by its name or one of its other names.
 
     Raises:
         ConfigError: there is no method of that name.
     """
-    if name not in METHODS:
+    by_name = METHODS | {alias: method for method in METHODS.values() for alias in method.aliases}
+    if name not in by_name:
         raise ConfigError(
-            f"unknown merge method {name!r}; did you mean {nearest(name, list(METHODS))!r}? "
+            f"unknown merge method {name!r}; did you mean {nearest(name, list(by_name))!r}? "
             f"Available: {', '.join(sorted(METHODS))}"
         )
-    return METHODS[name]
+    return by_name[name]

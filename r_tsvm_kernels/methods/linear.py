@@ -22,7 +22,9 @@ class LinearParameters(MethodParameters):
     pretty_name="Linear (weighted average)",
     paper_url="https://arxiv.org/abs/2203.05482",
     parameters=LinearParameters,
+    aliases=("simple_average", "weighted_average", "rewarded_soup"),
     needs_base=False,
+    row_wise=True,
 )
 def linear(base: Tensor, tuned: Sequence[Tensor], options: LinearParameters) -> MergeResult:
     """Return ``sum(w_t W_t) / sum(w)``, or the plain sum without `normalize` (Wortsman et al., ICML 2022)."""

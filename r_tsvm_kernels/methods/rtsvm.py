@@ -8,10 +8,18 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..linalg import RankRule, choose_rank, tsv_merge
-from ..ops import OutlierWeighting, add_update, outlier_weights, pruned_sparsity, reweight_prune, task_statistics
-from .base import FiniteFloat, MergeResult, PerModel, TensorReport, register
-from .tsvm import TsvmParameters
+from ..linalg import RankRule, choose_rank, fixed_rank, tsv_merge
+from ..ops import (
+    OutlierWeighting,
+    add_update,
+    kept_count,
+    outlier_weights,
+    pruned_sparsity,
+    reweight_prune,
+    task_statistics,
+)
+from .base import Cost, FiniteFloat, Job, MergeResult, PerModel, TensorReport, register
+from .tsvm import TsvmParameters, spectral_cost
 
 
 def _whole(value: object) -> object:
@@ -34,13 +42,34 @@ class RtsvmParameters(TsvmParameters):
     rank_energy: float = Field(default=0.95, gt=0, le=1, description="eta: energy kept by the energy rule")
 
 
+def rtsvm_cost(job: Job, options: RtsvmParameters) -> Cost:
+    """Return what `rtsvm` takes: first statistics and pruning of one task after the other, then TSV-Merge."""
+    statistics = (3 * job.itemsize + 28) * job.elements
+    pruning = ((job.tasks + 5) * job.itemsize + 2) * job.elements
+    merging = spectral_cost(job, options, _largest_ranks(job, options))
+    return Cost(max(statistics, pruning, merging.bytes), merging.flops + 40.0 * job.tasks * job.elements)
+
+
+def _largest_ranks(job: Job, options: RtsvmParameters) -> list[int]:
+    """Return upper bounds of the ranks: what pruning drops is small, whatever the values."""
+    shape = (job.shape[0], job.shape[1])
+    bounds = []
+    for density in options.density:
+        dropped = 1 - kept_count(density, job.elements) / job.elements
+        rank = choose_rank(options.rank, shape, job.tasks, sparsity=dropped, rho=options.rank_rho)
+        bounds.append(rank if isinstance(rank, int) else fixed_rank(shape, job.tasks))
+    return bounds
+
+
 @register(
     "rtsvm",
     pretty_name="R-TSVM",
     paper_url="https://arxiv.org/abs/2502.06876",
     parameters=RtsvmParameters,
     matrices_only=True,
+    rank_per_task=True,
     mean_if_rankless=True,
+    cost=rtsvm_cost,
 )
 def rtsvm(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> MergeResult:
     """Reweight, prune, choose a rank per task, then TSV-Merge (our reconstruction of Yang et al., 2025)."""
@@ -54,7 +83,7 @@ def rtsvm(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> Me
     ]
     reweighting = outlier_weights(statistics, options.outlier_weighting)
     weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
-    merged = tsv_merge(task_matrices, ranks, weights, options.mode, solver=options.solver)
+    merged = tsv_merge(task_matrices, ranks, weights, options.mode, solver=options.solver, workspace=options.workspace)
     report = TensorReport(
         ranks=list(merged.ranks),
         sparsities=sparsities,

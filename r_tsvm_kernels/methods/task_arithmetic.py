@@ -24,6 +24,7 @@ class TaskArithmeticParameters(MethodParameters):
     pretty_name="Task Arithmetic",
     paper_url="https://arxiv.org/abs/2212.04089",
     parameters=TaskArithmeticParameters,
+    row_wise=True,
 )
 def task_arithmetic(base: Tensor, tuned: Sequence[Tensor], options: TaskArithmeticParameters) -> MergeResult:
     """Return ``W_0 + alpha * sum(w_t D_t)`` with ``D_t = W_t - W_0`` (Ilharco et al., ICLR 2023)."""

@@ -1,0 +1,57 @@
+"""Model Breadcrumbs: drop the small elements of the task vectors, and the few largest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from pydantic import Field
+from torch import Tensor
+
+from ..ops import Keep, kept_count
+from .base import MergeResult, PerModel, register
+from .sparse import Share, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
+
+
+class BreadcrumbsParameters(SparseParameters):
+    """Parameters of `breadcrumbs` and `breadcrumbs_ties`."""
+
+    gamma: PerModel[Share] = Field(default=(0.01,), description="fraction of the largest magnitudes that is dropped")
+
+
+def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> list[Keep]:
+    """Drop the ``floor(gamma * n)`` largest magnitudes, keep the next ``ceil(density * n)``.
+
+    Where both do not fit, density counts: fewer of the largest are dropped.
+    """
+    numel, keep = base.numel(), []
+    for tensor, density, gamma in zip(tuned, options.density, options.gamma, strict=True):
+        dropped = min(math.floor(Fraction(repr(gamma)) * numel), numel - kept_count(density, numel))
+        rule = largest_kept(base, tensor, density, outliers=dropped)
+        keep.append(rescaled(base, tensor, rule) if options.rescale else rule)
+    return keep
+
+
+@register(
+    "breadcrumbs",
+    pretty_name="Model Breadcrumbs",
+    paper_url="https://arxiv.org/abs/2312.06795",
+    parameters=BreadcrumbsParameters,
+    cost=sparse_cost,
+)
+def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:
+    """Return ``W_0 + alpha * sum(w_t mask_t D_t)`` (Davari, Belilovsky, ECCV 2024)."""
+    return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "none")
+
+
+@register(
+    "breadcrumbs_ties",
+    pretty_name="Model Breadcrumbs with TIES",
+    paper_url="https://arxiv.org/abs/2312.06795",
+    parameters=BreadcrumbsParameters,
+    cost=sparse_cost,
+)
+def breadcrumbs_ties(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:
+    """Mask as `breadcrumbs`, then elect signs and sum as TIES (Davari, Belilovsky, ECCV 2024)."""
+    return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "sum")

@@ -1,0 +1,46 @@
+"""DARE: drop elements of the task vectors at random and rescale the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..ops import Keep
+from .base import MergeResult, register
+from .sparse import RandomParameters, merge_kept, sparse_cost
+
+
+def dare_masks(options: RandomParameters) -> list[Keep]:
+    """Keep each element with probability `density`, and multiply it by ``1 / density``: the mean stays what it was."""
+    return [
+        Keep(probability=density, rescale=1 / density if options.rescale and density else 1.0,
+             seed=options.seed, stream=task)
+        for task, density in enumerate(options.density)
+    ]  # fmt: skip
+
+
+@register(
+    "dare_linear",
+    pretty_name="DARE",
+    paper_url="https://arxiv.org/abs/2311.03099",
+    parameters=RandomParameters,
+    aliases=("dare", "dare_task_arithmetic"),
+    cost=sparse_cost,
+)
+def dare_linear(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters) -> MergeResult:
+    """Return ``W_0 + alpha * sum(w_t mask_t D_t / density_t)`` (Yu et al., ICML 2024)."""
+    return merge_kept(base, tuned, options, dare_masks(options), "none")
+
+
+@register(
+    "dare_ties",
+    pretty_name="DARE-TIES",
+    paper_url="https://arxiv.org/abs/2311.03099",
+    parameters=RandomParameters,
+    aliases=("dare_ties_merging",),
+    cost=sparse_cost,
+)
+def dare_ties(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters) -> MergeResult:
+    """Drop and rescale as `dare_linear`, then elect signs and sum as TIES (Yu et al., ICML 2024)."""
+    return merge_kept(base, tuned, options, dare_masks(options), "sum")

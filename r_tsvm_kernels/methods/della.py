@@ -1,0 +1,86 @@
+"""DELLA: drop elements at random, small magnitudes more likely than large ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from ..ops import Election, Keep, RankedKeep, della_probabilities, magnitude_ranks
+from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, PerModel, register
+from .sparse import RandomParameters, by_reference, merge_kept, sparse_cost
+
+
+class DellaLinearParameters(RandomParameters):
+    """Parameters of `della_linear`."""
+
+    epsilon: PerModel[FiniteFloat] = Field(
+        default=(0.15,), description="probabilities of being kept: from density - epsilon to density + epsilon"
+    )
+
+    def for_tensor(self, name: str) -> MethodParameters:
+        """As every random method; and refuse probabilities out of range before anything is read."""
+        for density, epsilon in zip(self.density, self.epsilon, strict=True):
+            if 0 < density < 1:
+                della_probabilities(1, density, epsilon)
+        return super().for_tensor(name)
+
+
+class DellaParameters(DellaLinearParameters):
+    """Parameters of `della`."""
+
+    normalize: bool = Field(default=True, description="divide by the weights of those that have the elected sign")
+
+
+def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> list[Keep]:
+    """MAGPRUNE: in each row the probability of being kept rises linearly with the rank of the magnitude."""
+    keep = []
+    for task, (tensor, density, epsilon) in enumerate(zip(tuned, options.density, options.epsilon, strict=True)):
+        if 0 < density < 1:
+            probabilities = della_probabilities(base.shape[-1], density, epsilon)
+            ranked = RankedKeep(magnitude_ranks(tensor, base=base), probabilities, options.rescale)
+            keep.append(Keep(ranked=ranked, seed=options.seed, stream=task))
+        else:
+            keep.append(Keep(probability=density))
+    return keep
+
+
+def della_cost(job: Job, options: DellaLinearParameters) -> Cost:
+    """Return what DELLA takes: besides all else the ranks of every task."""
+    common = sparse_cost(job, options)
+    sorting = 40 if by_reference("magnitude_ranks", job.device_type) else 1
+    return Cost(common.bytes + (4 * job.tasks + sorting) * job.elements, common.flops + 60.0 * job.tasks * job.elements)
+
+
+def _della(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters, elect: Election) -> MergeResult:
+    shape = base.shape or (1,)  # a scalar is a row
+    rows, tuned_rows = base.view(shape), [tensor.view(shape) for tensor in tuned]
+    result = merge_kept(rows, tuned_rows, options, della_masks(rows, tuned_rows, options), elect)
+    result.weight = result.weight.view(base.shape)
+    return result
+
+
+@register(
+    "della_linear",
+    pretty_name="DELLA",
+    paper_url="https://arxiv.org/abs/2406.11617",
+    parameters=DellaLinearParameters,
+    cost=della_cost,
+)
+def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> MergeResult:
+    """Return ``W_0 + alpha * sum(w_t mask_t D_t / p_t)``, p_t by rank (Deep et al., 2024, without election)."""
+    return _della(base, tuned, options, "none")
+
+
+@register(
+    "della",
+    pretty_name="DELLA-TIES",
+    paper_url="https://arxiv.org/abs/2406.11617",
+    parameters=DellaParameters,
+    aliases=("della_ties",),
+    cost=della_cost,
+)
+def della(base: Tensor, tuned: Sequence[Tensor], options: DellaParameters) -> MergeResult:
+    """Drop by rank and rescale, elect signs, average those that have it (Deep et al., 2024)."""
+    return _della(base, tuned, options, "sum")

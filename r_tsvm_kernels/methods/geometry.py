@@ -1,0 +1,54 @@
+"""Angles and lengths of tensors: Gram matrices, from which geometric methods take the factors of one linear sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Cost, Job, elementwise_cost
+
+# Elements of each tensor that are in memory in float64 at one time.
+TILE = 1 << 16
+
+
+def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+    """Return the products ``<X_i, X_j>`` of all tensors, or of what they differ from `base`; (T, T) float64, CPU."""
+    flat = [tensor.flatten() for tensor in tensors]
+    origin = None if base is None else base.flatten()
+    total = flat[0].new_zeros(len(flat), len(flat), dtype=torch.float64)
+    for first in range(0, len(flat[0]), TILE):
+        part = slice(first, first + TILE)
+        X = torch.stack([x[part].double() for x in flat])
+        if origin is not None:
+            X -= origin[part].double()
+        total.addmm_(X, X.mT)
+    return total.cpu()
+
+
+def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
+    """Return a Gram matrix of the differences from `base` for each row (along the last dimension); (rows, T, T)."""
+    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (base, *tensors)]
+    height = max(1, TILE // rows[0].shape[1])
+    grams = []
+    for first in range(0, len(rows[0]), height):
+        origin, *tiles = (x[first : first + height].double() for x in rows)
+        X = torch.stack([tile - origin for tile in tiles], dim=1)
+        grams.append(X @ X.mT)
+    return torch.cat(grams)
+
+
+def cosines(gram: Tensor) -> Tensor:
+    """Return the cosines of the angles, 0 where a tensor is zero and has no direction."""
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    lengths = norms.unsqueeze(-1) * norms.unsqueeze(-2)
+    return torch.where(lengths > 0, gram / lengths, 0).clamp(-1, 1)
+
+
+def geometric_cost(job: Job, options: Any) -> Cost:
+    """Return what a Gram matrix and a linear sum take."""
+    summing = elementwise_cost(job, options)
+    gram = 2 * (job.tasks + 2) * 8 * min(TILE, job.elements)
+    return Cost(max(summing.bytes, gram), summing.flops + float(job.elements) * (job.tasks + 1) ** 2)

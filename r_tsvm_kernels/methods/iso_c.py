@@ -1,0 +1,65 @@
+"""Iso-C: the sum of the task matrices, with all its singular values made equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..linalg import Mode, polar
+from ..ops import accumulation_dtype, add_update
+from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, register
+
+
+class IsoCParameters(MethodParameters):
+    """Parameters of `iso_c`."""
+
+    alpha: FiniteFloat = Field(default=1.0, alias="scaling_factor", description="scale of the merged task vector")
+    mode: Mode = Field(default="exact", description="exact (1e-4 of float64) or fast (1e-2)")
+    exclude_keys: list[str] = Field(
+        default=[], description="names (or patterns with *) of matrices that get the mean task vector instead"
+    )
+
+
+def iso_c_cost(job: Job, options: IsoCParameters) -> Cost:
+    """Return what `iso_c` takes: the sum in float64, and its polar factor."""
+    short, elements = min(job.shape), job.elements
+    flops = (2.0 * job.tasks + 4.0 * short) * elements + 9.0 * short**3
+    return Cost(8 * (8 * elements + 14 * short**2), flops)
+
+
+@register(
+    "iso_c",
+    pretty_name="Iso-C",
+    paper_url="https://arxiv.org/abs/2502.04959",
+    parameters=IsoCParameters,
+    matrices_only=True,
+    cost=iso_c_cost,
+)
+def iso_c(base: Tensor, tuned: Sequence[Tensor], options: IsoCParameters) -> MergeResult:
+    """Return ``W_0 + alpha * mean(s) * U V^T`` with ``U diag(s) V^T = sum(w_t D_t)`` (Marczak et al., ICML 2025).
+
+    ``U V^T`` is the polar factor, which needs no SVD, and the sum of the singular values its product with the sum.
+    Where the sum has no full rank it is a partial isometry: rows and columns that no task touched stay the base's.
+    """
+    total, rows, columns = sum_of_tasks(base, tuned, options.weight)
+    core = total[rows][:, columns]
+    (factor,) = polar([core], options.mode)
+    mean = float((core * factor.matrix).sum()) / min(base.shape)
+    total[rows.unsqueeze(1), columns] = factor.matrix.mul_(mean)
+    report = TensorReport(weights=list(options.weight), certificate=factor.certificate)
+    merged = add_update(base, total.to(accumulation_dtype(base, *tuned)), options.alpha)
+    return MergeResult(merged, report)
+
+
+def sum_of_tasks(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``sum(w_t D_t)`` in float64, and the rows and columns that some task touched: no other may change."""
+    start = base.double()
+    total, touched = torch.zeros_like(start), torch.zeros_like(start, dtype=torch.bool)
+    for weight, tensor in zip(weights, tuned, strict=True):
+        delta = tensor.double() - start
+        touched |= delta != 0
+        total.add_(delta, alpha=weight)
+    return total, touched.any(1).nonzero()[:, 0], touched.any(0).nonzero()[:, 0]

@@ -1,0 +1,73 @@
+"""Karcher mean: the point of the sphere with the least squared distances to all models along great circles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..ops import elect_and_sum, normalized
+from .base import MergeResult, MethodParameters, TensorReport, register
+from .geometry import cosines, geometric_cost, gram_matrix
+
+# Cosines up to it are -1 but for rounding.
+OPPOSITE = -1 + 1e-12
+
+
+class KarcherParameters(MethodParameters):
+    """Parameters of `karcher`."""
+
+    max_iter: int = Field(default=10, ge=0, description="most iterations")
+    tol: float = Field(default=1e-5, gt=0, description="length of a step, in radians, at which iterations end")
+
+
+def karcher_coefficients(directions: Tensor, w: Tensor, max_iter: int, tol: float) -> Tensor:
+    """Return the c for which ``sum(c_t U_t)`` is the Karcher mean of unit vectors, from their products (T, T)."""
+
+    def length(c: Tensor) -> Tensor:
+        return (c @ directions @ c).clamp(min=0).sqrt()
+
+    c = w.clone()
+    if length(c) < tol:  # they cancel: start from the first that is there
+        c = torch.zeros_like(w)
+        c[int(directions.diagonal().argmax())] = 1
+    c /= length(c)
+    for _ in range(max_iter):
+        cosine = (directions @ c).clamp(-1, 1)
+        angle = cosine.acos()
+        # From the opposite point every direction is as good as any: none is taken.
+        pull = w * torch.where(cosine < 1, angle / angle.sin(), 1) * (cosine > OPPOSITE)
+        step = pull - (pull @ cosine) * c
+        size = length(step)
+        if size < tol:
+            break
+        c = size.cos() * c + size.sin() / size * step
+        c /= length(c)
+    return c
+
+
+@register(
+    "karcher",
+    pretty_name="Karcher mean",
+    paper_url="https://arxiv.org/abs/2603.04972",
+    parameters=KarcherParameters,
+    needs_base=False,
+    cost=geometric_cost,
+)
+def karcher(base: Tensor, tuned: Sequence[Tensor], options: KarcherParameters) -> MergeResult:
+    """Return the Karcher mean of the directions of all models, times the mean of their norms (Wang et al., 2026).
+
+    The iterates are combinations of the models, so that all iterations are on T numbers. Tensors that are zero have no
+    direction; they count in the mean of the norms.
+    """
+    gram, w = gram_matrix(tuned), torch.tensor(normalized(options.weight), dtype=torch.float64)
+    norms, directions = gram.diagonal().sqrt(), cosines(gram)
+    weights = torch.zeros_like(w)
+    if bool((norms > 0).any()):
+        there = torch.where(norms > 0, w, 0)
+        c = karcher_coefficients(directions, there / there.sum(), options.max_iter, options.tol)
+        weights = torch.where(norms > 0, (w @ norms) * c / norms, 0)
+    zeros = base.new_zeros(base.shape[-1:]).expand_as(base)
+    return MergeResult(elect_and_sum(zeros, tuned, weights.tolist()), TensorReport(weights=weights.tolist()))

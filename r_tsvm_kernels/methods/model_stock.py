@@ -1,0 +1,63 @@
+"""Model Stock: the average of few fine-tunes, moved towards the base by the angle between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..ops import accumulation_dtype, add_update, elect_and_sum, normalized
+from .base import Cost, Job, MergeResult, MethodParameters, TensorReport, register
+from .geometry import cosines, geometric_cost, gram_matrix, row_grams
+
+
+class ModelStockParameters(MethodParameters):
+    """Parameters of `model_stock`."""
+
+    filter_wise: bool = Field(default=False, description="an angle for each row instead of one for the tensor")
+
+
+def interpolation_ratio(gram: Tensor) -> Tensor:
+    """Return ``t = T cos / (1 + (T - 1) cos)``, with the mean cosine of all pairs of the T task vectors.
+
+    Between 0 and 1: task vectors that point away from each other have nothing in common, and near opposite ones the
+    formula would go to minus infinity. One task vector is in full agreement with itself.
+    """
+    tasks = gram.shape[-1]
+    first, second = torch.triu_indices(tasks, tasks, offset=1)
+    if tasks == 1:
+        return torch.ones_like(gram[..., 0, 0])
+    cosine = cosines(gram)[..., first, second].mean(-1).clamp(min=0)
+    return tasks * cosine / (1 + (tasks - 1) * cosine)
+
+
+def model_stock_cost(job: Job, options: ModelStockParameters) -> Cost:
+    """Return what `model_stock` takes; the sum by rows stores the update."""
+    whole = geometric_cost(job, options)
+    return Cost(whole.bytes + 6 * job.itemsize * job.elements, whole.flops) if options.filter_wise else whole
+
+
+@register(
+    "model_stock",
+    pretty_name="Model Stock",
+    paper_url="https://arxiv.org/abs/2403.19522",
+    parameters=ModelStockParameters,
+    cost=model_stock_cost,
+)
+def model_stock(base: Tensor, tuned: Sequence[Tensor], options: ModelStockParameters) -> MergeResult:
+    """Return ``t * mean(W_t) + (1 - t) * W_0`` (Jang et al., ECCV 2024); `weight` weights the mean."""
+    weights = normalized(options.weight)
+    if not options.filter_wise or base.ndim < 2:
+        ratio = float(interpolation_ratio(gram_matrix(tuned, base)))
+        merged = elect_and_sum(base, tuned, weights, alpha=ratio)
+        return MergeResult(merged, TensorReport(weights=[ratio * weight for weight in weights]))
+    ratios = interpolation_ratio(row_grams(tuned, base))
+    dtype = accumulation_dtype(base, *tuned)
+    update = torch.zeros_like(base, dtype=dtype, memory_format=torch.contiguous_format)
+    for weight, tensor in zip(weights, tuned, strict=True):
+        update.add_(tensor.to(dtype) - base.to(dtype), alpha=weight)
+    update.view(-1, base.shape[-1]).mul_(ratios.to(dtype)[:, None])
+    mean_ratio = float(ratios.mean())
+    return MergeResult(add_update(base, update), TensorReport(weights=[mean_ratio * weight for weight in weights]))

@@ -1,0 +1,45 @@
+"""Multi-SLERP: a weighted mean of directions, with the mean of the lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..ops import elect_and_sum, normalized
+from .base import MergeResult, MethodParameters, TensorReport, register
+from .geometry import cosines, geometric_cost, gram_matrix
+
+
+class MultiSlerpParameters(MethodParameters):
+    """Parameters of `multislerp`."""
+
+    normalize_weights: bool = Field(default=True, description="divide the weights by their sum")
+    eps: float = Field(default=1e-8, ge=0, description="a mean direction shorter than this counts as none")
+
+
+@register(
+    "multislerp",
+    pretty_name="Multi-SLERP",
+    paper_url="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    parameters=MultiSlerpParameters,
+    aliases=("multi_slerp",),
+    cost=geometric_cost,
+)
+def multislerp(base: Tensor, tuned: Sequence[Tensor], options: MultiSlerpParameters) -> MergeResult:
+    """Return ``W_0 + sum(w_t norm(D_t)) * m / norm(m)`` with ``m = sum(w_t D_t / norm(D_t))`` (Goddard, 2025).
+
+    The published steps go on to average in the tangent space at m; the weighted tangent vectors, projections on the
+    complement of m, sum to 0 there by definition of m, so that the result is m itself. Where the directions cancel
+    (all task vectors zero, or balanced), the sum is linear.
+    """
+    weights = normalized(options.weight) if options.normalize_weights else list(options.weight)
+    gram, w = gram_matrix(tuned, base), torch.tensor(weights, dtype=torch.float64)
+    norms, directions = gram.diagonal().sqrt(), cosines(gram)
+    length = float((w @ directions @ w).clamp(min=0).sqrt())
+    if length > max(options.eps, 1e-7 * float(w.abs().sum())):  # float64 knows squares to 1e-16
+        scale = float(w @ norms) / length
+        weights = torch.where(norms > 0, scale * w / norms, 0).tolist()
+    return MergeResult(elect_and_sum(base, tuned, weights), TensorReport(weights=weights))

@@ -1,0 +1,56 @@
+"""SLERP: from the base to a model along the great circle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..ops import elect_and_sum
+from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
+from .geometry import cosines, geometric_cost, gram_matrix
+
+
+class SlerpParameters(MethodParameters):
+    """Parameters of `slerp`."""
+
+    t: FiniteFloat = Field(default=0.5, description="0 is the base, 1 the model")
+
+    def for_tensor(self, name: str) -> MethodParameters:
+        """Refuse weights: `t` is all there is.
+
+        Raises:
+            ConfigError: there is a weight.
+        """
+        if self.weight != (1.0,):
+            raise ConfigError(f"slerp has no weights, got {list(self.weight)}; set t")
+        return self
+
+
+@register(
+    "slerp",
+    pretty_name="SLERP",
+    paper_url="https://en.wikipedia.org/wiki/Slerp",
+    parameters=SlerpParameters,
+    tasks=1,
+    cost=geometric_cost,
+)
+def slerp(base: Tensor, tuned: Sequence[Tensor], options: SlerpParameters) -> MergeResult:
+    """Return ``(sin((1 - t) a) W_0 + sin(t a) W_1) / sin(a)``, a the angle between both (Shoemake, SIGGRAPH 1985).
+
+    Where a tensor is zero, or the other one's multiple, there is no great circle, and the interpolation is linear.
+    """
+    gram = gram_matrix([base, tuned[0]])
+    angle = math.acos(float(cosines(gram)[0, 1]))
+    if math.sin(angle) > 1e-7 and float(gram.diagonal().min()) > 0:
+        first = math.sin((1 - options.t) * angle) / math.sin(angle)
+        second = math.sin(options.t * angle) / math.sin(angle)
+    else:
+        first, second = 1 - options.t, options.t
+    # As an update of the base, so that small differences are not lost: the distance to 0 is the base itself.
+    zero = base.new_zeros(base.shape[-1:]).expand_as(base)
+    merged = elect_and_sum(base, [tuned[0], zero], [second, 1 - first - second])
+    return MergeResult(merged, TensorReport(weights=[second]))

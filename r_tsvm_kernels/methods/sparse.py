@@ -1,0 +1,89 @@
+"""What the methods that sparsify task vectors share: parameters, selections, seeds of random masks, cost."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .. import backends, dispatch
+from ..ops import Election, Keep, accumulation_dtype, elect_and_sum, kept_count, magnitude_select, normalized
+from .base import Cost, Job, MergeResult, MethodParameters, PerModel, TensorReport
+from .task_arithmetic import TaskArithmeticParameters
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class SparseParameters(TaskArithmeticParameters):
+    """Parameters of methods that keep a part of each task vector."""
+
+    density: PerModel[Share] = Field(default=(1.0,), description="fraction of each task vector that is kept")
+    rescale: bool = Field(default=False, description="scale what is kept to the L1 norm of the task vector")
+    int8_mask: bool = Field(default=False, description="accepted in recipes; changes nothing, masks are not stored")
+
+
+class RandomParameters(SparseParameters):
+    """Parameters of methods that drop elements at random."""
+
+    rescale: bool = Field(default=True, description="divide what is kept by the probability of being kept")
+    seed: int = Field(default=0, ge=0, lt=2**64, description="of the random masks; the same seed, the same merge")
+
+    def for_tensor(self, name: str) -> MethodParameters:
+        """Give the tensor a seed of its own, so that masks depend on neither order nor threads."""
+        if not name:
+            return self
+        digest = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
+        return self.model_copy(update={"seed": int.from_bytes(digest, "little")})
+
+
+def largest_kept(base: Tensor, tensor: Tensor, density: float, outliers: int = 0) -> Keep:
+    """Keep ``kept_count(density)`` largest magnitudes of ``tensor - base`` below the `outliers` largest ones."""
+    count = kept_count(density, base.numel())
+    if count == base.numel():
+        return Keep()
+    kept, dropped = magnitude_select(tensor, [count + outliers, outliers], base=base)
+    return Keep(largest=kept, outliers=dropped if outliers else None)
+
+
+def rescaled(base: Tensor, tensor: Tensor, keep: Keep) -> Keep:
+    """Scale the survivors so that their L1 norm is that of the whole ``tensor - base``."""
+    dtype = accumulation_dtype(base, tensor)
+    delta = tensor.to(dtype) - base.to(dtype)
+    dropped = torch.zeros_like(delta, dtype=torch.bool) if keep.largest is None else ~keep.largest.mask(delta)
+    if keep.outliers is not None:
+        dropped |= keep.outliers.mask(delta)
+    before = float(delta.abs_().sum(dtype=torch.float64))
+    after = float(delta.masked_fill_(dropped, 0).sum(dtype=torch.float64))
+    return replace(keep, rescale=before / after) if after > 0 else keep
+
+
+def merge_kept(
+    base: Tensor, tuned: Sequence[Tensor], options: SparseParameters, keep: Sequence[Keep], elect: Election
+) -> MergeResult:
+    """Sum the sparsified task vectors, after the election of a sign if there is one, and add them to the base."""
+    weights = list(options.weight)
+    if options.normalize and elect == "none":
+        weights = normalized(weights)
+    normalize = options.normalize and elect != "none"
+    merged = elect_and_sum(base, tuned, weights, elect=elect, normalize=normalize, alpha=options.alpha, keep=keep)
+    return MergeResult(merged, TensorReport(weights=weights))
+
+
+def by_reference(op: str, device_type: str) -> bool:
+    """Whether an op is run by the reference in torch, which stores what the kernels do not."""
+    return next(name for name, state in dispatch.explain(op, device_type) if state == backends.READY) == "torch"
+
+
+def sparse_cost(job: Job, options: Any) -> Cost:
+    """Return what sparsifying, electing and summing takes."""
+    per_element = job.itemsize
+    if by_reference("elect_and_sum", job.device_type):
+        per_element = (job.tasks + 8) * job.itemsize + 80
+    elif options.rescale and not isinstance(options, RandomParameters):
+        per_element = 4 * job.itemsize + 12
+    return Cost(per_element * job.elements, (12.0 * job.tasks + 4) * job.elements)
