@@ -1,0 +1,18 @@
+"""PEFT LoRA adapters: read and write them, and compute with them without ever forming a dense update."""
+
+from .adapter import Adapter, AdapterWriter, LoraModule, is_head, transposed
+from .config import AdapterConfig
+from .updates import from_triplets, rank_of, truncated, weighted_sum
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "AdapterWriter",
+    "LoraModule",
+    "from_triplets",
+    "is_head",
+    "rank_of",
+    "transposed",
+    "truncated",
+    "weighted_sum",
+]

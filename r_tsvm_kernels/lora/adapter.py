@@ -1,0 +1,261 @@
+"""PEFT LoRA adapters on disk: read one module at a time as `Factored`, and write."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, ShardFile, ShardLayout, TensorSpec
+from ..checkpoint.checksum import byte_view
+from ..checkpoint.hub import resolve
+from ..errors import AdapterRefused, CheckpointError, PickleRefused
+from ..linalg import Factored
+from ..ops import FLOAT_DTYPES, check_finite
+from .config import CONFIG_FILE, make_config, read_config
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Endings of the names of A and B: of a linear module, of an embedding.
+_LINEAR = (".lora_A.weight", ".lora_B.weight")
+_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+# The weight of the base itself, which PEFT stores beside the factors of embeddings and heads.
+_BASE_LAYER = ".base_layer.weight"
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted module.
+
+    Attributes:
+        name: in the base model, e.g. ``model.layers.0.self_attn.q_proj``.
+        rank: inner dimension of the factors.
+        scale: what ``B @ A`` is multiplied by.
+        shape: of ``B @ A``.
+        embedding: whether it is an embedding, which PEFT names and orients in another way.
+        transposed: whether the weight is stored as the transpose of ``B @ A``.
+        nbytes: size of the factors.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    shape: tuple[int, int]
+    embedding: bool
+    transposed: bool
+    nbytes: int
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight in the base model."""
+        return f"{self.name}.weight"
+
+
+class Adapter:
+    """A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; headers only until `load`.
+
+    Args:
+        path: the folder, or the Hugging Face id of the adapter.
+
+    Attributes:
+        path: the folder.
+        config: what of the config matters here.
+        modules: the adapted modules, by name.
+        base_layers: those of them, embeddings and heads, whose weight in the base is stored here too.
+
+    Raises:
+        CheckpointError: missing or damaged files; the message names the file.
+        AdapterRefused: the adapter does more than add a low-rank matrix to weights.
+        PickleRefused: its weights exist only as pickle.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = resolve(str(path))
+        self.config = read_config(self.path)
+        weights = self.path / WEIGHTS_FILE
+        if not weights.exists() and (self.path / "adapter_model.bin").exists():
+            raise PickleRefused(
+                f"{self.path}: only pickled weights (adapter_model.bin), which can run code when they are loaded; "
+                "load the adapter with PEFT and save it again"
+            )
+        self._weights = Checkpoint(weights)
+        self.modules = {module.name: module for module in self._find_modules()}
+        names = (name.removeprefix(_PREFIX) for name in self._weights.tensors if name.endswith(_BASE_LAYER))
+        self.base_layers = [name.removesuffix(_BASE_LAYER) for name in names]
+        for module_name in self.base_layers:
+            if module_name not in self.modules:
+                raise AdapterRefused(f"{weights}: {module_name} is replaced, not adapted; not supported")
+
+    def load(self, module: str, device: str | torch.device = "cpu") -> Factored:
+        """Read the update of a module as PEFT orients it, ``scale * B @ A``, (out, in).
+
+        Raises:
+            InputChanged, CheckpointError: the file cannot be read, or is not what it was.
+            NonFiniteError: a factor holds NaN or infinity.
+        """
+        found = self.modules[module]
+        A, B = (
+            self._weights.load(_PREFIX + module + ending, device)
+            for ending in (_EMBEDDING if found.embedding else _LINEAR)
+        )
+        for factor in (A, B):
+            check_finite(factor, f"{self.path}: {module}")
+        if A.dtype != B.dtype:
+            A, B = (factor.to(torch.promote_types(A.dtype, B.dtype)) for factor in (A, B))
+        return Factored(B, A, found.scale)
+
+    def task_matrix(self, module: str, device: str | torch.device = "cpu") -> Factored:
+        """Read the update of a module, oriented as its weight is stored in the base model.
+
+        Raises:
+            As `load`.
+        """
+        matrix = self.load(module, device)
+        return transposed(matrix) if self.modules[module].transposed else matrix
+
+    def load_base_layer(self, module: str) -> Tensor:
+        """Read the weight of the base that is stored here for a module of `base_layers`.
+
+        Raises:
+            InputChanged, CheckpointError: the file cannot be read, or is not what it was.
+        """
+        return self._weights.load(_PREFIX + module + _BASE_LAYER)
+
+    def check_unchanged(self) -> None:
+        """Compare size and times of the weight file with what they were.
+
+        Raises:
+            InputChanged: it differs, or is gone.
+        """
+        self._weights.check_unchanged()
+
+    def _find_modules(self) -> Iterator[LoraModule]:
+        tensors = self._weights.tensors
+        for name, header in tensors.items():
+            if name.startswith(_PREFIX) and name.endswith(_BASE_LAYER):
+                continue
+            endings = next((pair for pair in (_LINEAR, _EMBEDDING) if name.endswith(pair)), None)
+            if endings is None or not name.startswith(_PREFIX):
+                raise AdapterRefused(f"{header.file}: {name} is no factor of a LoRA update; {_meaning(name)}")
+            module = name.removeprefix(_PREFIX).removesuffix(endings[0]).removesuffix(endings[1])
+            pair = [tensors.get(_PREFIX + module + ending) for ending in endings]
+            if pair[0] is None or pair[1] is None:
+                raise CheckpointError(f"{header.file}: {name} comes without the other factor")
+            if not name.endswith(endings[0]):
+                continue
+            A, B = pair[0].shape, pair[1].shape
+            if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+                raise AdapterRefused(f"{header.file}: {module} has factors {A} and {B}; expected (r, in) and (out, r)")
+            if not {pair[0].dtype, pair[1].dtype} <= set(FLOAT_DTYPES):
+                raise AdapterRefused(f"{header.file}: the factors of {module} are {header.dtype}, not floating")
+            if self.config.rank(module) != A[0]:
+                raise CheckpointError(
+                    f"{header.file}: {module} has rank {A[0]}, {CONFIG_FILE} says {self.config.rank(module)}"
+                )
+            embedding = endings is _EMBEDDING
+            turned = embedding or (self.config.fan_in_fan_out and not is_head(module))
+            scale, nbytes = self.config.scale(module, A[0]), pair[0].nbytes + pair[1].nbytes
+            yield LoraModule(module, A[0], scale, (B[0], A[1]), embedding, turned, nbytes)
+
+
+class AdapterWriter:
+    """Write an adapter one module at a time; a context manager.
+
+    The factors wait in an unnamed file, since the header, which goes first, needs the ranks of all of them.
+
+    Args:
+        folder: exists.
+        dtype: of the factors in the file.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.dtype = dtype
+        self.ranks: dict[str, int] = {}
+        self._scales: dict[str, float] = {}
+        self._places: dict[str, tuple[int, TensorSpec]] = {}
+        self._waiting = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by __exit__
+
+    def add(self, module: str, matrix: Factored, *, embedding: bool = False) -> None:
+        """Add the update of a module, oriented as PEFT does: (out, in). Updates of rank 0 are left out: PEFT has none.
+
+        Raises:
+            NonFiniteError: a factor does not fit `dtype`.
+            OSError: the disk refused.
+        """
+        rank = matrix.left.shape[1]
+        if not rank:
+            return
+        for ending, factor in zip(_EMBEDDING if embedding else _LINEAR, (matrix.right, matrix.left), strict=True):
+            stored = factor.to("cpu", self.dtype)
+            check_finite(stored, f"{module}, stored as {str(self.dtype).removeprefix('torch.')}")
+            self._store(_PREFIX + module + ending, stored)
+        self.ranks[module], self._scales[module] = rank, matrix.scale
+
+    def add_base_layer(self, module: str, weight: Tensor) -> None:
+        """Store the weight of the base beside the factors of a module; see `Adapter.base_layers`.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        if module in self.ranks:
+            self._store(_PREFIX + module + _BASE_LAYER, weight)
+
+    def finish(self, *, base: str | None, task_type: str | None, fan_in_fan_out: bool = False) -> None:
+        """Write the two files.
+
+        Args:
+            base: ``base_model_name_or_path`` of the config.
+            task_type: as PEFT names it.
+            fan_in_fan_out: weights of the base are stored (in, out).
+
+        Raises:
+            CheckpointError: no module was added, or the disk refused.
+        """
+        if not self.ranks:
+            raise CheckpointError("nothing to write: no module is changed at all")
+        # Wide dtypes first, which keeps every tensor aligned to its own size.
+        places = dict(sorted(self._places.items(), key=lambda item: -item[1][1].dtype.itemsize))
+        layout = ShardLayout(WEIGHTS_FILE, {name: spec for name, (_, spec) in places.items()})
+        with ShardFile.create(self.folder / WEIGHTS_FILE, layout) as file:
+            for name, (offset, spec) in places.items():
+                values = torch.empty(spec.shape, dtype=spec.dtype)
+                self._waiting.seek(offset)
+                self._waiting.readinto(byte_view(values))
+                file.write(name, values)
+        config = make_config(self.ranks, self._scales, base=base, task_type=task_type, fan_in_fan_out=fan_in_fan_out)
+        (self.folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def __enter__(self) -> AdapterWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._waiting.close()
+
+    def _store(self, name: str, tensor: Tensor) -> None:
+        self._places[name] = (self._waiting.tell(), TensorSpec(tensor.dtype, tuple(tensor.shape)))
+        self._waiting.write(byte_view(tensor))
+
+
+def transposed(matrix: Factored) -> Factored:
+    """Return the transpose."""
+    return Factored(matrix.right.mT, matrix.left.mT, matrix.scale)
+
+
+def is_head(module: str) -> bool:
+    """Whether a module is an output head, which is a linear module even where all others are stored transposed."""
+    return module.rpartition(".")[2] in ("lm_head", "embed_out")
+
+
+def _meaning(name: str) -> str:
+    if "lora_magnitude_vector" in name:
+        return "DoRA is not supported"
+    if ".base_layer." in name:
+        return "adapters inside adapters, as those of bare parameters, are not supported"
+    return "adapters that replace or add whole tensors (modules_to_save, biases) are not supported"

@@ -1,0 +1,160 @@
+"""adapter_config.json of PEFT: what of it we understand, what we refuse, and what we write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..checkpoint.headers import read_json
+from ..errors import AdapterRefused, CheckpointError
+
+Number = TypeVar("Number", int, float)
+
+CONFIG_FILE = "adapter_config.json"
+
+# Settings under which the update of a weight is not `scale * B @ A`, or is not the whole of the adapter.
+_REFUSED = {
+    "use_dora": "DoRA also rescales the columns of the weight",
+    "use_qalora": "QALoRA pools the inputs of the adapter",
+    "use_bdlora": "BD-LoRA has block-diagonal factors",
+    "modules_to_save": "it replaces whole modules",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "target_parameters": "it adapts bare parameters, not modules",
+    "layer_replication": "it repeats layers of the base",
+    "lora_bias": "its factors have biases",
+    "alora_invocation_tokens": "activated LoRA acts on some tokens only",
+    "arrow_config": "Arrow routes each token to other adapters",
+    "kasa_config": "KaSA changes the base",
+    "velora_config": "VeLoRA is not plain LoRA",
+    "monteclora_config": "MonteCLoRA samples its factors",
+}
+# Other initialisations change the weights of the base: the update would belong to a base that is nowhere stored.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class AdapterConfig(BaseModel):
+    """The settings that decide what an adapter adds to the weights; all others are ignored.
+
+    Attributes:
+        peft_type: ``LORA``.
+        task_type: e.g. ``CAUSAL_LM``; decides the class in which PEFT wraps the model.
+        base_model_name_or_path: the model that the adapter was trained on.
+        r: rank, where `rank_pattern` has no other.
+        lora_alpha: numerator of the scale, where `alpha_pattern` has no other.
+        rank_pattern: ranks of modules, by regular expression.
+        alpha_pattern: numerators of modules, by regular expression.
+        use_rslora: divide by the square root of the rank.
+        fan_in_fan_out: weights are stored (in, out), as those of GPT-2.
+        init_lora_weights: how the factors were initialised.
+        bias: ``none``.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    peft_type: str
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    r: int = Field(default=8, ge=1)
+    lora_alpha: float = Field(default=8.0, allow_inf_nan=False)
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    init_lora_weights: bool | str | None = True
+    bias: str = "none"
+
+    def rank(self, module: str) -> int:
+        """Return the rank that the config gives to a module."""
+        return _lookup(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return what ``B @ A`` of a module is multiplied by."""
+        alpha = _lookup(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read and judge the ``adapter_config.json`` of a folder.
+
+    Raises:
+        CheckpointError: missing, damaged, or not an adapter's.
+        AdapterRefused: not LoRA, or LoRA of a kind that is more than a low-rank update; the setting is named.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: no {CONFIG_FILE}; expected the folder of a PEFT adapter")
+    data, _ = read_json(file)
+    if data.get("peft_type") != "LORA":
+        raise AdapterRefused(f"{file}: peft_type is {str(data.get('peft_type'))[:40]!a}; only LORA is supported")
+    for key, value in data.items():
+        if value and (key in _REFUSED or (key.startswith("use_") and key != "use_rslora")):
+            raise AdapterRefused(f"{file}: {key[:40]} is set: {_REFUSED.get(key, 'unknown here')}; not supported")
+    try:
+        # PEFT writes null where a pattern is empty.
+        config = AdapterConfig(**{key: value for key, value in data.items() if value is not None})
+        for pattern in (*config.rank_pattern, *config.alpha_pattern):
+            re.compile(pattern)
+    except (ValidationError, re.error) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file}: not a valid LoRA config: {reason[:300]}") from None
+    if config.bias != "none":
+        raise AdapterRefused(f"{file}: bias is {config.bias[:40]!a}: it replaces biases of the base; not supported")
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        raise AdapterRefused(
+            f"{file}: init_lora_weights is {str(config.init_lora_weights)[:40]!a}, which changes the base; convert the "
+            "adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return config
+
+
+def make_config(
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    *,
+    base: str | None,
+    task_type: str | None,
+    fan_in_fan_out: bool,
+) -> dict[str, Any]:
+    """Return the config of an adapter whose modules have these ranks and scales.
+
+    Modules are named in full: that is what every version of PEFT takes, as target and as pattern.
+    """
+    alphas = {module: _plain(scales[module] * rank) for module, rank in ranks.items()}
+    most = max(ranks, key=lambda module: ranks[module])
+    alike = len(set(ranks.values())) == len(set(alphas.values())) == 1
+    # Patterns match from the end of a name, and the first counts: longer names go first.
+    patterned = [] if alike else sorted(ranks, key=len, reverse=True)
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "r": ranks[most],
+        "lora_alpha": alphas[most],
+        "rank_pattern": {module: ranks[module] for module in patterned},
+        "alpha_pattern": {module: alphas[module] for module in patterned},
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": fan_in_fan_out,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
+def _lookup(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
+    """Return the value of the first pattern that is the module's name or, as a regular expression, the end of it."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _plain(number: float) -> float:
+    return int(number) if number == int(number) else number

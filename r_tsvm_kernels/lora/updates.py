@@ -1,0 +1,59 @@
+"""Low-rank updates: from singular triplets, cut to a smaller rank, and summed; never formed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..linalg import Factored, Rank, choose_rank, leading_triplets
+
+
+def from_triplets(U: Tensor, values: Tensor, Vh: Tensor) -> Factored:
+    """Return ``U @ diag(values) @ Vh`` with the singular values shared equally: rounding hurts both factors alike."""
+    roots = values.sqrt()
+    return Factored(U * roots, roots[:, None] * Vh)
+
+
+def truncated(matrix: Factored, rank: Rank) -> tuple[Factored, float]:
+    """Return the best approximation of that rank, and its share of the squared Frobenius norm; exact, in float64.
+
+    Raises:
+        ConvergenceError: the SVD failed.
+    """
+    U, values, Vh, energy = leading_triplets(matrix, rank)
+    return from_triplets(U, values, Vh), energy
+
+
+def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Factored:
+    """Return the sum, of the rank of all together, in float64."""
+    left = [weight * matrix.scale * matrix.left.double() for matrix, weight in zip(matrices, weights, strict=True)]
+    return Factored(torch.cat(left, dim=1), torch.cat([matrix.right.double() for matrix in matrices]))
+
+
+def rank_of(shape: tuple[int, int], rank: int | None, energy: float | None = None, noise: bool = False) -> Rank:
+    """Return the rank of an update of this shape: a number, a rule, or a rule that a number limits.
+
+    Args:
+        shape: of the update.
+        rank: the number; None means no limit.
+        energy: the smallest rank that holds this share of the squared Frobenius norm.
+        noise: count the singular values above the noise edge (`noise_rank`).
+
+    Raises:
+        ConfigError: a number out of range, or both rules.
+    """
+    if energy is not None and noise:
+        raise ConfigError("the rank follows either energy or noise, not both")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ConfigError(f"energy must be above 0 and at most 1, got {energy}")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, got {rank}")
+    limit = min(shape) if rank is None else min(rank, *shape)
+    if energy is None and not noise:
+        return limit
+    rule = choose_rank("noise" if noise else "energy", shape, 1, energy=energy or 1.0)
+    assert callable(rule)
+    return lambda singular_values: min(rule(singular_values), limit)
