@@ -1,0 +1,90 @@
+"""Our methods and kernels inside mergekit: `install`, then use mergekit as ever.
+
+mergekit is imported, never copied (LGPL-3.0). It has no plug-in mechanism: methods exist in the process in which they
+were registered. `rtsvm mergekit-yaml` installs and then runs mergekit's own command.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from ...errors import IntegrationError
+
+if TYPE_CHECKING:
+    from .patches import Patches
+
+TESTED_VERSIONS = ("0.1.5",)
+
+_installed: Patches | None = None
+
+
+def install(accelerate: bool = True) -> None:
+    """Register our merge methods with mergekit and put its sparsifiers and task arithmetic on our kernels.
+
+    Registered are the methods that mergekit lacks (`rtsvm`, `tsvm`, ...), with the parameters they have in our
+    recipes; `exclude_keys` alone has no form there. What mergekit has keeps its name, parameters and results: to
+    rounding, with the first of equal magnitudes kept, and random masks that follow torch's seed but are other draws
+    than mergekit's. Tensors that require gradients, that are not finite or of a dtype or device our kernels do not
+    take are left to mergekit.
+
+    Calling it again changes `accelerate`. Warns once if the version of mergekit was never tested.
+
+    Raises:
+        IntegrationError: mergekit is not installed, too old, or not built as expected.
+    """
+    global _installed
+    _check_version()
+    try:
+        from .patches import Patches
+    except ImportError as error:
+        raise _does_not_fit(str(error)) from error
+    uninstall()
+    try:
+        _installed = Patches(accelerate)
+    except AttributeError as error:
+        raise _does_not_fit(str(error)) from error
+
+
+def uninstall() -> None:
+    """Restore mergekit as it was; nothing happens if we were not installed."""
+    global _installed
+    if _installed is not None:
+        _installed.undo()
+        _installed = None
+
+
+def calls() -> dict[str, int]:
+    """Return how many times mergekit came to each of our kernels and methods in this process."""
+    from .counting import counts
+
+    return dict(counts)
+
+
+def _found() -> str:
+    try:
+        return version("mergekit")
+    except PackageNotFoundError:
+        raise IntegrationError(
+            f"mergekit is not installed in this environment; run: pip install mergekit=={TESTED_VERSIONS[-1]}"
+        ) from None
+
+
+@cache
+def _check_version() -> None:
+    found = _found()
+    if found not in TESTED_VERSIONS:
+        warnings.warn(
+            f"mergekit {found} was never tested with r_tsvm_kernels; tested: {', '.join(TESTED_VERSIONS)}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _does_not_fit(reason: str) -> IntegrationError:
+    return IntegrationError(
+        f"mergekit {_found()} is not built as expected ({reason}); tested: {', '.join(TESTED_VERSIONS)}; "
+        f"run: pip install mergekit=={TESTED_VERSIONS[-1]}"
+    )

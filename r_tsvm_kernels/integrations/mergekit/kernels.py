@@ -1,0 +1,199 @@
+"""mergekit's sparsifiers and its task arithmetic on our kernels.
+
+Every function has the signature of the one it stands in for, and returns None for what it leaves to mergekit. Counts
+and ranks are mergekit's; sums are ours: in float32 or wider, whatever the tensors' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, TensorGroup
+from torch import Tensor
+
+from ...ops import (
+    FLOAT_DTYPES,
+    Keep,
+    RankedKeep,
+    accumulation_dtype,
+    della_probabilities,
+    elect_and_sum,
+    magnitude_ranks,
+    magnitude_select,
+)
+from .counting import count
+
+# Makes the Keep of a difference x - base; None for parameters that are left to mergekit.
+Rule = Callable[[Tensor, Tensor | None], Keep | None]
+
+DEVICES = ("cpu", "cuda")
+RULE_PARAMETERS = ("density", "gamma", "epsilon")
+SMALLEST_NORM = 1e-7  # below it mergekit does not rescale
+
+
+# --- which elements survive: one rule per sparsifier ----------------------------------------------------------
+
+
+def _keep_largest(x: Tensor, base: Tensor | None, density: float) -> Keep | None:
+    keep = max(1, int(density * x.numel())) if density > 0 else 0
+    return _between(x, base, keep, 0)
+
+
+def _keep_middle(x: Tensor, base: Tensor | None, density: float, gamma: float) -> Keep | None:
+    if not (density >= 0 and gamma >= 0):
+        return None
+    keep, drop = int(density * x.numel()), int(gamma * x.numel())
+    reach = min(x.numel(), keep + drop)  # mergekit drops fewer outliers rather than keep fewer elements
+    return _between(x, base, reach, reach - keep)
+
+
+def _between(x: Tensor, base: Tensor | None, reach: int, drop: int) -> Keep:
+    """Keep the `reach` largest magnitudes but for the `drop` largest."""
+    count("magnitude_select")
+    if drop == 0:
+        return Keep(largest=magnitude_select(x, reach, base=base))
+    largest, outliers = magnitude_select(x, [reach, drop], base=base)
+    return Keep(largest=largest, outliers=outliers)
+
+
+def _keep_random(x: Tensor, base: Tensor | None, density: float) -> Keep | None:
+    return Keep(probability=density, seed=_seed()) if density >= 0 else None
+
+
+def _keep_by_rank(x: Tensor, base: Tensor | None, density: float, epsilon: float) -> Keep | None:
+    if density <= 0:
+        return _keep_largest(x, base, density)
+    if x.ndim not in (1, 2) or not (epsilon >= 0 and density + epsilon < 1 and density - epsilon > 0):
+        return None  # mergekit ranks along dimension 1, and says what is wrong with epsilon
+    count("magnitude_ranks")
+    ranked = RankedKeep(
+        magnitude_ranks(x, base=base), della_probabilities(x.shape[-1], density, epsilon), rescale=False
+    )
+    return Keep(ranked=ranked, seed=_seed())
+
+
+def _seed() -> int:
+    """Draw a seed from torch's generator, which mergekit's --random-seed sets."""
+    return int(torch.randint(2**63 - 1, ()))
+
+
+RULES: dict[str, Callable[..., Keep | None]] = {
+    "magnitude": _keep_largest,
+    "magnitude_outliers": _keep_middle,
+    "random": _keep_random,
+    "della_magprune": _keep_by_rank,
+}
+
+
+# --- in place of the functions of mergekit.sparsify -----------------------------------------------------------
+
+
+def magnitude(tensor: Tensor, density: float, rescale_norm: str | None = None) -> Tensor | None:
+    """Keep the largest magnitudes, at least one."""
+    return _sparsified(tensor, density, partial(_keep_largest, density=density), rescale_norm)
+
+
+def magnitude_outliers(
+    tensor: Tensor, density: float, rescale_norm: str | None = None, gamma: float = 0.01
+) -> Tensor | None:
+    """Keep the largest magnitudes below the fraction `gamma` of outliers."""
+    return _sparsified(tensor, density, partial(_keep_middle, density=density, gamma=gamma), rescale_norm)
+
+
+def bernoulli(tensor: Tensor, density: float, rescale_norm: str | None = None) -> Tensor | None:
+    """Keep each element by chance."""
+    return _sparsified(tensor, density, partial(_keep_random, density=density), rescale_norm)
+
+
+def della_magprune(tensor: Tensor, density: float, epsilon: float, rescale_norm: str | None = None) -> Tensor | None:
+    """Keep each element by chance, more likely the larger it is in its row."""
+    return _sparsified(tensor, density, partial(_keep_by_rank, density=density, epsilon=epsilon), rescale_norm)
+
+
+def _sparsified(tensor: Tensor, density: float, rule: Rule, norm: str | None) -> Tensor | None:
+    if density >= 1:
+        return tensor
+    if not _ours(tensor):
+        return None
+    keep = rule(tensor, None)
+    if keep is None:
+        return None
+    masked = _masked(tensor, keep)
+    factor = _rescale(tensor, masked, norm)
+    return None if factor is None else (masked * factor).to(tensor.dtype)
+
+
+def _masked(delta: Tensor, keep: Keep) -> Tensor:
+    zeros = delta.new_zeros(delta.shape[-1:]).expand_as(delta)  # one row stands for all
+    count("elect_and_sum")
+    return elect_and_sum(zeros, [delta], [1.0], keep=[keep])
+
+
+def _rescale(delta: Tensor, masked: Tensor, norm: str | None) -> float | None:
+    """Return the factor that restores a norm; None if it is not finite."""
+    if norm is None:
+        return 1.0
+    order = {"l1": 1.0, "l2": 2.0, "linf": math.inf}[norm]
+    before, after = (float(torch.linalg.vector_norm(tensor, order, dtype=torch.float64)) for tensor in (delta, masked))
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return None
+    return 1.0 if min(before, after) < SMALLEST_NORM else before / after
+
+
+# --- in place of GeneralizedTaskArithmeticMerge.merge_group ----------------------------------------------------
+
+
+def merge_group(method: GeneralizedTaskArithmeticMerge, group: TensorGroup, /, **parameters: Any) -> Tensor | None:
+    """Sparsify the task vectors, elect signs, sum and add to the base, without storing the task vectors."""
+    entries = group.non_base
+    if not entries or not _ours(*(entry.tensor for entry in group.entries)):
+        return None
+    base: Tensor = group.base.tensor
+    tuned = [entry.tensor for entry in entries]
+    weights = [float(parameters["weight"][entry.id]) for entry in entries]
+    alpha = float(parameters["lambda"])
+    if not all(math.isfinite(number) for number in (*weights, alpha)):
+        return None
+    keep: list[Keep] = []
+    for entry in entries if method.sparsification_method else ():
+        own = {name: parameters[name][entry.id] for name in RULE_PARAMETERS if name in parameters}
+        rule = _task_keep(entry.tensor, base, method.sparsification_method.value, own, parameters["rescale"])
+        if rule is None:
+            return None
+        keep.append(rule)
+
+    elect, normalize = method.consensus_method, parameters["normalize"]
+    if normalize and not elect:
+        total, normalize = sum(weights), False
+        weights = [weight / total for weight in weights] if abs(total) >= 1e-8 else weights
+    count("elect_and_sum")
+    merged = elect_and_sum(
+        base, tuned, weights,
+        elect=elect.value if elect else "none", normalize=normalize, alpha=alpha, keep=keep or None,
+    )  # fmt: skip
+    return merged.to(base.dtype)
+
+
+def _task_keep(x: Tensor, base: Tensor, method: str, own: dict[str, float], rescale: bool) -> Keep | None:
+    if own["density"] >= 1:
+        return Keep()
+    keep = RULES[method](x, base, **own)
+    if keep is None or not rescale:
+        return keep
+    dtype = accumulation_dtype(x, base)
+    delta = x.to(dtype) - base.to(dtype)
+    factor = _rescale(delta, _masked(delta, keep), "l1")
+    return None if factor is None else replace(keep, rescale=factor)
+
+
+def _ours(*tensors: Tensor) -> bool:
+    """Whether our kernels take these tensors; they have no gradients."""
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not differentiated and all(
+        tensor.dtype in FLOAT_DTYPES and tensor.device.type in DEVICES and tensor.numel() > 0 for tensor in tensors
+    )

@@ -1,0 +1,59 @@
+"""What an installation changes in mergekit, and how that is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import mergekit.sparsify
+from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, register, registered_methods, registry
+
+from ...errors import NonFiniteError
+from ...methods import METHODS
+from . import kernels
+from .methods import RegisteredMethod
+
+REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (mergekit.sparsify, "magnitude", kernels.magnitude),
+    (mergekit.sparsify, "magnitude_outliers", kernels.magnitude_outliers),
+    (mergekit.sparsify, "bernoulli", kernels.bernoulli),
+    (mergekit.sparsify, "della_magprune", kernels.della_magprune),
+    (GeneralizedTaskArithmeticMerge, "merge_group", kernels.merge_group),
+]
+
+
+class Patches:
+    """Our methods in mergekit's registry, and our functions in place of mergekit's."""
+
+    def __init__(self, accelerate: bool) -> None:
+        replacements = REPLACEMENTS if accelerate else []
+        # All are looked up before any is replaced.
+        self._originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+        present = {method.spec.name for method in registered_methods()}
+        self._methods = [method for name, method in METHODS.items() if name not in present]
+        for method in self._methods:
+            register(RegisteredMethod(method))
+        for (owner, name, original), (_, _, ours) in zip(self._originals, replacements, strict=True):
+            setattr(owner, name, _or_original(ours, original))
+
+    def undo(self) -> None:
+        """Restore mergekit as it was."""
+        for owner, name, original in self._originals:
+            setattr(owner, name, original)
+        for method in self._methods:
+            registry._METHODS.pop(method.name, None)  # there is no public way
+
+
+def _or_original(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that leaves to mergekit what `ours` answers with None."""
+
+    @wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = ours(*args, **kwargs)
+        except NonFiniteError:  # mergekit passes NaN and infinity on
+            result = None
+        return original(*args, **kwargs) if result is None else result
+
+    return run
