@@ -1,16 +1,26 @@
 """Checkpoints on disk: read headers and tensors, plan a merge, write shards."""
 
-from .plan import MergePlan, TensorPlan, make_plan, parse_size
-from .reader import Checkpoint, TensorHeader
-from .writer import ShardWriter, TensorSpec, plan_shards, shard_name, write_index
+from ..sizes import format_size, parse_size
+from .checksum import Checksum, checksum
+from .headers import FileState, TensorHeader
+from .plan import Footprint, InputFile, MergePlan, TensorPlan, make_plan
+from .reader import Checkpoint
+from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
 
 __all__ = [
     "Checkpoint",
+    "Checksum",
+    "FileState",
+    "Footprint",
+    "InputFile",
     "MergePlan",
-    "ShardWriter",
+    "ShardFile",
+    "ShardLayout",
     "TensorHeader",
     "TensorPlan",
     "TensorSpec",
+    "checksum",
+    "format_size",
     "make_plan",
     "parse_size",
     "plan_shards",

@@ -2,102 +2,138 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError, PickleRefused
-
-# Names in safetensors headers.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_INDEX = ".safetensors.index.json"
-_PICKLE_ADVICE = "loading pickle can run code. Convert it to safetensors first (save_pretrained does)"
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """Where a tensor lies and what it looks like, without its values."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+from ..errors import CheckpointError, InputChanged
+from .checksum import byte_view
+from .folders import find_weights
+from .headers import FileState, TensorHeader, read_headers, read_json
+from .pickles import PICKLE_SUFFIXES, PickleFile
 
 
 class Checkpoint:
-    """A Hugging Face folder or a single .safetensors file, opened for reading; headers only until `load`.
+    """A Hugging Face folder or a single file, opened for reading; headers only until `load`.
+
+    Args:
+        path: a folder, or a .safetensors file.
+        allow_pickle: take pickled weights where there are no others; only tensors are unpickled.
 
     Attributes:
         path: as given.
         folder: where configuration and tokenizer files would lie; None for a bare file.
         stem: of the weight files, e.g. ``model``.
-        tensors: header of every tensor, in the order of files and names.
+        tensors: header of every tensor, in the order of the files and of the bytes in them.
         config: parsed ``config.json``; empty if there is none.
 
     Raises:
         CheckpointError: missing, damaged or hostile files; the message names the file.
-        PickleRefused: there is no safetensors version.
+        PickleRefused: there is no safetensors version, and pickle is not allowed or holds code.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
         self.path = Path(path)
-        if self.path.is_dir():
-            self.folder: Path | None = self.path
-            files, self.stem, index = _weight_files(self.path)
-        else:
-            _require_safetensors_file(self.path)
-            self.folder, files, self.stem, index = None, [self.path], self.path.stem, None
+        self.folder = self.path if self.path.is_dir() else None
+        self._states: dict[Path, FileState] = {}
+        self._pickles: dict[Path, PickleFile] = {}
+        weights = find_weights(self.path, allow_pickle)
+        self.stem = weights.stem
         self.tensors: dict[str, TensorHeader] = {}
-        for file in files:
-            for name, header in _read_headers(file).items():
-                if name in self.tensors:
-                    raise CheckpointError(
-                        f"{self.path}: {name} is both in {self.tensors[name].file.name} and {file.name}"
-                    )
-                self.tensors[name] = header
-        if index is not None:
-            self._check_index(index)
+        for file in weights.files:
+            self._read_headers(file)
+        if weights.index is not None and weights.index_state is not None:
+            self._check_index(weights.index)
+            self._states[weights.index_state.path] = weights.index_state
         if not self.tensors:
             raise CheckpointError(f"{self.path}: the checkpoint holds no tensors")
         self.config: dict[str, Any] = {}
         if self.folder and (self.folder / "config.json").exists():
-            self.config = _read_json(self.folder / "config.json")
+            self.config, self._states[self.folder / "config.json"] = read_json(self.folder / "config.json")
         if "quantization_config" in self.config:
             raise CheckpointError(
                 f"{self.path}: the checkpoint is quantised; its packed weights cannot be averaged. "
                 "Dequantise it (or take the unquantised release) and merge that"
             )
-        self._open: tuple[Path, Any] | None = None
 
-    def load(self, name: str, device: str | torch.device = "cpu") -> Tensor:
-        """Read one tensor into memory of its own.
+    def load(
+        self,
+        name: str,
+        device: str | torch.device = "cpu",
+        *,
+        rows: tuple[int, int] | None = None,
+        pin: bool = False,
+    ) -> Tensor:
+        """Read one tensor into memory of its own; several threads may load at once.
+
+        Args:
+            name: of the tensor.
+            device: where the tensor shall lie.
+            rows: first row and the row after the last one, of the leading dimension; None reads all.
+            pin: read into page-locked memory, from which a GPU copies faster; needs CUDA.
 
         Raises:
+            InputChanged: the file is not what it was when the checkpoint was opened.
             CheckpointError: the file cannot be read any more.
         """
         header = self.tensors[name]
+        shape = header.shape
+        first, last = rows or (0, shape[0] if shape else 1)
+        if rows and not (shape and 0 <= first <= last <= shape[0]):
+            raise CheckpointError(f"{header.file}: {name} has shape {shape}, rows {first} to {last} were asked for")
+        if header.file in self._pickles:
+            tensor = self._copy_pickled(header, name, rows)
+            return (tensor.pin_memory() if pin else tensor).to(device)
+        offset = header.offset + first * (header.nbytes // shape[0]) if first else header.offset
+        tensor = torch.empty((last - first, *shape[1:]) if rows else shape, dtype=header.dtype, pin_memory=pin)
+        # Reading, not mapping: mapped pages would count as memory of this process, and a file that is cut short
+        # would end it with SIGBUS instead of an error. Opened for each tensor, so that a vanished file is noticed.
         try:
-            if self._open is None or self._open[0] != header.file:
-                self._open = (header.file, safe_open(str(header.file), framework="pt"))
-            tensor: Tensor = self._open[1].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{header.file}: cannot read {name}: {error}") from error
+            with header.file.open("rb", buffering=0) as stream:
+                file = stream.fileno()
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                complete = _read_fully(file, byte_view(tensor), offset)
+                unchanged = self._states[header.file].same_file(os.fstat(file))
+        except OSError as error:
+            raise CheckpointError(f"{header.file}: cannot read {name}: {error.strerror or error}") from error
+        if not (complete and unchanged):
+            raise _changed(header.file, f", noticed while reading {name}")
         return tensor.to(device)
 
-    def close(self) -> None:
-        """Let go of the file that is open."""
-        self._open = None
+    def files(self) -> tuple[FileState, ...]:
+        """Return every file this checkpoint depends on, as it was when it was opened."""
+        return tuple(self._states.values())
+
+    def check_unchanged(self) -> None:
+        """Compare size and times of every file with what they were.
+
+        Raises:
+            InputChanged: a file differs, or is gone.
+        """
+        for file, state in self._states.items():
+            _require_unchanged(file, state)
+
+    def _read_headers(self, file: Path) -> None:
+        if file.suffix in PICKLE_SUFFIXES:
+            self._pickles[file] = PickleFile(file)
+            headers, self._states[file] = self._pickles[file].headers, self._pickles[file].state
+        else:
+            headers, self._states[file] = read_headers(file)
+        for name, header in headers.items():
+            if name in self.tensors:
+                raise CheckpointError(f"{self.path}: {name} is both in {self.tensors[name].file.name} and {file.name}")
+            self.tensors[name] = header
+
+    def _copy_pickled(self, header: TensorHeader, name: str, rows: tuple[int, int] | None) -> Tensor:
+        state = self._states[header.file]
+        # Before and after: the file is mapped, and one that was cut short must not be touched.
+        _require_unchanged(header.file, state)
+        tensor = self._pickles[header.file].copy(name, rows)
+        _require_unchanged(header.file, state)
+        return tensor
 
     def _check_index(self, index: dict[str, str]) -> None:
         for name, file in index.items():
@@ -111,82 +147,25 @@ class Checkpoint:
             )
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], str, dict[str, str] | None]:
-    """Return the weight files of a folder, their stem, and the weight map if there is an index."""
-    files = sorted(folder.glob("*.safetensors"))
-    indexes = sorted(folder.glob(f"*{_INDEX}"))
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"], "model", None
-    if len(indexes) == 1:
-        return _shards(indexes[0])
-    if len(indexes) > 1:
-        raise CheckpointError(f"{folder}: {len(indexes)} index files; name the .safetensors file that is meant")
-    if any(file.name.startswith("adapter_model") for file in files):
-        raise CheckpointError(f"{folder}: a LoRA adapter; merge it into its base model first (PEFT: merge_and_unload)")
-    if len(files) == 1:
-        return files, files[0].stem, None
-    if files:
-        raise CheckpointError(f"{folder}: {len(files)} .safetensors files and no index; name the one that is meant")
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-    if pickles:
-        raise PickleRefused(f"{folder}: only pickled weights ({pickles[0]}); {_PICKLE_ADVICE}")
-    raise CheckpointError(f"{folder}: no .safetensors file and no index; expected a Hugging Face model folder")
+def _read_fully(file: int, buffer: memoryview, offset: int) -> bool:
+    """Fill the buffer; whether the file was long enough. One call reads at most 2 GiB."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(file, [buffer[done:]], offset + done)
+        if not count:
+            return False
+        done += count
+    return True
 
 
-def _shards(index_file: Path) -> tuple[list[Path], str, dict[str, str]]:
-    weight_map = _read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise CheckpointError(f"{index_file}: expected a weight_map from tensor names to file names")
-    files = []
-    for name in sorted(set(weight_map.values())):
-        # By name only: the files of a download cache are links to places outside the folder, and that is fine.
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or len(relative.parts) != 1 or relative.name in ("..", ".") or "\\" in name:
-            raise CheckpointError(
-                f"{index_file}: {name!r} is not a file name inside this folder; the index is not safe"
-            )
-        if relative.suffix != ".safetensors":
-            raise PickleRefused(f"{index_file}: {name!r} is not a .safetensors file; {_PICKLE_ADVICE}")
-        file = index_file.parent / name
-        if not file.is_file():
-            raise CheckpointError(f"{index_file}: names {name}, which is missing; the download may be incomplete")
-        files.append(file)
-    return files, index_file.name.removesuffix(_INDEX), weight_map
-
-
-def _require_safetensors_file(path: Path) -> None:
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such folder or file; models are read from local folders, download them first"
-        )
-    if path.suffix in _PICKLES:
-        raise PickleRefused(f"{path}: pickled weights; {_PICKLE_ADVICE}")
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: expected a model folder or a .safetensors file")
-
-
-def _read_headers(file: Path) -> dict[str, TensorHeader]:
-    headers = {}
+def _require_unchanged(file: Path, state: FileState) -> None:
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # not a dict
-                view = opened.get_slice(name)
-                dtype = DTYPES.get(view.get_dtype())
-                if dtype is None:
-                    raise CheckpointError(f"{file}: {name} has dtype {view.get_dtype()}, which cannot be merged")
-                headers[name] = TensorHeader(file, dtype, tuple(view.get_shape()))
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file, perhaps truncated: {error}") from error
-    return headers
+        unchanged = state.same_file(file.stat())
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        raise _changed(file, "")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
-    return data
+def _changed(file: Path, when: str) -> InputChanged:
+    return InputChanged(f"{file}: changed since the merge was planned{when}; restore it, or start the merge anew")

@@ -1,27 +1,30 @@
 """Write safetensors shards one tensor at a time.
 
 Shapes and dtypes are known before the first value, so the header goes first and every tensor is written once, straight
-to its place: no shard is ever held in memory.
+to its place, in any order: no shard is ever held in memory.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .reader import DTYPES
+from ..errors import CheckpointError, DiskFull
+from .checksum import Checksum, byte_view
+from .headers import DTYPES
 
-Result = TypeVar("Result")
+_PIECE = 8 << 20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -59,59 +62,142 @@ def shard_name(stem: str, index: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-class ShardWriter:
-    """Write the tensors of one shard in the order of `specs`; a context manager.
+class ShardLayout:
+    """Where everything lies in a shard that is to be written.
 
-    Raises:
-        CheckpointError: the disk refused, or tensors came in another order or form than announced.
+    Attributes:
+        file_name: of the shard.
+        specs: the tensors, in the order they lie in the file.
+        header: the bytes before the first tensor.
+        offsets: of the first byte of each tensor in the file.
+        size: of the whole file.
     """
 
-    def __init__(self, file: Path, specs: Mapping[str, TensorSpec]) -> None:
-        self.file = file
-        self._waiting = list(specs.items())
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, spec in specs.items():
-            header[name] = {
-                "dtype": _NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
-            }
-            offset += spec.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
+    def __init__(self, file_name: str, specs: Mapping[str, TensorSpec]) -> None:
+        self.file_name = file_name
+        self.specs = dict(specs)
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        begins: dict[str, int] = {}
+        end = 0
+        for name, spec in self.specs.items():
+            begins[name], end = end, end + spec.nbytes
+            offsets = [begins[name], end]
+            entries[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._stream: BinaryIO = self._guard(lambda: file.open("xb"))
-        self._guard(lambda: self._stream.write(struct.pack("<Q", len(text)) + text))
+        self.header = struct.pack("<Q", len(text)) + text
+        self.offsets = {name: len(self.header) + begin for name, begin in begins.items()}
+        self.size = len(self.header) + end
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor, which must be the one `specs` has in this place."""
-        expected, spec = self._waiting.pop(0)
-        if (name, tensor.dtype, tuple(tensor.shape)) != (expected, spec.dtype, spec.shape):
-            raise CheckpointError(f"{self.file}: expected {expected} {spec}, got {name} {tensor.dtype} {tensor.shape}")
-        if tensor.numel():
-            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            self._guard(lambda: self._stream.write(values.numpy().data))
 
-    def __enter__(self) -> ShardWriter:
+class ShardFile:
+    """A shard on disk, at its full size from the start; tensors come in any order and from any thread.
+
+    Made by `create` or `open`; a context manager that closes the file.
+    """
+
+    def __init__(self, path: Path, layout: ShardLayout, file: int) -> None:
+        self.path = path
+        self.layout = layout
+        self._file = file
+
+    @classmethod
+    def create(cls, path: Path, layout: ShardLayout) -> ShardFile:
+        """Make a new file, reserve its whole size, and write the header.
+
+        Raises:
+            DiskFull: there is no room for it; no file is left.
+            CheckpointError: the file exists, or cannot be written.
+        """
+        with _reported(path):
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with _reported(path, layout.size):
+                _reserve(file, layout.size)
+                _write_fully(file, memoryview(layout.header), 0)
+        except BaseException:
+            os.close(file)
+            path.unlink()
+            raise
+        return cls(path, layout, file)
+
+    @classmethod
+    def open(cls, path: Path, layout: ShardLayout) -> ShardFile:
+        """Open what `create` made, to go on writing.
+
+        Raises:
+            CheckpointError: missing, or its header or its size are not those of the layout.
+        """
+        with _reported(path):
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        shard = cls(path, layout, file)
+        try:
+            with _reported(path):
+                fits = os.fstat(file).st_size == layout.size
+                fits = fits and os.pread(file, len(layout.header), 0) == layout.header
+            if not fits:
+                raise CheckpointError(f"{path}: not the shard that was begun here; start the merge anew")
+        except BaseException:
+            shard.close()
+            raise
+        return shard
+
+    def write(self, name: str, tensor: Tensor, first_row: int | None = None) -> None:
+        """Write a whole tensor to its place, or, if `first_row` is given, the rows that begin there.
+
+        Raises:
+            DiskFull: the disk is full, although the space was reserved.
+            CheckpointError: not announced in this form, or the disk refused.
+        """
+        spec = self.layout.specs.get(name)
+        if spec is None or not _fits(spec, tensor, first_row):
+            rows = "" if first_row is None else f" from row {first_row}"
+            raise CheckpointError(
+                f"{self.path}: expected {name} as {spec}, got {tensor.dtype} {tuple(tensor.shape)}{rows}"
+            )
+        offset = self.layout.offsets[name]
+        if first_row:
+            offset += first_row * (spec.nbytes // spec.shape[0])
+        with _reported(self.path, tensor.nbytes):
+            _write_fully(self._file, byte_view(tensor), offset)
+
+    def read_checksum(self, name: str) -> str:
+        """Return the checksum of what lies at the place of a tensor.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        state = Checksum()
+        offset, left = self.layout.offsets[name], self.layout.specs[name].nbytes
+        with _reported(self.path):
+            while left:
+                piece = os.pread(self._file, min(left, _PIECE), offset)
+                if not piece:
+                    raise CheckpointError(f"{self.path}: shorter than it was")
+                state.update(piece)
+                offset, left = offset + len(piece), left - len(piece)
+        return state.hexdigest()
+
+    def sync(self) -> None:
+        """Return when everything written so far would survive a power cut.
+
+        Raises:
+            DiskFull, CheckpointError: the disk refused.
+        """
+        with _reported(self.path):
+            os.fdatasync(self._file)
+
+    def close(self) -> None:
+        """Close the file; without effect if it is closed."""
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            os.close(file)
+
+    def __enter__(self) -> ShardFile:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                if self._waiting:
-                    raise CheckpointError(f"{self.file}: {len(self._waiting)} announced tensors were not written")
-                self._guard(self._stream.flush)
-                self._guard(lambda: os.fsync(self._stream.fileno()))
-        finally:
-            self._stream.close()
-
-    def _guard(self, action: Callable[[], Result]) -> Result:
-        try:
-            return action()
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{self.file}: cannot be written: {error.strerror or error}") from error
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def write_index(file: Path, specs: Mapping[str, TensorSpec], shard_of: Mapping[str, str]) -> None:
@@ -121,3 +207,48 @@ def write_index(file: Path, specs: Mapping[str, TensorSpec], shard_of: Mapping[s
         "weight_map": dict(sorted(shard_of.items())),
     }
     file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _fits(spec: TensorSpec, tensor: Tensor, first_row: int | None) -> bool:
+    """Whether the tensor is the whole of `spec`, or the rows of it that begin with `first_row`."""
+    shape = tuple(tensor.shape)
+    if first_row is None:
+        return (tensor.dtype, shape) == (spec.dtype, spec.shape)
+    if tensor.dtype != spec.dtype or not shape or shape[1:] != spec.shape[1:]:
+        return False
+    return len(shape) == len(spec.shape) and 0 <= first_row <= spec.shape[0] - shape[0]
+
+
+def _reserve(file: int, size: int) -> None:
+    """Claim disk space now, so that a full disk is noticed before the work and not after it."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        # Some network file systems cannot reserve; then the size alone is set.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(file, size)
+
+
+def _write_fully(file: int, buffer: memoryview, offset: int) -> None:
+    """Write the whole buffer; one call writes at most 2 GiB."""
+    done = 0
+    while done < len(buffer):
+        done += os.pwrite(file, buffer[done:], offset + done)
+
+
+@contextmanager
+def _reported(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn what the operating system says into an error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            raise DiskFull(
+                f"{path}: the disk is full: {needed:,} bytes are needed and {free:,} are free; "
+                "make room, or choose an output on another disk"
+            ) from error
+        raise CheckpointError(f"{path}: cannot be written or read back: {error.strerror or error}") from error

@@ -1,180 +1,293 @@
-"""Merge checkpoints on this machine, one tensor at a time."""
+"""The engine of one machine: one thread reads, several merge, one writes, all at the same time.
+
+    files -> reader -> [tiles that were read] -> workers -> [tiles that were merged] -> writer -> shards, journal
+
+Tiles start in the order of the plan, so every input file is read from front to back. The `Schedule` bounds the bytes
+between the stages. The calling thread only reports progress and waits; what stops it (Ctrl-C, an error in its callback)
+stops all others, and what is merged by then is still written and journaled.
+"""
 
 from __future__ import annotations
 
-import platform
+import contextvars
+import queue
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from .. import __version__
-from ..checkpoint import MergePlan, ShardWriter, make_plan, parse_size, write_index
-from ..config import MergeConfig
-from ..errors import CheckpointError, ConfigError, DeviceError
-from ..merge import merge_tensors
-from ..methods import TensorReport
-from .output import copy_companions, is_single_file, refuse_existing, report_path, staged, write_json
+from ..checkpoint import Checksum, MergePlan
+from ..methods import MergeResult
+from .job import COMMIT_SECONDS
+from .journal import Finished
+from .schedule import Schedule
+from .shards import Shards
+from .work import Assembly, Tile, merge_tile, read_tile, tiles_of
 
+# How long a merge that is stopped waits for the tiles that are being merged.
+GRACE_SECONDS = 2.0
 
-@dataclass(frozen=True)
-class Progress:
-    """State of a running merge, passed to the `progress` callback after each tensor."""
-
-    tensor: str
-    tensors_done: int
-    tensors_total: int
-    bytes_done: int
-    bytes_total: int
+# By this name the command line knows a thread that is still at work when all else has ended.
+THREAD_NAME = "rtsvm-merge"
 
 
-@dataclass(frozen=True)
-class CheckpointResult:
-    """A finished merge of checkpoints.
+class Work(Protocol):
+    """What the engine needs of a `MergeJob`; a worker of Ray has a part of one instead."""
 
-    Attributes:
-        path: the output folder or file.
-        report_path: the JSON report.
-        reports: one per tensor.
-        seconds: wall time of the whole merge.
-    """
+    plan: MergePlan
+    device: torch.device
+    shards: Shards
 
-    path: Path
-    report_path: Path
-    reports: dict[str, TensorReport]
-    seconds: float
+    @property
+    def pending(self) -> list[str]:
+        """Names of the tensors to merge."""
+
+    def record(self, entry: Finished) -> None:
+        """Take note of a tensor that was written."""
+
+    def commit_if_due(self) -> None:
+        """Commit from time to time."""
+
+    def commit(self) -> None:
+        """Put on disk what was recorded."""
 
 
-def merge_checkpoints(
-    config: MergeConfig,
-    out: str | Path,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    shard_size: str | int = "5GB",
-    progress: Callable[[Progress], None] | None = None,
-) -> CheckpointResult:
-    """Merge the checkpoints a recipe names and write the result.
-
-    Tensors stream: at most one tensor of every model is in memory. The output is written beside its final place and
-    moved there when it is complete; after a failure nothing is left.
+def run_local(job: Work, schedule: Schedule, tensor_done: Callable[[str], None]) -> None:
+    """Merge everything that is pending, and return when it is written and journaled.
 
     Args:
-        config: recipe with ``models``, and ``base_model`` where the method needs one.
-        out: a folder that does not exist yet or is empty (Hugging Face layout, with the base's configuration and
-            tokenizer files), or a path ending in .safetensors for one bare file.
-        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
-        threads: CPU threads; None leaves torch's setting.
-        shard_size: largest output shard, e.g. ``5GB``; ignored for a single file.
-        progress: called after each tensor.
-
-    Returns:
-        CheckpointResult with the path and a report per tensor.
+        job: what is to be done, and where the results go.
+        schedule: workers, tiles and limits.
+        tensor_done: called in this thread with the name of each tensor that is written.
 
     Raises:
-        ConfigError, DeviceError, OutputExists: the request cannot be carried out as written.
-        CheckpointError, ShapeError, DTypeError, NonFiniteError, ConvergenceError: an input is damaged, or the inputs
-            do not fit together; the message names file and tensor.
+        Whatever reading, merging, writing or `tensor_done` raises.
     """
-    start = time.perf_counter()
-    out = Path(out)
-    target = choose_device(device)
-    single = is_single_file(out)
-    refuse_existing(out)
-    plan = make_plan(config, 2**63 if single else parse_size(shard_size), out.stem if single else None)
-    with staged(out) as stage, _threads(threads):
-        reports = _write_tensors(plan, stage, target, progress)
-        seconds = time.perf_counter() - start
-        if not single:
-            copy_companions(plan.base, stage, config.out_dtype or config.dtype)
-            (stage / "merge_recipe.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        report = _report(plan, reports, target, seconds)
-        write_json(stage / report_path(out).name, report)
-    return CheckpointResult(out, report_path(out), reports, seconds)
-
-
-def choose_device(device: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that is there.
-
-    Raises:
-        DeviceError: an unknown name, or no such device on this machine.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = _Pipeline(job, schedule)
+    threads_before = torch.get_num_threads()
     try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device must be auto, cpu, cuda or cuda:INDEX, got {device!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"{device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return chosen
-
-
-def _write_tensors(
-    plan: MergePlan, stage: Path, device: torch.device, progress: Callable[[Progress], None] | None
-) -> dict[str, TensorReport]:
-    reports: dict[str, TensorReport] = {}
-    done = 0
-    for checkpoint, embedding in plan.tied_heads:
-        head = checkpoint.load("lm_head.weight")
-        if not torch.equal(head, checkpoint.load(embedding)):
-            raise CheckpointError(
-                f"{checkpoint.path}: the base ties lm_head.weight to {embedding}, but here the two differ; "
-                "set tie_word_embeddings to false in the base's config.json and store its head, or retie this model"
-            )
-    for file, names in plan.shards.items():
-        with ShardWriter(stage / file, {name: plan.tensors[name].spec for name in names}) as writer:
-            for name in names:
-                tensor = plan.tensors[name]
-                base = plan.base.load(name, device)
-                # A tensor that keeps the base's value needs no second model.
-                tuned = [base if tensor.treatment.kind == "base" else c.load(name, device) for c in plan.tuned]
-                result = merge_tensors(
-                    base, tuned, plan.config, name=name, position=tensor.position, out_dtype=tensor.spec.dtype
-                )
-                writer.write(name, result.weight)
-                reports[name] = result.report
-                done += tensor.bytes_read
-                if progress:
-                    progress(Progress(name, len(reports), len(plan.tensors), done, plan.bytes_read))
-    if len(plan.shards) > 1:
-        stem = next(iter(plan.shards)).rsplit("-", 3)[0]
-        shard_of = {name: file for file, names in plan.shards.items() for name in names}
-        specs = {name: tensor.spec for name, tensor in plan.tensors.items()}
-        write_index(stage / f"{stem}.safetensors.index.json", specs, shard_of)
-    return reports
-
-
-def _report(plan: MergePlan, reports: dict[str, TensorReport], device: torch.device, seconds: float) -> dict[str, Any]:
-    recipe = plan.config.model_dump(mode="json", exclude_defaults=True)
-    return {
-        "recipe": {"merge_method": plan.config.merge_method, **recipe},
-        "parameters": plan.config.options(len(plan.tuned)).model_dump(mode="json"),
-        "versions": {
-            "r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version(),
-        },
-        "device": str(device),
-        "seconds": seconds,
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "tensors": {name: asdict(report) for name, report in reports.items()},
-    }  # fmt: skip
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """Use this many CPU threads inside the block."""
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be at least 1, got {threads}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
+        pipeline.start()
+        while (name := pipeline.written.get()) is not None:
+            tensor_done(name)
     finally:
-        torch.set_num_threads(before)
+        pipeline.stop()
+        # Workers set the number that new threads of torch begin with.
+        torch.set_num_threads(threads_before)
+    if pipeline.error is not None:
+        raise pipeline.error
+
+
+class _Budget:
+    """Bytes that are in use at one time. Something larger than the limit may use it alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> bool:
+        """Wait until there is room; False if the pipeline stops instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not self._used or self._used + size <= self._limit)
+            if not self._stopped:
+                self._used += size
+            return not self._stopped
+
+    def give_back(self, size: int) -> None:
+        with self._changed:
+            self._used -= size
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+@dataclass
+class _Read:
+    """A tile on its way: its inputs, and with the last tile of a tensor their checksums."""
+
+    tile: Tile
+    inputs: list[Tensor]
+    checksums: list[str]
+
+
+@dataclass
+class _Merged:
+    tile: Tile
+    result: MergeResult
+    checksums: list[str]
+
+
+@dataclass
+class _Output:
+    """A tensor some of whose tiles are written; those that came too early wait."""
+
+    assembly: Assembly = field(default_factory=Assembly)
+    written: int = 0
+    waiting: dict[int, _Merged] = field(default_factory=dict)
+
+
+class _Pipeline:
+    """The threads and what lies between them. The queues have no limit; the budgets have."""
+
+    def __init__(self, job: Work, schedule: Schedule) -> None:
+        self.job = job
+        self.schedule = schedule
+        self.error: BaseException | None = None
+        self.written: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._on_gpu = job.device.type == "cuda"
+        self._read: queue.SimpleQueue[_Read | None] = queue.SimpleQueue()
+        self._merged: queue.SimpleQueue[_Merged | None] = queue.SimpleQueue()
+        self._inputs = _Budget(schedule.read_bytes)
+        self._work = _Budget(schedule.work_bytes)
+        self._device = _Budget(schedule.device_bytes)
+        self._turn = threading.Lock()
+        self._stopping = threading.Event()
+        self._outputs: dict[str, _Output] = {}
+        self._writing = self._thread(self._writer)
+        self._working = [self._thread(self._reader), *(self._thread(self._worker) for _ in range(schedule.workers))]
+
+    def start(self) -> None:
+        for thread in (self._writing, *self._working):
+            thread.start()
+
+    def stop(self) -> None:
+        """Read and begin nothing more, and return when all that was merged is written.
+
+        What is being merged gets a little time; a decomposition may take minutes, and nobody can interrupt one. Such a
+        thread is left to itself: it ends after its tile, which is then lost.
+        """
+        self._stop_early()
+        deadline = time.monotonic() + GRACE_SECONDS
+        try:
+            for thread in self._working:
+                if thread.ident is not None:  # an interrupt may have come before it was started
+                    thread.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for _ in range(self.schedule.workers):
+                self._read.put(None)
+                self._merged.put(None)
+            if self._writing.ident is not None:
+                self._writing.join()
+
+    def _thread(self, body: Callable[[], None]) -> threading.Thread:
+        run = contextvars.copy_context().run
+        return threading.Thread(target=run, args=(self._guarded, body), name=THREAD_NAME)
+
+    def _stop_early(self) -> None:
+        self._stopping.set()
+        for budget in (self._inputs, self._work, self._device):
+            budget.stop()
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        """Run a thread; the first error stops the others."""
+        try:
+            body()
+        except BaseException as error:
+            self.error = self.error or error
+            self._stop_early()
+            self.written.put(None)  # wakes the calling thread
+
+    # --- the reader
+
+    def _reader(self) -> None:
+        try:
+            for name in self.job.pending:
+                checksums = [Checksum() for _ in self.job.plan.tensors[name].dtypes]
+                for tile in tiles_of(name, self.schedule.tensors[name]):
+                    if not self._inputs.take(self.schedule.tensors[name].inputs):
+                        return
+                    self._read.put(self._read_tile(tile, checksums))
+        finally:
+            for _ in range(self.schedule.workers):
+                self._read.put(None)
+
+    def _read_tile(self, tile: Tile, checksums: list[Checksum]) -> _Read:
+        inputs = read_tile(self.job.plan, tile, pin=self._on_gpu)
+        for checksum, values in zip(checksums, inputs, strict=True):
+            checksum.update(values)
+        return _Read(tile, inputs, [checksum.hexdigest() for checksum in checksums] if tile.is_last else [])
+
+    # --- the workers
+
+    def _worker(self) -> None:
+        torch.set_num_threads(1)
+        try:
+            with self._own_stream():
+                while self._merge_next():
+                    pass
+        finally:
+            self._merged.put(None)
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        """On a GPU every worker queues its copies and kernels for itself, so that those of one hide the other's."""
+        return torch.cuda.stream(torch.cuda.Stream(self.job.device)) if self._on_gpu else nullcontext()  # type: ignore[no-untyped-call]
+
+    def _merge_next(self) -> bool:
+        """Merge the next tile; False if there is none. In a function, so that nothing is held while waiting."""
+        # One at a time, so that tiles start in order: a later one must not take the memory an earlier one waits for.
+        with self._turn:
+            read = self._read.get()
+            if read is None or not self._begin(read.tile):
+                return False
+        needs = self.schedule.tensors[read.tile.name]
+        result = merge_tile(self.job.plan, read.tile, read.inputs, self.job.device)
+        merged = _Merged(read.tile, result, read.checksums)
+        del read, result
+        self._inputs.give_back(needs.inputs)
+        self._work.give_back(0 if self._on_gpu else needs.work - needs.output)
+        self._device.give_back(needs.inputs + needs.work)
+        self._merged.put(merged)
+        return True
+
+    def _begin(self, tile: Tile) -> bool:
+        """Wait for the memory that merging a tile takes; False if the pipeline stops instead."""
+        needs = self.schedule.tensors[tile.name]
+        if self._stopping.is_set():
+            return False
+        if self._on_gpu and not self._device.take(needs.inputs + needs.work):
+            return False
+        return self._work.take(needs.output if self._on_gpu else needs.work)
+
+    # --- the writer
+
+    def _writer(self) -> None:
+        try:
+            working = self.schedule.workers
+            while working:
+                try:
+                    merged = self._merged.get(timeout=COMMIT_SECONDS)
+                except queue.Empty:
+                    self.job.commit_if_due()
+                    continue
+                if merged is None:
+                    working -= 1
+                else:
+                    self._write_in_order(merged)
+                    del merged
+            self.job.commit()
+        finally:
+            self.written.put(None)
+
+    def _write_in_order(self, merged: _Merged) -> None:
+        """Write the tiles of a tensor in order, as their checksum needs it."""
+        name = merged.tile.name
+        output = self._outputs.setdefault(name, _Output())
+        output.waiting[merged.tile.index] = merged
+        while (following := output.waiting.pop(output.written, None)) is not None:
+            output.assembly.write(following.tile, following.result, self.job.shards)
+            output.written += 1
+            self._work.give_back(self.schedule.tensors[name].output)
+            if following.tile.is_last:
+                del self._outputs[name]
+                self.job.record(output.assembly.finish(name, following.checksums, self.job.shards))
+                self.written.put(name)

@@ -1,48 +1,77 @@
-"""The output of a merge: staged beside its final place, and moved there in one step when it is complete."""
+"""Where the output of a merge grows: a folder beside its final place, locked, and moved there when it is complete."""
 
 from __future__ import annotations
 
-import json
+import errno
+import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, OutputExists
+from ..errors import CheckpointError, DiskFull, OutputBusy, OutputExists, RTsvmError
 
-# Small files that a loader needs beside the weights; weights, indexes and model cards are made anew or left behind.
-_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".py")
-_COPIED_NAMES = ("LICENSE", "NOTICE")
-_DTYPE_KEYS = ("torch_dtype", "dtype")
+
+class Stage:
+    """The folder in which an output grows, ``.OUT.partial`` beside OUT.
+
+    Attributes:
+        out: the final place.
+        folder: the stage.
+        journal: where the journal of the merge lies in it.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out.with_name(f".{out.name}.partial")
+        self.journal = self.folder / journal_path(out).name
+
+    def remove(self) -> None:
+        """Remove the folder and all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Move what is in the folder to its final place, in one step, after all of it is safely on disk.
+
+        Raises:
+            OutputExists: the place was taken in the meantime.
+        """
+        refuse_existing(self.out)
+        for file in self.folder.iterdir():
+            _sync(file)
+        _sync(self.folder)
+        if is_single_file(self.out):
+            for beside in (report_path(self.out), journal_path(self.out)):
+                shutil.copyfile(self.folder / beside.name, beside)
+                _sync(beside)
+            (self.folder / self.out.name).rename(self.out)
+            self.remove()
+        else:
+            self.folder.rename(self.out)
+        _sync(self.out.parent)
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """Yield a fresh folder; on success it becomes `out` (or its one .safetensors file does), on failure it vanishes.
+def locked_stage(out: Path) -> Iterator[Stage]:
+    """Yield the stage of `out`, which no other merge can enter inside the ``with`` block.
 
     Raises:
-        OutputExists: `out` is already in use.
-        CheckpointError: the parent folder cannot be written.
+        OutputBusy: another merge is in it.
+        OutputExists: `out` is in use.
+        CheckpointError: the folder of `out` cannot be written.
     """
+    place = out.parent.resolve() / out.name
+    lock_file = place.with_name(f".{place.name}.partial.lock")
+    with writing(out):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(lock_file)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"{out.parent}: cannot be written: {error.strerror}") from error
-    try:
-        yield stage
-        refuse_existing(out)
-        _publish(stage, out)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
+        refuse_existing(place)
+        yield Stage(place)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        lock_file.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def refuse_existing(out: Path) -> None:
@@ -60,50 +89,54 @@ def is_single_file(out: Path) -> bool:
 
 def report_path(out: Path) -> Path:
     """Return where the report of a merge into `out` lies."""
-    return out.with_suffix(".merge_report.json") if is_single_file(out) else out / "merge_report.json"
+    return _beside(out, "merge_report.json")
 
 
-def copy_companions(base: Checkpoint, stage: Path, dtype: str | None) -> None:
-    """Copy configuration, tokenizer and licence files of the base; record a changed dtype in ``config.json``."""
-    if base.folder is None:
-        return
-    for file in sorted(base.folder.iterdir()):
-        wanted = file.suffix in _COPIED_SUFFIXES or file.name.startswith(_COPIED_NAMES)
-        ours = file.name.endswith(".safetensors.index.json") or file.name in ("merge_report.json", "merge_recipe.yaml")
-        if not (wanted and file.is_file()) or ours or file.name.endswith(".index.json") or file.name.startswith("."):
-            continue
-        if file.name == "config.json" and dtype is not None:
-            config = _with_dtype(base.config, dtype)
-            if not any(key in config for key in _DTYPE_KEYS):
-                config["torch_dtype"] = dtype
-            write_json(stage / file.name, config)
-        else:
-            shutil.copyfile(file, stage / file.name)
+def journal_path(out: Path) -> Path:
+    """Return where the journal of a merge into `out` lies."""
+    return _beside(out, "merge_journal.jsonl")
 
 
-def write_json(file: Path, data: object) -> None:
-    """Write indented JSON."""
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def _beside(out: Path, name: str) -> Path:
+    return out.with_suffix(f".{name}") if is_single_file(out) else out / name
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a copy in which every recorded dtype, nested configs included, is `dtype`."""
-    changed: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _DTYPE_KEYS and isinstance(value, str):
-            changed[key] = dtype
-        else:
-            changed[key] = _with_dtype(value, dtype) if isinstance(value, dict) else value
-    return changed
+def _lock(file: Path) -> int:
+    """Return a descriptor of the lock file that holds its lock."""
+    while True:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise OutputBusy(f"{file}: another merge into this output is running; wait for it or stop it") from None
+        # The merge that held the lock removes the file when it ends; the lock of a removed file keeps nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), file.stat()):
+                return lock
+        os.close(lock)
 
 
-def _publish(stage: Path, out: Path) -> None:
-    # mkdtemp makes private folders; the output gets the permissions any new folder would have.
-    mask = os.umask(0)
-    os.umask(mask)
-    if not is_single_file(out):
-        stage.chmod(0o777 & ~mask)
-        stage.rename(out)
-        return
-    (stage / report_path(out).name).rename(report_path(out))
-    (stage / out.name).rename(out)
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Say which output could not be written when the system refuses.
+
+    Raises:
+        DiskFull, CheckpointError: instead of any other OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, RTsvmError):
+            raise
+        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else CheckpointError
+        raise kind(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def _sync(path: Path) -> None:
+    """Return when a file, or the entries of a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

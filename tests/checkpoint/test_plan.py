@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import torch
 from checkpoints import family, save, state_dict, tuned_state_dict
+from memory import measured
 
 from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, ShapeError
 from r_tsvm_kernels.checkpoint import make_plan
@@ -111,3 +114,95 @@ def test_untied_heads_are(tmp_path):
     base = state_dict(0) | {"lm_head.weight": torch.ones(50, 16)}
     paths = [save(tmp_path / f"m{i}", base, config={"tie_word_embeddings": False}) for i in range(2)]
     assert "lm_head.weight" in make_plan(config_for(paths), 10**9).tensors
+
+
+def test_order_is_that_of_the_base_and_passes_are_counted(tmp_path):
+    paths, _, _ = family(tmp_path, shards=(2, 2, 3))
+    plan = make_plan(config_for(paths), 10**9)
+    assert list(plan.tensors) == list(plan.base.tensors)
+    files = {file.path: file for file in plan.input_files()}
+    for path in paths[:2]:  # split and sorted alike: read once, front to back
+        assert [files[file].passes for file in sorted(path.glob("*.safetensors"))] == [1, 1]
+    assert max(files[file].passes for file in paths[2].glob("*.safetensors")) > 1
+    assert sum(file.bytes_read for file in files.values()) == plan.bytes_read
+
+
+def test_a_base_that_is_a_model_is_read_once(tmp_path):
+    paths, _, _ = family(tmp_path)
+    plan = make_plan(config_for([paths[0], *paths], "linear"), 10**9)
+    assert [checkpoint.path for checkpoint in plan.inputs] == [*paths]
+    assert plan.bytes_read == 3 * plan.bytes_written - 2 * sum(
+        tensor.bytes_read for tensor in plan.tensors.values() if tensor.treatment.kind == "base"
+    )
+
+
+def test_groups_hold_tensors_of_the_same_work(tmp_path):
+    paths, _, _ = family(tmp_path)
+    groups = make_plan(config_for(paths), 10**9).groups()
+    assert ["model.layers.0.attn.weight", "model.layers.1.attn.weight"] in groups
+    assert ["model.layers.0.mlp.weight", "model.layers.1.mlp.weight"] in groups
+    assert len(groups) == 8
+
+
+def test_which_tensors_may_be_cut_into_rows(tmp_path):
+    paths, _, _ = family(tmp_path)
+    plan = make_plan(config_for(paths, exclude=("*.1.mlp*",)), 10**9)
+    whole = [name for name in plan.tensors if not plan.row_wise(name)]
+    assert whole == ["model.embed_tokens.weight", "model.layers.0.attn.weight", "model.layers.0.mlp.weight",
+                     "model.layers.1.attn.weight"]  # fmt: skip
+    average = make_plan(config_for(paths, "linear"), 10**9)
+    assert all(average.row_wise(name) for name in average.tensors)
+
+
+MEASURE = """
+from checkpoints import save
+from r_tsvm_kernels import MergeConfig, merge_tensors
+from r_tsvm_kernels.checkpoint import make_plan
+
+folder, case = Path(sys.argv[1]), json.loads(sys.argv[2])
+shape, stored = case["shape"], getattr(torch, case.get("stored", "bfloat16"))
+generator = torch.Generator().manual_seed(0)
+base = torch.randn(shape, generator=generator)
+tuned = [(base + 0.05 * torch.randn(shape, generator=generator)).to(stored) for _ in range(3)]
+base = base.to(stored)
+models = [save(folder / str(i), {"w": tensor}) for i, tensor in enumerate([base, *tuned])]
+config = MergeConfig(
+    merge_method=case["method"], base_model=str(models[0]), models=tuple({"model": str(m)} for m in models[1:]),
+    parameters=case.get("parameters", {}), dtype=case.get("dtype"), out_dtype=case.get("out_dtype"),
+    exclude=tuple(case.get("exclude", ())),
+)
+plan = make_plan(config, 10**12)
+rows = case.get("rows")
+few = [tensor[:300, :300].contiguous() if tensor.ndim > 1 else tensor[:300] for tensor in (base, *tuned)]
+merge_tensors(few[0], few[1:], config)
+tile = [tensor[:rows] for tensor in (base, *tuned)]
+start()
+merge_tensors(tile[0], tile[1:], config, name="w", out_dtype=plan.tensors["w"].spec.dtype)
+footprint = plan.footprint("w", rows)
+assert footprint.inputs == sum(tensor.nbytes for tensor in tile[: len(plan.tensors["w"].dtypes)])
+report(bound=footprint.work)
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"method": "linear", "shape": (2048, 2048)},
+        {"method": "linear", "shape": (2048, 2048), "rows": 1000},
+        {"method": "task_arithmetic", "shape": (2048, 2048), "stored": "float32", "out_dtype": "float16"},
+        {"method": "task_arithmetic", "shape": (2048, 2048), "stored": "float64"},
+        {"method": "task_arithmetic", "shape": (2048, 2048), "stored": "float32", "dtype": "float16"},
+        {"method": "linear", "shape": (2048, 2048), "exclude": ("*",), "out_dtype": "float32"},
+        {"method": "tsvm", "shape": (1 << 22,)},
+        {"method": "tsvm", "shape": (640, 768)},
+        {"method": "tsvm", "shape": (6000, 384), "stored": "float32"},
+        {"method": "tsvm", "shape": (512, 600), "stored": "float64"},
+        {"method": "rtsvm", "shape": (768, 640), "parameters": {"density": 0.3}},
+        {"method": "rtsvm", "shape": (384, 6000), "parameters": {"rank": "energy"}, "out_dtype": "float32"},
+        {"method": "rtsvm", "shape": (600, 512), "parameters": {"workspace": "1MB", "outlier_weighting": "damp"}},
+    ],
+    ids=str,
+)
+def test_measured_memory_is_below_the_footprint(tmp_path, case):
+    found = measured(MEASURE, str(tmp_path), json.dumps(case))
+    assert found["bound"] / 3 < found["growth"] < found["bound"]

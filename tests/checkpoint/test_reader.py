@@ -1,4 +1,9 @@
+import errno
 import json
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +11,7 @@ from checkpoints import family, save, state_dict
 from compare import same_bits
 from safetensors.torch import save_file
 
-from r_tsvm_kernels import CheckpointError, PickleRefused
+from r_tsvm_kernels import CheckpointError, InputChanged
 from r_tsvm_kernels.checkpoint import Checkpoint
 
 
@@ -107,16 +112,6 @@ def test_the_same_tensor_in_two_shards(tmp_path):
         Checkpoint(folder)
 
 
-def test_pickles_are_refused(tmp_path):
-    folder = tmp_path / "m"
-    folder.mkdir()
-    torch.save({"a": torch.ones(2)}, folder / "pytorch_model.bin")
-    with pytest.raises(PickleRefused, match=r"pytorch_model\.bin.*Convert it to safetensors"):
-        Checkpoint(folder)
-    with pytest.raises(PickleRefused, match="pickled weights"):
-        Checkpoint(folder / "pytorch_model.bin")
-
-
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder or file"):
         Checkpoint(tmp_path / "nowhere")
@@ -156,3 +151,99 @@ def test_a_file_that_vanishes_after_opening(tmp_path):
     (base / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot read scale"):
         checkpoint.load("scale")
+
+
+def test_rows_of_a_tensor(tmp_path):
+    tensors = state_dict(3, torch.bfloat16)
+    checkpoint = Checkpoint(save(tmp_path / "m", tensors))
+    for name, tensor in tensors.items():
+        for rows in [(0, 0), (0, 1), (1, 2), (0, 2), (2, 2)] if tensor.ndim and len(tensor) else []:
+            assert same_bits(checkpoint.load(name, rows=rows), tensor[slice(*rows)])
+    for name, rows in [("scale", (0, 1)), ("mask", (1, 3)), ("mask", (-1, 1)), ("mask", (2, 1)), ("nothing", (0, 1))]:
+        with pytest.raises(CheckpointError, match=f"{name} has shape"):
+            checkpoint.load(name, rows=rows)
+
+
+def test_threads_may_load_at_once(tmp_path):
+    tensors = {f"t{i}": torch.full((1000, 50), i) for i in range(40)}
+    checkpoint = Checkpoint(save(tmp_path / "m", tensors, 3))
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(checkpoint.load, [*tensors] * 5))
+    assert all(same_bits(*pair) for pair in zip(loaded, [*tensors.values()] * 5, strict=True))
+
+
+def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
+    checkpoint = Checkpoint(save(tmp_path / "m", state_dict(0), 2))
+    places = [(header.file.name, header.offset) for header in checkpoint.tensors.values()]
+    assert places == sorted(places)
+
+
+def test_loaded_tensors_are_no_map_of_the_file(tmp_path):
+    checkpoint = Checkpoint(save(tmp_path / "m", {"a": torch.ones(5000)}))
+    loaded = checkpoint.load("a")
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text()
+    loaded.zero_()
+    assert same_bits(checkpoint.load("a"), torch.ones(5000))
+
+
+def flip(file):
+    """Change one byte, keep the size, and give the file back its old time of change."""
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    with file.open("r+b") as stream:
+        stream.seek(-1, 2)
+        last = stream.read(1)[0]
+        stream.seek(-1, 2)
+        stream.write(bytes([last ^ 1]))
+    os.utime(file, ns=times)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [flip, Path.unlink, lambda file: os.truncate(file, file.stat().st_size - 1), lambda file: os.utime(file, (1, 1))],
+    ids=["flipped", "gone", "truncated", "touched"],
+)
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "config.json", "model.safetensors.index.json"])
+def test_changed_inputs_are_noticed(tmp_path, name, change):
+    folder = save(tmp_path / "m", state_dict(0), 2)
+    checkpoint = Checkpoint(folder)
+    checkpoint.check_unchanged()
+    assert folder / name in {state.path for state in checkpoint.files()}
+    change(folder / name)
+    with pytest.raises(InputChanged, match=name):
+        checkpoint.check_unchanged()
+    if name.endswith(".safetensors"):
+        inside = next(n for n, header in checkpoint.tensors.items() if header.file.name == name and header.nbytes)
+        with pytest.raises(CheckpointError, match=inside):
+            checkpoint.load(inside)
+
+
+def test_file_states_tell_headers_apart(tmp_path):
+    states = [Checkpoint(save(tmp_path / n, {n: torch.ones(2)})).files() for n in ("a", "b")]
+    assert states[0][0].header_checksum != states[1][0].header_checksum
+    assert states[0] == Checkpoint(tmp_path / "a").files()
+
+
+def test_an_opened_checkpoint_travels_to_other_processes(tmp_path):
+    tensors = state_dict(0)
+    sent = pickle.dumps(Checkpoint(save(tmp_path / "m", tensors, 2)))
+    assert all(same_bits(pickle.loads(sent).load(name), tensor) for name, tensor in tensors.items())
+
+
+def test_read_errors_name_file_and_tensor(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(save(tmp_path / "m", state_dict(0)))
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot read scale: Input/output error"):
+        checkpoint.load("scale")
+
+
+def test_the_system_may_read_less_than_it_was_asked_for(tmp_path, monkeypatch):
+    tensors = {"a": torch.arange(1000)}
+    checkpoint = Checkpoint(save(tmp_path / "m", tensors))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: preadv(file, [buffers[0][:7]], offset))
+    assert same_bits(checkpoint.load("a"), tensors["a"])
+    assert same_bits(checkpoint.load("a", rows=(3, 77)), tensors["a"][3:77])

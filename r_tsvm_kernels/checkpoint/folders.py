@@ -1,0 +1,124 @@
+"""Which files make up a model: the weights of a folder, or the files that an index names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..errors import CheckpointError, PickleRefused
+from .headers import FileState, check_name, read_json
+from .pickles import PICKLE_SUFFIXES
+
+_SUFFIX = ".safetensors"
+_PICKLE_ADVICE = (
+    "loading pickle can run code. Convert it to safetensors first (save_pretrained does), "
+    "or allow it with --allow-pickle (allow_pickle=True); then only tensors are unpickled"
+)
+# What training leaves beside the weights.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a model.
+
+    Attributes:
+        files: in the order of their names.
+        stem: of the files of an output, e.g. ``model``.
+        index: tensor names to file names, if there is an index.
+        index_state: of the index file.
+    """
+
+    files: list[Path]
+    stem: str
+    index: dict[str, str] | None = None
+    index_state: FileState | None = None
+
+
+def find_weights(path: Path, allow_pickle: bool) -> WeightFiles:
+    """Find the weights of a model folder or take the file that is named; safetensors go before pickles.
+
+    Raises:
+        CheckpointError: none, or more than one candidate, or an index that is damaged or not safe.
+        PickleRefused: only pickles, which are not allowed.
+    """
+    if path.is_dir():
+        return _find_in_folder(path, allow_pickle)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder or file, and not a model id such as org/name")
+    if path.suffix in PICKLE_SUFFIXES and not allow_pickle:
+        raise PickleRefused(f"{path}: pickled weights; {_PICKLE_ADVICE}")
+    if path.suffix != _SUFFIX and path.suffix not in PICKLE_SUFFIXES:
+        raise CheckpointError(f"{path}: expected a model folder or a .safetensors file")
+    return WeightFiles([path], _stem(path.name, path.suffix))
+
+
+def _find_in_folder(folder: Path, allow_pickle: bool) -> WeightFiles:
+    files = sorted(folder.glob(f"*{_SUFFIX}"))
+    if (folder / "model.safetensors").exists():
+        return WeightFiles([folder / "model.safetensors"], "model")
+    indexes = sorted(folder.glob(f"*{_SUFFIX}.index.json"))
+    if files or indexes:
+        return _only_one(folder, files, indexes, _SUFFIX, allow_pickle)
+    pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    pickles = [file for file in pickles if not file.name.startswith(_NO_WEIGHTS)]
+    indexes = sorted(folder.glob("*.bin.index.json"))
+    if not pickles and not indexes:
+        raise CheckpointError(f"{folder}: no .safetensors file and no index; expected a Hugging Face model folder")
+    if not allow_pickle:
+        raise PickleRefused(f"{folder}: only pickled weights ({(pickles + indexes)[0].name}); {_PICKLE_ADVICE}")
+    if (folder / "pytorch_model.bin").exists():
+        return WeightFiles([folder / "pytorch_model.bin"], "model")
+    return _only_one(folder, pickles, indexes, ".bin", allow_pickle)
+
+
+def _only_one(folder: Path, files: list[Path], indexes: list[Path], suffix: str, allow_pickle: bool) -> WeightFiles:
+    """Return the one index, else the one file."""
+    if len(indexes) == 1:
+        return _read_index(indexes[0], suffix, allow_pickle)
+    if indexes:
+        raise CheckpointError(f"{folder}: {len(indexes)} index files; name the weight file that is meant")
+    if any(file.name.startswith("adapter_model") for file in files):
+        raise CheckpointError(f"{folder}: a LoRA adapter; merge it into its base model first (PEFT: merge_and_unload)")
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder}: {len(files)} {files[0].suffix} files and no index; name the one that is meant"
+        )
+    return WeightFiles(files, _stem(files[0].name, files[0].suffix))
+
+
+def _read_index(file: Path, suffix: str, allow_pickle: bool) -> WeightFiles:
+    """Read an index; every file it names lies in its folder and exists."""
+    data, state = read_json(file, strict=True)
+    index = data.get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(value, str) for value in index.values()):
+        raise CheckpointError(f"{file}: expected a weight_map from tensor names to file names")
+    try:
+        for name in index:
+            check_name(name)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    names = sorted(set(index.values()))
+    for name in names:
+        _check_file_name(file, name, allow_pickle)
+    return WeightFiles([file.parent / name for name in names], _stem(file.name, f"{suffix}.index.json"), index, state)
+
+
+def _check_file_name(index_file: Path, name: str, allow_pickle: bool) -> None:
+    # By name only: the files of a download cache are links to places outside the folder, and that is fine.
+    relative = PurePosixPath(name)
+    plain = not relative.is_absolute() and len(relative.parts) == 1 and relative.name not in ("..", ".")
+    if not plain or "\\" in name or not name.isprintable() or len(name) > 255:
+        raise CheckpointError(
+            f"{index_file}: {name[:255]!a} is not a file name inside this folder; the index is not safe"
+        )
+    if relative.suffix != _SUFFIX and not (allow_pickle and relative.suffix in PICKLE_SUFFIXES):
+        raise PickleRefused(f"{index_file}: {name!r} is not a .safetensors file; {_PICKLE_ADVICE}")
+    if not (index_file.parent / name).is_file():
+        raise CheckpointError(f"{index_file}: names {name}, which is missing; the download may be incomplete")
+
+
+def _stem(name: str, suffix: str) -> str:
+    stem = name.removesuffix(suffix)
+    # Loaders look for safetensors under another name than for pickles.
+    return "model" if stem == "pytorch_model" else stem

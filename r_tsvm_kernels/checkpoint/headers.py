@@ -1,0 +1,218 @@
+"""Headers of safetensors files and index files, read as data from a stranger.
+
+Everything a file claims is checked against what the file is: lengths against its size, shapes against lengths, names
+against what may be printed. Nothing is allocated because a header says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from .checksum import checksum
+
+# Names in safetensors headers.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+# The format's own limit on a header. The largest real ones have a few megabytes.
+MAX_JSON_BYTES = 100_000_000
+# Bounds the number of Python objects that parsing makes. A tensor takes about five commas in a header, one in an index.
+MAX_JSON_COMMAS = 1_000_000
+MAX_NAME_LENGTH = 1024
+MAX_DIMENSIONS = 64
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Where a tensor lies and what it looks like, without its values.
+
+    Attributes:
+        file: the file that holds it.
+        dtype: of its values.
+        shape: of its values.
+        offset: of its first byte in the file. In a pickle, which has no such order, the distance from the first value.
+        nbytes: size of its values.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What a file was when it was opened: enough to notice that it was changed since.
+
+    Attributes:
+        path: of the file.
+        size: in bytes.
+        mtime_ns: time of the last change of its contents.
+        ctime_ns: time of the last change of its contents or attributes, which no program can set back.
+        header_checksum: of its header; of all of it for a JSON file.
+    """
+
+    path: Path
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    header_checksum: str
+
+    def same_file(self, now: os.stat_result) -> bool:
+        """Whether size and times are still the same."""
+        return (self.size, self.mtime_ns, self.ctime_ns) == (now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+def file_state(path: Path, stat: os.stat_result, header: bytes) -> FileState:
+    """Return the state of a file from its stat and the bytes of its header."""
+    return FileState(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, checksum(header))
+
+
+def read_headers(file: Path) -> tuple[dict[str, TensorHeader], FileState]:
+    """Read the header of a safetensors file.
+
+    Returns:
+        The tensors in the order they lie in the file, and the state of the file.
+
+    Raises:
+        CheckpointError: not a whole and valid safetensors file; the message names the file and what is wrong.
+    """
+    try:
+        # A pipe or a device of this name would block, or never end.
+        _require_regular(file)
+        with file.open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+            length = int.from_bytes(stream.read(8), "little")
+            if stat.st_size < 8 or not 2 <= length <= stat.st_size - 8:
+                raise ValueError(f"it has {stat.st_size} bytes and announces a header of {length}; truncated?")
+            if length > MAX_JSON_BYTES:
+                raise ValueError(f"its header has {length} bytes, at most {MAX_JSON_BYTES} are allowed")
+            raw = stream.read(length)
+        if not raw.startswith(b"{"):
+            raise ValueError("its header does not begin with {")
+        headers = _parse_header(file, raw, 8 + length, stat.st_size)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
+    return headers, file_state(file, stat, raw)
+
+
+def read_json(file: Path, *, strict: bool = False) -> tuple[dict[str, Any], FileState]:
+    """Read a JSON object of bounded size; `strict` refuses names that occur twice, and NaN.
+
+    Raises:
+        CheckpointError: not readable, not JSON, too large, or not an object.
+    """
+    try:
+        _require_regular(file)
+        with file.open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+            raw = stream.read(MAX_JSON_BYTES + 1)
+        data = _parse_json(raw, strict)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
+    return data, file_state(file, stat, raw)
+
+
+def check_name(name: str) -> None:
+    """Refuse tensor names that are empty, too long, or would upset a terminal or a file.
+
+    Raises:
+        ValueError: with the name, shortened.
+    """
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise ValueError(f"{name[:40]!a} is no name for a tensor (1 to {MAX_NAME_LENGTH} printable characters)")
+
+
+def _parse_header(file: Path, raw: bytes, start: int, file_size: int) -> dict[str, TensorHeader]:
+    """Check every entry, and that together they cover the file from `start` to its end without holes."""
+    entries = _parse_json(raw, strict=True)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ must map strings to strings")
+    headers = [(name, _parse_entry(file, name, entry, start)) for name, entry in entries.items()]
+    headers.sort(key=lambda item: (item[1].offset, item[1].nbytes))
+    end = start
+    for name, header in headers:
+        if header.offset != end:
+            problem = "overlaps the tensor before it" if header.offset < end else "leaves a hole before it"
+            raise ValueError(f"{name} {problem}: it begins at byte {header.offset} instead of {end}")
+        end += header.nbytes
+    if end != file_size:
+        raise ValueError(f"it has {file_size} bytes, its header describes {end}; truncated?")
+    return dict(headers)
+
+
+def _parse_entry(file: Path, name: str, entry: object, start: int) -> TensorHeader:
+    check_name(name)
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{file}: {name} has dtype {ascii(dtype)[:40]}, which cannot be merged")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"the shape of {name} must be a list of at most {MAX_DIMENSIONS} sizes")
+    # Zeros aside, so that strides fit as well.
+    if math.prod(max(size, 1) for size in shape) * 16 >= 2**63:
+        raise ValueError(f"the shape of {name} is larger than any file")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"the data_offsets of {name} must be two sizes")
+    begin, end = offsets
+    nbytes = DTYPES[dtype].itemsize * math.prod(shape)
+    if end - begin != nbytes:
+        raise ValueError(f"{name} has {end - begin} bytes, its shape and dtype need {nbytes}")
+    return TensorHeader(file, DTYPES[dtype], tuple(shape), start + begin, nbytes)
+
+
+def _are_sizes(value: object) -> bool:
+    # Not isinstance: True is an int there.
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _parse_json(raw: bytes, strict: bool) -> Any:
+    """Parse within the limits; every failure is a ValueError."""
+    if len(raw) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+    if raw.count(b",") > MAX_JSON_COMMAS:
+        raise ValueError(f"more than {MAX_JSON_COMMAS} entries")
+    text = raw.decode("utf-8")
+    try:
+        if strict:
+            return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twice[:40]!a} occurs more than once")
+    return result
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON value")
+
+
+def _require_regular(file: Path) -> None:
+    if file.exists() and not file.is_file():
+        raise ValueError("not a regular file")

@@ -1,0 +1,59 @@
+"""Models named by their Hugging Face id, through huggingface_hub and its local cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import CheckpointError, ConfigError
+
+_MODEL_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_WEIGHTS = ["*.safetensors"]
+_PICKLES = ["pytorch_model*.bin"]
+# What a loader needs beside the weights.
+_COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.spm", "*.py", "LICENSE*", "NOTICE*"]
+
+
+def resolve(model: str, *, allow_pickle: bool = False) -> Path:
+    """Return the local path of a model, downloading it if it is named by its id and not in the cache.
+
+    The environment variables of huggingface_hub (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT, ...) have their usual
+    effect.
+
+    Args:
+        model: a path, or ``org/name`` or ``org/name@revision``. A path that exists goes first.
+        allow_pickle: also fetch pickled weights, if the model has no others.
+
+    Returns:
+        The path as given, or the folder of the snapshot in the cache.
+
+    Raises:
+        ConfigError: an id, and huggingface_hub is not installed.
+        CheckpointError: the model can neither be found nor fetched.
+    """
+    match = _MODEL_ID.fullmatch(model)
+    if Path(model).exists() or not match:
+        return Path(model)
+    folder = _fetch(model, match["repo"], match["revision"], _WEIGHTS + _COMPANIONS)
+    if allow_pickle and not any(folder.glob(_WEIGHTS[0])):
+        folder = _fetch(model, match["repo"], match["revision"], _PICKLES + _COMPANIONS)
+    return folder
+
+
+def _fetch(model: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ConfigError(
+            f"{model}: no such folder or file; to fetch models by id, pip install r-tsvm-kernels[hub]"
+        ) from error
+    try:
+        # Without files in subfolders: they hold other formats of the same weights.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    # Of which kind depends on the version: HTTP errors, validation, offline, no such model or revision.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{model}: no such folder or file here, and not to be had from the Hugging Face hub "
+            f"({type(error).__name__}): {reason}"
+        ) from error

@@ -1,0 +1,108 @@
+"""How long a merge will take, from a few samples measured on this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import MergePlan
+from ..errors import CheckpointError
+from ..merge import merge_tensors
+
+SAMPLE_BYTES = 128 << 20
+SAMPLE_ELEMENTS = 1 << 21
+SAMPLE_SIDE = 768
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds a merge will take, if nothing else runs.
+
+    Attributes:
+        reading: of all inputs.
+        computing: of all tensors, shared by the workers.
+        writing: of the output, at the rate of reading.
+        total: the longer of input and output together and of computing, for they overlap.
+    """
+
+    reading: float
+    computing: float
+    writing: float
+
+    @property
+    def total(self) -> float:
+        """Wall time: reading and writing share a disk, computing goes on beside them."""
+        return max(self.reading + self.writing, self.computing)
+
+
+def estimate_time(plan: MergePlan, workers: int, device: torch.device) -> TimeEstimate:
+    """Estimate the time of a merge: reads a part of one input, merges random samples of each kind of work.
+
+    Takes a few seconds. Expect it to be right within a factor of two: a disk may be faster for what it has read lately,
+    and decompositions do not scale quite like matrix products.
+
+    Args:
+        plan: the merge.
+        workers: that merge at the same time.
+        device: where they merge.
+
+    Raises:
+        CheckpointError: the input cannot be read.
+    """
+    files = plan.input_files()
+    rate = _read_rate(max(files, key=lambda file: file.bytes_read).path)
+    merging = [name for name, tensor in plan.tensors.items() if tensor.treatment.kind != "base"]
+    together = [name for name in merging if not plan.row_wise(name)]
+    apart = [name for name in merging if plan.row_wise(name)]
+    seconds = 0.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as every worker of an engine
+    try:
+        if apart:
+            elements = sum(plan.tensors[name].elements for name in apart)
+            seconds += elements / SAMPLE_ELEMENTS * _sample(plan, apart, (SAMPLE_ELEMENTS // 1024, 1024), device)
+        if together:
+            shape = (SAMPLE_SIDE, SAMPLE_SIDE)
+            largest = max(together, key=lambda name: plan.cost(name).flops)
+            flops = sum(plan.cost(name).flops for name in together)
+            seconds += flops / plan.cost(largest, shape=shape).flops * _sample(plan, [largest], shape, device)
+    finally:
+        torch.set_num_threads(threads)
+    return TimeEstimate(plan.bytes_read / rate, seconds / workers, plan.bytes_written / rate)
+
+
+def _sample(plan: MergePlan, names: Sequence[str], shape: tuple[int, int], device: torch.device) -> float:
+    """Return the seconds that random tensors of `shape` take, treated like the first of `names`; the better of two."""
+    tensor = plan.tensors[names[0]]
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(shape, generator=generator)
+    tuned = [base + 0.01 * torch.randn(shape, generator=generator) for _ in plan.tuned]
+    dtype = tensor.dtypes[0]
+    inputs = [x.to(dtype).to(device) for x in (base, *tuned)]
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        result = merge_tensors(inputs[0], inputs[1:], plan.config, name=tensor.name, position=tensor.position)
+        result.weight.cpu()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _read_rate(file: Path) -> float:
+    """Return bytes per second of reading the start of a file, from the disk if the system lets go of its cache."""
+    buffer = bytearray(8 << 20)
+    try:
+        with file.open("rb", buffering=0) as opened:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(opened.fileno(), 0, SAMPLE_BYTES, os.POSIX_FADV_DONTNEED)
+            start, done = time.perf_counter(), 0
+            while done < SAMPLE_BYTES and (count := opened.readinto(buffer)):
+                done += count
+            return max(done, 1) / (time.perf_counter() - start)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,153 @@
+"""The journal of a merge: what was to be done, and each tensor that is done, safely on disk before it is noted.
+
+One JSON object per line, each with a checksum of itself as its last key. The first line is the fingerprint of the merge
+(`engine.fingerprint`), every other one a `Finished` tensor. A line that was being written when the machine stopped
+is cut off when the journal is opened again; damage anywhere else is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import checksum
+from ..errors import JournalError
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One tensor of the output whose values are in their shard.
+
+    Attributes:
+        name: of the tensor.
+        shard: file name of its shard.
+        offset: of its first byte in that file.
+        nbytes: its size.
+        dtype: of its values, e.g. ``bfloat16``; the shape is in the report.
+        checksum: of its bytes (`checkpoint.checksum`).
+        inputs: checksums of what it was made from: the base's tensor, then each model's; only the base's where the
+            tensor keeps the base's value.
+        report: its `TensorReport`, as JSON.
+    """
+
+    name: str
+    shard: str
+    offset: int
+    nbytes: int
+    dtype: str
+    checksum: str
+    inputs: tuple[str, ...]
+    report: dict[str, Any]
+
+
+class Journal:
+    """A journal that is open for writing.
+
+    Attributes:
+        fingerprint: of the merge.
+        finished: the tensors noted in it, by name.
+    """
+
+    def __init__(self, file: Path, fingerprint: Mapping[str, Any], finished: Mapping[str, Finished], end: int) -> None:
+        self.file = file
+        self.fingerprint = dict(fingerprint)
+        self.finished = dict(finished)
+        self._end = end
+        self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # What lies behind the last good line was being written when the merge stopped.
+        os.ftruncate(self._descriptor, end)
+
+    @classmethod
+    def create(cls, file: Path, fingerprint: Mapping[str, Any]) -> Journal:
+        """Start a journal; its first line is on disk on return."""
+        journal = cls(file, fingerprint, {}, 0)
+        journal._append(_line(fingerprint))
+        return journal
+
+    @classmethod
+    def open(cls, file: Path) -> Journal | None:
+        """Open a journal to go on writing, or return None if it never came to hold its first line.
+
+        Raises:
+            JournalError: damaged.
+        """
+        content = _read(file)
+        return None if content is None else cls(file, *content)
+
+    def append(self, finished: Sequence[Finished]) -> None:
+        """Note tensors whose values are safely on disk already; so is the note, on return."""
+        self._append(b"".join(_line(asdict(entry)) for entry in finished))
+        self.finished.update((entry.name, entry) for entry in finished)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _append(self, lines: bytes) -> None:
+        end = self._end
+        while lines:
+            written = os.pwrite(self._descriptor, lines, end)
+            lines, end = lines[written:], end + written
+        os.fdatasync(self._descriptor)
+        self._end = end
+
+
+def read_journal(file: Path) -> tuple[dict[str, Any], dict[str, Finished]]:
+    """Read fingerprint and finished tensors of a journal.
+
+    Raises:
+        JournalError: missing or damaged.
+    """
+    content = _read(file)
+    if content is None:
+        raise JournalError(f"{file}: the journal is missing or empty; was this written by `rtsvm merge`?")
+    return content[:2]
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Finished], int] | None:
+    """Return fingerprint, finished tensors and the end of the last good line; None without a first line."""
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise JournalError(f"{file}: cannot be read: {error.strerror or error}") from error
+    objects: list[dict[str, Any]] = []
+    end, damaged = 0, None
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        content = _parse(line)
+        if content is None:
+            damaged = damaged or number
+        elif damaged:
+            raise JournalError(f"{file}: line {damaged} is damaged; merge again from the start (--restart)")
+        else:
+            objects.append(content)
+            end += len(line)
+    if not objects:
+        return None
+    try:
+        finished = [Finished(**{**entry, "inputs": tuple(entry["inputs"])}) for entry in objects[1:]]
+    except (KeyError, TypeError) as error:
+        raise JournalError(
+            f"{file}: written by another version of this package ({error}); merge again (--restart)"
+        ) from error
+    return objects[0], {entry.name: entry for entry in finished}, end
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    text = json.dumps(content, separators=(",", ":"))
+    return f'{text[:-1]},"line":"{checksum(text.encode())}"}}\n'.encode()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a line, or None unless it is whole and fits its checksum."""
+    try:
+        content = json.loads(line)
+        del content["line"]
+        return content if _line(content) == line else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None

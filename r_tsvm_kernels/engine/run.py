@@ -1,0 +1,237 @@
+"""`merge_checkpoints`: from a recipe to a finished output."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoint import make_plan, parse_size, write_index
+from ..config import MergeConfig
+from ..errors import ConfigError, DeviceError
+from ..linalg import Certificate
+from ..methods import TensorReport
+from .companions import copy_companions, write_json
+from .job import MergeJob, open_job
+from .local import run_local
+from .output import is_single_file, locked_stage, refuse_existing, report_path
+from .ray_engine import run_ray
+from .schedule import schedule
+from .work import check_tied_heads
+
+# On a GPU a second worker copies while the first computes.
+_GPU_WORKERS = 2
+
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a running merge, passed to the `progress` callback after each tensor."""
+
+    tensor: str
+    tensors_done: int
+    tensors_total: int
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True)
+class CheckpointResult:
+    """A finished merge of checkpoints.
+
+    Attributes:
+        path: the output folder or file.
+        report_path: the JSON report.
+        reports: one per tensor, in the order of the plan.
+        resumed: how many tensors were taken over from a merge that was stopped.
+        seconds: wall time of the whole merge; of the last part of it, if it was resumed.
+    """
+
+    path: Path
+    report_path: Path
+    reports: dict[str, TensorReport]
+    resumed: int
+    seconds: float
+
+
+def merge_checkpoints(
+    config: MergeConfig,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    memory: str | int | None = None,
+    device_memory: str | int | None = None,
+    shard_size: str | int = "5GB",
+    allow_pickle: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+    engine: str = "local",
+    ray_address: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> CheckpointResult:
+    """Merge the checkpoints a recipe names and write the result.
+
+    Tensors stream through memory of a fixed size. The output grows in ``.OUT.partial`` beside its final place and is
+    moved there when it is complete. If the merge is stopped, by an error, a signal or a power cut, the tensors that
+    are finished stay there for a resumption, which gives the same bytes. The result does not depend on `threads`,
+    `memory`, the engine or where a merge was resumed.
+
+    Args:
+        config: recipe with ``models``, and ``base_model`` where the method needs one.
+        out: a folder that does not exist yet or is empty (Hugging Face layout, with the base's configuration and
+            tokenizer files), or a path ending in .safetensors for one bare file.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        threads: how many tensors are merged at a time, each by one thread; None means one per core on a CPU. Fewer
+            are used where `memory` does not suffice.
+        memory: most memory of the whole process, e.g. ``8GB``; None means as much as the threads need.
+        device_memory: most GPU memory of tensors.
+        shard_size: largest output shard, e.g. ``5GB``; ignored for a single file.
+        allow_pickle: read models that exist only as pickle; nothing but tensors is unpickled.
+        resume: continue the merge into `out` that was stopped, if there is one.
+        restart: throw away what a merge that was stopped has left.
+        engine: ``local``, or ``ray`` for several GPUs or machines with a shared file system; there `threads` is the
+            most tasks at a time, and each task has a process and a memory budget of its own.
+        ray_address: of a running Ray cluster, e.g. ``10.0.0.1:6379``; None starts Ray on this machine alone.
+        progress: called after each tensor, in the thread of the caller.
+
+    Returns:
+        CheckpointResult with the path and a report per tensor.
+
+    Raises:
+        ConfigError, DeviceError, OutputExists, MemoryBudgetError: the request cannot be carried out as written.
+        BackendUnavailable, ClusterError: Ray is not installed, or the cluster cannot carry out the merge.
+        OutputBusy: another merge into `out` is running.
+        OutputUnfinished: a merge into `out` was stopped, and neither `resume` nor `restart` was asked for.
+        ResumeRefused, JournalError: it cannot be continued; the message says what changed.
+        CheckpointError, ShapeError, DTypeError, NonFiniteError, ConvergenceError: an input is damaged, or the inputs
+            do not fit together; the message names file and tensor.
+        InputChanged: an input was changed during the merge.
+        DiskFull: there is no room for the output.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    target = choose_device(device)
+    workers = choose_workers(threads, target, engine)
+    if ray_address is not None and engine != "ray":
+        raise ConfigError(f"ray_address is for the ray engine, got engine {engine!r}")
+    if resume and restart:
+        raise ConfigError("resume continues the merge that was stopped and restart throws it away; choose one")
+    single = is_single_file(out)
+    refuse_existing(out)
+    shard_bytes, stem = (2**63, out.stem) if single else (parse_size(shard_size), None)
+    plan = make_plan(config, shard_bytes, stem, allow_pickle=allow_pickle)
+    limits = [None if size is None else parse_size(size) for size in (memory, device_memory)]
+    order = schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
+    check_tied_heads(plan)
+    with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
+        tensor_done = _reporter(job, progress)
+        if engine == "ray":
+            run_ray(job, order, tensor_done, tasks=threads, address=ray_address)
+        else:
+            run_local(job, order, tensor_done)
+        seconds = time.perf_counter() - start
+        _complete(job, seconds)
+        stage.publish()
+    reports = {name: _as_report(job.finished[name].report) for name in plan.tensors}
+    return CheckpointResult(out, report_path(out), reports, job.resumed, seconds)
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that is there.
+
+    Raises:
+        DeviceError: an unknown name, or no such device on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device must be auto, cpu, cuda or cuda:INDEX, got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"{device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return chosen
+
+
+def choose_workers(threads: int | None, device: torch.device, engine: str = "local") -> int:
+    """Return how many threads shall merge in one process, if memory allows: `threads`, or what suits the device.
+
+    Raises:
+        ConfigError: fewer than one, or an unknown engine.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads}")
+    if engine == "ray":
+        return _GPU_WORKERS if device.type == "cuda" else 1
+    return threads or (_GPU_WORKERS if device.type == "cuda" else torch.get_num_threads())
+
+
+def _reporter(job: MergeJob, progress: Callable[[Progress], None] | None) -> Callable[[str], None]:
+    """Return the function that turns finished tensors into `Progress`."""
+    plan = job.plan
+    done = [name for name in plan.tensors if name in job.finished]
+    bytes_done = sum(plan.tensors[name].bytes_read for name in done)
+
+    def tensor_done(name: str) -> None:
+        nonlocal bytes_done
+        done.append(name)
+        bytes_done += plan.tensors[name].bytes_read
+        if progress:
+            progress(Progress(name, len(done), len(plan.tensors), bytes_done, plan.bytes_read))
+
+    return tensor_done
+
+
+def _complete(job: MergeJob, seconds: float) -> None:
+    """Write what lies beside the weights, after a last look at the inputs."""
+    plan, stage = job.plan, job.stage
+    for checkpoint in plan.inputs:
+        checkpoint.check_unchanged()
+    if len(plan.shards) > 1:
+        stem = next(iter(plan.shards)).rsplit("-", 3)[0]
+        shard_of = {name: file for file, names in plan.shards.items() for name in names}
+        specs = {name: tensor.spec for name, tensor in plan.tensors.items()}
+        write_index(stage.folder / f"{stem}.safetensors.index.json", specs, shard_of)
+    if not is_single_file(stage.out):
+        copy_companions(plan.base, stage.folder, plan.config.out_dtype or plan.config.dtype)
+        (stage.folder / "merge_recipe.yaml").write_text(plan.config.to_yaml(), encoding="utf-8")
+    write_json(stage.folder / report_path(stage.out).name, _report(job, seconds))
+
+
+def _report(job: MergeJob, seconds: float) -> dict[str, Any]:
+    plan = job.plan
+    recipe = plan.config.model_dump(mode="json", exclude_defaults=True)
+    return {
+        "recipe": {"merge_method": plan.config.merge_method, **recipe},
+        "parameters": plan.config.options(len(plan.tuned)).model_dump(mode="json"),
+        "versions": {
+            "r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version(),
+        },
+        "device": str(job.device),
+        "seconds": seconds,
+        "resumed_tensors": job.resumed,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "tensors": {name: job.finished[name].report for name in plan.tensors},
+    }  # fmt: skip
+
+
+def _as_report(data: dict[str, Any]) -> TensorReport:
+    """Turn the JSON form of a report back into one."""
+    certificate = data["certificate"]
+    if certificate is not None:
+        lists = {key: tuple(value) for key, value in certificate.items() if isinstance(value, list)}
+        certificate = Certificate(**{**certificate, **lists})
+    return TensorReport(**{**data, "shape": tuple(data["shape"]), "certificate": certificate})

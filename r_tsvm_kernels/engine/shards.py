@@ -1,0 +1,97 @@
+"""The shards of an output, all of them on disk at their full size from the start."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoint import MergePlan, ShardFile, ShardLayout
+from ..errors import CheckpointError, DiskFull
+
+
+def layouts(plan: MergePlan) -> list[ShardLayout]:
+    """Return the layout of every shard of a plan."""
+    return [ShardLayout(file, {name: plan.tensors[name].spec for name in names}) for file, names in plan.shards.items()]
+
+
+class Shards:
+    """Open shards; tensors come in any order, from any thread.
+
+    Args:
+        folder: where they lie.
+        layouts: of all of them.
+        create: make those that are missing or not as the layout says; the values of their tensors are then undefined.
+
+    Raises:
+        DiskFull: there is no room for all of them.
+        CheckpointError: the disk refused; or, without `create`, a shard is missing or not as the layout says.
+    """
+
+    def __init__(self, folder: Path, layouts: list[ShardLayout], *, create: bool = False) -> None:
+        if create:
+            _check_space(folder, layouts)
+        self._files: dict[str, ShardFile] = {}
+        self._file_of: dict[str, ShardFile] = {}
+        self._unsynced: set[str] = set()
+        try:
+            for layout in layouts:
+                file = (_open_or_create if create else ShardFile.open)(folder / layout.file_name, layout)
+                self._files[layout.file_name] = file
+                self._file_of.update(dict.fromkeys(layout.specs, file))
+        except BaseException:
+            self.close()
+            raise
+
+    def layout(self, name: str) -> ShardLayout:
+        """Return the layout of the shard in which a tensor lies."""
+        return self._file_of[name].layout
+
+    def write(self, name: str, tensor: Tensor, first_row: int | None = None) -> None:
+        """Write a tensor, or the rows of it that begin with `first_row`, to its place.
+
+        Raises:
+            DiskFull, CheckpointError: the disk refused.
+        """
+        file = self._file_of[name]
+        file.write(name, tensor, first_row)
+        self._unsynced.add(file.layout.file_name)
+
+    def checksum(self, name: str) -> str:
+        """Return the checksum of what lies at the place of a tensor."""
+        return self._file_of[name].read_checksum(name)
+
+    def sync(self) -> None:
+        """Return when everything written so far would survive a power cut.
+
+        Raises:
+            DiskFull, CheckpointError: the disk refused.
+        """
+        while self._unsynced:
+            self._files[self._unsynced.pop()].sync()
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+
+
+def _open_or_create(path: Path, layout: ShardLayout) -> ShardFile:
+    try:
+        return ShardFile.open(path, layout)
+    except CheckpointError:
+        path.unlink(missing_ok=True)
+        return ShardFile.create(path, layout)
+
+
+def _check_space(folder: Path, layouts: list[ShardLayout]) -> None:
+    """Refuse to start what cannot be finished."""
+    here = [folder / layout.file_name for layout in layouts]
+    reserved = sum(file.stat().st_blocks * 512 for file in here if file.exists())
+    needed = sum(layout.size for layout in layouts) - reserved
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskFull(
+            f"{folder}: {needed:,} more bytes are needed and {free:,} are free; make room, or choose another disk"
+        )

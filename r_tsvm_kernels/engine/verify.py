@@ -1,0 +1,94 @@
+"""Compare an output, and the inputs it was made from, with the checksums in its journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..checkpoint import Checkpoint, Checksum
+from .journal import read_journal
+from .output import journal_path
+from .work import dtype_name
+
+_PIECE_BYTES = 64 << 20
+
+
+@dataclass
+class Verification:
+    """What a check of an output found; every list is empty if all is well.
+
+    Attributes:
+        tensors: how many the journal has.
+        missing: tensors of the journal that are not in the output.
+        extra: tensors of the output that are not in the journal.
+        changed: tensors whose place, dtype, shape or values are not what was written.
+        inputs_changed: ``FILE: tensor`` for every input tensor that is not what was read, where inputs were checked.
+    """
+
+    tensors: int
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    inputs_changed: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as the journal says."""
+        return not (self.missing or self.extra or self.changed or self.inputs_changed)
+
+
+def verify_output(
+    out: str | Path,
+    *,
+    inputs: bool = False,
+    allow_pickle: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Read a finished output again and compare it with its journal.
+
+    Args:
+        out: folder or .safetensors file that `merge_checkpoints` wrote; it may have been moved or copied since.
+        inputs: also compare the models it was made from, where they were then.
+        allow_pickle: read inputs that are pickled.
+        progress: called with the number of tensors checked and their total.
+
+    Raises:
+        JournalError: the journal is missing or damaged.
+        CheckpointError: the output, or an input, cannot be read at all.
+    """
+    out = Path(out)
+    fingerprint, finished = read_journal(journal_path(out))
+    output = Checkpoint(out)
+    found = Verification(
+        len(finished),
+        missing=[name for name in finished if name not in output.tensors],
+        extra=[name for name in output.tensors if name not in finished],
+    )
+    models = [Checkpoint(path, allow_pickle=allow_pickle) for path in fingerprint["models"]] if inputs else []
+    for done, (name, entry) in enumerate(finished.items(), 1):
+        header = output.tensors.get(name)
+        if header is not None:
+            here = (header.file.name, header.offset, dtype_name(header.dtype), list(header.shape))
+            then = (entry.shard, entry.offset, entry.dtype, entry.report["shape"])
+            if here != then or checksum_of(output, name) != entry.checksum:
+                found.changed.append(name)
+        for model, recorded in zip(models, entry.inputs, strict=False):
+            if name not in model.tensors or checksum_of(model, name) != recorded:
+                found.inputs_changed.append(f"{model.path}: {name}")
+        if progress:
+            progress(done, len(finished))
+    return found
+
+
+def checksum_of(checkpoint: Checkpoint, name: str) -> str:
+    """Return the checksum of a tensor on disk, reading some rows at a time."""
+    header = checkpoint.tensors[name]
+    state = Checksum()
+    if not header.shape or header.nbytes <= _PIECE_BYTES:
+        state.update(checkpoint.load(name))
+        return state.hexdigest()
+    step = max(1, _PIECE_BYTES * header.shape[0] // header.nbytes)
+    for first in range(0, header.shape[0], step):
+        state.update(checkpoint.load(name, rows=(first, min(first + step, header.shape[0]))))
+    return state.hexdigest()

@@ -1,0 +1,152 @@
+"""The unit of work that every engine shares: some rows of one tensor are read and merged.
+
+Most tensors are one tile; those whose rows may be merged apart are cut into several (`schedule`). A tile is merged with
+one thread of torch, because BLAS and LAPACK round differently with more: the result is then the same to the bit
+whatever runs beside it, in which order, on how many workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checksum, MergePlan
+from ..errors import CheckpointError, MemoryBudgetError
+from ..merge import merge_tensors
+from ..methods import MergeResult, TensorReport
+from .journal import Finished
+from .schedule import TensorSchedule
+from .shards import Shards
+
+# Rows of tied heads and embeddings are compared in pieces of about this size.
+_PIECE_BYTES = 64 << 20
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows `first` to `last` (exclusive) of a tensor; all of them in the only tile of a tensor that is not cut."""
+
+    name: str
+    index: int
+    count: int
+    first: int
+    last: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no tile of the tensor comes after this one."""
+        return self.index + 1 == self.count
+
+
+def tiles_of(name: str, schedule: TensorSchedule) -> Iterator[Tile]:
+    """Yield the tiles of a tensor, in order."""
+    for index, (first, last) in enumerate(schedule.tiles):
+        yield Tile(name, index, schedule.count, first, last)
+
+
+def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor]:
+    """Read a tile of every input, the base's first; of the base alone if its value stays.
+
+    Raises:
+        InputChanged, CheckpointError: an input cannot be read, or is not what it was.
+    """
+    count = len(plan.tensors[tile.name].dtypes)
+    rows = None if tile.count == 1 else (tile.first, tile.last)
+    return [checkpoint.load(tile.name, rows=rows, pin=pin) for checkpoint in plan.inputs[:count]]
+
+
+def merge_tile(plan: MergePlan, tile: Tile, inputs: Sequence[Tensor], device: torch.device) -> MergeResult:
+    """Merge what `read_tile` read; the weight of the result lies on the CPU.
+
+    Raises:
+        NonFiniteError, ConvergenceError: the values cannot be merged; the message names the tensor.
+        MemoryBudgetError: the GPU has no memory left.
+    """
+    tensor = plan.tensors[tile.name]
+    if tensor.treatment.kind == "base" and inputs[0].dtype == tensor.spec.dtype:
+        report = TensorReport(plan.config.merge_method, "base", tensor.treatment.reason, tensor.spec.shape)
+        return MergeResult(inputs[0], report)
+    try:
+        on_device = [values.to(device, non_blocking=True) for values in inputs]
+        models = on_device[:1] * len(plan.tuned)
+        if tensor.treatment.kind != "base":
+            models = [on_device[plan.inputs.index(checkpoint)] for checkpoint in plan.tuned]
+        result = merge_tensors(
+            on_device[0], models, plan.config, name=tile.name, position=tensor.position, out_dtype=tensor.spec.dtype
+        )
+        result.weight = result.weight.cpu()
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryBudgetError(
+            f"{tile.name}: {device} has no memory left for it ({error}); set --threads 1 or a smaller --device-memory, "
+            "end other programs on the GPU, or use --device cpu"
+        ) from error
+    result.report.shape = tensor.spec.shape
+    return result
+
+
+class Assembly:
+    """What is known of a tensor whose tiles are written, in order: the checksum and the report so far."""
+
+    def __init__(self) -> None:
+        self._checksum = Checksum()
+        self._report: TensorReport | None = None
+
+    def write(self, tile: Tile, result: MergeResult, shards: Shards) -> None:
+        """Write the next tile to its place."""
+        shards.write(tile.name, result.weight, None if tile.count == 1 else tile.first)
+        self._checksum.update(result.weight)
+        if self._report is None:
+            self._report = result.report
+        else:
+            self._report.seconds += result.report.seconds
+
+    def finish(self, name: str, inputs: Sequence[str], shards: Shards) -> Finished:
+        """Return the journal's entry, when all tiles are written.
+
+        Args:
+            name: of the tensor.
+            inputs: checksums of the inputs.
+            shards: where it was written.
+        """
+        assert self._report is not None
+        layout = shards.layout(name)
+        spec = layout.specs[name]
+        return Finished(
+            name,
+            shard=layout.file_name,
+            offset=layout.offsets[name],
+            nbytes=spec.nbytes,
+            dtype=dtype_name(spec.dtype),
+            checksum=self._checksum.hexdigest(),
+            inputs=tuple(inputs),
+            report=asdict(self._report),
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tied_heads(plan: MergePlan) -> None:
+    """Compare the output heads that are not written, as the base's config ties them, with their embeddings.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for checkpoint, embedding in plan.tied_heads:
+        head = checkpoint.tensors[_HEAD]
+        same = (head.shape, head.dtype) == (checkpoint.tensors[embedding].shape, checkpoint.tensors[embedding].dtype)
+        step = max(1, _PIECE_BYTES * head.shape[0] // max(1, head.nbytes)) if head.shape else 1
+        for first in range(0, head.shape[0] if same else 0, step):
+            rows = (first, min(first + step, head.shape[0]))
+            same = same and torch.equal(checkpoint.load(_HEAD, rows=rows), checkpoint.load(embedding, rows=rows))
+        if not same:
+            raise CheckpointError(
+                f"{checkpoint.path}: the base ties {_HEAD} to {embedding}, but here the two differ; "
+                "set tie_word_embeddings to false in the base's config.json and store its head, or retie this model"
+            )

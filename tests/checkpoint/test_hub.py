@@ -1,0 +1,113 @@
+"""Model ids: resolved from a cache that the test lays out itself; huggingface_hub is offline."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import family, save, state_dict
+
+from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig
+from r_tsvm_kernels.checkpoint import hub, make_plan
+
+huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
+constants = pytest.importorskip("huggingface_hub.constants", reason="the extra `hub` is not installed")
+
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+
+
+def cache_model(cache, folder, repo, revision="main"):
+    """Put a folder into a cache the way huggingface_hub lays it out: blobs, and a snapshot of links to them."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / COMMITS[revision]
+    snapshot.mkdir(parents=True)
+    for part in ("blobs", "refs"):
+        (root / part).mkdir(exist_ok=True)
+    (root / "refs" / revision).write_text(COMMITS[revision])
+    for file in folder.iterdir():
+        blob = root / "blobs" / f"{revision}-{file.name}"
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The library reads its environment when it is imported, so both are set where it keeps them.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_ids_and_revisions(cache, tmp_path):
+    first = cache_model(cache, save(tmp_path / "m", state_dict(0), 2), "org/name.7B-x")
+    second = cache_model(cache, save(tmp_path / "n", state_dict(1)), "org/name.7B-x", "v2")
+    assert hub.resolve("org/name.7B-x") == first
+    assert hub.resolve("org/name.7B-x@v2") == second
+    assert hub.resolve(f"org/name.7B-x@{COMMITS['v2']}") == second
+
+
+def test_a_local_path_goes_first(cache, tmp_path):
+    cache_model(cache, save(tmp_path / "m", state_dict(0)), "org/name")
+    save(tmp_path / "org" / "name", state_dict(0))
+    assert str(hub.resolve("org/name")) == "org/name"
+
+
+@pytest.mark.parametrize("path", ["/abs/org/name", "./org/name", "a/b/c", "name", "../name/x", "org/name@", "a b/c"])
+def test_what_is_no_id_is_a_path(cache, path, monkeypatch):
+    monkeypatch.setattr(hub, "_fetch", lambda *_: pytest.fail("asked the hub"))
+    assert hub.resolve(path) == Path(path)
+
+
+@pytest.mark.parametrize("model", ["org/other", "org/name@v3", "org--x/-y"])
+def test_not_in_the_cache(cache, tmp_path, model):
+    cache_model(cache, save(tmp_path / "m", state_dict(0)), "org/name")
+    with pytest.raises(CheckpointError, match=f"{model}: no such folder or file here, and not to be had"):
+        hub.resolve(model)
+
+
+def test_without_the_library(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"pip install r-tsvm-kernels\[hub\]"):
+        hub.resolve("org/name")
+
+
+def test_what_is_fetched(monkeypatch, tmp_path):
+    """Pickles only where they are allowed and there is nothing better; no subfolders."""
+    asked = []
+
+    def snapshot_download(repo, *, revision, allow_patterns, ignore_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    hub.resolve("org/name")
+    assert "*.safetensors" in asked[0] and not any("bin" in pattern for pattern in asked[0])
+    hub.resolve("org/name", allow_pickle=True)
+    assert len(asked) == 3 and "pytorch_model*.bin" in asked[2]
+    (tmp_path / "model.safetensors").touch()
+    hub.resolve("org/name", allow_pickle=True)
+    assert len(asked) == 4
+
+
+def test_a_plan_from_ids(cache, tmp_path):
+    paths, _, _ = family(tmp_path / "f")
+    snapshots = [cache_model(cache, path, f"org/{path.name}") for path in paths]
+    models = tuple({"model": f"org/{path.name}"} for path in paths)
+    config = MergeConfig(merge_method="task_arithmetic", base_model="org/base@main", models=models)
+    plan = make_plan(config, 10**9)
+    # The base among the models is no task, although it is spelled differently there.
+    assert [checkpoint.path for checkpoint in (plan.base, *plan.tuned)] == snapshots
+    assert plan.config.base_model == "org/base@main"
+
+
+def test_the_environment_is_honoured(tmp_path):
+    snapshot = cache_model(tmp_path / "home" / "hub", save(tmp_path / "m", {"a": torch.ones(2)}), "org/name")
+    code = "from r_tsvm_kernels.checkpoint.hub import resolve; print(resolve('org/name'))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(snapshot)
