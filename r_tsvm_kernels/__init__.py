@@ -10,15 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    AdapterRefused,
     BackendUnavailable,
     CheckpointError,
     ConfigError,
     ConvergenceError,
     DeviceError,
+    DiskFull,
     DTypeError,
+    InputChanged,
+    JournalError,
+    MemoryBudgetError,
     NonFiniteError,
+    OutputBusy,
     OutputExists,
+    OutputUnfinished,
     PickleRefused,
+    ResumeRefused,
     RTsvmError,
     ShapeError,
 )
@@ -27,7 +35,17 @@ if TYPE_CHECKING:
     from . import linalg, ops
     from .config import MergeConfig, ModelEntry
     from .dispatch import use_backend
-    from .engine import CheckpointResult, Progress, merge_checkpoints
+    from .engine import (
+        AdapterResult,
+        CheckpointResult,
+        Progress,
+        Verification,
+        extract_lora,
+        merge_checkpoints,
+        merge_lora,
+        resize_lora,
+        verify_output,
+    )
     from .linalg import Certificate
     from .merge import StateDictResult, merge_state_dicts, merge_tensors
     from .methods import MergeResult, TensorReport
@@ -41,9 +59,15 @@ _LAZY = {
     "MergeConfig": ".config",
     "ModelEntry": ".config",
     "use_backend": ".dispatch",
+    "AdapterResult": ".engine",
     "CheckpointResult": ".engine",
     "Progress": ".engine",
+    "Verification": ".engine",
+    "extract_lora": ".engine",
     "merge_checkpoints": ".engine",
+    "merge_lora": ".engine",
+    "resize_lora": ".engine",
+    "verify_output": ".engine",
     "Certificate": ".linalg",
     "StateDictResult": ".merge",
     "merge_state_dicts": ".merge",
@@ -53,6 +77,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterRefused",
+    "AdapterResult",
     "BackendUnavailable",
     "Certificate",
     "CheckpointError",
@@ -61,23 +87,35 @@ __all__ = [
     "ConvergenceError",
     "DTypeError",
     "DeviceError",
+    "DiskFull",
+    "InputChanged",
+    "JournalError",
+    "MemoryBudgetError",
     "MergeConfig",
     "MergeResult",
     "ModelEntry",
     "NonFiniteError",
+    "OutputBusy",
     "OutputExists",
+    "OutputUnfinished",
     "PickleRefused",
     "Progress",
     "RTsvmError",
+    "ResumeRefused",
     "ShapeError",
     "StateDictResult",
     "TensorReport",
+    "Verification",
+    "extract_lora",
     "linalg",
     "merge_checkpoints",
+    "merge_lora",
     "merge_state_dicts",
     "merge_tensors",
     "ops",
+    "resize_lora",
     "use_backend",
+    "verify_output",
 ]
 
 

@@ -41,6 +41,16 @@ class BackendUnavailable(RTsvmError, RuntimeError):
     exit_code = 2
 
 
+class IntegrationError(RTsvmError, ImportError):
+    """A library that we plug into is not installed, too old, or not built as expected."""
+
+    exit_code = 2
+
+
+class ClusterError(RTsvmError, RuntimeError):
+    """The Ray cluster cannot carry out the merge: not reachable, not alike on all machines, or it lost its workers."""
+
+
 class ConvergenceError(RTsvmError, ArithmeticError):
     """A decomposition failed, or its certificate missed the tolerance on every route."""
 
@@ -53,13 +63,55 @@ class CheckpointError(RTsvmError, OSError):
         return str(self.args[0]) if self.args else ""
 
 
+class InputChanged(CheckpointError):
+    """An input file is not what it was when the merge was planned."""
+
+
+class DiskFull(CheckpointError):
+    """The disk has no room for the output."""
+
+
 class PickleRefused(CheckpointError):
     """A checkpoint exists only as pickle, which can run code when it is loaded."""
 
     exit_code = 2
 
 
+class AdapterRefused(CheckpointError):
+    """A LoRA adapter does more than add a low-rank matrix to weights, or is of another type."""
+
+    exit_code = 2
+
+
 class OutputExists(CheckpointError):
     """The output path is already in use."""
+
+    exit_code = 2
+
+
+class OutputBusy(CheckpointError):
+    """Another merge is writing to the same output at this moment."""
+
+    exit_code = 2
+
+
+class OutputUnfinished(CheckpointError):
+    """An earlier merge into the same output was stopped; the caller has to say whether to continue it."""
+
+    exit_code = 2
+
+
+class ResumeRefused(CheckpointError):
+    """The merge that was stopped and the one that should continue it are not the same."""
+
+    exit_code = 2
+
+
+class JournalError(CheckpointError):
+    """The journal of a merge is missing or damaged."""
+
+
+class MemoryBudgetError(RTsvmError, MemoryError):
+    """A memory budget is too small for the largest piece of work; the message names the smallest that works."""
 
     exit_code = 2

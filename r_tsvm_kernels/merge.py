@@ -78,7 +78,7 @@ def merge_tensors(
     if base.is_floating_point():
         result.weight = _store(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
     report = result.report
-    report.method, report.treatment, report.reason = config.merge_method, plan.kind, plan.reason
+    report.method, report.treatment, report.reason = config.method.name, plan.kind, plan.reason
     report.shape, report.seconds = tuple(base.shape), time.perf_counter() - start
     return result
 
@@ -149,7 +149,7 @@ def treatment(
             return Treatment("mean", "not a matrix")
         if _matches(name, getattr(options, "exclude_keys", ())):
             return Treatment("mean", "in exclude_keys")
-        if min(shape) < tasks:
+        if config.method.rank_per_task and min(shape) < tasks:
             if config.method.mean_if_rankless:
                 return Treatment("mean", "fewer rows or columns than tasks")
             return Treatment("merge", "rank 0: fewer rows or columns than tasks, the base's value stays")
@@ -184,6 +184,8 @@ def _store(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
     if weight.dtype == dtype:
         return weight
     stored = weight.to(dtype)
+    if weight.numel() == 0 or all(bool(bound.isfinite()) for bound in stored.aminmax()):
+        return stored
     if bool((stored.isinf() & weight.isfinite()).any()):
         largest = float(weight.abs().amax())
         raise NonFiniteError(

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 # Modules and folders of the package, from the bottom up.
 LAYERS = [
     {"errors", "parameters"},
+    {"sizes"},
     {"backends"},
     {"dispatch"},
     {"ops"},
@@ -18,8 +19,10 @@ LAYERS = [
     {"config"},
     {"merge"},
     {"checkpoint"},
+    {"lora"},
     {"engine"},
-    {"cli", "integrations", "report"},
+    {"integrations"},
+    {"cli", "report"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

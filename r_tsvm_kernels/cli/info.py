@@ -45,6 +45,7 @@ def _collect() -> dict[str, Any]:
         "methods": {
             name: {
                 "pretty_name": method.pretty_name,
+                "aliases": list(method.aliases),
                 "paper": method.paper_url,
                 "parameters": {
                     key: {"default": _default(info.default), "help": info.description}
@@ -78,7 +79,8 @@ def _print(facts: dict[str, Any]) -> None:
 
     console.print("\nMerge methods, with their parameters and defaults")
     for name, method in facts["methods"].items():
-        console.print(f"\n[bold]{name}[/bold]  {method['pretty_name']}, {method['paper']}", highlight=False)
+        also = f" (also {', '.join(method['aliases'])})" if method["aliases"] else ""
+        console.print(f"\n[bold]{name}[/bold]{also}  {method['pretty_name']}, {method['paper']}", highlight=False)
         for key, value in method["parameters"].items():
             console.print(
                 f"    {key} = {value['default']}", f"[dim]{value['help']}[/dim]", highlight=False, soft_wrap=True

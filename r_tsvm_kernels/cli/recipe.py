@@ -30,6 +30,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--exclude", metavar="PATTERN", action="append", default=[], help="these tensors keep the base's value; repeat"
     )
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="read models that exist only as pickle (nothing but tensors)"
+    )
     group.add_argument("--shard-size", metavar="SIZE", default="5GB", help="largest output file (default %(default)s)")
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -82,23 +83,6 @@ def test_the_recipe_that_is_written_repeats_the_merge(tmp_path, capsys):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-def test_inspect_shows_the_plan_and_computes_nothing(tmp_path, capsys):
-    paths, base, _ = family(tmp_path / "in")
-    before = digest(tmp_path)
-    code, out, _ = run(capsys, "inspect", *flags(paths))
-    assert code == 0
-    assert all(name in out for name in base)
-    for words in ("mean of task vectors", "not a matrix", "keep the base's", "int64 buffer", "10 tensors"):
-        assert words in out
-    code, out, _ = run(capsys, "inspect", *flags(paths), "--json", "--method", "tsvm")
-    plan = json.loads(out)
-    assert plan["tensors"]["model.layers.0.mlp.weight"] == {
-        "treatment": "merge", "reason": "", "shape": [32, 16], "dtype": "float32", "rank_limit": 8,
-    }  # fmt: skip
-    assert plan["tensors"]["scale"]["rank_limit"] is None
-    assert digest(tmp_path) == before
-
-
 def test_info(capsys):
     code, out, _ = run(capsys, "info")
     assert code == 0
@@ -136,6 +120,8 @@ def test_version(capsys):
         (["merge", "--base", "{base}", "--model", "{m}", "--shard-size", "x", "out"], "size such as"),
         (["merge", "--base", "{base}", "--model", "{m}", "--threads", "0", "out"], "threads"),
         (["merge", "--base", "{base}", "--model", "{m}", "{base}"], "already in use"),
+        (["merge", "--base", "{base}", "--model", "{m}", "--resume", "--restart", "out"], "not allowed with"),
+        (["merge", "--base", "{base}", "--model", "{m}", "--memory", "1MB", "out"], "memory budget of at least"),
         (["merge", "--model", "{m}", "out"], "needs base_model"),
         (["merge", "missing.yaml", "out"], "cannot read the recipe"),
         (["merge", "--base", "{pickle}", "--model", "{m}", "out"], "pickle"),
@@ -189,7 +175,7 @@ def break_index(entry):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_truncate, "perhaps truncated"),
+        (break_truncate, "truncated?"),
         (break_nan, "model.norm.weight of"),
         (break_shape, "has shape (17,)"),
         (break_missing, "1 missing (model.norm.weight)"),
@@ -201,11 +187,27 @@ def break_index(entry):
 def test_failures(tmp_path, capsys, damage, message):
     paths, _, _ = family(tmp_path / "in", shards=(1,))
     damage(paths[1])
-    before = digest(tmp_path)
+    before = digest(tmp_path / "in")
     code, _, err = run(capsys, "merge", *flags(paths), tmp_path / "out")
     assert code == 1
     assert message in err and str(paths[1]) in err and "Traceback" not in err
-    assert digest(tmp_path) == before
+    assert digest(tmp_path / "in") == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_command_that_wrote_nothing_says_so(tmp_path, capsys, monkeypatch):
+    paths, _, _ = family(tmp_path / "in")
+    before = signal.getsignal(signal.SIGTERM)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+
+        def stop(*_, number=number, **__):
+            signal.raise_signal(number)
+
+        monkeypatch.setattr("r_tsvm_kernels.engine.merge_checkpoints", stop)
+        assert run(capsys, "merge", *flags(paths), tmp_path / "out") == (
+            code, "", "rtsvm merge: stopped; nothing was written\n",
+        )  # fmt: skip
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_extra_tensor(tmp_path, capsys):

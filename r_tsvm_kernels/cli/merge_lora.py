@@ -1,0 +1,56 @@
+"""Merge LoRA adapters of one base into one adapter.
+
+  rtsvm merge-lora --adapter A --adapter B OUT
+  rtsvm merge-lora --adapter A --adapter B --weight 0.7 --weight 0.3 --method linear --rank 16 OUT
+
+The updates stay factored: no dense matrix is formed. Without --rank and --energy nothing is cut; ranks add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from .adapters import add_output_arguments, add_rank_arguments, print_result
+from .progress import shown_progress
+
+HELP = "merge LoRA adapters into one adapter"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("out", metavar="OUT", help="folder of the new adapter; must not exist yet")
+    parser.add_argument(
+        "--adapter", metavar="A", action="append", required=True, help="PEFT adapter: folder or hub id; repeat"
+    )
+    parser.add_argument(
+        "--weight", metavar="W", action="append", type=float, help="weight of an adapter (default 1); one per --adapter"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("tsvm", "linear", "task_arithmetic"),
+        default="tsvm",
+        help="TSV-Merge, weighted average or weighted sum of the updates (default %(default)s)",
+    )
+    add_rank_arguments(parser)
+    add_output_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Merge and say what was kept."""
+    from ..engine import merge_lora
+
+    with shown_progress(arguments.quiet) as show:
+        result = merge_lora(
+            arguments.adapter,
+            arguments.out,
+            method=arguments.method,
+            weights=arguments.weight,
+            rank=arguments.rank,
+            energy=arguments.energy,
+            dtype=arguments.out_dtype,
+            device=arguments.device,
+            progress=show,
+        )
+    if not arguments.quiet:
+        print_result(result)
+    return 0
