@@ -7,16 +7,19 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test lint dev dist clean
+.PHONY: help demo test test-integrations lint dev dist clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/.demo ## train a base and three experts, merge them four ways, print a table
 	$(BIN)/python examples/digits_demo.py
 
 test: $(VENV)/.dev ## run the whole test suite
 	$(BIN)/python -m pytest -n auto
+
+test-integrations: $(VENV)/.dev ## test our backend inside mergekit, in an environment of its own
+	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_mergekit_suite.sh
 
 lint: $(VENV)/.dev ## format, lint and type checks
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure

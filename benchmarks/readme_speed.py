@@ -33,6 +33,21 @@ def rows() -> list[str]:
         lines.append(f"| {stage} | copying as many bytes to fresh memory | {floor['median']:.2f} x slower ({spread}) |")
     for name, method in read("ties_vs_mergekit.json")["methods"].items():
         add(f"`{name}`, 4096x4096 bf16, T=3", "mergekit's functions", method["ratio"])
+    engine = read("engine_vs_mergekit.json")
+    size = f"{engine['checkpoint_bytes'] / 1e9:.1f} GB"
+    for name, method in engine["methods"].items():
+        add(f"`rtsvm merge`, `{name}`, 3 checkpoints of {size}, cached", "mergekit's command", method["ratio"])
+        less = method["peak_bytes"]["peer"] / method["peak_bytes"]["ours"]
+        lines.append(f"| the same: peak memory | mergekit's command | {less:.1f} x less |")
+    for speed in (read("engine_speed.json"), read("engine_speed_1gb.json")):
+        size = f"{speed['checkpoint_bytes'] / 1e9:.1f} GB"
+        for state, told in (("cold", "from disk"), ("warm", "cached")):
+            for part in ("task_arithmetic", "task_arithmetic, in the merge"):
+                share = speed["results"][state]["speed_by_cp"][part]["cp and fsync"]
+                what = f"`rtsvm merge`, `task_arithmetic`, 3 checkpoints of {size}, {told}"
+                what += ", without starting Python" if "in the" in part else ""
+                found = f"{share['median']:.2f} of its speed ({share['q1']:.2f} - {share['q3']:.2f})"
+                lines.append(f"| {what} | `cp` and fsync of as many bytes | {found} |")
     spectral = read("spectral.json")
     for row in spectral["rows"]:
         if row["spectrum"] == "flat":
