@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-integrations lint dev dist clean
+.PHONY: help demo test test-integrations lint dev docs dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,6 +25,9 @@ lint: $(VENV)/.dev ## format, lint and type checks
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure
 
 dev: $(VENV)/.dev ## set up .venv with everything a developer needs
+
+docs: $(VENV)/.dev ## build the documentation into build/site
+	$(BIN)/python -m mkdocs build
 
 dist: $(VENV)/.dev ## build sdist and wheel into dist/
 	$(BIN)/python -m build

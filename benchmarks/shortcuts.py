@@ -1,0 +1,115 @@
+"""Error of the usual shortcuts in TSV-Merge, against float64 SVDs: why none of them is a solver here.
+
+    python benchmarks/shortcuts.py [--n 512] [--json FILE]
+
+Three tasks at k = r // T, as published, and at a quarter of it, as adaptive ranks often are. A shortcut in finding
+the subspaces leaves the rest in float64; the others are whole computations in float32. Formats are simulated by rounding,
+so that the figures hold on any machine; times are not told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from record import ROOT, provenance
+from spectral_accuracy import merge_by_svd, polar_by_svd, relative, whitened
+from torch import Tensor
+
+from r_tsvm_kernels.linalg import tsv_merge
+
+sys.path.insert(0, str(ROOT / "tests"))
+from spectra import spectrum
+
+TASKS = 3
+SPECTRA = ("flat", "power 0.7")
+
+
+def rounded(matrix: Tensor, bits: int) -> Tensor:
+    """Round to so many bits of significand: 8 are bfloat16's, 11 fp16's and tf32's."""
+    mantissa, exponent = torch.frexp(matrix)
+    return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+
+def merged(matrices: Tensor, rank: int, subspaces: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """TSV-Merge in float64 with the leading subspaces found in another way."""
+    parts = [subspaces(matrix, rank) for matrix in matrices]
+    left, core, right = (torch.cat([part[i].double() for part in parts], -1) for i in range(3))
+    return (polar_by_svd(left) * core) @ polar_by_svd(right).mT
+
+
+def randomised(iterations: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
+    def subspaces(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(0)
+        U, s, V = torch.svd_lowrank(matrix, q=min(rank + 10, *matrix.shape), niter=iterations)
+        return U[:, :rank], s[:rank], V[:, :rank]
+
+    return subspaces
+
+
+def by_gram(bits: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
+    """Eigenvectors of a Gram matrix whose factors are rounded, as in a product on tensor cores."""
+
+    def subspaces(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        factor = rounded(matrix, bits)
+        _, V = torch.linalg.eigh(factor.mT @ factor)
+        U, s, Wh = torch.linalg.svd(matrix @ V[:, -rank:], full_matrices=False)
+        return U, s, V[:, -rank:] @ Wh.mT
+
+    return subspaces
+
+
+def shortcuts(matrices: Tensor, rank: int) -> dict[str, Tensor]:
+    """The merged matrix by each shortcut; `matrices` are (T, m, n) float32."""
+    exact = matrices.double()
+    return {
+        "randomised SVD, 2 power iterations": merged(exact, rank, randomised(2)),
+        "randomised SVD, 8 power iterations": merged(exact, rank, randomised(8)),
+        "Gram matrix of bfloat16 factors": merged(exact, rank, by_gram(8)),
+        "Gram matrix of tf32 or fp16 factors": merged(exact, rank, by_gram(11)),
+        "bases whitened by float32 eigenvalues": merge_by_svd(matrices, rank, whitened).nan_to_num(),
+        "float32 SVDs throughout": merge_by_svd(matrices, rank, polar_by_svd),
+        "ours, exact, solver eigen": tsv_merge(matrices, [rank] * TASKS).matrix,
+        "ours, exact, solver products (simulated)": tsv_merge(matrices, [rank] * TASKS, solver="products").matrix,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=512, help="columns; rows are a quarter more (%(default)s)")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    report = provenance() | {"simulated": True, "tasks": TASKS, "rows": []}
+    n = arguments.n
+    for kind in SPECTRA:
+        matrices = torch.stack([spectrum(kind, n + n // 4, n, seed) for seed in range(TASKS)])
+        for label, rank in (("k = r // T", n // TASKS), ("k = r // 4T", n // TASKS // 4)):
+            exact = merge_by_svd(matrices.double(), rank, polar_by_svd)
+            for name, found in shortcuts(matrices, rank).items():
+                row = {"shortcut": name, "spectrum": kind, "ranks": label, "rank": rank, "shape": [n + n // 4, n],
+                       "error": relative(found, exact)}  # fmt: skip
+                report["rows"].append(row)
+                print(f"{kind}, {label}: {name}: {row['error']:.1e}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def table(report: dict) -> list[str]:
+    """The lines of the documentation's table; a test compares the two."""
+    columns = [(kind, label) for label in ("k = r // T", "k = r // 4T") for kind in SPECTRA]
+    lines = ["| shortcut | " + " | ".join(f"{kind}, {label}" for kind, label in columns) + " |"]
+    lines.append("|---|" + "---|" * len(columns))
+    names = dict.fromkeys(row["shortcut"] for row in report["rows"])
+    errors = {(row["shortcut"], row["spectrum"], row["ranks"]): row["error"] for row in report["rows"]}
+    for name in names:
+        cells = (f"{errors[name, kind, label]:.0e}" for kind, label in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
