@@ -3,8 +3,8 @@
     python benchmarks/shortcuts.py [--n 512] [--json FILE]
 
 Three tasks at k = r // T, as published, and at a quarter of it, as adaptive ranks often are. A shortcut in finding
-the subspaces leaves the rest in float64; the others are whole computations in float32. Formats are simulated by rounding,
-so that the figures hold on any machine; times are not told.
+the subspaces leaves the rest in float64; the others are whole computations in float32. Formats are simulated by
+rounding, so that the figures hold on any machine; times are not told.
 """
 
 from __future__ import annotations

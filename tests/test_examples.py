@@ -1,0 +1,36 @@
+"""The examples run and show what they say; the demo has its own tests beside the merges it makes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_example(name, *arguments, cwd):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested():
+    tested = (ROOT / "tests" / "conftest.py").read_text() + Path(__file__).read_text()
+    assert all(path.name in tested for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_lora_experts(tmp_path, trained):
+    shown = run_example("lora_experts.py", "--models", str(trained), "--ranks", "2", "32", cwd=tmp_path)
+    rows = re.findall(r"(whole models|rank \d+) .*?(\d+) kB .*?([\d.]+) │$", shown, re.MULTILINE)
+    (_, whole, dense), (_, small, low), (_, _, high) = rows
+    assert int(small) < int(whole) / 4
+    assert float(low) <= float(high) + 3
+    assert abs(float(high) - float(dense)) < 10
+
+
+def test_kill_and_resume(tmp_path):
+    shown = run_example("kill_and_resume.py", "--layers", "4", cwd=tmp_path)
+    assert "the same bytes, checksums right" in shown
