@@ -134,4 +134,6 @@ def leading_triplets(matrix: Factored, rank: Rank) -> tuple[Tensor, Tensor, Tens
     norm = float(torch.linalg.vector_norm(values))
     k = min(wanted, int((values > 2.0**-46 * norm).sum()))
     energy = float(values[:k].square().sum()) / norm**2 if norm else 1.0
-    return Q_left @ P[:, :k], values[:k], Qh[:k] @ Q_right.mT, min(1.0, energy)
+    # Rows and columns of zeros stay so, to the bit.
+    U, Vh = Q_left @ P[:, :k] * matrix.left.any(1)[:, None], Qh[:k] @ Q_right.mT * matrix.right.any(0)
+    return U, values[:k], Vh, min(1.0, energy)

@@ -13,6 +13,7 @@ from . import (  # noqa: F401  # registration
     rtsvm,
     sce,
     slerp,
+    star,
     task_arithmetic,
     ties,
     tsvm,
@@ -28,6 +29,7 @@ from .base import (
     elementwise_cost,
     get_method,
     nearest,
+    task_matrices,
 )
 from .task_arithmetic import mean_task_vector
 
@@ -43,4 +45,5 @@ __all__ = [
     "get_method",
     "mean_task_vector",
     "nearest",
+    "task_matrices",
 ]
