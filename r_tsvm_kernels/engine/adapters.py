@@ -18,8 +18,8 @@ from .. import __version__
 from ..checkpoint import MergePlan, TensorPlan, make_plan
 from ..config import DTypeName, MergeConfig, ModelEntry
 from ..errors import CheckpointError, ConfigError, OutputUnfinished, ShapeError
-from ..linalg import Certificate, Factored, fixed_rank, merge_factored, truncated_svd
-from ..lora import Adapter, AdapterWriter, from_triplets, is_head, rank_of, transposed, truncated, weighted_sum
+from ..linalg import Certificate, Factored, fixed_rank, merge_factored, truncated_svd, weighted_sum
+from ..lora import Adapter, AdapterWriter, from_triplets, is_head, rank_of, transposed, truncated
 from ..ops import check_finite, normalized
 from .companions import write_json
 from .output import is_single_file, locked_stage, writing

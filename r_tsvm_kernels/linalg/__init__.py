@@ -1,7 +1,7 @@
 """Spectral operations on task matrices; every result comes with a certificate of its accuracy."""
 
 from .certificate import Certificate, Mode
-from .factored import Factored, FactoredMerge, leading_triplets, merge_factored
+from .factored import Factored, FactoredMerge, leading_triplets, merge_factored, weighted_sum
 from .memory import tsv_merge_bytes, tsv_merge_flops
 from .polar import PolarFactor, polar
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
@@ -35,4 +35,5 @@ __all__ = [
     "tsv_merge_bytes",
     "tsv_merge_flops",
     "tsv_merge_layers",
+    "weighted_sum",
 ]

@@ -111,6 +111,12 @@ def merge_factored(
     return FactoredMerge(update, tuple(len(core) for core in cores), tuple(energies), certificate)
 
 
+def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Factored:
+    """Return the sum of the products, of the inner dimension of all together, in float64."""
+    left = [weight * matrix.scale * matrix.left.double() for matrix, weight in zip(matrices, weights, strict=True)]
+    return Factored(torch.cat(left, dim=1), torch.cat([matrix.right.double() for matrix in matrices]))
+
+
 def leading_triplets(matrix: Factored, rank: Rank) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return the leading singular triplets of the product and the share of the energy they hold, in float64.
 

@@ -2,7 +2,7 @@
 
 from .adapter import Adapter, AdapterWriter, LoraModule, is_head, transposed
 from .config import AdapterConfig
-from .updates import from_triplets, rank_of, truncated, weighted_sum
+from .updates import from_triplets, rank_of, truncated
 
 __all__ = [
     "Adapter",
@@ -14,5 +14,4 @@ __all__ = [
     "rank_of",
     "transposed",
     "truncated",
-    "weighted_sum",
 ]
