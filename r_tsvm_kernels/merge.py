@@ -80,7 +80,7 @@ def merge_tensors(
         else:
             result = config.method.run(base, _formed(base, tuned), options)
     if base.is_floating_point():
-        result.weight = _store(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
+        result.weight = stored(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
     report = result.report
     report.method, report.treatment, report.reason = config.method.name, plan.kind, plan.reason
     report.shape, report.seconds = tuple(base.shape), time.perf_counter() - start
@@ -215,7 +215,7 @@ def base_plus(base: Tensor, update: Factored) -> Tensor:
     return torch.addmm(base.to(dtype), update.left.to(dtype) * update.scale, update.right.to(dtype))
 
 
-def _store(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
+def stored(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
     """Round to the storage dtype; a finite value that overflows it is an error, not an infinity."""
     if weight.dtype == dtype:
         return weight

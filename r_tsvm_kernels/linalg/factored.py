@@ -44,6 +44,11 @@ class Factored:
         """(m, n) of the product."""
         return self.left.shape[0], self.right.shape[1]
 
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Factored:
+        """Return the product with its factors on another device."""
+        left, right = (factor.to(device, non_blocking=non_blocking) for factor in (self.left, self.right))
+        return Factored(left, right, self.scale)
+
     def dense(self) -> Tensor:
         """Return the product (m, n), float32 (float64 if the factors are), formed in that dtype."""
         dtype = torch.float64 if self.left.dtype == torch.float64 else torch.float32

@@ -147,6 +147,14 @@ def task_matrices(base: Tensor, tuned: Sequence[Tensor | Factored]) -> tuple[lis
     return [x if isinstance(x, Factored) else x.to(dtype) - base.to(dtype) for x in tuned], dtype
 
 
+def factored_cost(job: Job, ranks: Sequence[int]) -> Cost:
+    """Return what a merge of factored task matrices with these inner dimensions takes, the merged matrix in the end."""
+    (m, n), inner = job.shape, float(sum(ranks))
+    narrow = 8 * (8 * (m + n) * int(inner) + 16 * int(inner) ** 2)
+    flops = 2.0 * job.elements * inner + 12.0 * (m + n) * inner**2 + 40.0 * inner**3
+    return Cost((9 + 7 * job.itemsize) * job.elements + narrow, flops)
+
+
 def always(options: Any) -> bool:
     """Return True: a trait that no option changes."""
     return True
