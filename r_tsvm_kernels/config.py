@@ -37,7 +37,8 @@ class ModelEntry(_Strict):
     """One model of a recipe.
 
     Attributes:
-        model: Hugging Face folder or .safetensors file; None for merges of tensors in memory.
+        model: Hugging Face folder, .safetensors file, folder of a LoRA adapter of the base, or ``model+adapter``; None
+            for merges of tensors in memory.
         parameters: this model's own values of per-model parameters, e.g. ``weight``.
     """
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .config import MergeConfig
-from .errors import CheckpointError, DTypeError, NonFiniteError
+from .errors import CheckpointError, DeviceError, DTypeError, NonFiniteError, ShapeError
+from .linalg import Factored
 from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector
-from .ops import FLOAT_DTYPES, check_finite, check_group
+from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
 from .parameters import layer_positions
 
 
@@ -35,7 +36,7 @@ class StateDictResult:
 
 def merge_tensors(
     base: Tensor,
-    tuned: Sequence[Tensor],
+    tuned: Sequence[Tensor | Factored],
     config: MergeConfig,
     *,
     name: str = "",
@@ -47,8 +48,9 @@ def merge_tensors(
     Args:
         base: (m, n) for the spectral methods to act; any other shape is merged by mean. float64, float32, float16 or
             bfloat16; integer and bool tensors are returned as they are.
-        tuned: T tensors of the same shape and device; dtypes may differ.
-        config: method and parameters. If it lists models, there must be T.
+        tuned: T tensors of the same shape and device; dtypes may differ. Or, in place of one, what it differs from the
+            base by, as `Factored`: methods that can keep it so form no task matrix, others form one tuned tensor.
+        config: method and parameters. If it lists models, there must be T. A `dtype` rounds tensors, not factors.
         name: of the tensor: for filters, patterns and messages.
         position: of the tensor's layer in [0, 1], for gradients.
         out_dtype: of the result; None means the config's ``out_dtype``, its ``dtype``, or the base's dtype.
@@ -72,11 +74,13 @@ def merge_tensors(
     else:
         base, tuned = _checked_inputs(base, tuned, config, label)
         if plan.kind == "mean":
-            result = mean_task_vector(base, tuned, options.weight, getattr(options, "alpha", 1.0))
-        else:
+            result = mean_task_vector(base, _formed(base, tuned), options.weight, getattr(options, "alpha", 1.0))
+        elif config.method.factored(options) and all(isinstance(model, Factored) for model in tuned):
             result = config.method.run(base, tuned, options)
+        else:
+            result = config.method.run(base, _formed(base, tuned), options)
     if base.is_floating_point():
-        result.weight = _store(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
+        result.weight = stored(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
     report = result.report
     report.method, report.treatment, report.reason = config.method.name, plan.kind, plan.reason
     report.shape, report.seconds = tuple(base.shape), time.perf_counter() - start
@@ -166,20 +170,52 @@ def stored_dtype(config: MergeConfig, base_dtype: torch.dtype) -> torch.dtype:
 
 
 def _checked_inputs(
-    base: Tensor, tuned: Sequence[Tensor], config: MergeConfig, label: str
-) -> tuple[Tensor, list[Tensor]]:
+    base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, label: str
+) -> tuple[Tensor, list[Tensor | Factored]]:
     """Round the inputs to the config's dtype, after refusing any that do not match or are not finite."""
-    check_group(base, tuned, op=label)
-    owners = ["the base", *(entry.model or f"tuned[{index}]" for index, entry in enumerate(config.models))]
-    owners += [f"tuned[{index}]" for index in range(len(owners) - 1, len(tuned))]
-    loaded = []
-    for owner, tensor in zip(owners, [base, *tuned], strict=True):
-        loaded.append(tensor if config.dtype is None else tensor.to(getattr(torch, config.dtype)))
-        check_finite(loaded[-1], f"{label} of {owner}")
-    return loaded[0], loaded[1:]
+    check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=label)
+    owners = [entry.model or f"tuned[{index}]" for index, entry in enumerate(config.models)]
+    owners += [f"tuned[{index}]" for index in range(len(owners), len(tuned))]
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+
+    def loaded(tensor: Tensor, owner: str) -> Tensor:
+        rounded = tensor if dtype is None else tensor.to(dtype)
+        check_finite(rounded, f"{label} of {owner}")
+        return rounded
+
+    start, models = loaded(base, "the base"), list[Tensor | Factored]()
+    for owner, model in zip(owners, tuned, strict=True):
+        if isinstance(model, Factored):
+            _check_factored(base, model, f"{label} of {owner}")
+            models.append(model)
+        else:
+            models.append(loaded(model, owner))
+    return start, models
 
 
-def _store(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
+def _check_factored(base: Tensor, update: Factored, label: str) -> None:
+    if update.shape != tuple(base.shape):
+        raise ShapeError(f"{label}: the update has shape {update.shape}, the base {tuple(base.shape)}")
+    if update.left.device != base.device:
+        raise DeviceError(f"{label}: the update lies on {update.left.device}, the base on {base.device}")
+    for factor in (update.left, update.right):
+        check_finite(factor, label)
+
+
+def _formed(base: Tensor, tuned: Sequence[Tensor | Factored]) -> list[Tensor]:
+    """Return the tuned tensors, forming those that are given as updates: float32, or float64 if anything is."""
+    return [base_plus(base, model) if isinstance(model, Factored) else model for model in tuned]
+
+
+def base_plus(base: Tensor, update: Factored) -> Tensor:
+    """Return ``base + update`` in the dtype that task vectors are formed in; the base itself if there is no update."""
+    if not update.left.shape[1]:
+        return base
+    dtype = accumulation_dtype(base, update.left)
+    return torch.addmm(base.to(dtype), update.left.to(dtype) * update.scale, update.right.to(dtype))
+
+
+def stored(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
     """Round to the storage dtype; a finite value that overflows it is an error, not an infinity."""
     if weight.dtype == dtype:
         return weight

@@ -1,26 +1,33 @@
 """Checkpoints on disk: read headers and tensors, plan a merge, write shards."""
 
 from ..sizes import format_size, parse_size
+from .adapted import AdaptedModel, adapt, is_adapter
+from .adapter import Adapter
 from .checksum import Checksum, checksum
 from .headers import FileState, TensorHeader
-from .plan import Footprint, InputFile, MergePlan, TensorPlan, make_plan
+from .plan import Footprint, InputFile, MergePlan, Part, TensorPlan, make_plan
 from .reader import Checkpoint
 from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
 
 __all__ = [
+    "AdaptedModel",
+    "Adapter",
     "Checkpoint",
     "Checksum",
     "FileState",
     "Footprint",
     "InputFile",
     "MergePlan",
+    "Part",
     "ShardFile",
     "ShardLayout",
     "TensorHeader",
     "TensorPlan",
     "TensorSpec",
+    "adapt",
     "checksum",
     "format_size",
+    "is_adapter",
     "make_plan",
     "parse_size",
     "plan_shards",

@@ -79,7 +79,7 @@ def _only_one(folder: Path, files: list[Path], indexes: list[Path], suffix: str,
     if indexes:
         raise CheckpointError(f"{folder}: {len(indexes)} index files; name the weight file that is meant")
     if any(file.name.startswith("adapter_model") for file in files):
-        raise CheckpointError(f"{folder}: a LoRA adapter; merge it into its base model first (PEFT: merge_and_unload)")
+        raise CheckpointError(f"{folder}: a LoRA adapter, not a model; give it beside its base, as model+adapter")
     if len(files) > 1:
         raise CheckpointError(
             f"{folder}: {len(files)} {files[0].suffix} files and no index; name the one that is meant"

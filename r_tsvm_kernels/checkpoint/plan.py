@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..config import MergeConfig
+from ..config import MergeConfig, ModelEntry
 from ..errors import CheckpointError, ConfigError, ShapeError
 from ..merge import Treatment, check_same_names, stored_dtype, treatment
-from ..methods import Cost, Job, MethodParameters, elementwise_cost
+from ..methods import Cost, Job, MethodParameters, elementwise_cost, factored_cost
 from ..ops import FLOAT_DTYPES
 from ..parameters import layer_positions
+from .adapted import AdaptedModel, adapt, is_adapter, split_reference
+from .adapter import Adapter
 from .headers import TensorHeader
 from .hub import resolve
 from .reader import Checkpoint
@@ -43,6 +46,27 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What is read of one input for a tensor: the tensor itself, or the two factors of its update.
+
+    Attributes:
+        source: index of the input in `MergePlan.inputs`.
+        dtype: of the values.
+        rank: inner dimension of the factors; None for a tensor.
+        factor_bytes: size of the factors; 0 for a tensor.
+    """
+
+    source: int
+    dtype: torch.dtype
+    rank: int | None = None
+    factor_bytes: int = 0
+
+    def nbytes(self, elements: int) -> int:
+        """Return the size of what is read for so many elements of the tensor."""
+        return self.dtype.itemsize * elements if self.rank is None else self.factor_bytes
+
+
+@dataclass(frozen=True)
 class TensorPlan:
     """One tensor of the output.
 
@@ -51,8 +75,8 @@ class TensorPlan:
         treatment: what happens to it, and why.
         spec: dtype and shape of the output.
         position: of its layer in [0, 1].
-        dtypes: of the inputs that are read, the base's first; of the base alone if its value stays.
-        bytes_read: size of these inputs.
+        parts: of the inputs that are read, the base's first; of the base alone if its value stays.
+        bytes_read: size of these parts.
         options: parameters of the method for this tensor.
     """
 
@@ -60,7 +84,7 @@ class TensorPlan:
     treatment: Treatment
     spec: TensorSpec
     position: float
-    dtypes: tuple[torch.dtype, ...]
+    parts: tuple[Part, ...]
     options: MethodParameters
 
     @property
@@ -76,7 +100,17 @@ class TensorPlan:
     @property
     def bytes_read(self) -> int:
         """Size of the inputs."""
-        return sum(dtype.itemsize for dtype in self.dtypes) * self.elements
+        return sum(part.nbytes(self.elements) for part in self.parts)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the inputs that are read, in the order of `parts`."""
+        return tuple(part.dtype for part in self.parts)
+
+    @property
+    def factor_ranks(self) -> tuple[int, ...]:
+        """Inner dimensions of the updates that adapters have for the tensor."""
+        return tuple(part.rank for part in self.parts if part.rank is not None)
 
 
 @dataclass(frozen=True)
@@ -101,7 +135,7 @@ class MergePlan:
 
     Attributes:
         base: the checkpoint that lends its layout, buffers and configuration files.
-        tuned: the models that are merged.
+        tuned: the models that are merged: checkpoints, or checkpoints that an adapter changes.
         config: with one entry in `models` per model in `tuned`.
         tensors: by name, in the order they are processed.
         shards: file name to tensor names, in writing order.
@@ -110,16 +144,16 @@ class MergePlan:
     """
 
     base: Checkpoint
-    tuned: tuple[Checkpoint, ...]
+    tuned: tuple[Checkpoint | AdaptedModel, ...]
     config: MergeConfig
     tensors: dict[str, TensorPlan]
     shards: dict[str, list[str]]
     tied_heads: tuple[tuple[Checkpoint, str], ...]
 
     @property
-    def inputs(self) -> tuple[Checkpoint, ...]:
-        """The checkpoints that are read, the base first, each once even where the base is one of the models."""
-        return tuple(dict.fromkeys((self.base, *self.tuned)))
+    def inputs(self) -> tuple[Checkpoint | Adapter, ...]:
+        """What is read, the base first, each once even where the base is one of the models."""
+        return _inputs(self.base, self.tuned)
 
     @property
     def flops(self) -> float:
@@ -127,8 +161,22 @@ class MergePlan:
         return sum(self.cost(name).flops for name in self.tensors)
 
     def row_wise(self, name: str) -> bool:
-        """Whether rows of a tensor may be merged apart, without changing a bit of the result."""
-        return self.config.method.row_wise or self.tensors[name].treatment.kind != "merge"
+        """Whether rows of a tensor may be merged apart, without changing a bit of the result.
+
+        Not those of a product of factors, which a matrix library may round otherwise.
+        """
+        tensor = self.tensors[name]
+        return not tensor.factor_ranks and (self.config.method.row_wise or tensor.treatment.kind != "merge")
+
+    def keeps_factors(self, name: str) -> bool:
+        """Whether a tensor is merged from the factors of its updates alone, so that no task matrix is formed."""
+        tensor = self.tensors[name]
+        return (
+            bool(tensor.factor_ranks)
+            and tensor.treatment.kind == "merge"
+            and self.config.method.factored(tensor.options)
+            and all(isinstance(model, AdaptedModel) and model.base is self.base for model in self.tuned)
+        )
 
     def cost(self, name: str, shape: tuple[int, ...] | None = None, device_type: str = "cpu") -> Cost:
         """Return what the method takes for a tensor, or for one of another shape treated like it."""
@@ -136,8 +184,20 @@ class MergePlan:
         shape = tensor.spec.shape if shape is None else shape
         if tensor.treatment.kind == "base":
             return Cost(tensor.dtypes[0].itemsize * math.prod(shape), 0.0)
+        job = Job(shape, len(self.tuned), self._accumulation(tensor).itemsize, device_type)
+        if self.keeps_factors(name):
+            return factored_cost(job, self.update_ranks(name))
         model = elementwise_cost if tensor.treatment.kind == "mean" else self.config.method.cost
-        return model(Job(shape, len(self.tuned), self._accumulation(tensor).itemsize, device_type), tensor.options)
+        cost = model(job, tensor.options)
+        # The tuned tensors, formed one after the other, and a wide copy of what the update is added to.
+        formed = sum(isinstance(model, AdaptedModel) for model in self.tuned) + 1 if tensor.factor_ranks else 0
+        flops = 2.0 * job.elements * sum(self.update_ranks(name))
+        return Cost(cost.bytes + formed * job.itemsize * job.elements, cost.flops + flops)
+
+    def update_ranks(self, name: str) -> list[int]:
+        """Return the inner dimension of the update that each model with an adapter has for a tensor, 0 for none."""
+        ranks = {self.inputs[part.source]: part.rank or 0 for part in self.tensors[name].parts}
+        return [ranks.get(model.adapter, 0) for model in self.tuned if isinstance(model, AdaptedModel)]
 
     def footprint(self, name: str, rows: int | None = None, device_type: str = "cpu") -> Footprint:
         """Return the memory that `merge_tensors` needs for a tensor, or for some rows of it."""
@@ -150,14 +210,15 @@ class MergePlan:
         work = max(self.cost(name, shape, device_type).bytes, result.itemsize * elements + rounding)
         if tensor.treatment.kind != "base" and self.config.dtype is not None:
             loaded: torch.dtype = getattr(torch, self.config.dtype)
-            work += sum(dtype != loaded for dtype in tensor.dtypes) * loaded.itemsize * elements
-        return Footprint(sum(dtype.itemsize for dtype in tensor.dtypes) * elements, work + _SMALL, stored)
+            rounded = sum(part.rank is None and part.dtype != loaded for part in tensor.parts)
+            work += rounded * loaded.itemsize * elements
+        return Footprint(sum(part.nbytes(elements) for part in tensor.parts), work + _SMALL, stored)
 
     def groups(self) -> list[list[str]]:
-        """Return the names of tensors that take the same work: treatment, shape and dtypes are equal."""
+        """Return the names of tensors that take the same work: treatment, shape, dtypes and ranks are equal."""
         found: dict[object, list[str]] = {}
         for name, tensor in self.tensors.items():
-            key = (tensor.treatment.kind, tensor.spec.shape, tensor.spec.dtype, tensor.dtypes)
+            key = (tensor.treatment.kind, tensor.spec.shape, tensor.spec.dtype, tensor.dtypes, tensor.factor_ranks)
             found.setdefault(key, []).append(name)
         return list(found.values())
 
@@ -165,16 +226,27 @@ class MergePlan:
         """Return every input file, and in how many passes the order of work reads it."""
         passes: Counter[Path] = Counter()
         size: Counter[Path] = Counter()
-        for checkpoint in self.inputs:
-            last: TensorHeader | None = None
-            for name, tensor in self.tensors.items():
-                if tensor.treatment.kind == "base" and checkpoint is not self.base:
-                    continue
-                header = checkpoint.tensors[name]
-                passes[header.file] += last is None or header.file != last.file or header.offset < last.offset
-                size[header.file] += header.nbytes
-                last = header
+        last: dict[int, TensorHeader] = {}
+        for name, tensor in self.tensors.items():
+            for part in tensor.parts:
+                for header in self._headers(part, name):
+                    before = last.get(part.source)
+                    passes[header.file] += before is None or header.file != before.file or header.offset < before.offset
+                    size[header.file] += header.nbytes
+                    last[part.source] = header
         return [InputFile(file, size[file], passes[file]) for file in passes]
+
+    def _headers(self, part: Part, name: str) -> tuple[TensorHeader, ...]:
+        """Return the headers of what is read of one input for a tensor."""
+        source = self.inputs[part.source]
+        if isinstance(source, Checkpoint):
+            return (source.tensors[name],)
+        return source.headers(self.module(source, name))
+
+    def module(self, adapter: Adapter, name: str) -> str:
+        """Return the module of an adapter that changes a tensor."""
+        model = next(model for model in self.tuned if isinstance(model, AdaptedModel) and model.adapter is adapter)
+        return model.modules[name]
 
     def _accumulation(self, tensor: TensorPlan) -> torch.dtype:
         if self.config.dtype is not None:
@@ -210,68 +282,129 @@ def make_plan(
         DTypeError: a tensor cannot be merged.
     """
     base, tuned, config = _open_inputs(config, allow_pickle)
-    ignored_head, tied = _tied_heads(base, tuned)
+    inputs = _inputs(base, tuned)
+    checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
+    ignored_head, tied = _tied_heads(base, checkpoints)
     names = {name: header for name, header in base.tensors.items() if name != ignored_head}
-    for checkpoint in tuned:
+    for checkpoint in checkpoints[1:]:
         others = {name: header for name, header in checkpoint.tensors.items() if name != ignored_head}
         check_same_names(names, others, str(checkpoint.path))
         for name, header in names.items():
             _check_header(name, header.shape, others[name].shape, checkpoint.path)
+    adapted = [model for model in tuned if isinstance(model, AdaptedModel)]
+    for model in adapted:
+        if ignored_head in model.modules:
+            raise CheckpointError(f"{model.path}: changes {ignored_head}, which the base ties to the embedding")
 
     positions = layer_positions(names)
-    inputs = tuple(dict.fromkeys((base, *tuned)))
     specs, treatments, options = {}, {}, {}
     for name, header in names.items():
         options[name] = config.options(len(tuned), name, positions[name])
         decided = treatment(config, options[name], name, header.shape, header.dtype, len(tuned))
         if decided.kind != "base":
-            for checkpoint in tuned:
+            for checkpoint in checkpoints:
                 if checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
                     raise CheckpointError(
                         f"{checkpoint.path}: {name} is {checkpoint.tensors[name].dtype}, not floating"
                     )
+            unchanged = all(model.base is base and name not in model.modules for model in adapted)
+            if config.method.needs_base and len(adapted) == len(tuned) and unchanged:
+                decided = Treatment("base", "no adapter changes it")
         treatments[name] = decided
         specs[name] = TensorSpec(stored_dtype(config, header.dtype), header.shape)
     layout = plan_shards(specs, shard_bytes)
     shards = {shard_name(stem or base.stem, i, len(layout)): shard for i, shard in enumerate(layout)}
     tensors = {
         name: TensorPlan(
-            name, treatments[name], specs[name], positions[name], _dtypes(name, treatments[name], inputs), options[name]
+            name,
+            treatments[name],
+            specs[name],
+            positions[name],
+            _parts(name, treatments[name], inputs, adapted),
+            options[name],
         )
         for name in names
     }
     return MergePlan(base, tuned, config, tensors, shards, tied)
 
 
-def _open_inputs(config: MergeConfig, allow_pickle: bool) -> tuple[Checkpoint, tuple[Checkpoint, ...], MergeConfig]:
+def _open_inputs(
+    config: MergeConfig, allow_pickle: bool
+) -> tuple[Checkpoint, tuple[Checkpoint | AdaptedModel, ...], MergeConfig]:
     """Open base and models; a base listed among the models is an input only where no task vectors are formed."""
     if any(entry.model is None for entry in config.models):
         raise ConfigError("every entry of `models` needs a `model`: a folder, a .safetensors file or a model id")
     if config.method.needs_base and config.base_model is None:
         raise ConfigError(f"{config.merge_method} needs base_model: the model that all others were fine-tuned from")
-    models = [str(entry.model) for entry in config.models]
-    names = [*models, config.base_model] if config.base_model else models
-    paths = {name: resolve(name, allow_pickle=allow_pickle) for name in dict.fromkeys(names)}
-    entries = config.models
-    if config.method.needs_base:
-        base_path = paths[names[-1]].resolve()
-        entries = tuple(entry for entry in entries if paths[str(entry.model)].resolve() != base_path)
-    if not entries:
+    base_path = _base_path(config.base_model, allow_pickle)
+    found = [(entry, *_paths(str(entry.model), base_path, allow_pickle)) for entry in config.models]
+    if config.method.needs_base and base_path is not None:
+        found = [x for x in found if x[2] is not None or x[1].resolve() != base_path.resolve()]
+    if not found:
         raise ConfigError("no fine-tuned models: list at least one under `models` (or with --model)")
-    used = [*(str(entry.model) for entry in entries), config.base_model or models[0]]
-    opened = {name: Checkpoint(paths[name], allow_pickle=allow_pickle) for name in dict.fromkeys(used)}
-    *tuned, base = (opened[name] for name in used)
+    checkpoints: dict[Path, Checkpoint] = {}
+    adapters: dict[Path, Adapter] = {}
+
+    def opened(path: Path) -> Checkpoint:
+        key = path.resolve()
+        checkpoints[key] = checkpoints.get(key) or Checkpoint(path, allow_pickle=allow_pickle)
+        return checkpoints[key]
+
+    base = opened(found[0][1] if base_path is None else base_path)
+    tuned: list[Checkpoint | AdaptedModel] = []
+    for _, path, adapter_path in found:
+        model = opened(path)
+        if adapter_path is None:
+            tuned.append(model)
+        else:
+            key = adapter_path.resolve()
+            adapters[key] = adapters.get(key) or Adapter(adapter_path)
+            tuned.append(adapt(model, adapters[key]))
+    entries: tuple[ModelEntry, ...] = tuple(entry for entry, _, _ in found)
     return base, tuple(tuned), config.model_copy(update={"models": entries})
 
 
+def _base_path(base_model: str | None, allow_pickle: bool) -> Path | None:
+    if base_model is None:
+        return None
+    name, adapter = split_reference(base_model)
+    path = resolve(name, allow_pickle=allow_pickle)
+    if adapter is not None or is_adapter(path):
+        raise ConfigError(
+            f"base_model: {base_model} is a LoRA adapter; name the model that it was trained on, "
+            "and list the adapter under `models`"
+        )
+    return path
+
+
+def _paths(model: str, base_path: Path | None, allow_pickle: bool) -> tuple[Path, Path | None]:
+    """Return the paths of the checkpoint and of the adapter of a model; an adapter alone belongs to the base."""
+    name, adapter = split_reference(model)
+    path = resolve(name, allow_pickle=allow_pickle)
+    if adapter is not None:
+        return path, resolve(adapter)
+    if not is_adapter(path):
+        return path, None
+    if base_path is None:
+        raise ConfigError(f"{model} is a LoRA adapter: write model+adapter, or set base_model to its base")
+    return base_path, path
+
+
+def _inputs(base: Checkpoint, tuned: Sequence[Checkpoint | AdaptedModel]) -> tuple[Checkpoint | Adapter, ...]:
+    found: list[Checkpoint | Adapter] = [base]
+    for model in tuned:
+        found += [model.base, model.adapter] if isinstance(model, AdaptedModel) else [model]
+    return tuple(dict.fromkeys(found))
+
+
 def _tied_heads(
-    base: Checkpoint, tuned: tuple[Checkpoint, ...]
+    base: Checkpoint, checkpoints: Sequence[Checkpoint]
 ) -> tuple[str | None, tuple[tuple[Checkpoint, str], ...]]:
     """Find copies of a head that the base's config ties to the embedding: they are no tensors of their own."""
     if not base.config.get("tie_word_embeddings"):
         return None, ()
     embeddings = [name for name in base.tensors if name.endswith(("embed_tokens.weight", "wte.weight"))]
-    holders = [checkpoint for checkpoint in dict.fromkeys((base, *tuned)) if _HEAD in checkpoint.tensors]
+    holders = [checkpoint for checkpoint in checkpoints if _HEAD in checkpoint.tensors]
     if len(embeddings) != 1 or not holders:
         return None, ()
     return _HEAD, tuple((checkpoint, embeddings[0]) for checkpoint in holders if embeddings[0] in checkpoint.tensors)
@@ -283,6 +416,17 @@ def _check_header(name: str, expected: tuple[int, ...], got: tuple[int, ...], pa
         raise ShapeError(f"{path}: {name} has shape {got}, the base has {expected}{hint}")
 
 
-def _dtypes(name: str, decided: Treatment, inputs: tuple[Checkpoint, ...]) -> tuple[torch.dtype, ...]:
-    read = inputs[:1] if decided.kind == "base" else inputs
-    return tuple(checkpoint.tensors[name].dtype for checkpoint in read)
+def _parts(
+    name: str, decided: Treatment, inputs: Sequence[Checkpoint | Adapter], adapted: Sequence[AdaptedModel]
+) -> tuple[Part, ...]:
+    """Return what is read for a tensor: of the base alone if its value stays."""
+    modules = {model.adapter: model.modules for model in adapted}
+    found = []
+    for index, source in enumerate(inputs[:1] if decided.kind == "base" else inputs):
+        if isinstance(source, Checkpoint):
+            found.append(Part(index, source.tensors[name].dtype))
+        elif name in modules[source]:
+            A, B = source.headers(modules[source][name])
+            rank = A.shape[0]
+            found.append(Part(index, torch.promote_types(A.dtype, B.dtype), rank, A.nbytes + B.nbytes))
+    return tuple(found)

@@ -114,7 +114,7 @@ class Checkpoint:
             InputChanged: a file differs, or is gone.
         """
         for file, state in self._states.items():
-            _require_unchanged(file, state)
+            require_unchanged(file, state)
 
     def _read_headers(self, file: Path) -> None:
         if file.suffix in PICKLE_SUFFIXES:
@@ -130,9 +130,9 @@ class Checkpoint:
     def _copy_pickled(self, header: TensorHeader, name: str, rows: tuple[int, int] | None) -> Tensor:
         state = self._states[header.file]
         # Before and after: the file is mapped, and one that was cut short must not be touched.
-        _require_unchanged(header.file, state)
+        require_unchanged(header.file, state)
         tensor = self._pickles[header.file].copy(name, rows)
-        _require_unchanged(header.file, state)
+        require_unchanged(header.file, state)
         return tensor
 
     def _check_index(self, index: dict[str, str]) -> None:
@@ -158,7 +158,8 @@ def _read_fully(file: int, buffer: memoryview, offset: int) -> bool:
     return True
 
 
-def _require_unchanged(file: Path, state: FileState) -> None:
+def require_unchanged(file: Path, state: FileState) -> None:
+    """Raise `InputChanged` unless size and times of a file are what they were."""
     try:
         unchanged = state.same_file(file.stat())
     except OSError:

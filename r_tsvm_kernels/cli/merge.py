@@ -3,9 +3,10 @@
   rtsvm merge recipe.yaml OUT
   rtsvm merge --base B --model A --model C --method rtsvm --set density=0.3 OUT
 
-Models are Hugging Face folders (one file or sharded), .safetensors files or Hugging Face ids (org/name@revision). OUT
-is a folder that does not exist yet, or a path ending in .safetensors. The recipe is mergekit's YAML. A merge that was
-stopped, whatever stopped it, is continued by the same command with --resume.
+Models are Hugging Face folders (one file or sharded), .safetensors files or Hugging Face ids (org/name@revision); also
+PEFT LoRA adapters: of the base, or of another model, written model+adapter. OUT is a folder that does not exist yet, or
+a path ending in .safetensors. The recipe is mergekit's YAML. A merge that was stopped, whatever stopped it, is
+continued by the same command with --resume.
 """
 
 from __future__ import annotations

@@ -15,7 +15,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that, with or without a recipe file, say what to merge and how."""
     group = parser.add_argument_group("what to merge, instead of a recipe file")
     group.add_argument("--base", metavar="B", help="base model: Hugging Face folder or .safetensors file")
-    group.add_argument("--model", metavar="M", action="append", default=[], help="a fine-tuned model; repeat")
+    group.add_argument(
+        "--model",
+        metavar="M",
+        action="append",
+        default=[],
+        help="a fine-tuned model, a LoRA adapter of the base, or model+adapter; repeat",
+    )
     group.add_argument(
         "--weight", metavar="W", action="append", type=float, default=[], help="weight of a model; one per --model"
     )

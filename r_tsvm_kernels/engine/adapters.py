@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint import MergePlan, TensorPlan, make_plan
+from ..checkpoint import AdaptedModel, Checkpoint, MergePlan, TensorPlan, make_plan
 from ..config import DTypeName, MergeConfig, ModelEntry
 from ..errors import CheckpointError, ConfigError, OutputUnfinished, ShapeError
-from ..linalg import Certificate, Factored, fixed_rank, merge_factored, truncated_svd
-from ..lora import Adapter, AdapterWriter, from_triplets, is_head, rank_of, transposed, truncated, weighted_sum
+from ..linalg import Certificate, Factored, fixed_rank, merge_factored, truncated_svd, weighted_sum
+from ..lora import Adapter, AdapterWriter, from_triplets, is_head, rank_of, transposed, truncated
 from ..ops import check_finite, normalized
 from .companions import write_json
 from .output import is_single_file, locked_stage, writing
@@ -175,6 +175,8 @@ def extract_lora(
         exclude=tuple(exclude),
     )
     plan = make_plan(config, 2**63)
+    if isinstance(plan.tuned[0], AdaptedModel):
+        raise ConfigError(f"{model}: is a LoRA adapter already; to cut it to a smaller rank, use resize-lora")
     check_tied_heads(plan)
     if fan_in_fan_out is None:
         fan_in_fan_out = plan.base.config.get("model_type") in _FAN_IN_FAN_OUT
@@ -457,5 +459,7 @@ def _task_vector(plan: MergePlan, name: str, dtype: torch.dtype) -> Iterator[tup
     step = max(1, _PIECE_BYTES * max(rows, 1) // max(1, dtype.itemsize * math.prod(shape)))
     for first in range(0, rows, step):
         part = (first, min(first + step, rows)) if shape else None
-        before, after = (checkpoint.load(name, rows=part).to(dtype) for checkpoint in (plan.base, plan.tuned[0]))
+        before, after = (
+            model.load(name, rows=part).to(dtype) for model in plan.inputs if isinstance(model, Checkpoint)
+        )
         yield first, after - before

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import MergePlan
 from ..errors import CheckpointError
+from ..linalg import Factored
 from ..merge import merge_tensors
 
 SAMPLE_BYTES = 128 << 20
@@ -81,13 +83,18 @@ def _sample(plan: MergePlan, names: Sequence[str], shape: tuple[int, int], devic
     tensor = plan.tensors[names[0]]
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(shape, generator=generator)
-    tuned = [base + 0.01 * torch.randn(shape, generator=generator) for _ in plan.tuned]
-    dtype = tensor.dtypes[0]
-    inputs = [x.to(dtype).to(device) for x in (base, *tuned)]
+    base = base.to(tensor.dtypes[0]).to(device)
+    tuned: list[Tensor | Factored] = []
+    for rank in plan.update_ranks(tensor.name) if plan.keeps_factors(tensor.name) else [None] * len(plan.tuned):
+        if rank is None:
+            tuned.append((base + 0.01 * torch.randn(shape, generator=generator).to(device)).to(base.dtype))
+        else:
+            left, right = (torch.randn(size, generator=generator) for size in ((shape[0], rank), (rank, shape[1])))
+            tuned.append(Factored(left, right, 0.01).to(device))
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        result = merge_tensors(inputs[0], inputs[1:], plan.config, name=tensor.name, position=tensor.position)
+        result = merge_tensors(base, tuned, plan.config, name=tensor.name, position=tensor.position)
         result.weight.cpu()
         times.append(time.perf_counter() - start)
     return min(times)

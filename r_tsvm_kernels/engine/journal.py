@@ -29,8 +29,8 @@ class Finished:
         nbytes: its size.
         dtype: of its values, e.g. ``bfloat16``; the shape is in the report.
         checksum: of its bytes (`checkpoint.checksum`).
-        inputs: checksums of what it was made from: the base's tensor, then each model's; only the base's where the
-            tensor keeps the base's value.
+        inputs: checksums of what it was made from: the base's tensor, then that of each other input; of an adapter the
+            factors, or nothing where it does not change the tensor; only the base's where that keeps its value.
         report: its `TensorReport`, as JSON.
     """
 

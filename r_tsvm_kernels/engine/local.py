@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checksum, MergePlan
+from ..linalg import Factored
 from ..methods import MergeResult
 from .job import COMMIT_SECONDS
 from .journal import Finished
 from .schedule import Schedule
 from .shards import Shards
-from .work import Assembly, Tile, merge_tile, read_tile, tiles_of
+from .work import Assembly, Tile, by_input, merge_tile, read_tile, tiles_of, update_checksum
 
 # How long a merge that is stopped waits for the tiles that are being merged.
 GRACE_SECONDS = 2.0
@@ -116,7 +117,7 @@ class _Read:
     """A tile on its way: its inputs, and with the last tile of a tensor their checksums."""
 
     tile: Tile
-    inputs: list[Tensor]
+    inputs: list[Tensor | Factored]
     checksums: list[str]
 
 
@@ -202,7 +203,7 @@ class _Pipeline:
     def _reader(self) -> None:
         try:
             for name in self.job.pending:
-                checksums = [Checksum() for _ in self.job.plan.tensors[name].dtypes]
+                checksums = [Checksum() for _ in self.job.plan.tensors[name].parts]
                 for tile in tiles_of(name, self.schedule.tensors[name]):
                     if not self._inputs.take(self.schedule.tensors[name].inputs):
                         return
@@ -214,8 +215,8 @@ class _Pipeline:
     def _read_tile(self, tile: Tile, checksums: list[Checksum]) -> _Read:
         inputs = read_tile(self.job.plan, tile, pin=self._on_gpu)
         for checksum, values in zip(checksums, inputs, strict=True):
-            checksum.update(values)
-        return _Read(tile, inputs, [checksum.hexdigest() for checksum in checksums] if tile.is_last else [])
+            update_checksum(checksum, values)
+        return _Read(tile, inputs, by_input(self.job.plan, tile.name, checksums) if tile.is_last else [])
 
     # --- the workers
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, Checksum
+from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, adapt, is_adapter
 from .journal import read_journal
 from .output import journal_path
-from .work import dtype_name
+from .work import dtype_name, update_checksum
 
 _PIECE_BYTES = 64 << 20
 
@@ -65,7 +65,7 @@ def verify_output(
         missing=[name for name in finished if name not in output.tensors],
         extra=[name for name in output.tensors if name not in finished],
     )
-    models = [Checkpoint(path, allow_pickle=allow_pickle) for path in fingerprint["models"]] if inputs else []
+    models = list(_opened(fingerprint["models"], allow_pickle)) if inputs else []
     for done, (name, entry) in enumerate(finished.items(), 1):
         header = output.tensors.get(name)
         if header is not None:
@@ -74,11 +74,33 @@ def verify_output(
             if here != then or checksum_of(output, name) != entry.checksum:
                 found.changed.append(name)
         for model, recorded in zip(models, entry.inputs, strict=False):
-            if name not in model.tensors or checksum_of(model, name) != recorded:
+            if recorded and _checksum_of_input(model, name) != recorded:
                 found.inputs_changed.append(f"{model.path}: {name}")
         if progress:
             progress(done, len(finished))
     return found
+
+
+def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | AdaptedModel]:
+    """Open the inputs of a merge, the base first; an adapter names its modules as the base names their weights."""
+    base = Checkpoint(paths[0], allow_pickle=allow_pickle)
+    yield base
+    for path in paths[1:]:
+        if is_adapter(Path(path)):
+            yield adapt(base, Adapter(path))
+        else:
+            yield Checkpoint(path, allow_pickle=allow_pickle)
+
+
+def _checksum_of_input(model: Checkpoint | AdaptedModel, name: str) -> str | None:
+    """Return the checksum of what an input has of a tensor; None if it has nothing."""
+    if isinstance(model, Checkpoint):
+        return checksum_of(model, name) if name in model.tensors else None
+    if name not in model.modules:
+        return None
+    state = Checksum()
+    update_checksum(state, model.adapter.task_matrix(model.modules[name]))
+    return state.hexdigest()
 
 
 def checksum_of(checkpoint: Checkpoint, name: str) -> str:

@@ -7,15 +7,16 @@ whatever runs beside it, in which order, on how many workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checksum, MergePlan
+from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, MergePlan
 from ..errors import CheckpointError, MemoryBudgetError
-from ..merge import merge_tensors
+from ..linalg import Factored
+from ..merge import base_plus, merge_tensors, stored
 from ..methods import MergeResult, TensorReport
 from .journal import Finished
 from .schedule import TensorSchedule
@@ -48,18 +49,35 @@ def tiles_of(name: str, schedule: TensorSchedule) -> Iterator[Tile]:
         yield Tile(name, index, schedule.count, first, last)
 
 
-def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor]:
-    """Read a tile of every input, the base's first; of the base alone if its value stays.
+def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor | Factored]:
+    """Read a tile of every input that has a part of the tensor, the base's first; of an adapter the factors.
 
     Raises:
         InputChanged, CheckpointError: an input cannot be read, or is not what it was.
     """
-    count = len(plan.tensors[tile.name].dtypes)
     rows = None if tile.count == 1 else (tile.first, tile.last)
-    return [checkpoint.load(tile.name, rows=rows, pin=pin) for checkpoint in plan.inputs[:count]]
+    sources = [plan.inputs[part.source] for part in plan.tensors[tile.name].parts]
+    return [
+        source.task_matrix(plan.module(source, tile.name), pin=pin)  # never cut: see `MergePlan.row_wise`
+        if isinstance(source, Adapter)
+        else source.load(tile.name, rows=rows, pin=pin)
+        for source in sources
+    ]
 
 
-def merge_tile(plan: MergePlan, tile: Tile, inputs: Sequence[Tensor], device: torch.device) -> MergeResult:
+def update_checksum(checksum: Checksum, values: Tensor | Factored) -> None:
+    """Add what was read to a checksum: of an update both factors."""
+    for tensor in (values.left, values.right) if isinstance(values, Factored) else (values,):
+        checksum.update(tensor.contiguous())
+
+
+def by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]) -> list[str]:
+    """Return the checksums of what was read of each input, up to the last one that has a part of the tensor."""
+    found = {part.source: sums.hexdigest() for part, sums in zip(plan.tensors[name].parts, checksums, strict=True)}
+    return [found.get(source, "") for source in range(max(found) + 1)]
+
+
+def merge_tile(plan: MergePlan, tile: Tile, inputs: Sequence[Tensor | Factored], device: torch.device) -> MergeResult:
     """Merge what `read_tile` read; the weight of the result lies on the CPU.
 
     Raises:
@@ -67,16 +85,18 @@ def merge_tile(plan: MergePlan, tile: Tile, inputs: Sequence[Tensor], device: to
         MemoryBudgetError: the GPU has no memory left.
     """
     tensor = plan.tensors[tile.name]
-    if tensor.treatment.kind == "base" and inputs[0].dtype == tensor.spec.dtype:
+    if tensor.treatment.kind == "base":
         report = TensorReport(plan.config.merge_method, "base", tensor.treatment.reason, tensor.spec.shape)
-        return MergeResult(inputs[0], report)
+        return MergeResult(stored(_whole(inputs[0]), tensor.spec.dtype, tile.name), report)
     try:
-        on_device = [values.to(device, non_blocking=True) for values in inputs]
-        models = on_device[:1] * len(plan.tuned)
-        if tensor.treatment.kind != "base":
-            models = [on_device[plan.inputs.index(checkpoint)] for checkpoint in plan.tuned]
+        on_device = {
+            plan.inputs[part.source]: values.to(device, non_blocking=True)
+            for part, values in zip(tensor.parts, inputs, strict=True)
+        }
+        base = _whole(on_device[plan.base])
+        models = [_model(plan, model, on_device) for model in plan.tuned]
         result = merge_tensors(
-            on_device[0], models, plan.config, name=tile.name, position=tensor.position, out_dtype=tensor.spec.dtype
+            base, models, plan.config, name=tile.name, position=tensor.position, out_dtype=tensor.spec.dtype
         )
         result.weight = result.weight.cpu()
     except torch.cuda.OutOfMemoryError as error:
@@ -86,6 +106,25 @@ def merge_tile(plan: MergePlan, tile: Tile, inputs: Sequence[Tensor], device: to
         ) from error
     result.report.shape = tensor.spec.shape
     return result
+
+
+def _model(
+    plan: MergePlan, model: Checkpoint | AdaptedModel, loaded: Mapping[Checkpoint | Adapter, Tensor | Factored]
+) -> Tensor | Factored:
+    """Return what a model has for a tensor: its values, or what they differ from the base by."""
+    if not isinstance(model, AdaptedModel):
+        return loaded[model]
+    base, update = _whole(loaded[model.base]), loaded.get(model.adapter)
+    if isinstance(update, Factored):
+        return update if model.base is plan.base else base_plus(base, update)
+    if model.base is not plan.base or not any(isinstance(values, Factored) for values in loaded.values()):
+        return base
+    return Factored(base.new_zeros(base.shape[0], 0), base.new_zeros(0, base.shape[1]))
+
+
+def _whole(values: Tensor | Factored) -> Tensor:
+    assert isinstance(values, Tensor)
+    return values
 
 
 class Assembly:

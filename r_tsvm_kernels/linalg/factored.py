@@ -44,6 +44,11 @@ class Factored:
         """(m, n) of the product."""
         return self.left.shape[0], self.right.shape[1]
 
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Factored:
+        """Return the product with its factors on another device."""
+        left, right = (factor.to(device, non_blocking=non_blocking) for factor in (self.left, self.right))
+        return Factored(left, right, self.scale)
+
     def dense(self) -> Tensor:
         """Return the product (m, n), float32 (float64 if the factors are), formed in that dtype."""
         dtype = torch.float64 if self.left.dtype == torch.float64 else torch.float32
@@ -111,6 +116,12 @@ def merge_factored(
     return FactoredMerge(update, tuple(len(core) for core in cores), tuple(energies), certificate)
 
 
+def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Factored:
+    """Return the sum of the products, of the inner dimension of all together, in float64."""
+    left = [weight * matrix.scale * matrix.left.double() for matrix, weight in zip(matrices, weights, strict=True)]
+    return Factored(torch.cat(left, dim=1), torch.cat([matrix.right.double() for matrix in matrices]))
+
+
 def leading_triplets(matrix: Factored, rank: Rank) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return the leading singular triplets of the product and the share of the energy they hold, in float64.
 
@@ -134,4 +145,6 @@ def leading_triplets(matrix: Factored, rank: Rank) -> tuple[Tensor, Tensor, Tens
     norm = float(torch.linalg.vector_norm(values))
     k = min(wanted, int((values > 2.0**-46 * norm).sum()))
     energy = float(values[:k].square().sum()) / norm**2 if norm else 1.0
-    return Q_left @ P[:, :k], values[:k], Qh[:k] @ Q_right.mT, min(1.0, energy)
+    # Rows and columns of zeros stay so, to the bit.
+    U, Vh = Q_left @ P[:, :k] * matrix.left.any(1)[:, None], Qh[:k] @ Q_right.mT * matrix.right.any(0)
+    return U, values[:k], Vh, min(1.0, energy)

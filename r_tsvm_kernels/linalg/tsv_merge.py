@@ -96,7 +96,7 @@ def tsv_merge(
     dense = [matrix.dense() if isinstance(matrix, Factored) else matrix for matrix in task_matrices]
     check_matrices(dense, ranks, "tsv_merge")
 
-    rows, columns = _touched(dense)
+    rows, columns = touched(dense)
     m, n = dense[0].shape
     whole = len(rows) == m and len(columns) == n
     tall = [
@@ -211,7 +211,7 @@ def _stacked(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank], weights:
         _ranks_for_products(ranks, min(dense[0].shape))
     except RTsvmError:  # `tsv_merge` says what is wrong
         return None
-    rows, columns = _touched(dense)
+    rows, columns = touched(dense)
     stack = torch.stack(dense)
     whole = (len(rows), len(columns)) == dense[0].shape and bool(torch.isfinite(stack).all())
     return stack if whole else None
@@ -380,7 +380,7 @@ class _Merge:
         return upper
 
 
-def _touched(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def touched(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the rows and columns in which some matrix is not zero: into the others nothing may leak."""
     touched = matrices[0] != 0
     for matrix in matrices[1:]:

@@ -1,8 +1,8 @@
-"""PEFT LoRA adapters: read and write them, and compute with them without ever forming a dense update."""
+"""PEFT LoRA adapters: computing with them without ever forming a dense update."""
 
-from .adapter import Adapter, AdapterWriter, LoraModule, is_head, transposed
-from .config import AdapterConfig
-from .updates import from_triplets, rank_of, truncated, weighted_sum
+from ..checkpoint.adapter import Adapter, AdapterWriter, LoraModule, is_head, transposed
+from ..checkpoint.adapter_config import AdapterConfig
+from .updates import from_triplets, rank_of, truncated
 
 __all__ = [
     "Adapter",
@@ -14,5 +14,4 @@ __all__ = [
     "rank_of",
     "transposed",
     "truncated",
-    "weighted_sum",
 ]

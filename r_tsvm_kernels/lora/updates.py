@@ -1,10 +1,7 @@
-"""Low-rank updates: from singular triplets, cut to a smaller rank, and summed; never formed."""
+"""Low-rank updates: from singular triplets, and cut to a smaller rank; never formed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -25,12 +22,6 @@ def truncated(matrix: Factored, rank: Rank) -> tuple[Factored, float]:
     """
     U, values, Vh, energy = leading_triplets(matrix, rank)
     return from_triplets(U, values, Vh), energy
-
-
-def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Factored:
-    """Return the sum, of the rank of all together, in float64."""
-    left = [weight * matrix.scale * matrix.left.double() for matrix, weight in zip(matrices, weights, strict=True)]
-    return Factored(torch.cat(left, dim=1), torch.cat([matrix.right.double() for matrix in matrices]))
 
 
 def rank_of(shape: tuple[int, int], rank: int | None, energy: float | None = None, noise: bool = False) -> Rank:

@@ -13,6 +13,7 @@ from . import (  # noqa: F401  # registration
     rtsvm,
     sce,
     slerp,
+    star,
     task_arithmetic,
     ties,
     tsvm,
@@ -26,8 +27,10 @@ from .base import (
     MethodParameters,
     TensorReport,
     elementwise_cost,
+    factored_cost,
     get_method,
     nearest,
+    task_matrices,
 )
 from .task_arithmetic import mean_task_vector
 
@@ -40,7 +43,9 @@ __all__ = [
     "MethodParameters",
     "TensorReport",
     "elementwise_cost",
+    "factored_cost",
     "get_method",
     "mean_task_vector",
     "nearest",
+    "task_matrices",
 ]

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from .. import backends, dispatch
 from ..errors import ConfigError
-from ..linalg import Certificate
+from ..linalg import Certificate, Factored
+from ..ops import accumulation_dtype
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Number = TypeVar("Number")
@@ -100,7 +102,7 @@ class MergeResult:
     report: TensorReport
 
 
-Run = Callable[[Tensor, Sequence[Tensor], Any], MergeResult]
+Run = Callable[[Tensor, Sequence[Any], Any], MergeResult]
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,26 @@ class Cost:
     flops: float
 
 
+def task_matrices(base: Tensor, tuned: Sequence[Tensor | Factored]) -> tuple[list[Tensor | Factored], torch.dtype]:
+    """Return what each model differs from the base by, and the dtype to merge in; `Factored` ones as they are."""
+    stored = [tensor.left if isinstance(tensor, Factored) else tensor for tensor in tuned]
+    dtype = accumulation_dtype(base, *stored)
+    return [x if isinstance(x, Factored) else x.to(dtype) - base.to(dtype) for x in tuned], dtype
+
+
+def factored_cost(job: Job, ranks: Sequence[int]) -> Cost:
+    """Return what a merge of factored task matrices with these inner dimensions takes, the merged matrix in the end."""
+    (m, n), inner = job.shape, float(sum(ranks))
+    narrow = 8 * (8 * (m + n) * int(inner) + 16 * int(inner) ** 2)
+    flops = 2.0 * job.elements * inner + 12.0 * (m + n) * inner**2 + 40.0 * inner**3
+    return Cost((9 + 7 * job.itemsize) * job.elements + narrow, flops)
+
+
+def always(options: Any) -> bool:
+    """Return True: a trait that no option changes."""
+    return True
+
+
 def elementwise_cost(job: Job, options: Any) -> Cost:
     """Return what a weighted sum of task vectors takes: the reference in torch stores what the kernels do not."""
     ready = [name for name, state in dispatch.explain("elect_and_sum", job.device_type) if state == backends.READY]
@@ -163,6 +185,7 @@ class Method:
         row_wise: whether rows may be merged apart: those of the result depend on the same rows of the inputs alone,
             to the bit.
         tasks: the only number of fine-tuned models it merges; None for any.
+        factored: whether, with these options, `run` also takes all task matrices as `Factored` in place of the models.
         aliases: other names it goes by, in papers and in other tools.
         cost: memory and operations of a job with its options.
     """
@@ -178,6 +201,7 @@ class Method:
     mean_if_rankless: bool = False
     row_wise: bool = False
     tasks: int | None = None
+    factored: Callable[[Any], bool] = lambda options: False
     aliases: tuple[str, ...] = ()
     cost: Callable[[Job, Any], Cost] = elementwise_cost
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import Mode, polar
+from ..linalg import Factored, Mode, leading_triplets, polar, weighted_sum
+from ..linalg.inverse_root import RANK_TOLERANCE
 from ..ops import accumulation_dtype, add_update
-from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, register
+from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register
 
 
 class IsoCParameters(MethodParameters):
@@ -36,14 +38,17 @@ def iso_c_cost(job: Job, options: IsoCParameters) -> Cost:
     paper_url="https://arxiv.org/abs/2502.04959",
     parameters=IsoCParameters,
     matrices_only=True,
+    factored=always,
     cost=iso_c_cost,
 )
-def iso_c(base: Tensor, tuned: Sequence[Tensor], options: IsoCParameters) -> MergeResult:
+def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeResult:
     """Return ``W_0 + alpha * mean(s) * U V^T`` with ``U diag(s) V^T = sum(w_t D_t)`` (Marczak et al., ICML 2025).
 
     ``U V^T`` is the polar factor, which needs no SVD, and the sum of the singular values its product with the sum.
     Where the sum has no full rank it is a partial isometry: rows and columns that no task touched stay the base's.
     """
+    if isinstance(tuned[0], Factored):
+        return _iso_c_of_factors(base, tuned, options)
     total, rows, columns = sum_of_tasks(base, tuned, options.weight)
     core = total[rows][:, columns]
     (factor,) = polar([core], options.mode)
@@ -52,6 +57,15 @@ def iso_c(base: Tensor, tuned: Sequence[Tensor], options: IsoCParameters) -> Mer
     report = TensorReport(weights=list(options.weight), certificate=factor.certificate)
     merged = add_update(base, total.to(accumulation_dtype(base, *tuned)), options.alpha)
     return MergeResult(merged, report)
+
+
+def _iso_c_of_factors(base: Tensor, updates: Sequence[Factored], options: IsoCParameters) -> MergeResult:
+    """Take the polar factor from the singular vectors of the sum, which is of low rank and is not formed."""
+    total = weighted_sum(updates, options.weight)
+    U, values, Vh, _ = leading_triplets(total, lambda values: int((values > RANK_TOLERANCE * values[0]).sum()))
+    dtype = accumulation_dtype(base, *(update.left for update in updates))
+    update = (U * (float(values.sum()) / min(base.shape))).to(dtype) @ Vh.to(dtype)
+    return MergeResult(add_update(base, update, options.alpha), TensorReport(weights=list(options.weight)))
 
 
 def sum_of_tasks(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:

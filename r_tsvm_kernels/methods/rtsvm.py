@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..linalg import RankRule, choose_rank, fixed_rank, tsv_merge
+from ..linalg import Factored, RankRule, choose_rank, fixed_rank, tsv_merge
 from ..ops import (
     OutlierWeighting,
     add_update,
@@ -61,6 +61,11 @@ def _largest_ranks(job: Job, options: RtsvmParameters) -> list[int]:
     return bounds
 
 
+def keeps_factors(options: RtsvmParameters) -> bool:
+    """Whether nothing looks at single elements of the task matrices, so that they may be given as products."""
+    return options.outlier_weighting == "none" and min(options.density) == 1 and options.rank != "sparsity"
+
+
 @register(
     "rtsvm",
     pretty_name="R-TSVM",
@@ -69,27 +74,32 @@ def _largest_ranks(job: Job, options: RtsvmParameters) -> list[int]:
     matrices_only=True,
     rank_per_task=True,
     mean_if_rankless=True,
+    factored=keeps_factors,
     cost=rtsvm_cost,
 )
-def rtsvm(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> MergeResult:
+def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> MergeResult:
     """Reweight, prune, choose a rank per task, then TSV-Merge (our reconstruction of Yang et al., 2025)."""
-    statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
-    task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
-    sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
+    if isinstance(tuned[0], Factored):
+        report = TensorReport(weights=list(options.weight))
+        task_matrices, sparsities = list(tuned), [0.0] * len(tuned)
+    else:
+        statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
+        task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
+        sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
+        reweighting = outlier_weights(statistics, options.outlier_weighting)
+        report = TensorReport(
+            sparsities=sparsities,
+            outlier_masses=statistics.outlier_mass.tolist(),
+            weights=[w * user for w, user in zip(reweighting, options.weight, strict=True)],
+        )
     shape = (base.shape[0], base.shape[1])
     ranks = [
         choose_rank(options.rank, shape, len(tuned), sparsity=z, rho=options.rank_rho, energy=options.rank_energy)
         for z in sparsities
     ]
-    reweighting = outlier_weights(statistics, options.outlier_weighting)
-    weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
-    merged = tsv_merge(task_matrices, ranks, weights, options.mode, solver=options.solver, workspace=options.workspace)
-    report = TensorReport(
-        ranks=list(merged.ranks),
-        sparsities=sparsities,
-        outlier_masses=statistics.outlier_mass.tolist(),
-        weights=weights,
-        captured_energy=list(merged.captured_energy),
-        certificate=merged.certificate,
+    merged = tsv_merge(
+        task_matrices, ranks, report.weights, options.mode, solver=options.solver, workspace=options.workspace
     )
+    report.ranks, report.captured_energy = list(merged.ranks), list(merged.captured_energy)
+    report.certificate = merged.certificate
     return MergeResult(add_update(base, merged.matrix, options.alpha), report)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import Field
 from torch import Tensor
 
-from ..ops import elect_and_sum, normalized
-from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
+from ..linalg import Factored, weighted_sum
+from ..ops import accumulation_dtype, add_update, elect_and_sum, normalized
+from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, always, register
 
 
 class TaskArithmeticParameters(MethodParameters):
@@ -25,11 +27,23 @@ class TaskArithmeticParameters(MethodParameters):
     paper_url="https://arxiv.org/abs/2212.04089",
     parameters=TaskArithmeticParameters,
     row_wise=True,
+    factored=always,
 )
-def task_arithmetic(base: Tensor, tuned: Sequence[Tensor], options: TaskArithmeticParameters) -> MergeResult:
+def task_arithmetic(base: Tensor, tuned: Sequence[Any], options: TaskArithmeticParameters) -> MergeResult:
     """Return ``W_0 + alpha * sum(w_t D_t)`` with ``D_t = W_t - W_0`` (Ilharco et al., ICLR 2023)."""
     weights = normalized(options.weight) if options.normalize else list(options.weight)
-    return MergeResult(elect_and_sum(base, tuned, weights, alpha=options.alpha), TensorReport(weights=weights))
+    if isinstance(tuned[0], Factored):
+        merged = add_update(base, sum_of_updates(base, tuned, weights), options.alpha)
+    else:
+        merged = elect_and_sum(base, tuned, weights, alpha=options.alpha)
+    return MergeResult(merged, TensorReport(weights=weights))
+
+
+def sum_of_updates(base: Tensor, updates: Sequence[Factored], weights: Sequence[float]) -> Tensor:
+    """Return ``sum(w_t D_t)``, one product of all factors put side by side."""
+    total = weighted_sum(updates, weights)
+    dtype = accumulation_dtype(base, *(update.left for update in updates))
+    return total.left.to(dtype) @ total.right.to(dtype)
 
 
 def mean_task_vector(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float], alpha: float) -> MergeResult:

@@ -8,10 +8,10 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..linalg import Mode, Solver, fixed_rank, tsv_merge, tsv_merge_bytes, tsv_merge_flops
-from ..ops import accumulation_dtype, add_update
+from ..linalg import Factored, Mode, Solver, fixed_rank, tsv_merge, tsv_merge_bytes, tsv_merge_flops
+from ..ops import add_update
 from ..sizes import parse_size
-from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, register
+from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, task_matrices
 
 # An eighth of what `tsv_merge` takes by itself: no slower, measured, and tall matrices need half as much memory. It
 # decides how sums are rounded, so no memory budget changes it.
@@ -54,19 +54,18 @@ def tsvm_cost(job: Job, options: TsvmParameters) -> Cost:
     aliases=("task_singular_vector",),
     matrices_only=True,
     rank_per_task=True,
+    factored=always,
     cost=tsvm_cost,
 )
-def tsvm(base: Tensor, tuned: Sequence[Tensor], options: TsvmParameters) -> MergeResult:
+def tsvm(base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParameters) -> MergeResult:
     """Return ``W_0 + alpha * TSV-Merge(D_1 .. D_T)`` at the uniform rank ``floor(min(m, n) / T)``.
 
     Gargiulo et al., CVPR 2025. A matrix with fewer rows or columns than tasks has rank 0 to give away: it stays the
     base's, as in the published code.
     """
-    dtype = accumulation_dtype(base, *tuned)
-    task_matrices = [tensor.to(dtype) - base.to(dtype) for tensor in tuned]
     rank = fixed_rank((base.shape[0], base.shape[1]), len(tuned))
     merged = tsv_merge(
-        task_matrices,
+        task_matrices(base, tuned)[0],
         [rank] * len(tuned),
         options.weight,
         options.mode,

@@ -138,7 +138,7 @@ def test_ambiguous_folders(tmp_path):
 
 def test_adapters_and_quantised_models_are_refused(tmp_path):
     adapter = save(tmp_path / "lora", {"a": torch.ones(2)}, stem="adapter_model")
-    with pytest.raises(CheckpointError, match="LoRA adapter; merge it into its base"):
+    with pytest.raises(CheckpointError, match="a LoRA adapter, not a model"):
         Checkpoint(adapter)
     packed = save(tmp_path / "gptq", state_dict(0), config={"quantization_config": {"bits": 4}})
     with pytest.raises(CheckpointError, match="quantised"):

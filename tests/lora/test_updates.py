@@ -3,8 +3,8 @@ import torch
 from compare import relative_error
 
 from r_tsvm_kernels.errors import ConfigError
-from r_tsvm_kernels.linalg import Factored
-from r_tsvm_kernels.lora import rank_of, truncated, weighted_sum
+from r_tsvm_kernels.linalg import Factored, weighted_sum
+from r_tsvm_kernels.lora import rank_of, truncated
 
 
 def update(m, n, r, seed, scale=1.5):

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..checkpoint.headers import read_json
 from ..errors import AdapterRefused, CheckpointError
+from .headers import FileState, read_json
 
 Number = TypeVar("Number", int, float)
 
@@ -77,8 +77,8 @@ class AdapterConfig(BaseModel):
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
 
-def read_config(folder: Path) -> AdapterConfig:
-    """Read and judge the ``adapter_config.json`` of a folder.
+def read_config(folder: Path) -> tuple[AdapterConfig, FileState]:
+    """Read and judge the ``adapter_config.json`` of a folder; also return what the file was then.
 
     Raises:
         CheckpointError: missing, damaged, or not an adapter's.
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> AdapterConfig:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder}: no {CONFIG_FILE}; expected the folder of a PEFT adapter")
-    data, _ = read_json(file)
+    data, state = read_json(file)
     if data.get("peft_type") != "LORA":
         raise AdapterRefused(f"{file}: peft_type is {str(data.get('peft_type'))[:40]!a}; only LORA is supported")
     for key, value in data.items():
@@ -108,7 +108,7 @@ def read_config(folder: Path) -> AdapterConfig:
             f"{file}: init_lora_weights is {str(config.init_lora_weights)[:40]!a}, which changes the base; convert the "
             "adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    return config
+    return config, state
 
 
 def make_config(

@@ -12,13 +12,15 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, ShardFile, ShardLayout, TensorSpec
-from ..checkpoint.checksum import byte_view
-from ..checkpoint.hub import resolve
 from ..errors import AdapterRefused, CheckpointError, PickleRefused
 from ..linalg import Factored
 from ..ops import FLOAT_DTYPES, check_finite
-from .config import CONFIG_FILE, make_config, read_config
+from .adapter_config import CONFIG_FILE, make_config, read_config
+from .checksum import byte_view
+from .headers import FileState, TensorHeader
+from .hub import resolve
+from .reader import Checkpoint, require_unchanged
+from .writer import ShardFile, ShardLayout, TensorSpec
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -77,7 +79,7 @@ class Adapter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = resolve(str(path))
-        self.config = read_config(self.path)
+        self.config, self._config_state = read_config(self.path)
         weights = self.path / WEIGHTS_FILE
         if not weights.exists() and (self.path / "adapter_model.bin").exists():
             raise PickleRefused(
@@ -92,31 +94,27 @@ class Adapter:
             if module_name not in self.modules:
                 raise AdapterRefused(f"{weights}: {module_name} is replaced, not adapted; not supported")
 
-    def load(self, module: str, device: str | torch.device = "cpu") -> Factored:
+    def load(self, module: str, device: str | torch.device = "cpu", *, pin: bool = False) -> Factored:
         """Read the update of a module as PEFT orients it, ``scale * B @ A``, (out, in).
 
         Raises:
             InputChanged, CheckpointError: the file cannot be read, or is not what it was.
             NonFiniteError: a factor holds NaN or infinity.
         """
-        found = self.modules[module]
-        A, B = (
-            self._weights.load(_PREFIX + module + ending, device)
-            for ending in (_EMBEDDING if found.embedding else _LINEAR)
-        )
+        A, B = (self._weights.load(name, device, pin=pin) for name in self._names(module))
         for factor in (A, B):
             check_finite(factor, f"{self.path}: {module}")
         if A.dtype != B.dtype:
             A, B = (factor.to(torch.promote_types(A.dtype, B.dtype)) for factor in (A, B))
-        return Factored(B, A, found.scale)
+        return Factored(B, A, self.modules[module].scale)
 
-    def task_matrix(self, module: str, device: str | torch.device = "cpu") -> Factored:
+    def task_matrix(self, module: str, device: str | torch.device = "cpu", *, pin: bool = False) -> Factored:
         """Read the update of a module, oriented as its weight is stored in the base model.
 
         Raises:
             As `load`.
         """
-        matrix = self.load(module, device)
+        matrix = self.load(module, device, pin=pin)
         return transposed(matrix) if self.modules[module].transposed else matrix
 
     def load_base_layer(self, module: str) -> Tensor:
@@ -127,13 +125,28 @@ class Adapter:
         """
         return self._weights.load(_PREFIX + module + _BASE_LAYER)
 
+    def headers(self, module: str) -> tuple[TensorHeader, TensorHeader]:
+        """Return the headers of A and B."""
+        A, B = (self._weights.tensors[name] for name in self._names(module))
+        return A, B
+
+    def files(self) -> tuple[FileState, ...]:
+        """Return the files of this adapter, as they were when it was opened."""
+        return (self._config_state, *self._weights.files())
+
     def check_unchanged(self) -> None:
-        """Compare size and times of the weight file with what they were.
+        """Compare size and times of both files with what they were.
 
         Raises:
-            InputChanged: it differs, or is gone.
+            InputChanged: one differs, or is gone.
         """
+        require_unchanged(self._config_state.path, self._config_state)
         self._weights.check_unchanged()
+
+    def _names(self, module: str) -> tuple[str, str]:
+        """Return the names of A and B in the file."""
+        a, b = _EMBEDDING if self.modules[module].embedding else _LINEAR
+        return _PREFIX + module + a, _PREFIX + module + b
 
     def _find_modules(self) -> Iterator[LoraModule]:
         tensors = self._weights.tensors
