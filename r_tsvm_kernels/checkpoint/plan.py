@@ -18,6 +18,7 @@ from ..parameters import layer_positions
 from .headers import TensorHeader
 from .hub import resolve
 from .reader import Checkpoint
+from .vocabulary import check_same_vocabulary
 from .writer import TensorSpec, plan_shards, shard_name
 
 # Scalars, masks of a row, whole pages.
@@ -210,6 +211,8 @@ def make_plan(
         DTypeError: a tensor cannot be merged.
     """
     base, tuned, config = _open_inputs(config, allow_pickle)
+    if config.tokenizer_source is not None:
+        check_same_vocabulary(base, tuned)
     ignored_head, tied = _tied_heads(base, tuned)
     names = {name: header for name, header in base.tensors.items() if name != ignored_head}
     for checkpoint in tuned:
