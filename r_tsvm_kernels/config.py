@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from .errors import ConfigError
 from .methods import Method, MethodParameters, get_method, nearest
 from .parameters import evaluate, is_filter_list, leaves
 
 DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
+TokenizerSource = Literal["base", "union"]
 
 _UNSUPPORTED = {
     "slices": "merging layer ranges is not supported; list whole models under `models`",
     "modules": "multi-module recipes are not supported; merge one module at a time, under `models`",
-    "tokenizer": "tokenizer merging is not supported; the tokenizer files of the base are copied",
+    "tokenizer": "only `source: base` or `source: union` is supported, for models that share a vocabulary",
     "chat_template": "setting a chat template is not supported; the one of the base is copied",
 }
 
@@ -62,7 +63,8 @@ class MergeConfig(_Strict):
         out_dtype: dtype of the output; None means `dtype`, or else the base's dtype, tensor by tensor.
         include: patterns (with ``*``) of tensor names that take part; empty means all.
         exclude: patterns of tensor names that keep the base's value.
-        tokenizer_source: only ``base`` is supported.
+        tokenizer_source: ``base`` or ``union``, which are the same for models that share a vocabulary; checkpoints of
+            others are refused. None does not look at tokenizers. Those of the base are copied in any case.
 
     Raises:
         ConfigError: an unknown key, method or parameter (the nearest valid one is named), or a value out of range.
@@ -76,7 +78,7 @@ class MergeConfig(_Strict):
     out_dtype: DTypeName | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    tokenizer_source: Literal["base"] | None = Field(default=None)
+    tokenizer_source: TokenizerSource | None = None
 
     @classmethod
     def from_kwargs(
@@ -97,11 +99,12 @@ class MergeConfig(_Strict):
         """Make a config from a recipe that was already parsed."""
         if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
             raise ConfigError(f"a recipe is a mapping of keys to values, got {type(data).__name__}")
+        data = _with_tokenizer_source(data)
         for key, advice in _UNSUPPORTED.items():
             if data.get(key) is not None:
                 raise ConfigError(f"{key}: {advice}")
-        if data.get("tokenizer_source") not in (None, "base"):
-            raise ConfigError(f"tokenizer_source: only 'base' is supported, got {data['tokenizer_source']!r}")
+        if data.get("tokenizer_source") not in (None, *get_args(TokenizerSource)):
+            raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
         present = {key: value for key, value in data.items() if value is not None and key not in _UNSUPPORTED}
         if isinstance(present.get("models"), list):
             present["models"] = tuple(
@@ -181,6 +184,17 @@ class MergeConfig(_Strict):
                 if not schema.is_per_model(schema.names()[key]):
                     raise ConfigError(f"{where}: {key} is one value for all models; set it under `parameters`")
         return self
+
+
+def _with_tokenizer_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write mergekit's newer ``tokenizer: {source: base}`` as ``tokenizer_source: base``."""
+    tokenizer = data.get("tokenizer")
+    if not isinstance(tokenizer, Mapping) or data.get("tokenizer_source") is not None:
+        return data
+    given = {key: value for key, value in tokenizer.items() if value is not None}
+    if given.keys() != {"source"} or given["source"] not in get_args(TokenizerSource):
+        return data
+    return {**data, "tokenizer": None, "tokenizer_source": given["source"]}
 
 
 def _lookup(values: Mapping[str, Any], schema: type[MethodParameters], field_name: str) -> Any:

@@ -50,6 +50,13 @@ def test_the_recipe_survives_a_round_trip(tmp_path):
     assert MergeConfig.from_yaml(write(tmp_path, plain.to_yaml())) == plain
 
 
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_both_spellings_of_the_tokenizer_s_source(source):
+    config = MergeConfig.from_dict({"merge_method": "linear", "tokenizer": {"source": source, "tokens": None}})
+    assert config == MergeConfig.from_dict({"merge_method": "linear", "tokenizer_source": source})
+    assert config.tokenizer_source == source
+
+
 def test_empty_values_count_as_absent():
     assert MergeConfig.from_dict({"merge_method": "linear", "slices": None, "dtype": None}).merge_method == "linear"
 
@@ -104,8 +111,10 @@ def test_a_gradient_of_ranks_gives_whole_ranks():
         ({"dtype": "int8"}, "dtype.*'float64'"),
         ({"slices": [{}]}, "slices: .*not supported"),
         ({"modules": {"a": {}}}, "modules?.*not supported|multi-module"),
-        ({"tokenizer": {"source": "union"}}, "tokenizer merging is not supported"),
-        ({"tokenizer_source": "union"}, "tokenizer_source: only 'base'"),
+        ({"tokenizer": {"source": "some/model"}}, "tokenizer: only `source: base` or `source: union`"),
+        ({"tokenizer": {"source": "base", "tokens": {"<s>": {"source": "a"}}}}, "tokenizer: only `source"),
+        ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "tokenizer: only `source"),
+        ({"tokenizer_source": "some/model"}, "tokenizer_source: 'base' or 'union'.*some/model"),
         ({"chat_template": "auto"}, "chat_template"),
         ([1, 2], "mapping"),
         ({1: 2}, "mapping"),

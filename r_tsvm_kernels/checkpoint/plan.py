@@ -21,6 +21,7 @@ from .adapter import Adapter
 from .headers import TensorHeader
 from .hub import resolve
 from .reader import Checkpoint
+from .vocabulary import check_same_vocabulary
 from .writer import TensorSpec, plan_shards, shard_name
 
 # Scalars, masks of a row, whole pages.
@@ -284,6 +285,8 @@ def make_plan(
     base, tuned, config = _open_inputs(config, allow_pickle)
     inputs = _inputs(base, tuned)
     checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
+    if config.tokenizer_source is not None:
+        check_same_vocabulary(base, checkpoints[1:])
     ignored_head, tied = _tied_heads(base, checkpoints)
     names = {name: header for name, header in base.tensors.items() if name != ignored_head}
     for checkpoint in checkpoints[1:]:

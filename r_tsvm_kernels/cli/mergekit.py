@@ -12,6 +12,7 @@ SCRIPTS = {
     "mergekit-yaml": "mergekit.scripts.run_yaml",
     "mergekit-pytorch": "mergekit.scripts.merge_raw_pytorch",
     "mergekit-multi": "mergekit.scripts.multimerge",
+    "mergekit-extract-lora": "mergekit.scripts.extract_lora",
 }
 NO_ACCELERATE = "--no-accelerate"
 

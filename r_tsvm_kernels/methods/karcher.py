@@ -32,7 +32,7 @@ def karcher_coefficients(directions: Tensor, w: Tensor, max_iter: int, tol: floa
     c = w.clone()
     if length(c) < tol:  # they cancel: start from the first that is there
         c = torch.zeros_like(w)
-        c[int(directions.diagonal().argmax())] = 1
+        c[int(w.nonzero()[0])] = 1
     c /= length(c)
     for _ in range(max_iter):
         cosine = (directions @ c).clamp(-1, 1)
@@ -62,12 +62,27 @@ def karcher(base: Tensor, tuned: Sequence[Tensor], options: KarcherParameters) -
     The iterates are combinations of the models, so that all iterations are on T numbers. Tensors that are zero have no
     direction; they count in the mean of the norms.
     """
-    gram, w = gram_matrix(tuned), torch.tensor(normalized(options.weight), dtype=torch.float64)
-    norms, directions = gram.diagonal().sqrt(), cosines(gram)
-    weights = torch.zeros_like(w)
-    if bool((norms > 0).any()):
-        there = torch.where(norms > 0, w, 0)
-        c = karcher_coefficients(directions, there / there.sum(), options.max_iter, options.tol)
-        weights = torch.where(norms > 0, (w @ norms) * c / norms, 0)
+    w = torch.tensor(normalized(options.weight), dtype=torch.float64)
+    weights = karcher_weights(gram_matrix(tuned), w, options.max_iter, options.tol)
     zeros = base.new_zeros(base.shape[-1:]).expand_as(base)
-    return MergeResult(elect_and_sum(zeros, tuned, weights.tolist()), TensorReport(weights=weights.tolist()))
+    return MergeResult(elect_and_sum(zeros, tuned, weights), TensorReport(weights=weights))
+
+
+def karcher_weights(gram: Tensor, w: Tensor, max_iter: int, tol: float, shortest: float = 0.0) -> list[float]:
+    """Return the factors with which the models sum to their Karcher mean.
+
+    Args:
+        gram: products of the models (T, T) float64.
+        w: their weights, of sum 1.
+        max_iter: most iterations.
+        tol: length of a step at which they end.
+        shortest: a model of this norm or a smaller one has no direction.
+    """
+    norms, directions = gram.diagonal().sqrt(), cosines(gram)
+    long = (norms > shortest) & (w != 0)
+    if not bool(long.any()):
+        return [0.0] * len(w)
+    there = torch.where(long, w, 0)
+    c = karcher_coefficients(directions, there / there.sum(), max_iter, tol)
+    weights: list[float] = torch.where(long, (w @ norms) * c / norms, 0).tolist()
+    return weights

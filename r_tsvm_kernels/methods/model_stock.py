@@ -54,10 +54,16 @@ def model_stock(base: Tensor, tuned: Sequence[Tensor], options: ModelStockParame
         merged = elect_and_sum(base, tuned, weights, alpha=ratio)
         return MergeResult(merged, TensorReport(weights=[ratio * weight for weight in weights]))
     ratios = interpolation_ratio(row_grams(tuned, base))
+    mean_ratio = float(ratios.mean())
+    merged = add_row_wise(base, tuned, weights, ratios)
+    return MergeResult(merged, TensorReport(weights=[mean_ratio * weight for weight in weights]))
+
+
+def add_row_wise(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float], ratios: Tensor) -> Tensor:
+    """Return the base and the weighted sum of the task vectors, each row (along the last dimension) times its ratio."""
     dtype = accumulation_dtype(base, *tuned)
     update = torch.zeros_like(base, dtype=dtype, memory_format=torch.contiguous_format)
     for weight, tensor in zip(weights, tuned, strict=True):
         update.add_(tensor.to(dtype) - base.to(dtype), alpha=weight)
     update.view(-1, base.shape[-1]).mul_(ratios.to(dtype)[:, None])
-    mean_ratio = float(ratios.mean())
-    return MergeResult(add_update(base, update), TensorReport(weights=[mean_ratio * weight for weight in weights]))
+    return add_update(base, update)

@@ -40,10 +40,37 @@ def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeR
     """
     selected = None
     if options.select_topk < 1 and len(tuned) > 1:  # one task has no variance to select by
-        selected = _most_variable(base, tuned, options.select_topk)
-    squares = [float(torch.linalg.vector_norm(d.double())) ** 2 for d in _task_vectors(base, tuned, selected)]
+        spread = spreads(base, tuned)
+        kept = kept_count(options.select_topk, int(spread.count_nonzero()))
+        selected = magnitude_select(spread, kept).mask(spread)
+        del spread
+    squares = squared_norms(base, tuned, selected)
     weights = [own * user / (max(squares) or 1.0) for own, user in zip(squares, options.weight, strict=True)]
+    merged = erased_mean(base, tuned, selected, weights)
+    total = sum(weights) or 1.0
+    return MergeResult(add_update(base, merged), TensorReport(weights=[weight / total for weight in weights]))
 
+
+def spreads(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+    """Return T times the variance of the T task vectors, element by element; float64."""
+    mean = torch.zeros_like(base, dtype=torch.float64)
+    for delta in _task_vectors(base, tuned, None):
+        mean += delta
+    mean /= len(tuned)
+    spread = torch.zeros_like(mean)
+    for delta in _task_vectors(base, tuned, None):
+        distance = delta.double().sub_(mean)
+        spread.addcmul_(distance, distance)
+    return spread
+
+
+def squared_norms(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> list[float]:
+    """Return the squared norm of each task vector, of its selected elements alone if some are."""
+    return [float(torch.linalg.vector_norm(d.double())) ** 2 for d in _task_vectors(base, tuned, selected)]
+
+
+def erased_mean(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None, weights: Sequence[float]) -> Tensor:
+    """Return the weighted mean of the task vectors, of those that have the sign of their sum, element by element."""
     votes = torch.zeros_like(base, dtype=accumulation_dtype(base, *tuned))
     for delta in _task_vectors(base, tuned, selected):
         votes += delta
@@ -52,9 +79,7 @@ def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeR
         agrees = torch.where(votes >= 0, delta > 0, delta < 0)
         merged += delta.mul_(agrees).mul_(weight)
         divisor.add_(agrees, alpha=weight)
-    merged /= divisor.masked_fill_(divisor == 0, 1)
-    total = sum(weights) or 1.0
-    return MergeResult(add_update(base, merged), TensorReport(weights=[weight / total for weight in weights]))
+    return merged.div_(divisor.masked_fill_(divisor == 0, 1))
 
 
 def _task_vectors(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> Iterator[Tensor]:
@@ -63,16 +88,3 @@ def _task_vectors(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None
     for tensor in tuned:
         delta = tensor.to(dtype) - base.to(dtype)
         yield delta if selected is None else delta.mul_(selected)
-
-
-def _most_variable(base: Tensor, tuned: Sequence[Tensor], share: float) -> Tensor:
-    """Return the mask of the elements of largest variance, a share of those where it is not 0."""
-    mean = torch.zeros_like(base, dtype=torch.float64)
-    for delta in _task_vectors(base, tuned, None):
-        mean += delta
-    mean /= len(tuned)
-    variance = torch.zeros_like(mean)
-    for delta in _task_vectors(base, tuned, None):
-        distance = delta.double().sub_(mean)
-        variance.addcmul_(distance, distance)
-    return magnitude_select(variance, kept_count(share, int(variance.count_nonzero()))).mask(variance)

@@ -22,10 +22,14 @@ _installed: Patches | None = None
 
 
 def install(accelerate: bool = True) -> None:
-    """Register our merge methods with mergekit and put its sparsifiers and task arithmetic on our kernels.
+    """Register our merge methods with mergekit and put much of what it computes itself on our kernels.
 
     Registered are the methods that mergekit lacks (`rtsvm`, `tsvm`, ...), with the parameters they have in our
-    recipes; `exclude_keys` alone has no form there. What mergekit has keeps its name, parameters and results: to
+    recipes; `exclude_keys` alone has no form there. On our kernels run its sparsifiers, task arithmetic and all that
+    is made of the two (TIES, DARE, DELLA, Breadcrumbs), SCE, Model Stock, Karcher, SLERP, NuSLERP of whole tensors and
+    Multi-SLERP, and the decomposition of its LoRA extraction.
+
+    What mergekit has keeps its name, parameters and results, thresholds and fallbacks of its own included: to
     rounding, with the first of equal magnitudes kept, and random masks that follow torch's seed but are other draws
     than mergekit's. Tensors that require gradients, that are not finite or of a dtype or device our kernels do not
     take are left to mergekit.

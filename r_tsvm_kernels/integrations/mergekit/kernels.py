@@ -118,7 +118,7 @@ def della_magprune(tensor: Tensor, density: float, epsilon: float, rescale_norm:
 def _sparsified(tensor: Tensor, density: float, rule: Rule, norm: str | None) -> Tensor | None:
     if density >= 1:
         return tensor
-    if not _ours(tensor):
+    if not accepted(tensor):
         return None
     keep = rule(tensor, None)
     if keep is None:
@@ -129,9 +129,8 @@ def _sparsified(tensor: Tensor, density: float, rule: Rule, norm: str | None) ->
 
 
 def _masked(delta: Tensor, keep: Keep) -> Tensor:
-    zeros = delta.new_zeros(delta.shape[-1:]).expand_as(delta)  # one row stands for all
     count("elect_and_sum")
-    return elect_and_sum(zeros, [delta], [1.0], keep=[keep])
+    return elect_and_sum(zeros_like(delta), [delta], [1.0], keep=[keep])
 
 
 def _rescale(delta: Tensor, masked: Tensor, norm: str | None) -> float | None:
@@ -151,7 +150,7 @@ def _rescale(delta: Tensor, masked: Tensor, norm: str | None) -> float | None:
 def merge_group(method: GeneralizedTaskArithmeticMerge, group: TensorGroup, /, **parameters: Any) -> Tensor | None:
     """Sparsify the task vectors, elect signs, sum and add to the base, without storing the task vectors."""
     entries = group.non_base
-    if not entries or not _ours(*(entry.tensor for entry in group.entries)):
+    if not entries or not accepted(*(entry.tensor for entry in group.entries)):
         return None
     base: Tensor = group.base.tensor
     tuned = [entry.tensor for entry in entries]
@@ -191,7 +190,12 @@ def _task_keep(x: Tensor, base: Tensor, method: str, own: dict[str, float], resc
     return None if factor is None else replace(keep, rescale=factor)
 
 
-def _ours(*tensors: Tensor) -> bool:
+def zeros_like(tensor: Tensor) -> Tensor:
+    """Return zeros of the tensor's shape, of which one row stands for all."""
+    return tensor.new_zeros(tensor.shape[-1:]).expand_as(tensor)
+
+
+def accepted(*tensors: Tensor) -> bool:
     """Whether our kernels take these tensors; they have no gradients."""
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return not differentiated and all(

@@ -7,11 +7,17 @@ from functools import wraps
 from typing import Any
 
 import mergekit.sparsify
-from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, register, registered_methods, registry
+from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, register, registered_methods, registry, sce_merge
+from mergekit.merge_methods.karcher import karcher_merge_method
+from mergekit.merge_methods.model_stock import model_stock_merge_method
+from mergekit.merge_methods.multislerp import multislerp
+from mergekit.merge_methods.nuslerp import nuslerp_merge_method
+from mergekit.merge_methods.slerp import slerp_merge_method
+from mergekit.scripts.extract_lora import TaskVectorDecompositionTask
 
 from ...errors import NonFiniteError
 from ...methods import METHODS
-from . import kernels
+from . import decomposition, geometry, kernels, sce
 from .methods import RegisteredMethod
 
 REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
@@ -20,6 +26,13 @@ REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
     (mergekit.sparsify, "bernoulli", kernels.bernoulli),
     (mergekit.sparsify, "della_magprune", kernels.della_magprune),
     (GeneralizedTaskArithmeticMerge, "merge_group", kernels.merge_group),
+    (sce_merge, "implementation", sce.sce),
+    (model_stock_merge_method, "implementation", geometry.model_stock),
+    (karcher_merge_method, "implementation", geometry.karcher),
+    (multislerp, "implementation", geometry.multislerp),
+    (nuslerp_merge_method, "implementation", geometry.nuslerp),
+    (slerp_merge_method, "implementation", geometry.slerp),
+    (TaskVectorDecompositionTask, "execute", decomposition.decompose),
 ]
 
 

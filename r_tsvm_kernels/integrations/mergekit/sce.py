@@ -1,0 +1,41 @@
+"""mergekit's SCE on our selection: exact counts, variances in float64, one task vector in memory at a time."""
+
+from __future__ import annotations
+
+import torch
+from mergekit.merge_methods import TensorGroup
+from torch import Tensor
+
+from ...methods.sce import erased_mean, spreads, squared_norms
+from ...ops import add_update, magnitude_select
+from .counting import count
+from .kernels import accepted
+
+SMALLEST_SQUARES = 1e-6  # of all task vectors; below it mergekit weighs them alike
+SMALLEST_DIVISOR = 1e-6
+
+
+def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -> Tensor | None:
+    """Select by variance, weigh by squares, erase minority signs. None for what is left to mergekit."""
+    tuned = [entry.tensor for entry in group.non_base]
+    base: Tensor = group.base.tensor
+    if not tuned or not accepted(base, *tuned):
+        return None
+    selected = None
+    if select_topk < 1:
+        spread = spreads(base, tuned)
+        keep = int(spread.count_nonzero() * select_topk) if select_topk > 0 else 0
+        if keep == 0:
+            return None  # nothing to do: the base
+        count("magnitude_select")
+        selected = magnitude_select(spread, keep).mask(spread)
+        del spread
+    squares = torch.tensor(squared_norms(base, tuned, selected), dtype=torch.float64) / base.numel()
+    total = float(squares.sum())
+    if not squares.isfinite().all():
+        return None
+    shares = squares / total if total >= SMALLEST_SQUARES else torch.full_like(squares, 1 / len(tuned))
+    if bool(((shares > 0) & (shares < SMALLEST_DIVISOR)).any()):
+        return None  # mergekit divides by no less
+    count("sce")
+    return add_update(base, erased_mean(base, tuned, selected, shares.tolist())).to(base.dtype)
