@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import AdapterRefused, CheckpointError, PickleRefused
+from ..errors import AdapterRefused, CheckpointError, PickleRefused, ShapeError
 from ..linalg import Factored
 from ..ops import FLOAT_DTYPES, check_finite
 from .adapter_config import CONFIG_FILE, make_config, read_config
@@ -29,6 +30,17 @@ _LINEAR = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 # The weight of the base itself, which PEFT stores beside the factors of embeddings and heads.
 _BASE_LAYER = ".base_layer.weight"
+
+
+class Weights(Protocol):
+    """What an `Adapter` reads from: a checkpoint, or tensors in memory."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorHeader | Tensor]:
+        """Shape, dtype and size of every tensor, by name."""
+
+    def load(self, name: str, device: str | torch.device = "cpu", *, pin: bool = False) -> Tensor:
+        """Return one tensor."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +98,8 @@ class Adapter:
                 f"{self.path}: only pickled weights (adapter_model.bin), which can run code when they are loaded; "
                 "load the adapter with PEFT and save it again"
             )
-        self._weights = Checkpoint(weights)
-        self.modules = {module.name: module for module in self._find_modules()}
-        names = (name.removeprefix(_PREFIX) for name in self._weights.tensors if name.endswith(_BASE_LAYER))
-        self.base_layers = [name.removesuffix(_BASE_LAYER) for name in names]
-        for module_name in self.base_layers:
-            if module_name not in self.modules:
-                raise AdapterRefused(f"{weights}: {module_name} is replaced, not adapted; not supported")
+        self._file = Checkpoint(weights)
+        self._open(self._file, str(weights))
 
     def load(self, module: str, device: str | torch.device = "cpu", *, pin: bool = False) -> Factored:
         """Read the update of a module as PEFT orients it, ``scale * B @ A``, (out, in).
@@ -123,16 +130,16 @@ class Adapter:
         Raises:
             InputChanged, CheckpointError: the file cannot be read, or is not what it was.
         """
-        return self._weights.load(_PREFIX + module + _BASE_LAYER)
+        return self._weights.load(base_layer_name(module))
 
     def headers(self, module: str) -> tuple[TensorHeader, TensorHeader]:
         """Return the headers of A and B."""
-        A, B = (self._weights.tensors[name] for name in self._names(module))
+        A, B = (self._file.tensors[name] for name in self._names(module))
         return A, B
 
     def files(self) -> tuple[FileState, ...]:
         """Return the files of this adapter, as they were when it was opened."""
-        return (self._config_state, *self._weights.files())
+        return (self._config_state, *self._file.files())
 
     def check_unchanged(self) -> None:
         """Compare size and times of both files with what they were.
@@ -141,35 +148,45 @@ class Adapter:
             InputChanged: one differs, or is gone.
         """
         require_unchanged(self._config_state.path, self._config_state)
-        self._weights.check_unchanged()
+        self._file.check_unchanged()
 
     def _names(self, module: str) -> tuple[str, str]:
         """Return the names of A and B in the file."""
         a, b = _EMBEDDING if self.modules[module].embedding else _LINEAR
         return _PREFIX + module + a, _PREFIX + module + b
 
-    def _find_modules(self) -> Iterator[LoraModule]:
+    def _open(self, weights: Weights, source: str) -> None:
+        """Find the modules; `source` is for messages."""
+        self._weights = weights
+        self.modules = {module.name: module for module in self._find_modules(source)}
+        names = (name.removeprefix(_PREFIX) for name in weights.tensors if name.endswith(_BASE_LAYER))
+        self.base_layers = [name.removesuffix(_BASE_LAYER) for name in names]
+        for module_name in self.base_layers:
+            if module_name not in self.modules:
+                raise AdapterRefused(f"{source}: {module_name} is replaced, not adapted; not supported")
+
+    def _find_modules(self, source: str) -> Iterator[LoraModule]:
         tensors = self._weights.tensors
         for name, header in tensors.items():
             if name.startswith(_PREFIX) and name.endswith(_BASE_LAYER):
                 continue
             endings = next((pair for pair in (_LINEAR, _EMBEDDING) if name.endswith(pair)), None)
             if endings is None or not name.startswith(_PREFIX):
-                raise AdapterRefused(f"{header.file}: {name} is no factor of a LoRA update; {_meaning(name)}")
+                raise AdapterRefused(f"{source}: {name} is no factor of a LoRA update; {_meaning(name)}")
             module = name.removeprefix(_PREFIX).removesuffix(endings[0]).removesuffix(endings[1])
             pair = [tensors.get(_PREFIX + module + ending) for ending in endings]
             if pair[0] is None or pair[1] is None:
-                raise CheckpointError(f"{header.file}: {name} comes without the other factor")
+                raise CheckpointError(f"{source}: {name} comes without the other factor")
             if not name.endswith(endings[0]):
                 continue
             A, B = pair[0].shape, pair[1].shape
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
-                raise AdapterRefused(f"{header.file}: {module} has factors {A} and {B}; expected (r, in) and (out, r)")
+                raise AdapterRefused(f"{source}: {module} has factors {A} and {B}; expected (r, in) and (out, r)")
             if not {pair[0].dtype, pair[1].dtype} <= set(FLOAT_DTYPES):
-                raise AdapterRefused(f"{header.file}: the factors of {module} are {header.dtype}, not floating")
+                raise AdapterRefused(f"{source}: the factors of {module} are {header.dtype}, not floating")
             if self.config.rank(module) != A[0]:
                 raise CheckpointError(
-                    f"{header.file}: {module} has rank {A[0]}, {CONFIG_FILE} says {self.config.rank(module)}"
+                    f"{source}: {module} has rank {A[0]}, {CONFIG_FILE} says {self.config.rank(module)}"
                 )
             embedding = endings is _EMBEDDING
             turned = embedding or (self.config.fan_in_fan_out and not is_head(module))
@@ -205,10 +222,8 @@ class AdapterWriter:
         rank = matrix.left.shape[1]
         if not rank:
             return
-        for ending, factor in zip(_EMBEDDING if embedding else _LINEAR, (matrix.right, matrix.left), strict=True):
-            stored = factor.to("cpu", self.dtype)
-            check_finite(stored, f"{module}, stored as {str(self.dtype).removeprefix('torch.')}")
-            self._store(_PREFIX + module + ending, stored)
+        for name, factor in stored_factors(module, matrix, self.dtype, embedding=embedding).items():
+            self._store(name, factor.cpu())
         self.ranks[module], self._scales[module] = rank, matrix.scale
 
     def add_base_layer(self, module: str, weight: Tensor) -> None:
@@ -218,7 +233,7 @@ class AdapterWriter:
             OSError: the disk refused.
         """
         if module in self.ranks:
-            self._store(_PREFIX + module + _BASE_LAYER, weight)
+            self._store(base_layer_name(module), weight)
 
     def finish(self, *, base: str | None, task_type: str | None, fan_in_fan_out: bool = False) -> None:
         """Write the two files.
@@ -254,6 +269,63 @@ class AdapterWriter:
     def _store(self, name: str, tensor: Tensor) -> None:
         self._places[name] = (self._waiting.tell(), TensorSpec(tensor.dtype, tuple(tensor.shape)))
         self._waiting.write(byte_view(tensor))
+
+
+def stored_factors(module: str, matrix: Factored, dtype: torch.dtype, *, embedding: bool = False) -> dict[str, Tensor]:
+    """Return lora_A and lora_B of a module under the names they have in PEFT's files; the scale is left to the config.
+
+    Raises:
+        NonFiniteError: a factor does not fit `dtype`.
+    """
+    endings = _EMBEDDING if embedding else _LINEAR
+    stored = {
+        _PREFIX + module + ending: factor.to(dtype)
+        for ending, factor in zip(endings, (matrix.right, matrix.left), strict=True)
+    }
+    for factor in stored.values():
+        check_finite(factor, f"{module}, stored as {str(dtype).removeprefix('torch.')}")
+    return stored
+
+
+def base_layer_name(module: str) -> str:
+    """Return the name under which the weight of the base is stored beside the factors of a module."""
+    return _PREFIX + module + _BASE_LAYER
+
+
+def common_modules(sources: Sequence[Adapter]) -> list[str]:
+    """Return the names of all modules, in the order of the adapters.
+
+    Raises:
+        ShapeError: the adapters do not belong to one base.
+    """
+    found = {name: module for source in sources for name, module in source.modules.items()}
+    for source in sources:
+        for name, module in source.modules.items():
+            facts, expected = ((m.shape, m.embedding, m.transposed) for m in (module, found[name]))
+            if facts != expected:
+                raise ShapeError(
+                    f"{source.path}: the update of {name} is {facts[0]}, another adapter has {expected[0]}, or stores "
+                    "it in another way; all adapters must belong to one base"
+                )
+    return list(found)
+
+
+def common_base_layers(sources: Sequence[Adapter]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every module for which an adapter stores the weight of the base, and that weight.
+
+    Raises:
+        CheckpointError: the adapters hold different weights, so they do not belong to one base.
+    """
+    for name in dict.fromkeys(name for source in sources for name in source.base_layers):
+        first, *others = (source for source in sources if name in source.base_layers)
+        weight = first.load_base_layer(name)
+        for other in others:
+            if not torch.equal(weight, other.load_base_layer(name)):
+                raise CheckpointError(
+                    f"{other.path}: the weight of the base that it holds for {name} is not that of {first.path}; "
+                    "was a vocabulary resized? All adapters must belong to one base"
+                )
+        yield name, weight
 
 
 def transposed(matrix: Factored) -> Factored:

@@ -88,11 +88,25 @@ def read_config(folder: Path) -> tuple[AdapterConfig, FileState]:
     if not file.is_file():
         raise CheckpointError(f"{folder}: no {CONFIG_FILE}; expected the folder of a PEFT adapter")
     data, state = read_json(file)
+    return parse_config(data, str(file)), state
+
+
+def parse_config(data: Mapping[str, Any], source: str) -> AdapterConfig:
+    """Judge the content of an ``adapter_config.json``, or PEFT's ``LoraConfig.to_dict()``.
+
+    Args:
+        data: settings by name.
+        source: where they come from, for messages.
+
+    Raises:
+        CheckpointError: not a valid configuration.
+        AdapterRefused: not LoRA, or LoRA of a kind that is more than a low-rank update; the setting is named.
+    """
     if data.get("peft_type") != "LORA":
-        raise AdapterRefused(f"{file}: peft_type is {str(data.get('peft_type'))[:40]!a}; only LORA is supported")
+        raise AdapterRefused(f"{source}: peft_type is {str(data.get('peft_type'))[:40]!a}; only LORA is supported")
     for key, value in data.items():
         if value and (key in _REFUSED or (key.startswith("use_") and key != "use_rslora")):
-            raise AdapterRefused(f"{file}: {key[:40]} is set: {_REFUSED.get(key, 'unknown here')}; not supported")
+            raise AdapterRefused(f"{source}: {key[:40]} is set: {_REFUSED.get(key, 'unknown here')}; not supported")
     try:
         # PEFT writes null where a pattern is empty.
         config = AdapterConfig(**{key: value for key, value in data.items() if value is not None})
@@ -100,15 +114,15 @@ def read_config(folder: Path) -> tuple[AdapterConfig, FileState]:
             re.compile(pattern)
     except (ValidationError, re.error) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{file}: not a valid LoRA config: {reason[:300]}") from None
+        raise CheckpointError(f"{source}: not a valid LoRA config: {reason[:300]}") from None
     if config.bias != "none":
-        raise AdapterRefused(f"{file}: bias is {config.bias[:40]!a}: it replaces biases of the base; not supported")
+        raise AdapterRefused(f"{source}: bias is {config.bias[:40]!a}: it replaces biases of the base; not supported")
     if config.init_lora_weights not in _PLAIN_STARTS:
         raise AdapterRefused(
-            f"{file}: init_lora_weights is {str(config.init_lora_weights)[:40]!a}, which changes the base; convert the "
-            "adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{source}: init_lora_weights is {str(config.init_lora_weights)[:40]!a}, which changes the base; convert "
+            "the adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    return config, state
+    return config
 
 
 def make_config(

@@ -17,9 +17,19 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoint import AdaptedModel, Checkpoint, MergePlan, TensorPlan, make_plan
 from ..config import DTypeName, MergeConfig, ModelEntry
-from ..errors import CheckpointError, ConfigError, OutputUnfinished, ShapeError
+from ..errors import ConfigError, OutputUnfinished
 from ..linalg import Certificate, Factored, fixed_rank, merge_factored, truncated_svd, weighted_sum
-from ..lora import Adapter, AdapterWriter, from_triplets, is_head, rank_of, transposed, truncated
+from ..lora import (
+    Adapter,
+    AdapterWriter,
+    common_base_layers,
+    common_modules,
+    from_triplets,
+    is_head,
+    rank_of,
+    transposed,
+    truncated,
+)
 from ..ops import check_finite, normalized
 from .companions import write_json
 from .output import is_single_file, locked_stage, writing
@@ -292,7 +302,7 @@ def merge_lora(
     if method == "linear":
         factors = normalized(factors)
     sources = [Adapter(adapter) for adapter in adapters]
-    names = _common_modules(sources)
+    names = common_modules(sources)
     with _output(out, dtype, _sizes(sources), progress) as output:
         for name in names:
             own = [(source, weight) for source, weight in zip(sources, factors, strict=True) if name in source.modules]
@@ -341,15 +351,7 @@ def _finish_like(output: _Output, sources: Sequence[Adapter]) -> None:
     Raises:
         CheckpointError: the sources hold different weights of the base, so they do not belong to one.
     """
-    for name in dict.fromkeys(name for source in sources for name in source.base_layers):
-        first, *others = (source for source in sources if name in source.base_layers)
-        weight = first.load_base_layer(name)
-        for other in others:
-            if not torch.equal(weight, other.load_base_layer(name)):
-                raise CheckpointError(
-                    f"{other.path}: the weight of the base that it holds for {name} is not that of {first.path}; "
-                    "was a vocabulary resized? All adapters must belong to one base"
-                )
+    for name, weight in common_base_layers(sources):
         output.writer.add_base_layer(name, weight)
     for source in sources:
         source.check_unchanged()
@@ -389,20 +391,6 @@ def _cut(matrix: Factored, rank: int | None, energy: float | None, **facts: Any)
     singular_values = update.left.square().sum(0)  # each factor has their roots
     norm = float(torch.linalg.vector_norm(singular_values)) / math.sqrt(captured) if captured else 0.0
     return update, ModuleReport(matrix.shape, update.left.shape[1], norm, captured, **facts)
-
-
-def _common_modules(sources: Sequence[Adapter]) -> list[str]:
-    """Return the names of all modules, in the order of the adapters, after refusing adapters that do not fit."""
-    found = {name: module for source in sources for name, module in source.modules.items()}
-    for source in sources:
-        for name, module in source.modules.items():
-            facts, expected = ((m.shape, m.embedding, m.transposed) for m in (module, found[name]))
-            if facts != expected:
-                raise ShapeError(
-                    f"{source.path}: the update of {name} is {facts[0]}, another adapter has {expected[0]}, or stores "
-                    "it in another way; all adapters must belong to one base"
-                )
-    return list(found)
 
 
 def _sizes(sources: Sequence[Adapter]) -> dict[str, int]:

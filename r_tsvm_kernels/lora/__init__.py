@@ -1,17 +1,34 @@
 """PEFT LoRA adapters: computing with them without ever forming a dense update."""
 
-from ..checkpoint.adapter import Adapter, AdapterWriter, LoraModule, is_head, transposed
-from ..checkpoint.adapter_config import AdapterConfig
+from ..checkpoint.adapter import (
+    Adapter,
+    AdapterWriter,
+    LoraModule,
+    base_layer_name,
+    common_base_layers,
+    common_modules,
+    is_head,
+    stored_factors,
+    transposed,
+)
+from ..checkpoint.adapter_config import AdapterConfig, make_config
+from .in_memory import InMemoryAdapter
 from .updates import from_triplets, rank_of, truncated
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterWriter",
+    "InMemoryAdapter",
     "LoraModule",
+    "base_layer_name",
+    "common_base_layers",
+    "common_modules",
     "from_triplets",
     "is_head",
+    "make_config",
     "rank_of",
+    "stored_factors",
     "transposed",
     "truncated",
 ]

@@ -1,0 +1,65 @@
+"""LoRA adapters combined as PEFT does, without the dense matrices where there need be none.
+
+`combine_adapters` takes state dicts and needs neither PEFT nor a model. `install` puts our way under PEFT's own
+``model.add_weighted_adapter``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...errors import IntegrationError
+from .._versions import check_version
+from .state_dicts import COMBINATION_TYPES, combine_adapters
+
+if TYPE_CHECKING:
+    from .patch import Patch
+
+__all__ = ["COMBINATION_TYPES", "TESTED_VERSIONS", "calls", "combine_adapters", "install", "uninstall"]
+
+TESTED_VERSIONS = ("0.21.2",)
+
+_installed: Patch | None = None
+
+
+def install() -> None:
+    """Put ``LoraModel.add_weighted_adapter`` on our kernels, for the combination types that end in ``svd``.
+
+    Arguments and results are PEFT's, to rounding: ``svd`` from thin QRs and a small core, the others with our pruning
+    and election and a truncated SVD. The first of equal magnitudes are kept, random masks follow torch's seed but are
+    other draws than PEFT's, and adapters in half precision are combined without being rounded to it. Linear layers,
+    embeddings and 2-D convolutions without groups are ours; quantised and tensor-parallel layers, factors that are
+    clamped or not finite are left to PEFT.
+
+    Warns once if the version of PEFT was never tested.
+
+    Raises:
+        IntegrationError: PEFT is not installed, too old, or not built as expected.
+    """
+    global _installed
+    found = check_version("peft", TESTED_VERSIONS)
+    try:
+        from .patch import Patch
+
+        uninstall()
+        _installed = Patch()
+    except (ImportError, AttributeError) as error:
+        raise IntegrationError(
+            f"peft {found} is not built as expected ({error}); tested: {', '.join(TESTED_VERSIONS)}; "
+            f"run: pip install peft=={TESTED_VERSIONS[-1]}"
+        ) from error
+
+
+def uninstall() -> None:
+    """Restore PEFT as it was; nothing happens if we were not installed."""
+    global _installed
+    if _installed is not None:
+        _installed.undo()
+        _installed = None
+
+
+def calls() -> dict[str, int]:
+    """Return how many layers were combined by each type in this process, and how many were left to PEFT."""
+    from .patch import counts
+
+    return dict(counts)

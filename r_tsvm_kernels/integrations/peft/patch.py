@@ -1,0 +1,141 @@
+"""Our way of combining adapters in place of PEFT's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from peft.tuners.lora import Conv2d, Embedding, Linear, LoraLayer, LoraModel
+from torch import Tensor
+
+from ...errors import ConvergenceError, NonFiniteError
+from ...linalg import Factored
+from ...ops import FLOAT_DTYPES
+from .updates import RULES, combined_triplets
+
+# The one place where PEFT forms dense updates and decomposes them.
+METHOD = "_svd_generalized_task_arithmetic_weighted_adapter"
+LEFT_TO_PEFT = "left to PEFT"
+
+# Layers whose update is `scaling * B @ A`, as far as they have not changed how they form it.
+_PRODUCTS = (Linear, Embedding, Conv2d)
+_DEVICES = ("cpu", "cuda")
+
+counts: Counter[str] = Counter()
+
+
+class Patch:
+    """Our function in place of PEFT's."""
+
+    def __init__(self) -> None:
+        self._original = getattr(LoraModel, METHOD)
+        setattr(LoraModel, METHOD, _or_original(self._original))
+
+    def undo(self) -> None:
+        """Restore PEFT as it was."""
+        setattr(LoraModel, METHOD, self._original)
+
+
+def _or_original(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that leaves to PEFT what `combined_factors` answers with None."""
+
+    @wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = combined_factors(*args, **kwargs)
+        except (NonFiniteError, ConvergenceError):
+            result = None
+        if result is None:
+            counts[LEFT_TO_PEFT] += 1
+            return original(*args, **kwargs)
+        return result
+
+    return run
+
+
+def combined_factors(
+    model: LoraModel,
+    combination_type: str,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    new_rank: int,
+    target: LoraLayer,
+    target_lora_A: Tensor,
+    target_lora_B: Tensor,
+    density: float | None,
+    majority_sign_method: Any,
+    clamp: float | None = None,
+    full_matrices: bool = True,
+    driver: str | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return lora_A and lora_B of the combined adapter in one layer; None for what is left to PEFT.
+
+    The signature is that of PEFT's method. Like PEFT's the result is float32, float64 if the factors are, and its
+    singular values are in lora_B; `full_matrices` and `driver` have no meaning here.
+    """
+    # Clamped factors depend on the signs of singular vectors, which are arbitrary: they have to be PEFT's.
+    if clamp is not None or not _defined(combination_type, weights, density, majority_sign_method):
+        return None
+    owned = [(name, float(weight)) for name, weight in zip(adapters, weights, strict=False) if _has(target, name)]
+    matrices = [_update(target, name) for name, _ in owned]
+    factored = [matrix for matrix in matrices if matrix is not None]
+    if not factored or len(factored) < len(matrices):
+        return None
+    if density is not None and density >= 1 and RULES[combination_type].prune != "none":
+        warnings.warn(f"density is {density}: nothing is pruned", stacklevel=2)
+    U, values, Vh = combined_triplets(
+        factored,
+        [weight for _, weight in owned],
+        combination_type,
+        new_rank,
+        density=1.0 if density is None else density,
+        majority_sign_method=majority_sign_method,
+        seed=int(torch.randint(2**63 - 1, ())),  # torch.manual_seed decides, as in PEFT
+    )
+    dtype = torch.promote_types(target_lora_A.dtype, torch.float32)
+    # The numerical rank may be smaller than the new one: the rest stays zero.
+    A, B = (torch.zeros(factor.shape, dtype=dtype, device=factor.device) for factor in (target_lora_A, target_lora_B))
+    A.flatten(1)[: len(values)] = Vh
+    B.flatten(1)[:, : len(values)] = U * values
+    counts[combination_type] += 1
+    return A, B
+
+
+def _defined(combination_type: str, weights: Sequence[float], density: float | None, majority: Any) -> bool:
+    """Whether the arguments make sense; PEFT says what is wrong with others."""
+    if combination_type not in RULES or not all(math.isfinite(weight) for weight in weights):
+        return False
+    rule = RULES[combination_type]
+    if rule.elect and majority not in ("total", "frequency"):
+        return False
+    if rule.prune == "none":
+        return True
+    return density is not None and (density > 0 or (density == 0 and rule.prune == "magnitude"))
+
+
+def _has(target: LoraLayer, adapter: str) -> bool:
+    return adapter in target.lora_A or adapter in target.lora_embedding_A
+
+
+def _update(target: LoraLayer, adapter: str) -> Factored | None:
+    """Return the update of a layer; None if it is of a kind we do not know to be a product."""
+    if not any(type(target).get_delta_weight is kind.get_delta_weight for kind in _PRODUCTS):
+        return None
+    if isinstance(target, Conv2d) and target.get_base_layer().groups != 1:
+        return None
+    if adapter in target.lora_A:
+        A, B = target.lora_A[adapter].weight.detach(), target.lora_B[adapter].weight.detach()
+    else:
+        A, B = target.lora_embedding_A[adapter].detach(), target.lora_embedding_B[adapter].detach()
+    # Of a convolution: A has the kernel, B is 1 x 1.
+    A, B = A.flatten(1), B.flatten(1)
+    if any(type(factor) is not Tensor or factor.device.type not in _DEVICES for factor in (A, B)):
+        return None
+    if A.dtype != B.dtype or A.dtype not in FLOAT_DTYPES or not (A.isfinite().all() and B.isfinite().all()):
+        return None
+    return Factored(B, A, float(target.scaling[adapter]))

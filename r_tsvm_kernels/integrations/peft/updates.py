@@ -1,0 +1,115 @@
+"""The updates of one module, combined as PEFT's ``add_weighted_adapter`` does, and cut to a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...linalg import Factored, leading_triplets, truncated_svd, weighted_sum
+from ...ops import Keep, elect_and_sum, magnitude_select
+
+MajoritySign = Literal["total", "frequency"]
+
+
+class Rule(NamedTuple):
+    """What a combination type does before the SVD."""
+
+    prune: Literal["none", "magnitude", "random"]
+    elect: bool
+
+
+# PEFT's types that end in an SVD.
+RULES: dict[str, Rule] = {
+    "svd": Rule("none", elect=False),
+    "magnitude_prune_svd": Rule("magnitude", elect=False),
+    "ties_svd": Rule("magnitude", elect=True),
+    "dare_linear_svd": Rule("random", elect=False),
+    "dare_ties_svd": Rule("random", elect=True),
+}
+_ELECTIONS: dict[str, Literal["sum", "count"]] = {"total": "sum", "frequency": "count"}
+# Elements that an election in torch works on at a time.
+_TILE = 1 << 20
+
+
+def combined_triplets(
+    matrices: Sequence[Factored],
+    weights: Sequence[float],
+    combination_type: str,
+    rank: int,
+    *,
+    density: float = 1.0,
+    majority_sign_method: MajoritySign = "total",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular triplets of the combined updates: U (m, k), values (k,), Vh (k, n), float64.
+
+    A weighted sum stays factored: two thin QRs and the SVD of a core. Where elements are pruned or signs elected the
+    result is no product of thin matrices: it is formed in float32 (float64 if a factor is), T + 1 matrices at a time.
+
+    Args:
+        matrices: T updates (m, n).
+        weights: T finite numbers.
+        combination_type: a key of `RULES`.
+        rank: k is at most this; smaller where the numerical rank is.
+        density: share of the elements that survive pruning, >= 0, for random pruning > 0; from 1 on nothing is pruned.
+        majority_sign_method: how the sign is elected, before weights apply: ``total`` (sum) or ``frequency`` (count).
+        seed: of the random masks.
+
+    Raises:
+        ConvergenceError: a decomposition failed.
+        NonFiniteError: an update overflows.
+    """
+    rule = RULES[combination_type]
+    limit = min(rank, *matrices[0].shape)
+    if not rule.elect and (rule.prune == "none" or density >= 1):
+        U, values, Vh, _ = leading_triplets(weighted_sum(matrices, weights), limit)
+        return U, values, Vh
+    merged = _pruned_and_summed(
+        [matrix.dense() for matrix in matrices], weights, rule, density, majority_sign_method, seed
+    )
+    # The fast mode's tolerance is that of a float32 SVD; see `extract_lora`.
+    found = truncated_svd([merged], [limit], "fast")
+    return found.U[0], found.S[0], found.Vh[0]
+
+
+def _pruned_and_summed(
+    updates: Sequence[Tensor], weights: Sequence[float], rule: Rule, density: float, majority: MajoritySign, seed: int
+) -> Tensor:
+    keep = [_keep(update, rule, density, seed, stream) for stream, update in enumerate(updates)]
+    zeros = updates[0].new_zeros(updates[0].shape[-1:]).expand_as(updates[0])  # one row stands for all
+    if not rule.elect:
+        return elect_and_sum(zeros, updates, weights, keep=keep)
+    if len(set(weights)) == 1:
+        ones = [1.0] * len(updates)
+        return elect_and_sum(
+            zeros, updates, ones, elect=_ELECTIONS[majority], normalize=True, alpha=weights[0], keep=keep
+        )
+    pruned = [elect_and_sum(zeros, [update], [1.0], keep=[own]) for update, own in zip(updates, keep, strict=True)]
+    return _disjoint_mean(pruned, weights, majority)
+
+
+def _keep(update: Tensor, rule: Rule, density: float, seed: int, stream: int) -> Keep:
+    if density >= 1:
+        return Keep()
+    if rule.prune == "magnitude":
+        return Keep(largest=magnitude_select(update, int(density * update.numel())))
+    return Keep(probability=density, rescale=1 / density, seed=seed, stream=stream)
+
+
+def _disjoint_mean(updates: Sequence[Tensor], weights: Sequence[float], majority: MajoritySign) -> Tensor:
+    """Average the updates that have the elected sign, as PEFT does: weights apply to the sum, not to votes or divisor.
+
+    `elect_and_sum` weights all three; with equal weights it comes to the same.
+    """
+    merged = torch.empty_like(updates[0])
+    rows = max(1, _TILE // max(1, merged.shape[1]))
+    factors = merged.new_tensor(list(weights))[:, None, None]
+    for first in range(0, len(merged), rows):
+        parts = torch.stack([update[first : first + rows] for update in updates])
+        votes = (parts if majority == "total" else parts.sign()).sum(0)
+        agree = parts.sign() == torch.where(votes >= 0, 1.0, -1.0)
+        merged[first : first + rows] = (factors * parts * agree).sum(0) / agree.sum(0).clamp(min=1)
+    return merged
