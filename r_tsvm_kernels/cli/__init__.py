@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from .. import __version__
 from ..errors import RTsvmError
-from . import extract_lora, info, inspect, merge, merge_lora, mergekit, resize_lora, verify
+from . import extract_lora, fusion_bench, info, inspect, merge, merge_lora, mergekit, resize_lora, verify
 from .signals import Terminated, sigterm_raises
 
 
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     mergekit.add_commands(commands)
+    fusion_bench.add_commands(commands)
     return parser
 
 

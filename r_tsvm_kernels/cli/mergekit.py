@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from importlib import import_module
 
 from ..integrations import mergekit
@@ -20,11 +21,26 @@ NO_ACCELERATE = "--no-accelerate"
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add one command for each of mergekit's; all its arguments and options are passed on."""
     for name in SCRIPTS:
-        help_text = f"run {name} with our methods and kernels ({NO_ACCELERATE}: only the methods)"
-        # Nothing begins an option here: `--help` and all others belong to mergekit.
-        command = commands.add_parser(name, help=help_text, prefix_chars="\0", add_help=False)
-        command.add_argument("arguments", nargs=argparse.REMAINDER)
-        command.set_defaults(run=run)
+        add_command(commands, name, name, run)
+
+
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    theirs: str,
+    run: Callable[[argparse.Namespace], int],
+) -> None:
+    """Add one command that passes everything on to another library's command, `theirs`."""
+    help_text = f"run {theirs} with our methods and kernels ({NO_ACCELERATE}: only the methods)"
+    # Nothing begins an option here: `--help` and all others belong to the other library.
+    command = commands.add_parser(name, help=help_text, prefix_chars="\0", add_help=False)
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
+    command.set_defaults(run=run)
+
+
+def exit_code(end: SystemExit) -> int:
+    """Return the exit code of a command that ended so, whether it went well or not."""
+    return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,8 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         command = import_module(SCRIPTS[arguments.command]).main
         command.main(rest, prog_name=f"rtsvm {arguments.command}")
     except SystemExit as end:
-        # click ends so, whether it went well or not.
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        return exit_code(end)
     finally:
         mergekit.uninstall()
     return 0

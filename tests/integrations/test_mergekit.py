@@ -8,6 +8,7 @@ import torch
 
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.errors import IntegrationError
+from r_tsvm_kernels.integrations import _versions
 from r_tsvm_kernels.integrations import mergekit as integration
 from r_tsvm_kernels.methods import METHODS
 from r_tsvm_kernels.ops import random_mask
@@ -44,13 +45,13 @@ def installed():
 
 @pytest.fixture
 def found_version(monkeypatch):
-    integration._check_version.cache_clear()
-    yield lambda answer: monkeypatch.setattr(integration, "version", answer)
-    integration._check_version.cache_clear()
+    _versions.check_version.cache_clear()
+    yield lambda answer: monkeypatch.setattr(_versions, "version", answer)
+    _versions.check_version.cache_clear()
 
 
 def absent(name):
-    raise integration.PackageNotFoundError(name)
+    raise _versions.PackageNotFoundError(name)
 
 
 def test_absence_is_an_error_that_says_what_to_install(found_version, capsys):

@@ -1,16 +1,27 @@
-"""Plugin for mergekit's own tests: `pytest -p with_backend` runs them with our backend installed."""
+"""Plugin for other libraries' own tests: `pytest -p with_backend` runs them with our backend installed.
 
-from r_tsvm_kernels.integrations import mergekit
+RTSVM_BACKEND_IN names the library: mergekit (the default) or fusion_bench.
+"""
+
+import os
+
+from r_tsvm_kernels.integrations import fusion_bench, mergekit
+
+LIBRARIES = {
+    "mergekit": (mergekit, mergekit.install, mergekit.uninstall),
+    "fusion_bench": (fusion_bench, fusion_bench.accelerate, fusion_bench.restore),
+}
+integration, install, uninstall = LIBRARIES[os.environ.get("RTSVM_BACKEND_IN", "mergekit")]
 
 
 def pytest_configure(config):
-    mergekit.install()
+    install()
 
 
 def pytest_terminal_summary(terminalreporter):
-    calls = ", ".join(f"{name} {number}" for name, number in sorted(mergekit.calls().items()))
+    calls = ", ".join(f"{name} {number}" for name, number in sorted(integration.calls().items()))
     terminalreporter.write_line(f"calls of our kernels and methods: {calls or 'none'}")
 
 
 def pytest_unconfigure(config):
-    mergekit.uninstall()
+    uninstall()

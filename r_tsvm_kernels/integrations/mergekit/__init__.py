@@ -6,17 +6,14 @@ were registered. `rtsvm mergekit-yaml` installs and then runs mergekit's own com
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from ...errors import IntegrationError
+from .._versions import Library, check_version
 
 if TYPE_CHECKING:
     from .patches import Patches
 
-TESTED_VERSIONS = ("0.1.5",)
+LIBRARY = Library("mergekit", tested=("0.1.5",))
 
 _installed: Patches | None = None
 
@@ -40,16 +37,16 @@ def install(accelerate: bool = True) -> None:
         IntegrationError: mergekit is not installed, too old, or not built as expected.
     """
     global _installed
-    _check_version()
+    check_version(LIBRARY)
     try:
         from .patches import Patches
     except ImportError as error:
-        raise _does_not_fit(str(error)) from error
+        raise LIBRARY.does_not_fit(error) from error
     uninstall()
     try:
         _installed = Patches(accelerate)
     except AttributeError as error:
-        raise _does_not_fit(str(error)) from error
+        raise LIBRARY.does_not_fit(error) from error
 
 
 def uninstall() -> None:
@@ -65,30 +62,3 @@ def calls() -> dict[str, int]:
     from .counting import counts
 
     return dict(counts)
-
-
-def _found() -> str:
-    try:
-        return version("mergekit")
-    except PackageNotFoundError:
-        raise IntegrationError(
-            f"mergekit is not installed in this environment; run: pip install mergekit=={TESTED_VERSIONS[-1]}"
-        ) from None
-
-
-@cache
-def _check_version() -> None:
-    found = _found()
-    if found not in TESTED_VERSIONS:
-        warnings.warn(
-            f"mergekit {found} was never tested with r_tsvm_kernels; tested: {', '.join(TESTED_VERSIONS)}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def _does_not_fit(reason: str) -> IntegrationError:
-    return IntegrationError(
-        f"mergekit {_found()} is not built as expected ({reason}); tested: {', '.join(TESTED_VERSIONS)}; "
-        f"run: pip install mergekit=={TESTED_VERSIONS[-1]}"
-    )

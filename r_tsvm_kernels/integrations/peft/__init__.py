@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...errors import IntegrationError
-from .._versions import check_version
+from .._versions import Library, check_version
 from .state_dicts import COMBINATION_TYPES, combine_adapters
 
 if TYPE_CHECKING:
     from .patch import Patch
 
-__all__ = ["COMBINATION_TYPES", "TESTED_VERSIONS", "calls", "combine_adapters", "install", "uninstall"]
+__all__ = ["COMBINATION_TYPES", "LIBRARY", "calls", "combine_adapters", "install", "uninstall"]
 
-TESTED_VERSIONS = ("0.21.2",)
+LIBRARY = Library("peft", tested=("0.21.2",))
 
 _installed: Patch | None = None
 
@@ -37,17 +36,14 @@ def install() -> None:
         IntegrationError: PEFT is not installed, too old, or not built as expected.
     """
     global _installed
-    found = check_version("peft", TESTED_VERSIONS)
+    check_version(LIBRARY)
     try:
         from .patch import Patch
 
         uninstall()
         _installed = Patch()
     except (ImportError, AttributeError) as error:
-        raise IntegrationError(
-            f"peft {found} is not built as expected ({error}); tested: {', '.join(TESTED_VERSIONS)}; "
-            f"run: pip install peft=={TESTED_VERSIONS[-1]}"
-        ) from error
+        raise LIBRARY.does_not_fit(error) from error
 
 
 def uninstall() -> None:

@@ -1,0 +1,38 @@
+"""``rtsvm fusion-bench``: FusionBench's own command, with our configurations and our solvers in it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from ..integrations import fusion_bench
+from .mergekit import NO_ACCELERATE, add_command, exit_code
+
+NAME = "fusion-bench"
+SEARCH = "hydra.searchpath=["
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command; all its arguments are passed on."""
+    add_command(commands, NAME, "fusion_bench", run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Accelerate FusionBench in this process, and run its command with our configurations on its search path."""
+    fusion_bench.LIBRARY.found()  # or an error
+    rest = [argument for argument in arguments.arguments if argument != NO_ACCELERATE]
+    paths = [argument[len(SEARCH) :].removesuffix("]") for argument in rest if argument.startswith(SEARCH)]
+    rest = [argument for argument in rest if not argument.startswith(SEARCH)]
+    if NO_ACCELERATE not in arguments.arguments:
+        fusion_bench.accelerate()
+    before = sys.argv
+    sys.argv = [f"rtsvm {NAME}", f"{SEARCH}{','.join([fusion_bench.SEARCH_PATH, *paths])}]", *rest]
+    try:
+        import_module("fusion_bench.scripts.cli")._hydra_main()
+    except SystemExit as end:
+        return exit_code(end)
+    finally:
+        sys.argv = before
+        fusion_bench.restore()
+    return 0

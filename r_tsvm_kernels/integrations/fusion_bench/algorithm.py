@@ -1,0 +1,135 @@
+"""Our merge methods as an algorithm of FusionBench."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from fusion_bench import BaseAlgorithm, BaseModelPool, LazyStateDict, auto_register_config
+from fusion_bench.mixins import LightningFabricMixin
+from fusion_bench.models.utils import get_target_state_dict
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from ...config import MergeConfig, ModelEntry
+from ...errors import ConfigError
+from ...merge import check_same_names, merge_tensors
+from ...methods import TensorReport, nearest
+from ...parameters import layer_positions
+from .counting import counts
+
+METADATA = {"_recursive_", "_usage_", "_version_"}  # FusionBench's own
+
+
+@auto_register_config
+class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
+    """Merge the models of a pool by one of our methods, one tensor at a time, on the device of FusionBench's Fabric.
+
+    Args:
+        merge_method: name of one of our methods; see ``rtsvm info``.
+        parameters: of the method, as in a recipe: scalars, gradients over the layers or lists of filters.
+        model_parameters: for models of the pool by name, their own values, e.g. ``{math: {weight: 0.5}}``.
+        include: patterns (with ``*``) of the tensors that take part; None means all.
+        exclude: patterns of tensors that keep the pretrained model's values.
+
+    Attributes:
+        reports: of the last run, one per tensor.
+
+    Raises:
+        ConfigError: an unknown argument, method or parameter, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        merge_method: str = "rtsvm",
+        parameters: Mapping[str, Any] | None = None,
+        model_parameters: Mapping[str, Mapping[str, Any]] | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        if unknown := sorted(metadata.keys() - METADATA):
+            raise ConfigError(f"unknown key {unknown[0]!r}; the method's parameters go under `parameters`")
+        super().__init__(**metadata)
+        self.reports: dict[str, TensorReport] = {}
+        self.recipe(list(model_parameters or ()))  # mistakes show before any model is loaded
+
+    def recipe(self, model_names: Sequence[str]) -> MergeConfig:
+        """Return the merge of the models of these names as one of our recipes.
+
+        Raises:
+            ConfigError: as for the class; or `model_parameters` names another model.
+        """
+        own = _plain(self.model_parameters) or {}
+        if unknown := sorted(own.keys() - set(model_names)):
+            advice = f"did you mean {nearest(unknown[0], model_names)!r}? " if model_names else ""
+            raise ConfigError(f"model_parameters: no model {unknown[0]!r} in the pool; {advice}It has: {model_names}")
+        return MergeConfig(
+            merge_method=self.merge_method,
+            models=tuple(ModelEntry(model=name, parameters=own.get(name) or {}) for name in model_names),
+            parameters=_plain(self.parameters) or {},
+            include=tuple(self.include or ()),
+            exclude=tuple(self.exclude or ()),
+        )
+
+    @torch.no_grad()
+    def run(self, modelpool: BaseModelPool | Mapping[str, nn.Module]) -> nn.Module:
+        """Merge and return the pretrained model of the pool; a copy of it if the pool holds modules, not recipes.
+
+        A method that needs no base (`linear`) also merges pools without one. Integer buffers keep its values.
+
+        Raises:
+            CheckpointError, ShapeError, DTypeError: the models do not have the same tensors, or cannot be merged.
+            NonFiniteError: a model holds NaN or infinity, or a merged value does not fit its dtype.
+            ConvergenceError: a decomposition failed or missed its certificate.
+        """
+        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        names = list(pool.model_names)
+        config = self.recipe(names)
+        base = pool.load_pretrained_model() if config.method.needs_base else pool.load_pretrained_or_first_model()
+        if pool.has_instance_models:
+            base = deepcopy(base)
+        start, tuned = _tensors(base), [_tensors(pool.load_model(name)) for name in names]
+        for name, tensors in zip(names, tuned, strict=True):
+            check_same_names(dict.fromkeys(start), dict.fromkeys(tensors), name)  # keys() of a lazy one is no set
+
+        device, positions, self.reports = self.fabric.device, layer_positions(start), {}
+        merged, written = {}, set()
+        for name, tensor in start.items():
+            place = tensor.device, tensor.data_ptr(), tuple(tensor.shape)
+            if tensor.numel() and place in written:
+                continue  # tied to a tensor that is merged already
+            result = merge_tensors(
+                tensor.to(device), [tensors[name].to(device) for tensors in tuned], config,
+                name=name, position=positions[name],
+            )  # fmt: skip
+            counts[config.merge_method] += 1
+            self.reports[name] = result.report
+            if isinstance(base, LazyStateDict):
+                merged[name] = result.weight.to(tensor.device)
+            else:
+                tensor.copy_(result.weight)
+                written.add(place)
+        return _filled(base.meta_module, merged) if isinstance(base, LazyStateDict) else base
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _tensors(model: nn.Module | LazyStateDict) -> Mapping[str, Tensor]:
+    """Return what is to be merged: of a module, the memory of its own tensors; of a lazy one, what reads them."""
+    tensors: Mapping[str, Tensor] = model if isinstance(model, LazyStateDict) else get_target_state_dict(model)
+    return tensors
+
+
+def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Give a module without memory its tensors."""
+    module = deepcopy(module)
+    module.load_state_dict(tensors, strict=False, assign=True)
+    tie_weights = getattr(module, "tie_weights", None)
+    if callable(tie_weights):
+        tie_weights()
+    return module
