@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .config import MergeConfig
 from .errors import CheckpointError, DTypeError, NonFiniteError
-from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector
+from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector, norms, timed
 from .ops import FLOAT_DTYPES, check_finite, check_group
 from .parameters import layer_positions
 
@@ -41,6 +40,7 @@ def merge_tensors(
     name: str = "",
     position: float = 0.0,
     out_dtype: torch.dtype | None = None,
+    measure_norms: bool | None = None,
 ) -> MergeResult:
     """Merge T fine-tuned versions of one tensor into its base.
 
@@ -52,10 +52,12 @@ def merge_tensors(
         name: of the tensor: for filters, patterns and messages.
         position: of the tensor's layer in [0, 1], for gradients.
         out_dtype: of the result; None means the config's ``out_dtype``, its ``dtype``, or the base's dtype.
+        measure_norms: report the norms of the task vectors and of the update, which takes one more read of all inputs;
+            None means where the method is spectral, for then that is next to nothing.
 
     Returns:
         MergeResult: ``weight`` on the inputs' device, ``report`` with ranks, sparsities, outlier masses, weights,
-        captured energy, certificate and seconds. The inputs are not changed.
+        captured energy, certificate, interference, norms and times. The inputs are not changed.
 
     Raises:
         ShapeError, DeviceError, DTypeError: the tensors do not match, or cannot be merged.
@@ -63,7 +65,23 @@ def merge_tensors(
         ConfigError: the config does not fit the number of tensors.
         ConvergenceError: a decomposition failed or missed its certificate.
     """
-    start = time.perf_counter()
+    stages: dict[str, list[float]] = {}
+    with timed(stages, "merge"):
+        result = _merged(base, tuned, config, name, position, out_dtype, measure_norms)
+    result.report.stages |= stages
+    result.report.seconds = stages["merge"][0]
+    return result
+
+
+def _merged(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    config: MergeConfig,
+    name: str,
+    position: float,
+    out_dtype: torch.dtype | None,
+    measure_norms: bool | None,
+) -> MergeResult:
     label = name or "tensor"
     options = config.options(len(tuned), name, position)
     plan = treatment(config, options, name, tuple(base.shape), base.dtype, len(tuned))
@@ -79,7 +97,9 @@ def merge_tensors(
         result.weight = _store(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
     report = result.report
     report.method, report.treatment, report.reason = config.method.name, plan.kind, plan.reason
-    report.shape, report.seconds = tuple(base.shape), time.perf_counter() - start
+    report.shape = tuple(base.shape)
+    if plan.kind != "base" and (config.method.matrices_only if measure_norms is None else measure_norms):
+        *report.task_norms, report.update_norm = norms([*tuned, result.weight], base)
     return result
 
 

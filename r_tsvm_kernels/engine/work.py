@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoint import Checksum, MergePlan
 from ..errors import CheckpointError, MemoryBudgetError
 from ..merge import merge_tensors
-from ..methods import MergeResult, TensorReport
+from ..methods import MergeResult, TensorReport, timed
 from .journal import Finished
 from .schedule import TensorSchedule
 from .shards import Shards
@@ -59,8 +59,10 @@ def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor]
     return [checkpoint.load(tile.name, rows=rows, pin=pin) for checkpoint in plan.inputs[:count]]
 
 
-def merge_tile(plan: MergePlan, tile: Tile, inputs: Sequence[Tensor], device: torch.device) -> MergeResult:
-    """Merge what `read_tile` read; the weight of the result lies on the CPU.
+def merge_tile(
+    plan: MergePlan, tile: Tile, inputs: Sequence[Tensor], device: torch.device, measure_norms: bool | None = None
+) -> MergeResult:
+    """Merge what `read_tile` read; the weight of the result lies on the CPU. For `measure_norms` see `merge_tensors`.
 
     Raises:
         NonFiniteError, ConvergenceError: the values cannot be merged; the message names the tensor.
@@ -76,7 +78,13 @@ def merge_tile(plan: MergePlan, tile: Tile, inputs: Sequence[Tensor], device: to
         if tensor.treatment.kind != "base":
             models = [on_device[plan.inputs.index(checkpoint)] for checkpoint in plan.tuned]
         result = merge_tensors(
-            on_device[0], models, plan.config, name=tile.name, position=tensor.position, out_dtype=tensor.spec.dtype
+            on_device[0],
+            models,
+            plan.config,
+            name=tile.name,
+            position=tensor.position,
+            out_dtype=tensor.spec.dtype,
+            measure_norms=measure_norms,
         )
         result.weight = result.weight.cpu()
     except torch.cuda.OutOfMemoryError as error:
@@ -97,12 +105,13 @@ class Assembly:
 
     def write(self, tile: Tile, result: MergeResult, shards: Shards) -> None:
         """Write the next tile to its place."""
-        shards.write(tile.name, result.weight, None if tile.count == 1 else tile.first)
-        self._checksum.update(result.weight)
+        with timed(result.report.stages, "write"):
+            shards.write(tile.name, result.weight, None if tile.count == 1 else tile.first)
+            self._checksum.update(result.weight)
         if self._report is None:
             self._report = result.report
         else:
-            self._report.seconds += result.report.seconds
+            self._report.add_rows(result.report)
 
     def finish(self, name: str, inputs: Sequence[str], shards: Shards) -> Finished:
         """Return the journal's entry, when all tiles are written.

@@ -28,7 +28,9 @@ from .base import (
     elementwise_cost,
     get_method,
     nearest,
+    timed,
 )
+from .geometry import norms
 from .task_arithmetic import mean_task_vector
 
 __all__ = [
@@ -43,4 +45,6 @@ __all__ = [
     "get_method",
     "mean_task_vector",
     "nearest",
+    "norms",
+    "timed",
 ]

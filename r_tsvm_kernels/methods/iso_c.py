@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..linalg import Mode, polar
 from ..ops import accumulation_dtype, add_update
-from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, register
+from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, register, timed
 
 
 class IsoCParameters(MethodParameters):
@@ -46,10 +46,12 @@ def iso_c(base: Tensor, tuned: Sequence[Tensor], options: IsoCParameters) -> Mer
     """
     total, rows, columns = sum_of_tasks(base, tuned, options.weight)
     core = total[rows][:, columns]
-    (factor,) = polar([core], options.mode)
+    report = TensorReport(weights=list(options.weight))
+    with timed(report.stages, "spectral"):
+        (factor,) = polar([core], options.mode)
     mean = float((core * factor.matrix).sum()) / min(base.shape)
     total[rows.unsqueeze(1), columns] = factor.matrix.mul_(mean)
-    report = TensorReport(weights=list(options.weight), certificate=factor.certificate)
+    report.certificate = factor.certificate
     merged = add_update(base, total.to(accumulation_dtype(base, *tuned)), options.alpha)
     return MergeResult(merged, report)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..linalg import RankRule, choose_rank, fixed_rank, tsv_merge
+from ..linalg import RankRule, choose_rank, fixed_rank
 from ..ops import (
     OutlierWeighting,
     add_update,
@@ -18,8 +18,8 @@ from ..ops import (
     reweight_prune,
     task_statistics,
 )
-from .base import Cost, FiniteFloat, Job, MergeResult, PerModel, TensorReport, register
-from .tsvm import TsvmParameters, spectral_cost
+from .base import Cost, FiniteFloat, Job, MergeResult, PerModel, TensorReport, register, timed
+from .tsvm import TsvmParameters, merge_and_report, spectral_cost
 
 
 def _whole(value: object) -> object:
@@ -73,23 +73,18 @@ def _largest_ranks(job: Job, options: RtsvmParameters) -> list[int]:
 )
 def rtsvm(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> MergeResult:
     """Reweight, prune, choose a rank per task, then TSV-Merge (our reconstruction of Yang et al., 2025)."""
-    statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
-    task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
-    sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
+    report = TensorReport()
+    with timed(report.stages, "statistics"):
+        statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
+        task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
+        sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
     shape = (base.shape[0], base.shape[1])
     ranks = [
         choose_rank(options.rank, shape, len(tuned), sparsity=z, rho=options.rank_rho, energy=options.rank_energy)
         for z in sparsities
     ]
     reweighting = outlier_weights(statistics, options.outlier_weighting)
-    weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
-    merged = tsv_merge(task_matrices, ranks, weights, options.mode, solver=options.solver, workspace=options.workspace)
-    report = TensorReport(
-        ranks=list(merged.ranks),
-        sparsities=sparsities,
-        outlier_masses=statistics.outlier_mass.tolist(),
-        weights=weights,
-        captured_energy=list(merged.captured_energy),
-        certificate=merged.certificate,
-    )
+    report.weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
+    report.sparsities, report.outlier_masses = sparsities, statistics.outlier_mass.tolist()
+    merged = merge_and_report(task_matrices, ranks, options, report)
     return MergeResult(add_update(base, merged.matrix, options.alpha), report)

@@ -8,10 +8,10 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..linalg import Mode, Solver, fixed_rank, tsv_merge, tsv_merge_bytes, tsv_merge_flops
+from ..linalg import Mode, Rank, Solver, TsvMerge, fixed_rank, tsv_merge, tsv_merge_bytes, tsv_merge_flops
 from ..ops import accumulation_dtype, add_update
 from ..sizes import parse_size
-from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, register
+from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, register, timed
 
 # An eighth of what `tsv_merge` takes by itself: no slower, measured, and tall matrices need half as much memory. It
 # decides how sums are rounded, so no memory budget changes it.
@@ -64,19 +64,20 @@ def tsvm(base: Tensor, tuned: Sequence[Tensor], options: TsvmParameters) -> Merg
     """
     dtype = accumulation_dtype(base, *tuned)
     task_matrices = [tensor.to(dtype) - base.to(dtype) for tensor in tuned]
-    rank = fixed_rank((base.shape[0], base.shape[1]), len(tuned))
-    merged = tsv_merge(
-        task_matrices,
-        [rank] * len(tuned),
-        options.weight,
-        options.mode,
-        solver=options.solver,
-        workspace=options.workspace,
-    )
-    report = TensorReport(
-        ranks=list(merged.ranks),
-        weights=list(options.weight),
-        captured_energy=list(merged.captured_energy),
-        certificate=merged.certificate,
-    )
+    ranks = [fixed_rank((base.shape[0], base.shape[1]), len(tuned))] * len(tuned)
+    report = TensorReport(weights=list(options.weight))
+    merged = merge_and_report(task_matrices, ranks, options, report)
     return MergeResult(add_update(base, merged.matrix, options.alpha), report)
+
+
+def merge_and_report(
+    task_matrices: Sequence[Tensor], ranks: Sequence[Rank], options: TsvmParameters, report: TensorReport
+) -> TsvMerge:
+    """Merge with the weights of the report, and note in it what was measured."""
+    with timed(report.stages, "spectral"):
+        merged = tsv_merge(
+            task_matrices, ranks, report.weights, options.mode, solver=options.solver, workspace=options.workspace
+        )
+    report.ranks, report.captured_energy = list(merged.ranks), list(merged.captured_energy)
+    report.certificate, report.interference = merged.certificate, list(merged.interference)
+    return merged
