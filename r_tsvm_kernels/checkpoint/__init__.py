@@ -3,6 +3,7 @@
 from ..sizes import format_size, parse_size
 from .checksum import Checksum, checksum
 from .headers import FileState, TensorHeader
+from .hub import is_model_id
 from .plan import Footprint, InputFile, MergePlan, TensorPlan, make_plan
 from .reader import Checkpoint
 from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
@@ -21,6 +22,7 @@ __all__ = [
     "TensorSpec",
     "checksum",
     "format_size",
+    "is_model_id",
     "make_plan",
     "parse_size",
     "plan_shards",

@@ -11,7 +11,7 @@ from torch import Tensor
 def interference_of_gram(gram: Tensor, ranks: Sequence[int]) -> float:
     """Return the root mean square cosine of the principal angles between the subspaces of different tasks.
 
-    With the Gram matrix ``G = X^T X`` of the concatenated orthonormal bases ``X = [X_1 .. X_T]``, ``X_t`` of k_t columns::
+    With the Gram matrix ``G = X^T X`` of the concatenated orthonormal bases ``X = [X_1 .. X_T]``, X_t of k_t columns::
 
         norm(G - I) / sqrt(sum over s != t of min(k_s, k_t))        (Frobenius)
 
