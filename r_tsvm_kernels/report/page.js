@@ -38,7 +38,7 @@ function scaled(x, units, step) {
   return `${i ? Number(x.toPrecision(3)) : x} ${units[i]}`.trim();
 }
 const bytes = (x) => scaled(x, ["B", "kB", "MB", "GB", "TB"], 1000);
-const count = (x) => scaled(x, ["", "thousand", "million", "billion"], 1000);
+const count = (x) => scaled(x, ["", "K", "M", "B", "T"], 1000);
 function seconds(x) {
   if (!isNumber(x)) return "\u2013";
   if (x < 1) return `${number(1000 * x)} ms`;
@@ -88,7 +88,7 @@ for (const [stage, spent] of Object.entries(report.stages)) {
       element("span", { textContent: `${seconds(spent.wall)}, CPU ${seconds(spent.cpu)}` })), bar));
 }
 $("stages").append(element("p", { className: "muted", textContent:
-  "Summed over the tensors. Stages of different tensors overlap, so that together they may take longer than the clock." }));
+  "Wide bars: wall time; narrow bars: CPU time. Summed over the tensors, whose stages overlap: together they may take longer than the merge." }));
 
 function table(head, lines) {
   return element("table", {},
@@ -190,8 +190,10 @@ function draw(map) {
     element("div", { className: "grid" },
       element("ul", { className: "kinds" }, ...[...found.keys()].map((kind) => element("li", { title: kind }, element("bdi", { textContent: kind })))),
       scroll),
-    element("div", { className: "legend" }, element("span", { textContent: map.format(low) }), element("i"),
-      element("span", { textContent: map.format(high) }))));
+    map.format(low) === map.format(high)
+      ? element("p", { className: "legend", textContent: `${map.format(low)} everywhere` })
+      : element("div", { className: "legend" }, element("span", { textContent: map.format(low) }), element("i"),
+        element("span", { textContent: map.format(high) }))));
   return true;
 }
 function tip(event, map) {
@@ -211,7 +213,7 @@ $("maps-note").textContent = !layered.length ? "No tensor\u2019s name has the nu
 // --- the table: only the rows in sight are in the document
 
 const COLUMNS = [
-  { title: "tensor", width: 300, of: (r) => r.name, text: true },
+  { title: "tensor", width: innerWidth < 640 ? 230 : 340, of: (r) => r.name, text: true },
   { title: "treatment", width: 105, of: (r) => r.treatment, text: true },
   { title: "shape", width: 120, of: (r) => r.shape.reduce((a, b) => a * b, 1), show: (r) => r.shape.join(" \u00d7 ") || "scalar" },
   { title: "dtype", width: 90, of: (r) => r.dtype, text: true },
@@ -311,6 +313,11 @@ function sort(column) {
 $("search").addEventListener("input", refresh);
 $("table").addEventListener("scroll", scrolled, { passive: true });
 addEventListener("resize", scrolled);
+// The next row must be there before the next press of Tab.
+body.addEventListener("focusin", (event) => {
+  event.target.closest("tr").scrollIntoView({ block: "nearest", inline: "nearest" });
+  scrolled();
+});
 refresh();
 
 // --- everything about one tensor
@@ -329,7 +336,7 @@ function details(row) {
     "rank of the joined bases": row.basis_rank ? list(row.basis_rank) : null,
     "condition of the joined bases": row.basis_condition ? list(row.basis_condition) : null,
     "routes given up": row.escalations && row.escalations.length ? row.escalations.join("; ") : null,
-    time: Object.entries(row.stages).map(([stage, [wall, cpu]]) => `${stage} ${seconds(wall)} (CPU ${seconds(cpu)})`).join(", "),
+    time: Object.entries(row.stages).map(([stage, [wall, cpu]]) => `${stage} ${seconds(wall)}, CPU ${seconds(cpu)}`).join("\n"),
   };
   const terms = element("dl", { className: "facts" });
   for (const [key, value] of Object.entries(known)) {
@@ -340,7 +347,7 @@ function details(row) {
   if (measured.length) {
     const lines = report.models.map((model, i) => [model, ...measured.map(([, values]) => number(values[i]))]);
     const all = table(["model", ...measured.map(([title]) => title)], lines);
-    $("details-body").append(element("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "per model" }, all));
+    $("details-body").append(element("div", { className: "scroll wrapped", tabIndex: 0, role: "region", "aria-label": "per model" }, all));
   }
   $("tip").hidden = true;
   $("details").showModal();

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from collections.abc import Mapping
 from importlib.resources import files
@@ -59,7 +60,7 @@ def _page_data(report: Mapping[str, Any]) -> dict[str, Any]:
         facts |= {key: (entry["certificate"] or {}).get(key) for key in _CERTIFICATE}
         rows.append([_rounded(facts[field]) for field in FIELDS])
     shown = {key: value for key, value in report.items() if key != "tensors"}
-    return {**shown, "fields": FIELDS, "rows": rows}
+    return {**plain(shown), "fields": FIELDS, "rows": rows}
 
 
 def kinds(names: Mapping[str, object]) -> dict[str, tuple[str, int]]:
@@ -78,13 +79,13 @@ def kinds(names: Mapping[str, object]) -> dict[str, tuple[str, int]]:
 
 def _embedded(data: object) -> str:
     """Return JSON that HTML takes for text, wherever a tag, a comment or an entity might begin."""
-    text = json.dumps(plain(data), separators=(",", ":"), allow_nan=False)
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
     return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
