@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from .config import MergeConfig
 from .errors import CheckpointError, DTypeError, NonFiniteError
-from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector, norms, timed
-from .ops import FLOAT_DTYPES, check_finite, check_group
+from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector, timed
+from .ops import FLOAT_DTYPES, check_finite, check_group, task_statistics
 from .parameters import layer_positions
+
+# Elements of each tensor whose norms are taken at a time.
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def _merged(
     report.method, report.treatment, report.reason = config.method.name, plan.kind, plan.reason
     report.shape = tuple(base.shape)
     if plan.kind != "base" and (config.method.matrices_only if measure_norms is None else measure_norms):
-        *report.task_norms, report.update_norm = norms([*tuned, result.weight], base)
+        *report.task_norms, report.update_norm = _distances(base, [*tuned, result.weight])
     return result
 
 
@@ -197,6 +201,18 @@ def _checked_inputs(
         loaded.append(tensor if config.dtype is None else tensor.to(getattr(torch, config.dtype)))
         check_finite(loaded[-1], f"{label} of {owner}")
     return loaded[0], loaded[1:]
+
+
+def _distances(base: Tensor, others: Sequence[Tensor]) -> list[float]:
+    """Return the Frobenius norms of what the others differ from the base, in pieces: the reference would copy all."""
+    flat = [tensor.flatten() for tensor in (base, *others)]
+    squares = torch.zeros(len(others), dtype=torch.float64)
+    for first in range(0, base.numel(), _PIECE):
+        origin, *pieces = (tensor[first : first + _PIECE] for tensor in flat)
+        found = task_statistics(origin, pieces, sigma=math.inf, eps=0.0)
+        squares += found.numel * (found.mean.square() + found.sd.square()).cpu()
+    distances: list[float] = squares.sqrt().tolist()
+    return distances
 
 
 def _store(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:

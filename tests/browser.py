@@ -9,9 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-BINARY = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+BINARY = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-quic", "--disable-dev-shm-usage", "--disable-extensions",

@@ -99,7 +99,7 @@ def merge_checkpoints(
             most tasks at a time, and each task has a process and a memory budget of its own.
         ray_address: of a running Ray cluster, e.g. ``10.0.0.1:6379``; None starts Ray on this machine alone.
         measure_norms: report the norms of task vectors and updates; None means for spectral methods only, because
-            element-wise merges take about half as long again with it.
+            element-wise ones hardly compute longer than that takes.
         progress: called after each tensor, in the thread of the caller.
 
     Returns:

@@ -30,7 +30,6 @@ from .base import (
     nearest,
     timed,
 )
-from .geometry import norms
 from .task_arithmetic import mean_task_vector
 
 __all__ = [
@@ -45,6 +44,5 @@ __all__ = [
     "get_method",
     "mean_task_vector",
     "nearest",
-    "norms",
     "timed",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch import Tensor
 
 from .base import Cost, Job, elementwise_cost
 
-# Elements of each tensor that are in memory in float64 at one time. Starting a kernel on a GPU takes as long as a
-# million of them.
+# Elements of each tensor that are in memory in float64 at one time.
 TILE = 1 << 16
-GPU_TILE = 1 << 20
 
 
 def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
@@ -22,20 +19,13 @@ def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor
     flat = [tensor.flatten() for tensor in tensors]
     origin = None if base is None else base.flatten()
     total = flat[0].new_zeros(len(flat), len(flat), dtype=torch.float64)
-    tile = _tile(total.device.type)
-    for first in range(0, len(flat[0]), tile):
-        part = slice(first, first + tile)
+    for first in range(0, len(flat[0]), TILE):
+        part = slice(first, first + TILE)
         X = torch.stack([x[part].double() for x in flat])
         if origin is not None:
             X -= origin[part].double()
         total.addmm_(X, X.mT)
     return total.cpu()
-
-
-def norms(tensors: Sequence[Tensor], base: Tensor) -> list[float]:
-    """Return the Frobenius norms of what the tensors differ from `base`, to float64 accuracy."""
-    squares: list[float] = gram_matrix(tensors, base).diagonal().tolist()
-    return [math.sqrt(square) for square in squares]
 
 
 def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
@@ -60,9 +50,5 @@ def cosines(gram: Tensor) -> Tensor:
 def geometric_cost(job: Job, options: Any) -> Cost:
     """Return what a Gram matrix and a linear sum take."""
     summing = elementwise_cost(job, options)
-    gram = 2 * (job.tasks + 2) * 8 * min(_tile(job.device_type), job.elements)
+    gram = 2 * (job.tasks + 2) * 8 * min(TILE, job.elements)
     return Cost(max(summing.bytes, gram), summing.flops + float(job.elements) * (job.tasks + 1) ** 2)
-
-
-def _tile(device_type: str) -> int:
-    return TILE if device_type == "cpu" else GPU_TILE
