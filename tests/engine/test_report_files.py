@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import yaml
-from checkpoints import digest, family
+from checkpoints import digest, family, without_times
 from safetensors.torch import load_file
 
 from r_tsvm_kernels import CheckpointError, MergeConfig, merge_checkpoints
@@ -18,15 +18,6 @@ from r_tsvm_kernels.engine import job, local, smallest_schedule, work, write_pag
 def config_for(paths, method="rtsvm", **fields):
     base, *tuned = (str(path) for path in paths)
     return MergeConfig(merge_method=method, base_model=base, models=tuple({"model": m} for m in tuned), **fields)
-
-
-def without_times(report):
-    """Drop what may differ from run to run; fail if it is not there."""
-    for key in ("seconds", "resumed_tensors", "threads", "engine", "stages"):
-        del report[key]
-    for entry in report["tensors"].values():
-        del entry["seconds"], entry["stages"]
-    return report
 
 
 def stop_after(count, monkeypatch):
@@ -99,20 +90,6 @@ def test_the_report_of_a_resumed_merge_is_that_of_a_whole_one(tmp_path, monkeypa
     if out == "out":
         # The card says nothing of the run, so it is among the files that do not depend on it.
         assert digest(tmp_path / out)["README.md"] == digest(whole.path)["README.md"]
-
-
-def test_the_report_of_the_ray_engine(tmp_path):
-    pytest.importorskip("ray", reason="needs Ray: pip install r-tsvm-kernels[ray]")
-    paths, _, _ = family(tmp_path / "in")
-    reports = []
-    for engine in ("local", "ray"):
-        threads = {"threads": 1} if engine == "ray" else {}
-        result = merge_checkpoints(config_for(paths), tmp_path / engine, engine=engine, **threads)
-        reports.append(json.loads(result.report_path.read_text()))
-    assert reports[1]["engine"] == "ray" and reports[1]["stages"].keys() == reports[0]["stages"].keys()
-    assert without_times(reports[0]) == without_times(reports[1])
-    files = ("README.md", "model.safetensors")
-    assert len({tuple(digest(tmp_path / engine)[file] for file in files) for engine in ("local", "ray")}) == 1
 
 
 def test_norms_of_elementwise_merges_on_request(tmp_path):
