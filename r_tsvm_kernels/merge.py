@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,9 +13,12 @@ from torch import Tensor
 from .config import MergeConfig
 from .errors import CheckpointError, DeviceError, DTypeError, NonFiniteError, ShapeError
 from .linalg import Factored
-from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector
-from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
+from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector, timed
+from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, task_statistics
 from .parameters import layer_positions
+
+# Elements of each tensor whose norms are taken at a time.
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def merge_tensors(
     name: str = "",
     position: float = 0.0,
     out_dtype: torch.dtype | None = None,
+    measure_norms: bool | None = None,
 ) -> MergeResult:
     """Merge T fine-tuned versions of one tensor into its base.
 
@@ -54,10 +58,12 @@ def merge_tensors(
         name: of the tensor: for filters, patterns and messages.
         position: of the tensor's layer in [0, 1], for gradients.
         out_dtype: of the result; None means the config's ``out_dtype``, its ``dtype``, or the base's dtype.
+        measure_norms: report the norms of the task vectors and of the update, which takes one more read of all inputs;
+            None means where the method is spectral, for then that is next to nothing.
 
     Returns:
         MergeResult: ``weight`` on the inputs' device, ``report`` with ranks, sparsities, outlier masses, weights,
-        captured energy, certificate and seconds. The inputs are not changed.
+        captured energy, certificate, interference, norms and times. The inputs are not changed.
 
     Raises:
         ShapeError, DeviceError, DTypeError: the tensors do not match, or cannot be merged.
@@ -65,7 +71,23 @@ def merge_tensors(
         ConfigError: the config does not fit the number of tensors.
         ConvergenceError: a decomposition failed or missed its certificate.
     """
-    start = time.perf_counter()
+    stages: dict[str, list[float]] = {}
+    with timed(stages, "merge"):
+        result = _merged(base, tuned, config, name, position, out_dtype, measure_norms)
+    result.report.stages |= stages
+    result.report.seconds = stages["merge"][0]
+    return result
+
+
+def _merged(
+    base: Tensor,
+    tuned: Sequence[Tensor | Factored],
+    config: MergeConfig,
+    name: str,
+    position: float,
+    out_dtype: torch.dtype | None,
+    measure_norms: bool | None,
+) -> MergeResult:
     label = name or "tensor"
     options = config.options(len(tuned), name, position)
     plan = treatment(config, options, name, tuple(base.shape), base.dtype, len(tuned))
@@ -83,7 +105,12 @@ def merge_tensors(
         result.weight = stored(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
     report = result.report
     report.method, report.treatment, report.reason = config.method.name, plan.kind, plan.reason
-    report.shape, report.seconds = tuple(base.shape), time.perf_counter() - start
+    report.shape = tuple(base.shape)
+    if plan.kind != "base" and (config.method.matrices_only if measure_norms is None else measure_norms):
+        dense = [model for model in tuned if isinstance(model, Tensor)]
+        *distances, report.update_norm = _distances(base, [*dense, result.weight])
+        found = iter(distances)
+        report.task_norms = [model.norm() if isinstance(model, Factored) else next(found) for model in tuned]
     return result
 
 
@@ -213,6 +240,18 @@ def base_plus(base: Tensor, update: Factored) -> Tensor:
         return base
     dtype = accumulation_dtype(base, update.left)
     return torch.addmm(base.to(dtype), update.left.to(dtype) * update.scale, update.right.to(dtype))
+
+
+def _distances(base: Tensor, others: Sequence[Tensor]) -> list[float]:
+    """Return the Frobenius norms of what the others differ from the base, in pieces: the reference would copy all."""
+    flat = [tensor.flatten() for tensor in (base, *others)]
+    squares = torch.zeros(len(others), dtype=torch.float64)
+    for first in range(0, base.numel(), _PIECE):
+        origin, *pieces = (tensor[first : first + _PIECE] for tensor in flat)
+        found = task_statistics(origin, pieces, sigma=math.inf, eps=0.0)
+        squares += found.numel * (found.mean.square() + found.sd.square()).cpu()
+    distances: list[float] = squares.sqrt().tolist()
+    return distances
 
 
 def stored(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:

@@ -53,6 +53,16 @@ def evaluate(value: Any, name: str, position: float) -> Any:
     return value
 
 
+def split_layer(name: str) -> tuple[str, int, str] | None:
+    """Split a tensor's name at the index of its layer, the first whole number among its dot-separated parts.
+
+    Returns:
+        What comes before it, the index, and what comes after it; None for a name without one.
+    """
+    match = _LAYER.match(name)
+    return None if match is None else (match[1], int(match[2]), name[match.end() :])
+
+
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
     """Map each tensor name to the position of its layer in [0, 1]: ``index / (layers - 1)``.
 

@@ -20,9 +20,10 @@ LAYERS = [
     {"merge"},
     {"checkpoint"},
     {"lora"},
+    {"report"},
     {"engine"},
     {"integrations"},
-    {"cli", "report"},
+    {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -5,6 +5,7 @@ from .adapted import AdaptedModel, adapt, is_adapter
 from .adapter import Adapter
 from .checksum import Checksum, checksum
 from .headers import FileState, TensorHeader
+from .hub import is_model_id
 from .plan import Footprint, InputFile, MergePlan, Part, TensorPlan, make_plan
 from .reader import Checkpoint
 from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
@@ -28,6 +29,7 @@ __all__ = [
     "checksum",
     "format_size",
     "is_adapter",
+    "is_model_id",
     "make_plan",
     "parse_size",
     "plan_shards",

@@ -32,12 +32,17 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Path:
         CheckpointError: the model can neither be found nor fetched.
     """
     match = _MODEL_ID.fullmatch(model)
-    if Path(model).exists() or not match:
+    if match is None or not is_model_id(model):
         return Path(model)
     folder = _fetch(model, match["repo"], match["revision"], _WEIGHTS + _COMPANIONS)
     if allow_pickle and not any(folder.glob(_WEIGHTS[0])):
         folder = _fetch(model, match["repo"], match["revision"], _PICKLES + _COMPANIONS)
     return folder
+
+
+def is_model_id(model: str) -> bool:
+    """Whether `resolve` takes a model for an id, not for a path."""
+    return bool(_MODEL_ID.fullmatch(model)) and not Path(model).exists()
 
 
 def _fetch(model: str, repo: str, revision: str | None, patterns: list[str]) -> Path:

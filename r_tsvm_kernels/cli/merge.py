@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stopped = group.add_mutually_exclusive_group()
     stopped.add_argument("--resume", action="store_true", help="continue a merge into OUT that was stopped")
     stopped.add_argument("--restart", action="store_true", help="throw away what such a merge has left, start over")
+    group.add_argument(
+        "--norms", action="store_true", help="report norms for element-wise methods too, which takes longer"
+    )
     group.add_argument("--quiet", action="store_true", help="print errors only")
 
 
@@ -58,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             restart=arguments.restart,
             engine=arguments.engine,
             ray_address=arguments.ray_address,
+            measure_norms=True if arguments.norms else None,
             progress=show,
         )
     if not arguments.quiet:

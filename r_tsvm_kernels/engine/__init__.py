@@ -1,6 +1,7 @@
 """Engines that carry out a merge of checkpoints."""
 
 from .adapters import AdapterResult, LeftOut, ModuleReport, extract_lora, merge_lora, resize_lora
+from .report import write_page
 from .run import CheckpointResult, Progress, choose_device, choose_workers, merge_checkpoints
 from .schedule import Schedule, TensorSchedule, schedule, smallest_schedule
 from .verify import Verification, verify_output
@@ -23,4 +24,5 @@ __all__ = [
     "schedule",
     "smallest_schedule",
     "verify_output",
+    "write_page",
 ]

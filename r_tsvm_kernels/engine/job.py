@@ -32,11 +32,14 @@ class MergeJob:
     Attributes:
         plan: what is to be done.
         device: where tensors are merged.
+        measure_norms: see `merge_tensors`.
         shards: where they are written.
         finished: journal entries of the tensors that are done, by name.
         resumed: how many of them were done before this job began: those that the journal has, and that are still in
             the shards as the journal says.
     """
+
+    measure_norms: bool | None = None
 
     def __init__(self, plan: MergePlan, device: torch.device, stage: Stage, shards: Shards, journal: Journal) -> None:
         self.plan = plan

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..checkpoint import Checksum, MergePlan
 from ..linalg import Factored
-from ..methods import MergeResult
+from ..methods import MergeResult, timed
 from .job import COMMIT_SECONDS
 from .journal import Finished
 from .schedule import Schedule
@@ -42,6 +42,7 @@ class Work(Protocol):
 
     plan: MergePlan
     device: torch.device
+    measure_norms: bool | None
     shards: Shards
 
     @property
@@ -114,11 +115,12 @@ class _Budget:
 
 @dataclass
 class _Read:
-    """A tile on its way: its inputs, and with the last tile of a tensor their checksums."""
+    """A tile on its way: its inputs, with the last tile of a tensor their checksums, and the time of reading."""
 
     tile: Tile
     inputs: list[Tensor | Factored]
     checksums: list[str]
+    stages: dict[str, list[float]]
 
 
 @dataclass
@@ -213,10 +215,13 @@ class _Pipeline:
                 self._read.put(None)
 
     def _read_tile(self, tile: Tile, checksums: list[Checksum]) -> _Read:
-        inputs = read_tile(self.job.plan, tile, pin=self._on_gpu)
-        for checksum, values in zip(checksums, inputs, strict=True):
-            update_checksum(checksum, values)
-        return _Read(tile, inputs, by_input(self.job.plan, tile.name, checksums) if tile.is_last else [])
+        stages: dict[str, list[float]] = {}
+        with timed(stages, "read"):
+            inputs = read_tile(self.job.plan, tile, pin=self._on_gpu)
+            for checksum, values in zip(checksums, inputs, strict=True):
+                update_checksum(checksum, values)
+        found = by_input(self.job.plan, tile.name, checksums) if tile.is_last else []
+        return _Read(tile, inputs, found, stages)
 
     # --- the workers
 
@@ -241,7 +246,8 @@ class _Pipeline:
             if read is None or not self._begin(read.tile):
                 return False
         needs = self.schedule.tensors[read.tile.name]
-        result = merge_tile(self.job.plan, read.tile, read.inputs, self.job.device)
+        result = merge_tile(self.job.plan, read.tile, read.inputs, self.job.device, self.job.measure_norms)
+        result.report.stages |= read.stages
         merged = _Merged(read.tile, result, read.checksums)
         del read, result
         self._inputs.give_back(needs.inputs)

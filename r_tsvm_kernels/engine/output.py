@@ -42,7 +42,7 @@ class Stage:
             _sync(file)
         _sync(self.folder)
         if is_single_file(self.out):
-            for beside in (report_path(self.out), journal_path(self.out)):
+            for beside in (report_path(self.out), page_path(self.out), journal_path(self.out)):
                 shutil.copyfile(self.folder / beside.name, beside)
                 _sync(beside)
             (self.folder / self.out.name).rename(self.out)
@@ -90,6 +90,11 @@ def is_single_file(out: Path) -> bool:
 def report_path(out: Path) -> Path:
     """Return where the report of a merge into `out` lies."""
     return _beside(out, "merge_report.json")
+
+
+def page_path(out: Path) -> Path:
+    """Return where the page that shows the report of a merge into `out` lies."""
+    return _beside(out, "merge_report.html")
 
 
 def journal_path(out: Path) -> Path:

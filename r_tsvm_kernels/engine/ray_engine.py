@@ -64,6 +64,7 @@ class _Order:
     schedule: Schedule
     stage: Path
     device_type: str
+    measure_norms: bool | None
     software: dict[str, Any]
     folder: Path
 
@@ -101,7 +102,8 @@ def run_ray(
         waiting = deque(_groups(job, slots))
         most = tasks or len(waiting)  # Ray queues what there is no room for
         task = ray.remote(**options)(merge_group)
-        order = ray.put(_Order(job.plan, schedule, job.stage.folder, job.device.type, software(job.device), Path.cwd()))
+        here = (job.device.type, job.measure_norms, software(job.device), Path.cwd())
+        order = ray.put(_Order(job.plan, schedule, job.stage.folder, *here))
         running: list[Any] = []
         try:
             while waiting or running:
@@ -137,7 +139,7 @@ def merge_group(order: _Order, names: list[str]) -> list[Finished]:
     group = [layout for layout in layouts(order.plan) if not layout.specs.keys().isdisjoint(names)]
     # Opened anew for each group: a worker that outlives its driver must not find the shards of the next one.
     with closing(Shards(order.stage, group)) as shards:
-        part = _Part(order.plan, device, shards, names)
+        part = _Part(order.plan, device, order.measure_norms, shards, names)
         run_local(part, order.schedule, lambda name: None)
     if order.device_type == "cuda":
         torch.cuda.empty_cache()  # the next task of this process may be given another GPU
@@ -154,9 +156,12 @@ def own_gpu() -> torch.device:
 class _Part:
     """A group as the local engine sees it: a job whose journal is kept by somebody else."""
 
-    def __init__(self, plan: MergePlan, device: torch.device, shards: Shards, names: list[str]) -> None:
+    def __init__(
+        self, plan: MergePlan, device: torch.device, measure_norms: bool | None, shards: Shards, names: list[str]
+    ) -> None:
         self.plan = plan
         self.device = device
+        self.measure_norms = measure_norms
         self.shards = shards
         self.pending = names
         self.finished: list[Finished] = []

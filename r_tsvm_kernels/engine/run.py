@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from .. import __version__
 from ..checkpoint import make_plan, parse_size, write_index
 from ..config import MergeConfig
 from ..errors import ConfigError, DeviceError
-from ..linalg import Certificate
 from ..methods import TensorReport
-from .companions import copy_companions, write_json
+from .companions import copy_companions
 from .job import MergeJob, open_job
 from .local import run_local
 from .output import is_single_file, locked_stage, refuse_existing, report_path
 from .ray_engine import run_ray
+from .report import as_report, write_card, write_report
 from .schedule import schedule
 from .work import check_tied_heads
 
@@ -75,6 +72,7 @@ def merge_checkpoints(
     restart: bool = False,
     engine: str = "local",
     ray_address: str | None = None,
+    measure_norms: bool | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CheckpointResult:
     """Merge the checkpoints a recipe names and write the result.
@@ -100,6 +98,8 @@ def merge_checkpoints(
         engine: ``local``, or ``ray`` for several GPUs or machines with a shared file system; there `threads` is the
             most tasks at a time, and each task has a process and a memory budget of its own.
         ray_address: of a running Ray cluster, e.g. ``10.0.0.1:6379``; None starts Ray on this machine alone.
+        measure_norms: report the norms of task vectors and updates; None means for spectral methods only, because
+            element-wise ones hardly compute longer than that takes.
         progress: called after each tensor, in the thread of the caller.
 
     Returns:
@@ -132,15 +132,18 @@ def merge_checkpoints(
     order = schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
     check_tied_heads(plan)
     with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
+        job.measure_norms = measure_norms
         tensor_done = _reporter(job, progress)
         if engine == "ray":
             run_ray(job, order, tensor_done, tasks=threads, address=ray_address)
         else:
             run_local(job, order, tensor_done)
         seconds = time.perf_counter() - start
-        _complete(job, seconds)
+        _complete(job)
+        run = {"engine": engine, "threads": order.workers, "seconds": seconds, "resumed_tensors": job.resumed}
+        write_report(job, run)
         stage.publish()
-    reports = {name: _as_report(job.finished[name].report) for name in plan.tensors}
+    reports = {name: as_report(job.finished[name].report) for name in plan.tensors}
     return CheckpointResult(out, report_path(out), reports, job.resumed, seconds)
 
 
@@ -194,7 +197,7 @@ def _reporter(job: MergeJob, progress: Callable[[Progress], None] | None) -> Cal
     return tensor_done
 
 
-def _complete(job: MergeJob, seconds: float) -> None:
+def _complete(job: MergeJob) -> None:
     """Write what lies beside the weights, after a last look at the inputs."""
     plan, stage = job.plan, job.stage
     for checkpoint in plan.inputs:
@@ -207,31 +210,4 @@ def _complete(job: MergeJob, seconds: float) -> None:
     if not is_single_file(stage.out):
         copy_companions(plan.base, stage.folder, plan.config.out_dtype or plan.config.dtype)
         (stage.folder / "merge_recipe.yaml").write_text(plan.config.to_yaml(), encoding="utf-8")
-    write_json(stage.folder / report_path(stage.out).name, _report(job, seconds))
-
-
-def _report(job: MergeJob, seconds: float) -> dict[str, Any]:
-    plan = job.plan
-    recipe = plan.config.model_dump(mode="json", exclude_defaults=True)
-    return {
-        "recipe": {"merge_method": plan.config.merge_method, **recipe},
-        "parameters": plan.config.options(len(plan.tuned)).model_dump(mode="json"),
-        "versions": {
-            "r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version(),
-        },
-        "device": str(job.device),
-        "seconds": seconds,
-        "resumed_tensors": job.resumed,
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "tensors": {name: job.finished[name].report for name in plan.tensors},
-    }  # fmt: skip
-
-
-def _as_report(data: dict[str, Any]) -> TensorReport:
-    """Turn the JSON form of a report back into one."""
-    certificate = data["certificate"]
-    if certificate is not None:
-        lists = {key: tuple(value) for key, value in certificate.items() if isinstance(value, list)}
-        certificate = Certificate(**{**certificate, **lists})
-    return TensorReport(**{**data, "shape": tuple(data["shape"]), "certificate": certificate})
+        write_card(plan, stage.folder)

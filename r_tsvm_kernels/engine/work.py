@@ -17,7 +17,7 @@ from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, MergePlan
 from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
 from ..merge import base_plus, merge_tensors, stored
-from ..methods import MergeResult, TensorReport
+from ..methods import MergeResult, TensorReport, timed
 from .journal import Finished
 from .schedule import TensorSchedule
 from .shards import Shards
@@ -77,8 +77,14 @@ def by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]) -> list[
     return [found.get(source, "") for source in range(max(found) + 1)]
 
 
-def merge_tile(plan: MergePlan, tile: Tile, inputs: Sequence[Tensor | Factored], device: torch.device) -> MergeResult:
-    """Merge what `read_tile` read; the weight of the result lies on the CPU.
+def merge_tile(
+    plan: MergePlan,
+    tile: Tile,
+    inputs: Sequence[Tensor | Factored],
+    device: torch.device,
+    measure_norms: bool | None = None,
+) -> MergeResult:
+    """Merge what `read_tile` read; the weight of the result lies on the CPU. For `measure_norms` see `merge_tensors`.
 
     Raises:
         NonFiniteError, ConvergenceError: the values cannot be merged; the message names the tensor.
@@ -96,7 +102,13 @@ def merge_tile(plan: MergePlan, tile: Tile, inputs: Sequence[Tensor | Factored],
         base = _whole(on_device[plan.base])
         models = [_model(plan, model, on_device) for model in plan.tuned]
         result = merge_tensors(
-            base, models, plan.config, name=tile.name, position=tensor.position, out_dtype=tensor.spec.dtype
+            base,
+            models,
+            plan.config,
+            name=tile.name,
+            position=tensor.position,
+            out_dtype=tensor.spec.dtype,
+            measure_norms=measure_norms,
         )
         result.weight = result.weight.cpu()
     except torch.cuda.OutOfMemoryError as error:
@@ -136,12 +148,13 @@ class Assembly:
 
     def write(self, tile: Tile, result: MergeResult, shards: Shards) -> None:
         """Write the next tile to its place."""
-        shards.write(tile.name, result.weight, None if tile.count == 1 else tile.first)
-        self._checksum.update(result.weight)
+        with timed(result.report.stages, "write"):
+            shards.write(tile.name, result.weight, None if tile.count == 1 else tile.first)
+            self._checksum.update(result.weight)
         if self._report is None:
             self._report = result.report
         else:
-            self._report.seconds += result.report.seconds
+            self._report.add_rows(result.report)
 
     def finish(self, name: str, inputs: Sequence[str], shards: Shards) -> Finished:
         """Return the journal's entry, when all tiles are written.

@@ -2,6 +2,7 @@
 
 from .certificate import Certificate, Mode
 from .factored import Factored, FactoredMerge, leading_triplets, merge_factored, weighted_sum
+from .interference import interference_of_bases, interference_of_gram
 from .memory import tsv_merge_bytes, tsv_merge_flops
 from .polar import PolarFactor, polar
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
@@ -23,6 +24,8 @@ __all__ = [
     "choose_rank",
     "energy_rank",
     "fixed_rank",
+    "interference_of_bases",
+    "interference_of_gram",
     "leading_subspaces",
     "leading_triplets",
     "merge_factored",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..errors import DeviceError, DTypeError, ShapeError
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
+from .interference import interference_of_gram
 from .inverse_root import root_of_factor
 from .polar import isometry_defect
 from .ranks import Rank
@@ -54,6 +56,12 @@ class Factored:
         dtype = torch.float64 if self.left.dtype == torch.float64 else torch.float32
         return (self.left.to(dtype) * self.scale) @ self.right.to(dtype)
 
+    def norm(self) -> float:
+        """Return the Frobenius norm of the product, from Gram matrices of the factors in float64."""
+        left, right = self.left.double(), self.right.double()
+        square = float(((left.mT @ left) * (right @ right.mT)).sum())
+        return abs(self.scale) * math.sqrt(max(square, 0.0))
+
 
 @dataclass(frozen=True)
 class FactoredMerge:
@@ -64,12 +72,14 @@ class FactoredMerge:
         ranks: rank used per task: what was asked for, clipped to the numerical rank of the product.
         captured_energy: per task, fraction of the squared Frobenius norm inside the subspaces that were kept.
         certificate: measured accuracy.
+        interference: see `TsvMerge`.
     """
 
     update: Factored
     ranks: tuple[int, ...]
     captured_energy: tuple[float, ...]
     certificate: Certificate
+    interference: tuple[float, float]
 
 
 def merge_factored(
@@ -99,7 +109,8 @@ def merge_factored(
         cores.append(weight * values)
         energies.append(energy)
     U, V = torch.cat(bases_left, dim=1), torch.cat(bases_right, dim=1)
-    left, right = (root_of_factor(torch.linalg.qr(basis, mode="r").R) for basis in (U, V))
+    R_left, R_right = (torch.linalg.qr(basis, mode="r").R for basis in (U, V))
+    left, right = root_of_factor(R_left), root_of_factor(R_right)
     P, Q = left.matrix.after(U), right.matrix.after(V)
     defect = max(isometry_defect(left, P.mT @ P), isometry_defect(right, Q.mT @ Q))
     certificate = Certificate(
@@ -113,7 +124,9 @@ def merge_factored(
     )
     certificate.require()
     update = Factored(P * torch.cat(cores), Q.mT)
-    return FactoredMerge(update, tuple(len(core) for core in cores), tuple(energies), certificate)
+    numbers = tuple(len(core) for core in cores)
+    overlaps = tuple(interference_of_gram(R.mT @ R, numbers) for R in (R_left, R_right))
+    return FactoredMerge(update, numbers, tuple(energies), certificate, (overlaps[0], overlaps[1]))
 
 
 def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Factored:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError, ConvergenceError, RTsvmError, ShapeError
 from .certificate import Certificate, Mode, tolerance_of
 from .factored import Factored, merge_factored
+from .interference import interference_of_bases, interference_of_gram
 from .inverse_root import InverseRoot, root_of_factor, root_of_gram, root_of_gram_float32
 from .matmul_route import MatmulMerge, matmul_tsv_merges
 from .purification import STEPS
@@ -40,12 +41,15 @@ class TsvMerge:
         ranks: rank used per task: what was asked for, clipped to the numerical rank.
         captured_energy: per task, fraction of the squared Frobenius norm inside the subspaces that were kept.
         certificate: measured accuracy.
+        interference: overlap of the tasks' left and of their right subspaces before they were made orthogonal, see
+            `interference_of_gram`.
     """
 
     matrix: Tensor
     ranks: tuple[int, ...]
     captured_energy: tuple[float, ...]
     certificate: Certificate
+    interference: tuple[float, float]
 
 
 def tsv_merge(
@@ -126,7 +130,8 @@ def tsv_merge(
     merge.write(update.mT if tall[0].transposed else update)
     if not whole:
         result[rows[:, None], columns] = update
-    return TsvMerge(result, tuple(part.V.shape[1] for part in merge.parts), merge.captured_energy(), merge.certificate)
+    numbers = tuple(part.V.shape[1] for part in merge.parts)
+    return TsvMerge(result, numbers, merge.captured_energy(), merge.certificate, merge.interference)
 
 
 def _attempt(
@@ -252,6 +257,7 @@ class _Merge:
         left_gram = self._left(self._left(scaled, True).mT, True).mT
         right_gram = self._mirrored(V.new_zeros(len(gram), len(gram)), V)
         right_gram.diagonal()[:] = 1  # within a task the basis is orthonormal already
+        self.interference = (interference_of_gram(left_gram, ranks), interference_of_gram(right_gram, ranks))
         (left, left_defect, left_failed), (right, right_defect, right_failed) = side_by_side(
             [
                 partial(self._root, left_gram, lambda: self._left_factor(lengths)),
@@ -277,6 +283,7 @@ class _Merge:
         condition = (left.condition, right.condition)
         if matrices[0].transposed:
             left, right, condition = right, left, condition[::-1]
+            self.interference = self.interference[::-1]
         self.certificate = Certificate(
             error=subspace_error * max(condition) + defect + 4 * torch.finfo(matrices[0].matrix.dtype).eps,
             orthogonality=defect,
@@ -451,7 +458,9 @@ def _of_products(merged: MatmulMerge, matrices: Tensor, mode: Mode) -> TsvMerge:
         min(1.0, float(part.core.square().sum() / matrix.double().square().sum()))
         for part, matrix in zip(merged.parts, matrices, strict=True)
     )
-    return TsvMerge(merged.matrix, ranks, energies, certificate)
+    bases = [part.U for part in merged.parts], [part.Vh.mT for part in merged.parts]
+    overlaps = (interference_of_bases(bases[0]), interference_of_bases(bases[1]))
+    return TsvMerge(merged.matrix, ranks, energies, certificate, overlaps)
 
 
 def _of_all_values(rank: Rank, count: int) -> Rank:
@@ -467,4 +476,4 @@ def _from_factors(
     merged = merge_factored(matrices, ranks, weights, mode)
     dtype = torch.float64 if any(matrix.left.dtype == torch.float64 for matrix in matrices) else torch.float32
     update = Factored(merged.update.left.to(dtype), merged.update.right.to(dtype))
-    return TsvMerge(update.dense(), merged.ranks, merged.captured_energy, merged.certificate)
+    return TsvMerge(update.dense(), merged.ranks, merged.captured_energy, merged.certificate, merged.interference)

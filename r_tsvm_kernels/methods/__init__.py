@@ -31,6 +31,7 @@ from .base import (
     get_method,
     nearest,
     task_matrices,
+    timed,
 )
 from .task_arithmetic import mean_task_vector
 
@@ -48,4 +49,5 @@ __all__ = [
     "mean_task_vector",
     "nearest",
     "task_matrices",
+    "timed",
 ]

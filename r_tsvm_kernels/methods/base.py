@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -58,6 +60,17 @@ class MethodParameters(BaseModel):
         return self
 
 
+@contextmanager
+def timed(stages: dict[str, list[float]], stage: str) -> Iterator[None]:
+    """Add the wall time and the CPU time of this thread that the ``with`` block takes to a stage."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    try:
+        yield
+    finally:
+        before = stages.get(stage, (0.0, 0.0))
+        stages[stage] = [before[0] + time.perf_counter() - wall, before[1] + time.thread_time() - cpu]
+
+
 @dataclass
 class TensorReport:
     """How one tensor was merged. Lists have one entry per task; they are empty where a quantity does not apply.
@@ -73,7 +86,13 @@ class TensorReport:
         weights: factor of each task's core, or weight of each task vector or model.
         captured_energy: fraction of each task matrix's squared Frobenius norm inside the kept subspaces.
         certificate: accuracy of the spectral solve; None where there was none.
+        interference: overlap of the tasks' left and of their right singular subspaces before they were made
+            orthogonal, each in [0, 1]: see `linalg.interference_of_gram` for the formula.
+        task_norms: Frobenius norm of each task vector ``W_t - W_0``, as loaded; empty where it was not measured.
+        update_norm: Frobenius norm of the change of the base, as stored; None where it was not measured.
         seconds: wall time of the computation.
+        stages: wall time and CPU time of the thread, in seconds, of ``merge`` (the computation), of its parts
+            ``statistics`` and ``spectral`` where the method has them, and in an engine of ``read`` and ``write``.
     """
 
     method: str = ""
@@ -86,7 +105,20 @@ class TensorReport:
     weights: list[float] = field(default_factory=list)
     captured_energy: list[float] = field(default_factory=list)
     certificate: Certificate | None = None
+    interference: list[float] = field(default_factory=list)
+    task_norms: list[float] = field(default_factory=list)
+    update_norm: float | None = None
     seconds: float = 0.0
+    stages: dict[str, list[float]] = field(default_factory=dict)
+
+    def add_rows(self, other: TensorReport) -> None:
+        """Take over what the report of other rows of the same tensor says of time and norms."""
+        self.seconds += other.seconds
+        for stage, spent in other.stages.items():
+            self.stages[stage] = [a + b for a, b in zip(self.stages.get(stage, [0.0, 0.0]), spent, strict=True)]
+        self.task_norms = [math.hypot(a, b) for a, b in zip(self.task_norms, other.task_norms, strict=True)]
+        if self.update_norm is not None and other.update_norm is not None:
+            self.update_norm = math.hypot(self.update_norm, other.update_norm)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..linalg import Factored, Mode, leading_triplets, polar, weighted_sum
 from ..linalg.inverse_root import RANK_TOLERANCE
 from ..ops import accumulation_dtype, add_update
-from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register
+from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, timed
 
 
 class IsoCParameters(MethodParameters):
@@ -51,10 +51,12 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
         return _iso_c_of_factors(base, tuned, options)
     total, rows, columns = sum_of_tasks(base, tuned, options.weight)
     core = total[rows][:, columns]
-    (factor,) = polar([core], options.mode)
+    report = TensorReport(weights=list(options.weight))
+    with timed(report.stages, "spectral"):
+        (factor,) = polar([core], options.mode)
     mean = float((core * factor.matrix).sum()) / min(base.shape)
     total[rows.unsqueeze(1), columns] = factor.matrix.mul_(mean)
-    report = TensorReport(weights=list(options.weight), certificate=factor.certificate)
+    report.certificate = factor.certificate
     merged = add_update(base, total.to(accumulation_dtype(base, *tuned)), options.alpha)
     return MergeResult(merged, report)
 

@@ -13,7 +13,7 @@ from ..errors import ConvergenceError
 from ..linalg import Certificate, Mode, polar, truncated_svd
 from ..linalg.decompositions import svd
 from ..ops import accumulation_dtype, add_update
-from .base import Cost, Job, MergeResult, TensorReport, register
+from .base import Cost, Job, MergeResult, TensorReport, register, timed
 from .iso_c import IsoCParameters, sum_of_tasks
 
 
@@ -63,15 +63,17 @@ def iso_cts(base: Tensor, tuned: Sequence[Tensor], options: IsoCtsParameters) ->
             rest = delta - common.U @ (common.U.mT @ delta)
             yield _triplets(rest, delta, own_rank, options.mode, exact)
 
-    try:
-        joined = _join(list(parts(exact=False)), options.mode)
-    except ConvergenceError as failure:
-        joined = _join(list(parts(exact=True)), options.mode, (str(failure),))
-    left, right, values, certificate = joined
+    report = TensorReport(weights=list(options.weight))
+    with timed(report.stages, "spectral"):
+        try:
+            joined = _join(list(parts(exact=False)), options.mode)
+        except ConvergenceError as failure:
+            joined = _join(list(parts(exact=True)), options.mode, (str(failure),))
+    left, right, values, report.certificate = joined
     mean = float(values.sum()) / min(base.shape)
     total[rows.unsqueeze(1), columns] = mean * (left @ right.mT)
     merged = add_update(base, total.to(accumulation_dtype(base, *tuned)), options.alpha)
-    return MergeResult(merged, TensorReport(weights=list(options.weight), certificate=certificate))
+    return MergeResult(merged, report)
 
 
 class _Triplets(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..linalg import Factored, RankRule, choose_rank, fixed_rank, tsv_merge
+from ..linalg import Factored, RankRule, choose_rank, fixed_rank
 from ..ops import (
     OutlierWeighting,
     add_update,
@@ -18,8 +18,8 @@ from ..ops import (
     reweight_prune,
     task_statistics,
 )
-from .base import Cost, FiniteFloat, Job, MergeResult, PerModel, TensorReport, register
-from .tsvm import TsvmParameters, spectral_cost
+from .base import Cost, FiniteFloat, Job, MergeResult, PerModel, TensorReport, register, timed
+from .tsvm import TsvmParameters, merge_and_report, spectral_cost
 
 
 def _whole(value: object) -> object:
@@ -79,27 +79,21 @@ def keeps_factors(options: RtsvmParameters) -> bool:
 )
 def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> MergeResult:
     """Reweight, prune, choose a rank per task, then TSV-Merge (our reconstruction of Yang et al., 2025)."""
+    report = TensorReport(weights=list(options.weight))
     if isinstance(tuned[0], Factored):
-        report = TensorReport(weights=list(options.weight))
         task_matrices, sparsities = list(tuned), [0.0] * len(tuned)
     else:
-        statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
-        task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
-        sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
+        with timed(report.stages, "statistics"):
+            statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
+            task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
+            sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
         reweighting = outlier_weights(statistics, options.outlier_weighting)
-        report = TensorReport(
-            sparsities=sparsities,
-            outlier_masses=statistics.outlier_mass.tolist(),
-            weights=[w * user for w, user in zip(reweighting, options.weight, strict=True)],
-        )
+        report.weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
+        report.sparsities, report.outlier_masses = sparsities, statistics.outlier_mass.tolist()
     shape = (base.shape[0], base.shape[1])
     ranks = [
         choose_rank(options.rank, shape, len(tuned), sparsity=z, rho=options.rank_rho, energy=options.rank_energy)
         for z in sparsities
     ]
-    merged = tsv_merge(
-        task_matrices, ranks, report.weights, options.mode, solver=options.solver, workspace=options.workspace
-    )
-    report.ranks, report.captured_energy = list(merged.ranks), list(merged.captured_energy)
-    report.certificate = merged.certificate
+    merged = merge_and_report(task_matrices, ranks, options, report)
     return MergeResult(add_update(base, merged.matrix, options.alpha), report)

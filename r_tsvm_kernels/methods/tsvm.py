@@ -8,10 +8,21 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..linalg import Factored, Mode, Solver, fixed_rank, tsv_merge, tsv_merge_bytes, tsv_merge_flops
+from ..linalg import Factored, Mode, Rank, Solver, TsvMerge, fixed_rank, tsv_merge, tsv_merge_bytes, tsv_merge_flops
 from ..ops import add_update
 from ..sizes import parse_size
-from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, task_matrices
+from .base import (
+    Cost,
+    FiniteFloat,
+    Job,
+    MergeResult,
+    MethodParameters,
+    TensorReport,
+    always,
+    register,
+    task_matrices,
+    timed,
+)
 
 # An eighth of what `tsv_merge` takes by itself: no slower, measured, and tall matrices need half as much memory. It
 # decides how sums are rounded, so no memory budget changes it.
@@ -63,19 +74,20 @@ def tsvm(base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParamete
     Gargiulo et al., CVPR 2025. A matrix with fewer rows or columns than tasks has rank 0 to give away: it stays the
     base's, as in the published code.
     """
-    rank = fixed_rank((base.shape[0], base.shape[1]), len(tuned))
-    merged = tsv_merge(
-        task_matrices(base, tuned)[0],
-        [rank] * len(tuned),
-        options.weight,
-        options.mode,
-        solver=options.solver,
-        workspace=options.workspace,
-    )
-    report = TensorReport(
-        ranks=list(merged.ranks),
-        weights=list(options.weight),
-        captured_energy=list(merged.captured_energy),
-        certificate=merged.certificate,
-    )
+    ranks = [fixed_rank((base.shape[0], base.shape[1]), len(tuned))] * len(tuned)
+    report = TensorReport(weights=list(options.weight))
+    merged = merge_and_report(task_matrices(base, tuned)[0], ranks, options, report)
     return MergeResult(add_update(base, merged.matrix, options.alpha), report)
+
+
+def merge_and_report(
+    matrices: Sequence[Tensor | Factored], ranks: Sequence[Rank], options: TsvmParameters, report: TensorReport
+) -> TsvMerge:
+    """Merge with the weights of the report, and note in it what was measured."""
+    with timed(report.stages, "spectral"):
+        merged = tsv_merge(
+            matrices, ranks, report.weights, options.mode, solver=options.solver, workspace=options.workspace
+        )
+    report.ranks, report.captured_energy = list(merged.ranks), list(merged.captured_energy)
+    report.certificate, report.interference = merged.certificate, list(merged.interference)
+    return merged

@@ -79,8 +79,8 @@ def test_the_output_folder(tmp_path):
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     shards = [name for name in names if name.endswith(".safetensors")]
     assert [name for name in names if name not in shards] == [
-        "LICENSE.txt", "config.json", "generation_config.json", "merge_journal.jsonl", "merge_recipe.yaml",
-        "merge_report.json", "model.safetensors.index.json", "modeling_toy.py", "tokenizer.json",
+        "LICENSE.txt", "README.md", "config.json", "generation_config.json", "merge_journal.jsonl", "merge_recipe.yaml",
+        "merge_report.html", "merge_report.json", "model.safetensors.index.json", "modeling_toy.py", "tokenizer.json",
     ]  # fmt: skip
     assert shards == [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -118,7 +118,7 @@ def test_bare_files_in_and_out(tmp_path):
     assert all(same_bits(merged[name], expected[name]) for name in base)
     assert result.report_path == tmp_path / "deep" / "out.merge_report.json"
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == [
-        "out.merge_journal.jsonl", "out.merge_report.json", "out.safetensors",
+        "out.merge_journal.jsonl", "out.merge_report.html", "out.merge_report.json", "out.safetensors",
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import secrets
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import digest, family, save, tuned_state_dict
+from checkpoints import digest, family, save, tuned_state_dict, without_times
 
 from r_tsvm_kernels import ConfigError, DeviceError, MemoryBudgetError, MergeConfig, NonFiniteError, merge_checkpoints
 from r_tsvm_kernels.engine import ray_engine, run
@@ -143,6 +144,10 @@ class TestInProcess:
         assert verify_output("ray", inputs=True).ok
         assert sorted(state.tensor for state in seen) == sorted(result.reports)
         assert (seen[-1].tensors_done, seen[-1].bytes_done) == (seen[-1].tensors_total, seen[-1].bytes_total)
+        assert Path("ray/README.md").read_bytes() == Path("local/README.md").read_bytes()
+        reports = [json.loads(Path(engine, "merge_report.json").read_text()) for engine in ("local", "ray")]
+        assert reports[1]["engine"] == "ray" and reports[1]["stages"].keys() == reports[0]["stages"].keys()
+        assert without_times(reports[1]) == without_times(reports[0])
 
     def test_killed_workers_are_replaced(self, tmp_path, large):
         config, expected = large

@@ -1,0 +1,25 @@
+"""Write the page of a merge again, merge_report.html, from the merge_report.json beside it.
+
+  rtsvm report OUT
+
+OUT is a folder or .safetensors file that `rtsvm merge` wrote. The page is one file; a browser opens it from disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "write the page of a merge again"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("out", metavar="OUT", help="output of a merge")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page and say where it lies."""
+    from ..engine import write_page
+
+    print(write_page(arguments.out))
+    return 0

@@ -1,0 +1,116 @@
+"""The report of a merge, as JSON and as a page, and the model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoint import MergePlan, is_model_id
+from ..errors import CheckpointError
+from ..linalg import Certificate
+from ..methods import TensorReport
+from ..report import inherited_terms, model_card, plain, report_page, short_name, summary, time_per_stage
+from .companions import write_json
+from .job import MergeJob
+from .journal import Finished
+from .output import page_path, report_path, writing
+
+CARD = "README.md"
+
+
+def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
+    """Write the report of a merge that is complete into its stage; what was merged before a stop is in the journal.
+
+    Args:
+        job: with all tensors finished.
+        run: what is known of this run: engine, threads, seconds, how many tensors were resumed.
+    """
+    plan, stage = job.plan, job.stage
+    config, tensors = plan.config, {name: _entry(job.finished[name]) for name in plan.tensors}
+    models = [str(entry.model) for entry in config.models]
+    recipe = config.model_dump(mode="json", exclude_defaults=True)
+    method = config.method
+    report = {
+        "name": f"{method.pretty_name} of {', '.join(dict.fromkeys(short_name(model) for model in models))}",
+        "summary": summary(tensors),
+        "method": {"name": method.name, "pretty_name": method.pretty_name, "paper_url": method.paper_url},
+        "base": config.base_model or models[0],
+        "models": models,
+        "recipe": {"merge_method": config.merge_method, **recipe},
+        "recipe_yaml": config.to_yaml(),
+        "parameters": config.options(len(plan.tuned)).model_dump(mode="json"),
+        "versions": {
+            "r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version(),
+        },
+        "device": str(job.device),
+        **run,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "stages": time_per_stage(tensors),
+        "tensors": tensors,
+    }  # fmt: skip
+    report = plain(report)
+    write_json(stage.folder / report_path(stage.out).name, report)
+    (stage.folder / page_path(stage.out).name).write_text(report_page(report), encoding="utf-8")
+
+
+def write_page(out: str | Path) -> Path:
+    """Write the page of a finished merge again, from its JSON report; return its path.
+
+    Raises:
+        CheckpointError: the report is missing or is none, or the page cannot be written.
+    """
+    out = Path(out)
+    source, target = report_path(out), page_path(out)
+    try:
+        page = report_page(json.loads(source.read_text(encoding="utf-8")))
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{source}: cannot be read ({reason}); was {out} written by `rtsvm merge`?") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{source}: not the report of a merge by this version ({type(error).__name__}: {error}); merge again"
+        ) from error
+    with writing(target):
+        target.write_text(page, encoding="utf-8")
+    return target
+
+
+def write_card(plan: MergePlan, folder: Path) -> None:
+    """Write the model card; that of the base is not copied, but the licence it names is taken over."""
+    config = plan.config
+    models = [str(entry.model) for entry in config.models]
+    everything = [*([config.base_model] if config.base_model else []), *models]
+    base = plan.base.folder
+    card = model_card(
+        config.to_yaml(),
+        config.method.pretty_name,
+        config.method.paper_url,
+        config.base_model if config.method.needs_base else None,
+        models,
+        hub_ids=[model.partition("@")[0] for model in everything if is_model_id(model)],
+        inherited={} if base is None else inherited_terms(base / CARD),
+    )
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def as_report(data: Mapping[str, Any]) -> TensorReport:
+    """Turn the JSON form of a report back into one."""
+    certificate = data["certificate"]
+    if certificate is not None:
+        lists = {key: tuple(value) for key, value in certificate.items() if isinstance(value, list)}
+        certificate = Certificate(**{**certificate, **lists})
+    return TensorReport(**{**data, "shape": tuple(data["shape"]), "certificate": certificate})
+
+
+def _entry(finished: Finished) -> dict[str, Any]:
+    """Return what the report says of a tensor; a journal of an older build may lack what was added since."""
+    place = {"dtype": finished.dtype, "bytes": finished.nbytes, "file": finished.shard}
+    return asdict(as_report(finished.report)) | place

@@ -1,0 +1,7 @@
+"""What people read of a merge: the summary of its report, the page that shows it, and the model card."""
+
+from .card import inherited_terms, model_card, short_name
+from .page import report_page
+from .summary import plain, summary, time_per_stage
+
+__all__ = ["inherited_terms", "model_card", "plain", "report_page", "short_name", "summary", "time_per_stage"]

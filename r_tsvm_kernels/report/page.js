@@ -1,0 +1,354 @@
+"use strict";
+const report = JSON.parse(document.getElementById("data").textContent);
+const rows = report.rows.map((row) => Object.fromEntries(report.fields.map((field, i) => [field, row[i]])));
+const $ = (id) => document.getElementById(id);
+
+// Everything reaches the document as text, never as markup.
+function element(tag, properties, ...children) {
+  const made = document.createElement(tag);
+  for (const [key, value] of Object.entries(properties || {})) {
+    if (key in made) made[key] = value;
+    else made.setAttribute(key, value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+function drawn(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
+// --- numbers
+
+const isNumber = (x) => typeof x === "number" && Number.isFinite(x);
+const mean = (list) => (list && list.length ? list.reduce((a, b) => a + b, 0) / list.length : null);
+function number(x) {
+  if (!isNumber(x)) return "\u2013";
+  if (Number.isInteger(x)) return x.toLocaleString("en");
+  const size = Math.abs(x);
+  return size < 1e-3 || size >= 1e6 ? x.toExponential(1) : String(Number(x.toPrecision(3)));
+}
+const percent = (x) => (isNumber(x) ? `${Number((100 * x).toPrecision(3))} %` : "\u2013");
+const list = (values, format = number) => (values && values.length ? values.map(format).join(" \u00b7 ") : "\u2013");
+function scaled(x, units, step) {
+  if (!isNumber(x)) return "\u2013";
+  let i = 0;
+  while (x >= step && i < units.length - 1) { x /= step; i += 1; }
+  return `${i ? Number(x.toPrecision(3)) : x} ${units[i]}`.trim();
+}
+const bytes = (x) => scaled(x, ["B", "kB", "MB", "GB", "TB"], 1000);
+const count = (x) => scaled(x, ["", "K", "M", "B", "T"], 1000);
+function seconds(x) {
+  if (!isNumber(x)) return "\u2013";
+  if (x < 1) return `${number(1000 * x)} ms`;
+  if (x < 120) return `${Number(x.toPrecision(3))} s`;
+  return x < 7200 ? `${(x / 60).toFixed(1)} min` : `${(x / 3600).toFixed(1)} h`;
+}
+
+// --- summary
+
+const summary = report.summary;
+$("title").textContent = report.name;
+$("subtitle").textContent = `${report.method.pretty_name}, base ${report.base}`;
+
+function tile(label, value, more, warn) {
+  $("tiles").append(element("div", {},
+    element("dt", { textContent: label }),
+    element("dd", { className: warn ? "value warn" : "value", textContent: value }),
+    more ? element("dd", { className: "more", textContent: more }) : null));
+}
+const treatments = Object.entries(summary.treatments).map(([name, n]) => `${number(n)} ${name}`).join(", ");
+tile("Tensors", number(summary.tensors), treatments);
+tile("Parameters", count(summary.elements), `${bytes(report.bytes_written)} written`);
+tile("Time", seconds(report.seconds), report.resumed_tensors
+  ? `of the last run; ${number(report.resumed_tensors)} tensors were finished before` : `${bytes(report.bytes_read)} read`);
+if (summary.captured_energy) {
+  tile("Captured energy", percent(summary.captured_energy.mean), `mean; least ${percent(summary.captured_energy.least)}`);
+}
+if (isNumber(summary.interference)) {
+  tile("Interference", number(summary.interference), "mean; 0 orthogonal tasks, 1 the same subspaces");
+}
+if (summary.largest_error) {
+  const { error, tolerance, tensor } = summary.largest_error;
+  tile("Largest error estimate", number(error), `allowed ${number(tolerance)}: ${tensor}`, !(error <= tolerance));
+  tile("Escalated", number(summary.escalated), "tensors that a more exact route had to solve");
+}
+if (isNumber(summary.update_norm)) tile("Norm of the update", number(summary.update_norm), "all measured tensors");
+
+const PARTS = { statistics: "merge: statistics, pruning", spectral: "merge: spectral" };
+const longest = Math.max(...Object.values(report.stages).map((spent) => Math.max(spent.wall, spent.cpu)), 1e-9);
+for (const [stage, spent] of Object.entries(report.stages)) {
+  const bar = drawn("svg", { class: "bar", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" });
+  bar.append(drawn("rect", { class: "back", width: 100, height: 10 }),
+    drawn("rect", { class: "wall", width: (100 * spent.wall) / longest, height: 10 }),
+    drawn("rect", { class: "cpu", y: 3, width: (100 * spent.cpu) / longest, height: 4 }));
+  $("stages").append(element("div", { className: stage in PARTS ? "stage part" : "stage" },
+    element("div", {}, element("span", { textContent: PARTS[stage] || stage }),
+      element("span", { textContent: `${seconds(spent.wall)}, CPU ${seconds(spent.cpu)}` })), bar));
+}
+$("stages").append(element("p", { className: "muted", textContent:
+  "Wide bars: wall time; narrow bars: CPU time. Summed over the tensors, whose stages overlap: together they may take longer than the merge." }));
+
+function table(head, lines) {
+  return element("table", {},
+    element("thead", {}, element("tr", {}, ...head.map((text) => element("th", { scope: "col", textContent: text })))),
+    element("tbody", {}, ...lines.map((line) => element("tr", {}, ...line.map((text, i) =>
+      element(i ? "td" : "th", i ? { textContent: text } : { scope: "row", textContent: text }))))));
+}
+$("models").append(table(["model", "norm of its task vector"], report.models.map((model, i) =>
+  [model, number(summary.task_norms && summary.task_norms[i])])));
+
+$("recipe").textContent = report.recipe_yaml;
+const facts = {
+  method: report.method.pretty_name, paper: report.method.paper_url, device: report.device, engine: report.engine,
+  "wall time": seconds(report.seconds), read: bytes(report.bytes_read), written: bytes(report.bytes_written),
+  ...report.versions,
+  routes: Object.entries(summary.routes).map(([route, n]) => `${route}: ${number(n)}`).join(", ") || "none",
+};
+for (const [key, value] of Object.entries(facts)) {
+  $("run").append(element("dt", { textContent: key }), element("dd", { textContent: value }));
+}
+
+// --- heat maps
+
+// An error is a number of decimals: its colour follows the logarithm.
+const MAPS = [
+  { title: "Rank", note: "share of the directions kept: sum of the ranks over the short side",
+    of: (r) => (r.ranks.length ? r.ranks.reduce((a, b) => a + b, 0) / Math.min(...r.shape) : null), format: percent,
+    more: (r) => `ranks ${list(r.ranks)} of ${Math.min(...r.shape)}` },
+  { title: "Sparsity", note: "mean share of small elements in the task vectors", of: (r) => mean(r.sparsities), format: percent,
+    more: (r) => list(r.sparsities, percent) },
+  { title: "Outlier mass", note: "mean share of the magnitude above the outlier threshold",
+    of: (r) => mean(r.outlier_masses), format: percent, more: (r) => list(r.outlier_masses, percent) },
+  { title: "Interference", note: "overlap of the tasks\u2019 subspaces: root mean square cosine of their principal angles",
+    of: (r) => mean(r.interference), format: number, more: (r) => `left, right ${list(r.interference)}` },
+  { title: "Captured energy", note: "mean share of the squared norm that the ranks hold", of: (r) => mean(r.captured_energy),
+    format: percent, more: (r) => list(r.captured_energy, percent) },
+  { title: "Error estimate", note: "of the merged update, relative; logarithmic", of: (r) => r.error, format: number, logarithmic: true,
+    most: true, more: (r) => `${r.route}, allowed ${number(r.tolerance)}` },
+  { title: "Size of the update", note: "its norm over the mean norm of the task vectors", format: number,
+    of: (r) => (isNumber(r.update_norm) && mean(r.task_norms) ? r.update_norm / mean(r.task_norms) : null),
+    more: (r) => `update ${number(r.update_norm)}, tasks ${list(r.task_norms)}` },
+  { title: "Time", note: "of merging, wall", of: (r) => (r.treatment === "base" ? null : (r.stages.merge || [null])[0]), format: seconds,
+    more: () => "" },
+];
+const ROW = 18;
+const layered = rows.filter((row) => row.kind !== null);
+
+function cells(map) {
+  const found = new Map();
+  for (const row of layered) {
+    const value = map.of(row);
+    if (!isNumber(value)) continue;
+    if (!found.has(row.kind)) found.set(row.kind, new Map());
+    const line = found.get(row.kind);
+    if (!line.has(row.layer)) line.set(row.layer, []);
+    line.get(row.layer).push({ row, value });
+  }
+  return found;
+}
+function colour(share) {
+  const [from, to, part] = share < 0.5 ? ["low", "middle", 2 * share] : ["middle", "high", 2 * share - 1];
+  return `color-mix(in oklab, var(--${to}) ${(100 * part).toFixed(1)}%, var(--${from}))`;
+}
+function draw(map) {
+  const found = cells(map);
+  if (!found.size) return false;
+  const layers = [...new Set(layered.map((row) => row.layer))].sort((a, b) => a - b);
+  const column = new Map(layers.map((layer, i) => [layer, i]));
+  const join = (group) => (map.most ? group.reduce((a, g) => Math.max(a, g.value), -Infinity) : mean(group.map((g) => g.value)));
+  const spots = [];
+  [...found].forEach(([kind, line], y) => line.forEach((group, layer) =>
+    spots.push({ kind, layer, group, y, x: column.get(layer), value: join(group) })));
+  const height = (x) => (map.logarithmic ? Math.log10(Math.max(x, 1e-17)) : x);
+  let [low, high] = [Infinity, -Infinity];
+  for (const spot of spots) { low = Math.min(low, spot.value); high = Math.max(high, spot.value); }
+  const span = height(high) - height(low);
+  const svg = drawn("svg", { viewBox: `0 0 ${layers.length} ${found.size}`, preserveAspectRatio: "none", role: "img",
+    "aria-label": `${map.title} by layer and kind of matrix, from ${map.format(low)} to ${map.format(high)}; the table below has every value` });
+  const wide = `max(${7 * layers.length}px, min(100%, ${44 * layers.length}px))`;
+  svg.style.width = wide;
+  svg.style.height = `${ROW * found.size}px`;
+  for (const spot of spots) {
+    const rect = drawn("rect", { x: spot.x + 0.03, y: spot.y + 0.05, width: 0.94, height: 0.9 });
+    rect.style.fill = colour(span > 0 ? (height(spot.value) - height(low)) / span : 0.5);
+    rect.spot = spot;
+    svg.append(rect);
+  }
+  svg.addEventListener("pointermove", (event) => tip(event, map));
+  svg.addEventListener("pointerleave", () => { $("tip").hidden = true; });
+  svg.addEventListener("click", (event) => {
+    if (event.target.spot) details(event.target.spot.group[0].row);
+  });
+  const axis = element("div", { className: "axis" }, element("span", { textContent: `layer ${layers[0]}` }),
+    layers.length > 1 ? element("span", { textContent: layers[layers.length - 1] }) : null);
+  axis.style.width = wide;
+  const scroll = element("div", { className: "cells scroll", tabIndex: 0, role: "region", "aria-label": `${map.title}, map` }, svg, axis);
+  $("maps").append(element("div", { className: "map" },
+    element("h3", { textContent: map.title }), element("p", { className: "muted", textContent: map.note }),
+    element("div", { className: "grid" },
+      element("ul", { className: "kinds" }, ...[...found.keys()].map((kind) => element("li", { title: kind }, element("bdi", { textContent: kind })))),
+      scroll),
+    map.format(low) === map.format(high)
+      ? element("p", { className: "legend", textContent: `${map.format(low)} everywhere` })
+      : element("div", { className: "legend" }, element("span", { textContent: map.format(low) }), element("i"),
+        element("span", { textContent: map.format(high) }))));
+  return true;
+}
+function tip(event, map) {
+  const spot = event.target.spot, box = $("tip");
+  box.hidden = !spot;
+  if (!spot) return;
+  const { row } = spot.group[0];
+  const more = spot.group.length > 1 ? `${spot.group.length} tensors, ${map.most ? "the largest" : "mean"}` : map.more(row);
+  box.textContent = `layer ${spot.layer}, ${spot.kind}\n${map.title}: ${map.format(spot.value)}${more ? `\n${more}` : ""}`;
+  box.style.left = `${Math.max(4, Math.min(event.clientX + 12, innerWidth - box.offsetWidth - 8))}px`;
+  box.style.top = `${event.clientY + 18 + box.offsetHeight > innerHeight ? event.clientY - box.offsetHeight - 10 : event.clientY + 18}px`;
+}
+const shown = MAPS.filter(draw).length;
+$("maps-note").textContent = !layered.length ? "No tensor\u2019s name has the number of a layer."
+  : shown ? "Point at a cell for its values; click it for all of its tensor." : "Nothing was measured by layer.";
+
+// --- the table: only the rows in sight are in the document
+
+const COLUMNS = [
+  { title: "tensor", width: innerWidth < 640 ? 230 : 340, of: (r) => r.name, text: true },
+  { title: "treatment", width: 105, of: (r) => r.treatment, text: true },
+  { title: "shape", width: 120, of: (r) => r.shape.reduce((a, b) => a * b, 1), show: (r) => r.shape.join(" \u00d7 ") || "scalar" },
+  { title: "dtype", width: 90, of: (r) => r.dtype, text: true },
+  { title: "size", width: 90, of: (r) => r.bytes, format: bytes },
+  { title: "ranks", width: 130, of: (r) => mean(r.ranks), show: (r) => list(r.ranks) },
+  { title: "sparsity", width: 90, of: (r) => mean(r.sparsities), format: percent },
+  { title: "outliers", width: 90, of: (r) => mean(r.outlier_masses), format: percent },
+  { title: "weights", width: 130, of: (r) => mean(r.weights), show: (r) => list(r.weights) },
+  { title: "interference", width: 115, of: (r) => mean(r.interference), format: number },
+  { title: "energy", width: 85, of: (r) => mean(r.captured_energy), format: percent },
+  { title: "error", width: 90, of: (r) => r.error, format: number },
+  { title: "route", width: 140, of: (r) => r.route, text: true },
+  { title: "escalations", width: 105, of: (r) => (r.route ? r.escalations.length : null), format: number },
+  { title: "update", width: 90, of: (r) => r.update_norm, format: number },
+  { title: "time", width: 90, of: (r) => (r.stages.merge || [null])[0], format: seconds },
+];
+// Columns that no tensor fills are left out.
+const columns = COLUMNS.filter((c) => rows.some((row) => ![null, undefined].includes(c.of(row))));
+const LINE = 34, SPARE = 12;
+const state = { found: rows, by: null, falling: false };
+const texts = rows.map((r) => [r.name, r.treatment, r.reason, r.route, r.dtype, ...(r.escalations || [])].join(" ").toLowerCase());
+const body = element("tbody"), above = element("tr", { className: "gap" }), below = element("tr", { className: "gap" });
+for (const gap of [above, below]) {
+  gap.setAttribute("aria-hidden", "true");
+  gap.append(element("td", { colSpan: columns.length }));
+}
+const heads = columns.map((c) => element("th", { scope: "col", className: c.text ? "" : "number" },
+  element("button", { type: "button", textContent: c.title, onclick: () => sort(c) })));
+const big = element("table", {}, element("colgroup", {}, ...columns.map((c) => {
+  const col = element("col");
+  col.style.width = `${c.width}px`;
+  return col;
+})), element("thead", {}, element("tr", {}, ...heads)), body);
+big.style.minWidth = `${columns.reduce((sum, c) => sum + c.width, 0)}px`;
+$("table").append(big);
+
+function line(row, index) {
+  const made = element("tr", { "aria-rowindex": index + 2 });
+  columns.forEach((c, i) => {
+    const value = c.of(row), text = c.show ? c.show(row) : c.format ? c.format(value) : value ?? "\u2013";
+    const cell = element("td", { className: c.text ? "" : "number", title: c.text || c.show ? text : "" });
+    if (i) cell.textContent = text;
+    else cell.append(element("button", { type: "button", textContent: text, onclick: () => details(row) }));
+    made.append(cell);
+  });
+  return made;
+}
+let drawnLines = new Map(); // index in state.found -> row of the table; those that stay in sight keep the focus
+function scrolled() {
+  const box = $("table");
+  const first = Math.max(0, Math.floor(box.scrollTop / LINE) - SPARE);
+  const last = Math.min(state.found.length, Math.ceil((box.scrollTop + box.clientHeight) / LINE) + SPARE);
+  const now = new Map();
+  for (let i = first; i < last; i += 1) now.set(i, drawnLines.get(i) || line(state.found[i], i));
+  for (const [i, old] of drawnLines) if (!now.has(i)) old.remove();
+  let place = above;
+  for (const made of now.values()) {
+    if (place.nextSibling !== made) place.after(made);
+    place = made;
+  }
+  drawnLines = now;
+  above.firstChild.style.height = `${LINE * first}px`;
+  below.firstChild.style.height = `${LINE * (state.found.length - last)}px`;
+  above.hidden = first === 0;
+  below.hidden = last === state.found.length;
+}
+function refresh() {
+  const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  state.found = rows.filter((_, i) => words.every((word) => texts[i].includes(word)));
+  if (state.by) {
+    const sign = state.falling ? -1 : 1, { of } = state.by;
+    // What has no value comes last, either way.
+    state.found.sort((a, b) => {
+      const [x, y] = [of(a), of(b)];
+      if (x === null || x === undefined) return y === null || y === undefined ? 0 : 1;
+      if (y === null || y === undefined) return -1;
+      return x < y ? -sign : x > y ? sign : 0;
+    });
+  }
+  for (const old of drawnLines.values()) old.remove();
+  drawnLines = new Map();
+  body.replaceChildren(above, below);
+  big.setAttribute("aria-rowcount", state.found.length + 1);
+  $("count").textContent = `${number(state.found.length)} of ${number(rows.length)}`;
+  $("table").scrollTop = 0;
+  scrolled();
+}
+function sort(column) {
+  state.falling = state.by === column ? !state.falling : !column.text;
+  state.by = column;
+  heads.forEach((head, i) => {
+    if (columns[i] === column) head.setAttribute("aria-sort", state.falling ? "descending" : "ascending");
+    else head.removeAttribute("aria-sort");
+  });
+  refresh();
+}
+$("search").addEventListener("input", refresh);
+$("table").addEventListener("scroll", scrolled, { passive: true });
+addEventListener("resize", scrolled);
+// The next row must be there before the next press of Tab.
+body.addEventListener("focusin", (event) => {
+  event.target.closest("tr").scrollIntoView({ block: "nearest", inline: "nearest" });
+  scrolled();
+});
+refresh();
+
+// --- everything about one tensor
+
+function details(row) {
+  const perTask = { rank: row.ranks, weight: row.weights, sparsity: row.sparsities, "outlier mass": row.outlier_masses,
+    "captured energy": row.captured_energy, "norm of the task vector": row.task_norms };
+  const measured = Object.entries(perTask).filter(([, values]) => values && values.length);
+  const known = {
+    treatment: row.reason ? `${row.treatment}: ${row.reason}` : row.treatment,
+    "shape, dtype, size": `${row.shape.join(" \u00d7 ") || "scalar"}, ${row.dtype}, ${bytes(row.bytes)}`,
+    "norm of the update": isNumber(row.update_norm) ? number(row.update_norm) : null,
+    "interference, left and right": row.interference.length ? list(row.interference) : null,
+    "error estimate": row.route ? `${number(row.error)}, allowed ${number(row.tolerance)}` : null,
+    route: row.route,
+    "rank of the joined bases": row.basis_rank ? list(row.basis_rank) : null,
+    "condition of the joined bases": row.basis_condition ? list(row.basis_condition) : null,
+    "routes given up": row.escalations && row.escalations.length ? row.escalations.join("; ") : null,
+    time: Object.entries(row.stages).map(([stage, [wall, cpu]]) => `${stage} ${seconds(wall)}, CPU ${seconds(cpu)}`).join("\n"),
+  };
+  const terms = element("dl", { className: "facts" });
+  for (const [key, value] of Object.entries(known)) {
+    if (value) terms.append(element("dt", { textContent: key }), element("dd", { textContent: value }));
+  }
+  $("details-title").textContent = row.name;
+  $("details-body").replaceChildren(terms);
+  if (measured.length) {
+    const lines = report.models.map((model, i) => [model, ...measured.map(([, values]) => number(values[i]))]);
+    const all = table(["model", ...measured.map(([title]) => title)], lines);
+    $("details-body").append(element("div", { className: "scroll wrapped", tabIndex: 0, role: "region", "aria-label": "per model" }, all));
+  }
+  $("tip").hidden = true;
+  $("details").showModal();
+}

@@ -1,0 +1,100 @@
+"""The report of a merge as one HTML page, which needs nothing but itself: no network, no fonts, no other files."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from ..parameters import split_layer
+from .summary import plain
+
+# Of each tensor, in this order; page.js names them too.
+FIELDS = (
+    "name", "kind", "layer", "treatment", "reason", "shape", "dtype", "bytes", "ranks", "sparsities", "outlier_masses",
+    "weights", "captured_energy", "interference", "task_norms", "update_norm", "error", "tolerance", "route",
+    "basis_rank", "basis_condition", "escalations", "stages",
+)  # fmt: skip
+_CERTIFICATE = ("error", "tolerance", "route", "basis_rank", "basis_condition", "escalations")
+# Digits of the page; the JSON beside it has all of them.
+_DIGITS = 5
+
+
+def report_page(report: Mapping[str, Any]) -> str:
+    """Write the page of a merge.
+
+    Whatever recipe and tensors are named, the page shows it as text: it is embedded as JSON without ``<`` and reaches
+    the document as text nodes only, and the page's own policy runs no script and applies no style but its own.
+
+    Args:
+        report: the content of ``merge_report.json``.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not the report of a merge.
+    """
+    style, script = _part("page.css"), _part("page.js")
+    parts = {
+        "title": html.escape(f"{report['method']['name']}: {report['name']}"),
+        "style_hash": _hash(style),
+        "script_hash": _hash(script),
+        "style": style,
+        "script": script,
+        "data": _embedded(_page_data(report)),
+    }
+    # In one pass: what is put in is not searched again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("template.html"))
+
+
+def _page_data(report: Mapping[str, Any]) -> dict[str, Any]:
+    names = kinds(report["tensors"])
+    rows = []
+    for name, entry in report["tensors"].items():
+        kind, layer = names.get(name, (None, None))
+        facts = {**entry, "name": name, "kind": kind, "layer": layer}
+        facts |= {key: (entry["certificate"] or {}).get(key) for key in _CERTIFICATE}
+        rows.append([_rounded(facts[field]) for field in FIELDS])
+    shown = {key: value for key, value in report.items() if key != "tensors"}
+    return {**plain(shown), "fields": FIELDS, "rows": rows}
+
+
+def kinds(names: Mapping[str, object]) -> dict[str, tuple[str, int]]:
+    """Map the names of tensors that belong to a layer to their kind and the layer's index.
+
+    The kind is the rest of the name, later numbers (of experts) replaced by ``*``, and with the prefix of the layer if
+    there are several kinds of layer.
+    """
+    split = {name: parts for name in names if (parts := split_layer(name))}
+    one_prefix = len({prefix for prefix, _, _ in split.values()}) == 1
+    return {
+        name: (("" if one_prefix else prefix) + re.sub(r"\b\d+\b", "*", rest.removesuffix(".weight")), layer)
+        for name, (prefix, layer, rest) in split.items()
+    }
+
+
+def _embedded(data: object) -> str:
+    """Return JSON that HTML takes for text, wherever a tag, a comment or an entity might begin."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _part(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """Return what a content security policy calls a script or a style by."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
