@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import random_adapter
 from checkpoints import digest, family, save, tuned_state_dict
 
 from r_tsvm_kernels import ConfigError, DeviceError, MemoryBudgetError, MergeConfig, NonFiniteError, merge_checkpoints
@@ -143,6 +144,17 @@ class TestInProcess:
         assert verify_output("ray", inputs=True).ok
         assert sorted(state.tensor for state in seen) == sorted(result.reports)
         assert (seen[-1].tensors_done, seen[-1].bytes_done) == (seen[-1].tensors_total, seen[-1].bytes_total)
+
+    def test_adapters(self, tmp_path, monkeypatch):
+        shapes = {"layers.0.q": (24, 16), "layers.1.q": (24, 16)}
+        save(tmp_path / "base", {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()})
+        for seed in (1, 2):
+            random_adapter(tmp_path / f"adapter{seed}", seed, shapes=shapes)
+        monkeypatch.chdir(tmp_path)
+        config = config_for(["base", "adapter1", "base+adapter2"], "tsvm")
+        merge_checkpoints(config, "local")
+        merge_checkpoints(config, "ray", engine="ray")
+        assert weights(tmp_path / "ray") == weights(tmp_path / "local")
 
     def test_killed_workers_are_replaced(self, tmp_path, large):
         config, expected = large
