@@ -2,6 +2,7 @@
 
 from .certificate import Certificate, Mode
 from .factored import Factored, FactoredMerge, leading_triplets, merge_factored, weighted_sum
+from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .memory import tsv_merge_bytes, tsv_merge_flops
 from .polar import PolarFactor, polar
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
@@ -10,8 +11,10 @@ from .tsv_merge import Solver, TsvMerge, touched, tsv_merge, tsv_merge_layers
 
 __all__ = [
     "Certificate",
+    "CoreSpace",
     "Factored",
     "FactoredMerge",
+    "JointSvd",
     "Mode",
     "PolarFactor",
     "Rank",
@@ -21,8 +24,10 @@ __all__ = [
     "TruncatedSVD",
     "TsvMerge",
     "choose_rank",
+    "core_space",
     "energy_rank",
     "fixed_rank",
+    "joint_svd",
     "leading_subspaces",
     "leading_triplets",
     "merge_factored",
