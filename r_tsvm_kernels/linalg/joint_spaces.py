@@ -60,17 +60,19 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
     """
     factors = [matrix for matrix in matrices if isinstance(matrix, Factored)]
     if not factors:
-        joined = torch.cat([matrix for matrix in matrices if isinstance(matrix, Tensor)], dim=1)
+        dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        joined = torch.cat(dense, dim=1)
         found = truncated_svd([joined], [min(joined.shape)], mode)
-        split = (found.S[0][:, None] * found.Vh[0]).tensor_split(len(matrices), dim=1)
-        return JointSvd(found.U[0], [part.contiguous() for part in split], found.certificates[0])
+        U, certificate = found.U[0], found.certificates[0]
+        del joined, found
+        return JointSvd(U, [_clean(U.mT @ matrix.double()) for matrix in dense], certificate)
     lefts = torch.cat([factor.left.double() for factor in factors], dim=1)
     Q = torch.linalg.qr(lefts).Q * lefts.any(1)[:, None]  # rows of zeros stay so, to the bit
     parts = [factor.scale * (Q.mT @ factor.left.double()) @ factor.right.double() for factor in factors]
     R = torch.linalg.qr(torch.cat(parts, dim=1).mT, mode="r").R
     P, values, _ = svd(R.mT)
     P = P[:, values > 2.0**-46 * torch.linalg.vector_norm(values)]
-    return JointSvd(Q @ P, [P.mT @ part for part in parts], None)
+    return JointSvd(Q @ P, [_clean(P.mT @ part) for part in parts], None)
 
 
 def core_space(matrices: Sequence[Factored]) -> CoreSpace:
@@ -90,9 +92,15 @@ def core_space(matrices: Sequence[Factored]) -> CoreSpace:
     rights = [matrix.right.double() for matrix in matrices]
     left, right = _basis(torch.cat(lefts, dim=1)), _basis(torch.cat(rights).mT).mT
     cores = [
-        matrix.scale * (left.mT @ B) @ (A @ right.mT) for matrix, B, A in zip(matrices, lefts, rights, strict=True)
+        _clean(matrix.scale * (left.mT @ B) @ (A @ right.mT))
+        for matrix, B, A in zip(matrices, lefts, rights, strict=True)
     ]
     return CoreSpace(left, cores, right)
+
+
+def _clean(part: Tensor) -> Tensor:
+    """Make rounding errors zeros: TIES averages over the tasks that have an element, however small it is."""
+    return part.masked_fill_(part.abs() <= 2.0**-46 * torch.linalg.vector_norm(part), 0)
 
 
 def _basis(columns: Tensor) -> Tensor:

@@ -249,7 +249,7 @@ report(kept=plan.keeps_factors("q.weight"), planned=plan.footprint("q.weight").w
 """
 
 
-@pytest.mark.parametrize("method", ["tsvm", "star", "ties"])
+@pytest.mark.parametrize("method", ["tsvm", "star", "knots", "core_space", "ties"])
 def test_memory_stays_below_the_plan(tmp_path, method):
     shapes = {"q": (1200, 900), "k": (48, 40)}
     base = save(tmp_path / "base", {f"{name}.weight": torch.randn(shape).bfloat16() for name, shape in shapes.items()})

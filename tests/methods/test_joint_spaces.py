@@ -175,6 +175,21 @@ def test_a_task_that_changes_nothing_takes_no_rank_from_others():
     assert relative_error(merge("core_space", base, [empty, update]) - base, update.dense()) < 1e-12
 
 
+@pytest.mark.parametrize("formed", [False, True])
+@BOTH
+def test_tasks_that_share_nothing_do_not_dilute_each_other(method, formed):
+    """In their common basis each has zeros where the other is, and no rounding errors that would count as elements."""
+    base, updates = base_tensor(), factors((3, 3))
+    Q = torch.linalg.qr(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)).double()).Q
+    P = torch.linalg.qr(torch.randn(24, 6, generator=torch.Generator().manual_seed(2)).double()).Q.mT
+    apart = [
+        Factored(Q[:, t::2] @ update.left[:3], update.right[:, :3] @ P[t::2], 0.3) for t, update in enumerate(updates)
+    ]
+    given_updates = [base + update.dense() for update in apart] if formed else apart
+    got = merge(method, base, given_updates, inner_method="ties") - base
+    assert relative_error(got, apart[0].dense() + apart[1].dense()) < 1e-9
+
+
 def test_masks_depend_on_the_name_of_the_tensor():
     base, updates = base_tensor(), factors((4, 4, 4))
     options = {"inner_method": "dare_ties", "density": 0.5}
