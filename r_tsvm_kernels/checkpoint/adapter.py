@@ -117,13 +117,17 @@ class Adapter:
         matrix = self.load(module, device, pin=pin)
         return transposed(matrix) if self.modules[module].transposed else matrix
 
-    def load_base_layer(self, module: str) -> Tensor:
-        """Read the weight of the base that is stored here for a module of `base_layers`.
+    def load_base_layer(self, module: str, *, rows: tuple[int, int] | None = None) -> Tensor:
+        """Read the weight of the base that is stored here for a module of `base_layers`, or some of its rows.
 
         Raises:
             InputChanged, CheckpointError: the file cannot be read, or is not what it was.
         """
-        return self._weights.load(_PREFIX + module + _BASE_LAYER)
+        return self._weights.load(_PREFIX + module + _BASE_LAYER, rows=rows)
+
+    def base_layer_header(self, module: str) -> TensorHeader:
+        """Return the header of the weight that `load_base_layer` reads."""
+        return self._weights.tensors[_PREFIX + module + _BASE_LAYER]
 
     def headers(self, module: str) -> tuple[TensorHeader, TensorHeader]:
         """Return the headers of A and B."""

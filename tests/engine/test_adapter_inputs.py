@@ -301,6 +301,25 @@ def test_what_does_not_fit_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_of_the_base_in_an_adapter(tmp_path, dtype):
+    """PEFT stores the weight of an embedding beside its factors."""
+    weight = torch.randn(50, 8)
+    base = save(tmp_path / "base", {"embed.weight": weight})
+
+    def adapter_with(name, copy):
+        stored = {"base_model.model.embed.base_layer.weight": copy}
+        return save_adapter(tmp_path / name, {"embed": factors((8, 50), 2, 0)}, stored)
+
+    adapter = adapter_with("same", weight.to(dtype))
+    got = merged(config_for(base, [adapter]), tmp_path / "out")
+    (update,) = dense_updates(adapter).values()
+    assert relative_error(got["embed.weight"] - weight, update.mT) < 1e-5
+    for other in (weight.to(dtype) + 1, weight[:40].to(dtype)):
+        with pytest.raises(CheckpointError, match=r"holds for embed.weight is not that of \S+base"):
+            merge_checkpoints(config_for(base, [adapter_with(f"other{len(other)}", other)]), tmp_path / "no")
+
+
 def test_ranks_that_differ_between_modules(tmp_path):
     base, _, _ = inputs(tmp_path)
     modules = {"layers.0.q": factors((24, 16), 2, 0), "layers.0.up": factors((40, 16), 6, 1)}
