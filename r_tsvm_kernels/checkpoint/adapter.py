@@ -124,13 +124,18 @@ class Adapter:
         matrix = self.load(module, device, pin=pin)
         return transposed(matrix) if self.modules[module].transposed else matrix
 
-    def load_base_layer(self, module: str) -> Tensor:
-        """Read the weight of the base that is stored here for a module of `base_layers`.
+    def load_base_layer(self, module: str, *, rows: tuple[int, int] | None = None) -> Tensor:
+        """Read the weight of the base that is stored here for a module of `base_layers`, or some of its rows.
 
         Raises:
             InputChanged, CheckpointError: the file cannot be read, or is not what it was.
         """
-        return self._weights.load(base_layer_name(module))
+        name = base_layer_name(module)
+        return self._weights.load(name) if rows is None else self._file.load(name, rows=rows)
+
+    def base_layer_header(self, module: str) -> TensorHeader:
+        """Return the header of the weight that `load_base_layer` reads."""
+        return self._file.tensors[base_layer_name(module)]
 
     def headers(self, module: str) -> tuple[TensorHeader, TensorHeader]:
         """Return the headers of A and B."""

@@ -169,7 +169,7 @@ def _rank_limit(plan: MergePlan, name: str) -> int | None:
     from ..linalg import fixed_rank
 
     tensor = plan.tensors[name]
-    if not plan.config.method.matrices_only or tensor.treatment.kind != "merge":
+    if not plan.config.method.rank_per_task or tensor.treatment.kind != "merge":
         return None
     rows, columns = tensor.spec.shape
     return fixed_rank((rows, columns), len(plan.tuned))

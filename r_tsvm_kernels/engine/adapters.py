@@ -34,7 +34,7 @@ from ..ops import check_finite, normalized
 from .companions import write_json
 from .output import is_single_file, locked_stage, writing
 from .run import Progress, choose_device
-from .work import check_tied_heads
+from .work import check_copies
 
 AdapterMethod = Literal["tsvm", "linear", "task_arithmetic"]
 
@@ -187,7 +187,7 @@ def extract_lora(
     plan = make_plan(config, 2**63)
     if isinstance(plan.tuned[0], AdaptedModel):
         raise ConfigError(f"{model}: is a LoRA adapter already; to cut it to a smaller rank, use resize-lora")
-    check_tied_heads(plan)
+    check_copies(plan)
     if fan_in_fan_out is None:
         fan_in_fan_out = plan.base.config.get("model_type") in _FAN_IN_FAN_OUT
     sizes = {name: tensor.bytes_read for name, tensor in plan.tensors.items()}

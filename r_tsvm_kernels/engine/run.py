@@ -20,7 +20,7 @@ from .output import is_single_file, locked_stage, refuse_existing, report_path
 from .ray_engine import run_ray
 from .report import as_report, write_card, write_report
 from .schedule import schedule
-from .work import check_tied_heads
+from .work import check_copies
 
 # On a GPU a second worker copies while the first computes.
 _GPU_WORKERS = 2
@@ -130,7 +130,7 @@ def merge_checkpoints(
     plan = make_plan(config, shard_bytes, stem, allow_pickle=allow_pickle)
     limits = [None if size is None else parse_size(size) for size in (memory, device_memory)]
     order = schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
-    check_tied_heads(plan)
+    check_copies(plan)
     with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
         job.measure_norms = measure_norms
         tensor_done = _reporter(job, progress)

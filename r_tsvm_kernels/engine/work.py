@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, MergePlan
+from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, MergePlan, TensorHeader
 from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
 from ..merge import base_plus, merge_tensors, stored
@@ -184,21 +184,47 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tied_heads(plan: MergePlan) -> None:
-    """Compare the output heads that are not written, as the base's config ties them, with their embeddings.
+def check_copies(plan: MergePlan) -> None:
+    """Compare what is stored twice: tied output heads, which are not written, and weights of the base in adapters.
 
     Raises:
         CheckpointError: they differ.
     """
     for checkpoint, embedding in plan.tied_heads:
-        head = checkpoint.tensors[_HEAD]
-        same = (head.shape, head.dtype) == (checkpoint.tensors[embedding].shape, checkpoint.tensors[embedding].dtype)
-        step = max(1, _PIECE_BYTES * head.shape[0] // max(1, head.nbytes)) if head.shape else 1
-        for first in range(0, head.shape[0] if same else 0, step):
-            rows = (first, min(first + step, head.shape[0]))
-            same = same and torch.equal(checkpoint.load(_HEAD, rows=rows), checkpoint.load(embedding, rows=rows))
-        if not same:
+        head, other = checkpoint.tensors[_HEAD], checkpoint.tensors[embedding]
+        if (head.shape, head.dtype) != (other.shape, other.dtype) or not all(
+            torch.equal(checkpoint.load(_HEAD, rows=rows), checkpoint.load(embedding, rows=rows))
+            for rows in _pieces(head)
+        ):
             raise CheckpointError(
                 f"{checkpoint.path}: the base ties {_HEAD} to {embedding}, but here the two differ; "
                 "set tie_word_embeddings to false in the base's config.json and store its head, or retie this model"
             )
+    for model in plan.tuned:
+        if not isinstance(model, AdaptedModel):
+            continue
+        for name, module in model.modules.items():
+            if module in model.adapter.base_layers and not _holds_the_base(model, name, module):
+                raise CheckpointError(
+                    f"{model.path}: the weight of the base that it holds for {name} is not that of {model.base.path}; "
+                    "was it trained too, or a vocabulary resized?"
+                )
+
+
+def _holds_the_base(model: AdaptedModel, name: str, module: str) -> bool:
+    """Whether the weight that PEFT stored in an adapter is the checkpoint's, rounded to the dtype of either."""
+    header = model.adapter.base_layer_header(module)
+    if header.shape != model.base.tensors[name].shape:
+        return False
+    for rows in _pieces(header):
+        copy, own = model.adapter.load_base_layer(module, rows=rows), model.base.load(name, rows=rows)
+        if not (torch.equal(copy, own.to(copy.dtype)) or torch.equal(copy.to(own.dtype), own)):
+            return False
+    return True
+
+
+def _pieces(header: TensorHeader) -> Iterator[tuple[int, int]]:
+    """Yield first and last (exclusive) row of pieces of a matrix."""
+    step = max(1, _PIECE_BYTES * header.shape[0] // max(1, header.nbytes)) if header.shape else 1
+    for first in range(0, header.shape[0] if header.shape else 0, step):
+        yield first, min(first + step, header.shape[0])

@@ -3,6 +3,7 @@
 from .certificate import Certificate, Mode
 from .factored import Factored, FactoredMerge, leading_triplets, merge_factored, weighted_sum
 from .interference import interference_of_bases, interference_of_gram
+from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .memory import tsv_merge_bytes, tsv_merge_flops
 from .polar import PolarFactor, polar
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
@@ -11,8 +12,10 @@ from .tsv_merge import Solver, TsvMerge, touched, tsv_merge, tsv_merge_layers
 
 __all__ = [
     "Certificate",
+    "CoreSpace",
     "Factored",
     "FactoredMerge",
+    "JointSvd",
     "Mode",
     "PolarFactor",
     "Rank",
@@ -22,10 +25,12 @@ __all__ = [
     "TruncatedSVD",
     "TsvMerge",
     "choose_rank",
+    "core_space",
     "energy_rank",
     "fixed_rank",
     "interference_of_bases",
     "interference_of_gram",
+    "joint_svd",
     "leading_subspaces",
     "leading_triplets",
     "merge_factored",

@@ -2,11 +2,13 @@
 
 from . import (  # noqa: F401  # registration
     breadcrumbs,
+    core_space,
     dare,
     della,
     iso_c,
     iso_cts,
     karcher,
+    knots,
     linear,
     model_stock,
     multislerp,

@@ -182,7 +182,8 @@ def task_matrices(base: Tensor, tuned: Sequence[Tensor | Factored]) -> tuple[lis
 def factored_cost(job: Job, ranks: Sequence[int]) -> Cost:
     """Return what a merge of factored task matrices with these inner dimensions takes, the merged matrix in the end."""
     (m, n), inner = job.shape, float(sum(ranks))
-    narrow = 8 * (8 * (m + n) * int(inner) + 16 * int(inner) ** 2)
+    # Of KnOTS, which needs most: a matrix of that many rows for each task, four times.
+    narrow = 8 * ((8 + 4 * job.tasks) * (m + n) * int(inner) + (16 + 4 * job.tasks) * int(inner) ** 2)
     flops = 2.0 * job.elements * inner + 12.0 * (m + n) * inner**2 + 40.0 * inner**3
     return Cost((9 + 7 * job.itemsize) * job.elements + narrow, flops)
 

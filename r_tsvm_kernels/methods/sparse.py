@@ -35,10 +35,12 @@ class RandomParameters(SparseParameters):
 
     def for_tensor(self, name: str) -> MethodParameters:
         """Give the tensor a seed of its own, so that masks depend on neither order nor threads."""
-        if not name:
-            return self
-        digest = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
-        return self.model_copy(update={"seed": int.from_bytes(digest, "little")})
+        return self.model_copy(update={"seed": tensor_seed(self.seed, name)}) if name else self
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """Return the seed of one tensor of a model."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
 
 
 def largest_kept(base: Tensor, tensor: Tensor, density: float, outliers: int = 0) -> Keep:

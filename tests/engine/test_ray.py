@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import random_adapter
 from checkpoints import digest, family, save, tuned_state_dict, without_times
 
 from r_tsvm_kernels import ConfigError, DeviceError, MemoryBudgetError, MergeConfig, NonFiniteError, merge_checkpoints
@@ -148,6 +149,17 @@ class TestInProcess:
         reports = [json.loads(Path(engine, "merge_report.json").read_text()) for engine in ("local", "ray")]
         assert reports[1]["engine"] == "ray" and reports[1]["stages"].keys() == reports[0]["stages"].keys()
         assert without_times(reports[1]) == without_times(reports[0])
+
+    def test_adapters(self, tmp_path, monkeypatch):
+        shapes = {"layers.0.q": (24, 16), "layers.1.q": (24, 16)}
+        save(tmp_path / "base", {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()})
+        for seed in (1, 2):
+            random_adapter(tmp_path / f"adapter{seed}", seed, shapes=shapes)
+        monkeypatch.chdir(tmp_path)
+        config = config_for(["base", "adapter1", "base+adapter2"], "tsvm")
+        merge_checkpoints(config, "local")
+        merge_checkpoints(config, "ray", engine="ray")
+        assert weights(tmp_path / "ray") == weights(tmp_path / "local")
 
     def test_killed_workers_are_replaced(self, tmp_path, large):
         config, expected = large

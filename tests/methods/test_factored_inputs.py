@@ -16,6 +16,7 @@ KEPT = {
     "task_arithmetic": [{}, {"normalize": True, "alpha": 0.4}],
     "linear": [{}, {"normalize": False}],
     "star": [{}],
+    "knots": [{}, {"inner_method": "linear"}],
     "iso_c": [{}, {"alpha": 0.3}],
     "tsvm": [{}, {"alpha": 0.3}],
     "rtsvm": [PLAIN, PLAIN | {"rank": "fixed"}, PLAIN | {"rank": 3}],

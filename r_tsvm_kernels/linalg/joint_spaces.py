@@ -1,0 +1,110 @@
+"""Bases that the task matrices of one weight share: of all columns (KnOTS), or of both sides (Core Space)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .certificate import Certificate, Mode
+from .decompositions import svd
+from .factored import Factored
+from .subspaces import truncated_svd
+
+
+@dataclass(frozen=True)
+class JointSvd:
+    """The SVD of task matrices put side by side, ``[D_1 .. D_T] = U [P_1 .. P_T]``; float64.
+
+    Attributes:
+        U: (m, k) orthonormal columns, k the numerical rank.
+        parts: T matrices ``diag(S) V_t`` (k, n), with V_t the columns of the right singular vectors that belong to D_t.
+        certificate: accuracy of the subspaces; None where QR and a small SVD did it all.
+    """
+
+    U: Tensor
+    parts: list[Tensor]
+    certificate: Certificate | None
+
+
+@dataclass(frozen=True)
+class CoreSpace:
+    """Task matrices in the bases that they share, ``D_t = left @ cores[t] @ right``; float64, nothing is lost.
+
+    Attributes:
+        left: (m, p) orthonormal columns; p is the sum of the inner dimensions, at most m.
+        cores: T matrices (p, q).
+        right: (q, n) orthonormal rows; q is the sum of the inner dimensions, at most n.
+    """
+
+    left: Tensor
+    cores: list[Tensor]
+    right: Tensor
+
+
+def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exact") -> JointSvd:
+    """Decompose task matrices put side by side (Stoica et al., "KnOTS", arXiv 2410.19735, section 4).
+
+    Products are not formed: ``[D_1 .. D_T] = Q [(Q^T B_1) A_1 .. (Q^T B_T) A_T]`` with Q a basis of all B_t, of at most
+    R = sum(r_t) columns; O((m + T n) R^2).
+
+    Args:
+        matrices: T matrices (m, n), all float32 or float64, or all `Factored`.
+        mode: ``exact`` or ``fast``, see `Certificate`; products are always exact.
+
+    Raises:
+        ShapeError, DTypeError, ConfigError: as `truncated_svd`.
+        ConvergenceError: no solver succeeded.
+    """
+    factors = [matrix for matrix in matrices if isinstance(matrix, Factored)]
+    if not factors:
+        dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        joined = torch.cat(dense, dim=1)
+        found = truncated_svd([joined], [min(joined.shape)], mode)
+        U, certificate = found.U[0], found.certificates[0]
+        del joined, found
+        return JointSvd(U, [_clean(U.mT @ matrix.double()) for matrix in dense], certificate)
+    lefts = torch.cat([factor.left.double() for factor in factors], dim=1)
+    Q = torch.linalg.qr(lefts).Q * lefts.any(1)[:, None]  # rows of zeros stay so, to the bit
+    parts = [factor.scale * (Q.mT @ factor.left.double()) @ factor.right.double() for factor in factors]
+    R = torch.linalg.qr(torch.cat(parts, dim=1).mT, mode="r").R
+    P, values, _ = svd(R.mT)
+    P = P[:, values > 2.0**-46 * torch.linalg.vector_norm(values)]
+    return JointSvd(Q @ P, [_clean(P.mT @ part) for part in parts], None)
+
+
+def core_space(matrices: Sequence[Factored]) -> CoreSpace:
+    """Find the bases of all columns and of all rows, and what each task does between them.
+
+    The bases are the singular vectors of all ``left`` side by side, and of all ``right`` one above the other, as
+    stored: without their scales, which belong to the cores (Panariello et al., "Core Space", arXiv 2509.17786,
+    section 3). Products are not formed; O((m + n) R^2) with R the sum of the inner dimensions.
+
+    Args:
+        matrices: T factored matrices of one shape, on one device.
+
+    Raises:
+        ConvergenceError: an SVD failed.
+    """
+    lefts = [matrix.left.double() for matrix in matrices]
+    rights = [matrix.right.double() for matrix in matrices]
+    left, right = _basis(torch.cat(lefts, dim=1)), _basis(torch.cat(rights).mT).mT
+    cores = [
+        _clean(matrix.scale * (left.mT @ B) @ (A @ right.mT))
+        for matrix, B, A in zip(matrices, lefts, rights, strict=True)
+    ]
+    return CoreSpace(left, cores, right)
+
+
+def _clean(part: Tensor) -> Tensor:
+    """Make rounding errors zeros: TIES averages over the tasks that have an element, however small it is."""
+    return part.masked_fill_(part.abs() <= 2.0**-46 * torch.linalg.vector_norm(part), 0)
+
+
+def _basis(columns: Tensor) -> Tensor:
+    """Return the left singular vectors, all of them; rows of zeros stay so, to the bit."""
+    Q, R = torch.linalg.qr(columns)
+    vectors: Tensor = Q @ svd(R)[0]
+    return vectors * columns.any(1)[:, None]

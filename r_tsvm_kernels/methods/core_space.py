@@ -1,0 +1,90 @@
+"""Core Space: low-rank task matrices merged as small cores between bases that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..linalg import Factored, core_space, touched, truncated_svd
+from ..ops import add_update
+from .base import Cost, Job, MergeResult, TensorReport, always, register, task_matrices
+from .inner import InnerParameters, merge_parts
+from .iso_c import IsoCParameters, iso_c
+
+
+class CoreSpaceParameters(InnerParameters):
+    """Parameters of `core_space`."""
+
+    inner_method: Literal["tsvm", "task_arithmetic", "linear", "ties", "dare_linear", "dare_ties"] = Field(
+        default="tsvm", description="merges the cores of the tasks"
+    )
+    isotropize: bool = Field(default=False, description="make all singular values of the merged core equal")
+
+
+def core_space_cost(job: Job, options: CoreSpaceParameters) -> Cost:
+    """Return what `core_space` takes for task matrices that are not factored: their SVDs, and bases of full rank."""
+    (m, n), T = job.shape, job.tasks
+    short, long = min(m, n), max(m, n)
+    cores = T * m * n if T * short >= long else T * (T * short) ** 2
+    bytes_ = T * job.itemsize * job.elements + 8 * (12 * T * (m + n) * short + 4 * cores + 24 * short**2)
+    return Cost(bytes_, T * (8.0 * short * job.elements + 9.0 * short**3) + 12.0 * (m + n) * (T * short) ** 2)
+
+
+@register(
+    "core_space",
+    pretty_name="Core Space",
+    paper_url="https://arxiv.org/abs/2509.17786",
+    parameters=CoreSpaceParameters,
+    matrices_only=True,
+    factored=always,
+    cost=core_space_cost,
+)
+def core_space_merge(base: Tensor, tuned: Sequence[Any], options: CoreSpaceParameters) -> MergeResult:
+    """Return ``W_0 + alpha * U_B merge(M_1 .. M_T) V_A`` with ``D_t = U_B M_t V_A``.
+
+    ``U_B`` and ``V_A`` are the singular vectors of all factors B side by side and of all A one above the other
+    (Panariello et al., NeurIPS 2025, section 3). A matrix that is not factored counts as ``(U sqrt(S)) (sqrt(S) V^T)``;
+    on this choice depend the methods that look at single elements of the cores, TIES and DARE, alone.
+    """
+    matrices, dtype = task_matrices(base, tuned)
+    report = TensorReport(weights=list(options.weight))
+    if isinstance(tuned[0], Factored):
+        total = _merged(list(tuned), options, report)
+    else:
+        dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        rows, columns = touched(dense)
+        total = torch.zeros_like(base, dtype=torch.float64)
+        factors = [_factored(matrix[rows[:, None], columns], options, report) for matrix in dense]
+        total[rows[:, None], columns] = _merged(factors, options, report)
+    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+
+
+def _merged(matrices: list[Factored], options: CoreSpaceParameters, report: TensorReport) -> Tensor:
+    if options.inner_method == "tsvm":  # shares the rank out, of which those get none that change nothing
+        kept = [t for t, matrix in enumerate(matrices) if matrix.left.shape[1]]
+        options = options.model_copy(update={"weight": tuple(options.weight[t] for t in kept)})
+        matrices = [matrices[t] for t in kept] or matrices[:1]
+    space = core_space(matrices)
+    if not space.left.shape[1]:
+        return space.left @ space.right
+    result = merge_parts(space.cores, options.inner_method, options)
+    core = result.weight
+    if options.isotropize:
+        core = iso_c(torch.zeros_like(core), [core], IsoCParameters(mode=options.mode)).weight
+    report.ranks = result.report.ranks or [space.left.shape[1]] * len(options.weight)
+    report.certificate = result.report.certificate or report.certificate
+    return space.left @ core @ space.right
+
+
+def _factored(matrix: Tensor, options: CoreSpaceParameters, report: TensorReport) -> Factored:
+    """Return the SVD of a matrix as two factors that share its singular values."""
+    found = truncated_svd([matrix], [min(matrix.shape)], options.mode)
+    (certificate,) = found.certificates
+    if report.certificate is None or certificate.error > report.certificate.error:
+        report.certificate = certificate
+    roots = found.S[0].sqrt()
+    return Factored(found.U[0] * roots, roots[:, None] * found.Vh[0])

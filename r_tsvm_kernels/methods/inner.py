@@ -1,0 +1,36 @@
+"""What KnOTS and Core Space share: an element-wise or spectral method that merges small matrices in a common basis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from ..linalg import Mode
+from .base import FiniteFloat, MergeResult, MethodParameters, PerModel, get_method
+from .sparse import Share, tensor_seed
+
+
+class InnerParameters(MethodParameters):
+    """Parameters of methods that merge in a common basis."""
+
+    density: PerModel[Share] = Field(default=(1.0,), description="for ties and dare: fraction of a part that is kept")
+    seed: int = Field(default=0, ge=0, lt=2**64, description="of the random masks of dare")
+    alpha: FiniteFloat = Field(default=1.0, alias="scaling_coeffs", description="scale of the merged task vector")
+    mode: Mode = Field(default="exact", description="exact (1e-4 of float64) or fast (1e-2)")
+    exclude_keys: list[str] = Field(
+        default=[], description="names (or patterns with *) of matrices that get the mean task vector instead"
+    )
+
+    def for_tensor(self, name: str) -> MethodParameters:
+        """Give the tensor a seed of its own, so that masks depend on neither order nor threads."""
+        return self.model_copy(update={"seed": tensor_seed(self.seed, name)}) if name else self
+
+
+def merge_parts(parts: Sequence[Tensor], method: str, options: InnerParameters) -> MergeResult:
+    """Merge the parts of all tasks by a registered method, as task vectors: what they are added to is zero."""
+    inner = get_method(method)
+    shared = inner.parameters.model_fields.keys() & {"weight", "density", "seed", "mode"}
+    parameters = inner.parameters(**{name: getattr(options, name) for name in sorted(shared)})
+    return inner.run(parts[0].new_zeros(parts[0].shape), parts, parameters)
