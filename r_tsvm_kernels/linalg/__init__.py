@@ -1,6 +1,7 @@
 """Spectral operations on task matrices; every result comes with a certificate of its accuracy."""
 
 from .certificate import Certificate, Mode
+from .cuda_graph import use_cuda_graphs
 from .factored import Factored, FactoredMerge, leading_triplets, merge_factored
 from .memory import tsv_merge_bytes, tsv_merge_flops
 from .polar import PolarFactor, polar
@@ -34,4 +35,5 @@ __all__ = [
     "tsv_merge_bytes",
     "tsv_merge_flops",
     "tsv_merge_layers",
+    "use_cuda_graphs",
 ]
