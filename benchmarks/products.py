@@ -9,11 +9,13 @@ figures mean nothing.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from ceilings import MISTRAL_LAYER, TASKS, Suite, suite_of
 
 from r_tsvm_kernels.dispatch import explain, use_backend
-from r_tsvm_kernels.linalg import Solver, TsvMerge, tsv_merge
+from r_tsvm_kernels.linalg import Solver, TsvMerge, tsv_merge, use_cuda_graphs
 from r_tsvm_kernels.linalg.polar_express import polar_express
 from r_tsvm_kernels.linalg.purification import leading_eigenspaces
 from r_tsvm_kernels.ops import gemm3, split_planes, symm_gram, symm_square
@@ -51,11 +53,14 @@ def algorithms(suite: Suite) -> None:
         x = suite.random(BATCH, full, full)
         gram = x.mT @ x / n
         gram = (gram + gram.mT) / 2
-        suite.measure(
-            f"leading_eigenspaces {BATCH}x{n}", lambda gram=gram, n=n: leading_eigenspaces(gram, [n // 3] * BATCH)
-        )
         basis = torch.cat([torch.linalg.qr(z[:, : n // BATCH]).Q for z in x], 1)
-        suite.measure(f"polar_express {n}", lambda basis=basis: polar_express(basis, BATCH**0.5, 1e-5))
+        for graphs, label in ((nullcontext(), ""), (use_cuda_graphs(), " as CUDA graphs")):
+            with graphs:
+                suite.measure(
+                    f"leading_eigenspaces {BATCH}x{n}{label}",
+                    lambda gram=gram, n=n: leading_eigenspaces(gram, [n // 3] * BATCH),
+                )
+                suite.measure(f"polar_express {n}{label}", lambda basis=basis: polar_express(basis, BATCH**0.5, 1e-5))
 
 
 def layer(suite: Suite) -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/spectral_accuracy.py [--sizes 192 512] [--peer-python PATH] [--checkpoints BASE MODEL ...]
                                            [--json FILE]
+    python benchmarks/spectral_accuracy.py --sizes 1024 --solvers eigen [...]
 
 A row is one set of task matrices at k = r // T or a quarter of it; its columns are relative Frobenius errors of the
 merged matrix:
@@ -11,7 +12,8 @@ merged matrix:
   eigenvalues of their Gram matrix.
 * FusionBench: its own function in its environment, if --peer-python is given; only at k = r // T, the rank it has.
 * eigen, products: our two solvers in both modes. "never compressed" switches the second solve of heavy-tailed spectra
-  off, "fp16" takes one fp16 plane instead of two: both are not offered, and show why.
+  off, "fp16" takes one fp16 plane instead of two: both are not offered, and show why. From 768 columns on the eigen
+  solver whitens in float32; simulated products take long there, --solvers eigen leaves them out.
 
 Formats of tensor cores are simulated by rounding: errors are meaningful on any machine (but for the rounding towards
 zero inside tensor cores), times are not, and none are told.
@@ -21,12 +23,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from record import ROOT, provenance
@@ -55,11 +58,17 @@ SOLVERS: list[tuple[str, Mode, Solver]] = [
 ]
 
 
-def merge_by_svd(matrices: Tensor, rank: int, polar: Callable[[Tensor], Tensor]) -> Tensor:
-    """TSV-Merge as published, in the dtype of the matrices; ranks clipped to the numerical rank of float32."""
+Decomposed = list[tuple[Tensor, Tensor, Tensor]]
+
+
+def svds(matrices: Tensor) -> Decomposed:
+    return [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
+
+
+def merge_by_svd(tasks: Decomposed, rank: int, polar: Callable[[Tensor], Tensor]) -> Tensor:
+    """TSV-Merge as published, in the dtype of the tasks; ranks clipped to the numerical rank of float32."""
     left, core, right = [], [], []
-    for matrix in matrices:
-        U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    for U, s, Vh in tasks:
         k = min(rank, int((s > torch.finfo(torch.float32).eps * s.norm()).sum()))
         left.append(U[:, :k])
         core.append(s[:k])
@@ -98,24 +107,34 @@ def of_format(merge: MatmulMerge, exact: Tensor) -> dict[str, Any]:
             "compressed": compressed}  # fmt: skip
 
 
-def measure(matrices: Tensor, rank: int, peer: Tensor | None, full_rank: bool) -> dict[str, Any]:
-    """One row; formats on their own only where no row or column is untouched, which the solvers take care of."""
+def measure(
+    matrices: Tensor, decomposed: tuple[Decomposed, Decomposed], rank: int, peer: Tensor | None,
+    solvers: Sequence[str], full_rank: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """One row, from the matrices and their SVDs in float64 and float32.
+
+    Formats on their own only where no row or column is untouched, which the solvers take care of.
+    """
     tasks = len(matrices)
-    exact = merge_by_svd(matrices.double(), rank, polar_by_svd)
+    in_float64, in_float32 = decomposed
+    exact = merge_by_svd(in_float64, rank, polar_by_svd)
     routes: dict[str, Any] = {
-        "float32 SVD": {"error": relative(merge_by_svd(matrices, rank, polar_by_svd), exact)},
-        "whitening": {"error": relative(merge_by_svd(matrices, rank, whitened).nan_to_num(), exact)},
+        "float32 SVD": {"error": relative(merge_by_svd(in_float32, rank, polar_by_svd), exact)},
+        "whitening": {"error": relative(merge_by_svd(in_float32, rank, whitened).nan_to_num(), exact)},
     }
     if peer is not None:
         routes["FusionBench"] = {"error": relative(peer, exact)}
     conditions = []
     for name, mode, solver in SOLVERS:
+        if solver not in solvers:
+            continue
         merge = tsv_merge(matrices, [rank] * tasks, mode=mode, solver=solver)
         routes[name] = of_solver(merge, exact)
         conditions += [c for c in merge.certificate.basis_condition if c == c]
-    for name, precision, limit in FORMATS if full_rank else []:
+    for name, precision, limit in FORMATS if "products" in solvers and full_rank else []:
         routes[name] = of_format(matmul_tsv_merge(matrices, [rank] * tasks, None, precision, limit), exact)
-    return {"tasks": tasks, "shape": list(matrices.shape[1:]), "rank": rank, "basis_condition": max(conditions),
+    condition = max(conditions, default=None)
+    return {"tasks": tasks, "shape": list(matrices.shape[1:]), "rank": rank, "basis_condition": condition,
             "routes": routes}  # fmt: skip
 
 
@@ -149,6 +168,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[192, 512])
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 3, 8])
     parser.add_argument("--spectra", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--solvers", nargs="+", choices=get_args(Solver), default=get_args(Solver))
     parser.add_argument("--peer-python", type=Path, help="Python of FusionBench's environment")
     parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], metavar="FOLDER", help="a base, then models")
     parser.add_argument("--json", type=Path)
@@ -160,17 +180,16 @@ def main() -> None:
     report = provenance("numpy", "safetensors") | {"simulated": True, "rows": []}
     for name, matrices in found.items():
         tasks, short = len(matrices), min(matrices.shape[1:])
+        decomposed = svds(matrices.double()), svds(matrices)
         for label, share in SHARES.items():
             kind = name.partition(",")[0]
             rank = max(1, rank_of(kind, short, tasks) // share)
-            row = {
-                "case": name,
-                "ranks": label,
-                **measure(matrices, rank, peers.get(name) if share == 1 else None, name not in real),
-            }
+            peer = peers.get(name) if share == 1 else None
+            measured = measure(matrices, decomposed, rank, peer, arguments.solvers, name not in real)
+            row = {"case": name, "ranks": label, **measured}
             report["rows"].append(row)
             errors = "  ".join(f"{route} {values['error']:.1e}" for route, values in row["routes"].items())
-            print(f"{name}, {label}: condition {row['basis_condition']:.0f}; {errors}", flush=True)
+            print(f"{name}, {label}: condition {row['basis_condition'] or math.nan:.0f}; {errors}", flush=True)
             if arguments.json:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Spectral operations on task matrices; every result comes with a certificate of its accuracy."""
 
 from .certificate import Certificate, Mode
+from .cuda_graph import use_cuda_graphs
 from .factored import Factored, FactoredMerge, leading_triplets, merge_factored, weighted_sum
 from .interference import interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
@@ -43,5 +44,6 @@ __all__ = [
     "tsv_merge_bytes",
     "tsv_merge_flops",
     "tsv_merge_layers",
+    "use_cuda_graphs",
     "weighted_sum",
 ]

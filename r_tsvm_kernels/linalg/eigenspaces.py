@@ -22,6 +22,7 @@ from ..errors import ConvergenceError
 from .decompositions import eigh
 from .orthonormal import cholesky_whitened
 from .tall_matrix import TallMatrix
+from .transfer import gaussian
 
 # Below this share of the largest eigenvalue the eigenvectors of a float32 Gram matrix are too wrong for corrections to
 # be worth while; those of a float64 Gram matrix are noise.
@@ -107,8 +108,7 @@ def _mixing(matrix: TallMatrix, V: Tensor, smallest: Tensor, others: Tensor, val
     """
     if others.shape[1] == 0 or V.shape[1] == 0:
         return 0.0
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(V.shape[1], PROBES, generator=generator, dtype=torch.float64).to(V.device)
+    z = gaussian(V.shape[1], PROBES, V.device)
     image = matrix.normal_times(V @ z)
     residual = image - V @ (V.mT @ image)
     # Its entries may be as small as the rounding of their own largest: float64 throughout, the block is thin.

@@ -18,6 +18,7 @@ from ..errors import ConvergenceError
 from .decompositions import eigh, svd
 from .orthonormal import cholesky_whitened
 from .tall_matrix import add_gram
+from .transfer import gaussian
 
 # Relative to the largest singular value. Concatenated bases of real fine-tunes have condition numbers up to a few
 # thousand; float64 noise lies at 1e-15; nothing meaningful was seen in between.
@@ -92,9 +93,8 @@ class InverseRoot:
         """
         if self.rank == 0:
             return 0.0
-        size, device = self.matrix.bulk.shape[0], self.matrix.bulk.device
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randn(size, PROBES, generator=generator, dtype=torch.float64).to(device)
+        size = self.matrix.bulk.shape[0]
+        z = gaussian(size, PROBES, self.matrix.bulk.device)
         y = self._isometry(factors, z)
         if self.rank == size:  # full rank: nothing but the identity will do
             again, y = y, z

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,9 +13,10 @@ from .arithmetic import Precision, arithmetic, padded
 from .orthonormal import cholesky_qr, orthogonality
 from .polar_express import Polar, polar_express
 from .purification import compress, leading_eigenspaces
+from .transfer import gaussian
 
-# Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4.
-LOWER = 1e-5
+# Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Below this nothing is resolved.
+LOWER = 2.0**-17
 
 # What becomes of rounding errors, measured: see benchmarks/spectral_accuracy.py. The polar factors multiply those of
 # the bases. Those of the Gram matrix count most where the boundary lies in a flat part of the spectrum.
@@ -73,7 +75,7 @@ class MatmulMerge:
         parts: the subspaces of each task.
         orthogonality: largest entry of ``|Q^T Q - I|`` over the two polar factors. A basis with singular values below
             `LOWER` shows here.
-        polar_steps: quintic steps of each polar factor.
+        polar_steps: quintic steps, of the polar factor that took more.
     """
 
     matrix: Tensor
@@ -110,39 +112,54 @@ def matmul_subspaces(
     else:
         gram = compress(exact.mT @ exact, (levels.double() / unit).square())
         spaces = leading_eigenspaces(gram, ranks, precision, largest=torch.ones_like(unit))
-    parts = []
+    found, measured = [], []
     for index, V in enumerate(spaces.bases):
-        D, size = exact[index], float(unit[index])
+        D = exact[index]
         if levels is None:
             image = numbers.dense(numbers.multiply(numbers.load(D), numbers.load(padded(V, ranks[index]))))
             image = image[:, : ranks[index]]
         else:
             image = D @ V
         U, R = cholesky_qr(image)
-        norm = max(float(torch.linalg.vector_norm(D)), torch.finfo(torch.float64).tiny)
-        largest, smallest = _extremes(R)
-        ratio = largest / smallest if smallest > 0 else float("inf")
-        usable = ratio < LARGEST_RATIO and float(spaces.rank_defect[index]) < 0.1
-        height = ratio if levels is None or not usable else float(levels[index]) / (smallest * size)
-        estimate = numbers.eps * (POLAR_AMPLIFICATION + GRAM_AMPLIFICATION * height**2)
-        parts.append(
-            MatmulSubspaces(
-                U,
-                R * size,
-                V.mT,
-                orthogonality=max(float(orthogonality(U)), float(orthogonality(V))),
-                residual=float(torch.linalg.vector_norm(D @ V - U @ R)) / norm,
-                invariance=float(torch.linalg.vector_norm(D.mT @ U - V @ R.mT)) / norm,
-                rank_defect=float(spaces.rank_defect[index]),
-                smallest=smallest * size,
-                ratio=ratio,
-                error_estimate=estimate if usable else float("inf"),
-                outer_steps=int(spaces.outer_steps[index]),
-                inner_steps=int(spaces.inner_steps[index]),
-                compressed=levels is not None,
-            )
-        )
-    return parts
+        found.append((U, R * unit[index], V))
+        skew = torch.maximum(orthogonality(U), orthogonality(V))
+        measured.append(torch.stack([skew, *_residuals(D, U, R, V), *_extremes(R)]))
+    rest = (spaces.rank_defect, spaces.outer_steps, spaces.inner_steps, unit, unit if levels is None else levels)
+    table = torch.cat([torch.stack(measured), torch.stack([x.double() for x in rest], 1)], 1)
+    return [
+        _part(bases, row, numbers.eps, levels is not None)
+        for bases, row in zip(found, table.tolist(), strict=True)  # here the host waits for the first time
+    ]
+
+
+def _part(bases: tuple[Tensor, Tensor, Tensor], measured: list[float], eps: float, compressed: bool) -> MatmulSubspaces:
+    """Put U, core and V of one matrix together with what was measured of them."""
+    skew, norm, residual, invariance, largest, smallest, rank_defect, outer_steps, inner_steps, unit, level = measured
+    norm = max(norm, torch.finfo(torch.float64).tiny)
+    ratio = largest / smallest if smallest > 0 else float("inf")
+    usable = ratio < LARGEST_RATIO and rank_defect < 0.1
+    height = level / (smallest * unit) if compressed and usable else ratio
+    estimate = eps * (POLAR_AMPLIFICATION + GRAM_AMPLIFICATION * height**2)
+    return MatmulSubspaces(
+        bases[0],
+        bases[1],
+        bases[2].mT,
+        orthogonality=skew,
+        residual=residual / norm,
+        invariance=invariance / norm,
+        rank_defect=rank_defect,
+        smallest=smallest * unit,
+        ratio=ratio,
+        error_estimate=estimate if usable else float("inf"),
+        outer_steps=int(outer_steps),
+        inner_steps=int(inner_steps),
+        compressed=compressed,
+    )
+
+
+def _residuals(D: Tensor, U: Tensor, R: Tensor, V: Tensor) -> tuple[Tensor, ...]:
+    """Return the norms of D, of what is missing to ``D V = U R``, and to ``D^T U = V R^T``."""
+    return tuple(torch.linalg.vector_norm(x) for x in (D, D @ V - U @ R, D.mT @ U - V @ R.mT))
 
 
 def matmul_tsv_merge(
@@ -201,12 +218,24 @@ def _polar_factors(bases: list[Tensor], tasks: int, precision: Precision) -> lis
     """Return the polar factors of concatenated bases, in one batch if their widths allow."""
     bound = tasks**0.5
     if len({basis.shape for basis in bases}) > 1:
-        return [polar_express(basis, bound, LOWER, precision) for basis in bases]
-    batch = polar_express(torch.stack(bases), bound, LOWER, precision)
+        return [_polar_factors([basis], tasks, precision)[0] for basis in bases]
+    stack = torch.stack(bases)
+    batch = polar_express(stack, bound, _smallest(stack) / bound, precision)
     return [
         Polar(matrix, orthogonality, batch.steps)
         for matrix, orthogonality in zip(batch.matrix, batch.orthogonality, strict=True)
     ]
+
+
+def _smallest(bases: Tensor) -> float:
+    """Return half of the smallest singular value of a batch of bases, or less, but not less than `LOWER`.
+
+    A polar factor takes one step for each factor of 4 in it, and every step adds rounding errors: of well-conditioned
+    bases 4 do instead of 10, with a sixth of the error. A power of two: few polynomials and CUDA graphs serve all.
+    """
+    factors = torch.linalg.cholesky_ex(bases.mT @ bases, upper=True).L
+    found = min(torch.stack([_extremes(factor)[1] for factor in factors]).nan_to_num(0.0).tolist())
+    return max(2.0 ** math.floor(math.log2(found / 2)), LOWER) if found > LOWER else LOWER
 
 
 def _reconstructed(
@@ -222,19 +251,17 @@ def _reconstructed(
         (merged.double() * size).to(merged.dtype),
         tuple(parts),
         max(float(left.orthogonality), float(right.orthogonality)),
-        left.steps,
+        max(left.steps, right.steps),
     )
 
 
-def _extremes(R: Tensor) -> tuple[float, float]:
+def _extremes(R: Tensor) -> tuple[Tensor, Tensor]:
     """Estimate the largest (from below) and smallest (from above) singular value of a triangular matrix."""
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(R.shape[0], 4, generator=generator, dtype=R.dtype).to(R.device)
-    large, small = start, start
+    large = small = gaussian(R.shape[0], 4, R.device)
     for _ in range(8):
         large = R.mT @ (R @ (large / torch.linalg.vector_norm(large, dim=0)))
         small = small / torch.linalg.vector_norm(small, dim=0)
         small = torch.linalg.solve_triangular(R.mT, small, upper=False)
         small = torch.linalg.solve_triangular(R, small, upper=True)
     largest, inverse = (torch.linalg.vector_norm(v, dim=0).amax().sqrt() for v in (large, small))
-    return float(largest), 1 / float(inverse)
+    return largest, 1 / inverse

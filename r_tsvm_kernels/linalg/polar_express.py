@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ConfigError
-from .arithmetic import Precision, arithmetic, padded
+from .arithmetic import Arithmetic, Operand, Precision, arithmetic, padded
+from .cuda_graph import replayed
 from .orthonormal import orthogonality
 
 # A polynomial that is best on all of [l, 1] maps much of it to near 0 when l is small, and rounding errors grow there.
@@ -102,9 +103,14 @@ def polar_express(
     columns = matrix.shape[-1]
     X = numbers.load(padded(matrix / bound, columns))
     steps = coefficients(lower, max(tolerance, numbers.eps), 64 * numbers.eps)
+    result = numbers.dense(replayed(compose, X, steps, numbers))[..., :columns]
+    return Polar(result, orthogonality(result.double()), len(steps))
+
+
+def compose(X: Operand, steps: tuple[Quintic, ...], numbers: Arithmetic) -> Operand:
+    """Apply the quintics to the singular values of X, one after the other."""
     for a, b, c in steps:
         Y = numbers.gram(X)
         Z = numbers.square(Y, b, c).matrix
         X = numbers.multiply(X, Z, 1.0, a, X)
-    result = numbers.dense(X)[..., :columns]
-    return Polar(result, orthogonality(result.double()), len(steps))
+    return X

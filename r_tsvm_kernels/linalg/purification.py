@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..ops import SymmetricProduct
 from .arithmetic import Arithmetic, Operand, Precision, arithmetic, padded
+from .cuda_graph import replayed
 from .orthonormal import cholesky_qr
+from .transfer import gaussian, to_device
 
 OVERSAMPLING = 0.2
 # A cap that only spectra without a gap at the wanted rank reach. 90 squares resolve a relative gap of 1e-9.
@@ -86,14 +88,19 @@ def purify(
         met = torch.stack([(off < slack) & (impure < impurity) for slack, impurity in tolerances]).any(0)
         since = torch.where((since > 0) | met, since + 1, since)
         done = (since - extra).clamp(min=0)
-        if not trace.is_cuda and bool(done.all()):
-            break  # nothing was launched ahead
+        if _all(done):
+            break
         count = count + (done == 0).int()
         shrink = (square - rank).abs() < (2 * trace - square - rank).abs()
         a, b = torch.where(shrink, 0.0, 2.0), torch.where(shrink, 1.0, -1.0)
         X, spare = numbers.square(X.matrix, a, b, done, spare), X
         spare = spare if spare is not start else None  # the caller's
     return Purified(X.matrix, X.trace, X.trace - X.square_norm, count)
+
+
+def _all(done: Tensor) -> bool:
+    """Whether nothing is left to do; on a GPU, where asking would mean waiting, nobody asks."""
+    return not done.is_cuda and bool(done.all())
 
 
 def leading_eigenspaces(
@@ -110,8 +117,8 @@ def leading_eigenspaces(
     that filter twice more, spans the wanted eigenspace; in its coordinates, the matrix of size k + p is purified to
     rank k exactly. Cost: about 20 to 36 symmetric products of size n.
 
-    A rank above the numerical rank gives arbitrary null directions: the caller must clip it. Nothing is read back from
-    the device.
+    A rank above the numerical rank gives arbitrary null directions: the caller must clip it. On a GPU all of it is
+    launched without waiting for the device once; both purifications can be CUDA graphs, see `use_cuda_graphs`.
 
     Args:
         gram: (B, n, n) float32 or float64, exactly symmetric.
@@ -126,25 +133,25 @@ def leading_eigenspaces(
     width = [k + p for k, p in zip(ranks, extra, strict=True)]
     scaled = gram / (largest_eigenvalue(gram) if largest is None else largest)[:, None, None]
     start = _lifted(scaled, numbers)
-    wanted, spread = scaled.new_tensor(ranks), scaled.new_tensor(extra)
+    wanted, spread = (to_device(torch.tensor(x, dtype=scaled.dtype), scaled.device) for x in (ranks, extra))
     columns = max(width)
 
     if 4 * columns > 3 * n:  # the second level would be as large as the first
         whole = _to_rank(start, wanted, numbers)
-        bases = _range_of(whole.matrix, _gaussian(n, max(ranks), gram.device), ranks, numbers, rounds=2)
+        bases = _range_of(whole.matrix, gaussian(n, max(ranks), gram.device), ranks, numbers, rounds=2)
         return Eigenspaces(
             bases, (whole.trace - wanted).abs(), whole.impurity, whole.steps, torch.zeros_like(whole.steps)
         )
 
     # The second pair: near a projector of any rank from k to k + p. At an exact low rank there is nothing else.
     tolerances = [(spread / 4, spread / 8), (spread / 2 + 0.25, torch.full_like(spread, 0.25))]
-    coarse = purify(start, wanted + spread / 2, tolerances, 3, numbers)
-    spans = _range_of(coarse.matrix, _gaussian(n, columns, gram.device), width, numbers, rounds=3)
+    coarse = replayed(purify, start, wanted + spread / 2, tolerances, 3, numbers)
+    spans = _range_of(coarse.matrix, gaussian(n, columns, gram.device), width, numbers, rounds=3)
     Y = torch.stack([padded(span, columns) for span in spans])
     y = numbers.load(Y)
     inner = numbers.dense(numbers.multiply(y.mT, numbers.multiply(start.matrix, y)))
     fine = _to_rank(_lifted((inner + inner.mT) / 2, numbers), wanted, numbers)
-    corners = _range_of(fine.matrix, _gaussian(Y.shape[-1], max(ranks), gram.device), ranks, numbers, rounds=2)
+    corners = _range_of(fine.matrix, gaussian(Y.shape[-1], max(ranks), gram.device), ranks, numbers, rounds=2)
     bases = [Y[i] @ corner for i, corner in enumerate(corners)]
     return Eigenspaces(bases, (fine.trace - wanted).abs(), fine.impurity, coarse.steps, fine.steps)
 
@@ -156,7 +163,7 @@ def largest_eigenvalue(gram: Tensor, rounds: int = 16) -> Tensor:
     2011), or the Frobenius norm, or the largest column sum, whichever is least, and 1 % on top: the first is only
     nearly always a bound, and eigenvalues above 1 run away when X is squared several times in a row.
     """
-    v = _gaussian(gram.shape[-1], 4, gram.device).to(gram.dtype).expand(gram.shape[0], -1, -1)
+    v = gaussian(gram.shape[-1], 4, gram.device).to(gram.dtype).expand(gram.shape[0], -1, -1)
     tiny = torch.finfo(gram.dtype).tiny
     for _ in range(rounds):
         v = gram @ v
@@ -207,7 +214,7 @@ def _to_rank(start: SymmetricProduct, wanted: Tensor, numbers: Arithmetic) -> Pu
     """Purify until only rounding is left: the impurity at 1e-3 falls to its square in two steps."""
     limit = torch.clamp(0.5 * numbers.eps * wanted, min=1e-3)
     extra = 8 if numbers.eps < 1e-12 else 4
-    return purify(start, wanted, [(torch.full_like(wanted, 0.5), limit)], extra, numbers)
+    return replayed(purify, start, wanted, [(torch.full_like(wanted, 0.5), limit)], extra, numbers)
 
 
 def _range_of(
@@ -225,9 +232,3 @@ def _range_of(
         passes = 3 if turn == rounds - 1 else 1
         bases = [cholesky_qr(product[i, :, :k], passes)[0] for i, k in enumerate(ranks)]
     return bases
-
-
-def _gaussian(rows: int, columns: int, device: torch.device) -> Tensor:
-    """The same random matrix each time."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device)

@@ -8,7 +8,7 @@ from compare import relative_error
 from spectra import KINDS, rank_of, spectrum
 
 from r_tsvm_kernels.linalg import tsv_merge
-from r_tsvm_kernels.linalg.matmul_route import matmul_subspaces, matmul_tsv_merge
+from r_tsvm_kernels.linalg.matmul_route import LOWER, _smallest, matmul_subspaces, matmul_tsv_merge
 
 # Of the merged matrix, relative; exact mode's contract is 1e-4.
 EXACT, FAST = 3e-5, 2e-2
@@ -84,3 +84,20 @@ def test_shared_directions_are_seen():
 def test_one_task_of_full_rank_comes_back():
     matrix = torch.randn(1, 40, 30)
     assert relative_error(matmul_tsv_merge(matrix, [30]).matrix, matrix[0]) < EXACT
+
+
+def test_well_conditioned_bases_take_few_steps():
+    """Each step of a polar factor adds rounding errors: eleven would leave an error of 3e-6."""
+    matrices = tasks_of("power 0.7", 120, 96, 3)
+    merged = matmul_tsv_merge(matrices, [8] * 3)
+    assert merged.polar_steps <= 4 and merged.orthogonality < 1e-6
+    assert relative_error(merged.matrix, tsv_merge(matrices.double(), [8] * 3).matrix) < 1.5e-6
+
+
+@pytest.mark.parametrize("smallest", [1.0, 0.3, 1e-3, 1e-9, 0.0])
+def test_the_smallest_singular_value_is_bounded_from_below(smallest):
+    basis = torch.linalg.qr(torch.randn(2, 50, 20, dtype=torch.float64)).Q
+    basis[1, :, 3] *= smallest
+    bound = _smallest(basis)
+    assert math.log2(bound).is_integer() and LOWER <= bound <= max(smallest, LOWER)
+    assert bound >= smallest / 4 or smallest == 0

@@ -1,0 +1,226 @@
+"""Loops of many small launches as CUDA graphs: recorded once for given shapes, then launched as a whole.
+
+The loops of `purification` and `polar_express` launch some thirty kernels per product and never wait for the device.
+Where the products are small (up to one or two thousand columns) launching takes longer than computing; a graph takes
+one launch. Nothing here has run on a GPU yet, so it is off outside `use_cuda_graphs`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Their backends decide what is recorded.
+PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
+
+# Number of shapes that are remembered; their memory is bounded separately.
+SHAPES = 64
+LIMIT = 2 << 30
+
+# A process can record one graph at a time.
+_recording_now = threading.Lock()
+
+
+@dataclass
+class Recording:
+    """A recorded call, to be run again on other values.
+
+    Attributes:
+        graph: what was recorded; it works in memory of its own.
+        inputs: copies of the arguments, where the graph reads.
+        outputs: what the function returned, where the graph writes.
+        nbytes: memory that all of it holds.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Any
+    outputs: Any
+    nbytes: int
+
+    def __call__(self, arguments: Any) -> Any:
+        """Copy `arguments` to where the graph reads, launch it, and copy what it wrote."""
+        for own, given in zip(tensors_in(self.inputs), tensors_in(arguments), strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return map_tensors(torch.clone, self.outputs)
+
+
+def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Recording:
+    """Record `function` for the shapes of `arguments`.
+
+    It must not wait for the device, nor depend on anything but its arguments. Temporary tensors come from the graph's
+    own pool, which is given back with the graph.
+    """
+    device = next(tensors_in(arguments)).device
+    # Tensors of the inference mode could not be written to outside of it.
+    with _recording_now, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+        inputs = map_tensors(torch.clone, arguments)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            function(*inputs)  # whatever is set up or compiled on first use is so before the recording
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # as `torch.cuda.graph` does, so that only the graph's own memory is counted
+        before = torch.cuda.memory_reserved(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            outputs = function(*inputs)
+        pool = torch.cuda.memory_reserved(device) - before
+    return Recording(graph, inputs, outputs, pool + sum(tensor.nbytes for tensor in tensors_in(inputs)))
+
+
+class Graphs:
+    """Graphs by function and shapes, the least recently used dropped first.
+
+    The first call for given shapes runs as it is, for many come only once. The second is recorded.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._known: OrderedDict[Hashable, Recording | None] = OrderedDict()
+        self._too_large: set[Hashable] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the graphs hold."""
+        return sum(recording.nbytes for recording in self._known.values() if recording)
+
+    def call(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
+        """Return ``function(*arguments)``, from a graph if these shapes were seen before."""
+        key = (function, signature(arguments), self._circumstances(arguments))
+        if key not in self._known or key in self._too_large:
+            self._known.setdefault(key, None)
+            self._drop()
+            return function(*arguments)
+        recording = self._known[key]
+        if recording is None:
+            recording = self._known[key] = record(function, arguments)
+        self._known.move_to_end(key)
+        result = recording(arguments)
+        if recording.nbytes > self.limit:
+            _wait(recording)
+            self._too_large.add(key)
+            self._known[key] = None
+        self._drop()
+        return cast(R, result)
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        for recording in self._known.values():
+            _wait(recording)
+        self._known.clear()
+        self._too_large.clear()
+
+    def _drop(self) -> None:
+        while len(self._known) > SHAPES or self.nbytes > self.limit:
+            key, recording = self._known.popitem(last=False)
+            _wait(recording)
+            self._too_large.discard(key)
+
+    @staticmethod
+    def _circumstances(arguments: tuple[Any, ...]) -> Hashable:
+        """What else a graph depends on: the kernels that dispatch takes; its buffers belong to one stream."""
+        device = next(tensors_in(arguments)).device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        return stream, tuple(dispatch.chosen(op, device.type) for op in PRODUCTS)
+
+
+_active: ContextVar[Graphs | None] = ContextVar("cuda_graphs", default=None)
+
+
+@contextmanager
+def use_cuda_graphs(limit: int = LIMIT) -> Iterator[Graphs]:
+    """Launch the loops of solver ``products`` as CUDA graphs inside a ``with`` block; on a CPU nothing changes.
+
+    Worth it where many layers of the same few shapes are merged: the second layer of a shape is recorded, from the
+    third on it is launched at once. The results are the same bits. For the thread that opens the block. Has not run on
+    a GPU yet.
+
+    Args:
+        limit: bytes of GPU memory that graphs may hold between calls, beside what `tsv_merge` takes; all of it is
+            given back at the end of the block. A single graph above it is dropped after its first use.
+
+    Raises:
+        ConfigError: `limit` is negative.
+    """
+    if limit < 0:
+        raise ConfigError(f"use_cuda_graphs: limit must be a number of bytes, got {limit}")
+    graphs = Graphs(limit)
+    token = _active.set(graphs)
+    try:
+        yield graphs
+    finally:
+        _active.reset(token)
+        graphs.clear()
+
+
+def replayed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Return ``function(*args)``, as a graph where `use_cuda_graphs` asks for it and the tensors lie on a GPU.
+
+    Args:
+        function: at module level, waits for no device, and depends on its arguments alone.
+        args: tensors, dataclasses and sequences of them, and hashable values.
+        kwargs: a call with any is not recorded.
+    """
+    graphs = _active.get()
+    if graphs is None or kwargs or not _recordable(next(tensors_in(args))):
+        return function(*args, **kwargs)
+    return graphs.call(function, args)
+
+
+def _recordable(tensor: Tensor) -> bool:
+    return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _wait(recording: Recording | None) -> None:
+    """Before memory is given back, in which the graph may still run."""
+    for device in {tensor.device for tensor in tensors_in(recording and recording.inputs) if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested dataclasses and sequences."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from tensors_in(part)
+    elif is_dataclass(tree):
+        for field in fields(tree):
+            yield from tensors_in(getattr(tree, field.name))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Return `tree` with `function` of each tensor in its place."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tensors(function, part) for part in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{f.name: map_tensors(function, getattr(tree, f.name)) for f in fields(tree)})
+    return tree
+
+
+def signature(tree: Any) -> Hashable:
+    """Return all of `tree` but the values in its tensors."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.dtype, tree.device
+    if isinstance(tree, (tuple, list)):
+        return tuple(signature(part) for part in tree)
+    if is_dataclass(tree):
+        return type(tree), tuple(signature(getattr(tree, field.name)) for field in fields(tree))
+    return cast(Hashable, tree)
