@@ -347,7 +347,7 @@ def test_a_rank_beyond_the_numerical_rank_leaves_zeros(install):
      (nn.Linear(20, 28), {"density": 0.0, "kind": "dare_linear_svd", "error": True}),
      (nn.Linear(20, 28), {"density": None, "kind": "ties_svd", "error": True}),
      (nn.Linear(20, 28), {"majority_sign_method": "most", "kind": "ties_svd", "error": True}),
-     (nn.Conv2d(8, 12, 3, groups=2), {"error": True})],
+     (nn.Conv2d(8, 12, 3, groups=2), {"svd_rank": 4, "error": True})],
     ids=["clamped", "other type", "no density", "density missing", "unknown election", "groups"],
 )  # fmt: skip
 def test_what_is_left_to_peft_stays_pefts(install, layer, options):
