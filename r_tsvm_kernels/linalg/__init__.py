@@ -2,6 +2,7 @@
 
 from .certificate import Certificate, Mode
 from .factored import Factored, FactoredMerge, leading_triplets, merge_factored
+from .few_triplets import few_triplets
 from .memory import tsv_merge_bytes, tsv_merge_flops
 from .polar import PolarFactor, polar
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
@@ -22,6 +23,7 @@ __all__ = [
     "TsvMerge",
     "choose_rank",
     "energy_rank",
+    "few_triplets",
     "fixed_rank",
     "leading_subspaces",
     "leading_triplets",

@@ -20,7 +20,6 @@ MODELS = {
 CONFIGS = {
     "plain": {},
     "scaled": {"lora_alpha": 32},
-    "rslora": {"use_rslora": True},
     "embeddings": {"embeddings": True},
 }
 
