@@ -3,6 +3,7 @@
 from .certificate import Certificate, Mode
 from .cuda_graph import use_cuda_graphs
 from .factored import Factored, FactoredMerge, leading_triplets, merge_factored, weighted_sum
+from .few_triplets import few_triplets
 from .interference import interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .memory import tsv_merge_bytes, tsv_merge_flops
@@ -28,6 +29,7 @@ __all__ = [
     "choose_rank",
     "core_space",
     "energy_rank",
+    "few_triplets",
     "fixed_rank",
     "interference_of_bases",
     "interference_of_gram",

@@ -107,6 +107,17 @@ def test_the_combined_update_is_that_of_the_formula(tmp_path, folders, kind, wei
         assert relative_error(found[module], expected) < 2e-6
 
 
+@pytest.mark.parametrize("kind", PRUNING)
+def test_larger_layers_need_no_full_decomposition(tmp_path, monkeypatch, kind):
+    monkeypatch.delattr("r_tsvm_kernels.integrations.peft.updates.truncated_svd")
+    folders = [random_adapter(tmp_path / str(task), task, 2, shapes={"q": (200, 240)}) for task in range(2)]
+    state_dict, config = combine_adapters(*opened(folders), [1.0, 0.7], kind, rank=3, density=0.6, seed=SEED)
+    masks = [random_mask((200, 240), 0.6, SEED, stream) for stream in range(2)]
+    updates = [dense_updates(folder)["q"] for folder in folders]
+    expected = cut(merged_densely(updates, [1.0, 0.7], kind, 0.6, masks=masks), 3)
+    assert relative_error(updates_of(tmp_path, state_dict, config)["q"], expected) < 1e-5
+
+
 def test_linear_combines_the_factors_as_peft_does(tmp_path):
     folders = [random_adapter(tmp_path / str(task), task, 3, lora_alpha=5) for task in range(2)]
     tensors, configs = opened(folders)
@@ -347,7 +358,7 @@ def test_a_rank_beyond_the_numerical_rank_leaves_zeros(install):
      (nn.Linear(20, 28), {"density": 0.0, "kind": "dare_linear_svd", "error": True}),
      (nn.Linear(20, 28), {"density": None, "kind": "ties_svd", "error": True}),
      (nn.Linear(20, 28), {"majority_sign_method": "most", "kind": "ties_svd", "error": True}),
-     (nn.Conv2d(8, 12, 3, groups=2), {"error": True})],
+     (nn.Conv2d(8, 12, 3, groups=2), {"svd_rank": 4, "error": True})],
     ids=["clamped", "other type", "no density", "density missing", "unknown election", "groups"],
 )  # fmt: skip
 def test_what_is_left_to_peft_stays_pefts(install, layer, options):

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...linalg import Factored, leading_triplets, truncated_svd, weighted_sum
+from ...linalg import Factored, few_triplets, leading_triplets, truncated_svd, weighted_sum
 from ...ops import Keep, elect_and_sum, magnitude_select
 
 MajoritySign = Literal["total", "frequency"]
@@ -70,6 +70,10 @@ def combined_triplets(
     merged = _pruned_and_summed(
         [matrix.dense() for matrix in matrices], weights, rule, density, majority_sign_method, seed
     )
+    # What pruning leaves of the updates' directions stands out from the noise that it makes.
+    few = few_triplets(merged, limit, max(limit, sum(matrix.left.shape[1] for matrix in matrices)))
+    if few is not None:
+        return few
     # The fast mode's tolerance is that of a float32 SVD; see `extract_lora`.
     found = truncated_svd([merged], [limit], "fast")
     return found.U[0], found.S[0], found.Vh[0]

@@ -1,0 +1,248 @@
+"""PEFT's add_weighted_adapter without and with our backend, our function on state dicts, and PEFT's conversion to LoRA.
+
+    benchmarks/peers/peft_env.sh
+    .venv-peft/bin/python benchmarks/peers/compare_peft.py [--shapes 1024x4096 4096x4096] [--rounds 2] [--out DIR]
+
+Three rank-16 adapters of one linear layer are combined to rank 16, by every side in turn: wall time of the call, and
+peak memory beyond what was in use before it. Nearly all of the time of the defaults is PEFT's: some minutes.
+
+A case is right if our result is as near to the uncut update, formed in float64, as PEFT's; `gap` is the distance
+between the two results. Both distances are relative to the norm of the update. Signs are elected and elements pruned
+by PEFT's own functions for that update.
+
+`extract` is a layer changed by a LoHa adapter of rank 8: PEFT's `convert_to_lora` on the model in memory against
+`rtsvm extract-lora`'s function on two files, with reading and writing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoHaConfig, LoraConfig, convert_to_lora, get_peft_model, get_peft_model_state_dict
+from peft.utils.merge_utils import task_arithmetic, ties
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import RESULTS, provenance, quartiles, ratios
+
+from r_tsvm_kernels.engine import extract_lora
+from r_tsvm_kernels.integrations import peft as integration
+from r_tsvm_kernels.lora import Adapter
+
+RANK, DENSITY = 16, 0.3
+NAMES, WEIGHTS = ["one", "two", "three"], [0.5, 0.8, -0.3]
+KINDS = ("svd", "ties_svd")
+SLACK = 1e-5  # of the distance to the uncut update: the rounding of float32
+Shape = tuple[int, int]
+
+
+class Layer(nn.Module):
+    """A model of one linear layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.layer = nn.Linear(shape[1], shape[0], bias=False)
+
+
+def measured(call: Callable[[], Any]) -> tuple[float, int, Any]:
+    """Return seconds, peak bytes beyond what was in use, and the result."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    return seconds, max(0, memory("VmHWM") - before), result
+
+
+def memory(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def lora_model(shape: Shape) -> Any:
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["layer"], init_lora_weights=False)
+    model = get_peft_model(Layer(shape), config, NAMES[0])
+    for name in NAMES[1:]:
+        model.add_adapter(name, config)
+    return model
+
+
+def combination(model: Any, kind: str) -> dict[str, Callable[[], Any]]:
+    """What each side calls; `ours` and `peft` leave an adapter in the model."""
+    options = {"combination_type": kind, "density": DENSITY if kind != "svd" else None}
+
+    def in_model() -> None:
+        model.add_weighted_adapter(NAMES, WEIGHTS, "new", svd_rank=RANK, **options)
+
+    states = [get_peft_model_state_dict(model, adapter_name=name) for name in NAMES]
+    configs = [model.peft_config[name].to_dict() for name in NAMES]
+    return {
+        "peft": in_model,
+        "ours": in_model,
+        "state dicts": lambda: integration.combine_adapters(states, configs, WEIGHTS, rank=RANK, **options)[0],
+    }
+
+
+def taken_out(model: Any, result: dict[str, Tensor] | None) -> Tensor:
+    """The combined update in float64; an adapter that the call left in the model is removed."""
+    if result is not None:
+        A, B = (next(t for name, t in result.items() if f"lora_{factor}" in name) for factor in "AB")
+        return B.double() @ A.double()
+    layer = model.base_model.model.layer
+    update = layer.lora_B["new"].weight.double() @ layer.lora_A["new"].weight.double()
+    model.delete_adapter("new")
+    return update.detach()
+
+
+def uncut(model: Any, kind: str) -> Tensor:
+    layer = model.base_model.model.layer
+    updates = [layer.get_delta_weight(name).detach() for name in NAMES]
+    if kind == "svd":
+        return task_arithmetic([update.double() for update in updates], torch.tensor(WEIGHTS).double())
+    return ties(updates, torch.tensor(WEIGHTS), DENSITY).double()
+
+
+def compare(shape: Shape, kind: str, rounds: int) -> dict[str, Any]:
+    model = lora_model(shape)
+    calls, target = combination(model, kind), uncut(model, kind)
+    norm = float(target.norm())
+    seconds: dict[str, list[float]] = {side: [] for side in calls}
+    peaks: dict[str, int] = dict.fromkeys(calls, 0)
+    updates: dict[str, Tensor] = {}
+    for round_ in range(-1, rounds):  # in round -1 our side warms up
+        for side, call in calls.items():
+            if round_ == -1 and side == "peft":
+                continue
+            if side == "ours":
+                integration.install()
+            elapsed, peak, result = measured(call)
+            integration.uninstall()
+            updates[side] = taken_out(model, result)
+            if round_ >= 0:
+                seconds[side].append(elapsed)
+                peaks[side] = max(peaks[side], peak)
+    distances = {side: float((update - target).norm()) / norm for side, update in updates.items()}
+    return summary(seconds, peaks, distances, float((updates["ours"] - updates["peft"]).norm()) / norm)
+
+
+def compare_extraction(shape: Shape, rounds: int) -> dict[str, Any]:
+    model = get_peft_model(Layer(shape), LoHaConfig(r=8, target_modules=["layer"], init_weights=False))
+    layer = model.base_model.model.layer
+    base, delta = layer.get_base_layer().weight.detach(), layer.get_delta_weight("default").detach()
+    seconds: dict[str, list[float]] = {"peft": [], "ours": []}
+    peaks, updates = dict.fromkeys(seconds, 0), {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("base.safetensors", "tuned.safetensors")]
+        # The change itself is stored, so that both sides cut the same matrix.
+        save_file({"layer.weight": torch.zeros_like(base)}, files[0])
+        save_file({"layer.weight": delta.contiguous()}, files[1])
+        for round_ in range(rounds):
+            elapsed, peak, (_, state) = measured(lambda: convert_to_lora(model, RANK))
+            seconds["peft"].append(elapsed)
+            peaks["peft"] = max(peaks["peft"], peak)
+            A, B = (next(t for name, t in state.items() if f"lora_{factor}" in name) for factor in "AB")
+            updates["peft"] = B.double() @ A.double()
+            out = Path(folder) / f"out{round_}"
+            elapsed, peak, _ = measured(lambda out=out: extract_lora(str(files[0]), str(files[1]), out, rank=RANK))
+            seconds["ours"].append(elapsed)
+            peaks["ours"] = max(peaks["ours"], peak)
+            updates["ours"] = Adapter(out).load("layer").dense().double()
+    norm = float(delta.double().norm())
+    distances = {side: float((update - delta.double()).norm()) / norm for side, update in updates.items()}
+    return summary(seconds, peaks, distances, float((updates["ours"] - updates["peft"]).norm()) / norm)
+
+
+def summary(
+    seconds: dict[str, list[float]], peaks: dict[str, int], distances: dict[str, float], gap: float
+) -> dict[str, Any]:
+    return {
+        "right": all(distance <= distances["peft"] + SLACK for distance in distances.values()),
+        "seconds": {side: quartiles(values) for side, values in seconds.items()},
+        "ratio": {side: ratios(seconds["peft"], values) for side, values in seconds.items() if side != "peft"},
+        "peak_bytes": peaks,
+        "distance": distances,
+        "gap": gap,
+    }
+
+
+def print_table(rows: list[dict[str, Any]], console: Console) -> None:
+    columns = (
+        "shape",
+        "case",
+        "side",
+        "verdict",
+        "PEFT",
+        "seconds",
+        "ratio",
+        "quartiles",
+        "PEFT's peak",
+        "peak",
+        "gap",
+    )
+    table = Table(*columns)
+    for row in rows:
+        for side, ratio in row["ratio"].items():
+            table.add_row(
+                row["shape"],
+                row["case"],
+                side,
+                "right" if row["right"] else "[bold red]WRONG",
+                *(f"{row['seconds'][which]['median']:.3f}" for which in ("peft", side)),
+                f"{ratio['median']:.1f}",
+                f"{ratio['q1']:.1f} - {ratio['q3']:.1f}",
+                *(f"{row['peak_bytes'][which] / 1e6:.0f} MB" for which in ("peft", side)),
+                f"{row['gap']:.0e}",
+            )
+    console.print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["1024x4096", "4096x4096"], metavar="ROWSxCOLUMNS")
+    parser.add_argument("--extract", default="1024x4096", metavar="ROWSxCOLUMNS", help="shape of the case `extract`")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("a spread needs at least two rounds")
+    warnings.filterwarnings("ignore", message=".*(should not be contained in the prefix|quantization|already).*")
+
+    torch.manual_seed(0)
+    rows = []
+    for text in args.shapes:
+        rows += [{"shape": text, "case": kind, **compare(parsed(text), kind, args.rounds)} for kind in KINDS]
+    rows.append({"shape": args.extract, "case": "extract", **compare_extraction(parsed(args.extract), args.rounds)})
+    console = Console()
+    console.width = max(console.width, 140)  # a log has no width of its own
+    print_table(rows, console)
+
+    report = provenance("peft", "safetensors") | {
+        "rank": RANK, "density": DENSITY, "weights": WEIGHTS, "slack": SLACK, "cases": rows,
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    target = args.out / "peft.json"
+    target.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"written: {target}")
+    return 0 if all(row["right"] for row in rows) else 1
+
+
+def parsed(text: str) -> Shape:
+    rows, columns = map(int, text.split("x"))
+    return rows, columns
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Our merge methods in sd-mecha's recipes: `install`, then use them as sd-mecha's own.
+
+from r_tsvm_kernels.integrations import sd_mecha as rtsvm_methods
+
+rtsvm = rtsvm_methods.install()["rtsvm"]
+recipe = rtsvm(sd_mecha.model("base.safetensors"), sd_mecha.model("a.safetensors"), sd_mecha.model("b.safetensors"))
+sd_mecha.merge(recipe, output="merged.safetensors")
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from threading import Lock
+from typing import Any, get_origin
+
+from pydantic.fields import FieldInfo
+from torch import Tensor
+
+from ..config import MergeConfig, ModelEntry
+from ..errors import ConfigError, IntegrationError
+from ..merge import merge_tensors
+from ..methods import METHODS, Method
+from ._versions import check_version
+
+TESTED_VERSIONS = ("1.1.8",)
+
+# What sd-mecha passes to functions that take any keyword, beside the key of the tensor.
+_CONTEXT = ("key_relation", "cache", "output_reused")
+
+_TYPES: dict[Any, type] = {bool: bool, int: int, float: float}
+
+_installed: dict[str, Any] = {}
+_counts: Counter[str] = Counter()
+_lock = Lock()  # sd-mecha merges in several threads
+
+
+def install() -> dict[str, Any]:
+    """Register the merge methods that sd-mecha lacks, with the parameters they have in our recipes.
+
+    A method takes the base and then the fine-tunes, all in weight space (methods without a base: the models), and the
+    parameters by keyword, for the whole model or by tensor as everywhere in sd-mecha. Those that are one per model,
+    such as ``weight`` and ``density``, are a number for all of them or a string with one for each, ``"1, 0.5, 2"``.
+    Lists (``exclude_keys``) have no form here. What sd-mecha has keeps its name and meaning (``slerp``,
+    ``model_stock``). Recipes that name our methods can be read from files once they are installed.
+
+    Calling it again changes nothing. Warns once if the version of sd-mecha was never tested.
+
+    Returns:
+        The registered methods by name, for building recipes.
+
+    Raises:
+        IntegrationError: sd-mecha is not installed, too old, or not built as expected.
+    """
+    found = check_version("sd-mecha", TESTED_VERSIONS)
+    if not _installed:
+        try:
+            from sd_mecha.extensions import merge_methods
+
+            present = {method.identifier for method in merge_methods.get_all()}
+            for name, method in METHODS.items():
+                if name not in present:
+                    _installed[name] = merge_methods.merge_method(_as_function(method, merge_methods), identifier=name)
+        except (ImportError, AttributeError, TypeError) as error:
+            uninstall()
+            raise IntegrationError(
+                f"sd-mecha {found} is not built as expected ({error}); tested: {', '.join(TESTED_VERSIONS)}; "
+                f"run: pip install sd-mecha=={TESTED_VERSIONS[-1]}"
+            ) from error
+    return dict(_installed)
+
+
+def uninstall() -> None:
+    """Remove our methods from sd-mecha; nothing happens if they were not installed."""
+    if _installed:
+        from sd_mecha.extensions import merge_methods
+
+        for name in _installed:
+            merge_methods._module_state.merge_methods_registry.pop(name, None)  # there is no public way
+        _installed.clear()
+
+
+def calls() -> dict[str, int]:
+    """Return how many tensors sd-mecha merged by each of our methods in this process."""
+    return dict(_counts)
+
+
+def _as_function(method: Method, sd_mecha: Any) -> Any:
+    """Return a function with the signature that sd-mecha's decorator reads."""
+    schema = method.parameters
+
+    def merge(*tensors: Tensor, key: str, **given: Any) -> Tensor:
+        base, tuned = (tensors[0], tensors[1:]) if method.needs_base else (tensors[0], tensors)
+        values = {name: value for name, value in given.items() if name not in _CONTEXT and value is not None}
+        own = {name: _spread(name, values.pop(name), len(tuned)) for name in list(values) if schema.is_per_model(name)}
+        config = MergeConfig(
+            merge_method=method.name,
+            models=tuple(ModelEntry(parameters={name: own[name][task] for name in own}) for task in range(len(tuned))),
+            parameters=values,
+        )
+        with _lock:
+            _counts[method.name] += 1
+        return merge_tensors(base, tuned, config, name=key).weight
+
+    tensor = sd_mecha.Parameter(Tensor, "weight")
+    parameters = [inspect.Parameter("models", inspect.Parameter.VAR_POSITIONAL, annotation=tensor)]
+    if method.needs_base:
+        parameters.insert(0, inspect.Parameter("base", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=tensor))
+    for name, info in schema.model_fields.items():
+        kind = _type_of(schema.is_per_model(name), info)
+        if kind is not None:
+            # None stands for our own default.
+            annotation = sd_mecha.Parameter(kind, "param")
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+    parameters.append(inspect.Parameter("context", inspect.Parameter.VAR_KEYWORD))
+    function: Any = merge
+    function.__signature__ = inspect.Signature(parameters, return_annotation=sd_mecha.Return(Tensor, "weight"))
+    function.__name__, function.__doc__ = method.name, f"{method.pretty_name}; see {method.paper_url}."
+    return function
+
+
+def _type_of(per_model: bool, info: FieldInfo) -> type | None:
+    """Return the type of a parameter in sd-mecha; None for lists, which have none there."""
+    if get_origin(info.annotation) is list:
+        return None
+    # As strings sd-mecha passes numbers on, too, as they are.
+    return str if per_model else _TYPES.get(info.annotation, str)
+
+
+def _spread(name: str, value: Any, models: int) -> list[float]:
+    """Return one number per model."""
+    try:
+        numbers = [float(part) for part in str(value).split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, models):
+        raise ConfigError(
+            f'{name}: expected a number, or one for each of the {models} models as in "1, 0.5", got {value!r}'
+        )
+    return numbers * models if len(numbers) == 1 else numbers

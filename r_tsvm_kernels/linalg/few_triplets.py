@@ -1,0 +1,72 @@
+"""A few leading singular triplets of a matrix that a gap sets apart, by block iteration: no square decomposition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .decompositions import svd
+
+OVERSAMPLING = 8
+# Steps of iteration before each look at the error. Each step is two thin products.
+_STEPS = (6, 6, 12)
+# As large as an estimated error may be; that of a truncated SVD in fast mode.
+_TOLERANCE = 1e-5
+# The square decompositions of `truncated_svd` are as cheap for a larger share of the singular values.
+_LARGEST_SHARE = 8
+_TILE_BYTES = 64 << 20
+
+
+def few_triplets(matrix: Tensor, rank: int, dominant: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the leading singular triplets U (m, k), values (k,), Vh (k, n), float64, k = `rank`; None if not found.
+
+    Orthogonal iteration from a fixed random start (Halko, Martinsson and Tropp, SIAM Review 53(2), 2011, algorithm 4.4)
+    on a block of `dominant` and some more directions, in the matrix's dtype, then Rayleigh-Ritz in float64. What is
+    left is measured: ``norm(D^T U - V S) / (S[k-1] - sigma)``, with sigma an estimate of the singular values outside
+    the block, is the sine of the angle to the exact subspaces, to first order.
+
+    Args:
+        matrix: (m, n), float32 or float64, finite.
+        rank: k >= 1.
+        dominant: number of singular values that stand out, >= `rank`: after them there should be a gap.
+
+    Raises:
+        ConvergenceError: the SVD of the small core failed.
+    """
+    block = dominant + OVERSAMPLING
+    if block * _LARGEST_SHARE > min(matrix.shape) or rank > dominant:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(matrix.shape[1], block, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    for steps in _STEPS:
+        for _ in range(steps):
+            V = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ V).Q).Q
+        right = torch.linalg.qr(V.double()).Q
+        U, core = torch.linalg.qr(_product(matrix, right))
+        P, values, Qh = svd(core)
+        U, Vh = U @ P[:, :rank], Qh[:rank] @ right.mT
+        residual = torch.linalg.vector_norm(_product_left(matrix, U) - Vh.mT * values[:rank])
+        gap = values[rank - 1] - values[dominant]
+        if gap > 0 and residual <= _TOLERANCE * gap:
+            return U, values[:rank], Vh
+    return None
+
+
+def _product(matrix: Tensor, thin: Tensor) -> Tensor:
+    """Return ``matrix @ thin`` in float64."""
+    return torch.cat([rows.double() @ thin for rows in _tiles(matrix)])
+
+
+def _product_left(matrix: Tensor, thin: Tensor) -> Tensor:
+    """Return ``matrix^T @ thin`` in float64."""
+    result = thin.new_zeros(matrix.shape[1], thin.shape[1])
+    first = 0
+    for rows in _tiles(matrix):
+        result.addmm_(rows.double().mT, thin[first : first + len(rows)])
+        first += len(rows)
+    return result
+
+
+def _tiles(matrix: Tensor) -> list[Tensor]:
+    rows = max(1, _TILE_BYTES // (8 * matrix.shape[1]))
+    return [matrix[first : first + rows] for first in range(0, len(matrix), rows)]
