@@ -18,8 +18,9 @@ demo: $(VENV)/.demo ## train a base and three experts, merge them four ways, pri
 test: $(VENV)/.dev ## run the whole test suite
 	$(BIN)/python -m pytest -n auto
 
-test-integrations: $(VENV)/.dev ## test our backend inside mergekit, in an environment of its own
+test-integrations: $(VENV)/.dev ## test our backend inside mergekit and FusionBench, each in an environment of its own
 	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_mergekit_suite.sh
+	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_fusion_bench_suite.sh
 
 lint: $(VENV)/.dev ## format, lint and type checks
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure
