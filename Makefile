@@ -20,6 +20,7 @@ test: $(VENV)/.dev ## run the whole test suite
 
 test-integrations: $(VENV)/.dev ## test our backend inside other libraries, each in an environment of its own
 	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_mergekit_suite.sh
+	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_fusion_bench_suite.sh
 	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_peft_suite.sh
 	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_sd_mecha_suite.sh
 

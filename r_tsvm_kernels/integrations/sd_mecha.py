@@ -18,12 +18,12 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from ..config import MergeConfig, ModelEntry
-from ..errors import ConfigError, IntegrationError
+from ..errors import ConfigError
 from ..merge import merge_tensors
 from ..methods import METHODS, Method
-from ._versions import check_version
+from ._versions import Library, check_version
 
-TESTED_VERSIONS = ("1.1.8",)
+LIBRARY = Library("sd-mecha", tested=("1.1.8",))
 
 # What sd-mecha passes to functions that take any keyword, beside the key of the tensor.
 _CONTEXT = ("key_relation", "cache", "output_reused")
@@ -52,7 +52,7 @@ def install() -> dict[str, Any]:
     Raises:
         IntegrationError: sd-mecha is not installed, too old, or not built as expected.
     """
-    found = check_version("sd-mecha", TESTED_VERSIONS)
+    check_version(LIBRARY)
     if not _installed:
         try:
             from sd_mecha.extensions import merge_methods
@@ -63,10 +63,7 @@ def install() -> dict[str, Any]:
                     _installed[name] = merge_methods.merge_method(_as_function(method, merge_methods), identifier=name)
         except (ImportError, AttributeError, TypeError) as error:
             uninstall()
-            raise IntegrationError(
-                f"sd-mecha {found} is not built as expected ({error}); tested: {', '.join(TESTED_VERSIONS)}; "
-                f"run: pip install sd-mecha=={TESTED_VERSIONS[-1]}"
-            ) from error
+            raise LIBRARY.does_not_fit(error) from error
     return dict(_installed)
 
 
