@@ -1,15 +1,17 @@
-"""Time mergekit's command with and without our backend: wall time and peak memory side by side.
+"""Time mergekit's commands with and without our backend: wall time and peak memory side by side.
 
-    python benchmarks/peers/compare_mergekit_cli.py [--peer-python PATH] [--size 1] [--rounds 3] [--folder DIR]
-                                                    [--out DIR] [--methods NAME ...]
+    python benchmarks/peers/compare_mergekit_cli.py [--peer-python PATH] [--size 0.25] [--rounds 3] [--folder DIR]
+                                                    [--out DIR] [--cases NAME ...]
 
 `mergekit-yaml` and `rtsvm mergekit-yaml` run in the peer's environment on the same recipe (dtype bfloat16), base and
-two fine-tunes of `--size` GB each, in turn, with the inputs in the page cache. The time is that of the whole command.
-Our backend must be built for the Python of that environment. `--size 1` wants 6 GB of free disk.
+two fine-tunes of `--size` GB each, in turn, with the inputs in the page cache; `mergekit-extract-lora` runs on a pair
+of small models, as full SVDs take long. The time is that of the whole command. Our backend must be built for the Python
+of that environment. `--size 0.25` wants 2 GB of free disk.
 
 A deterministic case is right when every element of our result is the merge in float64 rounded to bfloat16, but for the
 last place of float32 sums; elements tied at a threshold are left out, as mergekit keeps any of them. Where masks are
-random, other ones on the two sides, the norms of both updates must agree within a percent.
+random, other ones on the two sides, the norms of both updates must agree within a percent. An adapter is right when it
+is as near to the change as the best one of its rank, but for a thousandth, as its factors are in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,15 +20,20 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from compare_engine import ROUNDING, SUMMING, TASKS, peer_command, peer_versions, read
 from compare_ties import DENSITY, GAMMA, METHODS, tied, truth
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import run_measured
@@ -34,22 +41,35 @@ from models import Family, family, warm
 from record import RESULTS, ROOT, provenance, quartiles, ratios
 
 RANDOM = {"dare_ties", "dare_linear", "della", "della_linear"}
+SELECTED = 0.5
 PARAMETERS = {name: parameters for name, (parameters, _, _) in METHODS.items()} | {
     "task_arithmetic": {"weight": 1.0},
     "della": {"weight": 1.0, "density": DENSITY, "epsilon": 0.1},
     "della_linear": {"weight": 1.0, "density": DENSITY, "epsilon": 0.1},
 }
+# Parameters for all models, in methods that have none for each.
+COMMON = {"sce": {"select_topk": SELECTED}, "model_stock": {}, "karcher": {}}
+EXTRACTION = "extract-lora"
+CASES = (*PARAMETERS, *COMMON, EXTRACTION)
+# One of each kind.
+DEFAULT_CASES = ("ties", "dare_ties", "della", "breadcrumbs", *COMMON, EXTRACTION)
 CHECKED = "layers.0."  # all layers hold the same values
 NORMS = 0.01
+RANK_SHARE, EXCESS = 16, 1e-3  # of the adapters: their rank is a 16th of the width
+
+Check = Callable[[Path], float]
 
 
 def write_recipe(models: Family, method: str) -> Path:
+    own = PARAMETERS.get(method, {})
     recipe = {
         "merge_method": method,
-        "base_model": str(models.base),
-        "models": [{"model": str(model), "parameters": PARAMETERS[method]} for model in models.tuned],
+        "models": [{"model": str(model), "parameters": own} for model in models.tuned],
+        "parameters": COMMON.get(method, {}),
         "dtype": "bfloat16",
     }
+    if method != "karcher":
+        recipe["base_model"] = str(models.base)
     file = models.base.parent / f"{method}.yaml"
     file.write_text(json.dumps(recipe))  # JSON is YAML
     return file
@@ -60,18 +80,49 @@ def checked_tensors(models: Family) -> list[str]:
     return [name for name in names if CHECKED in name and "norm" not in name]
 
 
+# --- what is right ---------------------------------------------------------------------------------------------------
+
+
+def expected(method: str, base: Tensor, tuned: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return the merge of two fine-tunes in float64, and the elements that are tied at a threshold."""
+    deltas = torch.stack([weight - base for weight in tuned])
+    if method == "task_arithmetic":
+        return base + deltas.sum(0), None
+    if method == "model_stock":
+        cosine = (deltas[0] * deltas[1]).sum() / (deltas[0].norm() * deltas[1].norm())
+        return base + 2 * cosine / (1 + cosine) * deltas.mean(0), None
+    if method == "karcher":
+        norms = [weight.norm() for weight in tuned]
+        middle = sum(weight / norm for weight, norm in zip(tuned, norms, strict=True))
+        return sum(norms) / len(norms) * middle / middle.norm(), None
+    if method == "sce":
+        return expected_sce(base, deltas)
+    return base + truth(method, base, list(tuned)), tied(method, base, list(tuned))
+
+
+def expected_sce(base: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+    variance = deltas.var(0, unbiased=False)
+    count = int(variance.count_nonzero() * SELECTED)
+    # Of equal variances we keep the first; the weights depend on it.
+    order = variance.flatten().argsort(descending=True, stable=True)[:count]
+    chosen = deltas * torch.zeros_like(variance).flatten().index_fill(0, order, 1).view_as(variance)
+    threshold = variance.flatten()[order[-1]]
+    squares = chosen.square().flatten(1).mean(1)
+    signs = torch.where(chosen.sum(0) >= 0, 1, -1)
+    weights = (chosen.sign() == signs) * (squares / squares.sum())[:, None, None]
+    divisor = weights.sum(0)
+    mean = (weights * chosen).sum(0) / torch.where(divisor == 0, 1, divisor)
+    return base + mean, (variance - threshold).abs() <= 1e-9 * threshold
+
+
 def largest_error(models: Family, method: str, merged: Path) -> float:
     """Largest error of an element, as a multiple of what is allowed."""
     largest = 0.0
     for name in checked_tensors(models):
         base, tuned = read(models.base, name), [read(model, name) for model in models.tuned]
-        if method == "task_arithmetic":
-            update, ties = sum(weight - base for weight in tuned), None
-        else:
-            update, ties = truth(method, base, tuned), tied(method, base, tuned)
-        expected = base + update
-        allowed = ROUNDING * expected.abs() + SUMMING * (base.abs() + sum(weight.abs() for weight in tuned))
-        gap = (read(merged, name) - expected).abs() / allowed.clamp_min(1e-300)
+        right, ties = expected(method, base, tuned)
+        allowed = ROUNDING * right.abs() + SUMMING * (base.abs() + sum(weight.abs() for weight in tuned))
+        gap = (read(merged, name) - right).abs() / allowed.clamp_min(1e-300)
         largest = max(largest, float(gap.max() if ties is None else gap.masked_fill(ties, 0).max()))
     return largest
 
@@ -81,42 +132,88 @@ def update_norm(models: Family, merged: Path) -> float:
     return float(sum(squares)) ** 0.5
 
 
-def compare(models: Family, method: str, python: Path, rounds: int) -> dict[str, Any]:
-    recipe, out = write_recipe(models, method), models.base.parent / "out"
-    peer = peer_command(python, recipe, out)
-    commands = {"with": [str(python), "-m", "r_tsvm_kernels", "mergekit-yaml", *peer[1:]], "without": peer}
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+def excess_error(models: Family, adapter: Path, rank: int) -> float:
+    """Largest error of a module's update, as a multiple of the least that its rank allows and of what is allowed."""
+    largest = 0.0
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        for name in checked_tensors(models):
+            change = read(models.tuned[0], name) - read(models.base, name)
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            A, B = (file.get_tensor(f"{module}.lora_{side}.weight").double() for side in "AB")
+            best = torch.linalg.svdvals(change)[rank:].norm()
+            largest = max(largest, float((B @ A - change).norm() / best))
+    return largest / (1 + EXCESS)
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def both_sides(python: Path, peer: list[str]) -> dict[str, list[str]]:
+    """Return the commands: the peer's own, and ours that runs it."""
+    return {"with": [str(python), "-m", "r_tsvm_kernels", Path(peer[0]).name, *peer[1:]], "without": peer}
+
+
+def compile_python(python: Path, *names: str) -> None:
+    """Let Python compile the files of both sides, and the system read them, before anything is timed."""
+    for command in names:
+        for call in both_sides(python, [str(python.with_name(command)), "--help"]).values():
+            subprocess.run(call, check=True, env=environment(), capture_output=True)
+
+
+def compare(models: Family, commands: dict[str, list[str]], out: Path, check: Check, rounds: int) -> dict[str, Any]:
+    """Run both sides in turn; check what the first round gave."""
     seconds: dict[str, list[float]] = {side: [] for side in commands}
     peaks: dict[str, list[int]] = {side: [] for side in commands}
     found: dict[str, float] = {}
-    for round_ in range(-1, rounds):  # round -1 compiles Python's files
+    for round_ in range(rounds):
         for side, command in commands.items():
             warm(models.files)
-            run = run_measured(command, env)
-            if round_ >= 0:
-                seconds[side].append(run.seconds)
-                peaks[side].append(run.peak_bytes)
-            elif method in RANDOM:
-                found[side] = update_norm(models, out)
-            else:
-                found[side] = largest_error(models, method, out)
+            run = run_measured(command, environment())
+            seconds[side].append(run.seconds)
+            peaks[side].append(run.peak_bytes)
+            if round_ == 0:
+                found[side] = check(out)
             shutil.rmtree(out)
-    agree = abs(found["with"] / found["without"] - 1) <= NORMS if method in RANDOM else found["with"] <= 1
     return {
-        "right": agree,
-        "update_norms" if method in RANDOM else "largest_errors": found,
+        "checked": found,
         "seconds": {side: quartiles(values) for side, values in seconds.items()},
         "ratio": ratios(seconds["without"], seconds["with"]),
         "peak_bytes": {side: max(values) for side, values in peaks.items()},
     }
 
 
+def compare_merge(models: Family, method: str, python: Path, rounds: int) -> dict[str, Any]:
+    out = models.base.parent / "out"
+    commands = both_sides(python, peer_command(python, write_recipe(models, method), out))
+    random = method in RANDOM
+
+    def check(merged: Path) -> float:
+        return update_norm(models, merged) if random else largest_error(models, method, merged)
+
+    row = compare(models, commands, out, check, rounds)
+    ours, theirs = (row["checked"][side] for side in ("with", "without"))
+    return row | {"right": abs(ours / theirs - 1) <= NORMS if random else ours <= 1}
+
+
+def compare_extraction(models: Family, python: Path, rounds: int, rank: int) -> dict[str, Any]:
+    out = models.base.parent / "out"
+    arguments = ["--base-model", str(models.base), "--model", str(models.tuned[0]), "--out-path", str(out)]
+    arguments += ["--max-rank", str(rank), "--no-cuda", "--quiet"]
+    commands = both_sides(python, [str(python.with_name("mergekit-extract-lora")), *arguments])
+    row = compare(models, commands, out, lambda adapter: excess_error(models, adapter, rank), rounds)
+    return row | {"right": row["checked"]["with"] <= 1}
+
+
 def print_table(rows: dict[str, dict[str, Any]], title: str, console: Console) -> None:
-    table = Table("method", "verdict", "with", "without", "ratio", "quartiles", "peak with", "without", title=title)
-    for method, row in rows.items():
+    table = Table("case", "verdict", "with", "without", "ratio", "quartiles", "peak with", "without", title=title)
+    for case, row in rows.items():
         ratio = row["ratio"]
         table.add_row(
-            method,
+            case,
             "right" if row["right"] else "[bold red]WRONG",
             *(f"{row['seconds'][side]['median']:.1f} s" for side in ("with", "without")),
             f"{ratio['median']:.1f}",
@@ -130,10 +227,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default_python = ROOT / ".venv-mergekit" / "bin" / "python"
     parser.add_argument("--peer-python", type=Path, default=default_python, help="Python of the peer's environment")
-    parser.add_argument("--size", type=float, default=1, metavar="GB", help="per model")
+    parser.add_argument("--size", type=float, default=0.25, metavar="GB", help="per model (default 0.25)")
+    parser.add_argument("--extracted-size", type=float, default=0.08, metavar="GB", help="of the small models")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=2048, help="width of the models (default 2048)")
-    parser.add_argument("--methods", nargs="+", choices=PARAMETERS, default=list(PARAMETERS), metavar="NAME")
+    parser.add_argument("--hidden", type=int, default=1024, help="width (default 1024, as of the small models)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(DEFAULT_CASES), metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models are written")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     args = parser.parse_args()
@@ -142,22 +240,36 @@ def main() -> int:
     if not args.peer_python.exists():
         parser.error(f"no {args.peer_python}: run mergekit_env.sh first")
 
-    with family(args.folder, args.size, TASKS, args.hidden) as models:
-        results = {method: compare(models, method, args.peer_python, args.rounds) for method in args.methods}
-        size = models.checkpoint_bytes
+    results: dict[str, dict[str, Any]] = {}
+    methods = [case for case in args.cases if case != EXTRACTION]
+    sizes: dict[str, int] = {}
+    if methods:
+        compile_python(args.peer_python, "mergekit-yaml")
+        with family(args.folder, args.size, TASKS, args.hidden) as models:
+            results = {method: compare_merge(models, method, args.peer_python, args.rounds) for method in methods}
+            sizes["merged"] = models.checkpoint_bytes
+    width = args.hidden
+    if EXTRACTION in args.cases:
+        compile_python(args.peer_python, "mergekit-extract-lora")
+        with family(args.folder, args.extracted_size, 1, width) as models:
+            results[EXTRACTION] = compare_extraction(models, args.peer_python, args.rounds, width // RANK_SHARE)
+            sizes["extracted"] = models.checkpoint_bytes
     console = Console()
     console.width = max(console.width, 120)  # a log has no width of its own
-    print_table(results, f"mergekit-yaml, base and {TASKS} fine-tunes of {size / 1e9:.2f} GB, bfloat16", console)
+    described = ", ".join(f"{what}: {size / 1e9:.2f} GB each" for what, size in sizes.items())
+    print_table(results, f"mergekit's commands, base and fine-tunes in bfloat16; {described}", console)
 
     report = provenance("safetensors") | {
         "peer_versions": peer_versions(args.peer_python),
         "tasks": TASKS,
         "hidden": args.hidden,
-        "checkpoint_bytes": size,
+        "checkpoint_bytes": sizes,
         "density": DENSITY,
         "gamma": GAMMA,
-        "limits": {"element_rounding": ROUNDING, "element_summing": SUMMING, "norms": NORMS},
-        "methods": results,
+        "select_topk": SELECTED,
+        "rank": width // RANK_SHARE,
+        "limits": {"element_rounding": ROUNDING, "element_summing": SUMMING, "norms": NORMS, "adapter": EXCESS},
+        "cases": results,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     target = args.out / "mergekit_cli.json"
