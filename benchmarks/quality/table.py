@@ -23,30 +23,33 @@ README = HERE / "README.md"
 SUITES = ("digits", "language", "tables")
 PART = re.compile(r"(<!-- results -->\n).*(\n<!-- end of results -->)", re.DOTALL)
 
+GROUPS = ("choice", "held_out")
+GOAL = 1.0  # points above `tsvm`
+
 Seed = dict[str, Any]  # what `run_seed` returns
+Results = dict[str, dict[str, list[Seed]]]  # by suite and group
 Value = Callable[[Seed], float]
 
 
-def complete(results: Path = RESULTS) -> bool:
-    """Whether every suite has all its seeds."""
+def load(results: Path = RESULTS) -> Results:
+    """Return for each suite the records of the choice seeds and of the held-out seeds that every suite has."""
     files = [results / f"{suite}.json" for suite in SUITES]
-    loaded = [json.loads(path.read_text()) for path in files if path.exists()]
-    return len(loaded) == len(SUITES) and all(
-        str(seed) in data["seeds"] for data in loaded for group in ("choice", "held_out")
-        for seed in data["settings"][f"{group}_seeds"]
-    )  # fmt: skip
+    data = [json.loads(path.read_text()) if path.exists() else {"settings": {}, "seeds": {}} for path in files]
+    default = label(rtsvm_defaults())
+    groups = {}
+    for group in GROUPS:
+        seeds = data[0]["settings"].get(f"{group}_seeds", [])
+        groups[group] = [str(seed) for seed in seeds
+                         if all(default in d["seeds"].get(str(seed), {}).get("rtsvm", {}) for d in data)]  # fmt: skip
+    return {
+        suite: {group: [d["seeds"][seed] for seed in seeds] for group, seeds in groups.items()}
+        for suite, d in zip(SUITES, data, strict=True)
+    }
 
 
-def load(results: Path = RESULTS) -> dict[str, dict[str, list[Seed]]]:
-    """Return for each suite the records of the choice seeds and of the held-out seeds."""
-    loaded = {}
-    for suite in SUITES:
-        data = json.loads((results / f"{suite}.json").read_text())
-        loaded[suite] = {
-            group: [data["seeds"][str(seed)] for seed in data["settings"][f"{group}_seeds"]]
-            for group in ("choice", "held_out")
-        }
-    return loaded
+def complete(results: Results) -> bool:
+    """Whether there are seeds enough for a mean and a spread."""
+    return all(len(seeds) > 1 for groups in results.values() for seeds in groups.values())
 
 
 def merged(name: str, setting: str, measure: str, pick: Callable[[Sequence[float]], float] = mean) -> Value:
@@ -65,6 +68,10 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 def difference(first: Value, second: Value, seeds: Sequence[Seed]) -> list[float]:
     return [first(seed) - second(seed) for seed in seeds]
+
+
+def pooled(by_suite: Sequence[Sequence[float]]) -> list[float]:
+    return [value for values in by_suite for value in values]
 
 
 def signed(values: Sequence[float]) -> str:
@@ -93,36 +100,54 @@ def best_of(methods: Sequence[str], setting: str, seeds: Sequence[Seed]) -> str:
     return max(methods, key=lambda method: mean([merged(method, setting, "accuracy")(seed) for seed in seeds]))
 
 
-def verdict(results: dict[str, dict[str, list[Seed]]], default: str) -> list[str]:
-    """Differences on the held-out seeds: `rtsvm` against TSVM, and against the best other method of each column."""
-    lines = ["| `rtsvm` against | digits | language | tables | mean of the suites | seeds won |"]
-    lines.append("|---|---|---|---|---|---|")
+def gains(results: Results, default: str, rivals: Sequence[str], setting: str) -> list[list[float]]:
+    """Return by how much `rtsvm` is above one rival per suite, seed by seed: for each suite, then for their mean."""
+    ours = merged(default, setting, "accuracy")
+    by_suite = [
+        difference(ours, merged(rival, setting, "accuracy"), results[suite]["held_out"])
+        for suite, rival in zip(SUITES, rivals, strict=True)
+    ]
+    return [*by_suite, [mean(values) for values in zip(*by_suite, strict=True)]]
+
+
+def rivals(results: Results, setting: str) -> dict[str, list[str]]:
+    """Name whom `rtsvm` is compared with: a label, and one method per suite."""
     others = [method for method, _, _ in TABLE if method != "tsvm"]
+    best = [best_of(others, setting, results[suite]["held_out"]) for suite in SUITES]
+    whole = best_of(others, setting, [seed for suite in SUITES for seed in results[suite]["held_out"]])
+    return {
+        "`tsvm`": ["tsvm"] * len(SUITES),
+        f"`{whole}`, the best other method on the whole": [whole] * len(SUITES),
+        f"{', '.join(f'`{name}`' for name in best)}, the best other method of each suite": best,
+    }
+
+
+def verdict(results: Results, default: str) -> list[str]:
+    """Differences on the held-out seeds, in words and as a table."""
+    words, lines = (
+        [],
+        [f"| points above | {' | '.join(SUITES)} | mean of the suites | won |", "|---|---|---|---|---|---|"],
+    )
     for setting in ("default", "tuned"):
-        ours = merged(default, setting, "accuracy")
-
-        def row(name: str, rivals: Sequence[str], ours: Value = ours, setting: str = setting) -> str:
-            by_suite = []
-            for suite, rival in zip(SUITES, rivals, strict=True):
-                by_suite.append(difference(ours, merged(rival, setting, "accuracy"), results[suite]["held_out"]))
-            average = [mean(values) for values in zip(*by_suite, strict=True)]
-            won = sum(value > 0 for values in by_suite for value in values)
+        for name, methods in rivals(results, setting).items():
+            *by_suite, average = gains(results, default, methods, setting)
+            won = sum(value > 0 for value in pooled(by_suite))
             cells = [signed(values) for values in (*by_suite, average)]
-            total = sum(map(len, by_suite))
-            return f"| {name} | {' | '.join(cells)} | {won} of {total} |"
+            lines.append(f"| {name}, {setting} | {' | '.join(cells)} | {won} of {len(pooled(by_suite))} |")
+            if len(set(methods)) == 1:
+                error = statistics.stdev(average) / math.sqrt(len(average))
+                words.append(f"- {name}, {setting}: **{mean(average):+.2f}** points (standard error {error:.2f})" + (
+                    f"; the goal of {GOAL:g} point is {'met' if mean(average) >= GOAL else 'missed'}."
+                    if methods[0] == "tsvm" else "."
+                ))  # fmt: skip
+    count = len(results[SUITES[0]]["held_out"])
+    return [f"The defaults of `rtsvm` (**{default}**) over {count} held-out seeds, on the mean of the suites, against",
+            "", *words, "", *lines]  # fmt: skip
 
-        best = [best_of(others, setting, results[suite]["held_out"]) for suite in SUITES]
-        whole = best_of(others, setting, [seed for suite in SUITES for seed in results[suite]["held_out"]])
-        lines.append(row(f"`tsvm`, {setting}", ["tsvm"] * 3))
-        lines.append(row(f"`{whole}`, {setting}: the best other one over all suites", [whole] * 3))
-        names = ", ".join(f"`{name}`" for name in best)
-        lines.append(row(f"{names}, {setting}: the best other one of each suite", best))
-    return lines
 
-
-def ablation(results: dict[str, dict[str, list[Seed]]], default: str) -> list[str]:
+def ablation(results: Results, default: str) -> list[str]:
     """Validation accuracy on the choice seeds, as the difference from TSVM's."""
-    head = "digits | language | tables | mean"
+    head = f"{' | '.join(SUITES)} | mean"
     lines = [f"| variant of `rtsvm` | {head} | tuned: {head} |", "|---" * 9 + "|"]
     for variant in results[SUITES[0]]["choice"][0]["rtsvm"]:
         cells = []
@@ -139,20 +164,16 @@ def ablation(results: dict[str, dict[str, list[Seed]]], default: str) -> list[st
     return lines
 
 
-def pooled(by_suite: Sequence[Sequence[float]]) -> list[float]:
-    return [value for values in by_suite for value in values]
-
-
-def choice(results: dict[str, dict[str, list[Seed]]], current: str) -> list[str]:
+def choice(results: Results, current: str) -> list[str]:
     """Apply the rule of README.md to the choice seeds."""
     variants = list(results[SUITES[0]]["choice"][0]["rtsvm"])
 
-    def gains(variant: str, setting: str) -> list[list[float]]:
+    def above(variant: str, setting: str) -> list[list[float]]:
         pair = merged(variant, setting, "validation"), merged(current, setting, "validation")
         return [difference(*pair, results[suite]["choice"]) for suite in SUITES]
 
-    best = max(variants, key=lambda variant: mean(pooled(gains(variant, "default"))))
-    by_suite, tuned = gains(best, "default"), gains(best, "tuned")
+    best = max(variants, key=lambda variant: mean(pooled(above(variant, "default"))))
+    by_suite, tuned = above(best, "default"), above(best, "tuned")
     together = pooled(by_suite)
     error = statistics.stdev(together) / math.sqrt(len(together))
     accepted = (
@@ -172,6 +193,8 @@ def choice(results: dict[str, dict[str, list[Seed]]], current: str) -> list[str]
 def text() -> str:
     """Return the generated part of README.md."""
     results, default = load(), label(rtsvm_defaults())
+    if not complete(results):
+        return "The results are not complete: run `benchmarks/quality/run.py`."
     lines = ["### The choice of defaults (choice seeds, validation data)", "", *choice(results, label(START)), ""]
     lines += ["### The verdict (held-out seeds, test data)", "", *verdict(results, default), ""]
     for suite in SUITES:
