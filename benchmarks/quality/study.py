@@ -1,0 +1,182 @@
+"""The merges of the study, and what is measured of one family of models."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+from training import Batch, Scores, StateDict, Suite, score, train_family
+
+from r_tsvm_kernels import MergeConfig, merge_state_dicts
+from r_tsvm_kernels.methods import METHODS
+
+ALPHAS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
+DENSITIES = (0.2, 0.5, 0.8)
+
+Options = dict[str, Any]
+
+# Method, its options by default, and what is tuned beside alpha. The package keeps everything (density 1) unless told
+# otherwise, which for these methods would be no method at all; the defaults here are TIES's own density, and 0.5.
+TABLE: list[tuple[str, Options, tuple[str, Sequence[float]]]] = [
+    ("linear", {}, ("", ())),
+    ("task_arithmetic", {}, ("", ())),
+    ("model_stock", {}, ("", ())),
+    ("ties", {"density": 0.2}, ("density", DENSITIES)),
+    ("dare_linear", {"density": 0.5}, ("density", DENSITIES)),
+    ("dare_ties", {"density": 0.5}, ("density", DENSITIES)),
+    ("della_linear", {"density": 0.5}, ("density", DENSITIES)),
+    ("della", {"density": 0.5}, ("density", DENSITIES)),
+    ("breadcrumbs", {"density": 0.5}, ("density", DENSITIES)),
+    ("breadcrumbs_ties", {"density": 0.5}, ("density", DENSITIES)),
+    ("sce", {"select_topk": 0.5}, ("select_topk", (0.2, 0.5, 1.0))),
+    ("iso_c", {}, ("", ())),
+    ("iso_cts", {}, ("", ())),
+    ("tsvm", {}, ("", ())),
+]
+
+# Where the ablation starts. Options are spelled out, so that results keep their meaning when defaults change.
+START: Options = {
+    "outlier_weighting": "clip", "outlier_sigma": 3.0, "density": 1.0, "sparsity_eps": 0.1,
+    "rank": "sparsity", "rank_rho": 1.0, "rank_energy": 0.95,
+}  # fmt: skip
+
+
+def variants(quick: bool = False) -> list[Options]:
+    """Options of `rtsvm`: one ingredient at a time, then a grid of weighting, density and rho."""
+    one_at_a_time: dict[str, Sequence[Any]] = {
+        "outlier_weighting": ("none", "damp", "boost"),
+        "outlier_sigma": (1.5, 2.0),
+        "density": (0.8, 0.5, 0.2),
+        "sparsity_eps": (0.3, 1.0),
+        "rank_rho": (0.0, 2.0, 4.0),
+        "rank": ("noise",),
+    }
+    chosen = [START] + [START | {name: value} for name, values in one_at_a_time.items() for value in values]
+    chosen += [START | {"rank": "energy", "rank_energy": energy} for energy in (0.5, 0.8)]
+    for weighting, density, rho in product(("none", "damp"), (1.0, 0.8, 0.5), (0.0, 2.0)):
+        chosen.append(START | {"outlier_weighting": weighting, "density": density, "rank_rho": rho})
+    unique = [options for index, options in enumerate(chosen) if options not in chosen[:index]]
+    return unique[:3] if quick else unique
+
+
+def rtsvm_defaults() -> Options:
+    """Return today's defaults of `rtsvm`, in the form of `variants`."""
+    values = METHODS["rtsvm"].parameters().model_dump()
+    return {name: values[name][0] if isinstance(values[name], tuple) else values[name] for name in START}
+
+
+def label(options: Options) -> str:
+    """Name a variant by what differs from `START`."""
+    changes = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+               for name, value in options.items() if value != START[name]]  # fmt: skip
+    return ", ".join(changes) or "start"
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+class Judge:
+    """Scores state dicts of one suite."""
+
+    def __init__(self, suite: Suite, model: nn.Module) -> None:
+        self.model, self.validation_data, self.test_data = model, suite.validation, suite.test
+
+    def validation(self, weights: StateDict) -> list[float]:
+        return [round(value, 3) for value in self._score(weights, self.validation_data).accuracy]
+
+    def test(self, weights: StateDict) -> dict[str, list[float]]:
+        scores = asdict(self._score(weights, self.test_data))
+        return {name: [round(value, 4) for value in values] for name, values in scores.items()}
+
+    def _score(self, weights: StateDict, data: Mapping[str, Batch]) -> Scores:
+        self.model.load_state_dict(weights)
+        return score(self.model, data)
+
+
+def at_alpha(base: StateDict, merged: StateDict, alpha: float) -> StateDict:
+    """Scale the update of a merge that was made at alpha 1, in which every method is linear."""
+    if alpha == 1:
+        return merged
+    return {name: weight + alpha * (merged[name] - weight) for name, weight in base.items()}
+
+
+def tune(
+    judge: Judge,
+    base: StateDict,
+    merge: Callable[[Options], StateDict],
+    candidates: Sequence[Options],
+    *,
+    scalable: bool,
+    test: bool,
+) -> dict[str, Any]:
+    """Merge with the options of each candidate, the first of which are the default; choose options and alpha.
+
+    Chosen is what has the best mean accuracy on validation data; among equals, what is nearest to the default comes
+    first. If `test`, the choice and the default are scored on test data.
+    """
+    trials, merges = [], []
+    for options in candidates:
+        merges.append(merge(options))
+        for alpha in sorted(ALPHAS, key=lambda alpha: abs(math.log(alpha))) if scalable else (1.0,):
+            validation = judge.validation(at_alpha(base, merges[-1], alpha))
+            trials.append({"options": options, "alpha": alpha, "validation": validation})
+    best = max(trials, key=lambda trial: mean(trial["validation"]))
+    results = {}
+    for name, trial in (("default", trials[0]), ("tuned", best)):
+        results[name] = dict(trial)
+        if test:
+            weights = at_alpha(base, merges[candidates.index(trial["options"])], trial["alpha"])
+            results[name] |= judge.test(weights)
+    return results
+
+
+def run_seed(build: Callable[[int, bool], Suite], seed: int, choosing: bool, quick: bool) -> dict[str, Any]:
+    """Train one family of models, merge it, and return all that is measured.
+
+    Args:
+        build: makes the suite.
+        seed: of the data, the first weights, the batches and the random masks.
+        choosing: try the variants of `rtsvm` on validation data, and test nothing; otherwise test every method at its
+            defaults, and tuned.
+        quick: train a few steps, try a few variants.
+    """
+    start = time.process_time()
+    torch.manual_seed(seed)
+    suite = build(seed, quick)
+    base, experts = train_family(suite)
+    judge = Judge(suite, suite.model())
+    record: dict[str, Any] = {
+        "notes": dict(suite.notes),
+        "train_seconds": round(time.process_time() - start, 1),
+        "methods": {},
+        "rtsvm": {},
+    }
+    if not choosing:
+        record |= {"base": judge.test(base), "experts": [judge.test(expert) for expert in experts]}
+
+    def merger(method: str) -> Callable[[Options], StateDict]:
+        seeded = {"seed": seed} if "seed" in METHODS[method].parameters.model_fields else {}
+        return lambda options: (
+            merge_state_dicts(base, experts, MergeConfig.from_kwargs(method, **options, **seeded)).state_dict
+        )
+
+    for method, options, (name, values) in TABLE:
+        if choosing and method != "tsvm":
+            continue
+        candidates = [options] + [options | {name: value} for value in values if options[name] != value]
+        scalable = "alpha" in METHODS[method].parameters.model_fields
+        record["methods"][method] = tune(judge, base, merger(method), candidates, scalable=scalable, test=not choosing)
+    tried = variants(quick) if choosing else []
+    for options in [*tried, *(extra for extra in (START, rtsvm_defaults()) if extra not in tried)]:
+        record["rtsvm"][label(options)] = tune(
+            judge, base, merger("rtsvm"), [options], scalable=True, test=not choosing
+        )
+    record["seconds"] = round(time.process_time() - start, 1)
+    return record
