@@ -22,6 +22,7 @@ LAYERS = [
     {"lora"},
     {"engine"},
     {"integrations"},
+    {"bench"},
     {"cli", "report"},
     {"__main__"},
 ]
