@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,7 @@ def test_interleaved_rounds():
 
 def test_exponent():
     assert exponent([1, 2, 4], [5, 40, 320]) == pytest.approx(3)
+    assert math.isnan(exponent([1], [5]))
 
 
 def test_results_are_never_overwritten(tmp_path):

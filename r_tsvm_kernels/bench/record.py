@@ -69,7 +69,9 @@ def ratios(slower: Iterable[float], faster: Iterable[float]) -> dict[str, float]
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return p of the power law ``y ~ x^p``: the slope of the least-squares line through the logarithms."""
+    """Return p of the power law ``y ~ x^p``, by least squares of the logarithms; NaN for one point."""
+    if len(x) < 2:
+        return math.nan
     return statistics.linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
 
 
