@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-integrations lint dev docs dist clean
+.PHONY: help demo test test-integrations bench lint dev docs dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,6 +23,9 @@ test-integrations: $(VENV)/.dev ## test our backend inside other libraries, each
 	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_fusion_bench_suite.sh
 	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_peft_suite.sh
 	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_sd_mecha_suite.sh
+
+bench: $(VENV)/.dev ## rtsvm bench, about two minutes; BASE=<commit>: compared with that commit, in turns; ARGS="--full ..."
+	$(if $(BASE),$(BIN)/python benchmarks/against.py $(BASE),$(BIN)/rtsvm bench) $(ARGS)
 
 lint: $(VENV)/.dev ## format, lint and type checks
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure

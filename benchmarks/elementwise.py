@@ -17,7 +17,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from r_tsvm_kernels.bench import interleaved
 from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.ops import kept_count, magnitude_select, pruned_sparsity, reweight_prune, task_statistics
 
@@ -99,21 +99,6 @@ def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(first, second, strict=True))
 
 
-def interleaved(sides: dict[str, Side], rounds: int, slow: set[str], slow_rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(-1, rounds):  # round -1 warms up
-        for name, side in sides.items():
-            if name in slow and not 0 <= round_ < slow_rounds:
-                continue
-            start = time.perf_counter()
-            result = side()
-            elapsed = time.perf_counter() - start
-            del result
-            if round_ >= 0:
-                times[name].append(elapsed)
-    return times
-
-
 def peak_extra_bytes(side: str, shape: tuple[int, int]) -> int:
     """Peak memory of one run beyond inputs and results, measured in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", side, "--shapes", "x".join(map(str, shape))]
@@ -136,7 +121,10 @@ def measure(shape: tuple[int, int], rounds: int, slow_rounds: int) -> dict[str, 
     if not same_bits(ours(base, tuned), eager(base, tuned)):
         raise SystemExit("our result is not the reference's: nothing was timed")
     moved, floor = floors(base, tuned)
-    times = interleaved(floor | sides_of(base, tuned), rounds, {"eager", "kthvalue"}, slow_rounds)
+    sides = floor | sides_of(base, tuned)
+    for side in sides.values():
+        side()
+    times = interleaved(sides, dict.fromkeys(sides, rounds) | dict.fromkeys(("eager", "kthvalue"), slow_rounds))
     return {
         "shape": list(shape),
         "tasks": TASKS,

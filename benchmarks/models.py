@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from r_tsvm_kernels.bench import MODELS
+
 SEED = 0
 SHARD_BYTES = 1e9
 
@@ -60,25 +62,32 @@ def merge_command(recipe: Path, out: Path, threads: int | None = None) -> list[s
 
 @contextmanager
 def family(folder: Path, gigabytes: float, tasks: int, hidden: int) -> Iterator[Family]:
-    """Write a base and `tasks` fine-tunes, each of about so many GB in bfloat16; delete them afterwards.
+    """Write a base and `tasks` fine-tunes, each of about so many GB in bfloat16; delete them afterwards."""
+    shapes = part_shapes(hidden)
+    with family_of_shapes(folder, shapes, layer_count(gigabytes, hidden), tasks) as models:
+        yield models
+
+
+@contextmanager
+def family_of_shapes(folder: Path, shapes: dict[str, tuple[int, ...]], layers: int, tasks: int) -> Iterator[Family]:
+    """Write a base and `tasks` fine-tunes of so many layers in bfloat16; delete them afterwards.
 
     Every layer holds the same values: to a merge that streams they are different tensors all the same, and the
     checkpoints are written as fast as the disk allows.
     """
-    layers = layer_count(gigabytes, hidden)
-    need = (tasks + 3) * gigabytes * 1e9  # with two outputs
+    need = (tasks + 3) * checkpoint_bytes(shapes, layers)  # with two outputs
     free = shutil.disk_usage(folder).free
     if free < 1.2 * need:
         raise SystemExit(f"{folder}: {need / 1e9:.1f} GB and a reserve are needed, {free / 1e9:.1f} GB are free")
     with tempfile.TemporaryDirectory(prefix="rtsvm-models-", dir=folder) as name:
         top = Path(name)
         torch.manual_seed(SEED)
-        base = {part: (0.02 * torch.randn(shape)).bfloat16() for part, shape in part_shapes(hidden).items()}
-        _write(top / "base", base, layers, hidden)
+        base = {part: (0.02 * torch.randn(shape)).bfloat16() for part, shape in shapes.items()}
+        _write(top / "base", base, layers)
         tuned = []
         for task in range(tasks):
             values = {part: (t.float() + 1e-3 * torch.randn(t.shape)).bfloat16() for part, t in base.items()}
-            tuned.append(_write(top / f"tuned-{task}", values, layers, hidden))
+            tuned.append(_write(top / f"tuned-{task}", values, layers))
         size = sum(file.stat().st_size for file in (top / "base").glob("*.safetensors"))
         yield Family(top / "base", tuned, size, (tasks + 1) * max(t.nbytes for t in base.values()))
 
@@ -91,6 +100,27 @@ def part_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
     layer |= {"mlp.down_proj.weight": (hidden, inner)}
     layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     return {"embed_tokens.weight": (16 * hidden, hidden), "norm.weight": (hidden,)} | layer
+
+
+def mistral_shapes(shrink: int = 1) -> dict[str, tuple[int, ...]]:
+    """Embedding, norm and head of Mistral-7B, and the tensors of one of its layers; `shrink` divides all sizes."""
+    hidden, vocabulary = 4096 // shrink, 32000 // shrink
+    layer: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in MODELS["Mistral-7B"].matrices.items():
+        block = "self_attn" if name[0] in "qkvo" else "mlp"
+        layer[f"{block}.{name}.weight"] = (rows // shrink, columns // shrink)
+    layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    table = (vocabulary, hidden)
+    return {"embed_tokens.weight": table, "norm.weight": (hidden,), "lm_head.weight": table} | layer
+
+
+def checkpoint_bytes(shapes: dict[str, tuple[int, ...]], layers: int) -> int:
+    """Size of a checkpoint in bfloat16."""
+    return sum(2 * torch.Size(shape).numel() * (layers if _in_layer(part) else 1) for part, shape in shapes.items())
+
+
+def _in_layer(part: str) -> bool:
+    return "layernorm" in part or "proj" in part
 
 
 def layer_count(gigabytes: float, hidden: int) -> int:
@@ -119,10 +149,10 @@ def warm(files: list[Path]) -> None:
                 pass
 
 
-def _write(folder: Path, parts: dict[str, Tensor], layers: int, hidden: int) -> Path:
+def _write(folder: Path, parts: dict[str, Tensor], layers: int) -> Path:
     folder.mkdir()
-    in_layer = [part for part in parts if "layernorm" in part or "proj" in part]
-    names = {"model.embed_tokens.weight": "embed_tokens.weight", "model.norm.weight": "norm.weight"}
+    in_layer = [part for part in parts if _in_layer(part)]
+    names = {("" if part.startswith("lm_head") else "model.") + part: part for part in parts if not _in_layer(part)}
     names |= {f"model.layers.{layer}.{part}": part for layer in range(layers) for part in in_layer}
     shards: list[dict[str, str]] = [{}]
     filled = 0
@@ -139,20 +169,21 @@ def _write(folder: Path, parts: dict[str, Tensor], layers: int, hidden: int) -> 
         save_file({name: parts[part].clone() for name, part in shard.items()}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(_config(layers, hidden)))
+    (folder / "config.json").write_text(json.dumps(_config(layers, parts)))
     return folder
 
 
-def _config(layers: int, hidden: int) -> dict[str, object]:
+def _config(layers: int, parts: dict[str, Tensor]) -> dict[str, object]:
+    vocabulary, hidden = parts["embed_tokens.weight"].shape
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
-        "intermediate_size": hidden * 11 // 4,
+        "intermediate_size": len(parts["mlp.gate_proj.weight"]),
         "num_attention_heads": 8,
-        "num_key_value_heads": 8,
+        "num_key_value_heads": 8 * len(parts["self_attn.k_proj.weight"]) // hidden or 1,
         "num_hidden_layers": layers,
-        "vocab_size": 16 * hidden,
-        "tie_word_embeddings": True,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": "lm_head.weight" not in parts,
         "torch_dtype": "bfloat16",
     }

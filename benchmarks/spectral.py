@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import tempfile
@@ -34,6 +33,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from r_tsvm_kernels.bench import published
+from r_tsvm_kernels.bench.record import exponent
 from r_tsvm_kernels.linalg import Factored, TsvMerge, tsv_merge
 
 PEER = ROOT / "benchmarks" / "peers" / "fusion_bench_tsvm.py"
@@ -102,16 +103,6 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def exact_merge(matrices: list[Tensor], rank: int) -> Tensor:
-    """TSV-Merge by float64 SVDs."""
-    parts = [torch.linalg.svd(matrix.double(), full_matrices=False) for matrix in matrices]
-    left, right = (torch.linalg.svd(torch.cat(bases, dim=axis), full_matrices=False) for bases, axis in (
-        ([U[:, :rank] for U, _, _ in parts], 1), ([Vh[:rank] for _, _, Vh in parts], 0),
-    ))  # fmt: skip
-    core = torch.cat([s[:rank] for _, s, _ in parts])
-    return (left.U @ left.Vh * core) @ (right.U @ right.Vh)
-
-
 def error(merged: Tensor, exact: Tensor) -> float:
     return float((merged.double() - exact).norm() / exact.norm())
 
@@ -135,7 +126,7 @@ def compare(kind: str, n: int, rounds: int, peer: Peer | None) -> list[dict[str,
             times[name].append(timed(run))
     rows = []
     for name, rank in ranks.items():
-        exact = exact_merge(matrices, rank)
+        exact = published.tsv_merge([matrix.double() for matrix in matrices], [rank] * TASKS)
         certificate = merges[name].certificate
         rows.append({
             "spectrum": kind, "n": n, "tasks": TASKS, "ranks": name, "k": rank,
@@ -168,15 +159,11 @@ def growth(sizes: list[int], tasks: list[int], rounds: int, peer: Peer | None) -
                 ours.append(timed(lambda m=matrices, k=n // count, t=count: tsv_merge(m, [k] * t)))
             rows.append({"n": n, "T": count, "ours": quartiles(ours)} | ({"peer": quartiles(theirs)} if peer else {}))
         sides = ("ours", "peer") if peer else ("ours",)
-        found[axis] = {"rows": rows, "exponent": {side: exponent(axis, side, rows) for side in sides}}
+        found[axis] = {
+            "rows": rows,
+            "exponent": {side: exponent([r[axis] for r in rows], [r[side]["median"] for r in rows]) for side in sides},
+        }
     return found
-
-
-def exponent(axis: str, side: str, rows: list[dict[str, Any]]) -> float:
-    """Slope of the least-squares line through the logarithms."""
-    x = torch.tensor([math.log(row[axis]) for row in rows], dtype=torch.float64)
-    y = torch.tensor([math.log(row[side]["median"]) for row in rows], dtype=torch.float64)
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
 def lora(n: int, rank: int, rounds: int, peer: Peer | None) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from r_tsvm_kernels.bench import REGISTRY
+from r_tsvm_kernels.dispatch import ORDER
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -18,19 +21,31 @@ def test_dry_run(tmp_path):
     done = subprocess.run([script, "--dry-run"], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (tmp_path / "suite.log").read_text()[-3000:]
     stages = [line.split()[0] for line in done.stdout.splitlines()]
-    assert stages == ["info", "tests", "ceilings", "elementwise", "products"]
+    assert stages == [
+        "info", "tests", "bench", "dispatch", "layer", "model", "growth", "ceilings", "products"
+    ]  # fmt: skip
+    found = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert found.keys() == {"bench", "dispatch_order", "layer", "model", "growth", "ceilings", "products"}
+    for name in ("bench", "layer"):  # checked against float64
+        assert found[name]["complete"]
+        assert {row["status"] for row in found[name]["rows"]} <= {"timed", "unavailable"}
+    assert {row["name"] for row in found["bench"]["rows"]} == set(REGISTRY)
+    assert found["layer"]["layer_seconds"].keys() >= {"tsvm by eigen", "tsvm by float32 SVD"}
+    assert found["dispatch_order"]["order"].keys() == ORDER.keys()
     measured = {
-        "ceilings": {"copy", "matmul", "task_statistics", "eigh", "svd", "published"},
-        "elementwise_gpu": {"task_statistics", "magnitude_select", "reweight_prune", "elect_and_sum", "random_mask"},
-        "products": {"symm_square", "symm_gram", "gemm3", "leading_eigenspaces", "polar_express", "tsv_merge"},
+        "model": {"merge"},
+        "growth": {"tsv_merge"},
+        "ceilings": {"copy", "matmul", "eigh", "svd", "qr", "topk", "kthvalue", "sort"},
+        "products": {"leading_eigenspaces", "polar_express"},
     }
     for file, expected in measured.items():
-        result = json.loads((tmp_path / f"{file}.json").read_text())
+        result = found[file]
         assert result["dry_run"] and all("error" not in row for row in result["rows"])
-        assert {row["name"].split()[0] for row in result["rows"]} >= expected
-        assert not any("WRONG" in row["name"] for row in result["rows"])
-        # a CPU makes no GPU figures
-        assert not any("gb_per_s" in row or "tflop_per_s" in row for row in result["rows"])
+        assert {row["name"].split()[0] for row in result["rows"]} == expected
+    # a CPU makes no GPU figures
+    assert not any("gb_per_s" in row or "tflop_per_s" in row for row in found["ceilings"]["rows"])
+    assert all(row["peak_device_bytes"] is None and row["peak_host_bytes"] > 0 for row in found["model"]["rows"])
+    assert found["growth"]["exponents"].keys() == {"eigen, n", "eigen, T", "products, n", "products, T"}
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ LAYERS = [
     {"report"},
     {"engine"},
     {"integrations"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

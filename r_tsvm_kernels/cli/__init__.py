@@ -11,7 +11,19 @@ from contextlib import suppress
 
 from .. import __version__
 from ..errors import RTsvmError
-from . import extract_lora, fusion_bench, info, inspect, merge, merge_lora, mergekit, report, resize_lora, verify
+from . import (
+    bench,
+    extract_lora,
+    fusion_bench,
+    info,
+    inspect,
+    merge,
+    merge_lora,
+    mergekit,
+    report,
+    resize_lora,
+    verify,
+)
 from .signals import Terminated, sigterm_raises
 
 
@@ -20,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rtsvm", description="Merge fine-tuned models, exactly and fast.")
     parser.add_argument("--version", action="version", version=f"rtsvm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (merge, inspect, verify, report, info, extract_lora, resize_lora, merge_lora):
+    for module in (merge, inspect, verify, report, info, bench, extract_lora, resize_lora, merge_lora):
         name = module.__name__.rpartition(".")[2].replace("_", "-")
         command = commands.add_parser(
             name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

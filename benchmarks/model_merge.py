@@ -1,0 +1,133 @@
+"""Merge a whole model of Mistral-7B's shapes with `rtsvm merge` on a GPU: seconds, device memory, host memory.
+
+    python benchmarks/model_merge.py [--layers 2 12] [--folder DIR] [--order FILE] [--out DIR] [--dry-run]
+
+A base and three fine-tunes in bfloat16 are written to DIR and deleted at the end. One layer is 0.44 GB, embedding and
+head 0.52 GB: 12 of the 32 layers are 5.8 GB a model, 35 GB for all and two outputs; all 32 take 87 GB, which a folder
+in memory such as /dev/shm may hold where the disk does not. Each number of `--layers` is merged by task arithmetic and
+by R-TSVM (density 0.3, solver `products`), with and without `--device-memory`. `--order` runs the kernels that
+`dispatch_order.py` has found to be the fastest; without it the references are what runs on a GPU.
+
+Writes `model.json`, row by row: wall time of the command; of the merge alone, as its report states it; the sum of the
+computing times of all tensors; peak host memory of all processes, mapped files included; peak device memory in use,
+as the driver sees it, beside what was in use before. With --dry-run tiny models on the CPU; figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import TASKS, Suite, arguments_of, suite_of
+from memory import run_measured
+from models import Family, checkpoint_bytes, family_of_shapes, mistral_shapes, warm
+
+HERE = Path(__file__).resolve().parent
+METHODS = {
+    "task_arithmetic": ["--method", "task_arithmetic", "--set", "alpha=0.4"],
+    "rtsvm": ["--method", "rtsvm", "--set", "density=0.3", "--set", "solver=products"],
+}
+SAMPLE_SECONDS = 0.02
+
+
+class DevicePeak:
+    """The largest memory in use on the device while a block runs, beside what was in use before it; in `bytes`."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def device_peak(device: torch.device) -> Iterator[DevicePeak]:
+    found = DevicePeak()
+    if device.type != "cuda":
+        yield found
+        return
+    done = threading.Event()
+    free = torch.cuda.mem_get_info()[0]
+    lowest = [free]
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            lowest.append(min(lowest.pop(), torch.cuda.mem_get_info()[0]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        found.bytes = free - lowest[0]
+
+
+def command(models: Family, method: str, out: Path, device: str, budget: str | None, order: Path | None) -> list[str]:
+    program = ["-m", "r_tsvm_kernels"] if order is None else [str(HERE / "with_order.py"), str(order)]
+    inputs = ["--base", str(models.base), *(word for model in models.tuned for word in ("--model", str(model)))]
+    limit = [] if budget is None else ["--device-memory", budget]
+    return [
+        sys.executable, *program, "merge", *inputs, *METHODS[method], "--device", device, *limit, "--quiet", str(out)
+    ]  # fmt: skip
+
+
+def measure(
+    suite: Suite, models: Family, layers: int, method: str, budget: str | None, order: Path | None
+) -> dict[str, Any]:
+    out = models.base.parent / "merged"
+    warm(models.files)
+    row: dict[str, Any] = {
+        "name": f"merge {method}", "layers": layers, "method": method, "device_memory": budget,
+        "checkpoint_bytes": models.checkpoint_bytes, "tasks": TASKS, "own_order": order is not None,
+    }  # fmt: skip
+    try:
+        with device_peak(suite.device) as device:
+            run = run_measured(command(models, method, out, suite.device.type, budget, order))
+        report = json.loads((out / "merge_report.json").read_text())
+        tensors = report["tensors"].values()
+        row |= {
+            "seconds": run.seconds,
+            "seconds_in_the_merge": report["seconds"],
+            "seconds_starting": run.seconds - report["seconds"],
+            "seconds_computing": sum(tensor["seconds"] for tensor in tensors),
+            "gb_per_s": (report["bytes_read"] + report["bytes_written"]) / report["seconds"] / 1e9,
+            "peak_host_bytes": run.peak_bytes,
+            "peak_device_bytes": device.bytes,
+            "escalated": sum(bool((tensor["certificate"] or {}).get("escalations")) for tensor in tensors),
+        }
+    except RuntimeError as error:  # a loss is a result
+        row["error"] = str(error)[-600:]
+    shutil.rmtree(out, ignore_errors=True)
+    return row
+
+
+def main() -> None:
+    parser = arguments_of("Merge a whole model on this GPU.")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 12])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models are written")
+    parser.add_argument("--device-memory", default="6GB", help="of the merges that are bounded")
+    parser.add_argument("--order", type=Path, help="dispatch order of `dispatch_order.py`")
+    suite = suite_of("model.json", "", parser)
+    options = parser.parse_args()
+    shapes = mistral_shapes(shrink=128 if suite.dry else 1)
+    suite.result["folder"] = str(options.folder)
+    for layers in [1] if suite.dry else options.layers:
+        start = time.perf_counter()
+        with family_of_shapes(options.folder, shapes, layers, TASKS) as models:
+            print(f"{layers} layers, {checkpoint_bytes(shapes, layers) / 1e9:.2f} GB a model: "
+                  f"written in {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+            for method in METHODS:
+                # On a CPU there is no device memory to bound.
+                for budget in [None] if suite.dry else [None, options.device_memory]:
+                    suite.add(measure(suite, models, layers, method, budget, options.order))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What a benchmark is: inputs, providers of one result, its true value, and what must move and be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..dispatch import ORDER, explain, use_backend
+from .measure import Call, leaves
+
+Role = Literal["ours", "reference", "torch"]
+Ceiling = Literal["copy", "matmul"]
+
+# All values are multiples of GRID and at most LARGEST: then differences are exact in float32, and float64 selects the
+# same elements, ties included.
+GRID, LARGEST = 2.0**-26, 2.0**-3
+TIMED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A weight and fine-tunes of it, the same for the same fields.
+
+    Attributes:
+        matrix: what the shape is, e.g. ``Mistral-7B q_proj``.
+        shape: (rows, columns).
+        dtype: of the weights, a key of `TIMED_DTYPES`.
+        tasks: number of fine-tunes.
+        device: where they lie.
+    """
+
+    matrix: str
+    shape: tuple[int, int]
+    dtype: str
+    tasks: int
+    device: torch.device
+
+    @cached_property
+    def base(self) -> Tensor:
+        """The weight."""
+        return self._random(0.02, 0, None)
+
+    @cached_property
+    def tuned(self) -> list[Tensor]:
+        """The fine-tunes, at a distance of a twentieth of the weight."""
+        return [self._random(1e-3, 1 + task, self.base) for task in range(self.tasks)]
+
+    @cached_property
+    def deltas(self) -> list[Tensor]:
+        """The task vectors, float32."""
+        return [tensor.float() - self.base.float() for tensor in self.tuned]
+
+    @property
+    def exact(self) -> tuple[Tensor, list[Tensor]]:
+        """The weight and the fine-tunes in float64."""
+        return self.base.double(), [tensor.double() for tensor in self.tuned]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight."""
+        return self.base.numel()
+
+    @property
+    def read_bytes(self) -> int:
+        """Size of the weight and the fine-tunes."""
+        return self.base.nbytes * (1 + self.tasks)
+
+    def _random(self, scale: float, seed: int, around: Tensor | None) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        values = scale * torch.randn(self.shape, generator=generator, device=self.device)
+        if around is not None:
+            values += around.float()
+        return ((values / GRID).round() * GRID).clamp(-LARGEST, LARGEST).to(TIMED_DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to the result.
+
+    Attributes:
+        name: backend or solver of ours, or what else it is.
+        run: computes the result.
+        role: ``ours``; ``reference``: eager torch, as one writes it down; ``torch``: the best of torch otherwise.
+        limit: largest error, where it is not that of the case.
+    """
+
+    name: str
+    run: Call
+    role: Role = "ours"
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark on one input.
+
+    Attributes:
+        inputs: the input.
+        providers: all that can run here.
+        truth: computes the true values in float64, or integers.
+        values: of a result, what is compared with the truth.
+        limit: largest relative error of a right result.
+        bytes: that must be read and written at least.
+        flops: that must be computed at least; 0 where they do not count.
+        ceiling: what bounds the speed.
+        unavailable: backends that cannot run here, and why.
+    """
+
+    inputs: Inputs
+    providers: Sequence[Provider]
+    truth: Callable[[], Sequence[Tensor]]
+    limit: float
+    bytes: int
+    values: Callable[[object], Sequence[Tensor]] = leaves
+    flops: float = 0.0
+    ceiling: Ceiling = "copy"
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def all_on(backend: str, device_type: str) -> Iterator[None]:
+    """Run every op on `backend`, where it has the op and can run, and on the reference elsewhere."""
+    choice = {op: backend if dict(explain(op, device_type)).get(backend) == backends.READY else "torch" for op in ORDER}
+    with use_backend(**choice):
+        yield
+
+
+def by_backend(ops: Sequence[str], call: Call, device: torch.device) -> tuple[list[Provider], dict[str, str]]:
+    """Return a provider for each backend that has one of the ops and can run; and why others cannot."""
+    found, unavailable = [], {}
+    for backend in ("cpu", "cuda", "triton"):
+        states = [dict(explain(op, device.type)).get(backend) for op in ops]
+        if backends.READY in states:
+            found.append(Provider(backend, on_backend(backend, call, device)))
+        elif any(states):
+            unavailable[backend] = next(state for state in states if state)
+    return [*found, Provider("reference", on_backend("torch", call, device), "reference")], unavailable
+
+
+def on_backend(backend: str, call: Call, device: torch.device) -> Call:
+    """Return the call with every op on `backend`."""
+
+    def run() -> object:
+        with all_on(backend, device.type):
+            return call()
+
+    return run

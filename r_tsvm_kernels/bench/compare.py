@@ -1,0 +1,103 @@
+"""Compare the report of a run with an earlier one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import ConfigError
+from .record import ratios
+from .suite import SCHEMA
+
+NOISE = 0.05  # relative; smaller changes are not told, whatever the quartiles say
+
+Key = tuple[str, str, str, int, str]
+
+
+class Change(NamedTuple):
+    """A row in both reports.
+
+    Attributes:
+        key: benchmark, matrix, dtype, tasks, provider.
+        before: median seconds.
+        after: median seconds.
+        ratio: after by before.
+        verdict: ``faster`` or ``slower``, where the spreads of both do not overlap; otherwise empty.
+    """
+
+    key: Key
+    before: float
+    after: float
+    ratio: float
+    verdict: str
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """Read the JSON of an earlier run.
+
+    Raises:
+        ConfigError: there is none, or it is not one of ours.
+    """
+    try:
+        report: dict[str, Any] = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected results that `rtsvm bench --json` wrote: {error}") from error
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA or "rows" not in report:
+        raise ConfigError(f"{path}: expected results that `rtsvm bench --json` wrote, of schema {SCHEMA}")
+    return report
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """Return the rows that were timed in both, by benchmark."""
+    old, new = _timed_rows(before), _timed_rows(after)
+    changes = []
+    for key in (key for key in new if key in old):
+        was, now = old[key]["seconds"], new[key]["seconds"]
+        ratio = now["median"] / was["median"]
+        several = min(was["rounds"], now["rounds"]) > 1
+        verdict = ""
+        if several and now["q1"] > was["q3"] and ratio > 1 + NOISE:
+            verdict = "slower"
+        elif several and now["q3"] < was["q1"] and ratio < 1 - NOISE:
+            verdict = "faster"
+        changes.append(Change(key, was["median"], now["median"], ratio, verdict))
+    return changes
+
+
+def compare_turns(turns: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Change]:
+    """Compare two versions that ran in turns: a change is one if it shows in all but the outer quarters of the turns.
+
+    Args:
+        turns: pairs of reports, before and after, that were made one right after the other.
+    """
+    pairs = [(_timed_rows(before), _timed_rows(after)) for before, after in turns]
+    changes = []
+    for key in (key for key in pairs[0][1] if all(key in rows for pair in pairs for rows in pair)):
+        was, now = ([pair[side][key]["seconds"]["median"] for pair in pairs] for side in (0, 1))
+        spread = ratios(now, was)
+        verdict = ""
+        if len(turns) > 1 and spread["q1"] > 1 and spread["median"] > 1 + NOISE:
+            verdict = "slower"
+        elif len(turns) > 1 and spread["q3"] < 1 and spread["median"] < 1 - NOISE:
+            verdict = "faster"
+        changes.append(Change(key, sorted(was)[len(was) // 2], sorted(now)[len(now) // 2], spread["median"], verdict))
+    return changes
+
+
+def different_circumstances(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return what was not the same in both runs, besides the code."""
+    names = ("cpu", "gpu", "threads", "device", "suite")
+    found = [f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after[name]]
+    torch_versions = [report.get("versions", {}).get("torch") for report in (before, after)]
+    if torch_versions[0] != torch_versions[1]:
+        found.append(f"torch: {torch_versions[0]} -> {torch_versions[1]}")
+    return found
+
+
+def _timed_rows(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+    return {
+        (row["name"], row["matrix"], row["dtype"], row["tasks"], row["provider"]): row
+        for row in report["rows"]
+        if row["status"] == "timed"
+    }

@@ -1,0 +1,334 @@
+"""Benchmarks of the element-wise ops: bound by memory, so bytes are what counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops import Keep, MagnitudeSelection, RankedKeep
+from . import torch_best
+from .case import Case, Inputs, Provider, all_on, by_backend
+from .registry import benchmark
+
+SIGMA, EPS, DENSITY, SEED = 3.0, 0.1, 0.5, 1
+# Float32 results of float32 arithmetic on exact differences: a few roundings. One wrong element of millions is more.
+ROUNDING = 1e-6
+SMALL_TENSORS = 64  # norms and biases of a model, merged in one call
+
+
+def op_case(
+    inputs: Inputs,
+    used: Sequence[str],
+    call: Callable[[], Any],
+    truth: Callable[[], Any],
+    moved: int,
+    best: Callable[[], Any] | None = None,
+    compiled: Callable[[], Any] | None = None,
+    limit: float = ROUNDING,
+    **more: Any,
+) -> Case:
+    """Return the case of an op: every backend, eager torch, the best of torch; the truth by the reference in float64.
+
+    Args:
+        inputs: the input.
+        used: names of the ops in the dispatch table.
+        call: the public function on the input.
+        truth: the same in float64, run on the references; or the true values.
+        moved: bytes that must move.
+        best: the best of torch.
+        compiled: what torch.compile is to make of it; on a GPU only, compiling for a CPU takes half a minute.
+        limit: largest relative error.
+        more: other fields of `Case`.
+    """
+    device = inputs.device
+    providers, unavailable = by_backend(used, call, device)
+    if best is not None:
+        providers.append(Provider("torch, best", best, "torch"))
+    if compiled is not None and device.type == "cuda":
+        providers.append(Provider("torch.compile", compiled, "torch"))
+    values = more.setdefault("values", _all_leaves)
+
+    def exact() -> Sequence[Tensor]:
+        with all_on("torch", device.type):
+            found: Sequence[Tensor] = values(truth())
+            return found
+
+    return Case(inputs, providers, exact, limit, moved, unavailable=unavailable, **more)
+
+
+def _all_leaves(result: Any) -> list[Tensor]:
+    from .measure import leaves
+
+    return leaves(result)
+
+
+def _statistics(result: Any) -> list[Tensor]:
+    if isinstance(result, list):
+        found: list[Tensor] = result
+        return found
+    return [result.mean, result.theta, result.outlier_mass, result.small]
+
+
+@benchmark("task_statistics", "ops")
+def _(inputs: Inputs) -> Case:
+    base, tuned = inputs.base, inputs.tuned
+    return op_case(
+        inputs,
+        ["task_statistics"],
+        lambda: ops.task_statistics(base, tuned, SIGMA, EPS),
+        lambda: ops.task_statistics(*inputs.exact, SIGMA, EPS),
+        inputs.read_bytes,
+        best=lambda: torch_best.statistics(base, tuned, SIGMA, EPS),
+        values=_statistics,
+    )
+
+
+def _selection(result: Any) -> list[Tensor]:
+    """Threshold and ties; a number of ties is one however it is stored."""
+    return [tensor for part in _listed(result) for tensor in (part.threshold.double(), part.ties.long())]
+
+
+def _listed(result: Any) -> Sequence[MagnitudeSelection]:
+    return [result] if isinstance(result, MagnitudeSelection) else result
+
+
+@benchmark("magnitude_select", "ops")
+def _(inputs: Inputs) -> Case:
+    x, keep = inputs.tuned[0], ops.kept_count(0.2, inputs.numel)
+    return op_case(
+        inputs,
+        ["magnitude_select"],
+        lambda: ops.magnitude_select(x, keep),
+        lambda: ops.magnitude_select(x.double(), keep),
+        x.nbytes,
+        best=lambda: torch_best.select(x, keep),
+        values=_selection,
+    )
+
+
+@benchmark("magnitude_select: of a task vector", "ops")
+def _(inputs: Inputs) -> Case:
+    x, base, keep = inputs.tuned[0], inputs.base, ops.kept_count(0.2, inputs.numel)
+    return op_case(
+        inputs,
+        ["magnitude_select"],
+        lambda: ops.magnitude_select(x, keep, base=base),
+        lambda: ops.magnitude_select(x.double(), keep, base=base.double()),
+        2 * x.nbytes,
+        best=lambda: torch_best.select(x.float() - base.float(), keep),
+        values=_selection,
+    )
+
+
+@benchmark("magnitude_select_many", "ops")
+def _(inputs: Inputs) -> Case:
+    tensors, keep = inputs.tuned, ops.kept_count(0.2, inputs.numel * inputs.tasks)
+
+    def exact() -> list[MagnitudeSelection]:
+        whole = torch.cat([tensor.double().flatten() for tensor in tensors])
+        found = ops.magnitude_select(whole, keep)
+        counts = [part.sum() for part in found.mask(whole).view(inputs.tasks, -1)]
+        above = [(tensor.abs() > found.threshold).sum() for tensor in whole.view(inputs.tasks, -1)]
+        return [MagnitudeSelection(found.threshold, n - more) for n, more in zip(counts, above, strict=True)]
+
+    return op_case(
+        inputs,
+        ["magnitude_histogram"],
+        lambda: ops.magnitude_select_many(lambda: tensors, keep),
+        exact,
+        3 * sum(tensor.nbytes for tensor in tensors),  # three passes, or a whole model would have to be in memory
+        values=_selection,
+    )
+
+
+@benchmark("magnitude_histogram", "ops")
+def _(inputs: Inputs) -> Case:
+    x, bits = inputs.tuned[0], 11
+
+    def exact() -> Tensor:
+        # Counted from magnitudes, not from patterns: digit d holds [edge d, edge d + 1).
+        edges = (torch.arange(1, 1 << bits, device=x.device) << (31 - bits)).int().view(torch.float32).double()
+        edges = torch.where(edges.isnan(), torch.inf, edges)
+        return torch.bincount(torch.bucketize(x.double().abs().flatten(), edges, right=True), minlength=1 << bits)
+
+    return op_case(
+        inputs,
+        ["magnitude_histogram"],
+        lambda: ops.magnitude_histogram(x, bits),
+        exact,
+        x.nbytes,
+        best=lambda: torch_best.histogram(x, bits),
+    )
+
+
+@benchmark("magnitude_ranks", "ops")
+def _(inputs: Inputs) -> Case:
+    x = inputs.tuned[0]
+    return op_case(
+        inputs,
+        ["magnitude_ranks"],
+        lambda: ops.magnitude_ranks(x),
+        lambda: ops.magnitude_ranks(x.double()),
+        x.nbytes + 4 * inputs.numel,
+        best=lambda: torch_best.ranks(x),
+    )
+
+
+@benchmark("random_mask", "ops")
+def _(inputs: Inputs) -> Case:
+    from ..ops.random_mask.reference import random_words
+
+    def exact() -> Tensor:
+        words = random_words(inputs.numel, SEED, 0, inputs.device)
+        return (words.double() < DENSITY * 2.0**32).view(inputs.shape)
+
+    return op_case(
+        inputs,
+        ["random_mask"],
+        lambda: ops.random_mask(inputs.shape, DENSITY, SEED, device=inputs.device),
+        exact,
+        inputs.numel,
+    )
+
+
+@benchmark("reweight_prune", "ops")
+def _(inputs: Inputs) -> Case:
+    base, tuned = inputs.base, inputs.tuned
+    statistics = ops.task_statistics(base, tuned, SIGMA, EPS)
+    keep = ops.kept_count(DENSITY, inputs.numel)
+    return op_case(
+        inputs,
+        ["reweight_prune"],
+        lambda: ops.reweight_prune(base, tuned, statistics, "clip", DENSITY),
+        lambda: ops.reweight_prune(*inputs.exact, statistics, "clip", DENSITY),
+        inputs.read_bytes + 4 * inputs.numel * inputs.tasks,
+        best=lambda: torch_best.prune(base, tuned, statistics.theta, keep),
+    )
+
+
+@benchmark("reweight_prune_", "ops")
+def _(inputs: Inputs) -> Case:
+    """In place: with the copy that gives each run new data."""
+    fresh, deltas = inputs.deltas, [torch.empty_like(delta) for delta in inputs.deltas]
+    statistics = ops.task_statistics(torch.zeros_like(fresh[0]), fresh, SIGMA, EPS)
+    keep = ops.kept_count(DENSITY, inputs.numel)
+
+    def renewed() -> list[Tensor]:
+        return [delta.copy_(new) for delta, new in zip(deltas, fresh, strict=True)]
+
+    return op_case(
+        inputs,
+        ["reweight_prune_inplace"],
+        lambda: ops.reweight_prune_(renewed(), statistics, "clip", DENSITY),
+        lambda: ops.reweight_prune_([delta.double() for delta in fresh], statistics, "clip", DENSITY),
+        4 * 4 * inputs.numel * inputs.tasks,
+        best=lambda: [
+            torch_best.prune_(delta, theta, keep) for delta, theta in zip(renewed(), statistics.theta, strict=True)
+        ],
+    )
+
+
+@benchmark("reweight_prune_planes", "ops")
+def _(inputs: Inputs) -> Case:
+    base, tuned = inputs.base, inputs.tuned
+    statistics = ops.task_statistics(base, tuned, SIGMA, EPS)
+    return op_case(
+        inputs,
+        ["reweight_prune_planes"],
+        lambda: ops.reweight_prune_planes(base, tuned, statistics, "clip", DENSITY),
+        lambda: torch.stack(ops.reweight_prune(*inputs.exact, statistics, "clip", DENSITY)),
+        inputs.read_bytes + 4 * inputs.numel * inputs.tasks,
+        values=lambda result: [result.dense() if isinstance(result, ops.Planes) else result],
+    )
+
+
+@benchmark("add_update", "ops")
+def _(inputs: Inputs) -> Case:
+    base, update, alpha = inputs.base, inputs.deltas[0], 0.7
+    compiled = torch.compile(torch_best.add) if inputs.device.type == "cuda" else None
+    return op_case(
+        inputs,
+        ["add_update"],
+        lambda: ops.add_update(base, update, alpha),
+        lambda: ops.add_update(base.double(), update.double(), alpha),
+        base.nbytes + 8 * inputs.numel,
+        best=lambda: torch_best.add(base, update, alpha),
+        compiled=None if compiled is None else lambda: compiled(base, update, alpha),
+    )
+
+
+def _elect_and_sum(
+    inputs: Inputs,
+    options: dict[str, Any],
+    best: Callable[..., Tensor] | None = None,
+    used: Sequence[str] = ("elect_and_sum",),
+) -> Case:
+    """Return a case of `elect_and_sum`; what it keeps is found beforehand."""
+    base, tuned, weights = inputs.base, inputs.tuned, [1.0] * inputs.tasks
+    compiled = torch.compile(best) if best is not None and inputs.device.type == "cuda" else None
+    return op_case(
+        inputs,
+        used,
+        lambda: ops.elect_and_sum(base, tuned, weights, **options),
+        lambda: ops.elect_and_sum(*inputs.exact, weights, **options),
+        inputs.read_bytes + 4 * inputs.numel,
+        best=None if best is None else lambda: best(base, *tuned),
+        compiled=None if compiled is None else lambda: compiled(base, *tuned),
+    )
+
+
+@benchmark("elect_and_sum: sum", "ops")
+def _(inputs: Inputs) -> Case:
+    return _elect_and_sum(inputs, {}, torch_best.sum_tasks)
+
+
+@benchmark("elect_and_sum: election", "ops")
+def _(inputs: Inputs) -> Case:
+    return _elect_and_sum(inputs, {"elect": "sum", "normalize": True}, torch_best.ties)
+
+
+@benchmark("elect_and_sum: TIES", "ops")
+def _(inputs: Inputs) -> Case:
+    keep = ops.kept_count(0.2, inputs.numel)
+    rules = [Keep(largest=ops.magnitude_select(tensor, keep, base=inputs.base)) for tensor in inputs.tuned]
+    return _elect_and_sum(inputs, {"elect": "sum", "normalize": True, "keep": rules})
+
+
+@benchmark("elect_and_sum: DARE", "ops")
+def _(inputs: Inputs) -> Case:
+    rules = [Keep(probability=DENSITY, rescale=1 / DENSITY, seed=SEED, stream=t) for t in range(inputs.tasks)]
+    return _elect_and_sum(inputs, {"keep": rules})
+
+
+@benchmark("elect_and_sum: DELLA", "ops")
+def _(inputs: Inputs) -> Case:
+    chances = ops.della_probabilities(inputs.shape[1], DENSITY, 0.1)
+    rules = [
+        Keep(seed=SEED, stream=t, ranked=RankedKeep(ops.magnitude_ranks(tensor, base=inputs.base), chances))
+        for t, tensor in enumerate(inputs.tuned)
+    ]
+    return _elect_and_sum(inputs, {"keep": rules})
+
+
+@benchmark("elect_and_sum_many", "ops")
+def _(inputs: Inputs) -> Case:
+    """Many vectors as long as a row."""
+    count = min(SMALL_TENSORS, inputs.shape[0])
+    weights = [1.0] * inputs.tasks
+
+    def groups(base: Tensor, tuned: Sequence[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
+        return [(base[row], [tensor[row] for tensor in tuned]) for row in range(count)]
+
+    small = groups(inputs.base, inputs.tuned)
+    return op_case(
+        inputs,
+        ["elect_and_sum"],
+        lambda: ops.elect_and_sum_many(small, weights),
+        lambda: ops.elect_and_sum_many(groups(*inputs.exact), weights),
+        (inputs.read_bytes + 4 * inputs.numel) * count // inputs.shape[0],
+        best=lambda: list(torch_best.sum_tasks(inputs.base[:count], *[tensor[:count] for tensor in inputs.tuned])),
+    )

@@ -1,0 +1,140 @@
+"""Time, memory and error of calls."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .memory import peak_of
+
+FLUSH_BYTES = 256 << 20  # more than the second-level cache of any GPU
+SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
+
+Call = Callable[[], Any]
+
+
+class Stopwatch:
+    """Times calls on one device: by the clock on a CPU; by events, with caches flushed before, on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flushed = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+
+    def seconds(self, call: Call, repeats: int = 1) -> float:
+        """Return the seconds of one call, the mean of `repeats` on a CPU; freeing the result is not part of it."""
+        if self.device.type == "cuda":
+            return self._device_seconds(call)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = call()
+        elapsed = time.perf_counter() - start
+        del result
+        return elapsed / repeats
+
+    def _device_seconds(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        self._flushed.zero_()
+        start.record()
+        result = call()
+        end.record()
+        torch.cuda.synchronize()
+        del result
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    rounds: int | Mapping[str, int],
+    stopwatch: Stopwatch | None = None,
+    repeats: Mapping[str, int] | None = None,
+) -> dict[str, list[float]]:
+    """Time the calls in turn, round by round, so that whatever else the machine does hits all alike.
+
+    Args:
+        calls: by name; the caller has run each once already.
+        rounds: for all, or by name; slow ones may take part in the first rounds only.
+        stopwatch: by default one of the CPU.
+        repeats: by name, calls per sample; 1 by default.
+
+    Returns:
+        Seconds by name, one per round.
+    """
+    stopwatch = stopwatch or Stopwatch(torch.device("cpu"))
+    wanted = dict.fromkeys(calls, rounds) if isinstance(rounds, int) else rounds
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(max(wanted.values(), default=0)):
+        for name, call in calls.items():
+            if index < wanted[name]:
+                times[name].append(stopwatch.seconds(call, (repeats or {}).get(name, 1)))
+    return times
+
+
+def plan_rounds(seconds: float, budget: float) -> tuple[int, int]:
+    """Return how many rounds, and calls per sample, a call of so many seconds gets in about `budget` seconds."""
+    repeats = max(1, round(SHORTEST_SAMPLE / max(seconds, 1e-9)))
+    return min(15, max(3, int(budget / (repeats * seconds + 1e-9)))), repeats
+
+
+def peak_extra_bytes(call: Call, device: torch.device) -> tuple[Any, int | None]:
+    """Return the result and the peak memory of a call beside what was there before and its result.
+
+    On a CPU that is resident memory, to within a megabyte or two; None where the system does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        _return_free_memory()
+        try:
+            result, peak = peak_of(call)
+        except OSError:
+            return call(), None
+    return result, max(0, peak - sum(leaf.nbytes for leaf in leaves(result)))
+
+
+def _return_free_memory() -> None:
+    """Give freed memory back to the system, or a call that takes it up again would seem to need none."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def leaves(result: Any) -> list[Tensor]:
+    """Return the tensors in a result, whatever its type."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, list | tuple):
+        return [leaf for part in result for leaf in leaves(part)]
+    return [leaf for part in vars(result).values() for leaf in leaves(part)] if hasattr(result, "__dict__") else []
+
+
+def worst_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Return the largest error of a tensor relative to its true value (Frobenius); integers must be equal.
+
+    Infinity where numbers, shapes or integers differ, or where a value is NaN.
+    """
+    if len(found) != len(truth):
+        return float("inf")
+    return max((_error(x, y) for x, y in zip(found, truth, strict=True)), default=0.0)
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    if found.shape != truth.shape or found.is_floating_point() != truth.is_floating_point():
+        return float("inf")
+    if not truth.is_floating_point():
+        return 0.0 if bool((found == truth.to(found.device)).all()) else float("inf")
+    exact = truth.double()
+    same = found.double() == exact  # infinities, too
+    distance = torch.where(same, 0.0, found.double() - exact).norm()
+    error = float(distance / exact.norm()) if bool(distance > 0) else float(distance)
+    return error if error == error else float("inf")

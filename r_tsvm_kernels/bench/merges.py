@@ -1,0 +1,167 @@
+"""Benchmarks of the merge methods: one weight matrix through `merge_tensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MergeConfig
+from ..linalg import choose_rank, tsv_merge_flops
+from ..merge import merge_tensors
+from ..methods import METHODS
+from ..ops import outlier_weights, pruned_sparsity, reweight_prune, task_statistics
+from . import published
+from .case import Case, Inputs, Provider, all_on, on_backend
+from .element_wise import op_case
+from .registry import benchmark
+from .spectral import FLOAT32_SVD, PROMISED
+
+# Of the update. Merged weights are float32 and twenty times as large as the updates.
+ROUNDING = 1e-5
+# Where the sign of a sum of unequally rescaled numbers decides, two roundings may elect two signs, now and then.
+ELECTED = 1e-3
+
+ELEMENT_WISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear", {}),
+    "task_arithmetic": ("task_arithmetic", {"alpha": 0.4}),
+    "ties": ("ties", {"density": 0.2}),
+    "dare_linear": ("dare_linear", {"density": 0.5}),
+    "dare_ties": ("dare_ties", {"density": 0.5}),
+    "breadcrumbs": ("breadcrumbs", {"density": 0.9, "gamma": 0.01}),
+    "breadcrumbs_ties": ("breadcrumbs_ties", {"density": 0.9, "gamma": 0.01}),
+    "della_linear": ("della_linear", {"density": 0.5, "epsilon": 0.1}),
+    "della": ("della", {"density": 0.5, "epsilon": 0.1}),
+    "model_stock": ("model_stock", {}),
+    "sce": ("sce", {"select_topk": 0.5}),
+    "slerp": ("slerp", {}),
+    "multislerp": ("multislerp", {}),
+    "karcher": ("karcher", {}),
+}
+UNEQUALLY_RESCALED = {"della", "sce"}
+
+
+def _merge(inputs: Inputs, config: MergeConfig) -> Callable[[], Tensor]:
+    base, tuned = inputs.base, inputs.tuned[: config.method.tasks]
+    return lambda: merge_tensors(base, tuned, config, out_dtype=torch.float32).weight
+
+
+def _update(inputs: Inputs, weight: Any) -> list[Tensor]:
+    return [weight.double() - inputs.base]
+
+
+def _element_wise(name: str) -> Callable[[Inputs], Case]:
+    method, parameters = ELEMENT_WISE[name]
+
+    def make(inputs: Inputs) -> Case:
+        config = MergeConfig.from_kwargs(method, **parameters)
+
+        def exact() -> Tensor:
+            base, tuned = inputs.exact
+            return merge_tensors(base, tuned[: config.method.tasks], config).weight
+
+        tasks = config.method.tasks or inputs.tasks
+        return op_case(
+            inputs,
+            ["elect_and_sum", "magnitude_select", "magnitude_ranks"],
+            _merge(inputs, config),
+            exact,
+            inputs.base.nbytes * (1 + tasks) + 4 * inputs.numel,
+            limit=ELECTED if name in UNEQUALLY_RESCALED else ROUNDING,
+            values=lambda weight: _update(inputs, weight),
+        )
+
+    return make
+
+
+for _name in ELEMENT_WISE:
+    benchmark(_name, "merges")(_element_wise(_name))
+
+Update = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+def _spectral(inputs: Inputs, method: str, parameters: dict[str, Any], by_svd: Update, ranks: Sequence[int]) -> Case:
+    """Return a case of a spectral method; `by_svd` returns its update, in the dtype of its inputs."""
+    device = inputs.device
+    has_solver = "solver" in METHODS[method].parameters.model_fields
+    on_tensor_cores = device.type == "cuda" and has_solver  # a CPU only simulates the products
+    solvers = {"eigen": "cuda" if device.type == "cuda" else "cpu"}
+    if on_tensor_cores:
+        solvers["products"] = "triton"
+    providers = []
+    for solver, backend in solvers.items():
+        chosen: dict[str, Any] = {"solver": solver} if has_solver else {}
+        config = MergeConfig.from_kwargs(method, **parameters, **chosen)
+        providers.append(Provider(solver, on_backend(backend, _merge(inputs, config), device)))
+    base, tuned = inputs.base, inputs.tuned
+
+    def plain() -> Tensor:
+        with all_on("torch", device.type):
+            return base.float() + by_svd(base.float(), [tensor.float() for tensor in tuned])
+
+    def exact() -> list[Tensor]:
+        with all_on("torch", device.type):
+            return [by_svd(*inputs.exact)]
+
+    return Case(
+        inputs,
+        [*providers, Provider("float32 SVD", plain, "reference", FLOAT32_SVD)],
+        exact,
+        PROMISED,
+        inputs.read_bytes + 4 * inputs.numel,
+        lambda weight: _update(inputs, weight),
+        tsv_merge_flops(inputs.shape, ranks),
+        "matmul",
+    )
+
+
+def _task_matrices(base: Tensor, tuned: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor - base for tensor in tuned]
+
+
+@benchmark("tsvm", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    ranks = [min(inputs.shape) // inputs.tasks] * inputs.tasks
+    return _spectral(
+        inputs, "tsvm", {}, lambda base, tuned: published.tsv_merge(_task_matrices(base, tuned), ranks), ranks
+    )
+
+
+def _rtsvm(inputs: Inputs, density: float) -> Case:
+    """R-TSVM with its other defaults: the reference steps, then SVDs."""
+
+    def by_svd(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+        statistics = task_statistics(base, tuned)
+        matrices = reweight_prune(base, tuned, statistics, "clip", density)
+        return published.tsv_merge(matrices, ranks, outlier_weights(statistics, "clip"))
+
+    sparsities = pruned_sparsity(task_statistics(inputs.base, inputs.tuned), "clip", density)
+    rules = [choose_rank("sparsity", inputs.shape, inputs.tasks, sparsity=z) for z in sparsities]
+    ranks = [rule for rule in rules if isinstance(rule, int)]
+    return _spectral(inputs, "rtsvm", {"density": density}, by_svd, ranks)
+
+
+@benchmark("rtsvm", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    return _rtsvm(inputs, 1.0)
+
+
+@benchmark("rtsvm: density 0.3", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    return _rtsvm(inputs, 0.3)
+
+
+@benchmark("iso_c", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    return _spectral(
+        inputs, "iso_c", {}, lambda base, tuned: published.iso_c(_task_matrices(base, tuned)), [min(inputs.shape)]
+    )
+
+
+@benchmark("iso_cts", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    return _spectral(
+        inputs, "iso_cts", {}, lambda base, tuned: published.iso_cts(_task_matrices(base, tuned)), [min(inputs.shape)]
+    )

@@ -1,0 +1,91 @@
+"""Spectral merges as they are published: by full SVDs. Slow, plain, and exact in float64.
+
+Written down from the papers; they are what ours is timed against, in float32, and checked against, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..methods.iso_cts import common_and_own_ranks
+
+# Singular values up to this share of the largest count as zero: the polar factor is a partial isometry there.
+RANK_TOLERANCE = 1e-6
+COMMON_SPACE = 0.8  # of Iso-CTS: share of the rank that is for the sum of the tasks
+
+
+def tsv_merge(matrices: Sequence[Tensor], ranks: Sequence[int], weights: Sequence[float] | None = None) -> Tensor:
+    """Merge task matrices by T + 2 SVDs in their dtype and on their device.
+
+    TSV-Merge (Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1): the leading singular triplets of all
+    tasks are concatenated, and both concatenated bases replaced by their polar factors.
+    """
+    left, core, right = [], [], []
+    factors = weights or [1.0] * len(matrices)
+    for matrix, rank, factor in zip(matrices, ranks, factors, strict=True):
+        U, s, Vh = svd(matrix)
+        left.append(U[:, :rank])
+        core.append(factor * s[:rank])
+        right.append(Vh[:rank])
+    merged: Tensor = (polar(torch.cat(left, 1)) * torch.cat(core)) @ polar(torch.cat(right))
+    return merged
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """Return the canonical polar factor by an SVD."""
+    P, s, Qh = svd(matrix)
+    kept = int((s > RANK_TOLERANCE * s[:1]).sum())
+    factor: Tensor = P[:, :kept] @ Qh[:kept]
+    return factor
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    """Return the best approximation of a rank by an SVD."""
+    U, s, Vh = svd(matrix)
+    nearest: Tensor = (U[:, :rank] * s[:rank]) @ Vh[:rank]
+    return nearest
+
+
+def iso_c(deltas: Sequence[Tensor]) -> Tensor:
+    """Return the update of Iso-C (Marczak et al., ICML 2025): the sum with its singular values made equal."""
+    U, s, Vh = svd(torch.stack(list(deltas)).sum(0))
+    update: Tensor = s.mean() * (U @ Vh)
+    return update
+
+
+def iso_cts(deltas: Sequence[Tensor]) -> Tensor:
+    """Return the update of Iso-CTS (Marczak et al., ICML 2025, algorithm 2): common and task-specific subspaces."""
+    total = torch.stack(list(deltas)).sum(0)
+    common_rank, own_rank = common_and_own_ranks(min(total.shape), len(deltas), COMMON_SPACE)
+    U, s, Vh = svd(total)
+    left, core, right = [U[:, :common_rank]], [s[:common_rank]], [Vh[:common_rank]]
+    for delta in deltas:
+        U, s, Vh = svd(delta - left[0] @ (left[0].mT @ delta))
+        left.append(U[:, :own_rank])
+        core.append(s[:own_rank])
+        right.append(Vh[:own_rank])
+    return torch.cat(core).mean() * (polar(torch.cat(left, 1)) @ polar(torch.cat(right)))
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, s, Vh of the reduced SVD, s falling; in float64 on a GPU, where it takes minutes, by `eigh`."""
+    if matrix.dtype == torch.float64 and matrix.device.type == "cuda":
+        return svd_by_eigh(matrix)
+    U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U, s, Vh
+
+
+def svd_by_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the reduced SVD of a float64 matrix by the eigenvectors of the Gram matrix of its short side.
+
+    Good to 1e-8 where singular values are within 1e4 of each other: enough for checks to 1e-4.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        U, s, Vh = svd_by_eigh(matrix.mT)
+        return Vh.mT, s, U.mT
+    values, V = torch.linalg.eigh(matrix.mT @ matrix)
+    s, V = values.clamp(min=0).sqrt().flip(0), V.flip(1)
+    return (matrix @ V) / s.clamp(min=torch.finfo(s.dtype).tiny), s, V.mT

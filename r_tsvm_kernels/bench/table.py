@@ -1,0 +1,138 @@
+"""Reports and comparisons as tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..errors import IntegrationError
+from .compare import Change
+
+LEGEND = """\
+ours          time of our fastest version (median), and which that is
+eager torch   the same, written down in plain torch; of decompositions: by float32 SVDs
+best torch    the same in torch by somebody who took pains, or by torch.compile, if there is a way
+speed-up      time of eager torch / ours (quartiles over rounds in which both ran); above 1 ours is faster
+speed         rate of ours, and what part that is of a plain copy's or of a matrix product's, measured now; a copy in a
+              cache may be faster than 100 %
+memory        what ours needs beside inputs and result
+error         of ours against float64, relative; what is further off than it may be is WRONG and has no time"""
+
+
+def result_table(report: dict[str, Any]) -> Table:
+    """Return one line per benchmark and input."""
+    columns = ("benchmark", "matrix", "ours", "eager torch", "best torch", "speed-up", "speed", "memory", "error")
+    table = Table(title=_title(report))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
+    for group in _by_input(report["rows"]):
+        table.add_row(*_line(group))
+    return table
+
+
+def _title(report: dict[str, Any]) -> str:
+    where = report["gpu"] if report["device"] == "cuda" else f"{report['cpu']}, {report['threads']} threads"
+    copy, matmul = report["ceilings"]["copy"] / 1e9, report["ceilings"]["matmul"] / 1e12
+    warning = "; tiny sizes: these figures mean nothing" if report["suite"] == "dry-run" else ""
+    return f"{where}: copies {copy:.1f} GB/s, multiplies {matmul:.2f} TFLOP/s{warning}"
+
+
+def _by_input(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["matrix"], row["dtype"]), []).append(row)
+    return list(groups.values())
+
+
+def _line(group: list[dict[str, Any]]) -> list[str]:
+    best = {role: _fastest(group, role) for role in ("ours", "reference", "torch")}
+    ours = best["ours"]
+    first = group[0]
+    line = [first["name"], f"{first['matrix']} {'x'.join(map(str, first['shape']))} {first['dtype']}"]
+    line.append("no kernel here" if ours is None else f"{_time(ours)} {ours['provider']}")
+    line += ["" if row is None else _time(row) for row in (best["reference"], best["torch"])]
+    line += ["", "", "", ""] if ours is None else _measures(ours)
+    bad = [f"{row['provider']} {row['status'].upper()}" for row in group if row["status"] in ("wrong", "failed")]
+    line[-1] = ", ".join([*([line[-1]] if line[-1] else []), *(f"[bold red]{text}[/]" for text in bad)])
+    return line
+
+
+def _measures(row: dict[str, Any]) -> list[str]:
+    speedup = row.get("speedup")
+    factor = "" if speedup is None else f"{speedup['median']:.1f} ({speedup['q1']:.1f} - {speedup['q3']:.1f})"
+    rate = f"{row['gb_per_s']:.1f} GB/s" if row["ceiling"] == "copy" else f"{row['tflop_per_s']:.3f} TFLOP/s"
+    extra = row["peak_extra_bytes"]
+    memory = "" if extra is None else f"{extra / 1e6:.0f} MB"
+    return [factor, f"{rate} {row['share']:.0%}", memory, f"{row['error']:.0e}"]
+
+
+def _fastest(group: list[dict[str, Any]], role: str) -> dict[str, Any] | None:
+    timed = [row for row in group if row["role"] == role and row["status"] == "timed"]
+    return min(timed, key=lambda row: row["seconds"]["median"], default=None)
+
+
+def _time(row: dict[str, Any]) -> str:
+    milliseconds = 1e3 * float(row["seconds"]["median"])
+    return f"{milliseconds:.2f} ms" if milliseconds < 1000 else f"{milliseconds / 1e3:.2f} s"
+
+
+def change_table(changes: Sequence[Change]) -> Table:
+    """Return one line per row that is in both reports."""
+    table = Table("benchmark", "matrix", "run by", "before", "after", "after / before", "")
+    for change in changes:
+        name, matrix, dtype, _, provider = change.key
+        color = {"slower": "[bold red]", "faster": "[green]"}.get(change.verdict, "")
+        table.add_row(
+            name,
+            f"{matrix} {dtype}",
+            provider,
+            f"{1e3 * change.before:.2f} ms",
+            f"{1e3 * change.after:.2f} ms",
+            f"{change.ratio:.2f}",
+            f"{color}{change.verdict}",
+        )
+    return table
+
+
+def require_matplotlib() -> None:
+    """Raise `IntegrationError` unless plots can be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise IntegrationError(
+            f"plots need matplotlib, which does not load ({error}): pip install 'r-tsvm-kernels[bench]'"
+        ) from error
+
+
+def plot(report: dict[str, Any], path: str | Path) -> None:
+    """Draw by how much each benchmark is faster than eager torch.
+
+    Raises:
+        IntegrationError: matplotlib is missing.
+    """
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = []
+    for group in _by_input(report["rows"]):
+        row = _fastest(group, "ours")
+        if row is not None and "speedup" in row:
+            bars.append((f"{row['name']}, {row['matrix']} {row['dtype']}", row["speedup"]))
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.22 * max(len(bars), 1)), layout="constrained")
+    medians = [speedup["median"] for _, speedup in bars]
+    spread = [[s["median"] - s["q1"] for _, s in bars], [s["q3"] - s["median"] for _, s in bars]]
+    axes.barh(range(len(bars)), medians, xerr=spread, color="#4477aa", ecolor="0.3", height=0.7)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1.0, color="0.3", linewidth=1)
+    axes.set_xlabel("times faster than eager torch (float32 SVDs for decompositions)")
+    axes.set_title(_title(report), fontsize=8)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)

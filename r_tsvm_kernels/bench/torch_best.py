@@ -1,0 +1,97 @@
+"""Ops in plain torch as well as we know how: what a user gets without this package, after some thought.
+
+The references are written to be read; these are written to be fast, and give the same exact results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops import MagnitudeSelection
+
+
+def statistics(base: Tensor, tuned: Sequence[Tensor], sigma: float = 3.0, eps: float = 0.1) -> list[Tensor]:
+    """Return mean, sd, outlier mass and number of small elements by task."""
+    columns = []
+    for tensor in tuned:
+        magnitude = (tensor.float() - base.float()).abs_()
+        mean = magnitude.mean(dtype=torch.float64)
+        second = torch.linalg.vector_norm(magnitude, dtype=torch.float64).square() / magnitude.numel()
+        theta = mean + sigma * (second - mean.square()).sqrt()
+        above = torch.where(magnitude > theta, magnitude, 0).sum(dtype=torch.float64)
+        small = (magnitude <= eps * mean).sum()
+        columns.append((mean, theta, above / (mean * magnitude.numel()), small))
+    return [torch.stack(column) for column in zip(*columns, strict=True)]
+
+
+def select(x: Tensor, keep: int) -> MagnitudeSelection:
+    """Return the threshold of the `keep` largest magnitudes, by counting leading bits instead of sorting.
+
+    16-bit numbers have 2^15 magnitudes; float32 takes a second look at what shares its first 15 bits with the
+    threshold.
+    """
+    integer, bits = (torch.int32, 31) if x.dtype == torch.float32 else (torch.int16, 15)
+    patterns = x.flatten().view(integer) & torch.iinfo(integer).max
+    digits = patterns >> (bits - 15)
+    digit, above = _reached(torch.bincount(digits, minlength=1 << 15), keep)
+    if bits == 15:
+        return MagnitudeSelection(digit.to(torch.int16).view(x.dtype), keep - above)
+    inside = patterns[digits == digit] & 0xFFFF
+    last, more = _reached(torch.bincount(inside, minlength=1 << 16), keep - above)
+    return MagnitudeSelection(((digit << 16) + last).int().view(x.dtype), keep - above - more)
+
+
+def _reached(counts: Tensor, keep: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest digit at or above which lie `keep` elements, and how many lie above it."""
+    from_above = counts.flip(0).cumsum(0)
+    place = (from_above < keep).sum()
+    return len(counts) - 1 - place, from_above[place] - counts.flip(0)[place]
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Return the ranks of magnitudes within rows with one sort."""
+    order = x.abs().argsort(dim=-1, descending=True, stable=True)
+    falling = torch.arange(x.shape[-1] - 1, -1, -1, dtype=torch.int32, device=x.device).expand_as(order)
+    return torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, falling)
+
+
+def prune(base: Tensor, tuned: Sequence[Tensor], theta: Tensor, keep: int) -> list[Tensor]:
+    """Clip and prune task vectors, in place once they are formed."""
+    return [prune_(tensor.float() - base.float(), limit, keep) for tensor, limit in zip(tuned, theta, strict=True)]
+
+
+def prune_(delta: Tensor, theta: Tensor, keep: int) -> Tensor:
+    """Clip and prune a task vector in place."""
+    limit = theta.float()
+    delta = torch.clamp(delta, -limit, limit, out=delta)
+    return delta.masked_fill_(~select(delta, keep).mask(delta), 0)
+
+
+def histogram(x: Tensor, bits: int) -> Tensor:
+    """Count the leading bits of magnitudes."""
+    return torch.bincount((x.float().flatten().view(torch.int32) & 0x7FFFFFFF) >> (31 - bits), minlength=1 << bits)
+
+
+def add(base: Tensor, update: Tensor, alpha: float) -> Tensor:
+    """Add an update to a weight."""
+    return torch.add(base.float(), update, alpha=alpha)
+
+
+def sum_tasks(base: Tensor, *tuned: Tensor) -> Tensor:
+    """Add all task vectors to the weight."""
+    start = base.float()
+    total = torch.zeros_like(start)
+    for tensor in tuned:
+        total += tensor.float() - start
+    return start + total
+
+
+def ties(base: Tensor, *tuned: Tensor) -> Tensor:
+    """Elect a sign by the sum and average what has it: TIES without trimming."""
+    start = base.float()
+    vectors = torch.stack([tensor.float() - start for tensor in tuned])
+    agrees = torch.where(vectors.sum(0) >= 0, vectors > 0, vectors < 0)
+    return start + (vectors * agrees).sum(0) / agrees.sum(0).clamp(min=1)

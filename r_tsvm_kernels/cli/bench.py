@@ -1,0 +1,99 @@
+"""Measure how fast the kernels and merges are on this machine, after checking them against float64.
+
+  rtsvm bench                                  # about two minutes on two cores
+  rtsvm bench --device cuda --full --json h200.json
+  rtsvm bench --only reweight_prune --only "tsv_merge*"
+  rtsvm bench --compare before.json            # what has changed since then?
+
+Every way to a result (our kernels, eager torch, the best of torch) runs on the same inputs, of the shapes of public
+models, in turn with the others. One whose result is wrong is named and not timed; the exit code is 1 if it is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = "measure speed, memory and accuracy on this machine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="each benchmark on one matrix (default)")
+    extent.add_argument("--full", action="store_true", help="many matrices and dtypes: half an hour or more on a CPU")
+    extent.add_argument("--dry-run", action="store_true", help="tiny matrices: shows that everything works, no more")
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:INDEX (default auto)")
+    parser.add_argument(
+        "--only", metavar="NAME", action="append", default=[], help="these benchmarks (* for any text); repeat"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all results here; an existing file is not overwritten")
+    parser.add_argument("--plot", metavar="FILE", help="draw the speed-ups (needs matplotlib); not overwritten either")
+    parser.add_argument("--compare", metavar="FILE", help="results of an earlier run, to compare with")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; return 1 if something of ours is wrong or fails."""
+    from rich.console import Console
+
+    from ..bench import PLANS, ResultFile, chosen, read_report, run_suite
+    from ..bench.table import LEGEND, plot, require_matplotlib, result_table
+    from ..engine import choose_device
+    from ..errors import OutputExists
+
+    # Whatever is wrong with the request is told before minutes of measuring.
+    benchmarks = chosen(arguments.only)
+    device = choose_device(arguments.device)
+    earlier = read_report(arguments.compare) if arguments.compare else None
+    if arguments.plot:
+        require_matplotlib()
+        if Path(arguments.plot).exists():
+            raise OutputExists(f"{arguments.plot} exists and is not overwritten: choose another name or remove it")
+    plan = PLANS["full" if arguments.full else "dry-run" if arguments.dry_run else "quick"]
+    file = ResultFile(arguments.json) if arguments.json else None
+
+    report = run_suite(benchmarks, plan, device, file.write if file else lambda report: None, _say)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(result_table(report))
+    console.print(LEGEND, highlight=False, markup=False)
+    for line in _unavailable(report):
+        console.print(line, highlight=False, markup=False)
+    if earlier is not None:
+        _print_comparison(console, earlier, report)
+    if arguments.plot:
+        plot(report, arguments.plot)
+    bad = [row for row in report["rows"] if row["status"] in ("wrong", "failed")]
+    for row in bad:
+        what = f"{row['name']}, {row['matrix']} {row['dtype']}, by {row['provider']}"
+        print(f"rtsvm bench: {what}: {row['status']}: {row['reason']}", file=sys.stderr)
+    return 1 if any(row["role"] == "ours" for row in bad) else 0
+
+
+def _say(what: str) -> None:
+    print(f"rtsvm bench: {what}", file=sys.stderr, flush=True)
+
+
+def _unavailable(report: dict[str, Any]) -> list[str]:
+    """Return one line per backend that could not run, with its reason."""
+    reasons = {(row["provider"], row["reason"]) for row in report["rows"] if row["status"] == "unavailable"}
+    return [f"not run: {provider}: {reason}" for provider, reason in sorted(reasons)]
+
+
+def _print_comparison(console: Console, earlier: dict[str, Any], report: dict[str, Any]) -> None:
+    from ..bench import compare, different_circumstances
+    from ..bench.table import change_table
+
+    changes = compare(earlier, report)
+    console.print(change_table(changes))
+    marked = sum(bool(change.verdict) for change in changes)
+    console.print(
+        f"{len(changes)} rows in both, {marked} changed beyond noise (quartiles apart, and by more than 5 %)",
+        highlight=False,
+    )
+    for line in different_circumstances(earlier, report):
+        console.print(f"not the same in both runs: {line}", highlight=False, markup=False)

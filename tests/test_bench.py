@@ -1,0 +1,329 @@
+"""`rtsvm bench`: every op has a row, wrong results are found and not timed, results are kept and compared."""
+
+import importlib.util
+import inspect
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from compare import relative_error
+
+from r_tsvm_kernels import bench, linalg
+from r_tsvm_kernels.bench import PLANS, REGISTRY, Inputs, Provider, ResultFile, Stopwatch, published
+from r_tsvm_kernels.bench.measure import plan_rounds
+from r_tsvm_kernels.bench.record import exponent
+from r_tsvm_kernels.cli import main
+from r_tsvm_kernels.dispatch import ORDER
+from r_tsvm_kernels.errors import ConfigError, OutputExists
+from r_tsvm_kernels.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+CEILINGS = {"copy": 1e10, "matmul": 1e11}
+SOME = ("task_statistics", "reweight_prune", "linear", "tsvm")
+
+
+def tiny(shape=(24, 16), dtype="bfloat16"):
+    return Inputs("tiny", shape, dtype, 3, CPU)
+
+
+def run_case(name, case):
+    return {row["provider"]: row for row in bench.run_case(name, case, Stopwatch(CPU), CEILINGS, 0.0)}
+
+
+def command(capsys, *arguments):
+    code = main(["bench", "--device", "cpu", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def only(names=SOME):
+    return [word for name in names for word in ("--only", name)]
+
+
+@pytest.fixture(scope="module")
+def report():
+    return bench.run_suite(bench.chosen(SOME), PLANS["dry-run"], CPU)
+
+
+def test_everything_public_has_a_benchmark():
+    names = {name.partition(":")[0] for name in REGISTRY}
+    ops = {"reweight_prune_" if op == "reweight_prune_inplace" else op for op in ORDER}
+    ops |= {"magnitude_select_many", "elect_and_sum_many"}
+    spectral = {"leading_subspaces", "truncated_svd", "polar", "tsv_merge", "tsv_merge_layers"}
+    assert all(inspect.isfunction(getattr(linalg, name)) for name in spectral)
+    assert names == ops | spectral | set(METHODS)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda plan: plan.name)
+def test_every_plan_names_real_matrices(plan):
+    for kind in plan.matrices:
+        found = list(bench.suite.inputs_of(plan, kind, CPU))
+        assert len({(inputs.matrix, inputs.dtype) for inputs in found}) == len(found) > 0
+        assert all(len(inputs.shape) == 2 for inputs in found)
+
+
+@pytest.mark.parametrize(
+    ("model", "vocabulary", "billions"),
+    [("Mistral-7B", 32000, 7.24), ("Llama-3-8B", 128256, 8.03), ("Qwen2.5-7B", 152064, 7.62)],
+)
+def test_the_matrices_are_all_of_the_model(model, vocabulary, billions):
+    described = bench.MODELS[model]
+    in_block = sum(rows * columns for rows, columns in described.matrices.values())
+    total = described.blocks * in_block + 2 * vocabulary * described.matrices["q_proj"][1]
+    assert total / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_task_vectors_are_exact(dtype):
+    inputs = tiny((64, 64), dtype)
+    base, tuned = inputs.exact
+    for delta, exact in zip(inputs.deltas, tuned, strict=True):
+        assert torch.equal(delta.double(), exact - base)
+        assert delta.count_nonzero() > 0.9 * delta.numel()
+
+
+@pytest.mark.parametrize("name", ["magnitude_select", "reweight_prune", "magnitude_ranks", "magnitude_histogram"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_best_of_torch_is_right(name, dtype):
+    rows = run_case(name, REGISTRY[name].make(tiny((96, 130), dtype)))
+    assert {row["status"] for row in rows.values()} <= {"timed", "unavailable"}
+    assert rows["torch, best"]["error"] <= 1e-6
+
+
+def test_a_wrong_provider_is_named_and_not_timed():
+    case = REGISTRY["reweight_prune"].make(tiny())
+    calls = []
+
+    def almost():
+        calls.append(1)
+        pruned = case.providers[-1].run()
+        flat = pruned[0].view(-1)
+        flat[int(flat.abs().argmax())] *= 1.001  # one element of one task, by a thousandth
+        return pruned
+
+    def fails():
+        raise RuntimeError("no such kernel\nand more")
+
+    def nothing():
+        return [torch.full((24, 16), torch.nan)] * 3
+
+    bad = [Provider("almost", almost), Provider("fails", fails), Provider("nan", nothing)]
+    rows = run_case("reweight_prune", replace(case, providers=[*case.providers, *bad]))
+    assert rows["almost"]["status"] == "wrong" and 1e-6 < rows["almost"]["error"] < 1e-2
+    assert rows["fails"]["status"] == "failed" and rows["fails"]["reason"] == "RuntimeError: no such kernel"
+    assert rows["nan"]["status"] == "wrong" and rows["nan"]["error"] == float("inf")
+    assert not any("seconds" in rows[name] for name in ("almost", "fails", "nan"))
+    assert len(calls) == 2  # to be checked, not to be timed
+    assert rows["reference"]["status"] == "timed"
+
+
+def test_one_wrong_integer_is_seen():
+    case = REGISTRY["random_mask"].make(tiny())
+
+    def flipped():
+        mask = case.providers[0].run().clone()
+        mask[3, 5] ^= True
+        return mask
+
+    rows = run_case("random_mask", replace(case, providers=[Provider("flipped", flipped)]))
+    assert rows["flipped"]["status"] == "wrong"
+
+
+def test_rows_say_all_there_is(report):
+    assert report["complete"] and report["ceilings"].keys() >= {"copy", "matmul"}
+    assert report.keys() >= {"date_utc", "commit", "cpu", "threads", "versions", "suite", "device"}
+    assert {row["name"].partition(":")[0] for row in report["rows"]} == set(SOME)
+    for row in report["rows"]:
+        if row["status"] == "unavailable":
+            continue
+        assert row["status"] == "timed", row
+        assert row["error"] <= row["limit"]
+        spread = row["seconds"]
+        assert 0 < spread["q1"] <= spread["median"] <= spread["q3"] and spread["rounds"] >= 3
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / spread["median"] / 1e9)
+        assert row["share"] > 0 and row["speedup"]["median"] > 0
+    (reference,) = [r for r in report["rows"] if r["name"] == "linear" and r["role"] == "reference"]
+    assert reference["speedup"]["median"] == 1.0
+
+
+def test_bytes_are_those_that_must_move():
+    inputs = tiny((32, 16))
+    numel = 32 * 16
+    assert REGISTRY["task_statistics"].make(inputs).bytes == 2 * 4 * numel
+    assert REGISTRY["reweight_prune"].make(inputs).bytes == (2 * 4 + 4 * 3) * numel
+    assert REGISTRY["gemm3"].make(inputs).flops == 2 * 32 * 32 * 16
+
+
+def test_what_is_published_agrees_with_the_oracle():
+    matrices = [torch.randn(20, 14, dtype=torch.float64) for _ in range(3)]
+    arrays = [matrix.numpy() for matrix in matrices]
+    expected = oracle.tsv_merge(arrays, [4, 3, 2], [1.0, 0.5, 2.0])
+    assert relative_error(published.tsv_merge(matrices, [4, 3, 2], [1.0, 0.5, 2.0]), expected) < 1e-12
+    assert relative_error(published.polar(matrices[0]), oracle.polar(arrays[0])) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+def test_the_svd_of_gpus_is_one(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    U, s, Vh = published.svd_by_eigh(matrix)
+    assert relative_error((U * s) @ Vh, matrix) < 1e-12
+    assert relative_error(s, torch.linalg.svdvals(matrix)) < 1e-12
+    assert relative_error(U.mT @ U, torch.eye(12)) < 1e-10
+
+
+def test_interleaved_rounds():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = bench.interleaved(calls, {"a": 3, "b": 1})
+    assert order == ["a", "b", "a", "a"] and {name: len(values) for name, values in times.items()} == {"a": 3, "b": 1}
+    assert plan_rounds(10.0, 1.0) == (3, 1) and plan_rounds(0.01, 1.0) == (15, 1) and plan_rounds(1e-4, 0.0) == (3, 20)
+
+
+def test_exponent():
+    assert exponent([1, 2, 4], [5, 40, 320]) == pytest.approx(3)
+    assert math.isnan(exponent([1], [5]))
+
+
+def test_results_are_never_overwritten(tmp_path):
+    file = ResultFile(tmp_path / "new" / "a.json")
+    file.write({"rows": [1]})
+    file.write({"rows": [1, 2]})
+    assert json.loads(file.path.read_text()) == {"rows": [1, 2]}
+    with pytest.raises(OutputExists, match="not overwritten"):
+        ResultFile(file.path)
+    assert json.loads(file.path.read_text()) == {"rows": [1, 2]}
+
+
+def test_the_command(tmp_path, capsys):
+    file = tmp_path / "a.json"
+    code, out, _ = command(capsys, "--dry-run", *only(), "--json", file)
+    assert code == 0
+    for text in (*SOME, "speed-up", "best torch", "these figures mean nothing"):
+        assert text in out
+    written = json.loads(file.read_text())
+    assert written["complete"] and written["suite"] == "dry-run"
+    before = file.read_bytes()
+    code, _, err = command(capsys, "--dry-run", *only(), "--json", file)
+    assert code == 2 and "not overwritten" in err and file.read_bytes() == before
+
+    code, out, _ = command(capsys, "--dry-run", *only(["linear"]), "--compare", file)
+    assert code == 0 and "after / before" in out and "2 rows in both" in out
+
+
+def test_the_command_refuses(tmp_path, capsys, monkeypatch):
+    code, _, err = command(capsys, "--only", "task_statistic")
+    assert code == 2 and "did you mean 'task_statistics'" in err
+    other = tmp_path / "other.json"
+    other.write_text('{"rows": []}')
+    for file in (other, tmp_path / "missing.json"):
+        code, _, err = command(capsys, "--dry-run", "--compare", file)
+        assert code == 2 and str(file) in err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = command(capsys, "--dry-run", "--plot", tmp_path / "plot.png")
+    assert code == 2 and "r-tsvm-kernels[bench]" in err
+    assert not (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize(("role", "expected"), [("ours", 1), ("torch", 0)])
+def test_exit_code_of_a_wrong_result(capsys, monkeypatch, role, expected):
+    entry = REGISTRY["linear"]
+
+    def make(inputs):
+        case = entry.make(inputs)
+        return replace(case, providers=[*case.providers, Provider("off", lambda: inputs.base.float(), role)])
+
+    monkeypatch.setitem(REGISTRY, "linear", replace(entry, make=make))
+    code, out, err = command(capsys, "--dry-run", "--only", "linear")
+    assert code == expected
+    assert "off WRONG" in out and "by off: wrong: error" in err
+
+
+def test_plot(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    from r_tsvm_kernels.bench.table import plot
+
+    plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def timed(seconds, spread=0.01, rounds=5, **more):
+    low, high = seconds * (1 - spread), seconds * (1 + spread)
+    row = {"name": "op", "matrix": "m", "dtype": "d", "tasks": 3, "provider": "cpu", "status": "timed", "role": "ours"}
+    return row | {"seconds": {"median": seconds, "q1": low, "q3": high, "rounds": rounds}} | more
+
+
+def results(*rows):
+    return {"schema": 1, "rows": list(rows)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (timed(1.0), timed(1.2), "slower"),
+        (timed(1.0), timed(0.8), "faster"),
+        (timed(1.0), timed(1.03), ""),  # apart, but by too little
+        (timed(1.0, 0.3), timed(1.2, 0.3), ""),  # within the spread
+        (timed(1.0, rounds=1), timed(2.0), ""),  # a single run has no spread
+    ],
+)
+def test_changes_beyond_noise(before, after, verdict):
+    (change,) = bench.compare(results(before), results(after))
+    assert change.verdict == verdict and change.ratio == pytest.approx(
+        after["seconds"]["median"] / before["seconds"]["median"]
+    )
+
+
+def test_only_what_is_in_both_is_compared():
+    wrong = timed(1.0, name="wrong") | {"status": "wrong"}
+    assert bench.compare(results(timed(1.0), wrong), results(timed(1.0, dtype="other"), wrong)) == []
+
+
+def test_turns():
+    def turns(*ratios):
+        return [(results(timed(speed)), results(timed(speed * r))) for speed, r in zip((1, 3, 2), ratios, strict=True)]
+
+    assert [c.verdict for c in bench.compare_turns(turns(1.2, 1.3, 1.25))] == ["slower"]
+    assert [c.verdict for c in bench.compare_turns(turns(0.8, 0.7, 0.8))] == ["faster"]
+    assert [c.verdict for c in bench.compare_turns(turns(0.7, 1.4, 1.1))] == [""]
+
+
+def test_read_report_refuses_another_schema(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"schema": 99, "rows": []}))
+    with pytest.raises(ConfigError, match="schema 1"):
+        bench.read_report(file)
+
+
+def test_the_suggested_dispatch_table():
+    spec = importlib.util.spec_from_file_location("dispatch_order", ROOT / "benchmarks" / "dispatch_order.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def row(name, provider, times, status="timed"):
+        role = "reference" if provider == "reference" else "ours"
+        return {"name": name, "provider": provider, "role": role, "status": status, "speedup": {"median": times}}
+
+    suggested = module.suggest(
+        {
+            "device": "cuda",
+            "rows": [
+                row("random_mask", "cuda", 10.0), row("random_mask", "triton", 20.0),
+                row("random_mask", "reference", 1.0),
+                row("elect_and_sum: sum", "cuda", 2.0), row("elect_and_sum: TIES", "cuda", 8.0),
+                row("elect_and_sum: sum", "triton", 9.0), row("elect_and_sum: TIES", "triton", 9.0, "wrong"),
+                row("elect_and_sum: sum", "reference", 1.0), row("elect_and_sum: TIES", "reference", 1.0),
+                row("reweight_prune_", "cuda", 0.5), row("reweight_prune_", "reference", 1.0),
+            ],
+        }
+    )  # fmt: skip
+    order, times = suggested["order"], suggested["time_by_reference"]
+    assert order["random_mask"] == ["triton", "cuda", "torch"]
+    assert order["elect_and_sum"] == ["cuda", "torch"] and times["elect_and_sum"]["cuda"] == pytest.approx(1 / 4)
+    assert order["reweight_prune_inplace"] == ["torch", "cuda"]
+    assert order["gemm3"] == list(ORDER["gemm3"]["cuda"])  # not measured
