@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from record import ROOT, provenance
-from spectral_accuracy import merge_by_svd, polar_by_svd, relative, whitened
+from spectral_accuracy import merge_by_svd, polar_by_svd, relative, svds, whitened
 from torch import Tensor
 
 from r_tsvm_kernels.linalg import tsv_merge
@@ -71,8 +71,8 @@ def shortcuts(matrices: Tensor, rank: int) -> dict[str, Tensor]:
         "randomised SVD, 8 power iterations": merged(exact, rank, randomised(8)),
         "Gram matrix of bfloat16 factors": merged(exact, rank, by_gram(8)),
         "Gram matrix of tf32 or fp16 factors": merged(exact, rank, by_gram(11)),
-        "bases whitened by float32 eigenvalues": merge_by_svd(matrices, rank, whitened).nan_to_num(),
-        "float32 SVDs throughout": merge_by_svd(matrices, rank, polar_by_svd),
+        "bases whitened by float32 eigenvalues": merge_by_svd(svds(matrices), rank, whitened).nan_to_num(),
+        "float32 SVDs throughout": merge_by_svd(svds(matrices), rank, polar_by_svd),
         "ours, exact, solver eigen": tsv_merge(matrices, [rank] * TASKS).matrix,
         "ours, exact, solver products (simulated)": tsv_merge(matrices, [rank] * TASKS, solver="products").matrix,
     }
@@ -88,7 +88,7 @@ def main() -> None:
     for kind in SPECTRA:
         matrices = torch.stack([spectrum(kind, n + n // 4, n, seed) for seed in range(TASKS)])
         for label, rank in (("k = r // T", n // TASKS), ("k = r // 4T", n // TASKS // 4)):
-            exact = merge_by_svd(matrices.double(), rank, polar_by_svd)
+            exact = merge_by_svd(svds(matrices.double()), rank, polar_by_svd)
             for name, found in shortcuts(matrices, rank).items():
                 row = {"shortcut": name, "spectrum": kind, "ranks": label, "rank": rank, "shape": [n + n // 4, n],
                        "error": relative(found, exact)}  # fmt: skip

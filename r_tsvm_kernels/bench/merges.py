@@ -165,3 +165,26 @@ def _(inputs: Inputs) -> Case:
     return _spectral(
         inputs, "iso_cts", {}, lambda base, tuned: published.iso_cts(_task_matrices(base, tuned)), [min(inputs.shape)]
     )
+
+
+@benchmark("star", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    return _spectral(
+        inputs, "star", {}, lambda base, tuned: published.star(_task_matrices(base, tuned)), [min(inputs.shape)]
+    )
+
+
+@benchmark("knots", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    return _spectral(
+        inputs, "knots", {}, lambda base, tuned: published.knots(_task_matrices(base, tuned)), [min(inputs.shape)]
+    )
+
+
+@benchmark("core_space", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    """Task matrices of full rank, whose cores are as large as they are: nothing is gained, TSV-Merge is the truth."""
+    ranks = [min(inputs.shape) // inputs.tasks] * inputs.tasks
+    return _spectral(
+        inputs, "core_space", {}, lambda base, tuned: published.tsv_merge(_task_matrices(base, tuned), ranks), ranks
+    )

@@ -70,6 +70,25 @@ def iso_cts(deltas: Sequence[Tensor]) -> Tensor:
     return torch.cat(core).mean() * (polar(torch.cat(left, 1)) @ polar(torch.cat(right)))
 
 
+def star(deltas: Sequence[Tensor], eta: float = 40.0) -> Tensor:
+    """Return the update of STAR (Lee et al., NAACL 2025): leading singular triplets, their nuclear norm restored."""
+    cuts = []
+    for delta in deltas:
+        U, s, Vh = svd(delta)
+        k = int((s.cumsum(0) < eta / 100 * s.sum()).sum()) + 1
+        cuts.append((U[:, :k] * s[:k]) @ Vh[:k] * (s.sum() / s[:k].sum()))
+    return torch.stack(cuts).mean(0)
+
+
+def knots(deltas: Sequence[Tensor]) -> Tensor:
+    """Return the update of KnOTS-TIES (Stoica et al., ICLR 2025) at density 1: the parts ``S V_t`` by TIES."""
+    U, s, Vh = svd(torch.cat(list(deltas), 1))
+    parts = torch.stack((s[:, None] * Vh).chunk(len(deltas), 1))
+    agree = parts.sign() == parts.sum(0).sign()
+    merged: Tensor = U @ ((parts * agree).sum(0) / agree.sum(0).clamp(min=1))
+    return merged
+
+
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, s, Vh of the reduced SVD, s falling; in float64 on a GPU, where it takes minutes, by `eigh`."""
     if matrix.dtype == torch.float64 and matrix.device.type == "cuda":
