@@ -22,6 +22,9 @@ LOWER = 2.0**-17
 # the bases. Those of the Gram matrix count most where the boundary lies in a flat part of the spectrum.
 POLAR_AMPLIFICATION, GRAM_AMPLIFICATION = 128, 8
 
+# Invariance that rounding explains, in eps of the format. Twice the largest that was seen where all went well.
+INVARIANCE_FLOOR = 16
+
 # A singular value below the largest by more than this is float32 rounding: k lies above the numerical rank.
 LARGEST_RATIO = 2.0**22
 
@@ -44,8 +47,9 @@ class MatmulSubspaces:
         smallest: estimate of ``sigma_k``, rather above than below.
         ratio: estimate of ``sigma_1 / sigma_k``, rather below than above.
         error_estimate: of the merged matrix, ``eps (128 + 8 h^2)`` with eps of the format and h the ratio, or
-            ``level / sigma_k`` if the spectrum was compressed. Infinite if the projector is none (`rank_defect`) or k
-            above the numerical rank (`ratio`): the caller must go to another solver.
+            ``level / sigma_k`` if the spectrum was compressed; plus what `invariance` lacks beyond rounding, over
+            ``sigma_k``. Infinite if the projector is none (`rank_defect`) or k above the numerical rank (`ratio`): the
+            caller must go to another solver.
         outer_steps: squares of full size.
         inner_steps: squares of about 1.2 k.
         compressed: whether the spectrum was compressed in float64 first.
@@ -140,6 +144,10 @@ def _part(bases: tuple[Tensor, Tensor, Tensor], measured: list[float], eps: floa
     usable = ratio < LARGEST_RATIO and rank_defect < 0.1
     height = level / (smallest * unit) if compressed and usable else ratio
     estimate = eps * (POLAR_AMPLIFICATION + GRAM_AMPLIFICATION * height**2)
+    # What rounding does not explain: the first level stopped too early, and the second one cannot know.
+    estimate += (
+        max(invariance / norm - INVARIANCE_FLOOR * eps, 0.0) * norm / max(smallest, torch.finfo(torch.float64).tiny)
+    )
     return MatmulSubspaces(
         bases[0],
         bases[1],

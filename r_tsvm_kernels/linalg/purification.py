@@ -86,6 +86,8 @@ def purify(
         trace, square = X.trace, X.square_norm
         off, impure = (trace - rank).abs(), trace - square
         met = torch.stack([(off < slack) & (impure < impurity) for slack, impurity in tolerances]).any(0)
+        # From then on the nearest projector is the aim: another rank would lift or drop eigenvalues once more.
+        rank = torch.where((since == 0) & met, trace.round(), rank)
         since = torch.where((since > 0) | met, since + 1, since)
         done = (since - extra).clamp(min=0)
         if _all(done):
@@ -114,7 +116,7 @@ def leading_eigenspaces(
 
     Two levels. A purification of the whole matrix aims at ``k + p/2`` and stops early, when it separates the first k
     eigenvalues from those beyond k + p; p is `oversampling` times k. A random sketch of k + p columns, multiplied with
-    that filter twice more, spans the wanted eigenspace; in its coordinates, the matrix of size k + p is purified to
+    that filter three times more, spans the wanted eigenspace; in its coordinates, the matrix of size k + p is purified to
     rank k exactly. Cost: about 20 to 36 symmetric products of size n.
 
     A rank above the numerical rank gives arbitrary null directions: the caller must clip it. On a GPU all of it is
@@ -145,8 +147,8 @@ def leading_eigenspaces(
 
     # The second pair: near a projector of any rank from k to k + p. At an exact low rank there is nothing else.
     tolerances = [(spread / 4, spread / 8), (spread / 2 + 0.25, torch.full_like(spread, 0.25))]
-    coarse = replayed(purify, start, wanted + spread / 2, tolerances, 3, numbers)
-    spans = _range_of(coarse.matrix, gaussian(n, columns, gram.device), width, numbers, rounds=3)
+    coarse = replayed(purify, start, wanted + spread / 2, tolerances, 4, numbers)
+    spans = _range_of(coarse.matrix, gaussian(n, columns, gram.device), width, numbers, rounds=4)
     Y = torch.stack([padded(span, columns) for span in spans])
     y = numbers.load(Y)
     inner = numbers.dense(numbers.multiply(y.mT, numbers.multiply(start.matrix, y)))

@@ -101,3 +101,18 @@ def test_the_smallest_singular_value_is_bounded_from_below(smallest):
     bound = _smallest(basis)
     assert math.log2(bound).is_integer() and LOWER <= bound <= max(smallest, LOWER)
     assert bound >= smallest / 4 or smallest == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp16x3"])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", ["low rank + noise", "power 0.3", "power 0.7"])
+def test_few_directions_are_found_as_well_as_told(kind, compressed, precision):
+    # With few wanted directions the first level has little room, and what it loses the second one cannot bring back.
+    matrices = torch.stack([spectrum(kind, 160, 128, seed) for seed in range(3)])
+    for k in (3, 10):
+        decomposed = [torch.linalg.svd(matrix.double(), full_matrices=False) for matrix in matrices]
+        levels = torch.stack([s[k - 1] for _, s, _ in decomposed]) if compressed else None
+        for (_, s, Vh), part in zip(decomposed, matmul_subspaces(matrices, [k] * 3, precision, levels), strict=True):
+            lost = part.Vh.double() - part.Vh.double() @ Vh[:k].mT @ Vh[:k]
+            gap = float(1 - s[k] / s[k - 1])
+            assert float(torch.linalg.matrix_norm(lost, 2)) <= part.error_estimate / min(gap, 1.0) < 1e-2
