@@ -116,8 +116,8 @@ def leading_eigenspaces(
 
     Two levels. A purification of the whole matrix aims at ``k + p/2`` and stops early, when it separates the first k
     eigenvalues from those beyond k + p; p is `oversampling` times k. A random sketch of k + p columns, multiplied with
-    that filter three times more, spans the wanted eigenspace; in its coordinates, the matrix of size k + p is purified to
-    rank k exactly. Cost: about 20 to 36 symmetric products of size n.
+    that filter three times more, spans the wanted eigenspace; in its coordinates, the matrix of size k + p is purified
+    to rank k exactly. Cost: about 20 to 36 symmetric products of size n.
 
     A rank above the numerical rank gives arbitrary null directions: the caller must clip it. On a GPU all of it is
     launched without waiting for the device once; both purifications can be CUDA graphs, see `use_cuda_graphs`.
