@@ -25,7 +25,7 @@ from .vocabulary import check_same_vocabulary
 from .writer import TensorSpec, plan_shards, shard_name
 
 # Scalars, masks of a row, whole pages.
-_SMALL = 1 << 16
+_SMALL = 1 << 19
 
 # The output head of a model whose config ties it to the embedding.
 _HEAD = "lm_head.weight"
