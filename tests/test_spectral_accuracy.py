@@ -56,5 +56,5 @@ def test_committed_results(mode, allowed, solver, name):
         route = row["routes"][f"{solver} {mode}"]
         assert route["error"] <= allowed, row["case"]
         assert route["error"] < 2 * route["estimate"] + 1e-7, row["case"]  # the result is rounded to float32
-        if solver == "eigen" and mode == "exact":
+        if mode == "exact":
             assert route["error"] <= 2 * row["routes"]["float32 SVD"]["error"], row["case"]
