@@ -17,7 +17,7 @@ from . import published
 from .case import Case, Inputs, Provider, all_on, on_backend
 from .element_wise import op_case
 from .registry import benchmark
-from .spectral import FLOAT32_SVD, PROMISED
+from .spectral import FLOAT32_SVD, PROMISED, lora_case, lora_set
 
 # Of the update. Merged weights are float32 and twenty times as large as the updates.
 ROUNDING = 1e-5
@@ -174,17 +174,19 @@ def _(inputs: Inputs) -> Case:
     )
 
 
-@benchmark("knots", "merges", "spectral")
-def _(inputs: Inputs) -> Case:
-    return _spectral(
-        inputs, "knots", {}, lambda base, tuned: published.knots(_task_matrices(base, tuned)), [min(inputs.shape)]
-    )
+def _of_adapters(inputs: Inputs, method: str, by_svd: Callable[[Sequence[Tensor]], Tensor]) -> Case:
+    base = torch.zeros(inputs.shape, device=inputs.device)
+    config = MergeConfig.from_kwargs(method)
+    return lora_case(inputs, lambda adapters: merge_tensors(base, adapters, config).weight, by_svd)
 
 
-@benchmark("core_space", "merges", "spectral")
+@benchmark("knots: LoRA", "merges", "spectral")
 def _(inputs: Inputs) -> Case:
-    """Task matrices of full rank, whose cores are as large as they are: nothing is gained, TSV-Merge is the truth."""
-    ranks = [min(inputs.shape) // inputs.tasks] * inputs.tasks
-    return _spectral(
-        inputs, "core_space", {}, lambda base, tuned: published.tsv_merge(_task_matrices(base, tuned), ranks), ranks
-    )
+    return _of_adapters(inputs, "knots", published.knots)
+
+
+@benchmark("core_space: LoRA", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    """With TSV-Merge of the cores, which shares out the sum of the ranks."""
+    ranks = [lora_set(inputs)[0].left.shape[1]] * inputs.tasks
+    return _of_adapters(inputs, "core_space", lambda matrices: published.tsv_merge(matrices, ranks))

@@ -93,7 +93,7 @@ def _(inputs: Inputs) -> Case:
     )  # fmt: skip
 
 
-def _solved(
+def solver_case(
     inputs: Inputs,
     ours: dict[str, Callable[[], Any]],
     by_svd: Callable[[Sequence[Tensor]], Tensor],
@@ -122,7 +122,7 @@ def _rank(inputs: Inputs, share: int = 1) -> int:
 @benchmark("leading_subspaces", "linalg", "spectral")
 def _(inputs: Inputs) -> Case:
     delta, rank = inputs.deltas[0], _rank(inputs)
-    return _solved(
+    return solver_case(
         inputs,
         {"eigen": lambda: linalg.leading_subspaces([delta], [rank])},
         lambda matrices: published.truncated(matrices[0], rank),
@@ -139,7 +139,7 @@ def _(inputs: Inputs) -> Case:
     def values(result: Any) -> list[Tensor]:
         return [result] if isinstance(result, Tensor) else [(result.U[0] * result.S[0]) @ result.Vh[0]]
 
-    return _solved(
+    return solver_case(
         inputs,
         {"eigen": lambda: linalg.truncated_svd([delta], [rank])},
         lambda matrices: published.truncated(matrices[0], rank),
@@ -153,7 +153,7 @@ def _(inputs: Inputs) -> Case:
 def _(inputs: Inputs) -> Case:
     delta, (m, n) = inputs.deltas[0], inputs.shape
     short = min(m, n)
-    return _solved(
+    return solver_case(
         inputs,
         {"eigen": lambda: linalg.polar([delta])},
         lambda matrices: published.polar(matrices[0]),
@@ -168,7 +168,7 @@ def _tsv_merge(inputs: Inputs, share: int) -> Case:
     solvers: tuple[Solver, ...] = ("eigen", "products")
     if inputs.device.type == "cpu":
         solvers = ("eigen",)  # a CPU only simulates the products
-    return _solved(
+    return solver_case(
         inputs,
         {solver: partial(linalg.tsv_merge, deltas, ranks, solver=solver) for solver in solvers},
         lambda matrices: published.tsv_merge(matrices, ranks),
@@ -187,22 +187,38 @@ def _(inputs: Inputs) -> Case:
     return _tsv_merge(inputs, 8)
 
 
-@benchmark("tsv_merge: LoRA", "linalg", "spectral")
-def _(inputs: Inputs) -> Case:
+def lora_set(inputs: Inputs) -> list[Factored]:
+    """Return adapters of rank 16 for the weight, one per task; of a smaller rank where the weight has no more."""
     (m, n), rank = inputs.shape, min(LORA_RANK, _rank(inputs))
     generator = torch.Generator(inputs.device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=inputs.device)
 
-    adapters = [Factored(normal(m, rank), normal(rank, n) / n) for _ in range(inputs.tasks)]
-    ranks = [rank] * inputs.tasks
-    return _solved(
+    return [Factored(normal(m, rank), normal(rank, n) / n) for _ in range(inputs.tasks)]
+
+
+def lora_case(inputs: Inputs, call: Callable[[Sequence[Factored]], Any], by_svd: Callable[..., Tensor]) -> Case:
+    """Return the case of a merge of adapters: of factors by ours, of dense updates by SVDs."""
+    adapters = lora_set(inputs)
+    total = sum(adapter.left.shape[1] for adapter in adapters)
+    (m, n) = inputs.shape
+    return solver_case(
         inputs,
-        {"factors": lambda: linalg.tsv_merge(adapters, ranks)},
-        lambda matrices: published.tsv_merge(matrices, ranks),
+        {"factors": lambda: call(adapters)},
+        by_svd,
         [adapter.dense() for adapter in adapters],
-        6.0 * (m + n) * (inputs.tasks * rank) ** 2 + 2.0 * m * n * inputs.tasks * rank,
+        6.0 * (m + n) * total**2 + 2.0 * m * n * total,
+    )
+
+
+@benchmark("tsv_merge: LoRA", "linalg", "spectral")
+def _(inputs: Inputs) -> Case:
+    ranks = [min(LORA_RANK, _rank(inputs))] * inputs.tasks
+    return lora_case(
+        inputs,
+        lambda adapters: linalg.tsv_merge(adapters, ranks),
+        lambda matrices: published.tsv_merge(matrices, ranks),
     )
 
 
@@ -212,7 +228,7 @@ def _(inputs: Inputs) -> Case:
     layers = [inputs.deltas, [delta.flip(0) for delta in inputs.deltas]]
     ranks = [_rank(inputs)] * inputs.tasks
     solvers: tuple[Solver, ...] = ("eigen", "products") if inputs.device.type == "cuda" else ("eigen",)
-    return _solved(
+    return solver_case(
         inputs,
         {solver: partial(linalg.tsv_merge_layers, layers, [ranks] * 2, solver=solver) for solver in solvers},
         lambda matrices: torch.stack(

@@ -46,7 +46,7 @@ PLANS = {
     for plan in (
         Plan(
             "quick",
-            {"element-wise": ("Mistral-7B k_proj",), "spectral": ("ViT-B/32 attention",)},
+            {"element-wise": ("Qwen2.5-7B k_proj",), "spectral": ("ViT-B/32 attention",)},
             ("bfloat16",),
             seconds=0.25,
         ),

@@ -105,6 +105,10 @@ def _clean(part: Tensor) -> Tensor:
 
 def _basis(columns: Tensor) -> Tensor:
     """Return the left singular vectors, all of them; rows of zeros stay so, to the bit."""
-    Q, R = torch.linalg.qr(columns)
-    vectors: Tensor = Q @ svd(R)[0]
+    m, n = columns.shape
+    if m < n:  # of the triangle L of columns = L Q
+        vectors = svd(torch.linalg.qr(columns.mT, mode="r").R.mT)[0]
+    else:
+        Q, R = torch.linalg.qr(columns)
+        vectors = Q @ svd(R)[0]
     return vectors * columns.any(1)[:, None]
