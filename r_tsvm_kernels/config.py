@@ -17,7 +17,6 @@ DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
 TokenizerSource = Literal["base", "union"]
 
 _UNSUPPORTED = {
-    "slices": "merging layer ranges is not supported; list whole models under `models`",
     "modules": "multi-module recipes are not supported; merge one module at a time, under `models`",
     "tokenizer": "only `source: base` or `source: union` is supported, for models that share a vocabulary",
     "chat_template": "setting a chat template is not supported; the one of the base is copied",
@@ -63,6 +62,7 @@ class MergeConfig(_Strict):
         out_dtype: dtype of the output; None means `dtype`, or else the base's dtype, tensor by tensor.
         include: patterns (with ``*``) of tensor names that take part; empty means all.
         exclude: patterns of tensor names that keep the base's value.
+        num_layers: number of layers of every model, from a recipe's ``slices``; checkpoints of others are refused.
         tokenizer_source: ``base`` or ``union``, which are the same for models that share a vocabulary; checkpoints of
             others are refused. None does not look at tokenizers. Those of the base are copied in any case.
 
@@ -78,6 +78,7 @@ class MergeConfig(_Strict):
     out_dtype: DTypeName | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    num_layers: int | None = None
     tokenizer_source: TokenizerSource | None = None
 
     @classmethod
@@ -99,13 +100,15 @@ class MergeConfig(_Strict):
         """Make a config from a recipe that was already parsed."""
         if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
             raise ConfigError(f"a recipe is a mapping of keys to values, got {type(data).__name__}")
-        data = _with_tokenizer_source(data)
+        data = _with_models(_with_tokenizer_source(data))
         for key, advice in _UNSUPPORTED.items():
             if data.get(key) is not None:
                 raise ConfigError(f"{key}: {advice}")
         if data.get("tokenizer_source") not in (None, *get_args(TokenizerSource)):
             raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
-        present = {key: value for key, value in data.items() if value is not None and key not in _UNSUPPORTED}
+        present = {
+            key: value for key, value in data.items() if value is not None and key not in (*_UNSUPPORTED, "slices")
+        }
         if isinstance(present.get("models"), list):
             present["models"] = tuple(
                 ModelEntry(**{k: v for k, v in entry.items() if v is not None}) if isinstance(entry, Mapping) else entry
@@ -195,6 +198,32 @@ def _with_tokenizer_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
     if given.keys() != {"source"} or given["source"] not in get_args(TokenizerSource):
         return data
     return {**data, "tokenizer": None, "tokenizer_source": given["source"]}
+
+
+def _with_models(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write ``slices`` of whole models, in their order, as ``models``; refuse to take models apart."""
+    slices = data.get("slices")
+    if slices is None:
+        return data
+    advice = "only one slice of whole models, `layer_range: [0, number of layers]` for each, is supported"
+    if data.get("models") is not None:
+        raise ConfigError("slices: a recipe has either `slices` or `models`")
+    if not (isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], Mapping)):
+        raise ConfigError(f"slices: {advice}; got {len(slices) if isinstance(slices, list) else slices!r} slices")
+    (whole,) = slices
+    sources = whole.get("sources")
+    if unknown := sorted(whole.keys() - {"sources", "base_model", "parameters"}):
+        raise ConfigError(f"slices: {unknown[0]} is not supported")
+    if not isinstance(sources, list) or not all(isinstance(source, Mapping) for source in sources) or not sources:
+        raise ConfigError("slices: `sources` is a list of `model` and `layer_range`")
+    ranges = [source.get("layer_range") for source in sources]
+    first, last = ranges[0] if isinstance(ranges[0], list) and len(ranges[0]) == 2 else (None, None)
+    if any(found != ranges[0] for found in ranges) or first != 0 or type(last) is not int or last < 1:
+        raise ConfigError(f"slices: {advice}; got {ranges}")
+    own = {"models": [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]}
+    parameters = {**(data.get("parameters") or {}), **(whole.get("parameters") or {})}
+    base = whole.get("base_model") or data.get("base_model")
+    return {**data, **own, "slices": None, "parameters": parameters, "base_model": base, "num_layers": last}
 
 
 def _lookup(values: Mapping[str, Any], schema: type[MethodParameters], field_name: str) -> Any:

@@ -78,3 +78,8 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
         name: 0.0 if match is None else (int(match[2]) / last[match[1]] if last[match[1]] else 1.0)
         for name, match in found.items()
     }
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """Return the number of layers: one more than the largest layer index in the names, 0 without any."""
+    return max((found[1] + 1 for found in map(split_layer, names) if found), default=0)

@@ -26,6 +26,13 @@ tokenizer_source: base
 """
 
 
+# As most published recipes of SLERP have it.
+SLICE = {
+    "sources": [{"model": "a", "layer_range": [0, 4]}, {"model": "b", "layer_range": [0, 4]}],
+    "parameters": {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]},
+}
+
+
 def write(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
@@ -48,6 +55,19 @@ def test_the_recipe_survives_a_round_trip(tmp_path):
     assert MergeConfig.from_yaml(write(tmp_path, config.to_yaml())) == config
     plain = MergeConfig.from_kwargs("linear")
     assert MergeConfig.from_yaml(write(tmp_path, plain.to_yaml())) == plain
+
+
+def test_a_slice_of_whole_models_is_a_list_of_models(tmp_path):
+    common = {"merge_method": "slerp", "dtype": "bfloat16"}
+    config = MergeConfig.from_dict({**common, "base_model": "a", "slices": [SLICE], "parameters": {"t": 0.1}})
+    models = [{"model": "a"}, {"model": "b"}]
+    assert config == MergeConfig.from_dict(
+        {**common, "base_model": "a", "models": models, "parameters": SLICE["parameters"], "num_layers": 4}
+    )
+    assert MergeConfig.from_yaml(write(tmp_path, config.to_yaml())) == config
+    weighted = [source | {"parameters": {"weight": w}} for source, w in zip(SLICE["sources"], (1, 3), strict=True)]
+    config = MergeConfig.from_dict({"merge_method": "ties", "slices": [{"sources": weighted, "base_model": "c"}]})
+    assert (config.base_model, config.options(2).weight) == ("c", (1.0, 3.0))
 
 
 @pytest.mark.parametrize("source", ["base", "union"])
@@ -109,7 +129,16 @@ def test_a_gradient_of_ranks_gives_whole_ranks():
         ({"merge_method": "tsvm", "parameters": {"weight": float("nan")}}, "weight.*finite"),
         ({"merge_method": "tsvm", "parameters": {"alpha": 1, "lambda": 2}}, "alpha is given twice"),
         ({"dtype": "int8"}, "dtype.*'float64'"),
-        ({"slices": [{}]}, "slices: .*not supported"),
+        ({"slices": [{}]}, "slices: `sources` is a list"),
+        ({"slices": [{"sources": [{"model": "a"}]}]}, r"slices: only one slice of whole models.*\[None\]"),
+        ({"slices": [SLICE, SLICE]}, "slices: only one slice of whole models.*2 slices"),
+        ({"slices": [SLICE], "models": []}, "either `slices` or `models`"),
+        ({"slices": [SLICE | {"residual_weight": 0.1}]}, "slices: residual_weight is not supported"),
+        ({"slices": [{"sources": [{"model": "a", "layer_range": [1, 9]}]}]}, r"whole models.*\[\[1, 9\]\]"),
+        (
+            {"slices": [{"sources": [{"model": "a", "layer_range": [0, n]} for n in (8, 9)]}]},
+            r"whole models.*\[\[0, 8\], \[0, 9\]\]",
+        ),
         ({"modules": {"a": {}}}, "modules?.*not supported|multi-module"),
         ({"tokenizer": {"source": "some/model"}}, "tokenizer: only `source: base` or `source: union`"),
         ({"tokenizer": {"source": "base", "tokens": {"<s>": {"source": "a"}}}}, "tokenizer: only `source"),

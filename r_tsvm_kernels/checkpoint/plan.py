@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ConfigError, ShapeError
 from ..merge import Treatment, check_same_names, stored_dtype, treatment
 from ..methods import Cost, Job, MethodParameters, elementwise_cost, factored_cost
 from ..ops import FLOAT_DTYPES
-from ..parameters import layer_positions
+from ..parameters import count_layers, layer_positions
 from .adapted import AdaptedModel, adapt, is_adapter, split_reference
 from .adapter import Adapter
 from .headers import TensorHeader
@@ -287,6 +287,12 @@ def make_plan(
     checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
     if config.tokenizer_source is not None:
         check_same_vocabulary(base, checkpoints[1:])
+    layers = count_layers(base.tensors)
+    if config.num_layers not in (None, layers):
+        raise ConfigError(
+            f"slices: layers 0 to {config.num_layers} were asked for, but {base.path} has {layers}; only whole models "
+            "are merged"
+        )
     ignored_head, tied = _tied_heads(base, checkpoints)
     names = {name: header for name, header in base.tensors.items() if name != ignored_head}
     for checkpoint in checkpoints[1:]:

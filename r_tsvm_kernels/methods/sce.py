@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..ops import accumulation_dtype, add_update, kept_count, magnitude_select
 from .base import Cost, Job, MergeResult, MethodParameters, TensorReport, register
 from .sparse import Share
+
+TILE = 1 << 16  # elements; of a few tensors they stay in a core's cache
 
 
 class SceParameters(MethodParameters):
@@ -53,33 +56,48 @@ def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeR
 
 def spreads(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
     """Return T times the variance of the T task vectors, element by element; float64."""
-    mean = torch.zeros_like(base, dtype=torch.float64)
-    for delta in _task_vectors(base, tuned, None):
-        mean += delta
-    mean /= len(tuned)
-    spread = torch.zeros_like(mean)
-    for delta in _task_vectors(base, tuned, None):
-        distance = delta.double().sub_(mean)
-        spread.addcmul_(distance, distance)
+    spread = torch.empty(base.shape, dtype=torch.float64, device=base.device)
+    for out, start, *parts in _tiles(spread, base, *tuned):
+        deltas = [delta.double() for delta in _task_vectors(start, parts, None)]
+        mean = sum(deltas[1:], deltas[0]) / len(deltas)
+        out.zero_()
+        for delta in deltas:
+            out.addcmul_(distance := delta.sub_(mean), distance)
     return spread
 
 
 def squared_norms(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> list[float]:
     """Return the squared norm of each task vector, of its selected elements alone if some are."""
-    return [float(torch.linalg.vector_norm(d.double())) ** 2 for d in _task_vectors(base, tuned, selected)]
+    squares = torch.zeros(len(tuned), dtype=torch.float64, device=base.device)
+    for start, mask, *parts in _tiles(base, selected, *tuned):
+        deltas = [delta.double() for delta in _task_vectors(start, parts, mask)]
+        squares += torch.stack([delta.dot(delta) for delta in deltas])
+    return squares.tolist()
 
 
 def erased_mean(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None, weights: Sequence[float]) -> Tensor:
     """Return the weighted mean of the task vectors, of those that have the sign of their sum, element by element."""
-    votes = torch.zeros_like(base, dtype=accumulation_dtype(base, *tuned))
-    for delta in _task_vectors(base, tuned, selected):
-        votes += delta
-    merged, divisor = torch.zeros_like(votes), torch.zeros_like(votes)
-    for weight, delta in zip(weights, _task_vectors(base, tuned, selected), strict=True):
-        agrees = torch.where(votes >= 0, delta > 0, delta < 0)
-        merged += delta.mul_(agrees).mul_(weight)
-        divisor.add_(agrees, alpha=weight)
-    return merged.div_(divisor.masked_fill_(divisor == 0, 1))
+    merged = torch.empty(base.shape, dtype=accumulation_dtype(base, *tuned), device=base.device)
+    for out, start, mask, *parts in _tiles(merged, base, selected, *tuned):
+        deltas = list(_task_vectors(start, parts, mask))
+        votes = sum(deltas[1:], deltas[0])
+        out.zero_()
+        divisor = torch.zeros_like(out)
+        for weight, delta in zip(weights, deltas, strict=True):
+            agrees = torch.where(votes >= 0, delta > 0, delta < 0)
+            out.add_(delta * agrees, alpha=weight)
+            divisor.add_(agrees, alpha=weight)
+        out.div_(divisor.masked_fill_(divisor == 0, 1))
+    return merged
+
+
+def _tiles(*tensors: Tensor | None) -> Iterator[list[Any]]:
+    """Yield the same piece of all tensors, small enough for a cache; on a GPU all at once."""
+    flat = [None if tensor is None else tensor.reshape(-1) for tensor in tensors]
+    first = next(tensor for tensor in flat if tensor is not None)
+    size = TILE if first.device.type == "cpu" else max(1, first.numel())
+    for begin in range(0, first.numel(), size):
+        yield [None if tensor is None else tensor[begin : begin + size] for tensor in flat]
 
 
 def _task_vectors(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> Iterator[Tensor]:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from .. import backends, dispatch
-from ..ops import Election, Keep, accumulation_dtype, elect_and_sum, kept_count, magnitude_select, normalized
+from ..ops import Election, Keep, elect_and_sum, kept_count, magnitude_select, normalized, task_statistics
 from .base import Cost, Job, MergeResult, MethodParameters, PerModel, TensorReport
 from .task_arithmetic import TaskArithmeticParameters
 
@@ -54,14 +53,23 @@ def largest_kept(base: Tensor, tensor: Tensor, density: float, outliers: int = 0
 
 def rescaled(base: Tensor, tensor: Tensor, keep: Keep) -> Keep:
     """Scale the survivors so that their L1 norm is that of the whole ``tensor - base``."""
-    dtype = accumulation_dtype(base, tensor)
-    delta = tensor.to(dtype) - base.to(dtype)
-    dropped = torch.zeros_like(delta, dtype=torch.bool) if keep.largest is None else ~keep.largest.mask(delta)
-    if keep.outliers is not None:
-        dropped |= keep.outliers.mask(delta)
-    before = float(delta.abs_().sum(dtype=torch.float64))
-    after = float(delta.masked_fill_(dropped, 0).sum(dtype=torch.float64))
+    before, after = l1_norm(base, tensor), l1_norm(base, kept_model(base, tensor, keep))
     return replace(keep, rescale=before / after) if after > 0 else keep
+
+
+def kept_model(base: Tensor, tensor: Tensor, keep: Keep) -> Tensor:
+    """Return the base with the surviving differences, which where they are exact is the fine-tune's own value."""
+    return elect_and_sum(base, [tensor], [1.0], keep=[keep])
+
+
+def l1_norm(base: Tensor, tensor: Tensor) -> float:
+    """Return the sum of ``|tensor - base|``, summed in float64.
+
+    Raises:
+        NonFiniteError: a difference is NaN or infinite.
+    """
+    statistics = task_statistics(base, [tensor])
+    return float(statistics.mean[0]) * statistics.numel
 
 
 def merge_kept(

@@ -47,6 +47,13 @@ def test_shards_and_dtype_of_the_output(tmp_path):
         assert tensor.spec.dtype == (torch.bfloat16 if base[name].is_floating_point() else base[name].dtype)
 
 
+def test_slices_hold_as_many_layers_as_the_models(tmp_path):
+    paths, *_ = family(tmp_path)
+    assert len(make_plan(config_for(paths, num_layers=2), 10**9).tensors) == 10
+    with pytest.raises(ConfigError, match=r"layers 0 to 3 were asked for, but .* has 2"):
+        make_plan(config_for(paths, num_layers=3), 10**9)
+
+
 def test_a_listed_base_is_no_task_but_a_model_of_an_average(tmp_path):
     paths, _, _ = family(tmp_path)
     listed = [paths[0], paths[0], *paths[1:]]

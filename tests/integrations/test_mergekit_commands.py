@@ -34,6 +34,9 @@ RECIPES = {
     "rtsvm": ({"density": 0.5, "rank": "energy", "rank_energy": 0.9, "outlier_weighting": "damp"}, "rtsvm"),
     "iso_c": ({"alpha": 0.9}, "iso_c"),
     "iso_cts": ({"common_space_fraction": 0.5}, "iso_cts"),
+    "star": ({"eta": 60.0}, "star"),
+    "knots": ({"alpha": 0.9}, "knots"),
+    "core_space": ({"alpha": 0.9}, "core_space"),
 }
 WITHOUT_WEIGHTS = {"sce", "model_stock", "karcher", "slerp"}
 WITHOUT_BASE = {"linear", "karcher"}
@@ -97,6 +100,24 @@ def test_mergekit_yaml_and_our_runner_give_the_same_weights(models, tmp_path, me
         precision = {"rtol": 2**-7, "atol": 1e-6} if dtype == "bfloat16" else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(theirs[name], tensor, **precision)
         assert tensor.dtype == getattr(torch, dtype)
+
+
+def test_a_slice_of_whole_models_is_the_same_for_both(models, tmp_path):
+    t = [{"filter": "mlp", "value": [0.2, 0.9]}, {"filter": "norm", "value": [0, 1]}, {"value": 0.7}]
+    content = {
+        "merge_method": "slerp",
+        "base_model": str(models / "base"),
+        "slices": [{"sources": [{"model": str(models / name), "layer_range": [0, 3]} for name in ("base", "a")]}],
+        "parameters": {"t": t},
+        "dtype": "float32",
+    }
+    (tmp_path / "recipe.yml").write_text(json.dumps(content))
+    assert main(["mergekit-yaml", str(tmp_path / "recipe.yml"), str(tmp_path / "theirs"), *OPTIONS]) == 0
+    assert main(["merge", str(tmp_path / "recipe.yml"), str(tmp_path / "ours"), "--device=cpu", "--quiet"]) == 0
+    theirs, ours = weights(tmp_path / "theirs"), weights(tmp_path / "ours")
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_without_acceleration_only_the_methods_are_ours(models, tmp_path):

@@ -16,11 +16,12 @@ import torch
 from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, TensorGroup
 from torch import Tensor
 
+from ...errors import NonFiniteError
+from ...methods.sparse import kept_model, l1_norm
 from ...ops import (
     FLOAT_DTYPES,
     Keep,
     RankedKeep,
-    accumulation_dtype,
     della_probabilities,
     elect_and_sum,
     magnitude_ranks,
@@ -139,8 +140,10 @@ def _rescale(delta: Tensor, masked: Tensor, norm: str | None) -> float | None:
         return 1.0
     order = {"l1": 1.0, "l2": 2.0, "linf": math.inf}[norm]
     before, after = (float(torch.linalg.vector_norm(tensor, order, dtype=torch.float64)) for tensor in (delta, masked))
-    if not (math.isfinite(before) and math.isfinite(after)):
-        return None
+    return _factor(before, after) if math.isfinite(before) and math.isfinite(after) else None
+
+
+def _factor(before: float, after: float) -> float:
     return 1.0 if min(before, after) < SMALLEST_NORM else before / after
 
 
@@ -184,10 +187,13 @@ def _task_keep(x: Tensor, base: Tensor, method: str, own: dict[str, float], resc
     keep = RULES[method](x, base, **own)
     if keep is None or not rescale:
         return keep
-    dtype = accumulation_dtype(x, base)
-    delta = x.to(dtype) - base.to(dtype)
-    factor = _rescale(delta, _masked(delta, keep), "l1")
-    return None if factor is None else replace(keep, rescale=factor)
+    try:
+        before = l1_norm(base, x)
+        count("elect_and_sum")
+        after = l1_norm(base, kept_model(base, x, keep))
+    except NonFiniteError:
+        return None
+    return replace(keep, rescale=_factor(before, after))
 
 
 def zeros_like(tensor: Tensor) -> Tensor:

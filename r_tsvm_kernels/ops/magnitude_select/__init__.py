@@ -33,9 +33,13 @@ class MagnitudeSelection:
         # Explicitly: torch would round a 0-D tensor to the dtype of the other one.
         dtype = torch.promote_types(x.dtype, self.threshold.dtype)
         magnitude, threshold = x.abs().to(dtype), self.threshold.to(dtype)
-        tied = magnitude == threshold
+        kept, tied = magnitude > threshold, magnitude == threshold
+        if x.device.type == "cpu":  # ties are few; a count would have to wait for a GPU
+            kept = kept.contiguous()
+            kept.view(-1)[tied.flatten().nonzero()[: int(self.ties), 0]] = True
+            return kept
         first = tied.flatten().cumsum(0).view(x.shape) <= self.ties
-        return (magnitude > threshold) | (tied & first)
+        return kept | (tied & first)
 
     def rounded(self, dtype: torch.dtype) -> MagnitudeSelection:
         """Return the selection that makes the same masks of tensors of `dtype`, with its threshold in `dtype`.
