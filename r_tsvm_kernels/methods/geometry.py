@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .base import Cost, Job, elementwise_cost
 
-# Elements of each tensor that are in memory in float64 at one time.
-TILE = 1 << 16
+# Elements of each tensor that are in memory in float64 at one time: what a core's cache holds, or what keeps a GPU busy.
+TILE = {"cpu": 1 << 15, "cuda": 1 << 22}
 
 
 def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
@@ -19,11 +19,15 @@ def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor
     flat = [tensor.flatten() for tensor in tensors]
     origin = None if base is None else base.flatten()
     total = flat[0].new_zeros(len(flat), len(flat), dtype=torch.float64)
-    for first in range(0, len(flat[0]), TILE):
-        part = slice(first, first + TILE)
-        X = torch.stack([x[part].double() for x in flat])
+    size = max(1, min(_tile(total.device.type), len(flat[0])))
+    tile, start = total.new_empty(len(flat), size), total.new_empty(size)
+    for first in range(0, len(flat[0]), size):
+        part = slice(first, first + size)
+        X = tile[:, : len(flat[0]) - first]
+        for row, x in zip(X, flat, strict=True):
+            row.copy_(x[part])
         if origin is not None:
-            X -= origin[part].double()
+            X -= start[: X.shape[1]].copy_(origin[part])
         total.addmm_(X, X.mT)
     return total.cpu()
 
@@ -31,13 +35,17 @@ def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor
 def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
     """Return a Gram matrix of the differences from `base` for each row (along the last dimension); (rows, T, T)."""
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (base, *tensors)]
-    height = max(1, TILE // rows[0].shape[1])
+    height = max(1, _tile(base.device.type) // rows[0].shape[1])
     grams = []
     for first in range(0, len(rows[0]), height):
         origin, *tiles = (x[first : first + height].double() for x in rows)
         X = torch.stack([tile - origin for tile in tiles], dim=1)
         grams.append(X @ X.mT)
     return torch.cat(grams)
+
+
+def _tile(device_type: str) -> int:
+    return TILE.get(device_type, TILE["cuda"])
 
 
 def cosines(gram: Tensor) -> Tensor:
@@ -50,5 +58,5 @@ def cosines(gram: Tensor) -> Tensor:
 def geometric_cost(job: Job, options: Any) -> Cost:
     """Return what a Gram matrix and a linear sum take."""
     summing = elementwise_cost(job, options)
-    gram = 2 * (job.tasks + 2) * 8 * min(TILE, job.elements)
+    gram = 2 * (job.tasks + 2) * 8 * min(_tile(job.device_type), job.elements)
     return Cost(max(summing.bytes, gram), summing.flops + float(job.elements) * (job.tasks + 1) ** 2)
