@@ -63,11 +63,7 @@ def kept_model(base: Tensor, tensor: Tensor, keep: Keep) -> Tensor:
 
 
 def l1_norm(base: Tensor, tensor: Tensor) -> float:
-    """Return the sum of ``|tensor - base|``, summed in float64.
-
-    Raises:
-        NonFiniteError: a difference is NaN or infinite.
-    """
+    """Return the sum of ``|tensor - base|``, summed in float64; NaN or infinite where one of them is."""
     statistics = task_statistics(base, [tensor])
     return float(statistics.mean[0]) * statistics.numel
 

@@ -16,7 +16,6 @@ import torch
 from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, TensorGroup
 from torch import Tensor
 
-from ...errors import NonFiniteError
 from ...methods.sparse import kept_model, l1_norm
 from ...ops import (
     FLOAT_DTYPES,
@@ -140,10 +139,12 @@ def _rescale(delta: Tensor, masked: Tensor, norm: str | None) -> float | None:
         return 1.0
     order = {"l1": 1.0, "l2": 2.0, "linf": math.inf}[norm]
     before, after = (float(torch.linalg.vector_norm(tensor, order, dtype=torch.float64)) for tensor in (delta, masked))
-    return _factor(before, after) if math.isfinite(before) and math.isfinite(after) else None
+    return _factor(before, after)
 
 
-def _factor(before: float, after: float) -> float:
+def _factor(before: float, after: float) -> float | None:
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return None
     return 1.0 if min(before, after) < SMALLEST_NORM else before / after
 
 
@@ -187,13 +188,9 @@ def _task_keep(x: Tensor, base: Tensor, method: str, own: dict[str, float], resc
     keep = RULES[method](x, base, **own)
     if keep is None or not rescale:
         return keep
-    try:
-        before = l1_norm(base, x)
-        count("elect_and_sum")
-        after = l1_norm(base, kept_model(base, x, keep))
-    except NonFiniteError:
-        return None
-    return replace(keep, rescale=_factor(before, after))
+    count("elect_and_sum")
+    factor = _factor(l1_norm(base, x), l1_norm(base, kept_model(base, x, keep)))
+    return None if factor is None else replace(keep, rescale=factor)
 
 
 def zeros_like(tensor: Tensor) -> Tensor:
