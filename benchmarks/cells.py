@@ -59,7 +59,7 @@ def size(count: float) -> str:
 
 def gigabytes(count: float) -> str:
     """Size of a checkpoint, as it is spoken of."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 5e8 else f"{count / 1e6:.0f} MB"
 
 
 def error(value: float | None, digits: int = 0) -> str:

@@ -58,12 +58,32 @@ def speed(results: Path) -> list[str]:
         if (cpu / file).exists():
             for what, against, ratio in lines(read(cpu / file)):
                 add(what, against, factor(ratio), file)
-    return [*table(["on two cores", "against", "ours is", "file"], rows), "", *wrapped(memory(results)), "",
-            *wrapped(startup(results))]  # fmt: skip
+    sentences = [memory(results), startup(results)]
+    if (cpu / "bench.json").exists():
+        sentences.append(losses(read(cpu / "bench.json")))
+    return [*table(["on two cores", "against", "ours is", "file"], rows), "", *wrapped(" ".join(sentences))]
+
+
+def timed(report: Report, role: str) -> list[Report]:
+    """Rows of `rtsvm bench` that have a time beside eager torch's."""
+    return [row for row in report["rows"] if row["role"] == role and row["status"] == "timed" and "speedup" in row]
+
+
+def losses(report: Report) -> str:
+    """How many benchmarks of `rtsvm bench` torch wins."""
+    ours = {(row["name"], row["matrix"], row["dtype"]): row["speedup"]["median"] for row in timed(report, "ours")}
+    best = {(row["name"], row["matrix"], row["dtype"]): row["speedup"]["median"] for row in timed(report, "torch")}
+    eager = sum(speedup < 1 for speedup in ours.values())
+    lost = sum(best[key] > speedup for key, speedup in ours.items() if key in best)
+    return (
+        f"Of {len(ours)} ops and methods of `rtsvm bench`, {eager} {'is' if eager == 1 else 'are'} slower than eager "
+        f"torch, and {lost} of the {sum(key in best for key in ours)} that have a faster way in torch "
+        f"{'is' if lost == 1 else 'are'} slower than that (`bench.json`)."
+    )
 
 
 def of_bench(report: Report) -> list[tuple[str, str, Spread]]:
-    gains = [row for row in report["rows"] if row["role"] == "ours" and row["status"] == "timed" and "speedup" in row]
+    gains = timed(report, "ours")
     worst = min(gains, key=lambda row: row["speedup"]["median"])
     what = f"`{worst['name']}`, {shape(worst['shape'])}: the worst of {len(gains)} ops and methods of `rtsvm bench`"
     return [(what, "eager torch", worst["speedup"])]
@@ -178,28 +198,25 @@ def table_of_shortcuts(results: Path) -> list[str]:
 
 def demo(results: Path) -> list[str]:
     """The means of the demo's table."""
-    means = {name: f"{sum(values) / len(values):.1f}" for name, values in demo_report(results)["accuracy"].items()}
+    report = read(results / "quality" / "demo.json")
+    means = {name: f"{sum(values) / len(values):.1f}" for name, values in report["accuracy"].items()}
     experts = [value for name, value in means.items() if name.startswith("expert")]
     merged = ", ".join(
         f"{value} by `{name}`" for name, value in means.items() if name != "base" and not name.startswith("expert")
     )
     return wrapped(
-        "`make demo` takes about half a minute after the setup. Accuracy over three tasks, in %, on digits that no "
-        f"model was trained on: base {means['base']}, experts {', '.join(experts)}, merged {merged} "
+        f"`make demo` takes some {report['seconds']:.0f} seconds after the setup. Accuracy over three tasks, in %, on "
+        f"digits that no model was trained on: base {means['base']}, experts {', '.join(experts)}, merged {merged} "
         "([demo.json](benchmarks/results/quality/demo.json); another processor may give a little other figures)."
     )
 
 
 def demo_table(results: Path) -> list[str]:
     """What the demo ends with."""
-    report = demo_report(results)
+    report = read(results / "quality" / "demo.json")
     rows = [[name, *(f"{value:.1f}" for value in (*values, sum(values) / len(values)))]
             for name, values in report["accuracy"].items()]  # fmt: skip
     return table(["model", *report["tasks"], "mean"], rows)
-
-
-def demo_report(results: Path) -> Report:
-    return read(results / "quality" / "demo.json")
 
 
 def verdict(results: Path) -> list[str]:

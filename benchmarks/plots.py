@@ -34,9 +34,11 @@ def growth(data: Sequence[Path]) -> Any:
         for side, name in (("peer", "FusionBench"), ("ours", "r_tsvm_kernels")):
             x, y = [row[axis] for row in found["rows"]], [row[side]["median"] for row in found["rows"]]
             axes.loglog(x, y, "o-", label=f"{name}, {axis}^{found['exponent'][side]:.2f}")
+        axes.set_xticks(x, list(map(str, x)), fontsize=8)
+        axes.minorticks_off()
         axes.set_xlabel("n (T = 3)" if axis == "n" else "T (n = 768)")
         axes.set_ylabel("seconds")
-        axes.grid(True, which="both", alpha=0.3)
+        axes.grid(True, alpha=0.3)
         axes.legend()
     figure.suptitle(f"TSV-Merge at k = n // T, {report['cpu']}, {report['threads']} threads", fontsize=9)
     return figure

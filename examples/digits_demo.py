@@ -206,12 +206,14 @@ def main() -> None:
         model = load(folder)  # from disk: what is measured is what was written
         rows.append((label, [accuracy(model, task(images[test]), labels[test]) for task in TASKS.values()]))
     Console().print(results_table(rows, section_ends, options.seed))
-    results = {"seed": options.seed, "quick": options.quick, "tasks": list(TASKS), "accuracy": dict(rows)}
+    seconds = time.perf_counter() - start
+    results = {"seed": options.seed, "quick": options.quick, "seconds": round(seconds, 1)}
+    results |= {"tasks": list(TASKS), "accuracy": dict(rows)}
     (options.out / "results.json").write_text(json.dumps(provenance() | results, indent=1) + "\n", encoding="utf-8")
     print("Merged models:")
     for name, _, _ in MERGES:
         print(f"  {name:<16} {options.out / name}")
-    print(f"Done in {time.perf_counter() - start:.0f} seconds.")
+    print(f"Done in {seconds:.0f} seconds.")
 
 
 if __name__ == "__main__":

@@ -125,8 +125,11 @@ def draw(report: dict[str, Any]) -> Any:
     axes = figure.subplots()
     medians = [speedup["median"] for _, speedup in bars]
     spread = [[s["median"] - s["q1"] for _, s in bars], [s["q3"] - s["median"] for _, s in bars]]
-    axes.barh(range(len(bars)), medians, xerr=spread, color="#4477aa", ecolor="0.3", height=0.7)
+    colors = ["#4477aa" if median >= 1 else "#ee7733" for median in medians]
+    widths = [median - 1 for median in medians]  # a bar starts at "as fast", to the left if ours is slower
+    axes.barh(range(len(bars)), widths, left=1.0, xerr=spread, color=colors, ecolor="0.3", height=0.7)
     axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1.0, color="0.3", linewidth=1)
