@@ -77,8 +77,8 @@ def losses(report: Report) -> str:
     lost = sum(best[key] > speedup for key, speedup in ours.items() if key in best)
     return (
         f"Of {len(ours)} ops and methods of `rtsvm bench`, {eager} {'is' if eager == 1 else 'are'} slower than eager "
-        f"torch, and {lost} of the {sum(key in best for key in ours)} that have a faster way in torch "
-        f"{'is' if lost == 1 else 'are'} slower than that (`bench.json`)."
+        f"torch; of {sum(key in best for key in ours)} for which there is a version in torch by somebody who took "
+        f"pains, {lost} {'is' if lost == 1 else 'are'} slower than that (`bench.json`)."
     )
 
 

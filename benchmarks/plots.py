@@ -35,7 +35,7 @@ def growth(data: Sequence[Path]) -> Any:
             x, y = [row[axis] for row in found["rows"]], [row[side]["median"] for row in found["rows"]]
             axes.loglog(x, y, "o-", label=f"{name}, {axis}^{found['exponent'][side]:.2f}")
         axes.set_xticks(x, list(map(str, x)), fontsize=8)
-        axes.minorticks_off()
+        axes.set_xticks([], minor=True)
         axes.set_xlabel("n (T = 3)" if axis == "n" else "T (n = 768)")
         axes.set_ylabel("seconds")
         axes.grid(True, alpha=0.3)
