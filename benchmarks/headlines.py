@@ -200,15 +200,13 @@ def demo(results: Path) -> list[str]:
     """The means of the demo's table."""
     report = read(results / "quality" / "demo.json")
     means = {name: f"{sum(values) / len(values):.1f}" for name, values in report["accuracy"].items()}
-    experts = [value for name, value in means.items() if name.startswith("expert")]
-    merged = ", ".join(
-        f"{value} by `{name}`" for name, value in means.items() if name != "base" and not name.startswith("expert")
+    told = wrapped(
+        f"`make demo` takes some {report['seconds']:.0f} seconds after the setup and ends with a "
+        f"[table](docs/tutorial.md). In the mean over its tasks ({', '.join(report['tasks'])} digits) the models "
+        "reach, in % of digits that no model was trained on "
+        "([demo.json](benchmarks/results/quality/demo.json); another processor may give a little other figures):"
     )
-    return wrapped(
-        f"`make demo` takes some {report['seconds']:.0f} seconds after the setup. Accuracy over three tasks, in %, on "
-        f"digits that no model was trained on: base {means['base']}, experts {', '.join(experts)}, merged {merged} "
-        "([demo.json](benchmarks/results/quality/demo.json); another processor may give a little other figures)."
-    )
+    return [*told, "", *table(list(means), [list(means.values())])]
 
 
 def demo_table(results: Path) -> list[str]:
