@@ -98,18 +98,5 @@ def main() -> None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def table(report: dict) -> list[str]:
-    """The lines of the documentation's table; a test compares the two."""
-    columns = [(kind, label) for label in ("k = r // T", "k = r // 4T") for kind in SPECTRA]
-    lines = ["| shortcut | " + " | ".join(f"{kind}, {label}" for kind, label in columns) + " |"]
-    lines.append("|---|" + "---|" * len(columns))
-    names = dict.fromkeys(row["shortcut"] for row in report["rows"])
-    errors = {(row["shortcut"], row["spectrum"], row["ranks"]): row["error"] for row in report["rows"]}
-    for name in names:
-        cells = (f"{errors[name, kind, label]:.0e}" for kind, label in columns)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
 if __name__ == "__main__":
     main()

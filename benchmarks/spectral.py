@@ -1,6 +1,6 @@
 """Time TSV-Merge on the CPU against FusionBench's own function, side by side, and see how the time grows.
 
-    python benchmarks/spectral.py [--sizes 1024 1536 2048] [--rounds 5] [--peer-python PATH] [--out DIR] [--plot]
+    python benchmarks/spectral.py [--sizes 1024 1536 2048] [--rounds 5] [--peer-python PATH] [--out DIR]
 
 The peer runs in its own environment (benchmarks/peers/fusion_bench_env.sh) in a process that waits between its turns;
 both sides take turns round by round, with the same number of threads, on the same matrices. The ratios are those of
@@ -203,26 +203,6 @@ def print_tables(report: dict[str, Any], console: Console) -> None:
     console.print("LoRA:", {key: value for key, value in report["lora"].items() if key != "seconds"})
 
 
-def plot(report: dict[str, Any], target: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for ax, (axis, found) in zip(axes, report["growth"].items(), strict=True):
-        for side, label in (("peer", "FusionBench"), ("ours", "r_tsvm_kernels")):
-            if side in found["rows"][0]:
-                x, y = [row[axis] for row in found["rows"]], [row[side]["median"] for row in found["rows"]]
-                ax.loglog(x, y, "o-", label=f"{label}, {axis}^{found['exponent'][side]:.2f}")
-        ax.set_xlabel("n (T = 3)" if axis == "n" else "T (n = 768)")
-        ax.set_ylabel("seconds")
-        ax.grid(True, which="both", alpha=0.3)
-        ax.legend()
-    figure.suptitle(f"TSV-Merge at k = n // T, {report['cpu']}, {report['threads']} threads", fontsize=9)
-    figure.savefig(target, dpi=140)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default_python = ROOT / ".venv-fusion-bench" / "bin" / "python"
@@ -232,7 +212,6 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true", help="time ours alone")
     parser.add_argument("--lora-size", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for spectral.json")
-    parser.add_argument("--plot", action="store_true", help="also draw spectral.png (needs matplotlib)")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("a spread needs at least two rounds")
@@ -253,8 +232,6 @@ def main() -> None:
     print_tables(report, Console(width=130))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "spectral.json").write_text(json.dumps(report, indent=1) + "\n")
-    if args.plot:
-        plot(report, args.out / "spectral.png")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ with four methods, and a table compares the merged models on digits that no mode
     python examples/digits_demo.py            # about half a minute on two CPU cores
     python examples/digits_demo.py --quick    # far less training, for tests; most of the time is spent importing torch
 
+The figures of the table are also written to results.json, beside the models.
+
 Needs scikit-learn: pip install "r-tsvm-kernels[demo]".
 """
 
@@ -29,6 +31,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
+
+from r_tsvm_kernels.bench.record import provenance
 
 MARKER = "made_by_digits_demo"  # this file marks a folder that the demo may remove
 TEST_DIGITS = 500  # of 1797
@@ -202,10 +206,14 @@ def main() -> None:
         model = load(folder)  # from disk: what is measured is what was written
         rows.append((label, [accuracy(model, task(images[test]), labels[test]) for task in TASKS.values()]))
     Console().print(results_table(rows, section_ends, options.seed))
+    seconds = time.perf_counter() - start
+    results = {"seed": options.seed, "quick": options.quick, "seconds": round(seconds, 1)}
+    results |= {"tasks": list(TASKS), "accuracy": dict(rows)}
+    (options.out / "results.json").write_text(json.dumps(provenance() | results, indent=1) + "\n", encoding="utf-8")
     print("Merged models:")
     for name, _, _ in MERGES:
         print(f"  {name:<16} {options.out / name}")
-    print(f"Done in {time.perf_counter() - start:.0f} seconds.")
+    print(f"Done in {seconds:.0f} seconds.")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,9 @@ from r_tsvm_kernels.sizes import parse_size
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text()
+TEXTS = ["README.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/peers/README.md"]
+TEXTS += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 
 
 def test_the_map_shows_what_is_there():
@@ -29,8 +30,9 @@ def test_the_map_shows_what_is_there():
             assert (ROOT / line.split()[0]).is_dir(), line
 
 
-def test_every_method_is_in_the_table():
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*\]\((https://[^)]+)\) \|$", README, re.MULTILINE))
+@pytest.mark.parametrize("text", [README, METHODS_PAGE], ids=["README.md", "docs/methods.md"])
+def test_every_method_is_in_the_table(text):
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\]\((https://[^)]+)\) \|$", text, re.MULTILINE))
     assert rows == {name: method.paper_url for name, method in METHODS.items()}
 
 
@@ -38,9 +40,9 @@ def test_every_option_of_rtsvm_is_in_the_table():
     defaults = METHODS["rtsvm"].parameters()
     for name in type(defaults).model_fields:
         if name == "exclude_keys":
-            assert "`exclude_keys`" in README
+            assert "`exclude_keys`" in METHODS_PAGE
             continue
-        match = re.search(rf"`{name}` \(`?([\w.]+)`?\)", README)
+        match = re.search(rf"`{name}` \(`?([\w.]+)`?\)", METHODS_PAGE)
         assert match, name
         value = getattr(defaults, name)
         expected = value[0] if isinstance(value, tuple) else value
@@ -55,10 +57,11 @@ def test_the_python_example_runs(capsys):
     assert "True" in capsys.readouterr().out
 
 
-def test_the_recipe_is_valid():
+@pytest.mark.parametrize("file", ["README.md", "docs/merging.md"])
+def test_the_recipe_is_valid(file):
     import yaml
 
-    text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
+    text = re.search(r"```yaml\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)[1]
     config = r_tsvm_kernels.MergeConfig.from_dict(yaml.safe_load(text))
     options = config.options(2, "layers.3.mlp.up", 1.0)
     assert (options.weight, options.density, options.alpha) == ((0.8, 1.0), (0.5, 0.5), 1.0)
@@ -78,17 +81,21 @@ def test_the_comparison_with_fusion_bench_is_quoted_correctly():
     assert untouched["untouched_energy_ours"] == 0
 
 
-def test_the_table_of_speed_is_that_of_the_results():
-    program = [sys.executable, str(ROOT / "benchmarks" / "readme_speed.py")]
-    table = subprocess.run(program, check=True, capture_output=True, text=True).stdout.strip()
-    assert table in README, "run benchmarks/readme_speed.py and put its output into the README"
-
-
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/peers/README.md"])
+@pytest.mark.parametrize("file", TEXTS)
 def test_links_lead_somewhere(file):
     path = ROOT / file
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text()):
-        assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", path.read_text()):
+        aim = path.parent / target if target else path
+        assert aim.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", aim.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, anchor
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_every_page_is_in_the_navigation_and_the_readme(page):
+    assert page.name in (ROOT / "mkdocs.yml").read_text()
+    assert page.name == "index.md" or f"(docs/{page.name})" in README
 
 
 def test_the_version_is_the_same_everywhere():

@@ -1,5 +1,6 @@
 """The examples run and show what they say; the demo has its own tests beside the merges it makes."""
 
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,14 @@ def run_example(name, *arguments, cwd):
 def test_every_example_is_tested():
     tested = (ROOT / "tests" / "conftest.py").read_text() + Path(__file__).read_text()
     assert all(path.name in tested for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_the_demo_writes_its_figures_down(trained):
+    results = json.loads((trained / "results.json").read_text())
+    assert results["quick"] and results["seconds"] > 0 and results["tasks"] == ["rotated", "mirrored", "negative"]
+    accuracy = results["accuracy"]
+    assert all(len(values) == 3 and 0 <= min(values) <= max(values) <= 100 for values in accuracy.values())
+    assert sum(accuracy["rtsvm"]) > sum(accuracy["base"])
 
 
 def test_lora_experts(tmp_path, trained):

@@ -107,32 +107,41 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def plot(report: dict[str, Any], path: str | Path) -> None:
-    """Draw by how much each benchmark is faster than eager torch.
+def draw(report: dict[str, Any]) -> Any:
+    """Return a matplotlib figure of by how much each benchmark is faster than eager torch.
 
     Raises:
         IntegrationError: matplotlib is missing.
     """
     require_matplotlib()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     bars = []
     for group in _by_input(report["rows"]):
         row = _fastest(group, "ours")
         if row is not None and "speedup" in row:
             bars.append((f"{row['name']}, {row['matrix']} {row['dtype']}", row["speedup"]))
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.22 * max(len(bars), 1)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.22 * max(len(bars), 1)), layout="constrained")
+    axes = figure.subplots()
     medians = [speedup["median"] for _, speedup in bars]
     spread = [[s["median"] - s["q1"] for _, s in bars], [s["q3"] - s["median"] for _, s in bars]]
-    axes.barh(range(len(bars)), medians, xerr=spread, color="#4477aa", ecolor="0.3", height=0.7)
+    colors = ["#4477aa" if median >= 1 else "#ee7733" for median in medians]
+    widths = [median - 1 for median in medians]  # a bar starts at "as fast", to the left if ours is slower
+    axes.barh(range(len(bars)), widths, left=1.0, xerr=spread, color=colors, ecolor="0.3", height=0.7)
     axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1.0, color="0.3", linewidth=1)
     axes.set_xlabel("times faster than eager torch (float32 SVDs for decompositions)")
     axes.set_title(_title(report), fontsize=8)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    return figure
+
+
+def plot(report: dict[str, Any], path: str | Path) -> None:
+    """Write `draw`'s figure to a file, in the format that its name says.
+
+    Raises:
+        IntegrationError: matplotlib is missing.
+    """
+    draw(report).savefig(path, dpi=140)

@@ -1,0 +1,233 @@
+"""The figures that README.md and the pages quote, each from the result file that it names; for `tables.py`."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+from cells import ROOT, Report, Spread, error, factor, gigabytes, read, shape, table
+from result_tables import shortcuts
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+from study import label, rtsvm_defaults
+from table import gains, load
+
+CPU = "benchmarks/results/cpu"
+
+
+def speed(results: Path) -> list[str]:
+    """The README's table: gains, and the losses beside them. Rows of results that are not there are left out."""
+    cpu = results / "cpu"
+    rows: list[list[str]] = []
+
+    def add(what: str, against: str, found: str, file: str) -> None:
+        rows.append([what, against, found, f"[{file.removesuffix('.json')}]({CPU}/{file})"])
+
+    stage = read(cpu / "elementwise.json")["rows"][0]
+    name = f"statistics, clip, select, prune: {shape(stage['shape'])} bf16, T=3"
+    add(name, "eager torch, exact", factor(stage["ratios"]["eager / ours"]), "elementwise.json")
+    add(name, "copying as many bytes", factor(inverse(stage["ratios"]["ours / floor, fresh"])), "elementwise.json")
+    ties = read(cpu / "ties_vs_mergekit.json")
+    gain = ties["methods"]["ties"]["ratio"]
+    add(f"`ties`, {shape(ties['shape'])} bf16, T=3", "mergekit's function", factor(gain), "ties_vs_mergekit.json")
+    engine = read(cpu / "engine_vs_mergekit.json")
+    size, method = gigabytes(engine["checkpoint_bytes"]), engine["methods"]["task_arithmetic"]
+    less = method["peak_bytes"]["peer"] / method["peak_bytes"]["ours"]
+    add(f"`rtsvm merge`, `task_arithmetic`, 3 checkpoints of {size}, cached", "mergekit's command",
+        f"{factor(method['ratio'])}, in {less:.0f} x less memory", "engine_vs_mergekit.json")  # fmt: skip
+    for file, state, told in (("engine_speed.json", "cold", "from disk"), ("engine_speed_1gb.json", "warm", "cached")):
+        report = read(cpu / file)
+        ratio = report["results"][state]["speed_by_cp"]["task_arithmetic"]["cp and fsync"]
+        size = gigabytes(report["checkpoint_bytes"])
+        add(f"the same, 3 checkpoints of {size}, {told}", "`cp` and fsync of as many bytes", factor(ratio), file)
+    spectral = read(cpu / "spectral.json")
+    largest = max((row for row in spectral["rows"] if "peer_error" in row), key=lambda row: row["n"])
+    add(f"TSV-Merge {shape([largest['n']] * 2)}, T=3, k = r // T", "FusionBench's function",
+        factor(largest["peer / ours"]), "spectral.json")  # fmt: skip
+    ratios = {(row["n"], row["T"]): row["peer"]["median"] / row["ours"]["median"]
+              for found in spectral["growth"].values() for row in found["rows"]}  # fmt: skip
+    (n, tasks), worst = min(ratios.items(), key=lambda item: item[1])
+    add(f"TSV-Merge {n}x{n}, T={tasks}, k = r // T: the worst of {len(ratios)} sizes and T", "FusionBench's function",
+        factor(worst), "spectral.json")  # fmt: skip
+    lora = spectral["lora"]
+    add(f"TSV-Merge of three rank-{lora['rank']} LoRAs, {shape([lora['n']] * 2)}, from their factors",
+        "FusionBench's function, dense", factor(lora["peer / ours"]), "spectral.json")  # fmt: skip
+    for file, lines in (("bench.json", of_bench), ("mergekit_cli.json", of_mergekit_cli),
+                        ("fusion_bench.json", of_fusion_bench), ("peft.json", of_peft)):  # fmt: skip
+        if (cpu / file).exists():
+            for what, against, ratio in lines(read(cpu / file)):
+                add(what, against, factor(ratio), file)
+    sentences = [memory(results), startup(results)]
+    if (cpu / "bench.json").exists():
+        sentences.append(losses(read(cpu / "bench.json")))
+    return [*table(["on two cores", "against", "ours is", "file"], rows), "", *wrapped(" ".join(sentences))]
+
+
+def timed(report: Report, role: str) -> list[Report]:
+    """Rows of `rtsvm bench` that have a time beside eager torch's."""
+    return [row for row in report["rows"] if row["role"] == role and row["status"] == "timed" and "speedup" in row]
+
+
+def losses(report: Report) -> str:
+    """How many benchmarks of `rtsvm bench` torch wins."""
+    ours = {(row["name"], row["matrix"], row["dtype"]): row["speedup"]["median"] for row in timed(report, "ours")}
+    best = {(row["name"], row["matrix"], row["dtype"]): row["speedup"]["median"] for row in timed(report, "torch")}
+    eager = sum(speedup < 1 for speedup in ours.values())
+    lost = sum(best[key] > speedup for key, speedup in ours.items() if key in best)
+    return (
+        f"Of {len(ours)} ops and methods of `rtsvm bench`, {eager} {'is' if eager == 1 else 'are'} slower than eager "
+        f"torch; of {sum(key in best for key in ours)} for which there is a version in torch by somebody who took "
+        f"pains, {lost} {'is' if lost == 1 else 'are'} slower than that (`bench.json`)."
+    )
+
+
+def of_bench(report: Report) -> list[tuple[str, str, Spread]]:
+    gains = timed(report, "ours")
+    worst = min(gains, key=lambda row: row["speedup"]["median"])
+    what = f"`{worst['name']}`, {shape(worst['shape'])}: the worst of {len(gains)} ops and methods of `rtsvm bench`"
+    return [(what, "eager torch", worst["speedup"])]
+
+
+def of_mergekit_cli(report: Report) -> list[tuple[str, str, Spread]]:
+    cases = sorted(report["cases"].items(), key=lambda item: item[1]["ratio"]["median"])
+    told = {"best": cases[-1], "worst": cases[0]}
+    return [
+        (f"mergekit's command with our backend, `{name}`: the {which} of {len(cases)}", "without", case["ratio"])
+        for which, (name, case) in told.items()
+    ]
+
+
+def of_fusion_bench(report: Report) -> list[tuple[str, str, Spread]]:
+    return [("FusionBench's TSVM with our solver, whole models", "without", report["ratio"]["accelerated"])]
+
+
+def of_peft(report: Report) -> list[tuple[str, str, Spread]]:
+    row = max(
+        (row for row in report["cases"] if row["case"] == "svd"), key=lambda row: row["seconds"]["peft"]["median"]
+    )
+    return [
+        (f"PEFT's `add_weighted_adapter`, `svd`, {row['shape']}, with our kernels", "without", row["ratio"]["ours"])
+    ]
+
+
+def inverse(ratio: Spread) -> Spread:
+    return {"median": 1 / ratio["median"], "q1": 1 / ratio["q3"], "q3": 1 / ratio["q1"]}
+
+
+def memory(results: Path) -> str:
+    rows = read(results / "cpu" / "engine_memory.json")["rows"]
+    peaks, sizes = [row["peak_bytes"] for row in rows], [row["checkpoint_bytes"] for row in rows]
+    methods = " and ".join(f"`{name}`" for name in dict.fromkeys(row["method"] for row in rows))
+    return (
+        f"The peak memory of {methods} does not grow with the model: {min(peaks) / 1e6:.0f} to {max(peaks) / 1e6:.0f} "
+        f"MB for checkpoints of {gigabytes(min(sizes))} to {gigabytes(max(sizes))} (`engine_memory.json`)."
+    )
+
+
+def startup(results: Path) -> str:
+    times = read(results / "cpu" / "engine_speed_1gb.json")["results"]["warm"]["seconds"]
+    start = times["task_arithmetic"]["median"] - times["task_arithmetic, in the merge"]["median"]
+    ratio = read(results / "cpu" / "engine_speed_1gb.json")["results"]["warm"]["speed_by_cp"]
+    without = factor(ratio["task_arithmetic, in the merge"]["cp and fsync"])
+    return (
+        f"Starting Python and torch takes {start:.1f} s of a merge (`engine_speed_1gb.json`): without it, the merge of "
+        f"small cached checkpoints above is {without} than `cp` and fsync."
+    )
+
+
+def exactness(results: Path) -> list[str]:
+    """What the README says of errors."""
+    accuracy = [row for name in ("spectral_accuracy", "spectral_accuracy_1024")
+                for row in read(results / "cpu" / f"{name}.json")["rows"]]  # fmt: skip
+    few = [row for row in accuracy if row["rank"] * row["tasks"] <= 768]
+    above = sum(error_of(row) > error_of(row, "float32 SVD") for row in accuracy) or "no"
+    ours = (
+        f"- Over {len(accuracy)} cases (six kinds of spectra, trained models) the largest error of a TSV-Merge update "
+        f"against float64 is {error(max(map(error_of, accuracy)), 1)} ({error(max(map(error_of, few)), 1)} where no "
+        f"more than 768 directions are merged); by float32 SVDs it is "
+        f"{error(max(error_of(row, 'float32 SVD') for row in accuracy), 1)}. Ours was above float32 SVDs in "
+        f"{above} case{'' if above == 1 else 's'} ([spectral_accuracy]({CPU}/spectral_accuracy.json), [at 1024 columns]"
+        f"({CPU}/spectral_accuracy_1024.json))."
+    )
+    rows = read(results / "cpu" / "tsvm_vs_fusion_bench.json")["rows"]
+    judged = [row for row in rows if row["right"] is not None]
+    trained = sum(row["case"].startswith("trained") for row in judged)
+    worst = {side: error(max(row[f"error_{side}"] for row in judged), 1) for side in ("ours", "peer")}
+    peer = (
+        f"- `tsvm` agrees with FusionBench's own function to *that* function's float32 error: over {len(judged)} "
+        f"cases, {trained} of them from really trained models, the largest error against float64 is {worst['ours']} "
+        f"for ours and {worst['peer']} for theirs ([results]({CPU}/tsvm_vs_fusion_bench.json), "
+        f"[how](benchmarks/peers/README.md))."
+    )
+    (untouched,) = (row for row in rows if row["untouched_rows"])
+    energy = {side: f"{100 * untouched[f'untouched_energy_{side}']:.1f} %" for side in ("ours", "peer")}
+    rows_told = f"{untouched['untouched_rows']} of {untouched['shape'][0]} untouched rows"
+    canonical = (
+        f"- **Rows and columns that no expert touched stay the base's, bit for bit.** Where an SVD would complete "
+        f"deficient bases by arbitrary null vectors, ours takes the canonical polar factor. On a matrix with "
+        f"{rows_told}, FusionBench puts {energy['peer']} of the update's energy into those rows, ours {energy['ours']}."
+    )
+    return [line for item in (ours, peer, canonical) for line in wrapped(item, "  ")]
+
+
+def error_of(row: Report, route: str = "eigen exact") -> float:
+    value: float = row["routes"][route]["error"]
+    return value
+
+
+def conditions(results: Path) -> list[str]:
+    """How ill-conditioned the bases are, for the page on numerics."""
+    rows = [row for name in ("spectral_accuracy", "spectral_accuracy_1024")
+            for row in read(results / "cpu" / f"{name}.json")["rows"] if row["basis_condition"]]  # fmt: skip
+    found = {}
+    for ranks in ("k = r // T", "k = r // 4T"):
+        values = sorted(row["basis_condition"] for row in rows if row["ranks"] == ranks)
+        found[ranks] = f"{values[len(values) // 2]:.3g} in the median and {values[-1]:.3g} at most"
+    worst = max(error_of(row, "float32 SVD") for row in rows)
+    return wrapped(
+        f"Measured condition numbers of the bases (`{CPU}/spectral_accuracy.json` and `spectral_accuracy_1024.json`): "
+        f"at k = r // T {found['k = r // T']}, at k = r // 4T {found['k = r // 4T']}. The largest error of float32 "
+        f"SVDs throughout was {error(worst, 1)} there."
+    )
+
+
+def table_of_shortcuts(results: Path) -> list[str]:
+    return shortcuts(read(results / "cpu" / "shortcuts.json"))
+
+
+def demo(results: Path) -> list[str]:
+    """The means of the demo's table."""
+    report = read(results / "quality" / "demo.json")
+    means = {name: f"{sum(values) / len(values):.1f}" for name, values in report["accuracy"].items()}
+    told = wrapped(
+        f"`make demo` takes some {report['seconds']:.0f} seconds after the setup and ends with a "
+        f"[table](docs/tutorial.md). In the mean over its tasks ({', '.join(report['tasks'])} digits) the models "
+        "reach, in % of digits that no model was trained on "
+        "([demo.json](benchmarks/results/quality/demo.json); another processor may give a little other figures):"
+    )
+    return [*told, "", *table(list(means), [list(means.values())])]
+
+
+def demo_table(results: Path) -> list[str]:
+    """What the demo ends with."""
+    report = read(results / "quality" / "demo.json")
+    rows = [[name, *(f"{value:.1f}" for value in (*values, sum(values) / len(values)))]
+            for name, values in report["accuracy"].items()]  # fmt: skip
+    return table(["model", *report["tasks"], "mean"], rows)
+
+
+def verdict(results: Path) -> list[str]:
+    """How `rtsvm` compares with `tsvm` in the study of quality."""
+    *_, points = gains(load(results / "quality"), label(rtsvm_defaults()), ["tsvm"] * 3, "default")
+    mean = sum(points) / len(points)
+    spread = (sum((point - mean) ** 2 for point in points) / (len(points) - 1) / len(points)) ** 0.5
+    return wrapped(
+        "Differences of two or three points may be noise: in a [study](benchmarks/quality/README.md) of three suites "
+        f"of small models `rtsvm` is {mean:+.2f} points above `tsvm` (standard error {spread:.2f}): level. The goal of "
+        "one point more was missed, and no other defaults were clearly better."
+    )
+
+
+def wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,133 @@
+"""The plots under docs/plots, by `tables.py`: SVG that is the same for the same data, and says which data that was."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cells import ROOT, read
+
+from r_tsvm_kernels.bench.table import draw, require_matplotlib
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+from study import TABLE, label, rtsvm_defaults
+from table import Seed, load, merged
+
+DEFAULT, TUNED = "#ee7733", "#4477aa"
+
+
+def bench(data: Sequence[Path]) -> Any:
+    return draw(read(data[0]))
+
+
+def growth(data: Sequence[Path]) -> Any:
+    """Time of TSV-Merge against n and T, ours and FusionBench's."""
+    report = read(data[0])
+    figure = new_figure(9, 3.6)
+    for axes, (axis, found) in zip(figure.subplots(1, 2), report["growth"].items(), strict=True):
+        for side, name in (("peer", "FusionBench"), ("ours", "r_tsvm_kernels")):
+            x, y = [row[axis] for row in found["rows"]], [row[side]["median"] for row in found["rows"]]
+            axes.loglog(x, y, "o-", label=f"{name}, {axis}^{found['exponent'][side]:.2f}")
+        axes.set_xticks(x, list(map(str, x)), fontsize=8)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("n (T = 3)" if axis == "n" else "T (n = 768)")
+        axes.set_ylabel("seconds")
+        axes.grid(True, alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"TSV-Merge at k = n // T, {report['cpu']}, {report['threads']} threads", fontsize=9)
+    return figure
+
+
+def quality(data: Sequence[Path]) -> Any:
+    """Mean accuracy by method and suite on the held-out seeds, with its standard error."""
+    results, default = load(data[0].parent), label(rtsvm_defaults())
+    names = {name: name for name, _, _ in TABLE} | {"rtsvm": default}
+    figure = new_figure(9, 4.6)
+    for axes, (suite, groups) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
+        seeds: list[Seed] = groups["held_out"]
+        for setting, color, shift in (("default", DEFAULT, -0.15), ("tuned", TUNED, 0.15)):
+            values = [[merged(key, setting, "accuracy")(seed) for seed in seeds] for key in names.values()]
+            means = [statistics.mean(each) for each in values]
+            errors = [statistics.stdev(each) / math.sqrt(len(each)) for each in values]
+            rows = [row + shift for row in range(len(names))]
+            axes.errorbar(means, rows, xerr=errors, fmt="o", markersize=3.5, color=color, capsize=2, label=setting)
+        base = statistics.mean(statistics.mean(seed["base"]["accuracy"]) for seed in seeds)
+        axes.axvline(base, color="0.3", linewidth=1, linestyle=":", label="base")
+        axes.set_title(suite, fontsize=9)
+        axes.set_xlabel("accuracy, %")
+        axes.grid(True, axis="x", alpha=0.3)
+        axes.set_yticks(range(len(names)), list(names), fontsize=8)
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+    count = len(seeds)
+    figure.suptitle(f"Mean accuracy of merged models, standard error over {count} held-out seeds", fontsize=9)
+    return figure
+
+
+def new_figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+class Plot(NamedTuple):
+    """A picture and the result files that it shows."""
+
+    data: tuple[str, ...]  # below benchmarks/results
+    figure: Callable[[Sequence[Path]], Any]
+
+
+PLOTS = {
+    "bench.svg": Plot(("cpu/bench.json",), bench),
+    "growth.svg": Plot(("cpu/spectral.json",), growth),
+    "quality.svg": Plot(tuple(f"quality/{suite}.json" for suite in ("digits", "language", "tables")), quality),
+}
+
+
+def digest(data: Sequence[Path]) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in data)).hexdigest()
+
+
+def source(data: Sequence[Path]) -> str:
+    return f"{', '.join(path.name for path in data)}; sha256 {digest(data)}"
+
+
+def stale(results: Path, pictures: Path) -> list[str]:
+    """The names of the plots that are missing or were drawn from other data; those without data are not missed."""
+    return [
+        name for name, plot in PLOTS.items()
+        if all((results / file).exists() for file in plot.data)
+        and drawn_from(pictures / name) != source([results / file for file in plot.data])
+    ]  # fmt: skip
+
+
+def drawn_from(picture: Path) -> str | None:
+    """The data of a plot, as the plot itself says."""
+    found = re.search(r"<dc:source>([^<]*)</dc:source>", picture.read_text()) if picture.exists() else None
+    return found[1] if found else None
+
+
+def write(name: str, results: Path, pictures: Path) -> None:
+    """Draw one plot.
+
+    Raises:
+        IntegrationError: matplotlib is missing.
+    """
+    require_matplotlib()
+    import matplotlib
+
+    plot = PLOTS[name]
+    data = [results / file for file in plot.data]
+    pictures.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
+        metadata = {"Source": source(data), "Date": None, "Creator": None}
+        plot.figure(data).savefig(pictures / name, metadata=metadata)
+    # Trailing blanks are matplotlib's; without them the repository's checks have nothing to say.
+    path = pictures / name
+    path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
