@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Cost, Job, elementwise_cost
 
-# Elements of each tensor that are in memory in float64 at one time: what a core's cache holds, or what keeps a GPU busy.
+# Elements of each tensor that are in float64 at one time: what a core's cache holds, or what keeps a GPU busy.
 TILE = {"cpu": 1 << 15, "cuda": 1 << 22}
 
 
