@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..ops import accumulation_dtype, add_update, kept_count, magnitude_select
 from .base import Cost, Job, MergeResult, MethodParameters, TensorReport, register
 from .sparse import Share
 
-TILE = 1 << 16  # elements; of a few tensors they stay in a core's cache
+TILE = 1 << 15  # elements, which of a few tensors stay in a core's cache
 
 
 class SceParameters(MethodParameters):
@@ -49,55 +50,73 @@ def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeR
         del spread
     squares = squared_norms(base, tuned, selected)
     weights = [own * user / (max(squares) or 1.0) for own, user in zip(squares, options.weight, strict=True)]
-    merged = erased_mean(base, tuned, selected, weights)
+    merged = add_erased_mean(base, tuned, selected, weights)
     total = sum(weights) or 1.0
-    return MergeResult(add_update(base, merged), TensorReport(weights=[weight / total for weight in weights]))
+    return MergeResult(merged, TensorReport(weights=[weight / total for weight in weights]))
 
 
 def spreads(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
     """Return T times the variance of the T task vectors, element by element; float64."""
     spread = torch.empty(base.shape, dtype=torch.float64, device=base.device)
-    for out, start, *parts in _tiles(spread, base, *tuned):
+
+    def fill(out: Tensor, start: Tensor, *parts: Tensor) -> None:
         deltas = [delta.double() for delta in _task_vectors(start, parts, None)]
         mean = sum(deltas[1:], deltas[0]) / len(deltas)
         out.zero_()
         for delta in deltas:
             out.addcmul_(distance := delta.sub_(mean), distance)
+
+    _in_tiles(fill, spread, base, *tuned)
     return spread
 
 
 def squared_norms(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> list[float]:
     """Return the squared norm of each task vector, of its selected elements alone if some are."""
-    squares = torch.zeros(len(tuned), dtype=torch.float64, device=base.device)
-    for start, mask, *parts in _tiles(base, selected, *tuned):
-        deltas = [delta.double() for delta in _task_vectors(start, parts, mask)]
-        squares += torch.stack([delta.dot(delta) for delta in deltas])
-    return squares.tolist()
+
+    def squares(start: Tensor, mask: Tensor | None, *parts: Tensor) -> Tensor:
+        return torch.stack([delta.double().square_().sum() for delta in _task_vectors(start, parts, mask)])
+
+    found = _in_tiles(squares, base, selected, *tuned)
+    return torch.stack(found).sum(0).tolist() if found else [0.0] * len(tuned)
 
 
-def erased_mean(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None, weights: Sequence[float]) -> Tensor:
-    """Return the weighted mean of the task vectors, of those that have the sign of their sum, element by element."""
+def add_erased_mean(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None, weights: Sequence[float]) -> Tensor:
+    """Add the weighted mean of the task vectors, of those that have the sign of their sum, element by element."""
     merged = torch.empty(base.shape, dtype=accumulation_dtype(base, *tuned), device=base.device)
-    for out, start, mask, *parts in _tiles(merged, base, selected, *tuned):
+
+    def fill(out: Tensor, start: Tensor, mask: Tensor | None, *parts: Tensor) -> None:
         deltas = list(_task_vectors(start, parts, mask))
-        votes = sum(deltas[1:], deltas[0])
-        out.zero_()
-        divisor = torch.zeros_like(out)
+        side = (sum(deltas[1:], deltas[0]) >= 0).to(out.dtype).mul_(2).sub_(1)  # 1 or -1
+        total, divisor = torch.zeros_like(out), torch.zeros_like(out)
         for weight, delta in zip(weights, deltas, strict=True):
-            agrees = torch.where(votes >= 0, delta > 0, delta < 0)
-            out.add_(delta * agrees, alpha=weight)
-            divisor.add_(agrees, alpha=weight)
-        out.div_(divisor.masked_fill_(divisor == 0, 1))
+            magnitude = delta.mul_(side).clamp_(min=0)  # 0 on the other side
+            total.add_(magnitude, alpha=weight)
+            divisor.add_(magnitude > 0, alpha=weight)
+        out.copy_(add_update(start, total.mul_(side).div_(divisor.masked_fill_(divisor == 0, 1))))
+
+    _in_tiles(fill, merged, base, selected, *tuned)
     return merged
 
 
-def _tiles(*tensors: Tensor | None) -> Iterator[list[Any]]:
-    """Yield the same piece of all tensors, small enough for a cache; on a GPU all at once."""
+def _in_tiles(call: Callable[..., Any], *tensors: Tensor | None) -> list[Any]:
+    """Call a function with the same piece of all tensors, piece by piece; on a GPU with all at once.
+
+    Pieces are too small for torch to share them among threads: they are shared among threads here.
+    """
     flat = [None if tensor is None else tensor.reshape(-1) for tensor in tensors]
     first = next(tensor for tensor in flat if tensor is not None)
-    size = TILE if first.device.type == "cpu" else max(1, first.numel())
-    for begin in range(0, first.numel(), size):
-        yield [None if tensor is None else tensor[begin : begin + size] for tensor in flat]
+    if first.device.type != "cpu":
+        return [call(*flat)]
+
+    def piece(begin: int) -> Any:
+        return call(*(None if tensor is None else tensor[begin : begin + TILE] for tensor in flat))
+
+    begins = range(0, first.numel(), TILE)
+    workers = min(torch.get_num_threads(), len(begins))
+    if workers <= 1:
+        return [piece(begin) for begin in begins]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(piece, begins))
 
 
 def _task_vectors(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> Iterator[Tensor]:

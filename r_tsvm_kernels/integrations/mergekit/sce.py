@@ -6,8 +6,8 @@ import torch
 from mergekit.merge_methods import TensorGroup
 from torch import Tensor
 
-from ...methods.sce import erased_mean, spreads, squared_norms
-from ...ops import add_update, magnitude_select
+from ...methods.sce import add_erased_mean, spreads, squared_norms
+from ...ops import magnitude_select
 from .counting import count
 from .kernels import accepted
 
@@ -38,4 +38,4 @@ def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -
     if bool(((shares > 0) & (shares < SMALLEST_DIVISOR)).any()):
         return None  # mergekit divides by no less
     count("sce")
-    return add_update(base, erased_mean(base, tuned, selected, shares.tolist())).to(base.dtype)
+    return add_erased_mean(base, tuned, selected, shares.tolist()).to(base.dtype)
