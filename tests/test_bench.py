@@ -57,7 +57,7 @@ def test_everything_public_has_a_benchmark():
     ops |= {"magnitude_select_many", "elect_and_sum_many"}
     spectral = {"leading_subspaces", "truncated_svd", "polar", "tsv_merge", "tsv_merge_layers"}
     assert all(inspect.isfunction(getattr(linalg, name)) for name in spectral)
-    assert names == ops | spectral | set(METHODS)
+    assert names == ops | spectral | set(METHODS) | {"combine_adapters"}
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=lambda plan: plan.name)
