@@ -128,8 +128,8 @@ def rounding_limit(least: float, base: Tensor) -> Callable[[Sequence[Tensor]], f
 def apart_from_ties(base: Tensor, tuned: Sequence[Tensor], counts: Sequence[int], dtype: torch.dtype) -> Judge:
     """Judge all elements but those that libraries treat each in its way.
 
-    These are within a rounding of a threshold of a task, where any may be kept, or their votes cancel, where either
-    sign may be elected.
+    These are within a rounding of a threshold of a task, where any may be kept, or their votes cancel but for
+    rounding, where either sign may be elected.
 
     Args:
         base: the weight.
@@ -142,8 +142,8 @@ def apart_from_ties(base: Tensor, tuned: Sequence[Tensor], counts: Sequence[int]
     def error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
         if any(x.shape != base.shape for x in found):
             return float("inf")
-        apart, voted = torch.ones_like(base, dtype=torch.bool), torch.zeros_like(base, dtype=torch.bool)
-        votes = torch.zeros_like(base, dtype=torch.float64)
+        apart = torch.ones_like(base, dtype=torch.bool)
+        votes, turnout = (torch.zeros_like(base, dtype=torch.float64) for _ in range(2))
         eps = torch.finfo(dtype).eps
         for tensor in tuned:
             delta = tensor.double() - base.double()
@@ -154,8 +154,8 @@ def apart_from_ties(base: Tensor, tuned: Sequence[Tensor], counts: Sequence[int]
                 apart &= (magnitude > high * (1 + eps)) | (magnitude < low * (1 - eps))
                 kept &= (magnitude >= high) ^ (index > 0)
             votes += delta * kept
-            voted |= kept
-        apart &= (votes != 0) | ~voted
+            turnout += magnitude * kept
+        apart &= (votes.abs() > eps * turnout) | (turnout == 0)
         return worst_error([x[apart] for x in found], [x[apart] for x in truth])
 
     return error
@@ -216,18 +216,11 @@ def _mergekit(label: str, case: Case, *, name: str) -> Provider:
     )
     if name.startswith("dare"):
         return Provider(label, run, "peer", draws_limit(case.inputs), by_statistics(case.inputs), STATISTICS)
-    provider = Provider(label, run, "peer", rounding_limit(_least(name, case, base.dtype), base))
+    provider = Provider(label, run, "peer", rounding_limit(ANGLE if name in OF_ANGLES else case.limit, base))
     counts = thresholds(name, case.inputs.numel)
     if not counts:
         return provider
     return replace(provider, error=apart_from_ties(base, tuned, counts, base.dtype), compared=UNTIED)
-
-
-def _least(name: str, case: Case, dtype: torch.dtype) -> float:
-    if name in OF_ANGLES:
-        return ANGLE
-    # A sum that is nearly zero may elect either sign: of a few roundings of all elements, whose root is the error.
-    return max(case.limit, math.sqrt(torch.finfo(dtype).eps) / 4) if name.endswith("ties") else case.limit
 
 
 # --- FusionBench and PEFT, which merge task vectors ----------------------------------------------------------------
