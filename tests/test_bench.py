@@ -168,6 +168,18 @@ def test_what_is_published_agrees_with_the_oracle():
     assert relative_error(published.polar(matrices[0]), oracle.polar(arrays[0])) < 1e-12
 
 
+def test_exact_decompositions_are_made_once():
+    published.exact_svd.cache_clear()
+    matrix = torch.randn(20, 14, dtype=torch.float64)
+    first, again = published.svd(matrix), published.svd(matrix.clone())
+    assert all(x is y for x, y in zip(first, again, strict=True))
+    other = matrix.flip(0)  # its sum is the same, or nearly
+    U, s, Vh = published.svd(other)
+    assert relative_error((U * s) @ Vh, other) < 1e-12
+    assert published.svd(matrix.float())[0] is not published.svd(matrix.float())[0]  # what is timed is done each time
+    assert published.exact_svd.cache_info().hits == 1
+
+
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
 def test_the_svd_of_gpus_is_one(shape):
     matrix = torch.randn(shape, dtype=torch.float64)
