@@ -57,7 +57,7 @@ def test_everything_public_has_a_benchmark():
     ops |= {"magnitude_select_many", "elect_and_sum_many"}
     spectral = {"leading_subspaces", "truncated_svd", "polar", "tsv_merge", "tsv_merge_layers"}
     assert all(inspect.isfunction(getattr(linalg, name)) for name in spectral)
-    assert names == ops | spectral | set(METHODS)
+    assert names == ops | spectral | set(METHODS) | {"combine_adapters"}
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=lambda plan: plan.name)
@@ -166,6 +166,18 @@ def test_what_is_published_agrees_with_the_oracle():
     expected = oracle.tsv_merge(arrays, [4, 3, 2], [1.0, 0.5, 2.0])
     assert relative_error(published.tsv_merge(matrices, [4, 3, 2], [1.0, 0.5, 2.0]), expected) < 1e-12
     assert relative_error(published.polar(matrices[0]), oracle.polar(arrays[0])) < 1e-12
+
+
+def test_exact_decompositions_are_made_once():
+    published.exact_svd.cache_clear()
+    matrix = torch.randn(20, 14, dtype=torch.float64)
+    first, again = published.svd(matrix), published.svd(matrix.clone())
+    assert all(x is y for x, y in zip(first, again, strict=True))
+    other = matrix.flip(0)  # its sum is the same, or nearly
+    U, s, Vh = published.svd(other)
+    assert relative_error((U * s) @ Vh, other) < 1e-12
+    assert published.svd(matrix.float())[0] is not published.svd(matrix.float())[0]  # what is timed is done each time
+    assert published.exact_svd.cache_info().hits == 1
 
 
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30)])

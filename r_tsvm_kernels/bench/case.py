@@ -13,10 +13,12 @@ from torch import Tensor
 
 from .. import backends
 from ..dispatch import ORDER, explain, use_backend
-from .measure import Call, leaves
+from .measure import Call, leaves, worst_error
 
-Role = Literal["ours", "reference", "torch"]
+Role = Literal["ours", "reference", "torch", "peer"]
 Ceiling = Literal["copy", "matmul"]
+# Returns the error of what was found (first) against the truth.
+Judge = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
 
 # All values are multiples of GRID and at most LARGEST: then differences are exact in float32, and float64 selects the
 # same elements, ties included.
@@ -87,14 +89,19 @@ class Provider:
     Attributes:
         name: backend or solver of ours, or what else it is.
         run: computes the result.
-        role: ``ours``; ``reference``: eager torch, as one writes it down; ``torch``: the best of torch otherwise.
-        limit: largest error, where it is not that of the case.
+        role: ``ours``; ``reference``: eager torch, as one writes it down; ``torch``: the best of torch otherwise;
+            ``peer``: another library.
+        limit: largest error, where it is not that of the case; or computes it from the truth.
+        error: finds the error.
+        compared: what of the result is compared with the truth by `error`.
     """
 
     name: str
     run: Call
     role: Role = "ours"
-    limit: float | None = None
+    limit: float | Callable[[Sequence[Tensor]], float] | None = None
+    error: Judge = worst_error
+    compared: str = "all elements"
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import MergeConfig
-from ..linalg import choose_rank, tsv_merge_flops
+from ..linalg import Factored, choose_rank, tsv_merge_flops
 from ..merge import merge_tensors
 from ..methods import METHODS
 from ..ops import outlier_weights, pruned_sparsity, reweight_prune, task_statistics
@@ -41,10 +42,23 @@ ELEMENT_WISE: dict[str, tuple[str, dict[str, Any]]] = {
     "karcher": ("karcher", {}),
 }
 UNEQUALLY_RESCALED = {"della", "sce"}
+ADAPTER_WEIGHTS = (1.0, 0.5, 0.25, 0.125)
+
+
+def operands(inputs: Inputs, method: str) -> tuple[Tensor, list[Tensor]]:
+    """Return the base and the models of a merge by this method.
+
+    Task vectors that are orthogonal have nothing in common: Model Stock would return the base. Seen from one of the
+    fine-tunes, those of the others and of the weight are at 60 degrees.
+    """
+    base, tuned = inputs.base, inputs.tuned
+    if method == "model_stock":
+        base, tuned = tuned[-1], [base, *tuned[:-1]]
+    return base, tuned[: METHODS[method].tasks]
 
 
 def _merge(inputs: Inputs, config: MergeConfig) -> Callable[[], Tensor]:
-    base, tuned = inputs.base, inputs.tuned[: config.method.tasks]
+    base, tuned = operands(inputs, config.merge_method)
     return lambda: merge_tensors(base, tuned, config, out_dtype=torch.float32).weight
 
 
@@ -58,19 +72,19 @@ def _element_wise(name: str) -> Callable[[Inputs], Case]:
     def make(inputs: Inputs) -> Case:
         config = MergeConfig.from_kwargs(method, **parameters)
 
-        def exact() -> Tensor:
-            base, tuned = inputs.exact
-            return merge_tensors(base, tuned[: config.method.tasks], config).weight
+        base, tuned = operands(inputs, method)
 
-        tasks = config.method.tasks or inputs.tasks
+        def exact() -> Tensor:
+            return merge_tensors(base.double(), [tensor.double() for tensor in tuned], config).weight
+
         return op_case(
             inputs,
             ["elect_and_sum", "magnitude_select", "magnitude_ranks"],
             _merge(inputs, config),
             exact,
-            inputs.base.nbytes * (1 + tasks) + 4 * inputs.numel,
+            base.nbytes * (1 + len(tuned)) + 4 * inputs.numel,
             limit=ELECTED if name in UNEQUALLY_RESCALED else ROUNDING,
-            values=lambda weight: _update(inputs, weight),
+            values=lambda weight: [weight.double() - base],
         )
 
     return make
@@ -190,3 +204,33 @@ def _(inputs: Inputs) -> Case:
     """With TSV-Merge of the cores, which shares out the sum of the ranks."""
     ranks = [lora_set(inputs)[0].left.shape[1]] * inputs.tasks
     return _of_adapters(inputs, "core_space", lambda matrices: published.tsv_merge(matrices, ranks))
+
+
+@benchmark("combine_adapters: svd", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    """A weighted sum of adapters, cut back to their rank; neither side multiplies the factors of the result."""
+    from ..integrations.peft import combine_adapters
+
+    weights, rank = ADAPTER_WEIGHTS[: inputs.tasks], lora_set(inputs)[0].left.shape[1]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["layer"]}
+    names = [f"base_model.model.layer.lora_{factor}.weight" for factor in "BA"]
+
+    def call(adapters: Sequence[Factored]) -> Factored:
+        states = [dict(zip(names, (adapter.left, adapter.right), strict=True)) for adapter in adapters]
+        combined, _ = combine_adapters(states, [config] * len(states), weights, "svd", rank=rank)
+        left, right = (combined[name] for name in names)
+        return Factored(left, right)
+
+    def by_svd(matrices: Sequence[Tensor]) -> Tensor:
+        return published.truncated(torch.stack([w * x for w, x in zip(weights, matrices, strict=True)]).sum(0), rank)
+
+    def values(result: Any) -> list[Tensor]:
+        return [result.dense() if isinstance(result, Factored) else result]
+
+    (m, n), total = inputs.shape, rank * inputs.tasks
+    return replace(
+        lora_case(inputs, call, by_svd),
+        values=values,
+        bytes=4 * (m + n) * (total + rank),
+        flops=6.0 * (m + n) * total**2,
+    )

@@ -12,7 +12,9 @@ import torch
 from ..errors import RTsvmError
 from .case import Case, Inputs, Provider
 from .ceilings import measure_ceilings
-from .measure import Call, Stopwatch, interleaved, peak_extra_bytes, plan_rounds, worst_error
+from .measure import Call, Stopwatch, interleaved, peak_extra_bytes, plan_rounds
+from .peers import taking_part, with_peers
+from .published import exact_svd
 from .record import provenance, quartiles, ratios
 from .registry import Benchmark, Kind
 from .shapes import matrix
@@ -99,7 +101,7 @@ def run_suite(
     """
     progress("what the machine can do at most")
     dry_run = plan.name == "dry-run"
-    report = provenance() | {
+    report = provenance(*taking_part(benchmarks)) | {
         "schema": SCHEMA,
         "suite": plan.name,
         "device": device.type,
@@ -113,9 +115,12 @@ def run_suite(
         for inputs in inputs_of(plan, kind, device):
             for entry in (entry for entry in benchmarks if entry.kind == kind):
                 progress(f"{entry.name}, {inputs.matrix}, {inputs.dtype}")
-                report["rows"] += run_case(entry.name, entry.make(inputs), stopwatch, report["ceilings"], plan.seconds)
+                case = with_peers(entry.name, entry.make(inputs))
+                report["rows"] += run_case(entry.name, case, stopwatch, report["ceilings"], plan.seconds)
                 keep(report)
+                del case
                 gc.collect()  # a case holds closures over its tensors
+            exact_svd.cache_clear()
     report["complete"] = True
     keep(report)
     return report
@@ -148,10 +153,11 @@ def run_case(
     rows: dict[str, dict[str, Any]] = {}
     checked: dict[str, _Checked] = {}
     for provider in case.providers:
-        limit = case.limit if provider.limit is None else provider.limit
+        limit = _limit(provider, case, truth)
         found = _check(provider, case, truth, stopwatch)
         rows[provider.name] = common | {
             "provider": provider.name, "role": provider.role, "status": "timed", "error": found.error, "limit": limit,
+            "compared": provider.compared,
         }  # fmt: skip
         if found.failure is not None:
             rows[provider.name] |= {"status": "failed", "reason": found.failure}
@@ -176,6 +182,12 @@ def run_case(
     return [*rows.values(), *unavailable]
 
 
+def _limit(provider: Provider, case: Case, truth: Sequence[torch.Tensor]) -> float:
+    if provider.limit is None:
+        return case.limit
+    return provider.limit(truth) if callable(provider.limit) else provider.limit
+
+
 def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwatch: Stopwatch) -> _Checked:
     """Run a provider twice (heavy ones once): to see its result and load its libraries, then to see its memory."""
     device = case.inputs.device
@@ -186,7 +198,7 @@ def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwa
 
     try:
         first = stopwatch.seconds(measured)
-        error = worst_error(case.values(results[0][0]), truth)
+        error = provider.error(case.values(results[0][0]), truth)
         if first < HEAVY:
             first = stopwatch.seconds(measured)
         return _Checked(first, error, results[0][1], None)

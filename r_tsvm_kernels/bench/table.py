@@ -15,6 +15,8 @@ LEGEND = """\
 ours          time of our fastest version (median), and which that is
 eager torch   the same, written down in plain torch; of decompositions: by float32 SVDs
 best torch    the same in torch by somebody who took pains, or by torch.compile, if there is a way
+peer          time of the fastest other library that is installed, by its own function for the same merge of one weight;
+              in brackets, by how many times ours is faster
 speed-up      time of eager torch / ours (quartiles over rounds in which both ran); above 1 ours is faster
 speed         rate of ours, and what part that is of a plain copy's or of a matrix product's, measured now; a copy in a
               cache may be faster than 100 %
@@ -22,14 +24,35 @@ memory        what ours needs beside inputs and result
 error         of ours against float64, relative; what is further off than it may be is WRONG and has no time"""
 
 
+# Columns of times beside ours.
+ROLES = {"reference": "eager torch", "torch": "best torch", "peer": "peer"}
+
+
+def legend(report: dict[str, Any]) -> str:
+    """Return what the columns of the table mean."""
+    lines = LEGEND.splitlines(keepends=True)
+    if "peer" not in _roles(report):
+        first = next(index for index, line in enumerate(lines) if line.startswith("peer"))
+        del lines[first : first + 2]
+    return "".join(lines)
+
+
+def _roles(report: dict[str, Any]) -> list[str]:
+    """Return the roles that have a column; peers have one only where there are any."""
+    peers = any(row["role"] == "peer" for row in report["rows"])
+    return [role for role in ROLES if role != "peer" or peers]
+
+
 def result_table(report: dict[str, Any]) -> Table:
     """Return one line per benchmark and input."""
-    columns = ("benchmark", "matrix", "ours", "eager torch", "best torch", "speed-up", "speed", "memory", "error")
+    roles = _roles(report)
+    times = ["ours", *(ROLES[role] for role in roles)]
+    columns = ("benchmark", "matrix", *times, "speed-up", "speed", "memory", "error")
     table = Table(title=_title(report))
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
     for group in _by_input(report["rows"]):
-        table.add_row(*_line(group))
+        table.add_row(*_line(group, roles))
     return table
 
 
@@ -47,17 +70,26 @@ def _by_input(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(groups.values())
 
 
-def _line(group: list[dict[str, Any]]) -> list[str]:
-    best = {role: _fastest(group, role) for role in ("ours", "reference", "torch")}
-    ours = best["ours"]
+def _line(group: list[dict[str, Any]], roles: Sequence[str]) -> list[str]:
+    ours = _fastest(group, "ours")
     first = group[0]
     line = [first["name"], f"{first['matrix']} {'x'.join(map(str, first['shape']))} {first['dtype']}"]
     line.append("no kernel here" if ours is None else f"{_time(ours)} {ours['provider']}")
-    line += ["" if row is None else _time(row) for row in (best["reference"], best["torch"])]
+    line += [_other(_fastest(group, role), ours) for role in roles]
     line += ["", "", "", ""] if ours is None else _measures(ours)
     bad = [f"{row['provider']} {row['status'].upper()}" for row in group if row["status"] in ("wrong", "failed")]
     line[-1] = ", ".join([*([line[-1]] if line[-1] else []), *(f"[bold red]{text}[/]" for text in bad)])
     return line
+
+
+def _other(row: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
+    """Return a time beside ours; of a peer with its name, and by how many times ours is faster."""
+    if row is None:
+        return ""
+    if row["role"] != "peer":
+        return _time(row)
+    factor = "" if ours is None else f" ({row['seconds']['median'] / ours['seconds']['median']:.1f})"
+    return f"{_time(row)} {row['provider']}{factor}"
 
 
 def _measures(row: dict[str, Any]) -> list[str]:

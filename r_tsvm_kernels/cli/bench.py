@@ -6,7 +6,8 @@
   rtsvm bench --compare before.json            # what has changed since then?
 
 Every way to a result (our kernels, eager torch, the best of torch) runs on the same inputs, of the shapes of public
-models, in turn with the others. One whose result is wrong is named and not timed; the exit code is 1 if it is ours.
+models, in turn with the others. Where mergekit, FusionBench or PEFT is installed, so do their functions for the same
+merges. One whose result is wrong is named and not timed; the exit code is 1 if it is ours.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..bench import PLANS, ResultFile, chosen, read_report, run_suite
-    from ..bench.table import LEGEND, plot, require_matplotlib, result_table
+    from ..bench.table import legend, plot, require_matplotlib, result_table
     from ..engine import choose_device
     from ..errors import OutputExists
 
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = run_suite(benchmarks, plan, device, file.write if file else lambda report: None, _say)
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(result_table(report))
-    console.print(LEGEND, highlight=False, markup=False)
+    console.print(legend(report), highlight=False, markup=False)
     for line in _unavailable(report):
         console.print(line, highlight=False, markup=False)
     if earlier is not None:

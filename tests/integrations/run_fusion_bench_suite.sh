@@ -45,7 +45,7 @@ suite() {
 }
 
 echo "== our tests of the integration"
-(cd "$root" && PYTHONPATH=$root "$py" -m pytest -q -p no:cacheprovider tests/integrations/test_fusion_bench*.py) || failed=1
+(cd "$root" && PYTHONPATH=$root "$py" -m pytest -q -p no:cacheprovider tests/integrations/test_fusion_bench*.py tests/integrations/test_peers_in_bench.py) || failed=1
 echo "== FusionBench's tests without our backend"
 PYTHONPATH=$root suite "$scratch/before.log"
 echo "== FusionBench's tests with our backend"

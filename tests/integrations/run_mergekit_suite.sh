@@ -41,7 +41,7 @@ suite() { (cd "$scratch" && "$py" -m pytest -q -p no:cacheprovider -W ignore "${
 failed=0
 
 echo "== our tests of the integration"
-(cd "$root" && PYTHONPATH=$root "$py" -m pytest -q -p no:cacheprovider tests/integrations/test_mergekit*.py) || failed=1
+(cd "$root" && PYTHONPATH=$root "$py" -m pytest -q -p no:cacheprovider tests/integrations/test_mergekit*.py tests/integrations/test_peers_in_bench.py) || failed=1
 echo "== mergekit's tests without our backend"
 log=$scratch/before.log
 suite || failed=1
