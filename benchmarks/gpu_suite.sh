@@ -74,7 +74,7 @@ stage info 60 "$PYTHON" -m r_tsvm_kernels info
 # Many processes, because most of the time goes into compiling; warnings of other versions of torch are no failures.
 processes=$("$PYTHON" -c "import xdist; print('${dry:+0}' or 8)" 2> /dev/null)
 tests=("$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu)
-stage tests 360 "${tests[@]}" ${processes:+-n "$processes"} tests/ops tests/linalg tests/engine
+stage tests 360 "${tests[@]}" ${processes:+-n "$processes" --dist loadgroup} tests/ops tests/linalg tests/engine
 stage products 150 "$PYTHON" benchmarks/products.py --out "$OUT" $dry
 bench kernels 420 --only ops
 stage dispatch 30 "$PYTHON" benchmarks/dispatch_order.py "$OUT/kernels.json" "$OUT/dispatch_order.json"

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="runs kernels on a GPU: needs a CUDA device"),
 ]
 
+large = pytest.mark.xdist_group("large")  # one after the other: each takes tens of GB
 every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 SHAPES = [(1, 1), (3, 5), (129, 1031), (4096, 4096), (14336, 4096)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -115,6 +116,7 @@ def test_masks_have_the_same_bits_everywhere(backend):
     assert torch.equal(mask.cpu(), random_mask((4097, 1025), 0.3, seed=2**40 + 5, stream=3, backend="torch"))
 
 
+@large
 @every_backend
 def test_more_elements_than_a_32_bit_index_counts(backend):
     numel = 2**31 + 5003
@@ -128,6 +130,7 @@ def test_more_elements_than_a_32_bit_index_counts(backend):
     assert merged[-3:].tolist() == [0.0, -2.0, 3.0] and not merged[:-3].any()
 
 
+@large
 @every_backend
 def test_more_elements_are_written_than_a_32_bit_index_counts(backend):
     numel = 2**31 + 5003
@@ -147,6 +150,7 @@ def test_more_elements_are_written_than_a_32_bit_index_counts(backend):
     assert mask[-9:].tolist() == [word(77, 3, index) < 2**31 for index in last]
 
 
+@large
 @every_backend
 def test_more_elements_are_ranked_than_a_32_bit_index_counts(backend):
     x = torch.zeros(2**19 + 2, 4096, dtype=torch.bfloat16, device="cuda")

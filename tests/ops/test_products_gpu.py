@@ -58,6 +58,7 @@ def test_gemm(draw, out):
     assert relative_error(dense.cpu(), exact.cpu()) < (2.0**-8 if out == torch.bfloat16 else 1.5e-6)
 
 
+@pytest.mark.xdist_group("large")
 def test_results_with_more_elements_than_a_32_bit_index_counts():
     x = torch.randn(2, 16, 33_000, device="cuda")
     got = symm_gram(split_planes(x, backend="triton"), backend="triton").matrix
