@@ -2,15 +2,19 @@
 
     python benchmarks/ceilings.py [--out DIR] [--dry-run]
 
-Copy bandwidth; matrix products in each format; torch's own eigh, svd and qr; selection by topk, kthvalue and sort.
-Writes `ceilings.json`, one row as soon as it is measured. With --dry-run sizes are tiny and a CPU will do; such
-figures mean nothing and are marked.
+Copy bandwidth; matrix products in each format; torch's own eigh, svd and qr; selection by topk, kthvalue and sort;
+TSV-Merge as published, by SVDs with driver gesvd, of the matrices of one layer of Mistral-7B (`layer_merge.py` has it
+with the driver that torch chooses). What takes more than five seconds is timed once. Writes `ceilings.json`, one row as
+soon as it is measured. With --dry-run sizes are tiny and a CPU will do; such figures mean nothing and are marked.
 """
 
 from __future__ import annotations
 
 import torch
-from gpu import Suite, suite_of
+from gpu import MISTRAL_LAYER, TASKS, Suite, suite_of
+
+from r_tsvm_kernels.bench import matrix as shape_of
+from r_tsvm_kernels.bench import published
 
 
 def bandwidth(suite: Suite) -> None:
@@ -58,9 +62,21 @@ def decompositions(suite: Suite) -> None:
                 )
 
 
+def published_merges(suite: Suite) -> None:
+    driver = "gesvd" if suite.device.type == "cuda" else None
+    for name in MISTRAL_LAYER:
+        matrices = [1e-3 * suite.random(*shape_of(f"Mistral-7B {name}")) for _ in range(TASKS)]
+        ranks = [min(matrices[0].shape) // TASKS] * TASKS
+        suite.measure(
+            f"published TSV-Merge {driver} {name}",
+            lambda matrices=matrices, ranks=ranks: published.tsv_merge(matrices, ranks, driver=driver),
+            repeats=1,
+        )
+
+
 def main() -> None:
     suite = suite_of("ceilings.json", "Measure what torch can do on this GPU.")
-    for part in (bandwidth, products, selection, decompositions):
+    for part in (bandwidth, products, selection, decompositions, published_merges):
         part(suite)
 
 

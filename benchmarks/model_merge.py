@@ -1,12 +1,15 @@
 """Merge a whole model of Mistral-7B's shapes with `rtsvm merge` on a GPU: seconds, device memory, host memory.
 
-    python benchmarks/model_merge.py [--layers 2 12] [--folder DIR] [--order FILE] [--out DIR] [--dry-run]
+    python benchmarks/model_merge.py [--layers 2 12] [--folder DIR] [--output DIR] [--order FILE] [--out DIR]
+                                     [--dry-run]
 
-A base and three fine-tunes in bfloat16 are written to DIR and deleted at the end. One layer is 0.44 GB, embedding and
-head 0.52 GB: 12 of the 32 layers are 5.8 GB a model, 35 GB for all and two outputs; all 32 take 87 GB, which a folder
-in memory such as /dev/shm may hold where the disk does not. Each number of `--layers` is merged by task arithmetic and
-by R-TSVM (density 0.3, solver `products`), with and without `--device-memory`. `--order` runs the kernels that
-`dispatch_order.py` has found to be the fastest; without it the references are what runs on a GPU.
+A base and three fine-tunes in bfloat16 are written to `--folder`, what they are merged into to `--output`, and all is
+deleted at the end. One layer is 0.44 GB, embedding and head 0.52 GB: 12 of the 32 layers are 5.8 GB a model, 29 GB with
+the output; all 32 take 58 GB, which a folder in memory such as /dev/shm may hold where the disk does not, and 14.5 GB
+for the output. Each number of `--layers` is merged by task arithmetic,
+with and without `--device-memory`, and by R-TSVM (density 0.3, embedding and head by mean), with solver `products`
+likewise and with solver `eigen` within the limit. `--order` runs the kernels that `dispatch_order.py` has found to be
+the fastest; without it the references are what runs on a GPU.
 
 Writes `model.json`, row by row: wall time of the command; of the merge alone, as its report states it; the sum of the
 computing times of all tensors; peak host memory of all processes, mapped files included; peak device memory in use,
@@ -32,10 +35,15 @@ from memory import run_measured
 from models import Family, checkpoint_bytes, family_of_shapes, mistral_shapes, warm
 
 HERE = Path(__file__).resolve().parent
+RTSVM = ["--method", "rtsvm", "--set", "density=0.3", "--set", 'exclude_keys=["*embed_tokens*", "lm_head*"]']
 METHODS = {
     "task_arithmetic": ["--method", "task_arithmetic", "--set", "alpha=0.4"],
-    "rtsvm": ["--method", "rtsvm", "--set", "density=0.3", "--set", "solver=products"],
+    "rtsvm products": [*RTSVM, "--set", "solver=products"],
+    "rtsvm eigen": [*RTSVM, "--set", "solver=eigen"],
 }
+# Whether each is merged in a given device memory. The references of solver `products` need more than 6 GB; the slowest
+# comes last.
+BOUNDED = {"task_arithmetic": (False, True), "rtsvm products": (False, True), "rtsvm eigen": (True,)}
 SAMPLE_SECONDS = 0.02
 
 
@@ -79,9 +87,10 @@ def command(models: Family, method: str, out: Path, device: str, budget: str | N
 
 
 def measure(
-    suite: Suite, models: Family, layers: int, method: str, budget: str | None, order: Path | None
+    suite: Suite, models: Family, output: Path, layers: int, method: str, budget: str | None, order: Path | None
 ) -> dict[str, Any]:
-    out = models.base.parent / "merged"
+    out = output / "rtsvm-merged"
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
     warm(models.files)
     row: dict[str, Any] = {
         "name": f"merge {method}", "layers": layers, "method": method, "device_memory": budget,
@@ -112,21 +121,25 @@ def main() -> None:
     parser = arguments_of("Merge a whole model on this GPU.")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 12])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models are written")
+    parser.add_argument("--output", type=Path, help="where the merged models are written; by default beside the others")
     parser.add_argument("--device-memory", default="6GB", help="of the merges that are bounded")
     parser.add_argument("--order", type=Path, help="dispatch order of `dispatch_order.py`")
     suite = suite_of("model.json", "", parser)
     options = parser.parse_args()
     shapes = mistral_shapes(shrink=128 if suite.dry else 1)
-    suite.result["folder"] = str(options.folder)
+    output = options.output or options.folder
+    suite.result |= {"folder": str(options.folder), "output": str(output)}
+    beside = output.stat().st_dev == options.folder.stat().st_dev
     for layers in [1] if suite.dry else options.layers:
         start = time.perf_counter()
-        with family_of_shapes(options.folder, shapes, layers, TASKS) as models:
+        with family_of_shapes(options.folder, shapes, layers, TASKS, outputs=int(beside)) as models:
             print(f"{layers} layers, {checkpoint_bytes(shapes, layers) / 1e9:.2f} GB a model: "
                   f"written in {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
             for method in METHODS:
                 # On a CPU there is no device memory to bound.
-                for budget in [None] if suite.dry else [None, options.device_memory]:
-                    suite.add(measure(suite, models, layers, method, budget, options.order))
+                for bounded in (False,) if suite.dry else BOUNDED[method]:
+                    budget = options.device_memory if bounded else None
+                    suite.add(measure(suite, models, output, layers, method, budget, options.order))
 
 
 if __name__ == "__main__":

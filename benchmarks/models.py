@@ -69,15 +69,19 @@ def family(folder: Path, gigabytes: float, tasks: int, hidden: int) -> Iterator[
 
 
 @contextmanager
-def family_of_shapes(folder: Path, shapes: dict[str, tuple[int, ...]], layers: int, tasks: int) -> Iterator[Family]:
+def family_of_shapes(
+    folder: Path, shapes: dict[str, tuple[int, ...]], layers: int, tasks: int, outputs: int = 2
+) -> Iterator[Family]:
     """Write a base and `tasks` fine-tunes of so many layers in bfloat16; delete them afterwards.
+
+    There must be room for them and for `outputs` merged models.
 
     Every layer holds the same values: to a merge that streams they are different tensors all the same, and the
     checkpoints are written as fast as the disk allows.
     """
-    need = (tasks + 3) * checkpoint_bytes(shapes, layers)  # with two outputs
+    need = (tasks + 1 + outputs) * checkpoint_bytes(shapes, layers)
     free = shutil.disk_usage(folder).free
-    if free < 1.2 * need:
+    if free < 1.1 * need:
         raise SystemExit(f"{folder}: {need / 1e9:.1f} GB and a reserve are needed, {free / 1e9:.1f} GB are free")
     with tempfile.TemporaryDirectory(prefix="rtsvm-models-", dir=folder) as name:
         top = Path(name)

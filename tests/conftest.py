@@ -9,6 +9,8 @@ import pytest
 
 # The workers share the cores; more threads than cores make small decompositions many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Deterministic algorithms, below, want it on a GPU: without it torch warns at every product, and warnings are errors.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from hypothesis import settings

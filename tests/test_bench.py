@@ -123,6 +123,31 @@ def test_a_wrong_provider_is_named_and_not_timed():
     assert rows["reference"]["status"] == "timed"
 
 
+def test_what_cannot_be_made_does_not_stop_the_others(monkeypatch):
+    class Unknown(Exception):
+        """Such as Triton raises: of no built-in kind."""
+
+    def fails(inputs):
+        raise Unknown("no inputs\nand more")
+
+    def refused(inputs):
+        case = REGISTRY["linear"].make(inputs)
+        return replace(case, providers=[Provider("ours", lambda: fails(inputs)), *case.providers])
+
+    entries = [replace(REGISTRY["linear"], make=make) for make in (fails, refused, REGISTRY["linear"].make)]
+    rows = bench.run_suite(entries, PLANS["dry-run"], CPU)["rows"]
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert [(row["provider"], row["reason"]) for row in failed] == [
+        ("inputs", "Unknown: no inputs"), ("ours", "Unknown: no inputs")
+    ]  # fmt: skip
+    assert sum(row["status"] == "timed" for row in rows) > 2
+
+
+def test_a_group_is_chosen_by_its_name():
+    assert {entry.group for entry in bench.chosen(["ops", "linalg"])} == {"ops", "linalg"}
+    assert len(bench.chosen(["ops", "linalg", "merges"])) == len(REGISTRY)
+
+
 def test_one_wrong_integer_is_seen():
     case = REGISTRY["random_mask"].make(tiny())
 

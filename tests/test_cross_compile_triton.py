@@ -103,7 +103,7 @@ def elections(tasks, real):
     no_ranks = dict.fromkeys(("ranks_ptrs", "rank_thresholds_ptrs", "rank_factors_ptrs"), (None,) * tasks)
     ranks = {"ranks_ptrs": "*i32", "rank_thresholds_ptrs": "*i64", "rank_factors_ptrs": f"*{real}"}
     ranks = {name: (pointer,) * tasks for name, pointer in ranks.items()}
-    no_selections, no_draws, draws = ((None, None),) * tasks, (False,) * tasks, (True,) * tasks
+    no_selections, no_draws, draws = ((-1, -1),) * tasks, (False,) * tasks, (True,) * tasks
     nothing = {**no_ranks, "SELECTIONS": no_selections, "DRAWN": no_draws, "ELECT": "none", "NORMALIZE": False}
     selections = tuple((2 * t, 2 * t + 1) for t in range(tasks))
     yield "all", nothing

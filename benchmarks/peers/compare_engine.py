@@ -12,7 +12,6 @@ of float32 sums. `error` is that of the update, relative to its Frobenius norm, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from comparing import Program, Turns, spread, verdict, wide_console, write
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import run_measured
 from models import Family, family, merge_command, warm
-from record import RESULTS, ROOT, provenance, quartiles, ratios
+from record import provenance
 
 TASKS = 2
 METHODS = ("linear", "task_arithmetic")
@@ -75,8 +75,7 @@ def compare(models: Family, method: str, python: Path, rounds: int, threads: int
     recipe = models.write_recipe(method)
     commands = {"ours": merge_command(recipe, out, threads), "peer": peer_command(python, recipe, out)}
     env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    seconds: dict[str, list[float]] = {side: [] for side in commands}
-    peaks: dict[str, list[int]] = {side: [] for side in commands}
+    turns = Turns(list(commands))
     found: dict[str, dict[str, float]] = {}
     for round_ in range(-1, rounds):  # round -1 compiles Python's files
         for side, command in commands.items():
@@ -86,16 +85,9 @@ def compare(models: Family, method: str, python: Path, rounds: int, threads: int
             if round_ == -1:
                 found[side] = errors(models, method, out)
             else:
-                seconds[side].append(run.seconds)
-                peaks[side].append(run.peak_bytes)
+                turns.add(side, run.seconds, run.peak_bytes)
             shutil.rmtree(out)
-    return {
-        "right": found["ours"]["element"] <= 1,
-        "errors": found,
-        "seconds": {side: quartiles(values) for side, values in seconds.items()},
-        "ratio": ratios(seconds["peer"], seconds["ours"]),
-        "peak_bytes": {side: max(values) for side, values in peaks.items()},
-    }
+    return {"right": found["ours"]["element"] <= 1, "errors": found, **turns.summary("peer", "ours")}
 
 
 def peer_versions(python: Path) -> dict[str, str]:
@@ -113,13 +105,11 @@ def print_table(rows: dict[str, dict[str, Any]], title: str, console: Console) -
     columns = ("method", "verdict", "ours", "mergekit", "ratio", "quartiles", "peak", "mergekit", "error", "mergekit")
     table = Table(*columns, title=title)
     for method, row in rows.items():
-        ratio = row["ratio"]
         table.add_row(
             method,
-            "right" if row["right"] else "[bold red]WRONG",
+            verdict(row["right"]),
             *(f"{row['seconds'][side]['median']:.1f} s" for side in ("ours", "peer")),
-            f"{ratio['median']:.1f}",
-            f"{ratio['q1']:.1f} - {ratio['q3']:.1f}",
+            *spread(row["ratio"]),
             *(f"{row['peak_bytes'][side] / 1e6:.0f} MB" for side in ("ours", "peer")),
             *(f"{row['errors'][side]['update']:.0e}" for side in ("ours", "peer")),
         )
@@ -127,28 +117,20 @@ def print_table(rows: dict[str, dict[str, Any]], title: str, console: Console) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_python = ROOT / ".venv-mergekit" / "bin" / "python"
-    parser.add_argument("--peer-python", type=Path, default=default_python, help="Python of the peer's environment")
+    program = Program(__doc__, "mergekit", rounds=3)
+    parser = program.parser
     parser.add_argument("--size", type=float, default=1, metavar="GB", help="per model")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="CPU threads of both sides (default: theirs)")
     parser.add_argument(
         "--hidden", type=int, default=2048, help="width of the models (default 2048, for 0.5 GB and up)"
     )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models are written")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("a spread needs at least two rounds")
-    if not args.peer_python.exists():
-        parser.error(f"no {args.peer_python}: run mergekit_env.sh first")
+    args = program.arguments()
 
     with family(args.folder, args.size, TASKS, args.hidden) as models:
         results = {method: compare(models, method, args.peer_python, args.rounds, args.threads) for method in METHODS}
         size = models.checkpoint_bytes
-    console = Console()
-    console.width = max(console.width, 120)  # a log has no width of its own
+    console = wide_console(120)
     print_table(results, f"base and {TASKS} fine-tunes of {size / 1e9:.2f} GB each, bfloat16", console)
 
     report = provenance("safetensors") | {
@@ -160,10 +142,7 @@ def main() -> int:
         "limits": {"element_rounding": ROUNDING, "element_summing": SUMMING},
         "methods": results,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / "engine_vs_mergekit.json"
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"written: {target}")
+    write(report, args.out / "engine_vs_mergekit.json", console)
     return 0 if all(row["right"] for row in results.values()) else 1
 
 

@@ -17,7 +17,6 @@ A round is right when
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -28,13 +27,14 @@ from typing import Any
 
 import torch
 from compare_tsvm import DISTANCE_FLOOR, ERROR_LIMIT, truth_of
+from comparing import Program, Turns, spread, verdict, wide_console, write
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import RESULTS, ROOT, provenance, quartiles, ratios
+from record import ROOT, provenance
 
 PEER = Path(__file__).with_name("fusion_bench_clip.py")
 SIDES = ("theirs", "accelerated", "ours")
@@ -83,23 +83,16 @@ def largest_errors(folder: Path, merged: dict[str, Tensors]) -> dict[str, Any]:
 
 
 def compare(folder: Path, python: Path, rounds: int) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    peaks: dict[str, list[int]] = {side: [] for side in SIDES}
+    turns = Turns(SIDES)
     tensors, found, right = len(load_file(folder / "base" / "model.safetensors")), {}, True
     for round_ in range(rounds):
         for side in SIDES:
             run = peer(python, "merge", folder, side, folder / f"{side}.safetensors")
-            seconds[side].append(run["seconds"])
-            peaks[side].append(run["peak_bytes"])
+            turns.add(side, run["seconds"], run["peak_bytes"])
             right = right and run["calls"] == (0 if side == "theirs" else tensors)
         if round_ == 0:
             found = largest_errors(folder, {side: load_file(folder / f"{side}.safetensors") for side in SIDES})
-    return found | {
-        "right": right and found["right"],
-        "seconds": {side: quartiles(values) for side, values in seconds.items()},
-        "ratio": {side: ratios(seconds["theirs"], seconds[side]) for side in SIDES[1:]},
-        "peak_bytes": {side: max(values) for side, values in peaks.items()},
-    }
+    return found | {"right": right and found["right"], **turns.summary("theirs")}
 
 
 def print_table(results: dict[str, Any], title: str, console: Console) -> None:
@@ -109,36 +102,27 @@ def print_table(results: dict[str, Any], title: str, console: Console) -> None:
         table.add_row(
             side,
             f"{results['seconds'][side]['median']:.2f}",
-            f"{ratio['median']:.2f}" if ratio else "",
-            f"{ratio['q1']:.2f} - {ratio['q3']:.2f}" if ratio else "",
+            *(spread(ratio, 2) if ratio else ("", "")),
             f"{results['peak_bytes'][side] / 1e6:.0f} MB",
             f"{results['error_against_float64'][side]:.1e}",
         )
     console.print(table)
-    console.print("right" if results["right"] else "[bold red]WRONG")
+    console.print(verdict(results["right"]))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_python = ROOT / ".venv-fusion-bench" / "bin" / "python"
-    parser.add_argument("--peer-python", type=Path, default=default_python, help="Python of the peer's environment")
-    parser.add_argument("--rounds", type=int, default=3)
+    program = Program(__doc__, "fusion-bench", rounds=3)
+    parser = program.parser
     parser.add_argument("--width", type=int, default=768, help="a multiple of 64 (default 768)")
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("a spread needs at least two rounds")
-    if not args.peer_python.exists():
-        parser.error(f"no {args.peer_python}: run fusion_bench_env.sh first")
+    args = program.arguments()
 
     with tempfile.TemporaryDirectory(prefix="rtsvm-clip-") as name:
         folder = Path(name)
         versions = peer(args.peer_python, "write", folder, args.width, args.layers, TASKS)
         size = (folder / "base" / "model.safetensors").stat().st_size
         results = compare(folder, args.peer_python, args.rounds)
-    console = Console()
-    console.width = max(console.width, 100)  # a log has no width of its own
+    console = wide_console(100)
     title = f"TSVM of {TASKS} CLIP vision models, {args.layers} layers of width {args.width}, {size / 1e6:.0f} MB each"
     print_table(results, title, console)
 
@@ -150,10 +134,7 @@ def main() -> int:
         "checkpoint_bytes": size,
         "limits": {"error": ERROR_LIMIT, "distance": f"2 * error_theirs + error + {DISTANCE_FLOOR:g}"},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / "fusion_bench.json"
-    target.write_text(json.dumps(report | results, indent=1) + "\n")
-    console.print(f"written: {target}")
+    write(report | results, args.out / "fusion_bench.json", console)
     return 0 if results["right"] else 1
 
 

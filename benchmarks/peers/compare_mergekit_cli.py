@@ -16,7 +16,6 @@ is as near to the change as the best one of its rank, but for a thousandth, as i
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 from compare_engine import ROUNDING, SUMMING, TASKS, peer_command, peer_versions, read
 from compare_ties import DENSITY, GAMMA, METHODS, tied, truth
+from comparing import Program, Turns, spread, verdict, wide_console, write
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -38,7 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import run_measured
 from models import Family, family, warm
-from record import RESULTS, ROOT, provenance, quartiles, ratios
+from record import ROOT, provenance
 
 RANDOM = {"dare_ties", "dare_linear", "della", "della_linear"}
 SELECTED = 0.5
@@ -166,24 +166,17 @@ def compile_python(python: Path, *names: str) -> None:
 
 def compare(models: Family, commands: dict[str, list[str]], out: Path, check: Check, rounds: int) -> dict[str, Any]:
     """Run both sides in turn; check what the first round gave."""
-    seconds: dict[str, list[float]] = {side: [] for side in commands}
-    peaks: dict[str, list[int]] = {side: [] for side in commands}
+    turns = Turns(list(commands))
     found: dict[str, float] = {}
     for round_ in range(rounds):
         for side, command in commands.items():
             warm(models.files)
             run = run_measured(command, environment())
-            seconds[side].append(run.seconds)
-            peaks[side].append(run.peak_bytes)
+            turns.add(side, run.seconds, run.peak_bytes)
             if round_ == 0:
                 found[side] = check(out)
             shutil.rmtree(out)
-    return {
-        "checked": found,
-        "seconds": {side: quartiles(values) for side, values in seconds.items()},
-        "ratio": ratios(seconds["without"], seconds["with"]),
-        "peak_bytes": {side: max(values) for side, values in peaks.items()},
-    }
+    return {"checked": found, **turns.summary("without", "with")}
 
 
 def compare_merge(models: Family, method: str, python: Path, rounds: int) -> dict[str, Any]:
@@ -211,34 +204,25 @@ def compare_extraction(models: Family, python: Path, rounds: int, rank: int) -> 
 def print_table(rows: dict[str, dict[str, Any]], title: str, console: Console) -> None:
     table = Table("case", "verdict", "with", "without", "ratio", "quartiles", "peak with", "without", title=title)
     for case, row in rows.items():
-        ratio = row["ratio"]
         table.add_row(
             case,
-            "right" if row["right"] else "[bold red]WRONG",
+            verdict(row["right"]),
             *(f"{row['seconds'][side]['median']:.1f} s" for side in ("with", "without")),
-            f"{ratio['median']:.1f}",
-            f"{ratio['q1']:.1f} - {ratio['q3']:.1f}",
+            *spread(row["ratio"]),
             *(f"{row['peak_bytes'][side] / 1e6:.0f} MB" for side in ("with", "without")),
         )
     console.print(table)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_python = ROOT / ".venv-mergekit" / "bin" / "python"
-    parser.add_argument("--peer-python", type=Path, default=default_python, help="Python of the peer's environment")
+    program = Program(__doc__, "mergekit", rounds=3)
+    parser = program.parser
     parser.add_argument("--size", type=float, default=0.25, metavar="GB", help="per model (default 0.25)")
     parser.add_argument("--extracted-size", type=float, default=0.08, metavar="GB", help="of the small models")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=1024, help="width (default 1024, as of the small models)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(DEFAULT_CASES), metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models are written")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("a spread needs at least two rounds")
-    if not args.peer_python.exists():
-        parser.error(f"no {args.peer_python}: run mergekit_env.sh first")
+    args = program.arguments()
 
     results: dict[str, dict[str, Any]] = {}
     methods = [case for case in args.cases if case != EXTRACTION]
@@ -254,8 +238,7 @@ def main() -> int:
         with family(args.folder, args.extracted_size, 1, width) as models:
             results[EXTRACTION] = compare_extraction(models, args.peer_python, args.rounds, width // RANK_SHARE)
             sizes["extracted"] = models.checkpoint_bytes
-    console = Console()
-    console.width = max(console.width, 120)  # a log has no width of its own
+    console = wide_console(120)
     described = ", ".join(f"{what}: {size / 1e9:.2f} GB each" for what, size in sizes.items())
     print_table(results, f"mergekit's commands, base and fine-tunes in bfloat16; {described}", console)
 
@@ -271,10 +254,7 @@ def main() -> int:
         "limits": {"element_rounding": ROUNDING, "element_summing": SUMMING, "norms": NORMS, "adapter": EXCESS},
         "cases": results,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / "mergekit_cli.json"
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"written: {target}")
+    write(report, args.out / "mergekit_cli.json", console)
     return 0 if all(row["right"] for row in results.values()) else 1
 
 

@@ -16,8 +16,6 @@ by PEFT's own functions for that update.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparing import Program, Turns, spread, verdict, wide_console, write
 from peft import LoHaConfig, LoraConfig, convert_to_lora, get_peft_model, get_peft_model_state_dict
 from peft.utils.merge_utils import task_arithmetic, ties
 from rich.console import Console
@@ -36,7 +35,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import RESULTS, provenance, quartiles, ratios
+from memory import peak_of
+from record import provenance
 
 from r_tsvm_kernels.engine import extract_lora
 from r_tsvm_kernels.integrations import peft as integration
@@ -59,17 +59,14 @@ class Layer(nn.Module):
 
 def measured(call: Callable[[], Any]) -> tuple[float, int, Any]:
     """Return seconds, peak bytes beyond what was in use, and the result."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = memory("VmRSS")
-    start = time.perf_counter()
-    result = call()
-    seconds = time.perf_counter() - start
-    return seconds, max(0, memory("VmHWM") - before), result
 
+    def timed() -> tuple[float, Any]:
+        start = time.perf_counter()
+        result = call()
+        return time.perf_counter() - start, result
 
-def memory(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    (seconds, result), peak = peak_of(timed)
+    return seconds, peak, result
 
 
 def lora_model(shape: Shape) -> Any:
@@ -119,8 +116,7 @@ def compare(shape: Shape, kind: str, rounds: int) -> dict[str, Any]:
     model = lora_model(shape)
     calls, target = combination(model, kind), uncut(model, kind)
     norm = float(target.norm())
-    seconds: dict[str, list[float]] = {side: [] for side in calls}
-    peaks: dict[str, int] = dict.fromkeys(calls, 0)
+    turns = Turns(list(calls))
     updates: dict[str, Tensor] = {}
     for round_ in range(-1, rounds):  # in round -1 our side warms up
         for side, call in calls.items():
@@ -132,18 +128,16 @@ def compare(shape: Shape, kind: str, rounds: int) -> dict[str, Any]:
             integration.uninstall()
             updates[side] = taken_out(model, result)
             if round_ >= 0:
-                seconds[side].append(elapsed)
-                peaks[side] = max(peaks[side], peak)
+                turns.add(side, elapsed, peak)
     distances = {side: float((update - target).norm()) / norm for side, update in updates.items()}
-    return summary(seconds, peaks, distances, float((updates["ours"] - updates["peft"]).norm()) / norm)
+    return summary(turns, distances, float((updates["ours"] - updates["peft"]).norm()) / norm)
 
 
 def compare_extraction(shape: Shape, rounds: int) -> dict[str, Any]:
     model = get_peft_model(Layer(shape), LoHaConfig(r=8, target_modules=["layer"], init_weights=False))
     layer = model.base_model.model.layer
     base, delta = layer.get_base_layer().weight.detach(), layer.get_delta_weight("default").detach()
-    seconds: dict[str, list[float]] = {"peft": [], "ours": []}
-    peaks, updates = dict.fromkeys(seconds, 0), {}
+    turns, updates = Turns(("peft", "ours")), {}
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("base.safetensors", "tuned.safetensors")]
         # The change itself is stored, so that both sides cut the same matrix.
@@ -151,28 +145,22 @@ def compare_extraction(shape: Shape, rounds: int) -> dict[str, Any]:
         save_file({"layer.weight": delta.contiguous()}, files[1])
         for round_ in range(rounds):
             elapsed, peak, (_, state) = measured(lambda: convert_to_lora(model, RANK))
-            seconds["peft"].append(elapsed)
-            peaks["peft"] = max(peaks["peft"], peak)
+            turns.add("peft", elapsed, peak)
             A, B = (next(t for name, t in state.items() if f"lora_{factor}" in name) for factor in "AB")
             updates["peft"] = B.double() @ A.double()
             out = Path(folder) / f"out{round_}"
             elapsed, peak, _ = measured(lambda out=out: extract_lora(str(files[0]), str(files[1]), out, rank=RANK))
-            seconds["ours"].append(elapsed)
-            peaks["ours"] = max(peaks["ours"], peak)
+            turns.add("ours", elapsed, peak)
             updates["ours"] = Adapter(out).load("layer").dense().double()
     norm = float(delta.double().norm())
     distances = {side: float((update - delta.double()).norm()) / norm for side, update in updates.items()}
-    return summary(seconds, peaks, distances, float((updates["ours"] - updates["peft"]).norm()) / norm)
+    return summary(turns, distances, float((updates["ours"] - updates["peft"]).norm()) / norm)
 
 
-def summary(
-    seconds: dict[str, list[float]], peaks: dict[str, int], distances: dict[str, float], gap: float
-) -> dict[str, Any]:
+def summary(turns: Turns, distances: dict[str, float], gap: float) -> dict[str, Any]:
     return {
         "right": all(distance <= distances["peft"] + SLACK for distance in distances.values()),
-        "seconds": {side: quartiles(values) for side, values in seconds.items()},
-        "ratio": {side: ratios(seconds["peft"], values) for side, values in seconds.items() if side != "peft"},
-        "peak_bytes": peaks,
+        **turns.summary("peft"),
         "distance": distances,
         "gap": gap,
     }
@@ -199,10 +187,9 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
                 row["shape"],
                 row["case"],
                 side,
-                "right" if row["right"] else "[bold red]WRONG",
+                verdict(row["right"]),
                 *(f"{row['seconds'][which]['median']:.3f}" for which in ("peft", side)),
-                f"{ratio['median']:.1f}",
-                f"{ratio['q1']:.1f} - {ratio['q3']:.1f}",
+                *spread(ratio),
                 *(f"{row['peak_bytes'][which] / 1e6:.0f} MB" for which in ("peft", side)),
                 f"{row['gap']:.0e}",
             )
@@ -210,14 +197,11 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    program = Program(__doc__, None, rounds=2)
+    parser = program.parser
     parser.add_argument("--shapes", nargs="+", default=["1024x4096", "4096x4096"], metavar="ROWSxCOLUMNS")
     parser.add_argument("--extract", default="1024x4096", metavar="ROWSxCOLUMNS", help="shape of the case `extract`")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("a spread needs at least two rounds")
+    args = program.arguments()
     warnings.filterwarnings("ignore", message=".*(should not be contained in the prefix|quantization|already).*")
 
     torch.manual_seed(0)
@@ -225,17 +209,13 @@ def main() -> int:
     for text in args.shapes:
         rows += [{"shape": text, "case": kind, **compare(parsed(text), kind, args.rounds)} for kind in KINDS]
     rows.append({"shape": args.extract, "case": "extract", **compare_extraction(parsed(args.extract), args.rounds)})
-    console = Console()
-    console.width = max(console.width, 140)  # a log has no width of its own
+    console = wide_console(140)
     print_table(rows, console)
 
     report = provenance("peft", "safetensors") | {
         "rank": RANK, "density": DENSITY, "weights": WEIGHTS, "slack": SLACK, "cases": rows,
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / "peft.json"
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"written: {target}")
+    write(report, args.out / "peft.json", console)
     return 0 if all(row["right"] for row in rows) else 1
 
 

@@ -13,7 +13,6 @@ bfloat16. mergekit forms and sums the task vectors in bfloat16, we in float32; `
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparing import Program, spread, verdict, wide_console, write
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -32,7 +32,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import peak_of
-from record import RESULTS, ROOT, provenance, quartiles, ratios
+from record import provenance, quartiles, ratios
 
 from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.ops import Keep, MagnitudeSelection, elect_and_sum, magnitude_select
@@ -208,13 +208,12 @@ def print_table(rows: dict[str, dict[str, Any]], title: str, console: Console) -
     columns = ("method", "verdict", "ours", "mergekit", "ratio", "quartiles", "peak", "mergekit", "error", "mergekit")
     table = Table(*columns, title=title)
     for method, row in rows.items():
-        seconds, peaks, ratio = row["seconds"], row["peak_bytes"], row["ratio"]
+        seconds, peaks = row["seconds"], row["peak_bytes"]
         table.add_row(
             method,
-            "right" if row["right"] else "[bold red]WRONG",
+            verdict(row["right"]),
             *(f"{1e3 * seconds[side]['median']:.0f} ms" for side in ("ours", "peer")),
-            f"{ratio['median']:.1f}",
-            f"{ratio['q1']:.1f} - {ratio['q3']:.1f}",
+            *spread(row["ratio"]),
             *(f"{peaks[side] / 2**20:.0f} MiB" for side in ("ours", "peer")),
             *("-" if error is None else f"{error:.0e}" for error in row["errors_bfloat16"].values()),
         )
@@ -222,24 +221,15 @@ def print_table(rows: dict[str, dict[str, Any]], title: str, console: Console) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_python = ROOT / ".venv-mergekit" / "bin" / "python"
-    parser.add_argument("--peer-python", type=Path, default=default_python, help="Python of the peer's environment")
-    parser.add_argument("--shape", default="4096x4096", metavar="MxN")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("a spread needs at least two rounds")
-    if not args.peer_python.exists():
-        parser.error(f"no {args.peer_python}: run {PEER.with_name('mergekit_env.sh').name} first")
+    program = Program(__doc__, "mergekit", rounds=5)
+    program.parser.add_argument("--shape", default="4096x4096", metavar="MxN")
+    args = program.arguments()
     rows, columns = map(int, args.shape.split("x"))
 
     checked = check(args.peer_python)
     measured, versions = measure(args.peer_python, (rows, columns), args.rounds)
     results = {method: checked[method] | measured[method] for method in METHODS}
-    console = Console()
-    console.width = max(console.width, 120)  # a log has no width of its own
+    console = wide_console(120)
     print_table(results, f"{args.shape} bfloat16, T={TASKS}, density {DENSITY}", console)
 
     report = provenance("safetensors") | {
@@ -252,10 +242,7 @@ def main() -> int:
         "gamma": GAMMA,
         "methods": results,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / "ties_vs_mergekit.json"
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"written: {target}")
+    write(report, args.out / "ties_vs_mergekit.json", console)
     return 0 if all(row["right"] for row in results.values()) else 1
 
 

@@ -15,7 +15,6 @@ table tells how much of the update lies in rows that no expert touched.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -33,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from comparing import Program, verdict, wide_console, write
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Column, Table
@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import RESULTS, ROOT, provenance
+from record import provenance
 
 from r_tsvm_kernels import MergeConfig, merge_tensors
 
@@ -257,23 +257,19 @@ def print_tables(rows: list[Row], console: Console) -> None:
             share = [f"{100 * s:.3g} %" for s in (row.untouched_energy_ours, row.untouched_energy_peer)]
             apart.add_row(row.case, *error, str(row.untouched_rows), *share)
         else:
-            verdict = "right" if row.right else "[bold red]WRONG"
             distances = [f"{row.distance:.1e}", f"{row.error_peer_float64:.1e}"]
-            judged.add_row(row.case, str(row.rank), f"{row.condition:.0f}", *error, *distances, verdict)
+            judged.add_row(row.case, str(row.rank), f"{row.condition:.0f}", *error, *distances, verdict(row.right))
     console.print(judged)
     if apart.row_count:
         console.print(apart)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_python = ROOT / ".venv-fusion-bench" / "bin" / "python"
-    parser.add_argument("--peer-python", type=Path, default=default_python, help="Python of the peer's environment")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    parser.add_argument("--checkpoints", type=Path, nargs="+", metavar="FOLDER", help="more cases: a base, then models")
-    args = parser.parse_args()
-    if not args.peer_python.exists():
-        parser.error(f"no {args.peer_python}: run {PEER.with_name('fusion_bench_env.sh').name} first")
+    program = Program(__doc__, "fusion-bench", rounds=None)
+    program.parser.add_argument(
+        "--checkpoints", type=Path, nargs="+", metavar="FOLDER", help="more cases: a base, then models"
+    )
+    args = program.arguments()
 
     cases = make_cases()
     if args.checkpoints:
@@ -290,8 +286,7 @@ def main() -> int:
     }
     rows = [compare(case, deltas, peer[case], peer_float64[case]) for case, deltas in cases.items()]
 
-    console = Console()
-    console.width = max(console.width, 110)  # a log has no width of its own
+    console = wide_console(110)
     print_tables(rows, console)
     judged = [row for row in rows if row.right is not None]
     wrong = [row.case for row in judged if not row.right]
@@ -300,11 +295,8 @@ def main() -> int:
         console.print(f"error of {side}: median {errors[len(errors) // 2]:.1e}, largest {errors[-1]:.1e}")
     console.print(f"{len(judged) - len(wrong)} of {len(judged)} judged cases right")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / "tsvm_vs_fusion_bench.json"
     report |= {"right": not wrong, "wrong_cases": wrong, "rows": [asdict(row) for row in rows]}
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"written: {target}")
+    write(report, args.out / "tsvm_vs_fusion_bench.json", console)
     return 1 if wrong else 0
 
 

@@ -6,49 +6,7 @@
 #
 # mergekit is under the LGPL: it is installed and called, nothing of it is copied.
 set -euo pipefail
+# shellcheck source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-mergekit_version=0.1.5
-cpu_index=https://download.pytorch.org/whl/cpu
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-dir=${1:-$root/.venv-mergekit}
-py=$dir/bin/python
-
-# The same torch as ours: its CPU build, without the gigabytes of CUDA libraries.
-constraints=$(mktemp)
-trap 'rm -f "$constraints"' EXIT
-grep '^torch==' "$root/constraints.txt" >"$constraints"
-torch_version=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$constraints" | head -n 1)
-
-# Prints the versions; fails where anything is missing or not the pinned version.
-check() {
-    "$py" - "$mergekit_version" "$torch_version" <<'EOF'
-import contextlib, io, sys
-from importlib.metadata import version
-
-with contextlib.redirect_stdout(io.StringIO()):
-    from mergekit.merge_methods import merge_tensors  # noqa: F401
-
-found = version("mergekit"), version("torch").partition("+")[0]
-if found != tuple(sys.argv[1:]):
-    sys.exit(f"found mergekit {found[0]} and torch {found[1]}, want {sys.argv[1]} and {sys.argv[2]}")
-print("python", sys.version.split()[0])
-for name in ("mergekit", "torch", "numpy", "safetensors", "transformers"):
-    print(name, version(name))
-EOF
-}
-
-if [ -x "$py" ] && check 2>/dev/null; then
-    echo "already complete: $dir"
-    exit 0
-fi
-
-[ -x "$py" ] || "${PYTHON:-python3}" -m venv "$dir"
-
-pip_install() { "$py" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" "$@"; }
-# The indexes that pip is set up with may have the CPU build; else PyTorch's own index does.
-pip_install "torch==$torch_version" || pip_install --extra-index-url "$cpu_index" "torch==$torch_version"
-pip_install "mergekit==$mergekit_version" safetensors
-
-check
-echo "installed: $dir"
+make_environment mergekit 0.1.5 safetensors mergekit.merge_methods "$@"

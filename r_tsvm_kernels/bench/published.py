@@ -18,26 +18,29 @@ RANK_TOLERANCE = 1e-6
 COMMON_SPACE = 0.8  # of Iso-CTS: share of the rank that is for the sum of the tasks
 
 
-def tsv_merge(matrices: Sequence[Tensor], ranks: Sequence[int], weights: Sequence[float] | None = None) -> Tensor:
+def tsv_merge(
+    matrices: Sequence[Tensor], ranks: Sequence[int], weights: Sequence[float] | None = None, driver: str | None = None
+) -> Tensor:
     """Merge task matrices by T + 2 SVDs in their dtype and on their device.
 
     TSV-Merge (Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1): the leading singular triplets of all
-    tasks are concatenated, and both concatenated bases replaced by their polar factors.
+    tasks are concatenated, and both concatenated bases replaced by their polar factors. `driver`: of torch's SVD on a
+    GPU, see `svd`.
     """
     left, core, right = [], [], []
     factors = weights or [1.0] * len(matrices)
     for matrix, rank, factor in zip(matrices, ranks, factors, strict=True):
-        U, s, Vh = svd(matrix)
+        U, s, Vh = svd(matrix, driver)
         left.append(U[:, :rank])
         core.append(factor * s[:rank])
         right.append(Vh[:rank])
-    merged: Tensor = (polar(torch.cat(left, 1)) * torch.cat(core)) @ polar(torch.cat(right))
+    merged: Tensor = (polar(torch.cat(left, 1), driver) * torch.cat(core)) @ polar(torch.cat(right), driver)
     return merged
 
 
-def polar(matrix: Tensor) -> Tensor:
+def polar(matrix: Tensor, driver: str | None = None) -> Tensor:
     """Return the canonical polar factor by an SVD."""
-    P, s, Qh = svd(matrix)
+    P, s, Qh = svd(matrix, driver)
     kept = int((s > RANK_TOLERANCE * s[:1]).sum())
     factor: Tensor = P[:, :kept] @ Qh[:kept]
     return factor
@@ -104,12 +107,13 @@ class _ByValue:
         return isinstance(other, _ByValue) and torch.equal(self.matrix, other.matrix)
 
 
-def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def svd(matrix: Tensor, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, s, Vh of the reduced SVD, s falling; in float64 on a GPU, where it takes minutes, by `eigh`.
 
+    `driver` is torch's, for a GPU: ``gesvd`` (QR), ``gesvdj`` (Jacobi); None leaves the choice to torch.
     Float64 ones are truths, which are not timed, and several benchmarks ask for the same: the last few are remembered.
     """
-    return exact_svd(_ByValue(matrix)) if matrix.dtype == torch.float64 else _reduced(matrix)
+    return exact_svd(_ByValue(matrix)) if matrix.dtype == torch.float64 else _reduced(matrix, driver)
 
 
 @lru_cache(maxsize=10)
@@ -118,8 +122,8 @@ def exact_svd(key: _ByValue) -> tuple[Tensor, Tensor, Tensor]:
     return svd_by_eigh(key.matrix) if key.matrix.device.type == "cuda" else _reduced(key.matrix)
 
 
-def _reduced(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+def _reduced(matrix: Tensor, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    U, s, Vh = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
     return U, s, Vh
 
 

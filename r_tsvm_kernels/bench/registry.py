@@ -45,21 +45,19 @@ def benchmark(name: str, group: str, kind: Kind = "element-wise") -> Callable[[C
 
 
 def chosen(patterns: Sequence[str]) -> list[Benchmark]:
-    """Return the benchmarks of these names (patterns with * allowed; all variants of a name); all for none.
+    """Return the benchmarks of these names (patterns with *, all variants of a name, or a group); all for none.
 
     Raises:
         ConfigError: a name that fits nothing.
     """
     for pattern in patterns:
-        if not any(_fits(name, pattern) for name in REGISTRY):
+        if not any(_fits(entry, pattern) for entry in REGISTRY.values()):
             raise ConfigError(
                 f"no benchmark is called {pattern!r}; did you mean {nearest(pattern, list(REGISTRY))!r}? "
                 f"There are: {', '.join(REGISTRY)}"
             )
-    return [
-        entry for name, entry in REGISTRY.items() if not patterns or any(_fits(name, pattern) for pattern in patterns)
-    ]
+    return [entry for entry in REGISTRY.values() if not patterns or any(_fits(entry, pattern) for pattern in patterns)]
 
 
-def _fits(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or name.partition(":")[0] == pattern
+def _fits(entry: Benchmark, pattern: str) -> bool:
+    return fnmatchcase(entry.name, pattern) or pattern in (entry.name.partition(":")[0], entry.group)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import RTsvmError
 from .case import Case, Inputs, Provider
 from .ceilings import measure_ceilings
 from .measure import Call, Stopwatch, interleaved, peak_extra_bytes, plan_rounds
@@ -115,10 +114,17 @@ def run_suite(
         for inputs in inputs_of(plan, kind, device):
             for entry in (entry for entry in benchmarks if entry.kind == kind):
                 progress(f"{entry.name}, {inputs.matrix}, {inputs.dtype}")
-                case = with_peers(entry.name, entry.make(inputs))
-                report["rows"] += run_case(entry.name, case, stopwatch, report["ceilings"], plan.seconds)
+                try:
+                    case = with_peers(entry.name, entry.make(inputs))
+                    rows = run_case(entry.name, case, stopwatch, report["ceilings"], plan.seconds)
+                    del case
+                except Exception as failure:  # of the inputs or of the truth: the other benchmarks still count
+                    rows = [
+                        _described(entry.name, inputs)
+                        | {"provider": "inputs", "role": "ours", "status": "failed", "reason": _reason(failure)}
+                    ]
+                report["rows"] += rows
                 keep(report)
-                del case
                 gc.collect()  # a case holds closures over its tensors
             exact_svd.cache_clear()
     report["complete"] = True
@@ -144,11 +150,7 @@ def run_case(
         ``seconds`` (median, quartiles, rounds), ``speedup`` is that over the reference by rounds, ``share`` the part of
         the ceiling that is reached.
     """
-    inputs = case.inputs
-    common = {
-        "name": name, "matrix": inputs.matrix, "shape": list(inputs.shape), "dtype": inputs.dtype,
-        "tasks": inputs.tasks,
-    }  # fmt: skip
+    common = _described(name, case.inputs)
     truth = case.truth()
     rows: dict[str, dict[str, Any]] = {}
     checked: dict[str, _Checked] = {}
@@ -202,9 +204,21 @@ def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwa
         if first < HEAVY:
             first = stopwatch.seconds(measured)
         return _Checked(first, error, results[0][1], None)
-    except (RTsvmError, RuntimeError, ValueError, TypeError) as failure:  # a loss is a result
-        lines = str(failure).splitlines()
-        return _Checked(0.0, float("inf"), None, f"{type(failure).__name__}: {lines[0] if lines else ''}")
+    except Exception as failure:  # a loss is a result, whatever compilers and libraries raise
+        return _Checked(0.0, float("inf"), None, _reason(failure))
+
+
+def _described(name: str, inputs: Inputs) -> dict[str, Any]:
+    """Return what every row of a case begins with."""
+    return {
+        "name": name, "matrix": inputs.matrix, "shape": list(inputs.shape), "dtype": inputs.dtype,
+        "tasks": inputs.tasks,
+    }  # fmt: skip
+
+
+def _reason(failure: Exception) -> str:
+    lines = str(failure).splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else ''}"
 
 
 def _timed(

@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extent.add_argument("--dry-run", action="store_true", help="tiny matrices: shows that everything works, no more")
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:INDEX (default auto)")
     parser.add_argument(
-        "--only", metavar="NAME", action="append", default=[], help="these benchmarks (* for any text); repeat"
+        "--only",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="these benchmarks (* for any text), or a group: ops, linalg, merges; repeat",
     )
     parser.add_argument("--json", metavar="FILE", help="write all results here; an existing file is not overwritten")
     parser.add_argument("--plot", metavar="FILE", help="draw the speed-ups (needs matplotlib); not overwritten either")

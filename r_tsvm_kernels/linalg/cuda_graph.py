@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -69,8 +70,9 @@ def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Recordin
     # Tensors of the inference mode could not be written to outside of it.
     with _recording_now, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
         inputs = map_tensors(torch.clone, arguments)
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(device))
+        current = torch.cuda.current_stream(device)
+        side = _recording_stream(device, current.cuda_stream)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             function(*inputs)  # whatever is set up or compiled on first use is so before the recording
         torch.cuda.synchronize(device)
@@ -81,6 +83,16 @@ def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Recordin
             outputs = function(*inputs)
         pool = torch.cuda.memory_reserved(device) - before
     return Recording(graph, inputs, outputs, pool + sum(tensor.nbytes for tensor in tensors_in(inputs)))
+
+
+@cache
+def _recording_stream(device: torch.device, replayed_on: int) -> torch.cuda.Stream:
+    """Return where graphs are recorded that will run on the stream of that address.
+
+    cuBLAS keeps a workspace (32 MiB on Hopper) for each stream, for good, and graphs use that of the stream they were
+    recorded on: one for all that run one after the other, another for what may run at the same time.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Graphs:

@@ -111,8 +111,7 @@ def matmul_subspaces(
     unit = torch.ldexp(torch.ones_like(exact[:, 0, 0]), unit)
     exact = exact / unit[:, None, None]
     if levels is None:
-        tall = numbers.load(exact)
-        spaces = leading_eigenspaces(numbers.dense(numbers.gram(tall)), ranks, precision)
+        spaces = leading_eigenspaces(numbers.dense(numbers.gram(numbers.load(exact))), ranks, precision)
     else:
         gram = compress(exact.mT @ exact, (levels.double() / unit).square())
         spaces = leading_eigenspaces(gram, ranks, precision, largest=torch.ones_like(unit))

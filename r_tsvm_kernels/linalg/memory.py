@@ -14,6 +14,7 @@ def tsv_merge_bytes(
     itemsize: int = 4,
     solver: Solver = "eigen",
     workspace: int = WORKSPACE,
+    simulated: bool = True,
 ) -> int:
     """Return an upper bound of the memory that `tsv_merge` uses beside its task matrices, with one thread.
 
@@ -26,6 +27,8 @@ def tsv_merge_bytes(
         itemsize: bytes of one element of a task matrix, 4 or 8.
         solver: as for `tsv_merge`.
         workspace: as for `tsv_merge`.
+        simulated: whether solver ``products`` runs on the references of its products, as on a CPU, rather than on
+            kernels for tensor cores.
     """
     long, short = max(shape), min(shape)
     tasks, columns = len(ranks), min(sum(ranks), 2 * short)
@@ -42,8 +45,14 @@ def tsv_merge_bytes(
     eigen = dense + copies + images + max(solving, merging)
     if solver == "eigen":
         return eigen
-    # The task matrices in float64 twice and as planes; most square matrices are those of the simulation on a CPU.
-    products = dense + tasks * (8 + 8 + 16) * long * short + (2 * tasks + 64) * square
+    if simulated:
+        # The task matrices in float64 twice and as planes; most square matrices are those of the simulation.
+        products = dense + tasks * (8 + 8 + 16) * long * short + (2 * tasks + 64) * square
+    else:
+        # Counted, rounded up: a stack of what is touched; in float64 once, with squares or bases and images, or twice.
+        least, tall = 8 * tasks * long * short, 8 * long * columns
+        products = itemsize * tasks * long * short + max(2 * least, least + max(6 * tasks * square, 4 * tall))
+        products += (itemsize * long * short + square) // 2
     return max(eigen, products)
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from ..linalg import Factored, Mode, Rank, Solver, TsvMerge, fixed_rank, tsv_merge, tsv_merge_bytes, tsv_merge_flops
+from ..linalg.cuda_graph import PRODUCTS
 from ..ops import add_update
 from ..sizes import parse_size
 from .base import (
@@ -23,6 +24,7 @@ from .base import (
     task_matrices,
     timed,
 )
+from .sparse import by_reference
 
 # An eighth of what `tsv_merge` takes by itself: no slower, measured, and tall matrices need half as much memory. It
 # decides how sums are rounded, so no memory budget changes it.
@@ -47,7 +49,8 @@ def spectral_cost(job: Job, options: TsvmParameters, ranks: Sequence[int]) -> Co
     """Return what TSV-Merge takes with its task matrices, at these ranks or smaller ones."""
     shape = (job.shape[0], job.shape[1])
     matrices = job.tasks * job.itemsize * job.elements
-    solving = tsv_merge_bytes(shape, ranks, job.itemsize, options.solver, options.workspace)
+    simulated = any(by_reference(op, job.device_type) for op in PRODUCTS)
+    solving = tsv_merge_bytes(shape, ranks, job.itemsize, options.solver, options.workspace, simulated)
     forming, adding = 2 * job.itemsize * job.elements, (5 * job.itemsize + 1) * job.elements  # one after the other
     return Cost(matrices + max(forming, solving, adding), tsv_merge_flops(shape, ranks))
 

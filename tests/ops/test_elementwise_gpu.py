@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compare import same_bits
+from test_random_mask import word
 
 from r_tsvm_kernels.ops import (
     Keep,
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="runs kernels on a GPU: needs a CUDA device"),
 ]
 
+large = pytest.mark.xdist_group("large")  # one after the other: each takes tens of GB
 every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 SHAPES = [(1, 1), (3, 5), (129, 1031), (4096, 4096), (14336, 4096)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -38,8 +40,7 @@ def group(shape, dtype, tasks=3):
     return base.to(dtype), [(base + 1e-3 * torch.randn(shape, device="cuda")).to(dtype) for _ in range(tasks)]
 
 
-def equal(a, b):
-    return same_bits(a.cpu(), b.cpu())
+equal = same_bits  # on the device: copying 60 million elements takes longer than the kernels
 
 
 @every_backend
@@ -115,6 +116,7 @@ def test_masks_have_the_same_bits_everywhere(backend):
     assert torch.equal(mask.cpu(), random_mask((4097, 1025), 0.3, seed=2**40 + 5, stream=3, backend="torch"))
 
 
+@large
 @every_backend
 def test_more_elements_than_a_32_bit_index_counts(backend):
     numel = 2**31 + 5003
@@ -126,3 +128,65 @@ def test_more_elements_than_a_32_bit_index_counts(backend):
     assert (int(statistics.zeros), float(statistics.max)) == (numel - 3, 3.0)
     merged = elect_and_sum(torch.zeros_like(x), [x], [1.0], keep=[Keep(largest=selection)], backend=backend)
     assert merged[-3:].tolist() == [0.0, -2.0, 3.0] and not merged[:-3].any()
+
+
+@large
+@every_backend
+def test_more_elements_are_written_than_a_32_bit_index_counts(backend):
+    numel = 2**31 + 5003
+    base = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    tuned = base.clone()
+    tuned[-3:] = torch.tensor([1.0, -2.0, 3.0])
+    counts = magnitude_histogram(tuned, 11, backend=backend)
+    assert (int(counts[0]), int(counts.sum())) == (numel - 3, numel)
+    statistics = task_statistics(base, [tuned], backend=backend)
+    (pruned,) = reweight_prune(base, [tuned], statistics, "none", 1.5 / numel, backend=backend)  # two of them
+    assert pruned[-3:].tolist() == [0.0, -2.0, 3.0] and not pruned[:-3].any()
+    merged = add_update(base, pruned, 2.0, backend=backend)
+    assert merged[-3:].tolist() == [0.0, -4.0, 6.0] and not merged[:-3].any()
+    del tuned, base, pruned, merged
+    mask = random_mask((numel,), 0.5, seed=77, stream=3, device="cuda", backend=backend)
+    last = range(numel - 9, numel)
+    assert mask[-9:].tolist() == [word(77, 3, index) < 2**31 for index in last]
+
+
+@large
+@every_backend
+def test_more_elements_are_ranked_than_a_32_bit_index_counts(backend):
+    x = torch.zeros(2**19 + 2, 4096, dtype=torch.bfloat16, device="cuda")
+    x[-1] = torch.randn(4096)
+    ranks = magnitude_ranks(x, backend=backend)
+    assert torch.equal(ranks[-2:], magnitude_ranks(x[-2:], backend="torch"))
+
+
+@every_backend
+def test_on_another_stream_and_in_other_layouts(backend):
+    """The inputs are made late on that stream; nothing but the order on it makes the kernels wait for them."""
+    shape = (300, 515)
+    wide, (tuned, _, _) = group((shape[0], 2 * shape[1]), torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        base, x = (2 * t for t in (wide, tuned))
+        base, x = base[:, ::2].mT, x[:, ::2].mT
+        statistics = task_statistics(base, [x], backend=backend)
+        got = [
+            statistics.mean,
+            *reweight_prune(base, [x], statistics, "clip", 0.3, backend=backend),
+            magnitude_select(x, 777, base=base, backend=backend).threshold,
+            magnitude_ranks(x, base=base, backend=backend),
+            elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend=backend),
+            add_update(base, x.float(), 0.5, backend=backend),
+        ]
+    stream.synchronize()
+    base, x = (2 * wide)[:, ::2].mT, (2 * tuned)[:, ::2].mT
+    expected = [
+        *reweight_prune(base, [x], statistics, "clip", 0.3, backend="torch"),
+        magnitude_select(x, 777, base=base, backend="torch").threshold,
+        magnitude_ranks(x, base=base, backend="torch"),
+        elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend="torch"),
+        add_update(base, x.float(), 0.5, backend="torch"),
+    ]
+    assert torch.allclose(got[0], task_statistics(base, [x], backend="torch").mean, rtol=1e-12)
+    assert all(map(equal, got[1:], expected))

@@ -58,6 +58,20 @@ def test_gemm(draw, out):
     assert relative_error(dense.cpu(), exact.cpu()) < (2.0**-8 if out == torch.bfloat16 else 1.5e-6)
 
 
+@pytest.mark.xdist_group("large")
+def test_results_with_more_elements_than_a_32_bit_index_counts():
+    x = torch.randn(2, 16, 33_000, device="cuda")
+    got = symm_gram(split_planes(x, backend="triton"), backend="triton").matrix
+    last = x[1, :, -100:].double()
+    assert relative_error(got[1, -100:, -100:].cpu(), (last.mT @ last).cpu()) < 1.5e-6
+    assert torch.equal(got[1, -100:, :100], got[1, :100, -100:].mT)
+    del got
+    A, B = torch.randn(40_000, 16, device="cuda"), torch.randn(16, 60_000, device="cuda")
+    got = gemm3(*(split_planes(y, backend="triton") for y in (A, B)), out=torch.float16, backend="triton")
+    exact = A[-100:].double() @ B[:, -100:].double()
+    assert relative_error(got[-100:, -100:].cpu(), exact.cpu()) < 2.0**-11
+
+
 def test_a_step_is_the_same_in_a_cuda_graph():
     x = torch.randn(3, 512, 512, device="cuda")
     planes = split_planes((x + x.mT) / 128, backend="triton")

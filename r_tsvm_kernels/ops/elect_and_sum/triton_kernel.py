@@ -31,10 +31,10 @@ def tie_kernel(
     blocks = tl.num_programs(0).to(tl.int64)
     start = load(base_ptr, offsets, inside, REAL)  # (BLOCK,)
     for t in tl.static_range(len(tuned_ptrs)):
-        if SELECTIONS[t][0] is not None or SELECTIONS[t][1] is not None:
+        if SELECTIONS[t][0] >= 0 or SELECTIONS[t][1] >= 0:
             magnitude = tl.abs(load(tuned_ptrs[t], offsets, inside, REAL) - start)
             for side in tl.static_range(2):
-                if SELECTIONS[t][side] is not None:
+                if SELECTIONS[t][side] >= 0:
                     ties = ties_in_block(magnitude, inside, thresholds_ptr + SELECTIONS[t][side])
                     tl.store(ties_in_ptr + SELECTIONS[t][side] * blocks + block, ties)
 
@@ -49,7 +49,8 @@ def elect_and_sum_kernel(
     """``out = base + alpha combined``, see `elect_and_sum`.
 
     `tuned_ptrs` has one pointer per task; `numbers_ptr` points to alpha, then factor and weight of each task.
-    SELECTIONS names for each task the selections of its largest elements and of its outliers, or None:
+    SELECTIONS names for each task the selections of its largest elements and of its outliers, or -1 (a tuple with None
+    in it is more than some versions of Triton take):
     `thresholds_ptr` and `ties_ptr` hold one number for each, `ties_before_ptr` (selections, blocks) how many magnitudes
     tie in earlier blocks. DRAWN: for each task whether its elements survive at random; `draws_ptr` has threshold, seed
     and stream of each task, in place of which threshold and factor go by rank where there are `ranks_ptrs`.
@@ -70,7 +71,7 @@ def elect_and_sum_kernel(
         delta = load(tuned_ptrs[t], offsets, inside, REAL) - start
         survives = inside
         for side in tl.static_range(2):
-            if SELECTIONS[t][side] is not None:
+            if SELECTIONS[t][side] >= 0:
                 chosen = selected(
                     tl.abs(delta), inside, thresholds_ptr + SELECTIONS[t][side], ties_ptr + SELECTIONS[t][side],
                     ties_before_ptr + SELECTIONS[t][side] * blocks + block,
@@ -174,13 +175,13 @@ def _ranked(
     return tuple(zip(*rows, strict=True))
 
 
-def _selections(keep: Sequence[Keep]) -> tuple[tuple[tuple[int | None, int | None], ...], list[MagnitudeSelection]]:
-    """Return the selections of all tasks, and for each task the places of its two among them."""
+def _selections(keep: Sequence[Keep]) -> tuple[tuple[tuple[int, int], ...], list[MagnitudeSelection]]:
+    """Return the selections of all tasks, and for each task the places of its two among them, -1 for none."""
     selections: list[MagnitudeSelection] = []
 
-    def place(selection: MagnitudeSelection | None) -> int | None:
+    def place(selection: MagnitudeSelection | None) -> int:
         if selection is None:
-            return None
+            return -1
         selections.append(selection)
         return len(selections) - 1
 

@@ -1,0 +1,70 @@
+"""What the matrix-product route takes on a GPU: counted on tensors that have no values, and below the planned bound."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from test_host_waits import gpu, kernels  # noqa: F401  # fixtures
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from r_tsvm_kernels.linalg import matmul_route, tsv_merge_bytes
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations return, while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._living = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._living:
+                storage = tensor.untyped_storage()
+                self._living.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key, nbytes):
+        self._living.discard(key)
+        self.now -= nbytes
+
+
+@pytest.fixture
+def some_values(monkeypatch):
+    """What the host reads of tensors that have no values."""
+    ones = {1: lambda x: [1.0] * len(x), 2: lambda x: [[1.0] * x.shape[1]] * len(x)}
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: ones[x.ndim](x))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda x: 1.0)
+
+
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("shape", [(4096, 1024), (14336, 4096), (32000, 4096)], ids=str)
+@pytest.mark.parametrize(("tasks", "share"), [(3, 1), (3, 3), (8, 1)])
+def test_planned_memory_is_enough_and_not_twice_what_is_used(
+    gpu,  # noqa: F811
+    kernels,  # noqa: F811
+    some_values,
+    shape,
+    tasks,
+    share,
+    compressed,
+):
+    ranks = [min(shape) // tasks // share] * tasks
+    levels = torch.empty(tasks, dtype=torch.float64, device=gpu)
+    with Allocations() as allocations:
+        matrices = torch.empty(tasks, *shape, device=gpu)
+        if compressed:
+            matmul_route.matmul_subspaces(matrices, ranks, "fp16x3", levels)
+        else:
+            matmul_route.matmul_tsv_merge(matrices, ranks, tolerance=math.inf)
+    bound = tsv_merge_bytes(shape, ranks, solver="products", simulated=False)
+    eigen = tsv_merge_bytes(shape, ranks, solver="eigen")
+    assert allocations.peak < bound < max(2 * allocations.peak, 1.01 * eigen)
