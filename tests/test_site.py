@@ -48,6 +48,7 @@ def test_every_public_class_and_function_is_in_the_reference(module):
     assert public <= shown
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="the tutorial's demo needs scikit-learn (pip install .[demo])")
     monkeypatch.chdir(tmp_path)

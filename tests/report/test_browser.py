@@ -6,7 +6,10 @@ from browser import BINARY, Browser
 
 from r_tsvm_kernels.report import report_page
 
-pytestmark = pytest.mark.skipif(BINARY is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BINARY is None, reason="needs Chromium: apt-get install chromium"),
+]
 
 SIZES = {"phone": {"width": 390, "height": 844, "phone": True}, "desktop": {"width": 1280, "height": 900}}
 LINES = "document.querySelectorAll('#table tbody tr:not(.gap)').length"
