@@ -128,10 +128,11 @@ def mergekit_cli(report: Report) -> list[str]:
         times = [seconds(case["seconds"][side]) for side in ("with", "without")]
         peaks = [size(case["peak_bytes"][side]) for side in ("with", "without")]
         checked = [f"{case['checked'][side]:.3g}" for side in ("with", "without")]
-        return [f"`{name}`", gigabytes(used), *times, factor(case["ratio"]), *peaks, *checked, verdict(case["right"])]
+        return [f"`{name}`", gigabytes(used), *times, factor(case["ratio"]), *peaks, *checked, verdict(case["right"]),
+                f"`{case.get('commit', report['commit'])[:7]}`"]  # fmt: skip
 
     columns = ["case", "checkpoints", "with ours", "without", "with ours it is", "peak memory", "without", "checked",
-               "without", "verdict"]  # fmt: skip
+               "without", "verdict", "commit"]  # fmt: skip
     return table(columns, [line(name, case) for name, case in report["cases"].items()])
 
 

@@ -49,7 +49,7 @@ PLANS = {
             "quick",
             {"element-wise": ("Qwen2.5-7B k_proj",), "spectral": ("ViT-B/32 attention",)},
             ("bfloat16",),
-            seconds=0.25,
+            seconds=0.2,
         ),
         Plan(
             "full",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -101,22 +100,15 @@ def add_erased_mean(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | No
 def _in_tiles(call: Callable[..., Any], *tensors: Tensor | None) -> list[Any]:
     """Call a function with the same piece of all tensors, piece by piece; on a GPU with all at once.
 
-    Pieces are too small for torch to share them among threads: they are shared among threads here.
+    Pieces are too small for torch to share them among threads: they gain more from the cache.
     """
     flat = [None if tensor is None else tensor.reshape(-1) for tensor in tensors]
     first = next(tensor for tensor in flat if tensor is not None)
-    if first.device.type != "cpu":
-        return [call(*flat)]
-
-    def piece(begin: int) -> Any:
-        return call(*(None if tensor is None else tensor[begin : begin + TILE] for tensor in flat))
-
-    begins = range(0, first.numel(), TILE)
-    workers = min(torch.get_num_threads(), len(begins))
-    if workers <= 1:
-        return [piece(begin) for begin in begins]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(piece, begins))
+    step = TILE if first.device.type == "cpu" else max(1, first.numel())
+    return [
+        call(*(None if tensor is None else tensor[begin : begin + step] for tensor in flat))
+        for begin in range(0, first.numel(), step)
+    ]
 
 
 def _task_vectors(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> Iterator[Tensor]:
