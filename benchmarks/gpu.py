@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from r_tsvm_kernels.bench import Stopwatch, provenance, quartiles
+from r_tsvm_kernels.bench.record import replace_json
+from r_tsvm_kernels.bench.suite import SLOW
 
 # q, k, v, o, gate, up, down of one layer of Mistral-7B, with how often each shape comes.
 MISTRAL_LAYER = {"q_proj": 2, "k_proj": 2, "gate_proj": 2, "down_proj": 1}
 TASKS = 3
-SLOW = 5.0  # seconds; a call that takes longer is timed once
 
 
 class Suite:
@@ -77,10 +78,8 @@ class Suite:
         print(json.dumps(row), flush=True)
 
     def save(self) -> None:
-        """Write what there is, in one step: the program may be stopped at any time."""
-        part = self.file.with_name(self.file.name + ".part")
-        part.write_text(json.dumps(self.result, indent=1) + "\n")
-        part.replace(self.file)
+        """Write what there is."""
+        replace_json(self.file, self.result)
 
 
 def arguments_of(description: str) -> argparse.ArgumentParser:

@@ -5,9 +5,9 @@
 #   benchmarks/gpu_suite.sh --dry-run     # the same path on a CPU with tiny sizes: shows that the script works
 #   STAGES="build tests" benchmarks/gpu_suite.sh           # only these
 #
-# All of it takes half an hour on an H200, less than half of that for what answers most. A machine that takes commands of
-# ten minutes only wants calls like these, one right after the other, with the same OUT (BUDGET: seconds for the whole
-# call, from which the last stages get what is left):
+# It has not run on a GPU yet; half an hour is allowed for, less than half of that for what answers most. A machine that
+# takes commands of ten minutes only wants calls like these, one right after the other, with the same OUT (BUDGET: seconds
+# for the whole call, from which the last stages get what is left):
 #
 #   BUDGET=580 STAGES="wheels machine build info tests products" benchmarks/gpu_suite.sh
 #   BUDGET=580 STAGES="kernels dispatch layer" benchmarks/gpu_suite.sh

@@ -106,9 +106,7 @@ class MergeConfig(_Strict):
                 raise ConfigError(f"{key}: {advice}")
         if data.get("tokenizer_source") not in (None, *get_args(TokenizerSource)):
             raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
-        present = {
-            key: value for key, value in data.items() if value is not None and key not in (*_UNSUPPORTED, "slices")
-        }
+        present = {key: value for key, value in data.items() if value is not None}
         if isinstance(present.get("models"), list):
             present["models"] = tuple(
                 ModelEntry(**{k: v for k, v in entry.items() if v is not None}) if isinstance(entry, Mapping) else entry
@@ -212,8 +210,9 @@ def _with_models(data: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ConfigError(f"slices: {advice}; got {len(slices) if isinstance(slices, list) else slices!r} slices")
     (whole,) = slices
     sources = whole.get("sources")
-    if unknown := sorted(whole.keys() - {"sources", "base_model", "parameters"}):
-        raise ConfigError(f"slices: {unknown[0]} is not supported")
+    for key in whole:
+        if key not in ("sources", "base_model", "parameters"):
+            raise ConfigError(f"slices: {key} is not supported")
     if not isinstance(sources, list) or not all(isinstance(source, Mapping) for source in sources) or not sources:
         raise ConfigError("slices: `sources` is a list of `model` and `layer_range`")
     ranges = [source.get("layer_range") for source in sources]
@@ -221,7 +220,11 @@ def _with_models(data: Mapping[str, Any]) -> Mapping[str, Any]:
     if any(found != ranges[0] for found in ranges) or first != 0 or type(last) is not int or last < 1:
         raise ConfigError(f"slices: {advice}; got {ranges}")
     own = {"models": [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]}
-    parameters = {**(data.get("parameters") or {}), **(whole.get("parameters") or {})}
+    parameters: dict[str, Any] = {}
+    for given in (data.get("parameters"), whole.get("parameters")):  # those of the slice go first
+        if not isinstance(given or {}, Mapping):
+            raise ConfigError(f"parameters: expected a mapping of names to values, got {given!r}")
+        parameters |= given or {}
     base = whole.get("base_model") or data.get("base_model")
     return {**data, **own, "slices": None, "parameters": parameters, "base_model": base, "num_layers": last}
 

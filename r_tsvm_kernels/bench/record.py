@@ -95,6 +95,11 @@ class ResultFile:
 
     def write(self, report: dict[str, Any]) -> None:
         """Put `report` in place of what is there, in one step."""
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps(report, indent=1) + "\n")
-        part.replace(self.path)
+        replace_json(self.path, report)
+
+
+def replace_json(path: Path, report: dict[str, Any]) -> None:
+    """Write a JSON file in one step: whoever is stopped leaves the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(path)

@@ -287,10 +287,9 @@ def make_plan(
     checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
     if config.tokenizer_source is not None:
         check_same_vocabulary(base, checkpoints[1:])
-    layers = count_layers(base.tensors)
-    if config.num_layers not in (None, layers):
+    if config.num_layers is not None and config.num_layers != (layers := count_layers(base.tensors)):
         raise ConfigError(
-            f"slices: layers 0 to {config.num_layers} were asked for, but {base.path} has {layers}; only whole models "
+            f"slices: {config.num_layers} layers were asked for, but {base.path} has {layers}; only whole models "
             "are merged"
         )
     ignored_head, tied = _tied_heads(base, checkpoints)

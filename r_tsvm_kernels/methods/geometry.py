@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Cost, Job, elementwise_cost
-
-# Elements of each tensor that are in float64 at one time: what a core's cache holds, or what keeps a GPU busy.
-TILE = {"cpu": 1 << 15, "cuda": 1 << 22}
+from .base import Cost, Job, elementwise_cost, tile_elements
 
 
 def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
@@ -19,7 +16,7 @@ def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor
     flat = [tensor.flatten() for tensor in tensors]
     origin = None if base is None else base.flatten()
     total = flat[0].new_zeros(len(flat), len(flat), dtype=torch.float64)
-    size = max(1, min(_tile(total.device.type), len(flat[0])))
+    size = max(1, min(tile_elements(total.device.type), len(flat[0])))
     tile, start = total.new_empty(len(flat), size), total.new_empty(size)
     for first in range(0, len(flat[0]), size):
         part = slice(first, first + size)
@@ -35,17 +32,13 @@ def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor
 def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
     """Return a Gram matrix of the differences from `base` for each row (along the last dimension); (rows, T, T)."""
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (base, *tensors)]
-    height = max(1, _tile(base.device.type) // rows[0].shape[1])
+    height = max(1, tile_elements(base.device.type) // rows[0].shape[1])
     grams = []
     for first in range(0, len(rows[0]), height):
         origin, *tiles = (x[first : first + height].double() for x in rows)
         X = torch.stack([tile - origin for tile in tiles], dim=1)
         grams.append(X @ X.mT)
     return torch.cat(grams)
-
-
-def _tile(device_type: str) -> int:
-    return TILE.get(device_type, TILE["cuda"])
 
 
 def cosines(gram: Tensor) -> Tensor:
@@ -58,5 +51,5 @@ def cosines(gram: Tensor) -> Tensor:
 def geometric_cost(job: Job, options: Any) -> Cost:
     """Return what a Gram matrix and a linear sum take."""
     summing = elementwise_cost(job, options)
-    gram = 2 * (job.tasks + 2) * 8 * min(_tile(job.device_type), job.elements)
+    gram = 2 * (job.tasks + 2) * 8 * min(tile_elements(job.device_type), job.elements)
     return Cost(max(summing.bytes, gram), summing.flops + float(job.elements) * (job.tasks + 1) ** 2)

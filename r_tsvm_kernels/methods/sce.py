@@ -10,10 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops import accumulation_dtype, add_update, kept_count, magnitude_select
-from .base import Cost, Job, MergeResult, MethodParameters, TensorReport, register
+from .base import Cost, Job, MergeResult, MethodParameters, TensorReport, register, tile_elements
 from .sparse import Share
-
-TILE = 1 << 15  # elements, which of a few tensors stay in a core's cache
 
 
 class SceParameters(MethodParameters):
@@ -24,8 +22,9 @@ class SceParameters(MethodParameters):
 
 
 def sce_cost(job: Job, options: SceParameters) -> Cost:
-    """Return what `sce` takes: variances in float64, then sums and masks."""
-    return Cost((48 + 4 * job.itemsize) * job.elements, 16.0 * job.tasks * job.elements)
+    """Return what `sce` takes: variances in float64, then sums and masks; the task vectors of a piece at one time."""
+    piece = 16 * (job.tasks + 4) * min(tile_elements(job.device_type), job.elements)
+    return Cost((48 + 4 * job.itemsize) * job.elements + piece, 16.0 * job.tasks * job.elements)
 
 
 @register(
@@ -98,13 +97,13 @@ def add_erased_mean(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | No
 
 
 def _in_tiles(call: Callable[..., Any], *tensors: Tensor | None) -> list[Any]:
-    """Call a function with the same piece of all tensors, piece by piece; on a GPU with all at once.
+    """Call a function with the same piece of all tensors, piece by piece.
 
-    Pieces are too small for torch to share them among threads: they gain more from the cache.
+    On a CPU they are too small for torch to share them among threads: they gain more from the cache.
     """
     flat = [None if tensor is None else tensor.reshape(-1) for tensor in tensors]
     first = next(tensor for tensor in flat if tensor is not None)
-    step = TILE if first.device.type == "cpu" else max(1, first.numel())
+    step = tile_elements(first.device.type)
     return [
         call(*(None if tensor is None else tensor[begin : begin + step] for tensor in flat))
         for begin in range(0, first.numel(), step)
