@@ -376,17 +376,21 @@ def sparsifier(difference, kind, task):
             seed=11,
             stream=task,
         ),
-        "everything": Keep(largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3),
-    }[kind]
+        "mask": Keep(mask=torch.rand(difference.shape) < 0.4, rescale=1.5),
+        "everything": Keep(
+            largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3,
+            mask=torch.rand(difference.shape) < 0.8,
+        ),
+    }[kind]  # fmt: skip
 
 
 @many
 @given(
     tensors=groups,
     kinds=st.lists(
-        st.sampled_from(["all", "ties", "breadcrumbs", "dare", "della", "everything"]), min_size=5, max_size=5
+        st.sampled_from(["all", "ties", "breadcrumbs", "dare", "della", "mask", "everything"]), min_size=5, max_size=5
     ),
-    elect=st.sampled_from(["none", "sum", "count"]),
+    elect=st.sampled_from(["none", "sum", "count", "unweighted"]),
     normalize=st.booleans(),
     alpha=st.sampled_from([1.0, 0.3, -2.0]),
 )
@@ -394,13 +398,15 @@ def test_merging(tensors, kinds, elect, normalize, alpha):
     base, tuned = tensors
     dtype = accumulation_dtype(base, *tuned)
     differences = [t.to(dtype) - base.to(dtype) for t in tuned]
+    if elect == "unweighted":  # takes no ranks
+        kinds = ["mask" if kind == "della" else kind for kind in kinds]
     keep = [sparsifier(d, kind, task) for task, (d, kind) in enumerate(zip(differences, kinds, strict=False))]
     weights = [1.0, 0.5, 2.0, -0.25, 0.75][: len(tuned)]
     options = {"elect": elect, "normalize": normalize, "alpha": alpha, "keep": keep}
     assert same_bits(*both(elect_and_sum, base, tuned, weights, **options))
 
 
-@pytest.mark.parametrize("elect", ["none", "sum", "count"])
+@pytest.mark.parametrize("elect", ["none", "sum", "count", "unweighted"])
 def test_merging_many_tasks_with_ties_in_every_slice(elect):
     base = torch.randint(-4, 5, (131, 97)).float()
     tuned = [base + torch.randint(-2, 3, base.shape) for _ in range(40)]
@@ -436,7 +442,7 @@ def test_tensors_that_begin_anywhere(dtype):
         assert same_selections(*both(magnitude_select, tensors[1], [1000, 7], base=tensors[0]))
 
 
-@pytest.mark.parametrize("elect", ["none", "sum", "count"])
+@pytest.mark.parametrize("elect", ["none", "sum", "count", "unweighted"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_merging_lets_nan_and_infinity_through(elect, normalize):
     base, tuned = group((2000,), [torch.float32] * 4, "gaussian", ["contiguous"] * 4, 0)

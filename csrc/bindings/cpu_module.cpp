@@ -3,7 +3,10 @@
 #include "r_tsvm/magnitude_histogram.h"
 #include "r_tsvm/magnitude_ranks.h"
 #include "r_tsvm/random_mask.h"
+#include "r_tsvm/ranked_mask.h"
 #include "r_tsvm/reweight_prune_inplace.h"
+#include "r_tsvm/task_gram.h"
+#include "r_tsvm/task_spread.h"
 
 namespace py = pybind11;
 using namespace r_tsvm;
@@ -17,9 +20,9 @@ using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
 using RankedArgument = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
 // weight, factor; threshold and ties of what is kept and of what is dropped again, ties < 0 for none; random mask;
-// selection by rank
+// selection by rank; address of a mask (0 for none)
 using ElectTaskArgument = std::tuple<double, double, std::tuple<double, int64_t>, std::tuple<double, int64_t>,
-                                     RandomMaskArgument, RankedArgument>;
+                                     RandomMaskArgument, RankedArgument, std::uintptr_t>;
 
 // address of the matrix, theta, keep, address of nonfinite
 using InplacePruneArgument = std::tuple<std::uintptr_t, double, int64_t, std::uintptr_t>;
@@ -30,7 +33,7 @@ RandomMask random_mask(const RandomMaskArgument& argument) {
 }
 
 ElectTask elect_task(const ElectTaskArgument& argument) {
-  const auto& [weight, factor, kept, dropped, sampled, ranked] = argument;
+  const auto& [weight, factor, kept, dropped, sampled, ranked, mask] = argument;
   const auto [ranks, thresholds, factors] = ranked;
   return ElectTask{
       weight,
@@ -39,7 +42,8 @@ ElectTask elect_task(const ElectTaskArgument& argument) {
       Selection{std::get<0>(dropped), std::get<1>(dropped)},
       random_mask(sampled),
       RankedSelection{bindings::pointer<const int32_t>(ranks), bindings::pointer<const int64_t>(thresholds),
-                      bindings::pointer<const void>(factors)}};
+                      bindings::pointer<const void>(factors)},
+      bindings::pointer<const uint8_t>(mask)};
 }
 
 // One view, or none.
@@ -158,6 +162,51 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         random_mask_cpu(bindings::pointer<uint8_t>(output), elements, random_mask(mask), threads);
       },
       py::arg("output"), py::arg("elements"), py::arg("mask"), py::arg("threads"));
+
+  module.def(
+      "ranked_mask",
+      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base,
+         const std::tuple<std::uintptr_t, int64_t>& table, const std::tuple<uint64_t, uint32_t>& drawn,
+         const std::tuple<std::uintptr_t, std::uintptr_t>& output, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView view = bindings::matrix(x, "ranked_mask");
+        const std::vector<MatrixView> bases = optional_matrix(base, view, "ranked_mask");
+        const auto [thresholds, cols] = table;
+        const auto [seed, stream] = drawn;
+        if (cols < 1 || element_count(view) % cols != 0) throw std::runtime_error("ranked_mask: not whole rows");
+        const auto [mask, nonfinite] = output;
+        ranked_mask_cpu(view, bases.empty() ? nullptr : &bases[0], bindings::pointer<const int64_t>(thresholds), cols,
+                        RandomMask{0, seed, stream},
+                        RankedMaskOutput{bindings::pointer<uint8_t>(mask), bindings::pointer<int64_t>(nonfinite)},
+                        threads);
+      },
+      py::arg("x"), py::arg("base"), py::arg("table"), py::arg("drawn"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "task_gram",
+      [](const std::vector<bindings::MatrixArgument>& tuned, const std::optional<bindings::MatrixArgument>& base,
+         std::uintptr_t mask, std::uintptr_t output, int threads) {
+        const py::gil_scoped_release unlocked;
+        if (tuned.empty()) throw std::runtime_error("task_gram: no tensors");
+        const MatrixView first = bindings::matrix(tuned[0], "task_gram");
+        const std::vector<MatrixView> views = bindings::matrices(tuned, first, "task_gram");
+        const std::vector<MatrixView> bases = optional_matrix(base, first, "task_gram");
+        task_gram_cpu(views.data(), static_cast<int64_t>(views.size()), bases.empty() ? nullptr : &bases[0],
+                      bindings::pointer<const uint8_t>(mask), bindings::pointer<double>(output), threads);
+      },
+      py::arg("tuned"), py::arg("base"), py::arg("mask"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "task_spread",
+      [](const bindings::MatrixArgument& base, const std::vector<bindings::MatrixArgument>& tuned,
+         std::uintptr_t output, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView base_view = bindings::matrix(base, "task_spread");
+        const std::vector<MatrixView> views = bindings::matrices(tuned, base_view, "task_spread");
+        task_spread_cpu(base_view, views.data(), static_cast<int64_t>(views.size()), bindings::pointer<double>(output),
+                        threads);
+      },
+      py::arg("base"), py::arg("tuned"), py::arg("output"), py::arg("threads"));
 
   module.def(
       "philox",

@@ -22,9 +22,9 @@ using PruneAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t
 using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
 
 // weight, factor; indices of what is kept and of what is dropped again, or -1; random mask; addresses of ranks,
-// thresholds and factors, or 0
+// thresholds and factors, or 0; address of a mask, or 0
 using ElectTaskArgument = std::tuple<double, double, int, int, RandomMaskArgument,
-                                     std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>>;
+                                     std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>, std::uintptr_t>;
 
 std::vector<PruneTaskCuda> prune_tasks(const std::vector<PruneArgument>& arguments) {
   std::vector<PruneTaskCuda> tasks;
@@ -58,7 +58,7 @@ RandomMask random_mask(const RandomMaskArgument& argument) {
 }
 
 ElectTaskCuda elect_task(const ElectTaskArgument& argument) {
-  const auto& [weight, factor, kept, dropped, sampled, ranked] = argument;
+  const auto& [weight, factor, kept, dropped, sampled, ranked, mask] = argument;
   const auto [ranks, thresholds, factors] = ranked;
   return ElectTaskCuda{
       weight,
@@ -67,7 +67,8 @@ ElectTaskCuda elect_task(const ElectTaskArgument& argument) {
       dropped,
       random_mask(sampled),
       RankedSelection{bindings::pointer<const int32_t>(ranks), bindings::pointer<const int64_t>(thresholds),
-                      bindings::pointer<const void>(factors)}};
+                      bindings::pointer<const void>(factors)},
+      bindings::pointer<const uint8_t>(mask)};
 }
 
 }  // namespace

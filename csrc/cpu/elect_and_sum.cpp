@@ -45,9 +45,12 @@ struct Task {
   Rule<Real> dropped;
   RandomMask sampled;
   RankedSelection ranked;
+  const uint8_t* mask;
 
   bool samples() const { return sampled.threshold < (uint64_t{1} << 32); }
-  bool sparse() const { return kept.used() || dropped.used() || samples() || ranked.ranks != nullptr; }
+  bool sparse() const {
+    return kept.used() || dropped.used() || samples() || ranked.ranks != nullptr || mask != nullptr;
+  }
 };
 
 template <class Real>
@@ -96,6 +99,11 @@ RTSVM_INLINE void select(const Real* __restrict differences, Real* __restrict va
 }
 
 template <class Real>
+RTSVM_INLINE void cover(const uint8_t* __restrict mask, Real* __restrict values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) values[i] = mask[i] != 0 ? values[i] : Real{0};
+}
+
+template <class Real>
 RTSVM_INLINE void sample(const uint32_t* __restrict words, Real* __restrict values, int64_t n, uint64_t threshold) {
   for (int64_t i = 0; i < n; ++i) values[i] = words[i] < threshold ? values[i] : Real{0};
 }
@@ -116,24 +124,26 @@ RTSVM_INLINE void add(const Real* __restrict values, int64_t n, Real factor, Rea
   for (int64_t i = 0; i < n; ++i) sum[i] += factor * values[i];
 }
 
-// NaN is on both sides, so that it never disappears.
+// `scale` times a value votes, `factor` times it is summed. NaN is on both sides, so that it never disappears.
 template <class Real>
-RTSVM_INLINE void vote(const Real* __restrict values, int64_t n, Real factor, bool count, Sums<Real>& sums) {
+RTSVM_INLINE void vote(const Real* __restrict values, int64_t n, Real scale, Real factor, bool count,
+                       Sums<Real>& sums) {
   for (int64_t i = 0; i < n; ++i) {
+    const Real voter = scale * values[i];
     const Real value = factor * values[i];
-    const Real sign = static_cast<Real>(value > 0 ? 1 : 0) - static_cast<Real>(value < 0 ? 1 : 0);
-    sums.votes[i] += count ? sign : value;
-    sums.positive[i] += value < 0 ? Real{0} : value;
-    sums.negative[i] += value > 0 ? Real{0} : value;
+    const Real sign = static_cast<Real>(voter > 0 ? 1 : 0) - static_cast<Real>(voter < 0 ? 1 : 0);
+    sums.votes[i] += count ? sign : voter;
+    sums.positive[i] += voter < 0 ? Real{0} : value;
+    sums.negative[i] += voter > 0 ? Real{0} : value;
   }
 }
 
 template <class Real>
-RTSVM_INLINE void add_weights(const Real* __restrict values, int64_t n, Real factor, Real weight, Sums<Real>& sums) {
+RTSVM_INLINE void add_weights(const Real* __restrict values, int64_t n, Real scale, Real weight, Sums<Real>& sums) {
   for (int64_t i = 0; i < n; ++i) {
-    const Real value = factor * values[i];
-    sums.positive_weight[i] += value > 0 ? weight : Real{0};
-    sums.negative_weight[i] += value < 0 ? weight : Real{0};
+    const Real voter = scale * values[i];
+    sums.positive_weight[i] += voter > 0 ? weight : Real{0};
+    sums.negative_weight[i] += voter < 0 ? weight : Real{0};
   }
 }
 
@@ -182,6 +192,7 @@ RTSVM_INLINE void merge_chunk_any(Problem<Real>& problem, int64_t chunk) {
         if (task.dropped.used()) {
           select(differences, survivors, n, task.dropped.threshold, task.dropped.ties_left[chunk], false);
         }
+        if (task.mask != nullptr) cover(task.mask + first, survivors, n);
         if (task.samples() || task.ranked.ranks != nullptr) random_words(task.sampled, first, n, words);
         if (task.samples()) sample(words, survivors, n, task.sampled.threshold);
         if (task.ranked.ranks != nullptr) {
@@ -193,8 +204,9 @@ RTSVM_INLINE void merge_chunk_any(Problem<Real>& problem, int64_t chunk) {
       if (!elects) {
         add(values, n, task.factor, sums.positive);
       } else {
-        vote(values, n, task.factor, problem.election == Election::kCount, sums);
-        if (problem.normalize) add_weights(values, n, task.factor, task.weight, sums);
+        const Real scale = problem.election == Election::kUnweighted ? Real{1} : task.factor;
+        vote(values, n, scale, task.factor, problem.election == Election::kCount, sums);
+        if (problem.normalize) add_weights(values, n, scale, task.weight, sums);
       }
     }
     if (elects) decide(sums, n, problem.normalize);
@@ -263,7 +275,7 @@ void run(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks
     const double factor = tasks[t].ranked.ranks == nullptr ? tasks[t].factor : 1;
     problem.tasks.push_back(Task<Real>{tuned[t], static_cast<Real>(tasks[t].weight), static_cast<Real>(factor),
                                        rule<Real>(tasks[t].kept, chunks), rule<Real>(tasks[t].dropped, chunks),
-                                       tasks[t].sampled, tasks[t].ranked});
+                                       tasks[t].sampled, tasks[t].ranked, tasks[t].mask});
     const Task<Real>& task = problem.tasks.back();
     counts_ties = counts_ties || task.kept.counts_ties() || task.dropped.counts_ties();
   }

@@ -13,16 +13,13 @@
 #include "blocks.h"
 #include "isa.h"
 #include "keep.h"
+#include "lanes.h"
 #include "parallel.h"
 #include "r_tsvm/moments.h"
 #include "sample.h"
 
 namespace r_tsvm {
 namespace {
-
-// Independent partial sums, added pairwise at the end: the compiler vectorises without fast-math, and every
-// instruction set adds in the same order.
-constexpr int kLanes = 16;
 
 // Elements of a chunk that are listed at most.
 constexpr int64_t kListed = kChunk / 16;
@@ -65,23 +62,6 @@ struct Chunk {
   int64_t undecided;
   std::unique_ptr<Real[]> list;  // the undecided magnitudes in order, or null where they were too many
 };
-
-RTSVM_INLINE double add_lanes(double (&lanes)[kLanes]) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  return lanes[0];
-}
-
-// Calls step(i, lane) for i = 0 ... n - 1, lane = i % kLanes.
-template <class Step>
-RTSVM_INLINE void for_lanes(int64_t n, const Step& step) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) step(i + lane, lane);
-  }
-  for (int lane = 0; i + lane < n; ++lane) step(i + lane, lane);
-}
 
 // A NaN is in the sums, not in the maximum.
 template <class Real>

@@ -14,6 +14,7 @@ struct Task {
   MatrixView view;
   RandomMask sampled;
   RankedSelection ranked;
+  const uint8_t* mask;
   int kept;
   int dropped;
   Real weight;
@@ -56,12 +57,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Replaces the differences of a task by what they add to the sum: 0 where they do not survive.
+// Sets the differences of a task to 0 where they do not survive; `factor` is what the others are multiplied by.
 template <class Real>
 __device__ void sparsify(const Task<Real>& task, const TieRules& rules, int64_t slice, int64_t elements,
-                         Real (&values)[kItems]) {
+                         Real (&values)[kItems], Real (&factor)[kItems]) {
   bool survives[kItems], selected[kItems];
-  Real factor[kItems];
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
     survives[j] = true;
@@ -78,6 +78,10 @@ __device__ void sparsify(const Task<Real>& task, const TieRules& rules, int64_t 
     for (int j = 0; j < kItems; ++j) survives[j] = survives[j] && !selected[j];
   }
   const int64_t index = first_item(slice);
+  if (task.mask != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) survives[j] = survives[j] && index + j < elements && task.mask[index + j] != 0;
+  }
   if (task.ranked.ranks != nullptr) {
     uint32_t words[kItems];
     random_words(task.sampled, index, words);
@@ -94,7 +98,7 @@ __device__ void sparsify(const Task<Real>& task, const TieRules& rules, int64_t 
     for (int j = 0; j < kItems; ++j) survives[j] = survives[j] && words[j] < task.sampled.threshold;
   }
 #pragma unroll
-  for (int j = 0; j < kItems; ++j) values[j] = factor[j] * (survives[j] ? values[j] : Real{0});
+  for (int j = 0; j < kItems; ++j) values[j] = survives[j] ? values[j] : Real{0};
 }
 
 template <class Real>
@@ -106,9 +110,10 @@ __global__ void __launch_bounds__(kThreads)
     const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
     Real origin[kItems], sum[kItems] = {};
     for_differences(base, count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
-      sparsify(tasks[t], rules, slice, elements, values);
+      Real factor[kItems];
+      sparsify(tasks[t], rules, slice, elements, values, factor);
 #pragma unroll
-      for (int j = 0; j < kItems; ++j) sum[j] += values[j];
+      for (int j = 0; j < kItems; ++j) sum[j] += factor[j] * values[j];
     });
     add_step(origin, alpha, sum);
     store_four(origin, output, index, elements);
@@ -120,25 +125,27 @@ __global__ void __launch_bounds__(kThreads)
 template <class Real>
 __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 4 : 2)
     elect_kernel(const __grid_constant__ MatrixView base, const Task<Real>* tasks, int count,
-                 const __grid_constant__ TieRules rules, bool by_count, bool normalize, Real alpha, int64_t elements,
-                 Real* output) {
+                 const __grid_constant__ TieRules rules, Election election, bool normalize, Real alpha,
+                 int64_t elements, Real* output) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
     const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
     Real origin[kItems], elected[kItems], votes[kItems] = {};
     Real positive[kItems] = {}, negative[kItems] = {}, positive_weight[kItems] = {}, negative_weight[kItems] = {};
     for_differences(base, count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
-      sparsify(tasks[t], rules, slice, elements, values);
+      Real factor[kItems];
+      sparsify(tasks[t], rules, slice, elements, values, factor);
       const Real weight = tasks[t].weight;
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
-        const Real value = values[j];
-        const Real sign = static_cast<Real>((value > 0 ? 1 : 0) - (value < 0 ? 1 : 0));
-        votes[j] += by_count ? sign : value;
-        positive[j] += value < 0 ? Real{0} : value;
-        negative[j] += value > 0 ? Real{0} : value;
-        positive_weight[j] += value > 0 ? weight : Real{0};
-        negative_weight[j] += value < 0 ? weight : Real{0};
+        const Real value = factor[j] * values[j];
+        const Real voter = election == Election::kUnweighted ? values[j] : value;
+        const Real sign = static_cast<Real>((voter > 0 ? 1 : 0) - (voter < 0 ? 1 : 0));
+        votes[j] += election == Election::kCount ? sign : voter;
+        positive[j] += voter < 0 ? Real{0} : value;
+        negative[j] += voter > 0 ? Real{0} : value;
+        positive_weight[j] += voter > 0 ? weight : Real{0};
+        negative_weight[j] += voter < 0 ? weight : Real{0};
       }
     });
 #pragma unroll
@@ -169,6 +176,7 @@ void run(const Queue& queue, const MatrixView& base, const MatrixView* tuned, co
       batch.task[i] = Task<Real>{tuned[first + i],
                                  rule.sampled,
                                  rule.ranked,
+                                 rule.mask,
                                  rule.kept,
                                  rule.dropped,
                                  static_cast<Real>(rule.weight),
@@ -186,7 +194,7 @@ void run(const Queue& queue, const MatrixView& base, const MatrixView* tuned, co
                   elements, static_cast<Real*>(output));
   } else {
     launch_kernel(queue, "elect_kernel", slices, kThreads, 0, elect_kernel<Real>, base, tasks, tasks_count, ties,
-                  options.election == Election::kCount, options.normalize, alpha, elements, static_cast<Real*>(output));
+                  options.election, options.normalize, alpha, elements, static_cast<Real*>(output));
   }
 }
 

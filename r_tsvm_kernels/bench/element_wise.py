@@ -178,6 +178,25 @@ def _(inputs: Inputs) -> Case:
     )
 
 
+@benchmark("ranked_mask", "ops")
+def _(inputs: Inputs) -> Case:
+    from ..ops.random_mask.reference import random_words
+
+    x, base, chances = inputs.tuned[0], inputs.base, ops.della_probabilities(inputs.shape[1], DENSITY, 0.1)
+
+    def exact() -> Tensor:
+        chosen = chances.to(x.device)[ops.magnitude_ranks(x.double() - base.double()).long()]
+        return random_words(inputs.numel, SEED, 0, inputs.device).view(inputs.shape).double() < chosen * 2.0**32
+
+    return op_case(
+        inputs,
+        ["ranked_mask"],
+        lambda: ops.ranked_mask(x, chances, SEED, base=base),
+        exact,
+        2 * x.nbytes + inputs.numel,
+    )
+
+
 @benchmark("random_mask", "ops")
 def _(inputs: Inputs) -> Case:
     from ..ops.random_mask.reference import random_words
@@ -192,6 +211,37 @@ def _(inputs: Inputs) -> Case:
         lambda: ops.random_mask(inputs.shape, DENSITY, SEED, device=inputs.device),
         exact,
         inputs.numel,
+    )
+
+
+@benchmark("task_gram", "ops")
+def _(inputs: Inputs) -> Case:
+    base, tuned = inputs.base, inputs.tuned
+    return op_case(
+        inputs,
+        ["task_gram"],
+        lambda: ops.task_gram(tuned, base),
+        lambda: _products(*inputs.exact),
+        inputs.read_bytes,
+        best=lambda: torch_best.gram(base, tuned),
+    )
+
+
+def _products(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+    deltas = [tensor - base for tensor in tuned]
+    return torch.stack([torch.stack([(s * t).sum() for t in deltas]) for s in deltas])
+
+
+@benchmark("task_spread", "ops")
+def _(inputs: Inputs) -> Case:
+    base, tuned = inputs.base, inputs.tuned
+    return op_case(
+        inputs,
+        ["task_spread"],
+        lambda: ops.task_spread(base, tuned),
+        lambda: inputs.tasks * torch.stack([x - inputs.exact[0] for x in inputs.exact[1]]).var(0, unbiased=False),
+        inputs.read_bytes + 8 * inputs.numel,
+        best=lambda: torch_best.spread(base, tuned),
     )
 
 
@@ -289,6 +339,15 @@ def _(inputs: Inputs) -> Case:
 @benchmark("elect_and_sum: election", "ops")
 def _(inputs: Inputs) -> Case:
     return _elect_and_sum(inputs, {"elect": "sum", "normalize": True}, torch_best.ties)
+
+
+@benchmark("elect_and_sum: SCE", "ops")
+def _(inputs: Inputs) -> Case:
+    spread = ops.task_spread(inputs.base, inputs.tuned)
+    chosen = ops.magnitude_select(spread, inputs.numel // 2).mask(spread)
+    return _elect_and_sum(
+        inputs, {"elect": "unweighted", "normalize": True, "keep": [Keep(mask=chosen)] * inputs.tasks}
+    )
 
 
 @benchmark("elect_and_sum: TIES", "ops")

@@ -75,6 +75,21 @@ def histogram(x: Tensor, bits: int) -> Tensor:
     return torch.bincount((x.float().flatten().view(torch.int32) & 0x7FFFFFFF) >> (31 - bits), minlength=1 << bits)
 
 
+def gram(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+    """Return the products of task vectors: in float32, blocks of a few thousand summed in float64."""
+    X = torch.stack([tensor.float().sub_(base) for tensor in tuned]).flatten(1)
+    whole = X.shape[1] // 4096 * 4096
+    blocks = X[:, :whole].reshape(len(X), -1, 4096).transpose(0, 1)
+    rest = X[:, whole:].double()
+    return (blocks @ blocks.mT).sum(0, dtype=torch.float64) + rest @ rest.mT
+
+
+def spread(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+    """Return T times the variance over the tasks."""
+    deltas = torch.stack([tensor.float().sub_(base) for tensor in tuned]).double()
+    return deltas.sub_(deltas.mean(0)).square_().sum(0)
+
+
 def add(base: Tensor, update: Tensor, alpha: float) -> Tensor:
     """Add an update to a weight."""
     return torch.add(base.float(), update, alpha=alpha)

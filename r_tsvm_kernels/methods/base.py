@@ -22,14 +22,6 @@ from ..ops import accumulation_dtype
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Number = TypeVar("Number")
 
-# Elements of each tensor that are worked on at one time: what a core's cache holds, or what keeps a GPU busy.
-TILE = {"cpu": 1 << 15, "cuda": 1 << 22}
-
-
-def tile_elements(device_type: str) -> int:
-    """Return how many elements of each tensor a method that works piece by piece takes at one time."""
-    return TILE.get(device_type, TILE["cuda"])
-
 
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -8,25 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Cost, Job, elementwise_cost, tile_elements
+from ..ops import task_gram, tile_elements
+from .base import Cost, Job, elementwise_cost
 
 
 def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
     """Return the products ``<X_i, X_j>`` of all tensors, or of what they differ from `base`; (T, T) float64, CPU."""
-    flat = [tensor.flatten() for tensor in tensors]
-    origin = None if base is None else base.flatten()
-    total = flat[0].new_zeros(len(flat), len(flat), dtype=torch.float64)
-    size = max(1, min(tile_elements(total.device.type), len(flat[0])))
-    tile, start = total.new_empty(len(flat), size), total.new_empty(size)
-    for first in range(0, len(flat[0]), size):
-        part = slice(first, first + size)
-        X = tile[:, : len(flat[0]) - first]
-        for row, x in zip(X, flat, strict=True):
-            row.copy_(x[part])
-        if origin is not None:
-            X -= start[: X.shape[1]].copy_(origin[part])
-        total.addmm_(X, X.mT)
-    return total.cpu()
+    return task_gram(tensors, base).cpu()
 
 
 def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
@@ -48,8 +36,12 @@ def cosines(gram: Tensor) -> Tensor:
     return torch.where(lengths > 0, gram / lengths, 0).clamp(-1, 1)
 
 
+def gram_bytes(job: Job) -> int:
+    """Return the memory that a Gram matrix takes: task vectors of a piece, by rows those of some of them."""
+    return 2 * (job.tasks + 2) * 8 * min(tile_elements(job.device_type), job.elements)
+
+
 def geometric_cost(job: Job, options: Any) -> Cost:
     """Return what a Gram matrix and a linear sum take."""
     summing = elementwise_cost(job, options)
-    gram = 2 * (job.tasks + 2) * 8 * min(tile_elements(job.device_type), job.elements)
-    return Cost(max(summing.bytes, gram), summing.flops + float(job.elements) * (job.tasks + 1) ** 2)
+    return Cost(max(summing.bytes, gram_bytes(job)), summing.flops + float(job.elements) * (job.tasks + 1) ** 2)

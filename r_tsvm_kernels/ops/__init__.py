@@ -1,6 +1,6 @@
 """Operations on task vectors and matrices: one folder each, the reference beside its kernels."""
 
-from ._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
+from ._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, tile_elements
 from ._planes import Planes, SymmetricProduct
 from .add_update import add_update
 from .elect_and_sum import Election, Keep, elect_and_sum, normalized
@@ -12,12 +12,15 @@ from .magnitude_ranks import magnitude_ranks
 from .magnitude_select import MagnitudeSelection, kept_count, magnitude_select
 from .magnitude_select.many import magnitude_select_many
 from .random_mask import random_mask
+from .ranked_mask import ranked_mask
 from .reweight_prune import OutlierWeighting, outlier_weights, pruned_sparsity, reweight_prune
 from .reweight_prune_inplace import reweight_prune_
 from .reweight_prune_planes import reweight_prune_planes
 from .split_planes import split_planes
 from .symm_gram import symm_gram
 from .symm_square import symm_square
+from .task_gram import task_gram
+from .task_spread import task_spread
 from .task_statistics import TaskStatistics, task_statistics
 
 __all__ = [
@@ -47,11 +50,15 @@ __all__ = [
     "outlier_weights",
     "pruned_sparsity",
     "random_mask",
+    "ranked_mask",
     "reweight_prune",
     "reweight_prune_",
     "reweight_prune_planes",
     "split_planes",
     "symm_gram",
     "symm_square",
+    "task_gram",
+    "task_spread",
     "task_statistics",
+    "tile_elements",
 ]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merging import DTYPES, SHAPES, doubles, group, merge, update_error
 
-from r_tsvm_kernels.methods import base as shared
+from r_tsvm_kernels.ops import _checks
 
 
 def ratio(deltas):
@@ -56,7 +56,7 @@ def test_weights_weight_the_mean():
 def test_many_tiles(monkeypatch):
     base, tuned = related((40, 33))
     plain = [merge("model_stock", base, tuned, filter_wise=rows) for rows in (False, True)]
-    monkeypatch.setitem(shared.TILE, "cpu", 50)
+    monkeypatch.setitem(_checks.TILE, "cpu", 50)
     for rows in (False, True):
         assert relative_error(merge("model_stock", base, tuned, filter_wise=rows), plain[rows]) < 1e-7
 

@@ -15,16 +15,18 @@ from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DeviceError, 
 from r_tsvm_kernels.ops import (
     Keep,
     MagnitudeSelection,
+    RankedKeep,
     accumulation_dtype,
     elect_and_sum,
     kept_count,
+    magnitude_ranks,
     magnitude_select,
     random_mask,
 )
 from r_tsvm_kernels.ops._native import matrix
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-ELECTIONS = ["none", "sum", "count"]
+ELECTIONS = ["none", "sum", "count", "unweighted"]
 WEIGHTS = [1.0, 0.5, 2.0, -0.25, 0.75, 1.5, 0.125, 3.0]
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
@@ -59,13 +61,17 @@ def sparsifiers(base, tuned, kind, density=0.4, gamma=0.1):
             "ties": Keep(largest=top(density)),
             "breadcrumbs": Keep(largest=top(density + gamma), outliers=top(gamma)),
             "dare": Keep(probability=density, seed=7, stream=task, rescale=1 / density),
-            "everything": Keep(largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3),
-        }
-        rules.append(choices[list(choices)[(task + 1) % 5] if kind == "mixture" else kind])
+            "mask": Keep(mask=random_mask(delta.shape, density, 5, task, device=delta.device), rescale=-1.5),
+            "everything": Keep(
+                largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3,
+                mask=random_mask(delta.shape, 0.8, 6, task, device=delta.device),
+            ),
+        }  # fmt: skip
+        rules.append(choices[list(choices)[(task + 1) % 6] if kind == "mixture" else kind])
     return rules
 
 
-KINDS = ["all", "ties", "breadcrumbs", "dare", "everything", "mixture"]
+KINDS = ["all", "ties", "breadcrumbs", "dare", "mask", "everything", "mixture"]
 
 
 def formula(base, tuned, weights, elect, normalize, alpha, keep):
@@ -84,14 +90,18 @@ def formula(base, tuned, weights, elect, normalize, alpha, keep):
         if rule.outliers is not None:
             survives &= rank >= int(rule.outliers.mask(torch.from_numpy(v[task])).sum())
         survives &= random_mask(origin.shape, rule.probability, rule.seed, rule.stream).numpy()
-        v[task] *= survives * rule.rescale
-    v *= weights
+        if rule.mask is not None:
+            survives &= rule.mask.numpy()
+        v[task] *= survives
+    voters = v
+    v = v * np.array([rule.rescale for rule in keep]).reshape(weights.shape) * weights
+    voters = voters if elect == "unweighted" else v
     if elect == "none":
         divisor = weights.sum()
         combined = v.sum(0)
     else:
-        sign = np.where((v if elect == "sum" else np.sign(v)).sum(0) >= 0, 1.0, -1.0)
-        agree = np.sign(v) == sign
+        sign = np.where((np.sign(voters) if elect == "count" else voters).sum(0) >= 0, 1.0, -1.0)
+        agree = np.sign(voters) == sign
         divisor = (agree * weights).sum(0)
         divisor = np.where(divisor == 0, 1, divisor)
         combined = (v * agree).sum(0)
@@ -201,9 +211,12 @@ def test_elections_by_hand(backend):
     assert merge("count") == [-1.0, 1.0, -2.0, 5.0, 2.0, 1.0]
     assert merge("sum", normalize=False) == [3.0, 3.0, -4.0, 5.0, 2.0, -9.0]
     assert merge("sum", (1.0, 3.0, 1.0)) == [-4 / 4, 5 / 5, -10 / 4, 5.0, -2.0, -9.0]
+    assert merge("unweighted", (1.0, 3.0, 1.0)) == [3.0, 5 / 5, -10 / 4, 5.0, 2.0, -9.0]
     assert merge("none", (1.0, 2.0, 1.0), normalize=False) == [0.0, 4.0, -6.0, 5.0, -2.0, -16.0]
     # A negative weight turns the task vector round before it votes; agreeing weights of sum 0 divide by 1.
     assert merge("sum", (1.0, -1.0, 0.0)) == [4.0, 1.0, -3.0, 0.0, 4.0, 10.0]
+    # In an unweighted election it does not: the task is on the side of its difference, and is subtracted there.
+    assert merge("unweighted", (2.0, -1.0, 1.0), normalize=False) == [6.0, 2.0, 1.0, 5.0, 4.0, 9.0]
 
 
 @every_backend
@@ -286,12 +299,18 @@ def test_what_it_refuses(backend):
         merge([tuned[0], tuned[1].int()])
     with pytest.raises(DeviceError):
         merge([tuned[0], tuned[1].to("meta")])
-    with pytest.raises(ConfigError, match="none, sum or count"):
+    with pytest.raises(ConfigError, match="none, sum, count, unweighted"):
         merge(elect="total")
     with pytest.raises(ConfigError, match="2 tasks but 3 weights"):
         merge(weights=[1.0] * 3)
     with pytest.raises(ConfigError, match="2 tasks but 1 sparsifiers"):
         merge(keep=[Keep()])
+    for mask, error in ((base.T > 0, ShapeError), ((base > 0).to("meta"), DeviceError), (base, DTypeError)):
+        with pytest.raises(error, match="mask of task 1"):
+            merge(keep=[Keep(), Keep(mask=mask)])
+    ranked = RankedKeep(magnitude_ranks(base), torch.ones(5, dtype=torch.float64))
+    with pytest.raises(ConfigError, match="task 1 is selected by ranks"):
+        merge(keep=[Keep(), Keep(ranked=ranked)], elect="unweighted")
     with pytest.raises(ConfigError, match="sum to 0"):
         merge(weights=[1.0, -1.0], normalize=True)
     for options in ({"weights": [1.0, math.nan]}, {"alpha": math.inf}):
@@ -312,11 +331,11 @@ def test_sparsifiers_that_are_refused(fields):
 @native_backend
 def test_the_native_module_names_the_op_in_its_errors(backend):
     native = backends.native(backend)
-    base, task = matrix(torch.zeros(4)), (1.0, 1.0, (0.0, -1), (0.0, -1), (2**32, 0, 0), (0, 0, 0))
+    base, task = matrix(torch.zeros(4)), (1.0, 1.0, (0.0, -1), (0.0, -1), (2**32, 0, 0), (0, 0, 0), 0)
     for arguments, message in [
         (([matrix(torch.zeros(5))], [task], 0), "the tensors differ in size"),
         (([base], [], 0), "not one task per tensor"),
-        (([base], [task], 3), "unknown election code"),
+        (([base], [task], 4), "unknown election code"),
     ]:
         with pytest.raises(RuntimeError, match=f"elect_and_sum: {message}"):
             native.elect_and_sum(base, *arguments, False, 1.0, 0, 1)

@@ -16,9 +16,10 @@
 namespace r_tsvm {
 
 // The codes are part of the Python boundary: ELECTIONS in r_tsvm_kernels/ops/elect_and_sum/cpu_kernel.py.
-enum class Election : int { kNone = 0, kSum = 1, kCount = 2 };
+// In an unweighted one the differences vote, and have sides, before they are multiplied.
+enum class Election : int { kNone = 0, kSum = 1, kCount = 2, kUnweighted = 3 };
 
-inline constexpr int kElections = 3;
+inline constexpr int kElections = 4;
 
 // Magnitudes above the threshold, and the first `ties` (by flat index) of those equal to it.
 struct Selection {
@@ -40,7 +41,8 @@ struct ElectTask {
   Selection kept;          // these survive,
   Selection dropped;       // unless they are also among these,
   RandomMask sampled;      // or not in this mask,
-  RankedSelection ranked;  // or not selected here, by the same random words
+  RankedSelection ranked;  // or not selected here, by the same random words; not in an unweighted election
+  const uint8_t* mask;     // or 0 here: contiguous, of the tensors' size, or null
 };
 
 struct ElectOptions {
@@ -60,6 +62,7 @@ struct ElectTaskCuda {
   int dropped;
   RandomMask sampled;
   RankedSelection ranked;  // its arrays on the device
+  const uint8_t* mask;     // on the device
 };
 
 // Arrays on the device.

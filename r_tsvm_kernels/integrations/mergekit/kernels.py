@@ -17,15 +17,7 @@ from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, TensorGroup
 from torch import Tensor
 
 from ...methods.sparse import kept_model, l1_norm
-from ...ops import (
-    FLOAT_DTYPES,
-    Keep,
-    RankedKeep,
-    della_probabilities,
-    elect_and_sum,
-    magnitude_ranks,
-    magnitude_select,
-)
+from ...ops import FLOAT_DTYPES, Keep, della_probabilities, elect_and_sum, magnitude_select, ranked_mask
 from .counting import count
 
 # Makes the Keep of a difference x - base; None for parameters that are left to mergekit.
@@ -70,11 +62,8 @@ def _keep_by_rank(x: Tensor, base: Tensor | None, density: float, epsilon: float
         return _keep_largest(x, base, density)
     if x.ndim not in (1, 2) or not (epsilon >= 0 and density + epsilon < 1 and density - epsilon > 0):
         return None  # mergekit ranks along dimension 1, and says what is wrong with epsilon
-    count("magnitude_ranks")
-    ranked = RankedKeep(
-        magnitude_ranks(x, base=base), della_probabilities(x.shape[-1], density, epsilon), rescale=False
-    )
-    return Keep(ranked=ranked, seed=_seed())
+    count("ranked_mask")
+    return Keep(mask=ranked_mask(x, della_probabilities(x.shape[-1], density, epsilon), _seed(), base=base))
 
 
 def _seed() -> int:

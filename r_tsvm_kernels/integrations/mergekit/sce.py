@@ -1,4 +1,4 @@
-"""mergekit's SCE on our selection: exact counts, variances in float64, one task vector in memory at a time."""
+"""mergekit's SCE on our kernels: exact counts, variances and weights in float64, no task vector stored."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from mergekit.merge_methods import TensorGroup
 from torch import Tensor
 
-from ...methods.sce import add_erased_mean, spreads, squared_norms
-from ...ops import magnitude_select
+from ...methods.sce import add_erased_mean, largest, squared_norms
+from ...ops import task_spread
 from .counting import count
 from .kernels import accepted
 
@@ -23,13 +23,12 @@ def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -
         return None
     selected = None
     if select_topk < 1:
-        spread = spreads(base, tuned)
+        spread = task_spread(base, tuned)
         keep = int(spread.count_nonzero() * select_topk) if select_topk > 0 else 0
         if keep == 0:
             return None  # nothing to do: the base
         count("magnitude_select")
-        selected = magnitude_select(spread, keep).mask(spread)
-        del spread
+        selected = largest(spread, keep)
     squares = torch.tensor(squared_norms(base, tuned, selected), dtype=torch.float64) / base.numel()
     total = float(squares.sum())
     if not squares.isfinite().all():

@@ -10,13 +10,13 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from ... import dispatch
-from ...errors import ConfigError, DeviceError, ShapeError
-from .._checks import check_group
+from ...errors import ConfigError
+from .._checks import check_group, check_like, check_mask
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import check_random
 from .ranked import RankedKeep
 
-Election = Literal["none", "sum", "count"]
+Election = Literal["none", "sum", "count", "unweighted"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Keep:
       ``largest`` selects k(d + gamma), ``outliers`` k(gamma).
     - DARE (Yu et al., arXiv 2311.03099): ``probability = d``, ``rescale = 1 / d``, one ``stream`` per task.
     - DELLA (Deep et al., arXiv 2406.11617), without its election: ``ranked``, one ``stream`` per task.
+    - SCE (Wan et al., arXiv 2408.07990), selecting: the same ``mask`` for all tasks.
 
     Attributes:
         largest: survivors by magnitude, selected on ``tuned[t] - base`` in the accumulation dtype; None for all.
@@ -40,6 +41,7 @@ class Keep:
         rescale: factor of the survivors.
         ranked: survivors by chance, more likely the larger their magnitude is in the row; in place of `probability`,
             drawn from the words of the same random mask; None for all.
+        mask: bool, of the tensors' shape and device: survivors are True; None for all.
     """
 
     largest: MagnitudeSelection | None = None
@@ -49,6 +51,7 @@ class Keep:
     stream: int = 0
     rescale: float = 1.0
     ranked: RankedKeep | None = None
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_random(self.probability, self.seed, self.stream, op="elect_and_sum")
@@ -80,6 +83,8 @@ def elect_and_sum(
       have the other sign. `normalize` divides by the sum of the w_t with v_t of the elected sign, by 1 where that is 0:
       the disjoint mean of TIES, weighted (Yadav et al., arXiv 2306.01708).
     - ``elect="count"``: likewise, with the sign that more of the v_t have, + where they are equally many.
+    - ``elect="unweighted"``: likewise, with the sign of the sum of the surviving differences, neither weighted nor
+      rescaled; a v_t is on the side of its difference. SCE, erasing minority signs (Wan et al., arXiv 2408.07990).
 
     Sums run over the tasks from first to last in the accumulation dtype; ``w_t * rescale_t`` is rounded to it once.
     Where ``alpha * combined`` is 0 the base comes back bit for bit, -0.0 included. NaN and infinity in a surviving
@@ -89,7 +94,7 @@ def elect_and_sum(
         base: any shape, float64, float32, float16 or bfloat16.
         tuned: T tensors of the same shape and device; dtypes may differ.
         weights: T numbers, of any sign.
-        elect: ``none``, ``sum`` or ``count``.
+        elect: ``none``, ``sum``, ``count`` or ``unweighted``.
         normalize: divide by weights, as above.
         alpha: scale of the merged task vector.
         keep: T sparsifiers; None keeps every element.
@@ -99,14 +104,14 @@ def elect_and_sum(
         A new tensor, float32 (float64 if any input is float64): rounding to the storage dtype is left to the caller.
 
     Raises:
-        ShapeError, DTypeError, DeviceError: the tensors do not match.
-        ConfigError: an unknown election, a wrong number of weights or sparsifiers, a number that is not finite, or
-            weights that sum to 0 and are to be normalized without an election.
+        ShapeError, DTypeError, DeviceError: the tensors do not match, ranks and masks included.
+        ConfigError: an unknown election, a wrong number of weights or sparsifiers, a number that is not finite,
+            weights that sum to 0 and are to be normalized without an election, or ranks in an unweighted election.
         BackendUnavailable: `backend` cannot run here.
     """
     check_group(base, tuned, op="elect_and_sum")
     if elect not in get_args(Election):
-        raise ConfigError(f"elect must be none, sum or count, got {elect!r}")
+        raise ConfigError(f"elect must be {', '.join(get_args(Election))}, got {elect!r}")
     for name, values in (("weights", weights), ("sparsifiers", keep)):
         if values is not None and len(values) != len(tuned):
             raise ConfigError(f"elect_and_sum: {len(tuned)} tasks but {len(values)} {name}")
@@ -117,22 +122,14 @@ def elect_and_sum(
     rules = list(keep) if keep is not None else [Keep()] * len(tuned)
     for index, rule in enumerate(rules):
         if rule.ranked is not None:
-            _check_ranks(rule.ranked.ranks, base, index)
+            check_like(rule.ranked.ranks, base, f"elect_and_sum: tensor of ranks of task {index}")
+            if elect == "unweighted":
+                raise ConfigError(f"elect_and_sum: task {index} is selected by ranks, in an unweighted election")
+        if rule.mask is not None:
+            check_mask(rule.mask, base, f"elect_and_sum: mask of task {index}")
     run = dispatch.select("elect_and_sum", base, *tuned, backend=backend)
     result: Tensor = run(base, tuned, list(weights), rules, elect, normalize, alpha)
     return result
-
-
-def _check_ranks(ranks: Tensor, base: Tensor, task: int) -> None:
-    if ranks.shape != base.shape:
-        raise ShapeError(
-            f"elect_and_sum: the ranks of task {task} have shape {tuple(ranks.shape)}, the base has {tuple(base.shape)}"
-        )
-    if ranks.device != base.device:
-        raise DeviceError(
-            f"elect_and_sum: the ranks of task {task} lie on {ranks.device}, the base on {base.device}; "
-            "move them with .to()"
-        )
 
 
 def normalized(weights: Sequence[float]) -> list[float]:

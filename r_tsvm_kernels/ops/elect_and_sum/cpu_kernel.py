@@ -16,7 +16,7 @@ from . import Keep
 from .ranked import rank_tables
 
 # Codes of r_tsvm::Election (csrc/include/r_tsvm/elect_and_sum.h).
-ELECTIONS = {"none": 0, "sum": 1, "count": 2}
+ELECTIONS = {"none": 0, "sum": 1, "count": 2, "unweighted": 3}
 
 
 def run(
@@ -33,6 +33,7 @@ def run(
     views = [matrix(tensor) for tensor in tensors]
     dtype = accumulation_dtype(base, *tuned)
     ranked = [_ranked(rule, weight, dtype) for weight, rule in zip(weights, keep, strict=True)]
+    masks = [None if rule.mask is None else rule.mask.contiguous() for rule in keep]
     tasks = [
         (
             weight,
@@ -41,8 +42,9 @@ def run(
             _selection(rule.outliers, dtype),
             (mask_threshold(rule.probability), rule.seed, rule.stream),
             tuple(tensor.data_ptr() for tensor in tables) or (0, 0, 0),
+            0 if mask is None else mask.data_ptr(),
         )
-        for weight, rule, tables in zip(weights, keep, ranked, strict=True)
+        for weight, rule, tables, mask in zip(weights, keep, ranked, masks, strict=True)
     ]
     output = torch.empty(base.shape, dtype=dtype, device=base.device)
     threads = torch.get_num_threads()

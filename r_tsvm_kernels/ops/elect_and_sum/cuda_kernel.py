@@ -49,6 +49,12 @@ def run(
         ranks, thresholds, factors = (tensor.data_ptr() for tensor in alive[-3:])
         return ranks, thresholds, factors
 
+    def mask(rule: Keep) -> int:
+        if rule.mask is None:
+            return 0
+        alive.append(rule.mask.contiguous())
+        return alive[-1].data_ptr()
+
     tasks = [
         (
             weight,
@@ -57,6 +63,7 @@ def run(
             index(rule.outliers),
             (mask_threshold(rule.probability), rule.seed, rule.stream),
             tables(rule, weight),
+            mask(rule),
         )
         for weight, rule in zip(weights, keep, strict=True)
     ]

@@ -39,10 +39,7 @@ class RankedKeep:
                 "RankedKeep: expected one probability per column, got "
                 f"{tuple(probabilities.shape)} for ranks of shape {tuple(ranks.shape)}"
             )
-        if probabilities.device.type != "cpu":
-            raise ConfigError(f"RankedKeep: the probabilities lie on {probabilities.device}; move them with .cpu()")
-        if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):  # NaN is neither
-            raise ConfigError("RankedKeep: the probabilities must lie in [0, 1]")
+        check_probabilities(probabilities, op="RankedKeep")
         if ranks.numel() > 0:  # kernels look them up in tables
             low, high = (int(rank) for rank in torch.aminmax(ranks))
             if low < 0 or high >= len(probabilities):
@@ -63,11 +60,24 @@ class RankTables(NamedTuple):
 
 def rank_tables(ranked: RankedKeep, factor: float, dtype: torch.dtype) -> RankTables:
     """Return the tables of a sparsifier, on the CPU; `factor` is weight times rescale of the task."""
-    thresholds = (ranked.probabilities * 2.0**32).round()  # as mask_threshold: half to even
+    thresholds = rank_thresholds(ranked.probabilities)
     factors = torch.full_like(ranked.probabilities, factor)
     if ranked.rescale:
         factors /= ranked.probabilities
-    return RankTables(thresholds.long(), torch.where(thresholds > 0, factors, 0).to(dtype))
+    return RankTables(thresholds, torch.where(thresholds > 0, factors, 0).to(dtype))
+
+
+def rank_thresholds(probabilities: Tensor) -> Tensor:
+    """Return the numbers that 32-bit words of survivors lie below, by rank; int64, 2**32 for always."""
+    return (probabilities * 2.0**32).round().long()  # as mask_threshold: half to even
+
+
+def check_probabilities(probabilities: Tensor, op: str) -> None:
+    """Raise `ConfigError` unless they lie on the CPU and in [0, 1]."""
+    if probabilities.device.type != "cpu":
+        raise ConfigError(f"{op}: the probabilities lie on {probabilities.device}; move them with .cpu()")
+    if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):  # NaN is neither
+        raise ConfigError(f"{op}: the probabilities must lie in [0, 1]")
 
 
 def della_probabilities(cols: int, density: float, epsilon: float) -> Tensor:

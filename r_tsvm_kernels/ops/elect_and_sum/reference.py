@@ -27,37 +27,44 @@ def run(
     dtype = accumulation_dtype(base, *tuned)
     start = base.to(dtype)
     # A generator: without an election, one task vector at a time is in memory.
-    task_vectors = (
+    pairs = (
         _sparsified(tensor.to(dtype) - start, weight, rule)
         for tensor, weight, rule in zip(tuned, weights, keep, strict=True)
     )
     combined = torch.zeros_like(start)
     if elect == "none":
-        for vector in task_vectors:
-            combined += vector
+        for survivors, factor in pairs:
+            combined += factor * survivors
     else:
-        vectors = list(task_vectors)
+        # What votes and has a side, and what is summed.
+        voters: list[tuple[Tensor, Tensor]] = []
+        for survivors, factor in pairs:
+            vector = factor * survivors
+            voters.append((survivors if elect == "unweighted" else vector, vector))
         votes, divisor = torch.zeros_like(start), torch.zeros_like(start)
-        for vector in vectors:
-            votes += vector if elect == "sum" else (vector > 0).to(dtype) - (vector < 0).to(dtype)
+        for voter, _ in voters:
+            votes += (voter > 0).to(dtype) - (voter < 0).to(dtype) if elect == "count" else voter
         positive = votes >= 0
-        for vector, weight in zip(vectors, weights, strict=True):
+        for (voter, vector), weight in zip(voters, weights, strict=True):
             # Not "has the elected sign": NaN has none and must not disappear.
-            against = torch.where(positive, vector < 0, vector > 0)
+            against = torch.where(positive, voter < 0, voter > 0)
             combined += torch.where(against, 0, vector)
-            divisor += torch.where(against | (vector == 0), 0, divisor.new_tensor(weight))
+            divisor += torch.where(against | (voter == 0), 0, divisor.new_tensor(weight))
         if normalize:
             combined /= torch.where(divisor == 0, 1, divisor)
     step = alpha * combined
     return torch.where(step == 0, start, start + step)  # -0.0 + 0.0 would be +0.0
 
 
-def _sparsified(difference: Tensor, weight: float, rule: Keep) -> Tensor:
+def _sparsified(difference: Tensor, weight: float, rule: Keep) -> tuple[Tensor, float | Tensor]:
+    """Return the surviving differences, 0 elsewhere, and what they are multiplied by."""
     survives = torch.ones_like(difference, dtype=torch.bool)
     if rule.largest is not None:
         survives &= rule.largest.mask(difference)
     if rule.outliers is not None:
         survives &= ~rule.outliers.mask(difference)
+    if rule.mask is not None:
+        survives &= rule.mask
     if rule.probability < 1:
         drawn = (rule.probability, rule.seed, rule.stream)
         survives &= random_mask(difference.shape, *drawn, device=difference.device, backend="torch")
@@ -68,4 +75,4 @@ def _sparsified(difference: Tensor, weight: float, rule: Keep) -> Tensor:
         words = random_words(difference.numel(), rule.seed, rule.stream, difference.device).view(difference.shape)
         survives &= words < tables.thresholds.to(difference.device)[ranks]
         factor = tables.factors.to(difference.device)[ranks]
-    return factor * torch.where(survives, difference, 0)
+    return torch.where(survives, difference, 0), factor

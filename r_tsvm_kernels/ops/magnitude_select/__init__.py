@@ -15,6 +15,9 @@ from ... import dispatch
 from ...errors import ConfigError, DTypeError
 from .._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
 
+# Elements of which a mask is made at one time on a CPU: what fits into a core's cache, and is worth its overhead.
+MASK_TILE = 1 << 17
+
 
 @dataclass(frozen=True)
 class MagnitudeSelection:
@@ -32,14 +35,26 @@ class MagnitudeSelection:
         """Return the boolean mask (shape of `x`) of the elements of `x` that survive; exact for any two dtypes."""
         # Explicitly: torch would round a 0-D tensor to the dtype of the other one.
         dtype = torch.promote_types(x.dtype, self.threshold.dtype)
-        magnitude, threshold = x.abs().to(dtype), self.threshold.to(dtype)
+        threshold = self.threshold.to(dtype)
+        if x.device.type == "cpu":
+            return self._mask_on_cpu(x, threshold)
+        magnitude = x.abs().to(dtype)
         kept, tied = magnitude > threshold, magnitude == threshold
-        if x.device.type == "cpu":  # ties are few; a count would have to wait for a GPU
-            kept = kept.contiguous()
-            kept.view(-1)[tied.flatten().nonzero()[: int(self.ties), 0]] = True
-            return kept
         first = tied.flatten().cumsum(0).view(x.shape) <= self.ties
         return kept | (tied & first)
+
+    def _mask_on_cpu(self, x: Tensor, threshold: Tensor) -> Tensor:
+        """Piece by piece, out of the cache. Ties are few; to count them would have to wait for a GPU."""
+        mask = torch.empty(x.shape, dtype=torch.bool)
+        flat, kept, ties = x.reshape(-1), mask.view(-1), int(self.ties)
+        for first in range(0, len(flat), MASK_TILE):
+            magnitude, part = flat[first : first + MASK_TILE].abs().to(threshold.dtype), kept[first : first + MASK_TILE]
+            torch.gt(magnitude, threshold, out=part)
+            if ties > 0:
+                tied = (magnitude == threshold).nonzero()[:ties, 0]
+                part[tied] = True
+                ties -= len(tied)
+        return mask
 
     def rounded(self, dtype: torch.dtype) -> MagnitudeSelection:
         """Return the selection that makes the same masks of tensors of `dtype`, with its threshold in `dtype`.

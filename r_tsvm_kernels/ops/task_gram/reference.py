@@ -1,0 +1,27 @@
+"""Gram matrices of task vectors in torch: the definition of correct."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._checks import tile_elements
+
+
+def run(tuned: Sequence[Tensor], base: Tensor | None, mask: Tensor | None) -> Tensor:
+    """See `task_gram`. Piece by piece, so that no task vector is stored whole."""
+    flat = [tensor.reshape(-1) for tensor in tuned]
+    origin, chosen = (None if tensor is None else tensor.reshape(-1) for tensor in (base, mask))
+    gram = flat[0].new_zeros(len(flat), len(flat), dtype=torch.float64)
+    size = tile_elements(gram.device.type)
+    for first in range(0, len(flat[0]), size):
+        part = slice(first, first + size)
+        X = torch.stack([tensor[part].double() for tensor in flat])  # (T, size)
+        if origin is not None:
+            X -= origin[part].double()
+        if chosen is not None:
+            X.masked_fill_(~chosen[part], 0)
+        gram.addmm_(X, X.mT)
+    return gram

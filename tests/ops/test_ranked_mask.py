@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+from compare import same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from variants import DTYPES, LAYOUTS, VALUES, available, layout_names, torch_threads
+
+from r_tsvm_kernels import backends
+from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, NonFiniteError, ShapeError
+from r_tsvm_kernels.ops import Keep, RankedKeep, della_probabilities, elect_and_sum, magnitude_ranks, ranked_mask
+
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
+native_backend = pytest.mark.parametrize("backend", available("cpu"))
+
+ROWS = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 257, 2049, 65537]))
+SHAPES = st.one_of(ROWS.map(lambda n: (n,)), st.lists(st.integers(0, 80), min_size=2, max_size=3).map(tuple))
+
+
+def tables(cols, kind, seed=0):
+    """Return probabilities by rank."""
+    generator = torch.Generator().manual_seed(seed)
+    rising = torch.rand(cols, generator=generator, dtype=torch.float64).sort().values
+    return {
+        "della": della_probabilities(cols, 0.4, 0.25),
+        "zero to one": della_probabilities(cols, 0.5, 0.5),
+        "steps": (torch.arange(cols) >= cols // 3).double(),
+        "rising": rising,
+        "near one": (1 - 2.0**-33) * torch.ones(cols, dtype=torch.float64),
+        "falling": rising.flip(0),
+        "any": torch.rand(cols, generator=generator, dtype=torch.float64),
+    }[kind]
+
+
+TABLES = ["della", "zero to one", "steps", "rising", "near one", "falling", "any"]
+
+
+@native_backend
+@given(
+    kind=st.sampled_from(sorted(VALUES)),
+    table=st.sampled_from(TABLES),
+    shape=SHAPES,
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=2),
+    layouts=st.lists(layout_names, min_size=2, max_size=2),
+    with_base=st.booleans(),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_equals_the_reference(backend, kind, table, shape, dtypes, layouts, with_base, seed):
+    torch.manual_seed(seed % 1000)
+    base = torch.randn(shape) if with_base and "subnormal" not in kind else torch.zeros(shape)
+    x = LAYOUTS[layouts[0]]((base + VALUES[kind](shape)).to(dtypes[0]))
+    base = LAYOUTS[layouts[1]](base.to(dtypes[1])) if with_base else None
+    probabilities = tables(shape[-1], table, seed % 1000)
+    got = ranked_mask(x, probabilities, seed, seed % 2**32, base=base, backend=backend)
+    assert got.is_contiguous()
+    assert same_bits(got, ranked_mask(x, probabilities, seed, seed % 2**32, base=base, backend="torch"))
+
+
+@native_backend
+@pytest.mark.parametrize("table", TABLES[:4])
+@pytest.mark.parametrize("kind", ["gaussian", "heavy-tailed", "ties", "mostly zero", "all equal"])
+@pytest.mark.parametrize("cols", [257, 4096, 14336])
+def test_long_rows(backend, cols, kind, table):
+    x, probabilities = VALUES[kind]((5, cols)), tables(cols, table)
+    got = ranked_mask(x, probabilities, 11, 3, backend=backend)
+    assert same_bits(got, ranked_mask(x, probabilities, 11, 3, backend="torch"))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_is_the_mask_of_ranked_keep(backend, dtype):
+    base = torch.randn(31, 301).to(dtype)
+    x = (base.double() + 0.01 * torch.randn(31, 301)).to(dtype)
+    probabilities = della_probabilities(301, 0.3, 0.2)
+    ranked = RankedKeep(magnitude_ranks(x, base=base), probabilities, rescale=False)
+    mask = ranked_mask(x, probabilities, 5, 1, base=base, backend=backend)
+    by_ranks = elect_and_sum(base, [x], [1.0], keep=[Keep(ranked=ranked, seed=5, stream=1)])
+    assert same_bits(elect_and_sum(base, [x], [1.0], keep=[Keep(mask=mask)]), by_ranks)
+
+
+@every_backend
+def test_each_rank_survives_as_often_as_its_probability_says(backend):
+    x, probabilities = torch.tensor([3.0, -1.0, 0.5, 8.0, 0.0]).expand(20_000, 5), della_probabilities(5, 0.5, 0.4)
+    share = ranked_mask(x, probabilities, 1, backend=backend).double().mean(0)
+    expected = probabilities[[3, 2, 1, 4, 0]]
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
+
+
+@native_backend
+@pytest.mark.parametrize("shape", [(300, 1001), (100_000, 3), (2, 70_001), (299, 65)], ids=str)
+def test_number_of_threads_does_not_matter(backend, shape):
+    x, probabilities = torch.randn(shape).bfloat16(), della_probabilities(shape[1], 0.5, 0.3)
+    expected = ranked_mask(x, probabilities, 9, backend="torch")
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            assert same_bits(ranked_mask(x, probabilities, 9, backend=backend), expected)
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), (1,), (1, 1)], ids=str)
+def test_nothing_and_single_elements(backend, shape):
+    mask = ranked_mask(torch.ones(shape), torch.ones(shape[-1], dtype=torch.float64), 0, backend=backend)
+    assert same_bits(mask, torch.ones(shape, dtype=torch.bool))
+
+
+@every_backend
+@pytest.mark.parametrize("cols", [4, 300])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(backend, cols, bad):
+    x, probabilities = torch.ones(3, cols), della_probabilities(cols, 0.5, 0.1)
+    x[1, 2] = x[2, 0] = bad
+    for tensor, base in ((x, None), (torch.zeros(3, cols), x)):
+        with pytest.raises(NonFiniteError, match=f"2 of {3 * cols}"):
+            ranked_mask(tensor, probabilities, 0, base=base, backend=backend)
+
+
+def test_what_it_refuses():
+    x, p = torch.ones(2, 4), della_probabilities(4, 0.5, 0.1)
+    for wrong in (p[:3], p[None], torch.ones((), dtype=torch.float64)):
+        with pytest.raises(ShapeError, match="one probability per column"):
+            ranked_mask(x, wrong, 0)
+    with pytest.raises(ShapeError, match="rows of less"):
+        ranked_mask(torch.tensor(1.0), p, 0)
+    with pytest.raises(DTypeError, match="int64"):
+        ranked_mask(x.long(), p, 0)
+    with pytest.raises(DTypeError, match="float64 probabilities"):
+        ranked_mask(x, p.float(), 0)
+    for wrong in (p + 1, p - 1, p * math.nan):
+        with pytest.raises(ConfigError, match=r"ranked_mask: .*\[0, 1\]"):
+            ranked_mask(x, wrong, 0)
+    with pytest.raises(ConfigError, match=r"\.cpu\(\)"):
+        ranked_mask(x, p.to("meta"), 0)
+    with pytest.raises(ConfigError, match="ranked_mask: seed"):
+        ranked_mask(x, p, -1)
+    with pytest.raises(ConfigError, match="ranked_mask: stream"):
+        ranked_mask(x, p, 0, 2**32)
+    with pytest.raises(ShapeError):
+        ranked_mask(x, p, 0, base=torch.ones(4, 2))
+    with pytest.raises(BackendUnavailable, match="ranked_mask"):
+        ranked_mask(x, p, 0, backend="abacus")
+
+
+@native_backend
+def test_the_native_module_names_the_op_in_its_errors(backend):
+    native, x = backends.native(backend), (0, 1, 4, 4, 1)
+    for cols in (0, 3):
+        with pytest.raises(RuntimeError, match="ranked_mask: not whole rows"):
+            native.ranked_mask(x, None, (0, cols), (0, 0), (0, 0), 1)
+    with pytest.raises(RuntimeError, match="ranked_mask: the tensors differ in size"):
+        native.ranked_mask(x, (0, 1, 5, 5, 1), (0, 4), (0, 0), (0, 0), 1)

@@ -1,0 +1,95 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from compare import relative_error, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from variants import DTYPES, LAYOUTS, SHAPES, available, layout_names, torch_threads
+
+from r_tsvm_kernels import backends
+from r_tsvm_kernels.errors import BackendUnavailable, DeviceError, DTypeError, ShapeError
+from r_tsvm_kernels.ops import task_spread
+from r_tsvm_kernels.ops._native import matrix
+
+every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
+native_backend = pytest.mark.parametrize("backend", available("cpu"))
+
+
+def group(shape, dtypes):
+    origin = torch.randn(shape)
+    return origin.to(dtypes[0]), [(origin + 0.1 * torch.randn(shape)).to(dtype) for dtype in dtypes[1:]]
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 20])
+def test_equals_the_variance(backend, dtype, tasks):
+    base, tuned = group((67, 31), [dtype] * (tasks + 1))
+    wide = torch.promote_types(dtype, torch.float32)
+    deltas = np.stack([(t.to(wide) - base.to(wide)).double().numpy() for t in tuned])
+    got = task_spread(base, tuned, backend=backend)
+    assert got.dtype == torch.float64
+    assert relative_error(got, tasks * deltas.var(0)) < 1e-14
+
+
+@native_backend
+@given(
+    shape=SHAPES,
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=5),
+    layouts=st.lists(layout_names, min_size=5, max_size=5),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_same_bits_as_the_reference(backend, shape, dtypes, layouts, threads, seed):
+    torch.manual_seed(seed)
+    base, tuned = group(shape, dtypes)
+    base, *tuned = (LAYOUTS[how](t) for how, t in zip(layouts, (base, *tuned), strict=False))
+    with torch_threads(threads):
+        got = task_spread(base, tuned, backend=backend)
+    assert got.is_contiguous()
+    assert same_bits(got, task_spread(base, tuned, backend="torch"))
+
+
+@every_backend
+def test_where_tasks_agree_it_is_zero(backend):
+    base, (one,) = group((40, 50), [torch.bfloat16] * 2)
+    assert not task_spread(base, [one], backend=backend).any()
+    assert not task_spread(base, [one] * 2, backend=backend).any()
+
+
+@every_backend
+def test_values_that_are_not_finite_spoil_their_element_alone(backend):
+    base, tuned = group((500,), [torch.float32] * 4)
+    tuned[0][3], tuned[1][77], base[200] = math.nan, math.inf, -math.inf
+    got = task_spread(base, tuned, backend=backend)
+    assert got.isnan().nonzero().flatten().tolist() == [3, 77, 200]
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1, 1)], ids=str)
+def test_nothing_and_single_elements(backend, shape):
+    base, tuned = group(shape, [torch.float32] * 3)
+    assert task_spread(base, tuned, backend=backend).shape == shape
+
+
+@every_backend
+def test_what_it_refuses(backend):
+    base, tuned = group((4, 5), [torch.float32] * 3)
+    with pytest.raises(ShapeError, match="at least one"):
+        task_spread(base, [], backend=backend)
+    with pytest.raises(ShapeError, match=r"tuned\[1\]"):
+        task_spread(base, [tuned[0], tuned[1].T], backend=backend)
+    with pytest.raises(DTypeError, match="int32"):
+        task_spread(base, [tuned[0].int()], backend=backend)
+    with pytest.raises(DeviceError):
+        task_spread(base, [tuned[0].to("meta")], backend=backend)
+    with pytest.raises(BackendUnavailable, match="task_spread"):
+        task_spread(base, tuned, backend="abacus")
+
+
+@native_backend
+def test_the_native_module_names_the_op_in_its_errors(backend):
+    with pytest.raises(RuntimeError, match="task_spread: the tensors differ in size"):
+        backends.native(backend).task_spread(matrix(torch.zeros(4)), [matrix(torch.zeros(5))], 0, 1)
