@@ -25,6 +25,7 @@ from r_tsvm_kernels.methods import METHODS
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 CEILINGS = {"copy": 1e10, "matmul": 1e11}
+DRY_RUN = bench.PLANS["dry-run"]
 SOME = ("task_statistics", "reweight_prune", "linear", "tsvm")
 
 
@@ -33,7 +34,7 @@ def tiny(shape=(24, 16), dtype="bfloat16"):
 
 
 def run_case(name, case):
-    return {row["provider"]: row for row in bench.run_case(name, case, Stopwatch(CPU), CEILINGS, 0.0)}
+    return {row["provider"]: row for row in bench.run_case(name, case, Stopwatch(CPU), CEILINGS, DRY_RUN)}
 
 
 def command(capsys, *arguments):
@@ -220,6 +221,7 @@ def test_interleaved_rounds():
     times = bench.interleaved(calls, {"a": 3, "b": 1})
     assert order == ["a", "b", "a", "a"] and {name: len(values) for name, values in times.items()} == {"a": 3, "b": 1}
     assert plan_rounds(10.0, 1.0) == (3, 1) and plan_rounds(0.01, 1.0) == (15, 1) and plan_rounds(1e-4, 0.0) == (3, 20)
+    assert plan_rounds(10.0, 1.0, least=2) == (2, 1)
 
 
 def test_exponent():

@@ -75,10 +75,10 @@ def interleaved(
     return times
 
 
-def plan_rounds(seconds: float, budget: float) -> tuple[int, int]:
+def plan_rounds(seconds: float, budget: float, least: int = 3) -> tuple[int, int]:
     """Return how many rounds, and calls per sample, a call of so many seconds gets in about `budget` seconds."""
     repeats = max(1, round(SHORTEST_SAMPLE / max(seconds, 1e-9)))
-    return min(15, max(3, int(budget / (repeats * seconds + 1e-9)))), repeats
+    return min(15, max(least, int(budget / (repeats * seconds + 1e-9)))), repeats
 
 
 def peak_extra_bytes(call: Call, device: torch.device) -> tuple[Any, int | None]:

@@ -31,7 +31,8 @@ class Plan:
         name: ``quick``, ``full`` or ``dry-run``.
         matrices: labels of the shapes, by kind of benchmark.
         dtypes: of the first matrix of each kind; all others are bfloat16.
-        seconds: for which a provider is timed, about.
+        seconds: for which a provider is timed, about;
+        rounds: but so often at least.
         tasks: number of fine-tunes.
     """
 
@@ -40,6 +41,7 @@ class Plan:
     dtypes: tuple[str, ...]
     seconds: float
     tasks: int = 3
+    rounds: int = 3
 
 
 PLANS = {
@@ -50,6 +52,7 @@ PLANS = {
             {"element-wise": ("Qwen2.5-7B k_proj",), "spectral": ("ViT-B/32 attention",)},
             ("bfloat16",),
             seconds=0.2,
+            rounds=2,
         ),
         Plan(
             "full",
@@ -116,7 +119,7 @@ def run_suite(
                 progress(f"{entry.name}, {inputs.matrix}, {inputs.dtype}")
                 try:
                     case = with_peers(entry.name, entry.make(inputs))
-                    rows = run_case(entry.name, case, stopwatch, report["ceilings"], plan.seconds)
+                    rows = run_case(entry.name, case, stopwatch, report["ceilings"], plan)
                     del case
                 except Exception as failure:  # of the inputs or of the truth: the other benchmarks still count
                     rows = [
@@ -140,7 +143,7 @@ class _Checked(NamedTuple):
 
 
 def run_case(
-    name: str, case: Case, stopwatch: Stopwatch, ceilings: dict[str, float], seconds: float
+    name: str, case: Case, stopwatch: Stopwatch, ceilings: dict[str, float], plan: Plan
 ) -> list[dict[str, Any]]:
     """Check and time all providers of a case.
 
@@ -171,7 +174,7 @@ def run_case(
     del truth
 
     calls = {provider.name: provider.run for provider in case.providers if provider.name in checked}
-    times = _timed(calls, checked, stopwatch, seconds)
+    times = _timed(calls, checked, stopwatch, plan)
     reference = next((p.name for p in case.providers if p.role == "reference" and p.name in checked), None)
     for runner, values in times.items():
         rows[runner] |= _speed(case, values, ceilings)
@@ -222,13 +225,14 @@ def _reason(failure: Exception) -> str:
 
 
 def _timed(
-    calls: dict[str, Call], checked: dict[str, _Checked], stopwatch: Stopwatch, seconds: float
+    calls: dict[str, Call], checked: dict[str, _Checked], stopwatch: Stopwatch, plan: Plan
 ) -> dict[str, list[float]]:
     fast = {name: call for name, call in calls.items() if checked[name].seconds < SLOW}
     rounds, repeats = {}, {}
     for name, call in fast.items():
         first = checked[name].seconds  # with what it took to see the memory, and to load libraries
-        rounds[name], repeats[name] = plan_rounds(first if first > HEAVY else stopwatch.seconds(call), seconds)
+        one = first if first > HEAVY else stopwatch.seconds(call)
+        rounds[name], repeats[name] = plan_rounds(one, plan.seconds, plan.rounds)
     times = interleaved(fast, rounds, stopwatch, repeats)
     return {name: times[name] if name in fast else [checked[name].seconds] for name in calls}
 
