@@ -17,7 +17,10 @@ from r_tsvm_kernels.ops import (
     magnitude_ranks,
     magnitude_select,
     random_mask,
+    ranked_mask,
     reweight_prune,
+    task_gram,
+    task_spread,
     task_statistics,
 )
 
@@ -69,12 +72,31 @@ def test_magnitude_ranks(benchmark, inputs):
     benchmark(magnitude_ranks, tuned, backend="cpu")
 
 
+def test_ranked_mask(benchmark, inputs):
+    base, (tuned, *_) = inputs
+    arguments = (tuned, della_probabilities(SHAPE[1], 0.3, 0.1), 1)
+    assert torch.equal(*(ranked_mask(*arguments, base=base, backend=name) for name in ("cpu", "torch")))
+    benchmark(ranked_mask, *arguments, base=base, backend="cpu")
+
+
+def test_task_gram(benchmark, inputs):
+    base, tuned = inputs
+    got, expected = (task_gram(tuned, base, backend=name) for name in ("cpu", "torch"))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    benchmark(task_gram, tuned, base, backend="cpu")
+
+
+def test_task_spread(benchmark, inputs):
+    assert same(*(task_spread(*inputs, backend=name) for name in ("cpu", "torch")))
+    benchmark(task_spread, *inputs, backend="cpu")
+
+
 def test_random_mask(benchmark):
     assert torch.equal(*(random_mask(SHAPE, 0.3, 1, backend=name) for name in ("cpu", "torch")))
     benchmark(random_mask, SHAPE, 0.3, 1, backend="cpu")
 
 
-@pytest.mark.parametrize("kind", ["sum", "ties", "dare", "della"])
+@pytest.mark.parametrize("kind", ["sum", "ties", "dare", "della", "sce"])
 def test_elect_and_sum(benchmark, inputs, kind):
     base, tuned = inputs
     keep = {
@@ -84,8 +106,10 @@ def test_elect_and_sum(benchmark, inputs, kind):
         "della": lambda t: Keep(
             stream=t, ranked=RankedKeep(magnitude_ranks(tuned[t], base=base), della_probabilities(SHAPE[1], 0.3, 0.1))
         ),
+        "sce": lambda t: Keep(mask=tuned[0] > base),
     }[kind]
-    options = {"elect": "none" if kind == "sum" else "sum", "keep": [keep(t) for t in range(TASKS)]}
+    elect = {"sum": "none", "sce": "unweighted"}.get(kind, "sum")
+    options = {"elect": elect, "keep": [keep(t) for t in range(TASKS)]}
     assert same(*(elect_and_sum(base, tuned, [1.0] * TASKS, backend=name, **options) for name in ("cpu", "torch")))
     benchmark(elect_and_sum, base, tuned, [1.0] * TASKS, backend="cpu", **options)
 

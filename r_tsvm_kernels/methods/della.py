@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from ..ops import Election, Keep, RankedKeep, della_probabilities, magnitude_ranks
+from ..ops import Election, Keep, RankedKeep, della_probabilities, magnitude_ranks, ranked_mask
 from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, PerModel, register
 from .sparse import RandomParameters, by_reference, merge_kept, sparse_cost
 
@@ -37,12 +37,15 @@ def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParam
     """MAGPRUNE: in each row the probability of being kept rises linearly with the rank of the magnitude."""
     keep = []
     for task, (tensor, density, epsilon) in enumerate(zip(tuned, options.density, options.epsilon, strict=True)):
-        if 0 < density < 1:
-            probabilities = della_probabilities(base.shape[-1], density, epsilon)
-            ranked = RankedKeep(magnitude_ranks(tensor, base=base), probabilities, options.rescale)
+        if not 0 < density < 1:
+            keep.append(Keep(probability=density))
+            continue
+        probabilities = della_probabilities(base.shape[-1], density, epsilon)
+        if options.rescale:
+            ranked = RankedKeep(magnitude_ranks(tensor, base=base), probabilities)
             keep.append(Keep(ranked=ranked, seed=options.seed, stream=task))
         else:
-            keep.append(Keep(probability=density))
+            keep.append(Keep(mask=ranked_mask(tensor, probabilities, options.seed, task, base=base)))
     return keep
 
 
