@@ -440,7 +440,7 @@ def _of_products(merged: MatmulMerge, matrices: Tensor, mode: Mode) -> TsvMerge:
     Raises:
         ConvergenceError: it is not accurate enough.
     """
-    if any(max(part.outer_steps, part.inner_steps) >= STEPS for part in merged.parts):
+    if any(max(part.outer_steps, part.inner_steps) >= STEPS["fp16x3"] for part in merged.parts):
         raise ConvergenceError("products: singular values on both sides of a rank are too close to be told apart")
     ranks = tuple(part.core.shape[0] for part in merged.parts)
     subspace_error = max(part.error_estimate for part in merged.parts)

