@@ -16,7 +16,7 @@ demo: $(VENV)/.demo ## train a base and three experts, merge them four ways, pri
 	$(BIN)/python examples/digits_demo.py
 
 test: $(VENV)/.dev ## run the whole test suite
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-integrations: $(VENV)/.dev ## test our backend inside other libraries, each in an environment of its own
 	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_mergekit_suite.sh
