@@ -41,16 +41,18 @@ def cases():
     import torch
     import triton.language as tl
 
-    add, select, prune, measure, mask, elect, rank = (
+    add, select, prune, measure, mask, elect, rank, gram, spread, draw = (
         import_module(f"r_tsvm_kernels.ops.{op}.triton_kernel")
         for op in ("add_update", "magnitude_select", "reweight_prune", "task_statistics", "random_mask",
-                   "elect_and_sum", "magnitude_ranks")
+                   "elect_and_sum", "magnitude_ranks", "task_gram", "task_spread", "ranked_mask")
     )  # fmt: skip
     digits = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
     digits = {name: select.FORMATS[dtype].digits for name, dtype in digits.items()}
     nothing_pruned = dict.fromkeys(("theta_ptr", "threshold_ptr", "ties_ptr", "ties_before_ptr"))
     drawn = {"draw_ptr": "*i64", "out_ptr": "*u8", "numel": "i64", "BLOCK": mask.BLOCK}
     yield "random_mask_kernel bf16", mask.random_mask_kernel, drawn
+    drawn |= {"ranks_ptr": "*i32", "thresholds_ptr": "*i64", "BLOCK": draw.BLOCK}
+    yield "ranked_mask_kernel bf16", draw.ranked_mask_kernel, drawn
     for mix, (base, tuned, real, count) in MIXES.items():
         common = {
             "numel": count,
@@ -62,6 +64,7 @@ def cases():
             "update_ptr": tuned,
             "x_ptr": tuned,
             "ranks_ptr": "*i32",
+            "mask_ptr": "*u8",
         }
         common |= dict.fromkeys(INTEGERS, "*i64") | dict.fromkeys(FLOAT64, "*fp64") | dict.fromkeys(REAL, f"*{real}")
         common |= {"REAL": {"fp32": tl.float32, "fp64": tl.float64}[real]}
@@ -95,22 +98,36 @@ def cases():
             if label == "all" or mix in ("bf16", "fp64"):
                 yield f"elect_and_sum_kernel {mix} {label}", elect.elect_and_sum_kernel, merge
         yield f"elect_and_sum_ties {mix}", elect.tie_kernel, merge
+        for tasks in (2, TASKS, spread.MOST):
+            distances = {**common, "tuned_ptrs": (tuned, base) * (tasks // 2), "out_ptr": "*fp64"}
+            distances |= {"GROUP": spread.GROUP, "BLOCK": spread.BLOCK}
+            if tasks == TASKS or mix in ("bf16", "fp64"):
+                yield f"spread_kernel {mix} {tasks}", spread.spread_kernel, distances
+        for tasks, absent in ((2, ["base_ptr", "mask_ptr"]), (TASKS, ["base_ptr"]), (TASKS, []), (2 * gram.GROUP, [])):
+            members, pairs = list(gram.launches(tasks))[-1]
+            products = {**common, "tuned_ptrs": (tuned, base) * (len(members) // 2), **dict.fromkeys(absent)}
+            products |= {"PAIRS": pairs, "STEPS": gram.STEPS, "BLOCK": gram.BLOCK}
+            if (tasks == TASKS and not absent) or mix in ("bf16", "fp64"):
+                yield f"gram_kernel {mix} {tasks}{' alone' * bool(absent)}", gram.gram_kernel, products
     yield "digit_kernel bf16 one bit", select.digit_kernel, {**count_digits, "BITS": 1, "SHIFT": 29}
 
 
 def elections(tasks, real):
     """Yield a label and the arguments of `elect_and_sum_kernel`, from the simplest to everything at once."""
-    no_ranks = dict.fromkeys(("ranks_ptrs", "rank_thresholds_ptrs", "rank_factors_ptrs"), (None,) * tasks)
+    ranks_and_masks = ("ranks_ptrs", "rank_thresholds_ptrs", "rank_factors_ptrs", "mask_ptrs")
+    absent = dict.fromkeys(ranks_and_masks, (None,) * tasks)
     ranks = {"ranks_ptrs": "*i32", "rank_thresholds_ptrs": "*i64", "rank_factors_ptrs": f"*{real}"}
     ranks = {name: (pointer,) * tasks for name, pointer in ranks.items()}
     no_selections, no_draws, draws = ((-1, -1),) * tasks, (False,) * tasks, (True,) * tasks
-    nothing = {**no_ranks, "SELECTIONS": no_selections, "DRAWN": no_draws, "ELECT": "none", "NORMALIZE": False}
+    nothing = {**absent, "SELECTIONS": no_selections, "DRAWN": no_draws, "ELECT": "none", "NORMALIZE": False}
     selections = tuple((2 * t, 2 * t + 1) for t in range(tasks))
     yield "all", nothing
     yield "mean", {**nothing, "ELECT": "count", "NORMALIZE": True}
     yield "dare", {**nothing, "DRAWN": draws}
     yield "della", {**nothing, **ranks, "DRAWN": draws, "ELECT": "sum", "NORMALIZE": True}
-    yield "everything", {**nothing, "SELECTIONS": selections, "DRAWN": draws, "ELECT": "sum", "NORMALIZE": True}
+    unweighted = {**nothing, "mask_ptrs": ("*u8",) * tasks, "ELECT": "unweighted", "NORMALIZE": True}
+    yield "unweighted", unweighted
+    yield "everything", {**unweighted, "SELECTIONS": selections, "DRAWN": draws, "ELECT": "sum"}
 
 
 def compiled(kernel, arguments, target):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # How many tests each file has at least; a test here for each, so that they share the cores.
 FILES = {
     "test_triton.py": 215,
-    "test_triton_merging.py": 220,
+    "test_triton_merging.py": 430,
     "test_triton_offsets.py": 11,
     "test_triton_planes.py": 12,
     "test_triton_products.py": 145,

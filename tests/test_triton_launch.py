@@ -19,11 +19,14 @@ from r_tsvm_kernels.ops import (
     magnitude_ranks,
     magnitude_select,
     random_mask,
+    ranked_mask,
     reweight_prune,
     reweight_prune_planes,
     split_planes,
     symm_gram,
     symm_square,
+    task_gram,
+    task_spread,
     task_statistics,
 )
 
@@ -82,10 +85,25 @@ def test_merging_of_tasks_that_are_sparsified_differently(launched):
     base, tuned = group()
     top = magnitude_select(tuned[0], 500, base=base, backend="torch")
     ranked = RankedKeep(magnitude_ranks(tuned[1], backend="torch"), della_probabilities(SHAPE[1], 0.4, 0.2))
-    keep = [Keep(largest=top, outliers=top), Keep(seed=7, ranked=ranked), Keep()]
-    for some in ([Keep()] * 3, keep):
-        elect_and_sum(base, tuned, [1.0, 0.5, -2.0], elect="sum", normalize=True, keep=some, backend="triton")
+    masked = Keep(mask=base > 0)
+    keep = [Keep(largest=top, outliers=top), Keep(seed=7, ranked=ranked), masked]
+    for elect, some in (("sum", [Keep()] * 3), ("sum", keep), ("unweighted", [masked, Keep(), masked])):
+        elect_and_sum(base, tuned, [1.0, 0.5, -2.0], elect=elect, normalize=True, keep=some, backend="triton")
     assert names(launched) == {"tie_kernel", "elect_and_sum_kernel"}
+
+
+def test_masks_and_coefficients(launched, monkeypatch):
+    from r_tsvm_kernels.ops.ranked_mask import triton_kernel
+
+    # A launch does nothing here: what it should have written would be refused as not finite.
+    monkeypatch.setattr(triton_kernel, "magnitude_ranks", lambda x, base: torch.zeros(x.shape, dtype=torch.int32))
+    base, tuned = group(tasks=9)
+    for number in (1, 2, 9):
+        task_gram(tuned[:number], base, mask=base > 0, backend="triton")
+        task_gram(tuned[:number], backend="triton")
+        task_spread(base, tuned[:number], backend="triton")
+    ranked_mask(tuned[0], della_probabilities(SHAPE[1], 0.4, 0.2), seed=2**63 + 5, base=base, backend="triton")
+    assert names(launched) == {"gram_kernel", "spread_kernel", "ranked_mask_kernel"}
 
 
 def test_products(launched):

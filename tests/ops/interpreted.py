@@ -39,10 +39,12 @@ def kernel(op):
 def small_blocks(monkeypatch):
     """Several blocks, and several per program, even for the small tensors that the interpreter can handle."""
     for op in (
-        "task_statistics", "magnitude_select", "reweight_prune", "add_update", "random_mask", "elect_and_sum"
+        "task_statistics", "magnitude_select", "reweight_prune", "add_update", "random_mask", "elect_and_sum",
+        "task_gram", "task_spread", "ranked_mask",
     ):  # fmt: skip
         monkeypatch.setattr(kernel(op), "BLOCK", 128)
     monkeypatch.setattr(kernel("magnitude_select"), "PROGRAMS", 2)
+    monkeypatch.setattr(kernel("task_gram"), "STEPS", 2)
 
 
 def nasty(dtype):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import same_bits
+from compare import relative_error, same_bits
 from test_random_mask import word
 
 from r_tsvm_kernels.ops import (
@@ -16,9 +16,12 @@ from r_tsvm_kernels.ops import (
     magnitude_ranks,
     magnitude_select,
     random_mask,
+    ranked_mask,
     reweight_prune,
     reweight_prune_,
     reweight_prune_planes,
+    task_gram,
+    task_spread,
     task_statistics,
 )
 
@@ -82,12 +85,13 @@ def test_selection(backend, shape, dtype):
 @every_backend
 @every_shape
 @every_dtype
-@pytest.mark.parametrize("elect", ["none", "sum", "count"])
+@pytest.mark.parametrize("elect", ["none", "sum", "count", "unweighted"])
 def test_merging(backend, shape, dtype, elect):
     base, tuned = group(shape, dtype)
     cols = shape[-1]
     rules = {
         "all": [Keep()] * 3,
+        "mask": [Keep(mask=random_mask(shape, 0.3, seed=5, stream=t, device="cuda")) for t in range(3)],
         "ties": [Keep(largest=magnitude_select(t, kept_count(0.3, t.numel()), base=base)) for t in tuned],
         "dare": [Keep(probability=0.3, rescale=1 / 0.3, seed=7, stream=t) for t in range(3)],
         "della": [
@@ -97,6 +101,8 @@ def test_merging(backend, shape, dtype, elect):
             for t, x in enumerate(tuned)
         ],
     }
+    if elect == "unweighted":
+        del rules["della"]
     for keep in rules.values():
         options = {"elect": elect, "normalize": True, "alpha": 0.7, "keep": keep}
         assert equal(
@@ -108,6 +114,22 @@ def test_merging(backend, shape, dtype, elect):
             for which in (backend, "torch")
         )
     )
+
+
+@every_shape
+@every_dtype
+def test_masks_by_rank_and_coefficients(shape, dtype):
+    base, tuned = group(shape, dtype, tasks=9)
+    mask = random_mask(shape, 0.7, seed=5, device="cuda")
+    for number in (1, 3, 9):
+        for options in ({}, {"base": base, "mask": mask}):
+            got, expected = (task_gram(tuned[:number], backend=which, **options) for which in ("triton", "torch"))
+            assert relative_error(got, expected) < 1e-13 and equal(got, got.T)
+            assert equal(got, task_gram(tuned[:number], backend="triton", **options))
+        assert equal(*(task_spread(base, tuned[:number], backend=which) for which in ("triton", "torch")))
+    drawn = (della_probabilities(shape[-1], 0.4, 0.3), 2**40 + 5, 3)
+    for origin in (None, base):
+        assert equal(*(ranked_mask(tuned[0], *drawn, base=origin, backend=which) for which in ("triton", "torch")))
 
 
 @every_backend
@@ -159,11 +181,31 @@ def test_more_elements_are_ranked_than_a_32_bit_index_counts(backend):
     assert torch.equal(ranks[-2:], magnitude_ranks(x[-2:], backend="torch"))
 
 
+@large
+def test_more_elements_have_masks_and_coefficients_than_a_32_bit_index_counts():
+    numel = 2**31 + 4096
+    base = torch.zeros(numel // 4096, 4096, dtype=torch.bfloat16, device="cuda")
+    x = base.clone()
+    x[-1, -3:] = torch.tensor([1.0, -2.0, 3.0])
+    mask = x != 1
+    assert task_gram([x, base], base, mask=mask, backend="triton").tolist() == [[13.0, 0.0], [0.0, 0.0]]
+    spread = task_spread(base, [x, base], backend="triton")
+    assert spread[-1, -3:].tolist() == [0.5, 2.0, 4.5] and not spread[:-1].any()
+    del mask, spread
+    x[-1] = torch.randn(4096)
+    probabilities = della_probabilities(4096, 0.5, 0.5)
+    got = ranked_mask(x, probabilities, 77, 3, base=base, backend="triton")[-1, -9:]
+    chances = probabilities[magnitude_ranks(x[-1:].cpu())[0, -9:].long()].tolist()
+    words = [word(77, 3, index) for index in range(numel - 9, numel)]
+    assert got.tolist() == [w < round(chance * 2**32) for w, chance in zip(words, chances, strict=True)]
+
+
 @every_backend
 def test_on_another_stream_and_in_other_layouts(backend):
     """The inputs are made late on that stream; nothing but the order on it makes the kernels wait for them."""
     shape = (300, 515)
     wide, (tuned, _, _) = group((shape[0], 2 * shape[1]), torch.bfloat16)
+    probabilities = della_probabilities(shape[0], 0.4, 0.3)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -178,6 +220,9 @@ def test_on_another_stream_and_in_other_layouts(backend):
             magnitude_ranks(x, base=base, backend=backend),
             elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend=backend),
             add_update(base, x.float(), 0.5, backend=backend),
+            task_spread(base, [x, base], backend="triton"),
+            ranked_mask(x, probabilities, 5, base=base, backend="triton"),
+            task_gram([x, 2 * x], base, mask=x > 0, backend="triton"),
         ]
     stream.synchronize()
     base, x = (2 * wide)[:, ::2].mT, (2 * tuned)[:, ::2].mT
@@ -187,6 +232,9 @@ def test_on_another_stream_and_in_other_layouts(backend):
         magnitude_ranks(x, base=base, backend="torch"),
         elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend="torch"),
         add_update(base, x.float(), 0.5, backend="torch"),
+        task_spread(base, [x, base], backend="torch"),
+        ranked_mask(x, probabilities, 5, base=base, backend="torch"),
     ]
     assert torch.allclose(got[0], task_statistics(base, [x], backend="torch").mean, rtol=1e-12)
-    assert all(map(equal, got[1:], expected))
+    assert all(map(equal, got[1:-1], expected))
+    assert relative_error(got[-1], task_gram([x, 2 * x], base, mask=x > 0, backend="torch")) < 1e-13

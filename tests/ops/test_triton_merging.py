@@ -1,13 +1,15 @@
-"""The Triton kernels for random masks, ranks, histograms and merging against the references, in the interpreter."""
+"""The Triton kernels for masks, ranks, histograms, products of task vectors and merging, in the interpreter."""
 
 import math
 
 import pytest
 import torch
-from compare import same_bits
+from compare import relative_error, same_bits
 from interpreted import MIXES, TINY, every_dtype, every_mix, interpreted, nasty, pair, small_blocks
 from test_elect_and_sum import ELECTIONS, KINDS, WEIGHTS, sparsifiers, whole_numbers
 from test_random_mask import word
+from test_ranked_mask import TABLES, tables
+from test_task_gram import truth as exact_gram
 
 from r_tsvm_kernels.errors import NonFiniteError
 from r_tsvm_kernels.ops import (
@@ -21,6 +23,9 @@ from r_tsvm_kernels.ops import (
     magnitude_ranks,
     magnitude_select_many,
     random_mask,
+    ranked_mask,
+    task_gram,
+    task_spread,
 )
 
 pytestmark = [*interpreted, pytest.mark.usefixtures(small_blocks.__name__)]
@@ -116,8 +121,8 @@ def test_ranks_of_nan_and_infinity_are_refused(cols):
 # --- elect_and_sum
 
 
-def assert_merged(base, tuned, **options):
-    weights = WEIGHTS[: len(tuned)]
+def assert_merged(base, tuned, weights=WEIGHTS, **options):
+    weights = weights[: len(tuned)]
     got, expected = (elect_and_sum(base, tuned, weights, backend=b, **options) for b in ("triton", "torch"))
     assert got.is_contiguous() and same_bits(got, expected)
 
@@ -210,6 +215,27 @@ def test_merging_views():
 
 
 @every_election
+@normalized_or_not
+def test_masks_beside_other_selections_under_weights_of_both_signs(elect, normalize):
+    base, tuned = whole_numbers(13, 27, tasks=6)
+    some = torch.rand(27, 13).mT < 0.6
+    selections, weights = sparsifiers(base, tuned, "breadcrumbs"), [1.0, -0.5, 2.0, -3.0, 0.25, 4.0]
+    keep = [
+        Keep(mask=some),
+        Keep(mask=some, rescale=-2.5),
+        Keep(mask=some, probability=0.7, seed=2**63 + 5, stream=2, rescale=1 / 0.7),
+        Keep(mask=torch.zeros_like(some)),
+        Keep(mask=~some, largest=selections[4].largest, outliers=selections[4].outliers),
+        Keep(),
+    ]
+    if elect != "unweighted":
+        ranked = RankedKeep(magnitude_ranks(tuned[5], base=base, backend="torch"), della_probabilities(27, 0.5, 0.4))
+        keep[5] = Keep(mask=some, ranked=ranked, seed=3)
+    for rules in (keep, [Keep(mask=some)] * 6):
+        assert_merged(base, tuned, weights, elect=elect, normalize=normalize, alpha=0.3, keep=rules)
+
+
+@pytest.mark.parametrize("elect", [elect for elect in ELECTIONS if elect != "unweighted"])
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("mix", MIXES[:1] + MIXES[3:5], ids=str)
 def test_ranked_sparsifiers(elect, rescale, mix):
@@ -233,3 +259,157 @@ def test_many_small_merges(elect):
     groups = [pair((size,), mix, tasks=3) for size in (1, 5, 140) for mix in MIXES[:5:2]]
     got, expected = (elect_and_sum_many(groups, WEIGHTS[:3], elect=elect, backend=b) for b in ("triton", "torch"))
     assert all(same_bits(g, e) for g, e in zip(got, expected, strict=True))
+
+
+# --- task_gram
+
+
+def assert_gram(tuned, base=None, mask=None):
+    got = task_gram(tuned, base, mask=mask, backend="triton")
+    assert got.dtype == torch.float64 and torch.equal(got, got.T)
+    assert relative_error(got, exact_gram(tuned, base, mask)) < 1e-14
+
+
+@every_mix
+@pytest.mark.parametrize("shape", [(), (1, 1), (128,), (3, 43), (11, 29)], ids=str)
+def test_gram(mix, shape):
+    base, tuned = pair(shape, mix, tasks=3)
+    for origin in (None, base):
+        for mask in (None, torch.rand(shape) < 0.4):
+            assert_gram(tuned, origin, mask)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 9, 20])
+def test_gram_of_any_number_of_tasks(tasks):
+    base, tuned = pair((7, 43), MIXES[4], tasks=tasks)
+    assert_gram(tuned, base, torch.rand(7, 43) < 0.7)
+
+
+@every_dtype
+def test_gram_of_nasty_values(dtype):
+    for _, x in nasty(dtype):
+        x = x[x.abs() < 1e150]  # of larger ones the squares overflow
+        assert_gram([x, x.flip(0)])
+
+
+def test_gram_of_differences_that_are_not_rounded():
+    base, tuned = torch.full((4,), 1.0), torch.full((4,), 2.0**-30)
+    assert float(task_gram([tuned], base, backend="triton")) == 4 * (1 - 2.0**-30) ** 2
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_gram_of_nothing(shape):
+    base, tuned = pair(shape, tasks=2)
+    assert same_bits(task_gram(tuned, base, backend="triton"), torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_gram_of_what_is_not_finite():
+    base, tuned = pair((300,), tasks=3)
+    mask = torch.rand(300) < 0.5
+    clean = task_gram(tuned, base, mask=mask, backend="triton")
+    tuned[0][~mask], tuned[1][~mask], base[~mask] = math.nan, math.inf, -math.inf
+    assert same_bits(task_gram(tuned, base, mask=mask, backend="triton"), clean)
+    assert not task_gram(tuned, base, backend="triton").isfinite().any()
+    tuned[2][mask.nonzero()[0]] = math.inf
+    got = task_gram(tuned, base, mask=mask, backend="triton")
+    assert not got[2].isfinite().any() and same_bits(got[:2, :2].clone(), clean[:2, :2].clone())
+
+
+def test_gram_of_views():
+    base, tuned = torch.randn(12, 30)[:, ::2], [torch.randn(15, 12).mT, torch.randn(12, 40)[:, 3:18]]
+    assert_gram(tuned, base, (torch.rand(15, 12) < 0.5).mT)
+
+
+def test_gram_by_the_default_block(monkeypatch):
+    monkeypatch.undo()
+    base, tuned = pair((4999,), MIXES[0])
+    assert_gram(tuned, base, torch.rand(4999) < 0.7)
+
+
+# --- task_spread
+
+
+def assert_spread(base, tuned):
+    got, expected = (task_spread(base, tuned, backend=backend) for backend in ("triton", "torch"))
+    assert got.is_contiguous() and same_bits(got, expected)
+
+
+@every_mix
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1, 1), (128,), (11, 29)], ids=str)
+def test_spread(mix, shape):
+    base, tuned = pair(shape, mix, tasks=3)
+    assert_spread(base, tuned)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 9, 20, 25])
+def test_spread_of_any_number_of_tasks(tasks):
+    for mix in MIXES[2:5:2]:
+        assert_spread(*pair((7, 43), mix, tasks=tasks))
+
+
+@every_dtype
+def test_spread_of_nasty_values(dtype):
+    for _, x in nasty(dtype):
+        assert_spread(torch.zeros_like(x), [x, x.flip(0), -x])
+        assert_spread(x, [x, x])
+
+
+def test_spread_of_what_is_not_finite():
+    base, tuned = pair((300,), tasks=3)
+    tuned[0][3], tuned[1][77], base[200] = math.nan, math.inf, -math.inf
+    got, expected = (task_spread(base, tuned, backend=backend) for backend in ("triton", "torch"))
+    assert got.isnan().nonzero().flatten().tolist() == [3, 77, 200]
+    assert same_bits(got.nan_to_num(), expected.nan_to_num())
+
+
+def test_spread_of_views_and_by_the_default_block(monkeypatch):
+    assert_spread(torch.randn(12, 30)[:, ::2], [torch.randn(15, 12).mT, torch.randn(12, 40)[:, 3:18]])
+    monkeypatch.undo()
+    assert_spread(*pair((2500,), MIXES[0]))
+
+
+# --- ranked_mask
+
+
+def assert_ranked_mask(x, probabilities, seed=2**63 + 5, stream=3, base=None):
+    got, expected = (
+        ranked_mask(x, probabilities, seed, stream, base=base, backend=backend) for backend in ("triton", "torch")
+    )
+    assert got.is_contiguous() and same_bits(got, expected)
+
+
+@every_mix
+@pytest.mark.parametrize("shape", [(1,), (2, 1), (3, 43), (1, 9, 33)], ids=str)
+def test_ranked_masks(mix, shape):
+    base, (x, _) = pair(shape, mix)
+    assert_ranked_mask(x, della_probabilities(shape[-1], 0.4, 0.25), seed=0, stream=0)
+    turned = [t.mT if t.ndim > 1 else t for t in (base, x)]
+    assert_ranked_mask(turned[1], della_probabilities(turned[1].shape[-1], 0.5, 0.5), base=turned[0])
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_ranked_masks_of_any_probabilities(table):
+    assert_ranked_mask(torch.randint(-9, 9, (7, 61)).half(), tables(61, table))
+    assert_ranked_mask(torch.randn(7, 61), tables(122, table)[::2], seed=2**64 - 1, stream=2**32 - 1)
+
+
+@every_dtype
+def test_ranked_masks_of_nasty_values(dtype):
+    for _, x in nasty(dtype):
+        assert_ranked_mask(x[:30], tables(len(x[:30]), "rising"))
+
+
+def test_ranked_masks_of_rows_too_long_for_the_kernel_of_ranks():
+    assert_ranked_mask(torch.randint(-300, 300, (2, 4097)).bfloat16(), tables(4097, "della"))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)])
+def test_ranked_masks_of_nothing(shape):
+    assert_ranked_mask(torch.ones(shape), torch.ones(shape[-1], dtype=torch.float64))
+
+
+def test_ranked_masks_of_nan_and_infinity_are_refused():
+    x = torch.randn(3, 20)
+    x[1, 7], x[2, 0] = math.nan, -math.inf
+    with pytest.raises(NonFiniteError, match="2 of 60"):
+        ranked_mask(x, della_probabilities(20, 0.5, 0.1), 0, backend="triton")

@@ -42,7 +42,7 @@ def tie_kernel(
 @triton.jit
 def elect_and_sum_kernel(
     base_ptr, tuned_ptrs, numbers_ptr, thresholds_ptr, ties_ptr, ties_before_ptr, draws_ptr,
-    ranks_ptrs, rank_thresholds_ptrs, rank_factors_ptrs, out_ptr, numel,
+    ranks_ptrs, rank_thresholds_ptrs, rank_factors_ptrs, mask_ptrs, out_ptr, numel,
     SELECTIONS: tl.constexpr, DRAWN: tl.constexpr, ELECT: tl.constexpr, NORMALIZE: tl.constexpr,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -54,6 +54,7 @@ def elect_and_sum_kernel(
     `thresholds_ptr` and `ties_ptr` hold one number for each, `ties_before_ptr` (selections, blocks) how many magnitudes
     tie in earlier blocks. DRAWN: for each task whether its elements survive at random; `draws_ptr` has threshold, seed
     and stream of each task, in place of which threshold and factor go by rank where there are `ranks_ptrs`.
+    `mask_ptrs`: of each task, uint8, or None.
     """
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
@@ -85,21 +86,25 @@ def elect_and_sum_kernel(
                 rank = tl.load(ranks_ptrs[t] + offsets, mask=inside, other=0)  # (BLOCK,)
                 limit_ptr, factor_ptr = rank_thresholds_ptrs[t] + rank, rank_factors_ptrs[t] + rank
             survives = survives & (words.to(tl.int64) < tl.load(limit_ptr))
-        vector = tl.load(factor_ptr) * tl.where(survives, delta, 0.0)
+        if mask_ptrs[t] is not None:
+            survives = survives & (tl.load(mask_ptrs[t] + offsets, mask=inside, other=0) != 0)
+        survivor = tl.where(survives, delta, 0.0)
+        vector = tl.load(factor_ptr) * survivor
         if ELECT == "none":
             positive += vector
         else:
-            if ELECT == "sum":
-                votes += vector
+            voter = survivor if ELECT == "unweighted" else vector
+            if ELECT == "count":
+                votes += (voter > 0).to(REAL) - (voter < 0).to(REAL)
             else:
-                votes += (vector > 0).to(REAL) - (vector < 0).to(REAL)
+                votes += voter
             # NaN is on both sides, so that it never disappears.
-            positive += tl.where(vector < 0, 0.0, vector)
-            negative += tl.where(vector > 0, 0.0, vector)
+            positive += tl.where(voter < 0, 0.0, vector)
+            negative += tl.where(voter > 0, 0.0, vector)
             if NORMALIZE:
                 weight = tl.load(numbers_ptr + 2 + 2 * t)
-                positive_weight += tl.where((vector < 0) | (vector == 0), 0.0, weight)
-                negative_weight += tl.where((vector > 0) | (vector == 0), 0.0, weight)
+                positive_weight += tl.where((voter < 0) | (voter == 0), 0.0, weight)
+                negative_weight += tl.where((voter > 0) | (voter == 0), 0.0, weight)
     combined = positive
     if ELECT != "none":
         combined = tl.where(votes >= 0, positive, negative)
@@ -145,6 +150,7 @@ def run(
     if any(drawn):
         sampled = draws([(mask_threshold(rule.probability), rule.seed, rule.stream) for rule in keep], base.device)
     ranked = _ranked(weights, keep, dtype)
+    masks = tuple(None if rule.mask is None else flat(rule.mask).view(torch.uint8) for rule in keep)
     places, selections = _selections(keep)
     with device_of(base):
         if selections:
@@ -154,7 +160,7 @@ def run(
             tie_kernel[grid](origin, tensors, thresholds, ties_in, numel, places, real, BLOCK, **LAUNCH)
             ties_before = ties_in.cumsum(1) - ties_in
         elect_and_sum_kernel[grid](
-            origin, tensors, scalars, thresholds, ties, ties_before, sampled, *ranked, out, numel,
+            origin, tensors, scalars, thresholds, ties, ties_before, sampled, *ranked, masks, out, numel,
             places, drawn, elect, normalize, real, BLOCK, **LAUNCH,
         )  # fmt: skip
     return out
