@@ -236,8 +236,8 @@ SPEED = (
     Section("mergekit_cli.json", "mergekit's commands with our backend", "benchmarks/peers/compare_mergekit_cli.py",
             "`rtsvm mergekit-yaml` against `mergekit-yaml`, whole commands. `checked` is the largest error of an "
             "element as a multiple of what is allowed; for random masks the norm of the update; for `extract-lora` "
-            "the error as a multiple of the best of that rank. Two runs put together: rows of the commit above had "
-            "three rounds, with edits and a short test run beside them; the others two, after changes to their code.",
+            "the error as a multiple of the best of that rank. Two rounds; in the first half of the run, up to the "
+            "first round of `della`, compilations ran beside it at low priority.",
             mergekit_cli),
     Section("fusion_bench.json", "FusionBench's TSVM with our solver", "benchmarks/peers/compare_fusion_bench.py",
             "CLIP vision models, loading included, without the start of Python. `accelerated` is FusionBench's "

@@ -35,7 +35,8 @@ def gram_kernel(
             inside = tl.load(mask_ptr + offsets, mask=inside, other=0) != 0
         vectors = ()
         for t in tl.static_range(len(tuned_ptrs)):
-            vectors += (load_delta(base_ptr, tuned_ptrs[t], None, offsets, inside, tl.float64),)  # type: ignore[assignment]
+            vector = load_delta(base_ptr, tuned_ptrs[t], None, offsets, inside, tl.float64)  # (BLOCK,)
+            vectors += (vector,)  # type: ignore[assignment]
         longer = ()
         for p in tl.static_range(len(PAIRS)):
             longer += (sums[p] + vectors[PAIRS[p][0]] * vectors[PAIRS[p][1]],)  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from . import reference
 
 BLOCK = 1024
 GROUP = 8
-MOST = 24  # tasks: of many more, even the addresses do not fit into the registers
+MOST = 20  # tasks: of many more, even the addresses do not fit into the registers
 
 
 @triton.jit
