@@ -164,8 +164,8 @@ class RowDrawer {
     for (int64_t bucket = 0; bucket < size; ++bucket) {
       const int64_t end = start + counts_[bucket];
       // What an empty bucket gets is not looked up.
-      by_bucket_[bucket] = Limits{by_rank_[std::min(start, cols_ - 1)].alive,
-                                  by_rank_[std::max<int64_t>(end, 1) - 1].dead};
+      by_bucket_[bucket] =
+          Limits{by_rank_[std::min(start, cols_ - 1)].alive, by_rank_[std::max<int64_t>(end, 1) - 1].dead};
       start = end;
     }
     return true;
