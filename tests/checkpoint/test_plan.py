@@ -206,11 +206,10 @@ report(bound=footprint.work)
         {"method": "tsvm", "shape": (512, 600), "stored": "float64"},
         {"method": "rtsvm", "shape": (768, 640), "parameters": {"density": 0.3}},
         {"method": "rtsvm", "shape": (384, 6000), "parameters": {"rank": "energy"}, "out_dtype": "float32"},
-        {"method": "rtsvm", "shape": (600, 512), "parameters": {"workspace": "1MB", "outlier_weighting": "damp"}},
+        {"method": "rtsvm", "shape": (1200, 512), "parameters": {"workspace": "1MB", "outlier_weighting": "damp"}},
     ],
     ids=str,
 )
 def test_measured_memory_is_below_the_footprint(tmp_path, case):
     found = measured(MEASURE, str(tmp_path), json.dumps(case))
-    # How much LAPACK takes for itself differs by processor: the smallest share that was seen is 0.332.
-    assert found["bound"] / 4 < found["growth"] < found["bound"]
+    assert found["bound"] / 3 < found["growth"] < found["bound"]
