@@ -206,7 +206,11 @@ report(bound=footprint.work)
         {"method": "tsvm", "shape": (512, 600), "stored": "float64"},
         {"method": "rtsvm", "shape": (768, 640), "parameters": {"density": 0.3}},
         {"method": "rtsvm", "shape": (384, 6000), "parameters": {"rank": "energy"}, "out_dtype": "float32"},
-        {"method": "rtsvm", "shape": (1200, 512), "parameters": {"workspace": "1MB", "outlier_weighting": "damp"}},
+        {
+            "method": "rtsvm",
+            "shape": (600, 512),
+            "parameters": {"workspace": "1MB", "outlier_weighting": "damp", "rank": "fixed"},
+        },
     ],
     ids=str,
 )
