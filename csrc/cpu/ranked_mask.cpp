@@ -21,6 +21,9 @@ namespace {
 // Elements for each bucket, and the multiple of the mean magnitude that all buckets but the last span.
 constexpr int64_t kPerBucket = 4;
 constexpr double kSpan = 4;
+// A float holds the number of every bucket: rounded up, the last one would lie behind the end.
+constexpr int64_t kMostBuckets = int64_t{1} << 20;
+static_assert(kMostBuckets <= int64_t{1} << 24);
 // Comparing this many elements of a row with all others takes about as long as sorting it.
 constexpr int64_t kMostUndecided = 100;
 
@@ -122,7 +125,7 @@ class RowDrawer {
         words_(cols + 4 + kWordGroup),
         buckets_(cols),
         verdicts_(cols),
-        counts_(cols / kPerBucket + 1),
+        counts_(std::min(cols / kPerBucket + 1, kMostBuckets)),
         by_rank_(cols),
         by_bucket_(counts_.size()) {
     for (int64_t rank = 0; rank < cols; ++rank) {

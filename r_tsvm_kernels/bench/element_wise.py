@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import Keep, MagnitudeSelection, RankedKeep
+from ..ops.random_mask.reference import random_words
 from . import torch_best
 from .case import Case, Inputs, Provider, all_on, by_backend
 from .registry import benchmark
@@ -180,8 +181,6 @@ def _(inputs: Inputs) -> Case:
 
 @benchmark("ranked_mask", "ops")
 def _(inputs: Inputs) -> Case:
-    from ..ops.random_mask.reference import random_words
-
     x, base, chances = inputs.tuned[0], inputs.base, ops.della_probabilities(inputs.shape[1], DENSITY, 0.1)
 
     def exact() -> Tensor:
@@ -199,8 +198,6 @@ def _(inputs: Inputs) -> Case:
 
 @benchmark("random_mask", "ops")
 def _(inputs: Inputs) -> Case:
-    from ..ops.random_mask.reference import random_words
-
     def exact() -> Tensor:
         words = random_words(inputs.numel, SEED, 0, inputs.device)
         return (words.double() < DENSITY * 2.0**32).view(inputs.shape)
