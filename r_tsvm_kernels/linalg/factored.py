@@ -14,6 +14,7 @@ from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
 from .interference import interference_of_gram
 from .inverse_root import root_of_factor
+from .orthonormal import thin_qr
 from .polar import isometry_defect
 from .ranks import Rank
 
@@ -138,7 +139,8 @@ def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Fact
 def leading_triplets(matrix: Factored, rank: Rank) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return the leading singular triplets of the product and the share of the energy they hold, in float64.
 
-    Two thin QRs and the SVD of a core of the inner dimension; the product is never formed.
+    Two thin QRs and the SVD of a core of the inner dimension; the product is never formed. Its rows and columns of
+    zeros stay so, to the bit.
 
     Args:
         matrix: (m, n).
@@ -150,14 +152,12 @@ def leading_triplets(matrix: Factored, rank: Rank) -> tuple[Tensor, Tensor, Tens
     Raises:
         ConvergenceError: the SVD failed.
     """
-    Q_left, R_left = torch.linalg.qr(matrix.left.double())
-    Q_right, R_right = torch.linalg.qr(matrix.right.double().mT)
+    Q_left, R_left = thin_qr(matrix.left.double())
+    Q_right, R_right = thin_qr(matrix.right.double().mT)
     P, values, Qh = svd(R_left @ R_right.mT * matrix.scale)
     padded = torch.cat([values, values.new_zeros(max(0, min(matrix.shape) - len(values)))])
     wanted = rank if isinstance(rank, int) else rank(padded)
     norm = float(torch.linalg.vector_norm(values))
     k = min(wanted, int((values > 2.0**-46 * norm).sum()))
     energy = float(values[:k].square().sum()) / norm**2 if norm else 1.0
-    # Rows and columns of zeros stay so, to the bit.
-    U, Vh = Q_left @ P[:, :k] * matrix.left.any(1)[:, None], Qh[:k] @ Q_right.mT * matrix.right.any(0)
-    return U, values[:k], Vh, min(1.0, energy)
+    return Q_left @ P[:, :k], values[:k], Qh[:k] @ Q_right.mT, min(1.0, energy)

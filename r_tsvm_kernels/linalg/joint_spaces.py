@@ -11,6 +11,7 @@ from torch import Tensor
 from .certificate import Certificate, Mode
 from .decompositions import svd
 from .factored import Factored
+from .orthonormal import thin_qr
 from .subspaces import truncated_svd
 
 
@@ -67,7 +68,7 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
         del joined, found
         return JointSvd(U, [_clean(U.mT @ matrix.double()) for matrix in dense], certificate)
     lefts = torch.cat([factor.left.double() for factor in factors], dim=1)
-    Q = torch.linalg.qr(lefts).Q * lefts.any(1)[:, None]  # rows of zeros stay so, to the bit
+    Q, _ = thin_qr(lefts)
     parts = [factor.scale * (Q.mT @ factor.left.double()) @ factor.right.double() for factor in factors]
     R = torch.linalg.qr(torch.cat(parts, dim=1).mT, mode="r").R
     P, values, _ = svd(R.mT)

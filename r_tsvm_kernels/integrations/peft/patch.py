@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import ConvergenceError, NonFiniteError
 from ...linalg import Factored
-from ...ops import FLOAT_DTYPES
+from ...ops import FLOAT_DTYPES, check_finite
 from .updates import RULES, combined_triplets
 
 # The one place where PEFT forms dense updates and decomposes them.
@@ -123,7 +123,11 @@ def _has(target: LoraLayer, adapter: str) -> bool:
 
 
 def _update(target: LoraLayer, adapter: str) -> Factored | None:
-    """Return the update of a layer; None if it is of a kind we do not know to be a product."""
+    """Return the update of a layer; None if it is of a kind we do not know to be a product.
+
+    Raises:
+        NonFiniteError: a factor holds NaN or infinity.
+    """
     if not any(type(target).get_delta_weight is kind.get_delta_weight for kind in _PRODUCTS):
         return None
     if isinstance(target, Conv2d) and target.get_base_layer().groups != 1:
@@ -136,6 +140,8 @@ def _update(target: LoraLayer, adapter: str) -> Factored | None:
     A, B = A.flatten(1), B.flatten(1)
     if any(type(factor) is not Tensor or factor.device.type not in _DEVICES for factor in (A, B)):
         return None
-    if A.dtype != B.dtype or A.dtype not in FLOAT_DTYPES or not (A.isfinite().all() and B.isfinite().all()):
+    if A.dtype != B.dtype or A.dtype not in FLOAT_DTYPES:
         return None
+    for factor in (A, B):
+        check_finite(factor, adapter)
     return Factored(B, A, float(target.scaling[adapter]))
