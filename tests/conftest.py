@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,13 @@ def poisoned_memory():
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's folder: a base and three experts that were really trained (quickly), and four merges."""
-    out = tmp_path_factory.mktemp("trained") / "demo"
-    program = [sys.executable, str(ROOT / "examples" / "digits_demo.py"), "--quick", "--out", str(out)]
-    subprocess.run(program, check=True, capture_output=True, timeout=300)
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "trained"
+    with (shared / "trained.lock").open("w") as lock:  # one worker trains for all
+        flock(lock, LOCK_EX)
+        if not (out / "results.json").is_file():
+            program = [sys.executable, str(ROOT / "examples" / "digits_demo.py"), "--quick", "--out", str(out)]
+            subprocess.run(program, check=True, capture_output=True, timeout=300)
     return out

@@ -19,6 +19,19 @@ interpreted = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
+if STATE == backends.READY:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # A third of the interpreter's time goes into patching the language anew for each call inside a kernel.
+    def patch_once(fn, patch=interpreter._patch_lang):
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 MIXES = [
     (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32),

@@ -1,8 +1,4 @@
-"""The Triton products in Triton's interpreter, on the CPU.
-
-tests/test_triton_products_interpreter.py runs this file in a process of its own, with ``TRITON_INTERPRET=1``. The
-interpreter adds like float32 hardware, not like tensor cores, which round towards zero.
-"""
+"""The Triton products in the interpreter: it adds like float32 hardware, where tensor cores round towards zero."""
 
 from importlib import import_module
 from types import SimpleNamespace
@@ -10,17 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import relative_error, same_bits
+from interpreted import interpreted
 
-from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailable
 from r_tsvm_kernels.ops import Planes, gemm3, split_planes, symm_gram, symm_square
 
-STATE = backends.triton_interpreter_state()
-
-pytestmark = [
-    pytest.mark.skipif(STATE != backends.READY, reason=f"needs Triton's interpreter: {STATE}"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes with numpy, which warns of NaN
-]
+pytestmark = interpreted
 
 SIZES = [1, 31, 32, 50, 97]
 every_low = pytest.mark.parametrize("low", [True, False], ids=["x3", "x1"])
