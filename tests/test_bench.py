@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import json
 import math
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -324,12 +325,26 @@ def test_only_what_is_in_both_is_compared():
 
 
 def test_turns():
-    def turns(*ratios):
-        return [(results(timed(speed)), results(timed(speed * r))) for speed, r in zip((1, 3, 2), ratios, strict=True)]
+    def verdict(*ratios, others=(1.02,) * 3, role="ours"):
+        turns = []
+        for speed, ratio, other in zip((1, 3, 2), ratios, others, strict=True):
+            pairs = [(timed(speed) | {"role": role}, timed(speed * ratio) | {"role": role})]
+            pairs += [(timed(speed, provider="eager") | {"role": "torch"},
+                       timed(speed * other, provider="eager") | {"role": "torch"})]  # fmt: skip
+            turns.append(tuple(results(*side) for side in zip(*pairs, strict=True)))
+        (change, other), noise = bench.compare_turns(turns)
+        assert change.ratio == pytest.approx(statistics.median(ratios)) and other.verdict == ""
+        yardsticks = [statistics.median(others), statistics.median(ratios) if role != "ours" else 1.0]
+        assert noise == pytest.approx(max(0.05, max(yardsticks) - 1))
+        return change.verdict
 
-    assert [c.verdict for c in bench.compare_turns(turns(1.2, 1.3, 1.25))] == ["slower"]
-    assert [c.verdict for c in bench.compare_turns(turns(0.8, 0.7, 0.8))] == ["faster"]
-    assert [c.verdict for c in bench.compare_turns(turns(0.7, 1.4, 1.1))] == [""]
+    assert verdict(1.2, 1.3, 1.25) == "slower"
+    assert verdict(0.8, 0.7, 0.8) == "faster"
+    assert verdict(0.7, 1.4, 1.1) == ""  # the turns do not agree
+    assert verdict(1.04, 1.03, 1.04) == ""  # too little to be told
+    assert verdict(1.2, 1.3, 1.25, others=(1.4, 1.3, 1.2)) == ""  # no more than torch's
+    assert verdict(0.7, 0.7, 0.7, others=(1.4, 1.3, 1.2)) == "faster"
+    assert verdict(1.2, 1.3, 1.25, role="peer") == ""
 
 
 def test_read_report_refuses_another_schema(tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
-from .record import ratios
 from .suite import SCHEMA
 
 NOISE = 0.05  # relative; smaller changes are not told, whatever the quartiles say
@@ -23,7 +24,7 @@ class Change(NamedTuple):
         before: median seconds.
         after: median seconds.
         ratio: after by before.
-        verdict: ``faster`` or ``slower``, where the spreads of both do not overlap; otherwise empty.
+        verdict: ``faster`` or ``slower``, beyond noise; otherwise empty.
     """
 
     key: Key
@@ -49,7 +50,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """Return the rows that were timed in both, by benchmark."""
+    """Return the rows that were timed in both; a row has changed if its spreads do not overlap."""
     old, new = _timed_rows(before), _timed_rows(after)
     changes = []
     for key in (key for key in new if key in old):
@@ -65,24 +66,37 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     return changes
 
 
-def compare_turns(turns: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Change]:
-    """Compare two versions that ran in turns: a change is one if it shows in all but the outer quarters of the turns.
+def compare_turns(turns: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[list[Change], float]:
+    """Compare two versions that ran in turns.
+
+    The rows of others, eager torch and peers, measure the noise: their code is the same on both sides. A row of ours
+    has changed if all turns agree on the direction, and if it changed by more than 19 of 20 rows of others.
 
     Args:
         turns: pairs of reports, before and after, that were made one right after the other.
+
+    Returns:
+        Every row that is in all reports, others' without a verdict; and the noise: the relative change, 0.05 or more,
+        from which on there is a verdict.
     """
     pairs = [(_timed_rows(before), _timed_rows(after)) for before, after in turns]
-    changes = []
+    found = {}
     for key in (key for key in pairs[0][1] if all(key in rows for pair in pairs for rows in pair)):
-        was, now = ([pair[side][key]["seconds"]["median"] for pair in pairs] for side in (0, 1))
-        spread = ratios(now, was)
-        verdict = ""
-        if len(turns) > 1 and spread["q1"] > 1 and spread["median"] > 1 + NOISE:
-            verdict = "slower"
-        elif len(turns) > 1 and spread["q3"] < 1 and spread["median"] < 1 - NOISE:
-            verdict = "faster"
-        changes.append(Change(key, sorted(was)[len(was) // 2], sorted(now)[len(now) // 2], spread["median"], verdict))
-    return changes
+        found[key] = [[pair[side][key]["seconds"]["median"] for pair in pairs] for side in (0, 1)]
+    spreads = {key: [b / a for a, b in zip(was, now, strict=True)] for key, (was, now) in found.items()}
+    ours = {key for key in found if pairs[0][1][key]["role"] == "ours"}
+    others = sorted(max(ratio, 1 / ratio) - 1 for key in found.keys() - ours for ratio in [median(spreads[key])])
+    noise = max(NOISE, others[math.ceil(0.95 * len(others)) - 1] if others else 0.0)
+    changes = []
+    for key, (was, now) in found.items():
+        ratio, verdict = median(spreads[key]), ""
+        if key in ours and len(turns) > 1:
+            if min(spreads[key]) > 1 and ratio > 1 + noise:
+                verdict = "slower"
+            elif max(spreads[key]) < 1 and ratio < 1 / (1 + noise):
+                verdict = "faster"
+        changes.append(Change(key, median(was), median(now), ratio, verdict))
+    return changes, noise
 
 
 def different_circumstances(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
