@@ -10,7 +10,6 @@ measure the noise: a change of ours is told where all turns agree and where it i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
