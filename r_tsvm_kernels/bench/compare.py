@@ -83,19 +83,20 @@ def compare_turns(turns: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[l
     found = {}
     for key in (key for key in pairs[0][1] if all(key in rows for pair in pairs for rows in pair)):
         found[key] = [[pair[side][key]["seconds"]["median"] for pair in pairs] for side in (0, 1)]
-    spreads = {key: [b / a for a, b in zip(was, now, strict=True)] for key, (was, now) in found.items()}
+    turnwise = {key: [b / a for a, b in zip(was, now, strict=True)] for key, (was, now) in found.items()}
+    ratios = {key: median(values) for key, values in turnwise.items()}
     ours = {key for key in found if pairs[0][1][key]["role"] == "ours"}
-    others = sorted(max(ratio, 1 / ratio) - 1 for key in found.keys() - ours for ratio in [median(spreads[key])])
+    others = sorted(max(ratio, 1 / ratio) - 1 for key, ratio in ratios.items() if key not in ours)
     noise = max(NOISE, others[math.ceil(0.95 * len(others)) - 1] if others else 0.0)
     changes = []
     for key, (was, now) in found.items():
-        ratio, verdict = median(spreads[key]), ""
+        verdict = ""
         if key in ours and len(turns) > 1:
-            if min(spreads[key]) > 1 and ratio > 1 + noise:
+            if min(turnwise[key]) > 1 and ratios[key] > 1 + noise:
                 verdict = "slower"
-            elif max(spreads[key]) < 1 and ratio < 1 / (1 + noise):
+            elif max(turnwise[key]) < 1 and ratios[key] < 1 / (1 + noise):
                 verdict = "faster"
-        changes.append(Change(key, median(was), median(now), ratio, verdict))
+        changes.append(Change(key, median(was), median(now), ratios[key], verdict))
     return changes, noise
 
 

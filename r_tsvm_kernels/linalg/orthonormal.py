@@ -36,8 +36,8 @@ def thin_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``Q, R`` with ``Q R = Y``, Q with orthonormal columns, and with a row of zeros wherever `Y` has one.
 
     CholeskyQR2 (Yamamoto et al., ETNA 44, 2015) of the columns scaled to norm 1: as exact as Householder reflections,
-    and faster for thin matrices. After the first pass ``Q^T Q`` tells whether the second will do: columns that are
-    nearly dependent, or values that are not finite, go to LAPACK. Of dependent columns only what they span is sure to
+    and faster for thin matrices. ``Q^T Q`` tells whether it succeeded: columns that are nearly dependent, or values that
+    are not finite, go to LAPACK. Of dependent columns only what they span is sure to
     be orthonormal: ``Q P``, with P the singular vectors of R for values above rounding.
 
     Args:
@@ -48,17 +48,11 @@ def thin_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
     """
     if Y.shape[1] <= Y.shape[0]:
         norms = torch.linalg.vector_norm(Y, dim=0)
-        Q, R = _cholesky_pass(Y / norms)
-        if bool(torch.linalg.vector_norm(Q.mT @ Q - torch.eye(len(R), dtype=R.dtype, device=R.device)) < 0.25):
-            Q, again = _cholesky_pass(Q)
-            return Q, again @ (R * norms)
+        Q, R = cholesky_qr(Y / norms, passes=2)
+        if bool(orthogonality(Q) < 16 * torch.finfo(Q.dtype).eps):
+            return Q, R * norms
     Q, R = torch.linalg.qr(Y)
     return Q * Y.any(1)[:, None], R
-
-
-def _cholesky_pass(Y: Tensor) -> tuple[Tensor, Tensor]:
-    R = torch.linalg.cholesky_ex(Y.mT @ Y, upper=True).L
-    return torch.linalg.solve_triangular(R, Y, upper=True, left=False), R
 
 
 def cholesky_whitened(V: Tensor) -> Tensor:

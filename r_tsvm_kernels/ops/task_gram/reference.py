@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .._checks import tile_elements
+
+# Products are summed in blocks: some BLAS sum them one after the other, which rounds more the more there are.
+BLOCK = 4096
 
 
 def run(tuned: Sequence[Tensor], base: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -23,5 +27,6 @@ def run(tuned: Sequence[Tensor], base: Tensor | None, mask: Tensor | None) -> Te
             X -= origin[part].double()
         if chosen is not None:
             X.masked_fill_(~chosen[part], 0)
-        gram.addmm_(X, X.mT)
+        blocks = pad(X, (0, -X.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).transpose(0, 1)  # (pieces, T, BLOCK)
+        gram += (blocks @ blocks.mT).sum(0)
     return gram
