@@ -36,9 +36,9 @@ def thin_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``Q, R`` with ``Q R = Y``, Q with orthonormal columns, and with a row of zeros wherever `Y` has one.
 
     CholeskyQR2 (Yamamoto et al., ETNA 44, 2015) of the columns scaled to norm 1: as exact as Householder reflections,
-    and faster for thin matrices. ``Q^T Q`` tells whether it succeeded: columns that are nearly dependent, or values that
-    are not finite, go to LAPACK. Of dependent columns only what they span is sure to
-    be orthonormal: ``Q P``, with P the singular vectors of R for values above rounding.
+    and faster for thin matrices. ``Q^T Q`` tells whether it succeeded: columns that are nearly dependent, or values
+    that are not finite, go to LAPACK. Of dependent columns only what they span is sure to be orthonormal: ``Q P``,
+    with P the singular vectors of R for values above rounding.
 
     Args:
         Y: (m, n) float64.

@@ -27,6 +27,6 @@ def run(tuned: Sequence[Tensor], base: Tensor | None, mask: Tensor | None) -> Te
             X -= origin[part].double()
         if chosen is not None:
             X.masked_fill_(~chosen[part], 0)
-        blocks = pad(X, (0, -X.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).transpose(0, 1)  # (pieces, T, BLOCK)
+        blocks = pad(X, (0, -X.shape[1] % BLOCK)).view(len(flat), -1, BLOCK).transpose(0, 1)  # (pieces, T, BLOCK)
         gram += (blocks @ blocks.mT).sum(0)
     return gram
