@@ -197,6 +197,7 @@ def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwa
     """Run a provider twice (heavy ones once): to see its result and load its libraries, then to see its memory."""
     device = case.inputs.device
     results: list[Any] = []
+    untouched = _versions(case.inputs)
 
     def measured() -> None:
         results[:] = [peak_extra_bytes(provider.run, device)]
@@ -206,9 +207,16 @@ def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwa
         error = provider.error(case.values(results[0][0]), truth)
         if first < HEAVY:
             first = stopwatch.seconds(measured)
+        if _versions(case.inputs) != untouched:
+            return _Checked(0.0, error, None, "changes its inputs, which are those of all others, too")
         return _Checked(first, error, results[0][1], None)
     except Exception as failure:  # a loss is a result, whatever compilers and libraries raise
         return _Checked(0.0, float("inf"), None, _reason(failure))
+
+
+def _versions(inputs: Inputs) -> list[int]:
+    """Return how often torch has written into each input."""
+    return [tensor._version for tensor in (inputs.base, *inputs.tuned)]
 
 
 def _described(name: str, inputs: Inputs) -> dict[str, Any]:

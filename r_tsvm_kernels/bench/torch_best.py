@@ -77,7 +77,7 @@ def histogram(x: Tensor, bits: int) -> Tensor:
 
 def gram(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
     """Return the products of task vectors: in float32, blocks of a few thousand summed in float64."""
-    X = torch.stack([tensor.float().sub_(base) for tensor in tuned]).flatten(1)
+    X = torch.stack([tensor.float() - base for tensor in tuned]).flatten(1)
     whole = X.shape[1] // 4096 * 4096
     blocks = X[:, :whole].reshape(len(X), -1, 4096).transpose(0, 1)
     rest = X[:, whole:].double()
@@ -86,7 +86,7 @@ def gram(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
 
 def spread(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
     """Return T times the variance over the tasks."""
-    deltas = torch.stack([tensor.float().sub_(base) for tensor in tuned]).double()
+    deltas = torch.stack([tensor.float() - base for tensor in tuned]).double()
     return deltas.sub_(deltas.mean(0)).square_().sum(0)
 
 
