@@ -61,6 +61,8 @@ def speed(results: Path) -> list[str]:
     sentences = [memory(results), startup(results)]
     if (cpu / "bench.json").exists():
         sentences.append(losses(read(cpu / "bench.json")))
+    if (cpu / "bench_full.json").exists():
+        sentences.append(over_shapes(read(cpu / "bench_full.json")))
     return [*table(["on two cores", "against", "ours is", "file"], rows), "", *wrapped(" ".join(sentences))]
 
 
@@ -79,6 +81,19 @@ def losses(report: Report) -> str:
         f"Of {len(ours)} ops and methods of `rtsvm bench`, {eager} {'is' if eager == 1 else 'are'} slower than eager "
         f"torch; of {sum(key in best for key in ours)} for which there is a version in torch by somebody who took "
         f"pains, {lost} {'is' if lost == 1 else 'are'} slower than that (`bench.json`)."
+    )
+
+
+def over_shapes(report: Report) -> str:
+    """In how many rows of `rtsvm bench --full` torch wins, and where most."""
+    gains = timed(report, "ours")
+    lost = [row for row in gains if row["speedup"]["median"] < 1]
+    matrices = len({row["matrix"] for row in gains})
+    worst = min(gains, key=lambda row: row["speedup"]["median"])
+    return (
+        f"Over {matrices} matrices of public models, some in three dtypes, {len(lost)} of {len(gains)} rows are slower "
+        f"than eager torch; the worst is `{worst['name']}` at {shape(worst['shape'])}, {factor(worst['speedup'])} "
+        f"([all](docs/shapes.md), `bench_full.json`)."
     )
 
 

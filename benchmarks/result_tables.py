@@ -100,13 +100,33 @@ def spectral(report: Report) -> list[str]:
 
 def bench(report: Report) -> list[str]:
     """The table that `rtsvm bench` prints, one line per benchmark and input."""
-    printed = result_table(report)
-    cells = [[Text.from_markup(str(cell)).plain for cell in column.cells] for column in printed.columns]
+    return [*above_bench(report), *table(*printed(report))]
+
+
+def bench_full(report: Report) -> list[str]:
+    """The same in a table for each input, the kinds of benchmark after one another."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault(f"{row['matrix']}, {shape(row['shape'])}, {row['dtype']}", []).append(row)
+    lines = above_bench(report)
+    for label, rows in groups.items():
+        columns, cells = printed(report | {"rows": rows})
+        place = columns.index("matrix")
+        without = [[*line[:place], *line[place + 1 :]] for line in (columns, *cells)]
+        lines += [f"### {label}", "", *table(without[0], without[1:]), ""]
+    return lines[:-1]
+
+
+def above_bench(report: Report) -> list[str]:
     legend = [f"- **{name.strip()}**: {text.strip()}" for name, text in legend_entries()]
-    return [
-        f"{printed.title}. Suite `{report['suite']}`.", "", *legend, "",
-        *table([str(column.header) for column in printed.columns], list(zip(*cells, strict=True))),
-    ]  # fmt: skip
+    return [f"{result_table(report).title}. Suite `{report['suite']}`.", "", *legend, ""]
+
+
+def printed(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells of what `rtsvm bench` prints."""
+    columns = result_table(report).columns
+    cells = [[Text.from_markup(str(cell)).plain for cell in column.cells] for column in columns]
+    return [str(column.header) for column in columns], list(map(list, zip(*cells, strict=True)))
 
 
 def legend_entries() -> list[tuple[str, str]]:
@@ -247,6 +267,8 @@ SPEED = (
             "function without a model, `extract` PEFT's conversion to LoRA against `rtsvm extract-lora`'s function.",
             peft),
 )  # fmt: skip
+
+SHAPES = (Section("bench_full.json", "By matrix and dtype", "rtsvm bench --full --json", "", bench_full),)
 
 ACCURACY = (
     Section("spectral_accuracy.json", "Solvers and shortcuts, small and trained", "benchmarks/spectral_accuracy.py",

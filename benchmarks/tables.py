@@ -18,7 +18,7 @@ from pathlib import Path
 import headlines
 import plots
 from cells import ROOT
-from result_tables import ACCURACY, ELSEWHERE, SPEED, page
+from result_tables import ACCURACY, ELSEWHERE, SHAPES, SPEED, page
 
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = Path("docs") / "plots"
@@ -39,6 +39,7 @@ PARTS: dict[str, dict[str, Part]] = {
             SPEED, results / "cpu", {"bench.json": "plots/bench.svg", "spectral.json": "plots/growth.svg"}
         )
     },
+    "docs/shapes.md": {"shapes": lambda results: page(SHAPES, results / "cpu", {})},
     "docs/accuracy.md": {"accuracy": lambda results: page(ACCURACY, results / "cpu", {})},
 }
 
@@ -64,7 +65,7 @@ def renew(text: str, parts: dict[str, Part], results: Path) -> str:
 
 def unshown(results: Path) -> list[str]:
     """Result files that no table shows."""
-    shown = {section.file for section in (*SPEED, *ACCURACY, *ELSEWHERE)}
+    shown = {section.file for section in (*SPEED, *SHAPES, *ACCURACY, *ELSEWHERE)}
     return sorted(path.name for path in (results / "cpu").glob("*.json") if path.name not in shown)
 
 

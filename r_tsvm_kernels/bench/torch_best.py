@@ -75,9 +75,13 @@ def histogram(x: Tensor, bits: int) -> Tensor:
     return torch.bincount((x.float().flatten().view(torch.int32) & 0x7FFFFFFF) >> (31 - bits), minlength=1 << bits)
 
 
+def _task_vector(base: Tensor, tuned: Tensor) -> Tensor:
+    return tuned.to(torch.float32, copy=True).sub_(base)  # float() would hand out a float32 input itself
+
+
 def gram(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
     """Return the products of task vectors: in float32, blocks of a few thousand summed in float64."""
-    X = torch.stack([tensor.float() - base for tensor in tuned]).flatten(1)
+    X = torch.stack([_task_vector(base, tensor) for tensor in tuned]).flatten(1)
     whole = X.shape[1] // 4096 * 4096
     blocks = X[:, :whole].reshape(len(X), -1, 4096).transpose(0, 1)
     rest = X[:, whole:].double()
@@ -86,7 +90,7 @@ def gram(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
 
 def spread(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
     """Return T times the variance over the tasks."""
-    deltas = torch.stack([tensor.float() - base for tensor in tuned]).double()
+    deltas = torch.stack([_task_vector(base, tensor) for tensor in tuned]).double()
     return deltas.sub_(deltas.mean(0)).square_().sum(0)
 
 
