@@ -1,6 +1,7 @@
 """Fixtures: one seed, poisoned memory, and really trained checkpoints."""
 
 import os
+import signal
 import subprocess
 import sys
 from fcntl import LOCK_EX, flock
@@ -18,6 +19,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # compare, oracle, variants, ...: helpers of the tests
+
+# Programs that a script starts in the background ignore interrupts, and so would those that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
 settings.load_profile("default")
