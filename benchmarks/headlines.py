@@ -72,29 +72,40 @@ def timed(report: Report, role: str) -> list[Report]:
 
 
 def losses(report: Report) -> str:
-    """How many benchmarks of `rtsvm bench` torch wins."""
-    ours = {(row["name"], row["matrix"], row["dtype"]): row["speedup"]["median"] for row in timed(report, "ours")}
-    best = {(row["name"], row["matrix"], row["dtype"]): row["speedup"]["median"] for row in timed(report, "torch")}
-    eager = sum(speedup < 1 for speedup in ours.values())
-    lost = sum(best[key] > speedup for key, speedup in ours.items() if key in best)
+    """How many ops and methods of `rtsvm bench` torch wins."""
+    count, eager, known, best = won_by_torch(report)
     return (
-        f"Of {len(ours)} ops and methods of `rtsvm bench`, {eager} {'is' if eager == 1 else 'are'} slower than eager "
-        f"torch; of {sum(key in best for key in ours)} for which there is a version in torch by somebody who took "
-        f"pains, {lost} {'is' if lost == 1 else 'are'} slower than that (`bench.json`)."
+        f"Of {count} ops and methods of `rtsvm bench`, {are(eager)} slower than eager torch; of {known} for which "
+        f"there is a version in torch by somebody who took pains, {are(best)} slower than that (`bench.json`)."
     )
 
 
 def over_shapes(report: Report) -> str:
-    """In how many rows of `rtsvm bench --full` torch wins, and where most."""
-    gains = timed(report, "ours")
-    lost = [row for row in gains if row["speedup"]["median"] < 1]
-    matrices = len({row["matrix"] for row in gains})
-    worst = min(gains, key=lambda row: row["speedup"]["median"])
+    """The same of `rtsvm bench --full`, and the worst."""
+    count, eager, known, best = won_by_torch(report)
+    matrices = len({row["matrix"] for row in report["rows"]})
+    worst = min(timed(report, "ours"), key=lambda row: row["speedup"]["median"])
     return (
-        f"Over {matrices} matrices of public models, some in three dtypes, {len(lost)} of {len(gains)} rows are slower "
-        f"than eager torch; the worst is `{worst['name']}` at {shape(worst['shape'])}, {factor(worst['speedup'])} "
-        f"([all](docs/shapes.md), `bench_full.json`)."
+        f"Over {matrices} matrices of public models, some in three dtypes, {eager} of {count} times are longer than "
+        f"eager torch's and {best} of {known} than the best of torch; against eager torch the worst is "
+        f"`{worst['name']}` at {shape(worst['shape'])}, {factor(worst['speedup'])} ([all](docs/shapes.md), "
+        "`bench_full.json`)."
     )
+
+
+def won_by_torch(report: Report) -> tuple[int, int, int, int]:
+    """Count our times, how many eager torch beats, those beside a best version in torch, how many that beats."""
+    ours, best = (
+        {(row["name"], row["matrix"], row["dtype"]): row["speedup"]["median"] for row in timed(report, role)}
+        for role in ("ours", "torch")
+    )
+    both = ours.keys() & best.keys()
+    eager = sum(speedup < 1 for speedup in ours.values())
+    return len(ours), eager, len(both), sum(best[key] > ours[key] for key in both)
+
+
+def are(count: int) -> str:
+    return f"{count} {'is' if count == 1 else 'are'}"
 
 
 def of_bench(report: Report) -> list[tuple[str, str, Spread]]:

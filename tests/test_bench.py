@@ -125,28 +125,32 @@ def test_a_wrong_provider_is_named_and_not_timed():
     assert rows["reference"]["status"] == "timed"
 
 
-def test_a_provider_that_changes_its_inputs_is_refused():
-    case = REGISTRY["linear"].make(tiny(dtype="float32"))
+@pytest.mark.parametrize("name", ["linear", "polar"])  # of fine-tunes, and of task vectors
+def test_a_provider_that_changes_its_inputs_is_refused(name):
+    case = REGISTRY[name].make(tiny(dtype="float32"))
     run = case.providers[-1].run
+    changed = (case.inputs.tuned if name == "linear" else case.inputs.deltas)[0]
 
     def subtracts():
-        case.inputs.tuned[0].float().sub_(case.inputs.base)  # float() copies other dtypes only
-        return run()
+        found = run()
+        changed.float().sub_(case.inputs.base)  # float() copies other dtypes only
+        return found
 
-    rows = run_case("linear", replace(case, providers=[*case.providers, Provider("subtracts", subtracts)]))
+    rows = run_case(name, replace(case, providers=[*case.providers, Provider("subtracts", subtracts)]))
     assert rows["subtracts"]["status"] == "failed" and "changes its inputs" in rows["subtracts"]["reason"]
-    assert "seconds" not in rows["subtracts"] and rows["reference"]["status"] == "timed"
+    assert "seconds" not in rows["subtracts"] and rows[case.providers[0].name]["status"] == "timed"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_benchmark_is_right_and_leaves_its_inputs_alone(dtype):
     inputs = tiny(dtype=dtype)
-    before = [inputs.base.clone(), *(tensor.clone() for tensor in inputs.tuned)]
+    given = [inputs.base, *inputs.tuned, *inputs.deltas]
+    before = [tensor.clone() for tensor in given]
     for name, entry in REGISTRY.items():
         rows = run_case(name, entry.make(inputs))
         assert {row["status"] for row in rows.values()} <= {"timed", "unavailable"}, name
         # kernels outside torch, too, which torch's own count of changes does not see
-        assert all(map(torch.equal, before, [inputs.base, *inputs.tuned])), name
+        assert all(map(torch.equal, before, given)), name
 
 
 def test_what_cannot_be_made_does_not_stop_the_others(monkeypatch):

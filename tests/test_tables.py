@@ -165,6 +165,11 @@ def test_headlines_hold_the_losses(tables, later):
     assert "Of 2 ops and methods of `rtsvm bench`, 1 is slower than eager torch; of 1 for which" in " ".join(
         text.split()
     )
+    (later / "cpu" / "bench_full.json").write_text(json.dumps(LATER["bench.json"]))
+    told = " ".join(" ".join(tables.headlines.speed(later)).split())
+    assert "Over 1 matrices of public models" in told
+    assert "1 of 2 times are longer than eager torch's and 1 of 1 than the best of torch" in told
+    assert "the worst is `slow_op` at 64x32, 2.00 x slower (1.25 - 2.50)" in told
     committed = (ROOT / "README.md").read_text()
     assert "x slower" in committed and "the worst of" in committed
 

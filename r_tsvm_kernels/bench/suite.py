@@ -11,7 +11,7 @@ import torch
 
 from .case import Case, Inputs, Provider
 from .ceilings import measure_ceilings
-from .measure import Call, Stopwatch, interleaved, peak_extra_bytes, plan_rounds
+from .measure import Call, Stopwatch, interleaved, leaves, peak_extra_bytes, plan_rounds
 from .peers import taking_part, with_peers
 from .published import exact_svd
 from .record import provenance, quartiles, ratios
@@ -197,7 +197,7 @@ def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwa
     """Run a provider twice (heavy ones once): to see its result and load its libraries, then to see its memory."""
     device = case.inputs.device
     results: list[Any] = []
-    untouched = _versions(case.inputs)
+    untouched = [(tensor, tensor._version) for tensor in leaves(case.inputs)]  # how often torch has written into each
 
     def measured() -> None:
         results[:] = [peak_extra_bytes(provider.run, device)]
@@ -207,16 +207,11 @@ def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwa
         error = provider.error(case.values(results[0][0]), truth)
         if first < HEAVY:
             first = stopwatch.seconds(measured)
-        if _versions(case.inputs) != untouched:
+        if any(tensor._version != version for tensor, version in untouched):
             return _Checked(0.0, error, None, "changes its inputs, which are those of all others, too")
         return _Checked(first, error, results[0][1], None)
     except Exception as failure:  # a loss is a result, whatever compilers and libraries raise
         return _Checked(0.0, float("inf"), None, _reason(failure))
-
-
-def _versions(inputs: Inputs) -> list[int]:
-    """Return how often torch has written into each input."""
-    return [tensor._version for tensor in (inputs.base, *inputs.tuned)]
 
 
 def _described(name: str, inputs: Inputs) -> dict[str, Any]:

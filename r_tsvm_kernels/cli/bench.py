@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="each benchmark on one matrix (default)")
-    extent.add_argument("--full", action="store_true", help="many matrices and dtypes: an hour and a half on two cores")
+    extent.add_argument("--full", action="store_true", help="many matrices and dtypes: more than an hour on two cores")
     extent.add_argument("--dry-run", action="store_true", help="tiny matrices: shows that everything works, no more")
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:INDEX (default auto)")
     parser.add_argument(
