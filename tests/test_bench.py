@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +152,34 @@ def test_every_benchmark_is_right_and_leaves_its_inputs_alone(dtype):
         assert {row["status"] for row in rows.values()} <= {"timed", "unavailable"}, name
         # kernels outside torch, too, which torch's own count of changes does not see
         assert all(map(torch.equal, before, given)), name
+
+
+def test_compiling_is_not_timed():
+    case, calls = REGISTRY["linear"].make(tiny()), []
+
+    def compiles_first():
+        calls.append(time.sleep(0 if calls else 0.5))
+        return case.providers[-1].run()
+
+    compiling = replace(case, providers=[*case.providers, Provider("compiling", compiles_first, compiles=True)])
+    assert "compiling" not in run_case("linear", compiling) and calls == []  # a short plan on a CPU does without
+    (row,) = (
+        row for row in bench.run_case("linear", compiling, Stopwatch(CPU), CEILINGS, replace(DRY_RUN, compile=True))
+        if row["provider"] == "compiling"
+    )  # fmt: skip
+    assert row["status"] == "timed" and row["seconds"]["median"] < 0.25 and len(calls) > 2
+
+
+@pytest.mark.parametrize("name", ["add_update", "elect_and_sum: sum", "elect_and_sum: election"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_for_the_compiler_can_be_traced(name, dtype, monkeypatch):
+    compile_ = torch.compile
+    # Traced as always, then run without generating code, which would take half a minute.
+    monkeypatch.setattr(torch, "compile", lambda call: compile_(call, backend="eager", fullgraph=True))
+    case = REGISTRY[name].make(tiny(dtype=dtype))
+    rows = bench.run_case(name, case, Stopwatch(CPU), CEILINGS, replace(DRY_RUN, compile=True))
+    (row,) = (row for row in rows if row["provider"] == "torch.compile")
+    assert row["status"] == "timed" and row["error"] <= row["limit"], row
 
 
 def test_what_cannot_be_made_does_not_stop_the_others(monkeypatch):

@@ -94,6 +94,7 @@ class Provider:
         limit: largest error, where it is not that of the case; or computes it from the truth.
         error: finds the error.
         compared: what of the result is compared with the truth by `error`.
+        compiles: whether the first run compiles what all others run.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Provider:
     limit: float | Callable[[Sequence[Tensor]], float] | None = None
     error: Judge = worst_error
     compared: str = "all elements"
+    compiles: bool = False
 
 
 @dataclass(frozen=True)

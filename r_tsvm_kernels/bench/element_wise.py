@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def op_case(
     truth: Callable[[], Any],
     moved: int,
     best: Callable[[], Any] | None = None,
-    compiled: Callable[[], Any] | None = None,
+    compiled: bool = False,
     limit: float = ROUNDING,
     **more: Any,
 ) -> Case:
@@ -41,7 +42,7 @@ def op_case(
         truth: the same in float64, run on the references; or the true values.
         moved: bytes that must move.
         best: the best of torch.
-        compiled: what torch.compile is to make of it; on a GPU only, compiling for a CPU takes half a minute.
+        compiled: whether torch.compile is to make something of that, too.
         limit: largest relative error.
         more: other fields of `Case`.
     """
@@ -49,8 +50,8 @@ def op_case(
     providers, unavailable = by_backend(used, call, device)
     if best is not None:
         providers.append(Provider("torch, best", best, "torch"))
-    if compiled is not None and device.type == "cuda":
-        providers.append(Provider("torch.compile", compiled, "torch"))
+        if compiled:
+            providers.append(Provider("torch.compile", _compiled(best), "torch", compiles=True))
     values = more.setdefault("values", _all_leaves)
 
     def exact() -> Sequence[Tensor]:
@@ -59,6 +60,12 @@ def op_case(
             return found
 
     return Case(inputs, providers, exact, limit, moved, unavailable=unavailable, **more)
+
+
+def _compiled(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Return what torch.compile makes of a call; it is asked at the first one, its import takes seconds."""
+    ready = cache(lambda: torch.compile(call))
+    return lambda: ready()()
 
 
 def _all_leaves(result: Any) -> list[Tensor]:
@@ -296,7 +303,6 @@ def _(inputs: Inputs) -> Case:
 @benchmark("add_update", "ops")
 def _(inputs: Inputs) -> Case:
     base, update, alpha = inputs.base, inputs.deltas[0], 0.7
-    compiled = torch.compile(torch_best.add) if inputs.device.type == "cuda" else None
     return op_case(
         inputs,
         ["add_update"],
@@ -304,7 +310,7 @@ def _(inputs: Inputs) -> Case:
         lambda: ops.add_update(base.double(), update.double(), alpha),
         base.nbytes + 8 * inputs.numel,
         best=lambda: torch_best.add(base, update, alpha),
-        compiled=None if compiled is None else lambda: compiled(base, update, alpha),
+        compiled=True,
     )
 
 
@@ -316,7 +322,6 @@ def _elect_and_sum(
 ) -> Case:
     """Return a case of `elect_and_sum`; what it keeps is found beforehand."""
     base, tuned, weights = inputs.base, inputs.tuned, [1.0] * inputs.tasks
-    compiled = torch.compile(best) if best is not None and inputs.device.type == "cuda" else None
     return op_case(
         inputs,
         used,
@@ -324,7 +329,7 @@ def _elect_and_sum(
         lambda: ops.elect_and_sum(*inputs.exact, weights, **options),
         inputs.read_bytes + 4 * inputs.numel,
         best=None if best is None else lambda: best(base, *tuned),
-        compiled=None if compiled is None else lambda: compiled(base, *tuned),
+        compiled=True,
     )
 
 

@@ -34,6 +34,7 @@ class Plan:
         seconds: for which a provider is timed, about;
         rounds: but so often at least.
         tasks: number of fine-tunes.
+        compile: whether torch.compile takes part on a CPU, where it takes half a minute to begin with.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Plan:
     seconds: float
     tasks: int = 3
     rounds: int = 3
+    compile: bool = False
 
 
 PLANS = {
@@ -68,6 +70,7 @@ PLANS = {
             },
             ("bfloat16", "float16", "float32"),
             seconds=2.0,
+            compile=True,
         ),
         Plan("dry-run", {"element-wise": ("tiny",), "spectral": ("tiny",)}, ("bfloat16",), seconds=0.0),
     )
@@ -154,10 +157,11 @@ def run_case(
         the ceiling that is reached.
     """
     common = _described(name, case.inputs)
+    providers = [p for p in case.providers if plan.compile or not p.compiles or case.inputs.device.type == "cuda"]
     truth = case.truth()
     rows: dict[str, dict[str, Any]] = {}
     checked: dict[str, _Checked] = {}
-    for provider in case.providers:
+    for provider in providers:
         limit = _limit(provider, case, truth)
         found = _check(provider, case, truth, stopwatch)
         rows[provider.name] = common | {
@@ -173,9 +177,9 @@ def run_case(
             rows[provider.name]["peak_extra_bytes"] = found.peak_extra_bytes
     del truth
 
-    calls = {provider.name: provider.run for provider in case.providers if provider.name in checked}
+    calls = {provider.name: provider.run for provider in providers if provider.name in checked}
     times = _timed(calls, checked, stopwatch, plan)
-    reference = next((p.name for p in case.providers if p.role == "reference" and p.name in checked), None)
+    reference = next((p.name for p in providers if p.role == "reference" and p.name in checked), None)
     for runner, values in times.items():
         rows[runner] |= _speed(case, values, ceilings)
         if reference is not None:
@@ -203,6 +207,8 @@ def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwa
         results[:] = [peak_extra_bytes(provider.run, device)]
 
     try:
+        if provider.compiles or device.type == "cuda":
+            provider.run()  # or the time and memory of compiling would count
         first = stopwatch.seconds(measured)
         error = provider.error(case.values(results[0][0]), truth)
         if first < HEAVY:
