@@ -64,7 +64,12 @@ def op_case(
 
 def _compiled(call: Callable[[], Any]) -> Callable[[], Any]:
     """Return what torch.compile makes of a call; it is asked at the first one, its import takes seconds."""
-    ready = cache(lambda: torch.compile(call))
+
+    @cache
+    def ready() -> Callable[[], Any]:
+        torch.compiler.reset()  # after a handful of other inputs it would give up and run the call as it is
+        return torch.compile(call)
+
     return lambda: ready()()
 
 
