@@ -268,7 +268,13 @@ SPEED = (
             peft),
 )  # fmt: skip
 
-SHAPES = (Section("bench_full.json", "By matrix and dtype", "rtsvm bench --full --json", "", bench_full),)
+SHAPES = (
+    Section("bench_full.json", "By matrix and dtype", "rtsvm bench --full --json",
+            "Without torch.compile, which has a table of its own below.", bench_full),
+    Section("bench_compiled.json", "With torch.compile", "rtsvm bench --full --only NAME --json",
+            "The ops for which torch.compile makes something of the best version in torch; `best torch` is the faster "
+            "of the two. Compiling is not counted.", bench),
+)  # fmt: skip
 
 ACCURACY = (
     Section("spectral_accuracy.json", "Solvers and shortcuts, small and trained", "benchmarks/spectral_accuracy.py",
