@@ -2,30 +2,37 @@
 
 from .certificate import Certificate, Mode
 from .cuda_graph import use_cuda_graphs
-from .factored import Factored, FactoredMerge, leading_triplets, merge_factored, weighted_sum
+from .factored import Factored, FactoredMerge, Triplets, leading_triplets, merge_factored, weighted_sum
 from .few_triplets import few_triplets
 from .interference import interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .memory import tsv_merge_bytes, tsv_merge_flops
+from .merge_accuracy import PolarPair, WeightedCores, polar_pair
 from .polar import PolarFactor, polar
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
+from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import Subspaces, TruncatedSVD, leading_subspaces, truncated_svd
 from .tsv_merge import Solver, TsvMerge, touched, tsv_merge, tsv_merge_layers
 
 __all__ = [
+    "BACKWARD_ERROR",
     "Certificate",
     "CoreSpace",
+    "Cut",
     "Factored",
     "FactoredMerge",
     "JointSvd",
     "Mode",
     "PolarFactor",
+    "PolarPair",
     "Rank",
     "RankRule",
     "Solver",
     "Subspaces",
+    "Triplets",
     "TruncatedSVD",
     "TsvMerge",
+    "WeightedCores",
     "choose_rank",
     "core_space",
     "energy_rank",
@@ -39,6 +46,7 @@ __all__ = [
     "merge_factored",
     "noise_rank",
     "polar",
+    "polar_pair",
     "sparsity_rank",
     "touched",
     "truncated_svd",

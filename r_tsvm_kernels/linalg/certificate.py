@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from ..errors import ConfigError, ConvergenceError
+from .rounding import BACKWARD_ERROR
 
 Mode = Literal["exact", "fast"]
+
+# What is merged may be larger than the result, where tasks cancel each other. Errors are relative to the result, down
+# to this share of what is merged.
+CANCELLED = 2.0**-20
 
 # Largest relative error (Frobenius norm) of a result, against the same computation in float64 by SVD.
 TOLERANCES: dict[str, float] = {"exact": 1e-4, "fast": 1e-2}
@@ -18,18 +27,24 @@ class Certificate:
     """Measured accuracy of a spectral result; all numbers are dimensionless.
 
     Attributes:
-        error: estimated bound of the result's relative error: ``subspace_error * max(basis_condition) +
-            orthogonality``, and for a merge the rounding of its last product, in the dtype of the task matrices.
+        error: estimated bound of the result's relative error (Frobenius norm): that of the subspaces times the
+            `sensitivity` of the polar factors, their `orthogonality`, and rounding. For a merge it is relative to the
+            merged matrix, or to 1e-6 of what is merged where the tasks cancel each other to less.
         orthogonality: defect of the orthonormal factors, ``norm(Q^T Q z - z) / norm(z)`` on random vectors z (the part
             of z that a partial isometry keeps).
         subspace_error: estimated sine of the angle between computed and exact singular subspaces, the largest of the
-            tasks. Directions whose singular values are equal to rounding are not told apart, and need not be.
+            tasks.
         tolerance: what `error` had to stay below: 1e-4 in ``exact`` mode, 1e-2 in ``fast`` mode.
         route: the solver whose result this is, the most exact one if the tasks took different ones.
         basis_rank: numerical ranks of the concatenated left and right bases. Below ``sum(ranks)`` tasks share
             directions, and the polar factor is a partial isometry.
         basis_condition: largest over smallest kept singular value of the two concatenated bases. The larger, the more
             an error of the subspaces is amplified in the merged matrix. NaN where the route does not measure it.
+        gap: relative gap ``(s_k - s_(k+1)) / s_k`` at the cut, the smallest of the tasks: 0 for equal singular values,
+            1 where nothing is cut off. NaN where the route does not measure it.
+        arbitrary: whether the result depends on a choice among singular values that are equal to within what float64
+            resolves: at the cut, or at the threshold of the numerical rank. Any choice is right, another SVD may make
+            another one, and `error` is that of the result for the choice that was made.
         escalations: routes that were tried before this one and given up, each with the reason.
     """
 
@@ -40,12 +55,50 @@ class Certificate:
     route: str
     basis_rank: tuple[int, int] = (0, 0)
     basis_condition: tuple[float, float] = (1.0, 1.0)
+    gap: float = 1.0
+    arbitrary: bool = False
     escalations: tuple[str, ...] = ()
 
     @property
     def met(self) -> bool:
         """Whether the estimated error is within the tolerance (NaN is not)."""
         return self.error <= self.tolerance
+
+    def transposed(self) -> Certificate:
+        """Return the certificate of the transposed result."""
+        return replace(self, basis_rank=self.basis_rank[::-1], basis_condition=self.basis_condition[::-1])
+
+    def rounded(self, dtype: torch.dtype) -> Certificate:
+        """Return the certificate of the result rounded to a dtype."""
+        return replace(self, error=self.error + torch.finfo(dtype).eps)
+
+    @classmethod
+    def worst(cls, certificates: Sequence[Certificate]) -> Certificate:
+        """Return the certificate of a result that several are parts of: the largest error, and what any of them says.
+
+        Args:
+            certificates: one or more.
+        """
+        largest = max(certificates, key=lambda certificate: (not certificate.met, certificate.error))
+        return replace(
+            largest,
+            gap=min(certificate.gap for certificate in certificates),
+            arbitrary=any(certificate.arbitrary for certificate in certificates),
+            escalations=tuple(dict.fromkeys(reason for part in certificates for reason in part.escalations)),
+        )
+
+    @classmethod
+    def of_sum(cls, certificates: Sequence[Certificate], norms: Sequence[float], total: Tensor) -> Certificate:
+        """Return the certificate of a sum.
+
+        Args:
+            certificates: of the summands.
+            norms: their Frobenius norms.
+            total: the sum. Where summands cancel each other its error is relative to `CANCELLED` times theirs.
+        """
+        size = max(float(torch.linalg.vector_norm(total)), CANCELLED * sum(norms))
+        error = sum(part.error * norm for part, norm in zip(certificates, norms, strict=True))
+        return replace(cls.worst(certificates), error=error / size if size else BACKWARD_ERROR)
 
     def require(self) -> None:
         """Raise `ConvergenceError` unless the tolerance is met."""

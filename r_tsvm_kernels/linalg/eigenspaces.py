@@ -6,8 +6,9 @@ first-order correction costs a few thin products:
 
     X[i, j] = (V_other^T R)[i, j] / (lambda_j - lambda_i),   R = D^T D V - V (V^T D^T D V),   V <- V + V_other X
 
-Where the eigenvalues are too close for it, within a window around the cut, the small problem is solved in float64.
-What is left is measured on random vectors.
+Where eigenvalues are too close for it, or so small that they drown in the rounding of the Gram matrix, a part of the
+eigenvectors is resolved: the problem in their span is solved again, in float64, from the images ``D V``, whose rounding
+is not squared. What is left is measured on random vectors.
 """
 
 from __future__ import annotations
@@ -21,17 +22,29 @@ from torch import Tensor
 from ..errors import ConvergenceError
 from .decompositions import eigh
 from .orthonormal import cholesky_whitened
+from .rounding import BACKWARD_ERROR, root_errors
 from .tall_matrix import TallMatrix
 from .transfer import gaussian
 
 # Below this share of the largest eigenvalue the eigenvectors of a float32 Gram matrix are too wrong for corrections to
-# be worth while; those of a float64 Gram matrix are noise.
-FLOAT32_FLOOR, FLOAT64_FLOOR = 1e-3, 1e-13
+# be worth while.
+FLOAT32_FLOOR = 1e-3
+# Where the smallest wanted eigenvalue is below this share of the largest, all low eigenvectors are resolved, not only
+# those near the cut. Each time the low ones are known better.
+LOW, RESOLVE = 1e-5, 4
 # A correction squares the error, or at least shrinks it as much as the one before: starting from more than this, two
 # would not do, and float64 from the start is cheaper than three.
 CORRECTABLE, CORRECTIONS = 3e-3, 2
-PROBES = 8
+PROBES = 16
 WINDOW = 32
+# Eigenvalues as near as that, relatively, to one at the cut are resolved with it.
+NEAR = 1e-6
+# Probes may see less of the mixing than there is.
+MEASURED = 2.0
+
+# Maps all singular values, falling, and bounds of their errors to the number of leading ones; None if they leave it
+# open.
+Choose = Callable[[Tensor, Tensor], int | None]
 
 
 @dataclass(frozen=True)
@@ -40,34 +53,52 @@ class Eigenspace:
 
     Attributes:
         V: (n, k) float64, orthonormal to rounding, ordered by falling eigenvalue.
-        values: (n,) all eigenvalues of ``D^T D`` in the scaled units of the matrix, falling.
-        error: estimated sine of the angle to the exact subspace (Frobenius norm over all directions).
+        values: (n,) singular values of D, all of them, in its scaled units, falling.
+        errors: (n,) bounds of their errors.
+        error: estimated sine of the angle to the exact subspace (Frobenius norm over all directions), beyond what
+            backward errors explain.
+        spread: backward error beyond that of an SVD, relative to the largest singular value.
     """
 
     V: Tensor
     values: Tensor
+    errors: Tensor
     error: float
+    spread: float
 
 
-def gram_float64(matrix: TallMatrix, choose: Callable[[Tensor], int]) -> Eigenspace:
+def gram_float64(matrix: TallMatrix, choose: Choose, tolerance: float) -> Eigenspace:
     """Return the leading eigenspace by float64 Gram matrix and eigenvectors.
 
     Args:
         matrix: D.
-        choose: maps the eigenvalues, falling, to the dimension wanted.
+        choose: the dimension wanted.
+        tolerance: estimated error above which eigenvectors are resolved.
 
     Raises:
-        ConvergenceError: eigenvalues of that size drown in rounding, or the decomposition failed.
+        ConvergenceError: the dimension stays open, the estimated error is too large, or the decomposition failed.
     """
     values, Q = eigh(matrix.gram(torch.float64))
-    rank = choose(values.clamp(min=0).flip(0))
-    cut = len(values) - rank
-    if rank and values[cut] <= FLOAT64_FLOOR * values[-1]:
-        raise ConvergenceError("gram-float64: the smallest wanted singular value is lost in rounding")
-    V = Q[:, cut:]
-    window = _window(len(values), rank)
-    error = _mixing(matrix, V, values[cut], Q[:, : cut - window], values[: cut - window])
-    return Eigenspace(V.flip(1), values.clamp(min=0).flip(0), error)
+    values.clamp_(min=0)
+    n = len(values)
+    errors = root_errors(values, BACKWARD_ERROR)
+    resolved, reason = slice(0, 0), ""
+    for _ in range(RESOLVE):
+        rank = choose(values.flip(0).sqrt(), errors.flip(0))
+        if rank is None:
+            reason, block = "singular values at the edge of the rank are lost in rounding", _low(values, 0.0)
+        else:
+            cut = n - rank
+            error, spread = _unresolved(matrix, Q[:, cut:], Q[:, :cut], values, resolved)
+            if error <= tolerance:
+                return Eigenspace(Q[:, cut:].flip(1), values.flip(0).sqrt(), errors.flip(0), error, spread)
+            reason, block = f"estimated error {error:.0e} of the subspace", _block(values, cut)
+        if block == resolved or not block.stop:
+            break
+        Q[:, block], values[block] = _resolve(matrix, Q[:, block])
+        errors[block] = root_errors(values[block], BACKWARD_ERROR).clamp(min=float(errors[-1]))
+        resolved = block
+    raise ConvergenceError(f"gram-float64: {reason}")
 
 
 def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
@@ -84,35 +115,87 @@ def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
         raise ConvergenceError("gram-float32: the smallest wanted singular value is too small")
     values, V, others = approximate.double(), Q[:, cut:].double(), Q[:, :cut]
     window = _window(n, rank)
-    far = cut - window
+    block = slice(cut - window, cut + window)
     for _ in range(CORRECTIONS):
         V, values[cut:] = _corrected(matrix, V, others, values, window)
-        _solve_window(matrix, V, others, values, window)
-        error = _mixing(matrix, V, values[cut], others[:, :far], values[:far])
+        if window:
+            below = others[:, block.start :].double()
+            below = cholesky_whitened(below - V @ (V.mT @ below))
+            near, values[block] = _resolve(matrix, torch.cat([below, V[:, :window]], dim=1))
+            others[:, block.start :] = near[:, :window].to(others.dtype)
+            V[:, :window] = near[:, window:]
+        error, spread = _unresolved(matrix, V, others, values, block)
         if error <= tolerance:
             break
     if not error <= tolerance:
         raise ConvergenceError(f"gram-float32: estimated error {error:.0e} of the subspace, allowed {tolerance:.0e}")
-    return Eigenspace(V.flip(1), values.clamp(min=0).flip(0), error)
+    values = values.clamp(min=0).flip(0)
+    return Eigenspace(V.flip(1), values.sqrt(), root_errors(values, 8 * 2.0**-24), error, spread)
 
 
 def _window(n: int, rank: int) -> int:
     return min(max(WINDOW, n // 32), rank, n - rank)
 
 
-def _mixing(matrix: TallMatrix, V: Tensor, smallest: Tensor, others: Tensor, values: Tensor) -> float:
-    """Estimate ``norm(X)`` (Frobenius) to first order, from random vectors in the span of `V`.
+def _block(values: Tensor, cut: int) -> slice:
+    """Return the eigenvectors to be resolved: low ones, or those near the cut and those of nearly its eigenvalue."""
+    n = len(values)
+    if not 0 < cut < n:
+        return slice(0, 0)
+    if values[cut] < LOW * values[-1]:
+        return _low(values, float(values[cut]))
+    window = _window(n, n - cut)
+    first = int((values < (1 - NEAR) * values[cut - 1]).sum())
+    last = int((values <= (1 + NEAR) * values[cut]).sum())
+    return slice(min(first, cut - window), max(last, cut + window))
+
+
+def _low(values: Tensor, smallest: float) -> slice:
+    """Return the eigenvectors below what rounding lets them know of each other.
+
+    Solved among themselves, the largest of them sets the rounding errors: for singular values it must not be larger
+    than the mean of the largest of all and the smallest that is wanted.
+    """
+    largest = float(values[-1])
+    return slice(0, int((values <= max(smallest / largest, 2.0**-53) ** 0.5 * largest).sum()))
+
+
+def _resolve(matrix: TallMatrix, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvectors and eigenvalues, rising, of ``D^T D`` in the span of `near`, from its image under D."""
+    inner, rotation = eigh(matrix.image_gram(near))
+    return near @ rotation, inner.clamp_(min=0)
+
+
+def _unresolved(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, resolved: slice) -> tuple[float, float]:
+    """Estimate the mixing of leading with other eigenvectors, but for pairs of which both are in `resolved`.
+
+    Those have the backward error of an SVD; and to second order that of the mixing of their span with the rest.
+
+    Returns:
+        The sine (Frobenius norm) of the other pairs, and what is added to the backward error, relative to the largest
+        singular value.
+    """
+    cut = others.shape[1]
+    first, last = (resolved.start, resolved.stop) if resolved.start < cut < resolved.stop else (cut, cut)
+    outside = _mixing(matrix, V, V, values[cut:], others[:, :first], values[:first])
+    inside = _mixing(matrix, V, V[:, last - cut :], values[last:], others[:, first:], values[first:cut])
+    error = MEASURED * (outside**2 + inside**2) ** 0.5
+    spread = error**2 * float((values[-1] / values[cut : cut + 1]).sqrt().sum()) if first < last else 0.0
+    return error, spread
+
+
+def _mixing(matrix: TallMatrix, V: Tensor, chosen: Tensor, wanted: Tensor, others: Tensor, values: Tensor) -> float:
+    """Estimate ``norm(X)`` (Frobenius) to first order, from random vectors in the span of `chosen`, columns of `V`.
 
     Too large rather than too small: the gap of every pair is taken to be that of the smallest wanted eigenvalue.
-    Pairs inside the window are left out: there the float64 decomposition decides, as well as any could.
     """
-    if others.shape[1] == 0 or V.shape[1] == 0:
+    if others.shape[1] == 0 or chosen.shape[1] == 0:
         return 0.0
-    z = gaussian(V.shape[1], PROBES, V.device)
-    image = matrix.normal_times(V @ z)
+    z = gaussian(chosen.shape[1], PROBES, V.device)
+    image = matrix.normal_times(chosen @ z)
     residual = image - V @ (V.mT @ image)
     # Its entries may be as small as the rounding of their own largest: float64 throughout, the block is thin.
-    mixing = (others.double().mT @ residual) / (smallest - values)[:, None]
+    mixing = (others.double().mT @ residual) / (wanted[0] - values)[:, None]
     return float(torch.linalg.vector_norm(mixing) / PROBES**0.5)
 
 
@@ -135,18 +218,3 @@ def _corrected(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, wi
     if not moved <= CORRECTABLE:
         raise ConvergenceError(f"gram-float32: off by {moved:.0e}, too much for a first-order correction")
     return cholesky_whitened(V + (others @ X).double()), diagonal
-
-
-def _solve_window(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, window: int) -> None:
-    """Solve the eigenproblem of the vectors next to the cut in float64; change basis, others and values in place."""
-    if window == 0:
-        return
-    cut = others.shape[1]
-    below = others[:, cut - window :].double()
-    below = cholesky_whitened(below - V @ (V.mT @ below))
-    near = torch.cat([below, V[:, :window]], dim=1)
-    inner, rotation = eigh(matrix.image_gram(near))
-    near = near @ rotation
-    others[:, cut - window :] = near[:, :window].to(others.dtype)
-    values[cut - window : cut + window] = inner
-    V[:, :window] = near[:, window:]

@@ -12,11 +12,10 @@ from torch import Tensor
 from ..errors import DeviceError, DTypeError, ShapeError
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
-from .interference import interference_of_gram
-from .inverse_root import root_of_factor
+from .merge_accuracy import WeightedCores, polar_pair
 from .orthonormal import thin_qr
-from .polar import isometry_defect
 from .ranks import Rank
+from .rounding import BACKWARD_ERROR, Cut
 
 
 @dataclass(frozen=True)
@@ -102,32 +101,22 @@ def merge_factored(
         ConvergenceError: a decomposition failed.
     """
     tolerance = tolerance_of(mode)
-    bases_left, bases_right, cores, energies = [], [], [], []
-    for matrix, rank, weight in zip(matrices, ranks, weights, strict=True):
-        U, values, Vh, energy = leading_triplets(matrix, rank)
-        bases_left.append(U)
-        bases_right.append(Vh.mT)
-        cores.append(weight * values)
-        energies.append(energy)
-    U, V = torch.cat(bases_left, dim=1), torch.cat(bases_right, dim=1)
-    R_left, R_right = (torch.linalg.qr(basis, mode="r").R for basis in (U, V))
-    left, right = root_of_factor(R_left), root_of_factor(R_right)
-    P, Q = left.matrix.after(U), right.matrix.after(V)
-    defect = max(isometry_defect(left, P.mT @ P), isometry_defect(right, Q.mT @ Q))
-    certificate = Certificate(
-        error=defect,
-        orthogonality=defect,
-        subspace_error=0.0,
+    found = [leading_triplets(matrix, rank) for matrix, rank in zip(matrices, ranks, strict=True)]
+    cores = WeightedCores([torch.diag(part.S) for part in found], weights)
+    bases = polar_pair(
+        [part.U for part in found],
+        [part.Vh.mT for part in found],
+        [part.cut for part in found],
+        cores,
         tolerance=tolerance,
         route="factored-float64",
-        basis_rank=(left.rank, right.rank),
-        basis_condition=(left.condition, right.condition),
+        rounding=BACKWARD_ERROR,
+        exact=True,
     )
-    certificate.require()
-    update = Factored(P * torch.cat(cores), Q.mT)
-    numbers = tuple(len(core) for core in cores)
-    overlaps = tuple(interference_of_gram(R.mT @ R, numbers) for R in (R_left, R_right))
-    return FactoredMerge(update, numbers, tuple(energies), certificate, (overlaps[0], overlaps[1]))
+    weighted = torch.cat([weight * part.S for weight, part in zip(weights, found, strict=True)])
+    numbers, energies = (tuple(len(part.S) for part in found), tuple(part.captured_energy for part in found))
+    update = Factored(bases.left * weighted, bases.right.mT)
+    return FactoredMerge(update, numbers, energies, bases.certificate, bases.interference)
 
 
 def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Factored:
@@ -136,28 +125,74 @@ def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Fact
     return Factored(torch.cat(left, dim=1), torch.cat([matrix.right.double() for matrix in matrices]))
 
 
-def leading_triplets(matrix: Factored, rank: Rank) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return the leading singular triplets of the product and the share of the energy they hold, in float64.
+@dataclass(frozen=True)
+class Triplets:
+    """Leading singular triplets of a product, float64.
+
+    Attributes:
+        U: (m, k) orthonormal columns.
+        S: (k,) singular values, falling.
+        Vh: (k, n) orthonormal rows.
+        captured_energy: share of the squared Frobenius norm that they hold.
+        cut: how well the subspaces are known.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    captured_energy: float
+    cut: Cut
+
+    @property
+    def certificate(self) -> Certificate:
+        """Accuracy of the subspaces, in ``exact`` mode."""
+        tolerance = tolerance_of("exact")
+        error, arbitrary = self.cut.error(left=True)
+        if not error <= tolerance:
+            error, arbitrary = self.cut.error(allowed=tolerance / 2, left=True)
+        return Certificate(
+            error=error,
+            orthogonality=BACKWARD_ERROR,
+            subspace_error=error,
+            tolerance=tolerance,
+            route="factored-float64",
+            gap=self.cut.gap,
+            arbitrary=arbitrary,
+        )
+
+
+def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
+    """Return the leading singular triplets of the product.
 
     Two thin QRs and the SVD of a core of the inner dimension; the product is never formed. Its rows and columns of
-    zeros stay so, to the bit.
+    zeros stay so, to the bit. Singular values that rounding of the sum over the inner dimension can make count as zero.
 
     Args:
         matrix: (m, n).
         rank: >= 0, or a function of the singular values, padded with zeros to min(m, n); clipped to the numerical rank.
 
-    Returns:
-        U (m, k), the singular values (k,), falling, Vh (k, n), and the share of the squared Frobenius norm they hold.
-
     Raises:
         ConvergenceError: the SVD failed.
     """
-    Q_left, R_left = thin_qr(matrix.left.double())
-    Q_right, R_right = thin_qr(matrix.right.double().mT)
+    left, right = matrix.left.double(), matrix.right.double()
+    Q_left, R_left = thin_qr(left)
+    Q_right, R_right = thin_qr(right.mT)
     P, values, Qh = svd(R_left @ R_right.mT * matrix.scale)
     padded = torch.cat([values, values.new_zeros(max(0, min(matrix.shape) - len(values)))])
-    wanted = rank if isinstance(rank, int) else rank(padded)
+    # What is summed may be larger than the sum.
+    summed = torch.linalg.vector_norm(left, dim=0) @ torch.linalg.vector_norm(right, dim=1)
+    noise = BACKWARD_ERROR * abs(matrix.scale) * float(summed)
     norm = float(torch.linalg.vector_norm(values))
-    k = min(wanted, int((values > 2.0**-46 * norm).sum()))
+    smallest = max(2.0**-46 * norm, noise)
+
+    def clipped(shift: float) -> int:
+        shifted = (padded + shift).clamp(min=0)
+        return min(rank if isinstance(rank, int) else rank(shifted), int((shifted > smallest).sum()))
+
+    edge = len({clipped(noise), clipped(-noise), clipped(0.0)}) > 1
+    k = clipped(0.0)
+    largest = float(values[0]) if len(values) else 0.0
+    share = noise / largest if largest else 0.0
+    cut = Cut(padded, k, spread=share, inherent=share, edge=edge)
     energy = float(values[:k].square().sum()) / norm**2 if norm else 1.0
-    return Q_left @ P[:, :k], values[:k], Qh[:k] @ Q_right.mT, min(1.0, energy)
+    return Triplets(Q_left @ P[:, :k], values[:k], Qh[:k] @ Q_right.mT, min(1.0, energy), cut)

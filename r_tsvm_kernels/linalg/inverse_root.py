@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ConvergenceError
 from .decompositions import eigh, svd
 from .orthonormal import cholesky_whitened
+from .rounding import BACKWARD_ERROR
 from .tall_matrix import add_gram
 from .transfer import gaussian
 
@@ -49,6 +50,11 @@ class SplitMatrix:
     left: Tensor
     right: Tensor
 
+    def column_norms(self) -> Tensor:
+        """Return the norms of the columns (n,), float64."""
+        norms: Tensor = torch.linalg.vector_norm(self.bulk.double().addmm(self.left, self.right), dim=0)
+        return norms
+
     @classmethod
     def whole(cls, matrix: Tensor) -> SplitMatrix:
         """Wrap a float64 matrix."""
@@ -73,15 +79,22 @@ class InverseRoot:
         matrix: (k, k), symmetric; ``matrix.after(X)`` is the canonical polar factor of X.
         rank: number of singular values of X above the tolerance.
         condition: largest over smallest of these, 1.0 for a zero matrix.
+        sensitivity: (k,) float64, how much of an error of each column of X may come back in the polar factor.
+        margin: distance of the singular values from the tolerance, as a share of the largest: an error of X beyond it
+            could change the rank.
+        rounding: bound of the polar factor's error by rounding in float64.
         route: ``gram-float32``, ``gram-float64`` or ``svd-float64``.
     """
 
     matrix: SplitMatrix
     rank: int
     condition: float
+    sensitivity: Tensor
+    margin: float
+    rounding: float
     route: str
 
-    def defect(self, *factors: Tensor) -> float:
+    def defect(self, *factors: Tensor, probes: Tensor | None = None) -> float:
         """Estimate the relative error (Frobenius) of the polar factor P from random vectors.
 
         ``norm(P^T P y - y) / norm(y)`` for y in the range of ``P^T``: as `matrix` is symmetric, only the true root
@@ -90,17 +103,23 @@ class InverseRoot:
         Args:
             factors: whose product from left to right is ``X^T X``: that matrix itself, or ``R^T, R``, which is exact
                 where squaring loses a singular value.
+            probes: (k, any number), float64, the vectors to take; Gaussian ones if it is None.
         """
         if self.rank == 0:
             return 0.0
         size = self.matrix.bulk.shape[0]
-        z = gaussian(size, PROBES, self.matrix.bulk.device)
+        z = gaussian(size, PROBES, self.matrix.bulk.device) if probes is None else probes
         y = self._isometry(factors, z)
         if self.rank == size:  # full rank: nothing but the identity will do
             again, y = y, z
         else:
             again = self._isometry(factors, y)
-        return float(torch.linalg.vector_norm(again - y) / torch.linalg.vector_norm(y))
+        norm = torch.linalg.vector_norm(y)
+        return float(torch.linalg.vector_norm(again - y) / norm) if norm > 0 else 0.0
+
+    def projected(self, *factors: Tensor, z: Tensor) -> Tensor:
+        """Return ``P^T P z``: z without what P maps to 0."""
+        return self._isometry(factors, z)
 
     def _isometry(self, factors: Sequence[Tensor], z: Tensor) -> Tensor:
         """Return ``P^T P z``."""
@@ -111,8 +130,13 @@ class InverseRoot:
         return bulk @ z + left @ (right @ z)
 
 
-def root_of_gram_float32(gram: Tensor, tolerance: float) -> InverseRoot:
+def root_of_gram_float32(gram: Tensor, tolerance: float, probes: Sequence[Tensor] = ()) -> InverseRoot:
     """Return the inverse root of a Gram matrix ``X^T X`` (k, k), float64, of full rank, by float32 eigenvectors.
+
+    Args:
+        gram: ``X^T X``.
+        tolerance: largest estimated error of the polar factor.
+        probes: vectors (k, any number) on which that holds, too, beside Gaussian ones.
 
     Raises:
         ConvergenceError: too many small eigenvalues, one that may be zero, or an estimated error above `tolerance`.
@@ -141,9 +165,18 @@ def root_of_gram_float32(gram: Tensor, tolerance: float) -> InverseRoot:
         leak = torch.addmm(leak, narrow, narrow.mT @ leak, alpha=-0.5) @ narrow.mT
         bulk -= leak
         bulk -= leak.mT
+    root = (largest / smallest) ** 0.5
     matrix = SplitMatrix(bulk, left, V.mT)
-    found = InverseRoot(matrix, len(values), (largest / smallest) ** 0.5, "gram-float32")
-    defect = found.defect(gram)
+    found = InverseRoot(
+        matrix,
+        rank=len(values),
+        condition=root,
+        sensitivity=2 * matrix.column_norms(),
+        margin=1 / root - RANK_TOLERANCE,
+        rounding=BACKWARD_ERROR * root**2,
+        route="gram-float32",
+    )
+    defect = max([found.defect(gram), *(found.defect(gram, probes=probe) for probe in probes)])
     if not defect <= tolerance:
         raise ConvergenceError(f"gram-float32: estimated error {defect:.0e} of a polar factor, allowed {tolerance:.0e}")
     return found
@@ -173,16 +206,17 @@ def root_of_gram(gram: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
         ConvergenceError: an eigenvalue is neither surely zero nor surely not, or inexact; or the decomposition failed.
     """
     if gram.shape[0] == 0:
-        return InverseRoot(SplitMatrix.whole(gram), 0, 1.0, "gram-float64")
+        return _zero_root(gram, "gram-float64")
     values, Q = eigh(gram)
     largest = float(values[-1])
     if largest <= 0:
-        return InverseRoot(SplitMatrix.whole(torch.zeros_like(gram)), 0, 1.0, "gram-float64")
+        return _zero_root(gram, "gram-float64")
     rounding = 8 * len(values) ** 0.5 * torch.finfo(gram.dtype).eps
     doubtful = (values > rounding * largest) & (values < max(RESOLVED, 100 * rtol**2) * largest)
     if bool(doubtful.any()) or not float(values[0]) >= -rounding * largest:
         raise ConvergenceError(f"gram-float64: a singular value of the basis is {_smallest(values, doubtful):.0e} of 1")
-    return _inverse_root(Q.flip(1), values.flip(0).clamp(min=0).sqrt(), rounding**0.5, "gram-float64")
+    squares = values.flip(0).clamp(min=0)
+    return _inverse_root(Q.flip(1), squares.sqrt(), max(rounding**0.5, rtol), "gram-float64")
 
 
 def root_of_factor(R: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
@@ -192,15 +226,36 @@ def root_of_factor(R: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
         ConvergenceError: the SVD did not converge.
     """
     _, values, Qh = svd(R)
+    if not len(values) or not values[0] > 0:
+        return _zero_root(R.new_zeros(R.shape[1], R.shape[1]), "svd-float64")
     return _inverse_root(Qh.mT, values, rtol, "svd-float64")
 
 
 def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> InverseRoot:
-    """Return the inverse root from right singular vectors and singular values, falling."""
-    rank = int((values > rtol * values[0]).sum()) if len(values) else 0
-    kept = Q[:, :rank]
-    condition = float(values[0] / values[rank - 1]) if rank else 1.0
-    return InverseRoot(SplitMatrix.whole((kept / values[:rank]) @ kept.mT), rank, condition, route)
+    """Return the inverse root from right singular vectors and singular values, falling, the first one positive."""
+    largest = float(values[0])
+    rank = int((values > rtol * largest).sum())
+    kept, smallest = Q[:, :rank], float(values[rank - 1])
+    dropped = float(values[rank]) if rank < len(values) else 0.0
+    matrix = SplitMatrix.whole((kept / values[:rank]) @ kept.mT)
+    sensitivity = 2 * matrix.column_norms()
+    if rank < len(sensitivity):  # errors may turn the null space, too
+        sensitivity = sensitivity.clamp(min=2 / max(smallest - dropped, torch.finfo(values.dtype).tiny))
+    powers = 2 if route == "gram-float64" else 1
+    return InverseRoot(
+        matrix,
+        rank=rank,
+        condition=largest / smallest,
+        sensitivity=sensitivity,
+        margin=float((values / largest - rtol).abs().amin()),
+        rounding=BACKWARD_ERROR * largest**powers / max(smallest**powers - dropped**powers, 1e-300),
+        route=route,
+    )
+
+
+def _zero_root(gram: Tensor, route: str) -> InverseRoot:
+    sensitivity = torch.ones_like(gram.diagonal())
+    return InverseRoot(SplitMatrix.whole(torch.zeros_like(gram)), 0, 1.0, sensitivity, 1.0, BACKWARD_ERROR, route)
 
 
 def _smallest(values: Tensor, doubtful: Tensor) -> float:

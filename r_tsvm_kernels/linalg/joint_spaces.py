@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .certificate import Certificate, Mode
+from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
 from .factored import Factored
 from .orthonormal import thin_qr
+from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import truncated_svd
 
 
@@ -22,12 +24,13 @@ class JointSvd:
     Attributes:
         U: (m, k) orthonormal columns, k the numerical rank.
         parts: T matrices ``diag(S) V_t`` (k, n), with V_t the columns of the right singular vectors that belong to D_t.
-        certificate: accuracy of the subspaces; None where QR and a small SVD did it all.
+        certificate: how much of the task matrices the basis holds, and whether its directions are arbitrary: of equal
+            singular values only their span is determined, on which element-wise methods depend.
     """
 
     U: Tensor
     parts: list[Tensor]
-    certificate: Certificate | None
+    certificate: Certificate
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,31 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
         dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
         joined = torch.cat(dense, dim=1)
         found = truncated_svd([joined], [min(joined.shape)], mode)
-        U, certificate = found.U[0], found.certificates[0]
+        U, certificate, cut = found.U[0], found.certificates[0], found.cuts[0]
         del joined, found
-        return JointSvd(U, [_clean(U.mT @ matrix.double()) for matrix in dense], certificate)
+        parts = [_clean(U.mT @ matrix.double()) for matrix in dense]
+        norms = [float(torch.linalg.vector_norm(matrix.double())) for matrix in dense]
+        return JointSvd(U, parts, _lossless(certificate, cut, parts, norms))
     lefts = torch.cat([factor.left.double() for factor in factors], dim=1)
     Q, _ = thin_qr(lefts)
     parts = [factor.scale * (Q.mT @ factor.left.double()) @ factor.right.double() for factor in factors]
     R = torch.linalg.qr(torch.cat(parts, dim=1).mT, mode="r").R
     P, values, _ = svd(R.mT)
     P = P[:, values > 2.0**-46 * torch.linalg.vector_norm(values)]
-    return JointSvd(Q @ P, [_clean(P.mT @ part) for part in parts], None)
+    cut = Cut(values, P.shape[1])
+    norms = [float(torch.linalg.vector_norm(part)) for part in parts]
+    parts = [_clean(P.mT @ part) for part in parts]
+    certificate = Certificate(BACKWARD_ERROR, BACKWARD_ERROR, 0.0, tolerance_of(mode), "factored-float64")
+    return JointSvd(Q @ P, parts, _lossless(certificate, cut, parts, norms))
+
+
+def _lossless(certificate: Certificate, cut: Cut, parts: Sequence[Tensor], norms: Sequence[float]) -> Certificate:
+    """Return the certificate of a basis that is to hold all of the task matrices, of these norms."""
+    total, kept = math.hypot(*norms), math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
+    # The difference of squares is exact to rounding only.
+    lost = math.sqrt(max(1 - (kept / total) ** 2, BACKWARD_ERROR)) if total else 0.0
+    error = lost + certificate.orthogonality + BACKWARD_ERROR
+    return replace(certificate, error=error, gap=cut.gap, arbitrary=not cut.mixing <= certificate.tolerance)
 
 
 def core_space(matrices: Sequence[Factored]) -> CoreSpace:

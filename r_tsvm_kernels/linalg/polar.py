@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..errors import ConvergenceError
 from .certificate import Certificate, Mode, tolerance_of
 from .inverse_root import RANK_TOLERANCE, InverseRoot, root_of_factor, root_of_gram
+from .rounding import BACKWARD_ERROR
 from .subspaces import check_matrices
 from .tall_matrix import TallMatrix
 
@@ -67,11 +69,14 @@ def _polar(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:
     P = torch.cat([root.matrix.after(tile) for _, tile in tall.tiles(torch.float64)] or [tall.matrix.double()])
     defect = isometry_defect(root, P.mT @ P)
     certificate = Certificate(
-        error=defect,
+        error=defect + root.rounding,
         orthogonality=defect,
         subspace_error=0.0,
         tolerance=tolerance,
         route=root.route,
+        basis_rank=(root.rank, root.rank),
+        basis_condition=(root.condition, root.condition),
+        arbitrary=root.margin <= BACKWARD_ERROR,
         escalations=escalations,
     )
     certificate.require()
@@ -79,12 +84,13 @@ def _polar(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:
 
 
 def isometry_defect(root: InverseRoot, gram: Tensor) -> float:
-    """Return the largest entry of ``|P^T P - I|``; for a partial isometry of ``|P^T P P^T P - P^T P|``.
+    """Return ``norm(P^T P - I) / sqrt(rank)`` (Frobenius); for a partial isometry ``norm(P^T P P^T P - P^T P)`` in it.
 
-    `gram` is ``P^T P`` (k, k).
+    `gram` is ``P^T P`` (k, k). As the inverse root is symmetric, the polar factor is no further from the exact one,
+    relatively, but for its null space.
     """
-    if gram.numel() == 0:
+    if root.rank == 0:
         return 0.0
     full = root.rank == gram.shape[0]
     defect = gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if full else gram @ gram - gram
-    return float(defect.abs().amax())
+    return float(torch.linalg.vector_norm(defect)) / math.sqrt(root.rank)

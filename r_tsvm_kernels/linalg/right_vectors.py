@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,16 +12,19 @@ from ..errors import ConvergenceError
 from .decompositions import svd
 from .eigenspaces import gram_float32, gram_float64
 from .ranks import Rank
+from .rounding import BACKWARD_ERROR, Cut
 from .tall_matrix import TallMatrix
 
 # From cheap to exact. A result that misses its tolerance is computed again by the next.
 ROUTES = ("gram-float32", "gram-float64", "svd-float64")
+EXACT = ROUTES[2:]
 
-SMALL = 256
+# Columns up to which an SVD costs nothing, and from which on float32 gains something.
+TINY, SMALL = 64, 256
 
 # Estimated error of a subspace up to which a route's result is taken. The conditioning of the concatenated bases, up to
 # some thousands, amplifies it in the merged matrix.
-SUBSPACE_TOLERANCE = {"exact": 1e-8, "fast": 1e-5}
+SUBSPACE_TOLERANCE = {"exact": 2e-8, "fast": 2e-5}
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,15 @@ class RightVectors:
 
     Attributes:
         V: (n, k) float64, orthonormal, ordered by falling singular value; k is at most the numerical rank.
-        singular_values: (n,) all of them, falling, in the units of the matrix; small ones are inexact unless the route
-            is ``svd-float64``.
-        error: estimated sine of the angle to the exact subspace; 0 for ``svd-float64``, the definition of exact.
+        cut: the singular values, in the units of the matrix, and how well the subspace is known.
+        value_errors: (n,) bounds of the errors of the singular values.
         route: which solver found them.
         escalations: routes given up before, with the reason.
     """
 
     V: Tensor
-    singular_values: Tensor
-    error: float
+    cut: Cut
+    value_errors: Tensor
     route: str
     escalations: tuple[str, ...] = ()
 
@@ -70,44 +72,57 @@ def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[st
         routes = first_routes(n, rank)
     if matrix.squared_norm == 0 or rank == 0:
         empty = matrix.matrix.new_zeros(n, 0, dtype=torch.float64)
-        return RightVectors(empty, empty.new_zeros(n), 0.0, routes[0])
+        zeros = empty.new_zeros(n)
+        return RightVectors(empty, Cut(zeros, 0), zeros, routes[0])
     failures: list[str] = []
     for route in routes:
         try:
-            V, values, error = _solve(matrix, rank, mode, route)
+            found = _solve(matrix, rank, mode, route)
         except ConvergenceError as failure:
             failures.append(str(failure))
             continue
         finally:
             matrix.forget()
-        return RightVectors(V, values / matrix.scale, error, route, tuple(failures))
+        return replace(found, escalations=tuple(failures))
     raise ConvergenceError("; ".join(failures))
 
 
 def first_routes(n: int, rank: Rank) -> Sequence[str]:
     """Return the routes worth trying: float32 gains nothing on small matrices, and knows too few singular values."""
+    if n <= TINY:
+        return EXACT
     return ROUTES if n >= SMALL and isinstance(rank, int) else ROUTES[1:]
 
 
-def _solve(matrix: TallMatrix, rank: Rank, mode: str, route: str) -> tuple[Tensor, Tensor, float]:
-    """Return vectors, singular values in scaled units, and the estimated error."""
-    n = matrix.shape[1]
-    tolerance = SUBSPACE_TOLERANCE[mode]
+def _solve(matrix: TallMatrix, rank: Rank, mode: str, route: str) -> RightVectors:
+    """Find the vectors by one route."""
+    tolerance, smallest = SUBSPACE_TOLERANCE[mode], rank_tolerance(matrix)
 
     def clipped(values: Tensor) -> int:
         wanted = rank if isinstance(rank, int) else rank(values)
-        return min(wanted, int((values > rank_tolerance(matrix)).sum()))
+        return min(wanted, int((values > smallest).sum()))
 
-    if route == "gram-float32":
-        if not isinstance(rank, int):
-            raise ConvergenceError("gram-float32: the rank rule needs all singular values")
-        found = gram_float32(matrix, min(rank, n), tolerance)
-    elif route == "gram-float64":
-        found = gram_float64(matrix, lambda eigenvalues: clipped(eigenvalues.sqrt()))
-        if not found.error <= tolerance:
-            raise ConvergenceError(f"gram-float64: estimated error {found.error:.0e} of the subspace")
-    else:
-        _, values, Vh = svd(matrix.triangular_factor())
+    def choose(values: Tensor, errors: Tensor) -> int | None:
+        """Return the rank, if it is the same whatever the values are within their errors."""
+        others = {clipped((values - errors).clamp(min=0)), clipped(values + errors)}
         k = clipped(values)
-        return Vh[:k].mT, torch.cat([values, values.new_zeros(n - len(values))]), 0.0
-    return found.V, found.values.sqrt(), found.error
+        return k if others == {k} else None
+
+    if route == "svd-float64":
+        _, values, Vh = svd(matrix.triangular_factor())
+        values = torch.cat([values, values.new_zeros(matrix.shape[1] - len(values))])
+        errors = (BACKWARD_ERROR * values[0]).expand_as(values)
+        k = clipped(values)
+        cut = Cut(values / matrix.scale, k, edge=choose(values, errors) is None)
+        return RightVectors(Vh[:k].mT, cut, errors / matrix.scale, route)
+    if route == "gram-float64":
+        found = gram_float64(matrix, choose, tolerance)
+    elif isinstance(rank, int):
+        found = gram_float32(matrix, min(rank, matrix.shape[1]), tolerance)
+    else:
+        raise ConvergenceError("gram-float32: the rank rule needs all singular values")
+    cut = Cut(found.values / matrix.scale, found.V.shape[1], found.error, found.spread)
+    (error, _), (least, _) = cut.error(), replace(cut, measured=0.0, spread=0.0).error()
+    if error > max(tolerance, 2 * least):
+        raise ConvergenceError(f"{route}: estimated error {error:.0e} of the subspace, allowed {tolerance:.0e}")
+    return RightVectors(found.V, cut, found.errors / matrix.scale, route)

@@ -15,6 +15,7 @@ from .decompositions import svd
 from .orthonormal import orthogonality
 from .ranks import Rank
 from .right_vectors import right_vectors
+from .rounding import Cut
 from .side_by_side import side_by_side
 from .tall_matrix import TallMatrix
 
@@ -30,6 +31,8 @@ class Subspaces:
         captured_energy: ``norm(core)^2 / norm(D)^2`` (Frobenius), 1.0 for a zero matrix.
         residual: ``norm(D^T U - V core^T) / norm(D)`` (Frobenius), 0.0 for a zero matrix: how far the subspaces are
             from being invariant; ``D V = U core`` holds to rounding.
+        cut: all singular values, and how well the subspaces are known.
+        value_errors: (min(m, n),) float64, bounds of the errors of the singular values.
         certificate: measured accuracy; its error is that of the subspaces.
     """
 
@@ -38,7 +41,20 @@ class Subspaces:
     Vh: Tensor
     captured_energy: float
     residual: float
+    cut: Cut
+    value_errors: Tensor
     certificate: Certificate
+
+    @property
+    def nuclear_norm(self) -> float:
+        """Sum of all singular values but for those that may be zero."""
+        return float(self.cut.values[self.cut.values > self.value_errors].sum())
+
+    @property
+    def value_error(self) -> float:
+        """Relative error of the nuclear norm, 0.0 for a zero matrix."""
+        norm = self.nuclear_norm
+        return float(self.value_errors.sum()) / norm if norm else 0.0
 
     @property
     def rank(self) -> int:
@@ -56,6 +72,7 @@ class TruncatedSVD:
         Vh: (batch, k, n) float64; the first ``ranks[b]`` rows of item b are orthonormal.
         ranks: of each item, at most what was asked for.
         certificates: of each item.
+        cuts: of each item, how well the subspaces are known.
     """
 
     U: Tensor
@@ -63,10 +80,15 @@ class TruncatedSVD:
     Vh: Tensor
     ranks: tuple[int, ...]
     certificates: tuple[Certificate, ...]
+    cuts: tuple[Cut, ...]
 
 
 def leading_subspaces(
-    matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], mode: Mode = "exact"
+    matrices: Sequence[Tensor] | Tensor,
+    ranks: Sequence[Rank],
+    mode: Mode = "exact",
+    *,
+    routes: Sequence[str] | None = None,
 ) -> list[Subspaces]:
     """Find the leading left and right singular subspaces of each matrix.
 
@@ -77,6 +99,8 @@ def leading_subspaces(
         matrices: matrices (m, n) of any shapes, or one stacked tensor (batch, m, n); float32 or float64, finite.
         ranks: per matrix the dimension asked for, >= 0, or a function of its singular values (see `choose_rank`).
         mode: ``exact`` or ``fast``, see `Certificate`.
+        routes: solvers to be tried, the cheapest first, of ``gram-float32``, ``gram-float64`` and ``svd-float64``; None
+            leaves the choice to the size of the matrices.
 
     Raises:
         ShapeError: not matrices, or another number of ranks.
@@ -86,7 +110,9 @@ def leading_subspaces(
     """
     tolerance = tolerance_of(mode)
     check_matrices(matrices, ranks, "leading_subspaces")
-    jobs = [partial(_subspaces, matrix, rank, mode, tolerance) for matrix, rank in zip(matrices, ranks, strict=True)]
+    jobs = [
+        partial(_subspaces, matrix, rank, mode, tolerance, routes) for matrix, rank in zip(matrices, ranks, strict=True)
+    ]
     return side_by_side(jobs, max(map(_short, matrices), default=0), matrices[0].device) if jobs else []
 
 
@@ -117,7 +143,8 @@ def truncated_svd(matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], mo
         U[item, :, : part.rank] = part.U @ P
         S[item, : part.rank] = values
         Vh[item, : part.rank] = Qh @ part.Vh
-    return TruncatedSVD(U, S, Vh, tuple(part.rank for part in parts), tuple(part.certificate for part in parts))
+    numbers, certificates, cuts = zip(*((part.rank, part.certificate, part.cut) for part in parts), strict=True)
+    return TruncatedSVD(U, S, Vh, numbers, certificates, cuts)
 
 
 def check_matrices(matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], op: str) -> None:
@@ -138,9 +165,9 @@ def _short(matrix: Tensor) -> int:
     return min(matrix.shape)
 
 
-def _subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float) -> Subspaces:
+def _subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float, routes: Sequence[str] | None) -> Subspaces:
     tall = TallMatrix(matrix)
-    found = right_vectors(tall, rank, mode)
+    found = right_vectors(tall, rank, mode, routes)
     V = found.V
     (m, _), k = tall.shape, V.shape[1]
     image = V.new_empty(m, k)
@@ -159,15 +186,20 @@ def _subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float) -> Subsp
         energy = min(1.0, float(core.square().sum()) / tall.squared_norm)
     core = core / tall.scale
     defect = max(float(orthogonality(basis)) for basis in (U, V))
+    error, arbitrary = found.cut.error(left=True)
+    if not error + defect <= tolerance:
+        error, arbitrary = found.cut.error(allowed=tolerance / 2, left=True)
     certificate = Certificate(
-        error=found.error + defect,
+        error=error + defect,
         orthogonality=defect,
-        subspace_error=found.error,
+        subspace_error=error,
         tolerance=tolerance,
         route=found.route,
+        gap=found.cut.gap,
+        arbitrary=arbitrary,
         escalations=found.escalations,
     )
     certificate.require()
     if tall.transposed:
         U, core, V = V, core.mT, U
-    return Subspaces(U, core, V.mT, energy, residual, certificate)
+    return Subspaces(U, core, V.mT, energy, residual, found.cut, found.value_errors, certificate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,22 +14,18 @@ from torch import Tensor
 
 from ..errors import ConfigError, ConvergenceError, RTsvmError, ShapeError
 from .certificate import Certificate, Mode, tolerance_of
+from .eigen_merge import EigenMerge
 from .factored import Factored, merge_factored
-from .interference import interference_of_bases, interference_of_gram
-from .inverse_root import InverseRoot, root_of_factor, root_of_gram, root_of_gram_float32
+from .interference import interference_of_bases
 from .matmul_route import MatmulMerge, matmul_tsv_merges
 from .purification import STEPS
 from .ranks import Rank
-from .right_vectors import ROUTES, RightVectors, right_vectors
+from .right_vectors import ROUTES, right_vectors
 from .side_by_side import side_by_side
 from .subspaces import check_matrices
-from .tall_matrix import WORKSPACE, TallMatrix, add_gram
+from .tall_matrix import WORKSPACE, TallMatrix
 
 Solver = Literal["eigen", "products"]
-
-# From this size on bases of float32 tasks are whitened by float32 eigenvectors, if the estimated error is at most this
-# share of the tolerance. Below it float64 costs next to nothing.
-LARGE, WHITENING_SHARE = 768, 0.1
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ def _attempt(
     mode: Mode,
     routes: Sequence[str] | None,
     given_up: tuple[str, ...],
-) -> _Merge:
+) -> EigenMerge:
     """Merge by the first of `routes` that does; nothing of a failed attempt stays in memory.
 
     Raises:
@@ -149,7 +145,7 @@ def _attempt(
     """
     solves = [partial(right_vectors, matrix, rank, mode, routes) for matrix, rank in zip(matrices, ranks, strict=True)]
     parts = side_by_side(solves, matrices[0].shape[1], matrices[0].matrix.device)
-    merge = _Merge(matrices, parts, weights, tolerance_of(mode), given_up)
+    merge = EigenMerge(matrices, parts, weights, tolerance_of(mode), given_up)
     merge.certificate.require()
     return merge
 
@@ -220,171 +216,6 @@ def _stacked(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank], weights:
     stack = torch.stack(dense)
     whole = (len(rows), len(columns)) == dense[0].shape and bool(torch.isfinite(stack).all())
     return stack if whole else None
-
-
-class _Merge:
-    """The merge of tall matrices in the long side's tiles: the left bases ``U_t = D_t V_t R_t^-1`` are never stored.
-
-    With ``W = [D_1 V_1 .. D_T V_T]`` and ``R = blockdiag(R_t)``, where ``R_t^T R_t`` are the diagonal blocks of
-    ``W^T W``, the concatenated left basis is ``U = W R^-1``, the cores are R_t, and the merged matrix is
-    ``W (R^-1 (U^T U)^(-1/2))`` times ``blockdiag(w_t R_t) (V^T V)^(-1/2) V^T``.
-    """
-
-    def __init__(
-        self,
-        matrices: Sequence[TallMatrix],
-        parts: Sequence[RightVectors],
-        weights: Sequence[float],
-        tolerance: float,
-        given_up: tuple[str, ...],
-    ) -> None:
-        """Find the polar factors and what is to be multiplied with W."""
-        self.matrices, self.parts = matrices, parts
-        self.whitening_tolerance = WHITENING_SHARE * tolerance
-        ranks = [part.V.shape[1] for part in parts]
-        ends = torch.tensor(ranks).cumsum(0).tolist()
-        self.blocks = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
-        self.images: list[Tensor] | None = None  # tiles of W, if they all fit into the workspace
-        V = torch.cat([part.V for part in parts], dim=1)
-        gram = self._gram(V)
-        # The columns of a task's image are orthogonal but for rounding: scaled to norm 1 nothing is lost.
-        lengths = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
-        scaled = gram / lengths / lengths[:, None]
-        self.factors = [self._cholesky(scaled[block, block]) for block in self.blocks]  # upper, R_t / lengths
-        self.core_energy = [
-            float((R * lengths[b]).square().sum()) for R, b in zip(self.factors, self.blocks, strict=True)
-        ]
-        left_gram = self._left(self._left(scaled, True).mT, True).mT
-        right_gram = self._mirrored(V.new_zeros(len(gram), len(gram)), V)
-        right_gram.diagonal()[:] = 1  # within a task the basis is orthonormal already
-        self.interference = (interference_of_gram(left_gram, ranks), interference_of_gram(right_gram, ranks))
-        (left, left_defect, left_failed), (right, right_defect, right_failed) = side_by_side(
-            [
-                partial(self._root, left_gram, lambda: self._left_factor(lengths)),
-                partial(self._root, right_gram, lambda: torch.linalg.qr(V, mode="r").R),
-            ],
-            len(lengths),
-            lengths.device,
-        )
-        del gram, scaled, left_gram, right_gram  # of 8 s^2 bytes each
-        escalations = [*given_up, *left_failed, *right_failed]
-
-        # W times this is polar(U).
-        self.to_polar = left.matrix.map_rows(lambda x: self._left(x, False) / lengths[:, None].to(x.dtype))
-        right_factor = right.matrix.after(V).mT  # polar(V)^T
-        self.inner = torch.empty_like(right_factor)
-        for R, block, matrix, weight in zip(self.factors, self.blocks, matrices, weights, strict=True):
-            core = R * (lengths[block] * (weight / matrix.scale))
-            torch.matmul(core.to(right_factor.dtype), right_factor[block], out=self.inner[block])
-
-        routes = {part.route for part in parts} | {root.route for root in (left, right) if root.route == ROUTES[-1]}
-        defect = max(left_defect, right_defect)
-        subspace_error = max(part.error for part in parts)
-        condition = (left.condition, right.condition)
-        if matrices[0].transposed:
-            left, right, condition = right, left, condition[::-1]
-            self.interference = self.interference[::-1]
-        self.certificate = Certificate(
-            error=subspace_error * max(condition) + defect + 4 * torch.finfo(matrices[0].matrix.dtype).eps,
-            orthogonality=defect,
-            subspace_error=subspace_error,
-            tolerance=tolerance,
-            route=max(routes, key=ROUTES.index),
-            basis_rank=(left.rank, right.rank),
-            basis_condition=condition,
-            escalations=tuple(dict.fromkeys([*escalations, *(e for part in parts for e in part.escalations)])),
-        )
-
-    def captured_energy(self) -> tuple[float, ...]:
-        """Return the share of each task's squared Frobenius norm inside its subspaces."""
-        energies = zip(self.core_energy, self.matrices, strict=True)
-        return tuple(min(1.0, e / matrix.squared_norm) if matrix.squared_norm else 1.0 for e, matrix in energies)
-
-    def write(self, out: Tensor) -> None:
-        """Write the merged matrix to `out` (m, n), whose dtype does for the product of two well-conditioned factors."""
-        inner = self.inner.to(out.dtype)
-        first = 0
-        for image in self._tiles():
-            rows = slice(first, first + len(image))
-            out[rows] = self.to_polar.after(image).to(out.dtype) @ inner
-            first = rows.stop
-
-    def _gram(self, V: Tensor) -> Tensor:
-        """Return ``W^T W``; keep W if there is room."""
-        columns = V.shape[1]
-        m = self.matrices[0].shape[0]
-        keep = 8 * m * columns <= self.matrices[0].workspace // 2
-        kept = []
-        total = V.new_zeros(columns, columns)
-        for image in self._tiles():
-            for block in self.blocks:
-                add_gram(total[block, block], image[:, block])
-            self._mirrored(total, image)
-            if keep:
-                kept.append(image)
-        self.images = kept if keep else None
-        return total
-
-    def _mirrored(self, total: Tensor, basis: Tensor) -> Tensor:
-        """Add what different tasks have in ``basis^T basis`` to `total`, one product for both halves."""
-        for block in self.blocks:
-            rest = slice(block.stop, total.shape[1])
-            product = basis[:, block].mT @ basis[:, rest]
-            total[block, rest] += product
-            total[rest, block] += product.mT
-        return total
-
-    def _tiles(self) -> Iterator[Tensor]:
-        """Yield W, row tile by row tile."""
-        if self.images is not None:
-            yield from self.images
-            return
-        tasks = list(zip(self.matrices, self.parts, self.blocks, strict=True))
-        for rows in self.matrices[0].ranges():
-            image = self.parts[0].V.new_empty(rows.stop - rows.start, self.blocks[-1].stop)
-            for matrix, part, block in tasks:
-                image[:, block] = matrix.tile(rows, torch.float64) @ part.V
-            yield image
-
-    def _left(self, x: Tensor, transposed: bool) -> Tensor:
-        """Return ``blockdiag(R)^-1 x``, or ``blockdiag(R)^-T x``, for R in units of the lengths."""
-        out = torch.empty_like(x)
-        for R, block in zip(self.factors, self.blocks, strict=True):
-            R = R.to(x.dtype)
-            out[block] = torch.linalg.solve_triangular(R.mT if transposed else R, x[block], upper=not transposed)
-        return out
-
-    def _left_factor(self, lengths: Tensor) -> Tensor:
-        """Return the triangular factor of the concatenated left basis, tile by tile."""
-        R = lengths.new_zeros(0, len(lengths))
-        for image in self._tiles():
-            R = torch.linalg.qr(torch.cat([R, self._left((image / lengths).mT, True).mT]), mode="r").R
-        return R
-
-    def _root(self, gram: Tensor, factor: Callable[[], Tensor]) -> tuple[InverseRoot, float, list[str]]:
-        """Return the inverse root by the cheapest route that is exact enough, its defect, and why others gave way."""
-        given_up = []
-        if len(gram) >= LARGE and self.matrices[0].matrix.dtype == torch.float32:
-            try:
-                root = root_of_gram_float32(gram, self.whitening_tolerance)
-                return root, root.defect(gram), []
-            except ConvergenceError as failure:
-                given_up.append(str(failure))
-        try:
-            root = root_of_gram(gram)
-            return root, root.defect(gram), given_up
-        except ConvergenceError as failure:
-            R = factor()
-            root = root_of_factor(R)
-            return root, root.defect(R.mT, R), [*given_up, str(failure)]
-
-    @staticmethod
-    def _cholesky(gram: Tensor) -> Tensor:
-        L, failed = torch.linalg.cholesky_ex(gram)
-        if int(failed):
-            raise ConvergenceError("the images of a task's right singular vectors are linearly dependent")
-        upper: Tensor = L.mT
-        return upper
 
 
 def touched(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,8 @@ def truncated(matrix: Factored, rank: Rank) -> tuple[Factored, float]:
     Raises:
         ConvergenceError: the SVD failed.
     """
-    U, values, Vh, energy = leading_triplets(matrix, rank)
-    return from_triplets(U, values, Vh), energy
+    found = leading_triplets(matrix, rank)
+    return from_triplets(found.U, found.S, found.Vh), found.captured_energy
 
 
 def rank_of(shape: tuple[int, int], rank: int | None, energy: float | None = None, noise: bool = False) -> Rank:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import Factored, core_space, touched, truncated_svd
+from ..linalg import Certificate, Factored, core_space, touched, truncated_svd
 from ..ops import add_update
 from .base import Cost, Job, MergeResult, TensorReport, always, register, task_matrices
 from .inner import InnerParameters, merge_parts
@@ -60,6 +60,8 @@ def core_space_merge(base: Tensor, tuned: Sequence[Any], options: CoreSpaceParam
         total = torch.zeros_like(base, dtype=torch.float64)
         factors = [_factored(matrix[rows[:, None], columns], options, report) for matrix in dense]
         total[rows[:, None], columns] = _merged(factors, options, report)
+    if report.certificate is not None:
+        report.certificate = report.certificate.rounded(dtype)
     return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
 
 
@@ -76,7 +78,8 @@ def _merged(matrices: list[Factored], options: CoreSpaceParameters, report: Tens
     if options.isotropize:
         core = iso_c(torch.zeros_like(core), [core], IsoCParameters(mode=options.mode)).weight
     report.ranks = result.report.ranks or [space.left.shape[1]] * len(options.weight)
-    report.certificate = result.report.certificate or report.certificate
+    found = [certificate for certificate in (result.report.certificate, report.certificate) if certificate is not None]
+    report.certificate = Certificate.worst(found) if found else None
     return space.left @ core @ space.right
 
 
@@ -84,7 +87,8 @@ def _factored(matrix: Tensor, options: CoreSpaceParameters, report: TensorReport
     """Return the SVD of a matrix as two factors that share its singular values."""
     found = truncated_svd([matrix], [min(matrix.shape)], options.mode)
     (certificate,) = found.certificates
-    if report.certificate is None or certificate.error > report.certificate.error:
-        report.certificate = certificate
+    report.certificate = (
+        certificate if report.certificate is None else Certificate.worst([certificate, report.certificate])
+    )
     roots = found.S[0].sqrt()
     return Factored(found.U[0] * roots, roots[:, None] * found.Vh[0])

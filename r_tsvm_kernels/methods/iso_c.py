@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import Factored, Mode, leading_triplets, polar, weighted_sum
+from ..linalg import BACKWARD_ERROR, Factored, Mode, leading_triplets, polar, weighted_sum
+from ..linalg.decompositions import svd
 from ..linalg.inverse_root import RANK_TOLERANCE
 from ..ops import accumulation_dtype, add_update
 from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, timed
+
+# Singular values that count as zero are left out of the mean if their sum is at most this share of the tolerance.
+LOST = 0.01
 
 
 class IsoCParameters(MethodParameters):
@@ -54,20 +59,44 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
     report = TensorReport(weights=list(options.weight))
     with timed(report.stages, "spectral"):
         (factor,) = polar([core], options.mode)
-    mean = float((core * factor.matrix).sum()) / min(base.shape)
-    total[rows.unsqueeze(1), columns] = factor.matrix.mul_(mean)
-    report.certificate = factor.certificate
-    merged = add_update(base, total.to(accumulation_dtype(base, *tuned)), options.alpha)
-    return MergeResult(merged, report)
+    nuclear = float((core * factor.matrix).sum())
+    lost = 0.0
+    if factor.rank < min(core.shape):
+        left_out, lost = _left_out(core, factor.matrix, LOST * factor.certificate.tolerance * nuclear)
+        nuclear += left_out
+    total[rows.unsqueeze(1), columns] = factor.matrix.mul_(nuclear / min(base.shape))
+    dtype = accumulation_dtype(base, *tuned)
+    certificate = factor.certificate.rounded(dtype)
+    report.certificate = replace(certificate, error=certificate.error + (lost / nuclear if nuclear else 0.0))
+    report.certificate.require()
+    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+
+
+def _left_out(matrix: Tensor, factor: Tensor, negligible: float) -> tuple[float, float]:
+    """Return the sum of the singular values that the polar factor counts as zero, and a bound of its error.
+
+    They are not computed if their sum is negligible.
+    """
+    wide = matrix.shape[0] < matrix.shape[1]
+    A, P = (matrix.mT, factor.mT) if wide else (matrix, factor)
+    rest = A - P @ (P.mT @ A)
+    bound = float(torch.linalg.vector_norm(rest)) * min(matrix.shape) ** 0.5
+    if bound <= negligible:
+        return 0.0, bound
+    values = svd(torch.linalg.qr(rest, mode="r").R)[1]
+    return float(values.sum()), len(values) * BACKWARD_ERROR * float(torch.linalg.vector_norm(A))
 
 
 def _iso_c_of_factors(base: Tensor, updates: Sequence[Factored], options: IsoCParameters) -> MergeResult:
     """Take the polar factor from the singular vectors of the sum, which is of low rank and is not formed."""
     total = weighted_sum(updates, options.weight)
-    U, values, Vh, _ = leading_triplets(total, lambda values: int((values > RANK_TOLERANCE * values[0]).sum()))
+    found = leading_triplets(total, lambda values: int((values > RANK_TOLERANCE * values[0]).sum()))
     dtype = accumulation_dtype(base, *(update.left for update in updates))
-    update = (U * (float(values.sum()) / min(base.shape))).to(dtype) @ Vh.to(dtype)
-    return MergeResult(add_update(base, update, options.alpha), TensorReport(weights=list(options.weight)))
+    mean = float(found.cut.values.sum()) / min(base.shape)
+    update = (found.U * mean).to(dtype) @ found.Vh.to(dtype)
+    certificate = found.certificate.rounded(dtype)
+    report = TensorReport(weights=list(options.weight), certificate=certificate)
+    return MergeResult(add_update(base, update, options.alpha), report)
 
 
 def sum_of_tasks(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:

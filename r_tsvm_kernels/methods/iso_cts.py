@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import ConvergenceError
-from ..linalg import Certificate, Mode, polar, truncated_svd
+from ..linalg import BACKWARD_ERROR, Certificate, Cut, Mode, PolarPair, WeightedCores, polar_pair, truncated_svd
+from ..linalg.certificate import tolerance_of
 from ..linalg.decompositions import svd
+from ..linalg.right_vectors import ROUTES
 from ..ops import accumulation_dtype, add_update
 from .base import Cost, Job, MergeResult, TensorReport, register, timed
 from .iso_c import IsoCParameters, sum_of_tasks
@@ -56,66 +59,83 @@ def iso_cts(base: Tensor, tuned: Sequence[Tensor], options: IsoCtsParameters) ->
 
     def parts(exact: bool) -> Iterator[_Triplets]:
         common_rank, own_rank = common_and_own_ranks(min(base.shape), len(tuned), options.common_space_fraction)
-        common = _triplets(core, core, common_rank, options.mode, exact)
+        common = _triplets(core, core, common_rank, options.mode, exact, 0.0)
         yield common
+        turned, _ = common.cut.error(left=True)
         for weight, tensor in zip(options.weight, tuned, strict=True):
             delta = ((tensor.double() - base.double()) * weight)[rows][:, columns]
             rest = delta - common.U @ (common.U.mT @ delta)
-            yield _triplets(rest, delta, own_rank, options.mode, exact)
+            yield _triplets(rest, delta, own_rank, options.mode, exact, turned)
 
+    dtype = accumulation_dtype(base, *tuned)
     report = TensorReport(weights=list(options.weight))
     with timed(report.stages, "spectral"):
         try:
-            joined = _join(list(parts(exact=False)), options.mode)
+            bases, values = _join(list(parts(exact=False)), options.mode, dtype, exact=False)
         except ConvergenceError as failure:
-            joined = _join(list(parts(exact=True)), options.mode, (str(failure),))
-    left, right, values, report.certificate = joined
+            bases, values = _join(list(parts(exact=True)), options.mode, dtype, exact=True, escalations=(str(failure),))
+    report.certificate = bases.certificate
     mean = float(values.sum()) / min(base.shape)
-    total[rows.unsqueeze(1), columns] = mean * (left @ right.mT)
-    merged = add_update(base, total.to(accumulation_dtype(base, *tuned)), options.alpha)
-    return MergeResult(merged, report)
+    total[rows.unsqueeze(1), columns] = mean * (bases.left @ bases.right.mT)
+    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
 
 
 class _Triplets(NamedTuple):
     U: Tensor  # (m, k)
     S: Tensor  # (k,)
     V: Tensor  # (n, k)
+    cut: Cut
     certificate: Certificate | None  # None for the SVD of LAPACK, the definition of exact
 
 
-def _triplets(matrix: Tensor, whole: Tensor, rank: int, mode: Mode, exact: bool) -> _Triplets:
-    """Return leading singular triplets, without those that are rounding of the matrix this one is a part of."""
+def _triplets(matrix: Tensor, whole: Tensor, rank: int, mode: Mode, exact: bool, turned: float) -> _Triplets:
+    """Return leading singular triplets, without those that are rounding of the matrix this one is a part of.
+
+    `turned` is the sine by which the part of `whole` that `matrix` is may have been turned.
+    """
     if exact:
         U, values, Vh = svd(matrix)
-        certificate = None
+        cut, certificate = Cut(values, rank), None
     else:
         found = truncated_svd([matrix], [rank], mode)
-        U, values, Vh, certificate = found.U[0], found.S[0], found.Vh[0], found.certificates[0]
-    noise = torch.finfo(torch.float32).eps * float(torch.linalg.vector_norm(whole))
+        U, values, Vh = found.U[0], found.S[0], found.Vh[0]
+        cut, certificate = found.cuts[0], found.certificates[0]
+    size = float(torch.linalg.vector_norm(whole))
+    noise = torch.finfo(torch.float32).eps * size
     k = min(rank, int((values > noise).sum()))
-    return _Triplets(U[:, :k], values[:k], Vh[:k].mT, certificate)
+    largest = float(cut.values[0]) if len(cut.values) else 0.0
+    uncertain = (BACKWARD_ERROR + turned) * size
+    edge = k < rank and bool(((cut.values - noise).abs() <= uncertain).any())
+    more = turned * size / largest if largest else 0.0
+    cut = replace(cut, rank=k, spread=cut.spread + more, inherent=more if exact else 0.0, edge=cut.edge or edge)
+    return _Triplets(U[:, :k], values[:k], Vh[:k].mT, cut, certificate)
 
 
 def _join(
-    parts: Sequence[_Triplets], mode: Mode, escalations: tuple[str, ...] = ()
-) -> tuple[Tensor, Tensor, Tensor, Certificate]:
-    """Orthogonalise both sides; return them, the singular values, and the certificate.
+    parts: Sequence[_Triplets],
+    mode: Mode,
+    dtype: torch.dtype,
+    *,
+    exact: bool,
+    escalations: tuple[str, ...] = (),
+) -> tuple[PolarPair, Tensor]:
+    """Orthogonalise both sides; return their polar factors, with the certificate, and the singular values.
 
     Raises:
         ConvergenceError: the polar factors amplify the error of the subspaces too much.
     """
-    left, right = polar([torch.cat([part.U for part in parts], 1), torch.cat([part.V for part in parts], 1)], mode)
-    subspace_error = max([part.certificate.error for part in parts if part.certificate is not None], default=0.0)
-    orthogonality = max(left.certificate.orthogonality, right.certificate.orthogonality)
-    certificate = Certificate(
-        error=subspace_error * max(left.condition, right.condition) + orthogonality,
-        orthogonality=orthogonality,
-        subspace_error=subspace_error,
-        tolerance=left.certificate.tolerance,
-        route=parts[0].certificate.route if parts[0].certificate else "svd-float64",
-        basis_rank=(left.rank, right.rank),
-        basis_condition=(left.condition, right.condition),
+    routes = [part.certificate.route for part in parts if part.certificate is not None]
+    bases = polar_pair(
+        [part.U for part in parts],
+        [part.V for part in parts],
+        [part.cut for part in parts],
+        WeightedCores(
+            [torch.eye(len(part.S), dtype=part.S.dtype, device=part.S.device) for part in parts], [1.0] * len(parts)
+        ),
+        tolerance=tolerance_of(mode),
+        route=min(routes, key=ROUTES.index) if routes else ROUTES[-1],
+        rounding=torch.finfo(dtype).eps,
+        exact=exact or set(routes) == {ROUTES[-1]},
         escalations=escalations,
     )
-    certificate.require()
-    return left.matrix, right.matrix, torch.cat([part.S for part in parts]), certificate
+    return bases, torch.cat([part.S for part in parts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,8 @@ def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> Merge
         total = torch.zeros_like(base, dtype=torch.float64)
         merged = merge_parts(found.parts, options.inner_method, options).weight
         total[rows[:, None], columns] = found.U @ merged
-    report = TensorReport(
-        ranks=[found.U.shape[1]] * len(tuned), weights=list(options.weight), certificate=found.certificate
-    )
+    certificate = found.certificate.rounded(dtype)
+    if options.inner_method in ("linear", "task_arithmetic"):  # sums do not depend on the basis
+        certificate = replace(certificate, arbitrary=False)
+    report = TensorReport(ranks=[found.U.shape[1]] * len(tuned), weights=list(options.weight), certificate=certificate)
     return MergeResult(add_update(base, total.to(dtype), options.alpha), report)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import Factored, Mode, leading_subspaces, leading_triplets, touched
+from ..linalg import Certificate, Factored, Mode, Rank, leading_subspaces, leading_triplets, touched
+from ..linalg.right_vectors import EXACT
 from ..ops import add_update
 from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, task_matrices
+
+# What the nuclear norm may add to the error, as a share of the tolerance, before all singular values are computed by an
+# SVD: the roots of thousands of eigenvalues that are zero but for rounding sum up.
+NUCLEAR_SHARE = 0.1
 
 
 class StarParameters(MethodParameters):
@@ -51,36 +58,56 @@ def star(base: Tensor, tuned: Sequence[Tensor | Factored], options: StarParamete
     total = torch.zeros_like(base, dtype=torch.float64)
     report = TensorReport(weights=list(options.weight))
     matrices, dtype = task_matrices(base, tuned)
+    certificates, norms = [], []
     for weight, matrix in zip(options.weight, matrices, strict=True):
-        rule = _NuclearRank(options.eta / 100)
+        rule = _nuclear_rank(options.eta / 100)
         if isinstance(matrix, Factored):
-            U, values, Vh, energy = leading_triplets(matrix, rule)
-            total.addmm_(U * values, Vh, alpha=weight / len(tuned) * rule.rescale)
-            rank = len(values)
+            part = _add_factored(total, matrix, rule, weight / len(tuned))
         else:
-            rows, columns = touched([matrix])
-            (part,) = leading_subspaces([matrix[rows[:, None], columns]], [rule], options.mode)
-            update = (part.U @ part.core) @ part.Vh
-            total[rows[:, None], columns] += update.mul_(weight / len(tuned) * rule.rescale)
-            rank, energy = part.rank, part.captured_energy
-            if report.certificate is None or part.certificate.error > report.certificate.error:
-                report.certificate = part.certificate
-        report.ranks.append(rank)
-        report.captured_energy.append(energy)
+            part = _add_dense(total, matrix, rule, weight / len(tuned), options.mode)
+        report.ranks.append(part.rank)
+        report.captured_energy.append(part.captured_energy)
+        certificates.append(part.certificate)
+        norms.append(part.norm)
+    report.certificate = Certificate.of_sum(certificates, norms, total).rounded(dtype)
+    report.certificate.require()
     return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
 
 
-class _NuclearRank:
-    """The rank that holds a share of the nuclear norm; `rescale` is the nuclear norm over what that rank holds."""
+class _Part(NamedTuple):
+    rank: int
+    captured_energy: float
+    norm: float  # of what was added
+    certificate: Certificate  # of it
 
-    def __init__(self, share: float) -> None:
-        self.share = share
-        self.rescale = 1.0
 
-    def __call__(self, singular_values: Tensor) -> int:
-        # Roots of eigenvalues of a Gram matrix know no smaller ones, and there may be thousands of those.
-        noise = (len(singular_values) * torch.finfo(torch.float64).eps) ** 0.5 * singular_values[0]
-        sums = torch.where(singular_values > noise, singular_values, 0).cumsum(0)
-        rank = int((sums < self.share * sums[-1]).sum()) + 1
-        self.rescale = float(sums[-1] / sums[rank - 1]) if sums[-1] > 0 else 1.0
-        return rank
+def _add_factored(total: Tensor, matrix: Factored, rule: Rank, weight: float) -> _Part:
+    found = leading_triplets(matrix, rule)
+    rescale = float(found.cut.values.sum() / found.S.sum()) if len(found.S) else 1.0
+    total.addmm_(found.U * found.S, found.Vh, alpha=weight * rescale)
+    norm = abs(weight) * rescale * float(torch.linalg.vector_norm(found.S))
+    return _Part(len(found.S), found.captured_energy, norm, found.certificate)
+
+
+def _add_dense(total: Tensor, matrix: Tensor, rule: Rank, weight: float, mode: Mode) -> _Part:
+    rows, columns = touched([matrix])
+    core = matrix[rows[:, None], columns]
+    (part,) = leading_subspaces([core], [rule], mode)
+    if part.value_error > NUCLEAR_SHARE * part.certificate.tolerance:
+        (part,) = leading_subspaces([core], [rule], mode, routes=EXACT)
+    kept = part.cut.values[: part.rank].sum()
+    rescale = float(part.nuclear_norm / kept) if part.rank else 1.0
+    total[rows[:, None], columns] += ((part.U @ part.core) @ part.Vh).mul_(weight * rescale)
+    norm = abs(weight) * rescale * float(torch.linalg.vector_norm(part.core))
+    certificate = replace(part.certificate, error=part.certificate.error + 2 * part.value_error)
+    return _Part(part.rank, part.captured_energy, norm, certificate)
+
+
+def _nuclear_rank(share: float) -> Rank:
+    """Return the rule of the smallest rank that holds a share of the nuclear norm."""
+
+    def rank(singular_values: Tensor) -> int:
+        sums = singular_values.cumsum(0)
+        return int((sums < share * sums[-1]).sum()) + 1
+
+    return rank

@@ -52,7 +52,8 @@ def test_dependent_columns_lower_the_rank():
 def test_a_rule_sees_as_many_singular_values_as_the_matrix_has():
     seen = []
     tsv_merge([lora(12, 9, 2, 0)], [lambda values: seen.append(values) or energy_rank(values, 0.9)])
-    assert seen[0].shape == (9,) and not seen[0][2:].any()
+    for values in seen:  # also a little larger and smaller, to learn whether rounding decides
+        assert values.shape == (9,) and (values[2:] < 1e-13 * values[0]).all()
 
 
 def test_mixed_with_dense_matrices_it_is_formed():

@@ -56,7 +56,7 @@ def test_every_route_reports_left_and_right(shape, kind):
     else:
         matrices = [((U * s) @ V.mT).float() for U, s, V in tasks]
     merged = tsv_merge(matrices, ranks, solver="products" if kind == "products" else "eigen")
-    assert merged.certificate.route.startswith({"eigen": "gram", "products": "products", "factored": "factored"}[kind])
+    assert merged.certificate.route.startswith({"eigen": "svd", "products": "products", "factored": "factored"}[kind])
     left, right = merged.interference
     assert left == pytest.approx(by_angles([U for U, _, _ in tasks]), rel=1e-4) and left > 0.5
     assert right == pytest.approx(0, abs=1e-5)

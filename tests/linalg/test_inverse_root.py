@@ -1,5 +1,7 @@
 """Inverse roots of Gram matrices: each route against the SVD in float64, and when it gives way to the next."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,7 +85,7 @@ def test_a_wrong_root_has_a_defect():
     X = concatenated(50, [25, 25])
     gram = X.mT @ X
     root = root_of_gram(gram)
-    wrong = type(root)(SplitMatrix.whole(root.matrix.bulk * 1.01), root.rank, root.condition, root.route)
+    wrong = replace(root, matrix=SplitMatrix.whole(root.matrix.bulk * 1.01))
     assert root.defect(gram) < 1e-9
     assert wrong.defect(gram) == pytest.approx(0.0201, rel=1e-3)
 

@@ -84,7 +84,7 @@ def test_inexact_subspaces_are_found_again_by_svd(monkeypatch):
 
     def inexact(matrices, ranks, mode):
         found = truncated_svd(matrices, ranks, mode)
-        return replace(found, certificates=(replace(found.certificates[0], error=1e-3),))
+        return replace(found, cuts=(replace(found.cuts[0], measured=1e-3),))
 
     monkeypatch.setattr(iso_cts, "truncated_svd", inexact)
     again = merge_tensors(base, tuned, MergeConfig.from_kwargs("iso_cts"))

@@ -107,10 +107,19 @@ def test_what_no_model_touched_stays():
     assert same_bits(merge("star", base, [empty, Factored(left, torch.randn(2, 16))])[3], base[3])
 
 
-def test_the_certificate_is_that_of_the_worst_task():
-    base, tuned = group((31, 22), 2)
-    apart = [merge_tensors(base, [t], MergeConfig.from_kwargs("star")).report.certificate.error for t in tuned]
-    assert merge_tensors(base, tuned, MergeConfig.from_kwargs("star")).report.certificate.error == max(apart)
+def test_the_certificate_is_of_the_sum():
+    base, tuned = group((31, 22), 2, torch.float64)
+
+    def certificate(*tasks):
+        return merge_tensors(base, tasks, MergeConfig.from_kwargs("star")).report.certificate
+
+    apart = [certificate(task) for task in tuned]
+    whole = certificate(*tuned)
+    assert min(part.error for part in apart) < whole.error < 2 * sum(part.error for part in apart)
+    assert whole.gap == min(part.gap for part in apart)
+    # What is left of two that nearly cancel is not known as well.
+    nearly = certificate(tuned[0], base - (tuned[0] - base) * (1 + 1e-3))
+    assert nearly.error > 100 * apart[0].error
 
 
 @pytest.mark.parametrize("eta", [0, -1, 101, float("nan")])

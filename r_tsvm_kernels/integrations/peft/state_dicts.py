@@ -108,7 +108,8 @@ def combine_adapters(
         else:
             combine = _linear if combination_type == "linear" else _tsvm
             combined = combine(matrices, shares)
-            U, values, Vh, _ = leading_triplets(combined, min(limit or combined.left.shape[1], *combined.shape))
+            found = leading_triplets(combined, min(limit or combined.left.shape[1], *combined.shape))
+            U, values, Vh = found.U, found.S, found.Vh
         if len(values):
             embedding = own[0][0].modules[name].embedding
             stored = dtype or reduce(torch.promote_types, [matrix.left.dtype for matrix in matrices])

@@ -65,8 +65,8 @@ def combined_triplets(
     rule = RULES[combination_type]
     limit = min(rank, *matrices[0].shape)
     if not rule.elect and (rule.prune == "none" or density >= 1):
-        U, values, Vh, _ = leading_triplets(weighted_sum(matrices, weights), limit)
-        return U, values, Vh
+        found = leading_triplets(weighted_sum(matrices, weights), limit)
+        return found.U, found.S, found.Vh
     merged = _pruned_and_summed(
         [matrix.dense() for matrix in matrices], weights, rule, density, majority_sign_method, seed
     )
@@ -75,8 +75,8 @@ def combined_triplets(
     if few is not None:
         return few
     # The fast mode's tolerance is that of a float32 SVD; see `extract_lora`.
-    found = truncated_svd([merged], [limit], "fast")
-    return found.U[0], found.S[0], found.Vh[0]
+    svd = truncated_svd([merged], [limit], "fast")
+    return svd.U[0], svd.S[0], svd.Vh[0]
 
 
 def _pruned_and_summed(

@@ -1,0 +1,114 @@
+"""How far rounding may turn singular subspaces, by first-order perturbation theory from the singular values.
+
+An error E of the matrix mixes two singular directions by at most ``|E| / |s_i - s_j|`` (Stewart and Sun, "Matrix
+Perturbation Theory", 1990, section V.4). No float64 SVD can do better than E = eps times the largest singular value;
+a Gram matrix, whose gaps are those of the squares, loses ``s_1 / s_k`` times more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPS = 2.0**-53
+
+# Bound of the errors of singular values (or eigenvalues), relative to the largest.
+BACKWARD_ERROR = 8 * EPS
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a matrix's singular directions were cut off, and how well they are known there.
+
+    Attributes:
+        values: (n,) float64, all singular values, falling, in any unit.
+        rank: k, the number of directions that were kept.
+        measured: estimated sine of the angle to the exact subspace that backward errors do not explain.
+        spread: backward error beyond that of an SVD, relative to the largest singular value.
+        inherent: what of that no other solver could avoid, for the matrix itself is not known better.
+        edge: whether rounding decided how many directions there are.
+    """
+
+    values: Tensor
+    rank: int
+    measured: float = 0.0
+    spread: float = 0.0
+    inherent: float = 0.0
+    edge: bool = False
+
+    @property
+    def gap(self) -> float:
+        """``(s_k - s_(k+1)) / s_k``: 0 for a tie, 1 where nothing is cut off."""
+        if not 0 < self.rank < len(self.values) or float(self.values[self.rank - 1]) == 0:
+            return 1.0
+        last, next_one = self.values[self.rank - 1], self.values[self.rank]
+        return max(0.0, float((last - next_one) / last))
+
+    @property
+    def mixing(self) -> float:
+        """Estimated largest sine by which neighbours among the kept directions may be turned into each other."""
+        if self.rank < 2:
+            return BACKWARD_ERROR
+        gaps = (self.values[: self.rank - 1] - self.values[1 : self.rank]).clamp(min=0)
+        return float((_pair_noise(self.values)[: self.rank - 1] / gaps).amax())
+
+    def error(self, allowed: float = 0.0, *, weights: Tensor | None = None, left: bool = False) -> tuple[float, bool]:
+        """Estimate the sine of the angle between a subspace and the exact one, from the backward error of an SVD.
+
+        Pairs of directions on both sides of the cut count by their gap. Left directions count by their singular value,
+        too: what lies beyond the singular directions has the value 0.
+
+        Args:
+            allowed: what the caller can bear. Where an SVD in float64 would exceed it, too, the closest pairs are left
+                out: rounding, not the matrix, decides which of their directions are leading ones. 0 leaves out none.
+            weights: (k,) what the errors of the single directions are multiplied by; None means 1.
+            left: whether the left subspace is meant.
+
+        Returns:
+            The sine (Frobenius norm over all directions), infinite for equal values, and whether the choice of
+            directions is arbitrary: a pair was left out, or rounding decided their number.
+        """
+        if self.rank == 0:
+            return BACKWARD_ERROR, False
+        if self.edge and not allowed:
+            return math.inf, False
+        lead, rest = self.values[: self.rank, None], self.values[None, self.rank :]
+        gaps = torch.cat([lead - rest, lead] if left else [lead - rest], dim=1).clamp(min=0)
+        least = _pair_noise(self.values)[: self.rank, None] + self.inherent * self.values[0]
+        mixing = (least if weights is None else least * weights[:, None]) / gaps
+        left_out = bool(allowed) and float(torch.linalg.vector_norm(mixing)) > allowed
+        mixing *= 1 + (self.spread - self.inherent) * self.values[0] / least
+        if left_out:
+            smallest_first = mixing.flatten().sort().values.square().cumsum(0)
+            kept = smallest_first[smallest_first <= allowed**2]
+            rounding = float(kept[-1]) ** 0.5 if len(kept) else 0.0
+        else:
+            rounding = float(torch.linalg.vector_norm(mixing))
+        largest = 1.0 if weights is None else float(weights.amax())
+        return math.hypot(self.measured * largest, rounding) + BACKWARD_ERROR, left_out or self.edge
+
+
+def _pair_noise(values: Tensor) -> Tensor:
+    """Return by how much rounding mixes each direction with others, over the gap, in the unit of the values.
+
+    From what two SVDs by LAPACK differ by (matrices of 2 to 300 rows and many spectra, 99.9 % of them): entries of the
+    backward error are like rounding spread over all directions, and larger where the singular values are.
+    """
+    largest = values[0]
+    typical = (largest * values.square().mean().sqrt()).sqrt()
+    return EPS * typical * (2 + 24 * values / largest)
+
+
+def root_errors(eigenvalues: Tensor, noise: float) -> Tensor:
+    """Bound the errors of the square roots of eigenvalues whose own errors are `noise` times the largest.
+
+    Args:
+        eigenvalues: (n,) float64, not negative.
+        noise: relative to the largest.
+    """
+    error = noise * eigenvalues.amax()
+    roots = eigenvalues.sqrt()
+    return torch.maximum((eigenvalues + error).sqrt() - roots, roots - (eigenvalues - error).clamp(min=0).sqrt())

@@ -1,0 +1,348 @@
+"""Compare what spectral functions return, and what they say of it, with numpy in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import truth
+from inputs import Problem
+from torch import Tensor
+from truth import Triplets
+
+from r_tsvm_kernels import ConvergenceError, MergeConfig, merge_tensors
+from r_tsvm_kernels.linalg import (
+    Certificate,
+    Factored,
+    joint_svd,
+    leading_subspaces,
+    merge_factored,
+    polar,
+    truncated_svd,
+    tsv_merge,
+    tsv_merge_layers,
+)
+
+EPS = 2.0**-53
+# Relative to the size of the weighted cores: a merge that cancels to less than this is zero but for rounding.
+CANCELLED = 2.0**-20
+# Rounding errors of an SVD in float64, in units of eps times the largest singular value.
+BACKWARD = 200
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one call.
+
+    Attributes:
+        name: the function.
+        label: the input.
+        outcome: ``judged``, ``arbitrary`` (a choice among equal singular values that the certificate admits, and a
+            valid one), ``refused`` (ConvergenceError), or ``dishonest``.
+        error: against numpy, relative to the Frobenius norm.
+        claimed: the certificate's error.
+        why: of a dishonest one.
+        route: of the certificate.
+    """
+
+    name: str
+    label: str
+    outcome: str
+    error: float = 0.0
+    claimed: float = 0.0
+    why: str = ""
+    route: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """True error over claimed error."""
+        return self.error / self.claimed if self.claimed else 0.0
+
+
+def compared(
+    name: str, label: str, got: np.ndarray, truths: Sequence[np.ndarray], certificate: Certificate, size: float
+) -> Verdict:
+    """Judge a result whose choice of directions is not arbitrary."""
+    norm = max(float(np.linalg.norm(truths[0])), CANCELLED * size)
+    if norm == 0:
+        return verdict(name, label, float(np.linalg.norm(got)) / max(size, 1.0), 0.0, certificate)
+    unknown = float(np.linalg.norm(truths[0] - truths[1])) / norm
+    error = min(float(np.linalg.norm(got - exact)) for exact in truths) / norm
+    return verdict(name, label, error, unknown, certificate)
+
+
+def verdict(name: str, label: str, error: float, unknown: float, certificate: Certificate) -> Verdict:
+    """Judge an error; `unknown` is how far two float64 computations of the truth are apart."""
+    claimed, why = certificate.error, ""
+    if not np.isfinite(error):
+        why = "not finite"
+    elif not claimed > 0:
+        why = "the estimate is 0"
+    elif error - unknown > 2 * claimed:
+        why = f"error {error:.1e} above twice the estimate {claimed:.1e}"
+    elif certificate.met and error - unknown > certificate.tolerance:
+        why = f"error {error:.1e} where {certificate.tolerance:.0e} is met"
+    elif unknown > 4 * claimed:
+        why = f"the estimate is {claimed:.1e} where float64 SVDs differ by {unknown:.1e}"
+    outcome = "dishonest" if why else "judged"
+    return Verdict(name, label, outcome, error, claimed, why, certificate.route)
+
+
+def valid_choice(D: np.ndarray, V: np.ndarray) -> str:
+    """Say what is wrong with V (n, k) as right singular vectors of a matrix within rounding of D; '' if nothing.
+
+    In the exact singular basis, the projector on V may only mix directions whose singular values differ by rounding.
+    """
+    k = V.shape[1]
+    if not k:
+        return ""
+    _, S, Wh = np.linalg.svd(D, full_matrices=D.shape[0] < D.shape[1])
+    values = np.concatenate([S, np.zeros(len(Wh) - len(S))])
+    P = Wh @ V
+    P = P @ P.T
+    allowed = BACKWARD * EPS * values[0] * len(values) ** 0.5
+    lead, rest = values[:k], values[k:]
+    crossed = (np.abs(P[k:, :k]) * (lead[None, :] - rest[:, None])).max(initial=0)
+    gained = (np.diag(P)[k:] * (lead[-1] - rest)).max(initial=0)
+    lost = ((1 - np.diag(P)[:k]) * (lead - (rest[0] if len(rest) else 0))).max(initial=0) if len(rest) else 0.0
+    worst = max(crossed, gained, lost)
+    return f"a choice that is off by {worst / allowed:.1e} of what rounding allows" if worst > allowed else ""
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[object, object]]]:
+    """Record the right singular vectors that TSV-Merge works with."""
+    module = import_module("r_tsvm_kernels.linalg.tsv_merge")
+    original, calls = module.right_vectors, []
+
+    def record(matrix, *args, **kwargs):
+        found = original(matrix, *args, **kwargs)
+        calls.append((matrix, found))
+        return found
+
+    with patch.object(module, "right_vectors", record):
+        yield calls
+
+
+def doubles(matrices: Sequence[Tensor]) -> list[np.ndarray]:
+    return [matrix.double().numpy() for matrix in matrices]
+
+
+def single(matrix: Tensor) -> bool:
+    return matrix.dtype != torch.float64
+
+
+def sine(found: np.ndarray, exact: np.ndarray) -> float:
+    """Frobenius norm of the sines of the angles between the ranges of two matrices with orthonormal columns."""
+    return float(np.linalg.norm(found - exact @ (exact.T @ found)))
+
+
+def judge_subspaces(problem: Problem, mode: str, svd: bool = False) -> Verdict:
+    """`leading_subspaces`, or `truncated_svd`: both subspaces and the singular values."""
+    name, (matrix, rank) = "truncated_svd" if svd else "leading_subspaces", (problem.matrices[0], problem.ranks[0])
+    D = matrix.double().numpy()
+    exact = [truth.leading(D, rank, single(matrix), route) for route in (truth.plain, truth.flipped)]
+    if svd:
+        found = truncated_svd([matrix], [rank], mode)
+        k, certificate = found.ranks[0], found.certificates[0]
+        U, S, Vh = found.U[0].numpy(), found.S[0].numpy(), found.Vh[0].numpy()
+    else:
+        (part,) = leading_subspaces([matrix], [rank], mode)
+        k, certificate = part.rank, part.certificate
+        U, Vh = part.U.numpy(), part.Vh.numpy()
+        S = np.linalg.svd(part.core.numpy(), compute_uv=False)
+    defect = max(float(np.abs(Q.T @ Q - np.eye(k)).max(initial=0)) for Q in (U, Vh.T))
+    values = np.linalg.svd(D, compute_uv=False)
+    if certificate.arbitrary:
+        why = valid_choice(D, Vh.T)
+        return Verdict(name, problem.label, "dishonest" if why else "arbitrary", why=why, route=certificate.route)
+    if k != len(exact[0].S):
+        why = f"rank {k} instead of {len(exact[0].S)}"
+        return Verdict(name, problem.label, "dishonest", 1.0, certificate.error, why, certificate.route)
+    if k == 0:
+        return Verdict(name, problem.label, "judged", 0.0, certificate.error)
+    error = max(sine(U, exact[0].U), sine(Vh.T, exact[0].Vh.T), defect)
+    error = max(error, float(np.abs(S - values[:k]).max()) / values[0])
+    unknown = max(sine(exact[1].U, exact[0].U), sine(exact[1].Vh.T, exact[0].Vh.T))
+    return verdict(name, problem.label, error, unknown, certificate)
+
+
+def judge_tsv_merge(problem: Problem, mode: str, solver: str, layers: bool = False) -> Verdict:
+    """`tsv_merge` or `tsv_merge_layers`: the merged matrix."""
+    name, tasks = f"tsv_merge{'_layers' if layers else ''} {solver}", doubles(problem.matrices)
+    with recorded() as calls:
+        if layers:
+            call = ([problem.matrices] * 2, [problem.ranks] * 2, [problem.weights] * 2)
+            got = tsv_merge_layers(*call, mode, solver=solver)[1]
+        else:
+            got = tsv_merge(problem.matrices, problem.ranks, problem.weights, mode, solver=solver)
+    kind = single(problem.matrices[0])
+    if got.certificate.arbitrary:
+        return _of_choice(name, problem, got, calls[-len(tasks) :])
+    truths, size = [], 0.0
+    for svd in (truth.plain, truth.flipped):
+        parts = [truth.leading(D, rank, kind, svd) for D, rank in zip(tasks, problem.ranks, strict=True)]
+        truths.append(truth.tsv_merge(parts, problem.weights, svd))
+        size = _size(parts, problem.weights)
+    return compared(name, problem.label, got.matrix.double().numpy(), truths, got.certificate, size)
+
+
+def _size(parts: Sequence[Triplets], weights: Sequence[float]) -> float:
+    return float(
+        np.sqrt(sum((weight * part.S) @ (weight * part.S) for weight, part in zip(weights, parts, strict=True)))
+    )
+
+
+def _of_choice(name: str, problem: Problem, got, calls) -> Verdict:
+    """Judge a merge that admits to an arbitrary choice: is the choice valid, and the merge right for it?"""
+    parts = []
+    for tall, found in calls:
+        D, V = tall.matrix.double().numpy(), found.V.numpy()
+        why = valid_choice(D, V)
+        if why:
+            return Verdict(name, problem.label, "dishonest", why=why, route=found.route)
+        part = truth.of_basis(D, V)
+        parts.append(Triplets(part.Vh.T, part.S, part.U.T) if tall.transposed else part)
+    inner = [truth.tsv_merge(parts, problem.weights, svd) for svd in (truth.plain, truth.flipped)]
+    rows, columns = (np.zeros_like(problem.matrices[0].numpy(), dtype=bool) for _ in range(2))
+    touched = np.any([matrix.numpy() != 0 for matrix in problem.matrices], axis=0)
+    rows, columns = touched.any(1), touched.any(0)
+    merged = got.matrix.double().numpy()
+    if merged[~rows].any() or merged[:, ~columns].any():
+        return Verdict(name, problem.label, "dishonest", why="an untouched row or column changed")
+    found = compared(
+        name, problem.label, merged[rows][:, columns], inner, got.certificate, _size(parts, problem.weights)
+    )
+    outcome = "arbitrary" if found.outcome == "judged" else found.outcome
+    return Verdict(name, found.label, outcome, found.error, found.claimed, found.why, found.route)
+
+
+def judge_polar(problem: Problem, mode: str) -> Verdict:
+    """`polar` of one task matrix, or of the leading singular vectors of all, which is ill-conditioned."""
+    matrix = problem.matrices[0]
+    if len(problem.matrices) > 1:
+        parts = [truth.leading(D, k, False, truth.plain) for D, k in zip(doubles(problem.matrices), problem.ranks)]
+        matrix = torch.from_numpy(np.hstack([part.U for part in parts])).to(matrix.dtype)
+    (got,) = polar([matrix], mode)
+    D = matrix.double().numpy()
+    truths = [truth.polar(D, svd) for svd in (truth.plain, truth.flipped)]
+    if got.certificate.arbitrary:
+        return Verdict("polar", problem.label, "arbitrary", route=got.certificate.route)
+    return compared("polar", problem.label, got.matrix.numpy(), truths, got.certificate, 1.0)
+
+
+def judge_factored(problem: Problem, mode: str, rng: np.random.Generator) -> Verdict:
+    """`merge_factored`: LoRA-like factors of any conditioning, some of which cancel each other."""
+    m, n = problem.matrices[0].shape
+    dtype = (torch.float64, torch.float32, torch.float16, torch.bfloat16)[rng.integers(4)]
+    tasks: list[Factored] = []
+    for _ in problem.matrices:
+        inner = int(rng.integers(1, 1 + min(m, n, 24)))
+        columns = 10.0 ** rng.uniform(-3, 0, inner) if rng.random() < 0.3 else np.ones(inner)
+        left, right = rng.standard_normal((m, inner)) * columns, rng.standard_normal((inner, n))
+        if inner > 1 and rng.random() < 0.2:  # two columns that nearly cancel
+            left[:, 1], right[1] = left[:, 0] * (1 + 10.0 ** rng.uniform(-14, 0)), -right[0]
+        tasks.append(
+            Factored(torch.from_numpy(left).to(dtype), torch.from_numpy(right).to(dtype), float(rng.uniform(0.1, 2)))
+        )
+    ranks = [int(rng.integers(0, 1 + min(m, n, 30))) for _ in tasks]
+    got = merge_factored(tasks, ranks, problem.weights, mode)
+    merged = got.update.dense().double().numpy()
+    if got.certificate.arbitrary:
+        return Verdict("merge_factored", problem.label, "arbitrary", route=got.certificate.route)
+    truths, size = [], 0.0
+    dense = [task.scale * task.left.double().numpy() @ task.right.double().numpy() for task in tasks]
+    for svd in (truth.plain, truth.flipped):
+        parts = [truth.leading(D, k, False, svd) for D, k in zip(dense, got.ranks, strict=True)]
+        truths.append(truth.tsv_merge(parts, problem.weights, svd))
+        size = _size(parts, problem.weights)
+    return compared("merge_factored", f"{problem.label} {dtype}", merged, truths, got.certificate, size)
+
+
+def judge_joint(problem: Problem, mode: str) -> Verdict:
+    """`joint_svd`: the basis of all columns, which must hold every task matrix."""
+    found = joint_svd(problem.matrices, mode)
+    U = found.U.numpy()
+    joined = np.hstack(doubles(problem.matrices))
+    rebuilt = np.hstack([U @ part.numpy() for part in found.parts])
+    norm = max(float(np.linalg.norm(joined)), 1e-300)
+    lost = float(np.linalg.norm(rebuilt - joined)) / norm
+    S = np.linalg.svd(joined, compute_uv=False)
+    beyond = float(np.linalg.norm(S[U.shape[1] :])) / norm
+    assert found.certificate is not None
+    return verdict("joint_svd", problem.label, max(lost - beyond, 0.0), 0.0, found.certificate)
+
+
+METHODS: dict[str, dict[str, object]] = {
+    "tsvm": {}, "iso_c": {}, "iso_cts": {"common_space_fraction": 0.8}, "star": {"eta": 40.0},
+    "knots": {"inner_method": "task_arithmetic"}, "core_space": {"inner_method": "tsvm"},
+}  # fmt: skip
+
+
+def judge_method(problem: Problem, mode: str, name: str) -> Verdict:
+    """A whole merge method, on task matrices that are the fine-tunes of a base of zeros."""
+    base, weights = torch.zeros_like(problem.matrices[0]), problem.weights
+    config = MergeConfig.from_kwargs(name, weights=weights, mode=mode, **METHODS[name])
+    result = merge_tensors(base, problem.matrices, config, out_dtype=torch.float64)
+    certificate, tasks, kind = result.report.certificate, doubles(problem.matrices), single(base)
+    if certificate is None:  # nothing was decomposed
+        return Verdict(name, problem.label, "judged")
+    if certificate.arbitrary:
+        return Verdict(name, problem.label, "arbitrary", route=certificate.route)
+
+    def exact(svd: truth.Svd) -> np.ndarray:
+        if name == "iso_c":
+            return truth.iso_c(tasks, weights, svd)
+        if name == "iso_cts":
+            return truth.iso_cts(tasks, weights, 0.8, svd)
+        if name == "star":
+            return truth.star(tasks, weights, 40.0, kind, svd)
+        if name == "knots":
+            return sum(weight * D for weight, D in zip(weights, tasks, strict=True))
+        if name == "core_space":
+            return truth.core_space(tasks, weights, kind, svd)
+        rank = int(min(base.shape) * (1 / len(tasks)))
+        parts = [truth.leading(D, rank, kind, svd) for D in tasks]
+        return truth.tsv_merge(parts, weights, svd)
+
+    size = float(np.sqrt(sum((w * np.linalg.norm(D)) ** 2 for w, D in zip(weights, tasks, strict=True))))
+    return compared(
+        name, problem.label, result.weight.numpy(), [exact(truth.plain), exact(truth.flipped)], certificate, size
+    )
+
+
+def judges(rng: np.random.Generator) -> Callable[[Problem], Verdict]:
+    """Draw a function to judge, its mode and its solver."""
+    mode = "exact" if rng.random() < 0.8 else "fast"
+    kind = rng.random()
+    if kind < 0.15:
+        return lambda problem: judge_subspaces(problem, mode)
+    if kind < 0.25:
+        return lambda problem: judge_subspaces(problem, mode, svd=True)
+    if kind < 0.5:
+        return lambda problem: judge_tsv_merge(problem, mode, "eigen")
+    if kind < 0.6:
+        layers = rng.random() < 0.3
+        return lambda problem: judge_tsv_merge(problem, mode, "products", layers)
+    if kind < 0.7:
+        return lambda problem: judge_polar(problem, mode)
+    if kind < 0.8:
+        return lambda problem: judge_factored(problem, mode, rng)
+    if kind < 0.82:
+        return lambda problem: judge_joint(problem, mode)
+    name = str(rng.choice(list(METHODS)))
+    return lambda problem: judge_method(problem, mode, name)
+
+
+def judged(rng: np.random.Generator, problem: Problem) -> Verdict:
+    """Judge one call; a refusal is a verdict, too."""
+    judge = judges(rng)
+    try:
+        return judge(problem)
+    except ConvergenceError as error:
+        return Verdict("?", problem.label, "refused", why=str(error))

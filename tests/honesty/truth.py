@@ -1,0 +1,117 @@
+"""Spectral merges in numpy, float64, from the formulas. Each takes the SVD it shall use: two of them show what float64
+itself can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Triplets(NamedTuple):
+    """Thin SVD: U (m, r), values (r,), Vh (r, n)."""
+
+    U: np.ndarray
+    S: np.ndarray
+    Vh: np.ndarray
+
+
+Svd = Callable[[np.ndarray], Triplets]
+
+
+def plain(matrix: np.ndarray) -> Triplets:
+    """The SVD of the matrix."""
+    return Triplets(*np.linalg.svd(matrix, full_matrices=False))
+
+
+def flipped(matrix: np.ndarray) -> Triplets:
+    """The SVD of the matrix with rows and columns reversed and exchanged: other roundings, the same triplets."""
+    U, S, Vh = np.linalg.svd(matrix[::-1, ::-1].T, full_matrices=False)
+    return Triplets(Vh.T[::-1], S, U.T[:, ::-1])
+
+
+def numerical_rank(values: np.ndarray, norm: float, single: bool) -> int:
+    """Singular values above rounding of the matrix's dtype (float32 or float64)."""
+    return int((values > max(np.finfo(np.float32).eps if single else 0.0, 2.0**-46) * norm).sum())
+
+
+def leading(matrix: np.ndarray, rank: int | Callable[[np.ndarray], int], single: bool, svd: Svd) -> Triplets:
+    """Leading triplets, `rank` of them or as many as the matrix has."""
+    U, S, Vh = svd(matrix)
+    wanted = rank(S) if callable(rank) else rank
+    k = min(wanted, numerical_rank(S, float(np.linalg.norm(matrix)), single))
+    return Triplets(U[:, :k], S[:k], Vh[:k])
+
+
+def polar(matrix: np.ndarray, svd: Svd, rtol: float = 1e-6) -> np.ndarray:
+    """The canonical polar factor; singular values up to rtol times the largest count as zero."""
+    if matrix.size == 0:
+        return matrix
+    U, S, Vh = svd(matrix)
+    kept = int((rtol * S[0] < S).sum())
+    return U[:, :kept] @ Vh[:kept]
+
+
+def tsv_merge(parts: Sequence[Triplets], weights: Sequence[float], svd: Svd) -> np.ndarray:
+    """TSV-Merge of leading triplets."""
+    left, right = np.hstack([part.U for part in parts]), np.vstack([part.Vh for part in parts])
+    core = np.concatenate([weight * part.S for weight, part in zip(weights, parts, strict=True)])
+    return polar(left, svd) * core @ polar(right, svd)
+
+
+def of_basis(matrix: np.ndarray, V: np.ndarray) -> Triplets:
+    """Triplets of a matrix between given right directions (n, k): what a solver makes of its choice of them."""
+    Q, R = np.linalg.qr(matrix @ V)
+    P, S, Wh = np.linalg.svd(R)
+    return Triplets(Q @ P, S, Wh @ V.T)
+
+
+def iso_c(deltas: Sequence[np.ndarray], weights: Sequence[float], svd: Svd) -> np.ndarray:
+    """Marczak et al., algorithm 1."""
+    total = sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
+    return np.linalg.svd(total, compute_uv=False).mean() * polar(total, svd)
+
+
+def iso_cts(deltas: Sequence[np.ndarray], weights: Sequence[float], fraction: float, svd: Svd) -> np.ndarray:
+    """Marczak et al., algorithm 2."""
+    deltas = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
+    total, short, tasks = sum(deltas), min(deltas[0].shape), len(deltas)
+    own = min(round((short - int(short * fraction)) / tasks), short // tasks)
+
+    def triplets(matrix: np.ndarray, rank: int, norm: float) -> Triplets:
+        U, S, Vh = svd(matrix)
+        k = min(rank, int((np.finfo(np.float32).eps * norm < S).sum()))
+        return Triplets(U[:, :k], S[:k], Vh[:k])
+
+    parts = [triplets(total, short - own * tasks, float(np.linalg.norm(total)))]
+    for delta in deltas:
+        rest = delta - parts[0].U @ (parts[0].U.T @ delta)
+        parts.append(triplets(rest, own, float(np.linalg.norm(delta))))
+    left, right = np.hstack([part.U for part in parts]), np.vstack([part.Vh for part in parts])
+    return sum(part.S.sum() for part in parts) / short * polar(left, svd) @ polar(right, svd)
+
+
+def star(deltas: Sequence[np.ndarray], weights: Sequence[float], eta: float, single: bool, svd: Svd) -> np.ndarray:
+    """Lee et al., section 3."""
+    total = np.zeros_like(deltas[0])
+    for weight, delta in zip(weights, deltas, strict=True):
+        U, S, Vh = svd(delta)
+        if S.any():
+            k = int((np.cumsum(S) < eta / 100 * S.sum()).sum()) + 1
+            k = min(k, numerical_rank(S, float(np.linalg.norm(delta)), single))
+            total += weight * S.sum() / S[:k].sum() * (U[:, :k] * S[:k]) @ Vh[:k]
+    return total / len(deltas)
+
+
+def core_space(deltas: Sequence[np.ndarray], weights: Sequence[float], single: bool, svd: Svd) -> np.ndarray:
+    """Panariello et al., section 3, with TSV-Merge of the cores: that of the task matrices at the rank of the cores."""
+    touched = np.any([delta != 0 for delta in deltas], axis=0)
+    m, n = int(touched.any(1).sum()), int(touched.any(0).sum())
+    ranks = [numerical_rank(svd(delta).S, float(np.linalg.norm(delta)), single) for delta in deltas]
+    kept = [index for index, rank in enumerate(ranks) if rank]
+    if not kept:
+        return np.zeros_like(deltas[0])
+    rank = int(min(sum(ranks), m, n) * (1 / len(kept)))
+    parts = [leading(deltas[index], min(rank, ranks[index]), single, svd) for index in kept]
+    return tsv_merge(parts, [weights[index] for index in kept], svd)
