@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from r_tsvm_kernels.linalg import Mode, Solver, TsvMerge, tsv_merge
-from r_tsvm_kernels.linalg.matmul_route import MatmulMerge, matmul_tsv_merge
+from r_tsvm_kernels.linalg.products_merge import MatmulMerge, matmul_tsv_merge
 
 sys.path.insert(0, str(ROOT / "tests"))
 from spectra import KINDS, rank_of, spectrum

@@ -1,4 +1,4 @@
-"""TSV-Merge from matrix products alone: the route for tensor cores, with the numbers a certificate needs."""
+"""Leading singular subspaces from matrix products alone: the route for tensor cores, and what is measured on it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Precision, arithmetic, padded
+from .near_cut import Step, below_filter, near_cut
 from .orthonormal import cholesky_qr, orthogonality
-from .polar_express import Polar, polar_express
 from .purification import compress, leading_eigenspaces
 from .transfer import gaussian
-
-# Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Below this nothing is resolved.
-LOWER = 2.0**-17
 
 # What becomes of rounding errors, measured: see benchmarks/spectral_accuracy.py. The polar factors multiply those of
 # the bases. Those of the Gram matrix count most where the boundary lies in a flat part of the spectrum.
@@ -27,6 +24,12 @@ INVARIANCE_FLOOR = 16
 
 # A singular value below the largest by more than this is float32 rounding: k lies above the numerical rank.
 LARGEST_RATIO = 2.0**22
+
+# Entries of a residual are taken to be alike; in some hundred random spectra the mixing of directions that they cause was
+# at most 5 times, mostly half, of what follows.
+ALIKE = 1.2
+
+PROBES = 16
 
 # Largest error estimate at which nothing is solved again, relative to the merged matrix.
 TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 5e-5, "fp16x3": 5e-5, "fp16": 5e-2}
@@ -46,10 +49,18 @@ class MatmulSubspaces:
         rank_defect: distance of the projector's trace from k. Beyond 0.1 the boundary at k was not resolved.
         smallest: estimate of ``sigma_k``, rather above than below.
         ratio: estimate of ``sigma_1 / sigma_k``, rather below than above.
-        error_estimate: of the merged matrix, ``eps (128 + 8 h^2)`` with eps of the format and h the ratio, or
-            ``level / sigma_k`` if the spectrum was compressed; plus what `invariance` lacks beyond rounding, over
-            ``sigma_k``. Infinite if the projector is none (`rank_defect`) or k above the numerical rank (`ratio`): the
-            caller must go to another solver.
+        error_estimate: what to expect of the merged matrix, ``eps (128 + 8 h^2)`` with eps of the format and h the
+            ratio, or ``level / sigma_k`` if the spectrum was compressed; plus what `invariance` lacks beyond rounding,
+            over ``sigma_k``. Infinite if the projector is none (`rank_defect`) or k above the numerical rank (`ratio`):
+            the caller must go to another solver.
+        subspace_error: estimated sine of the angle to the exact subspaces (Frobenius norm over all directions), from
+            `invariance` and the spectrum near the cut.
+        gap: lower bound of ``(sigma_k - sigma_(k+1)) / sigma_k``.
+        inside: (k, 8) float64, unit vectors in the coordinates of `Vh`: four near the direction of ``sigma_k``, the one
+            that is most likely wrong, and four random ones.
+        left_beyond: (m, 8) float64, unit vectors that `U` may have been turned to: four near the direction of
+            ``sigma_(k+1)``, and four of the residual.
+        right_beyond: (n, 8) the same for `Vh`.
         outer_steps: squares of full size.
         inner_steps: squares of about 1.2 k.
         compressed: whether the spectrum was compressed in float64 first.
@@ -65,27 +76,14 @@ class MatmulSubspaces:
     smallest: float
     ratio: float
     error_estimate: float
+    subspace_error: float
+    gap: float
+    inside: Tensor
+    left_beyond: Tensor
+    right_beyond: Tensor
     outer_steps: int
     inner_steps: int
     compressed: bool
-
-
-@dataclass(frozen=True)
-class MatmulMerge:
-    """The merged update and what was measured on the way.
-
-    Attributes:
-        matrix: (m, n) float32, or float64 if that was the precision.
-        parts: the subspaces of each task.
-        orthogonality: largest entry of ``|Q^T Q - I|`` over the two polar factors. A basis with singular values below
-            `LOWER` shows here.
-        polar_steps: quintic steps, of the polar factor that took more.
-    """
-
-    matrix: Tensor
-    parts: tuple[MatmulSubspaces, ...]
-    orthogonality: float
-    polar_steps: int
 
 
 def matmul_subspaces(
@@ -103,7 +101,18 @@ def matmul_subspaces(
     """
     if matrices.shape[-2] < matrices.shape[-1]:
         flipped = matmul_subspaces(matrices.mT, ranks, precision, levels)
-        return [replace(part, U=part.Vh.mT, core=part.core.mT, Vh=part.U.mT) for part in flipped]
+        return [
+            replace(
+                part,
+                U=part.Vh.mT,
+                core=part.core.mT,
+                Vh=part.U.mT,
+                inside=unit_columns(part.core @ part.inside),
+                left_beyond=part.right_beyond,
+                right_beyond=part.left_beyond,
+            )
+            for part in flipped
+        ]
     numbers = arithmetic(precision)
     exact = matrices.double()
     # In units of a power of two near the largest entry, so that no square overflows.
@@ -115,7 +124,7 @@ def matmul_subspaces(
     else:
         gram = compress(exact.mT @ exact, (levels.double() / unit).square())
         spaces = leading_eigenspaces(gram, ranks, precision, largest=torch.ones_like(unit))
-    found, measured = [], []
+    found, directions, measured = [], [], []
     for index, V in enumerate(spaces.bases):
         D = exact[index]
         if levels is None:
@@ -126,18 +135,41 @@ def matmul_subspaces(
         U, R = cholesky_qr(image)
         found.append((U, R * unit[index], V))
         skew = torch.maximum(orthogonality(U), orthogonality(V))
-        measured.append(torch.stack([skew, *_residuals(D, U, R, V), *_extremes(R)]))
-    rest = (spaces.rank_defect, spaces.outer_steps, spaces.inner_steps, unit, unit if levels is None else levels)
-    table = torch.cat([torch.stack(measured), torch.stack([x.double() for x in rest], 1)], 1)
+        largest, smallest, last = extremes(R)
+        residuals, relative = _residuals(D, U, R, V)
+        directions.append(_directions(D, V, last, relative))
+        measured.append(torch.stack([skew, *residuals, largest, smallest]))
+    rest = (spaces.rank_defect, spaces.outer_steps, spaces.inner_steps, unit, spaces.largest)
+    table = torch.cat(
+        [
+            torch.stack(measured),
+            torch.stack([x.double() for x in (*rest, unit if levels is None else levels)], 1),
+            spaces.outer_history.flatten(1),
+            spaces.inner_history.flatten(1),
+        ],
+        1,
+    )
+    n = exact.shape[-1]
     return [
-        _part(bases, row, numbers.eps, levels is not None)
-        for bases, row in zip(found, table.tolist(), strict=True)  # here the host waits for the first time
+        _part(bases, own, row, numbers.eps, n, width, levels is not None)
+        for bases, own, row, width in zip(found, directions, table.tolist(), spaces.widths, strict=True)  # waits here
     ]
 
 
-def _part(bases: tuple[Tensor, Tensor, Tensor], measured: list[float], eps: float, compressed: bool) -> MatmulSubspaces:
+def _part(
+    bases: tuple[Tensor, Tensor, Tensor],
+    directions: tuple[Tensor, Tensor, Tensor],
+    measured: list[float],
+    eps: float,
+    n: int,
+    width: int,
+    compressed: bool,
+) -> MatmulSubspaces:
     """Put U, core and V of one matrix together with what was measured of them."""
-    skew, norm, residual, invariance, largest, smallest, rank_defect, outer_steps, inner_steps, unit, level = measured
+    skew, norm, residual, invariance, relative, largest, smallest, rank_defect, outer_steps, inner_steps = measured[:10]
+    unit, bound, level = measured[10:13]
+    histories = measured[13:]
+    outer, inner = (_steps(half) for half in (histories[: len(histories) // 2], histories[len(histories) // 2 :]))
     norm = max(norm, torch.finfo(torch.float64).tiny)
     ratio = largest / smallest if smallest > 0 else float("inf")
     usable = ratio < LARGEST_RATIO and rank_defect < 0.1
@@ -147,6 +179,24 @@ def _part(bases: tuple[Tensor, Tensor, Tensor], measured: list[float], eps: floa
     estimate += (
         max(invariance / norm - INVARIANCE_FLOOR * eps, 0.0) * norm / max(smallest, torch.finfo(torch.float64).tiny)
     )
+    rank = bases[2].shape[1]
+    shift = (level / unit) ** 2 if compressed else 0.0
+
+    def eigenvalue(x: float) -> float:
+        """Undo the lifts, scaling and compression of the matrix that was purified."""
+        x = max(x - (4 if width == n else 8) * eps, 0.0) * bound
+        return shift * x / max(1 - x, 1e-16) if compressed else x
+
+    near = near_cut(inner, rank, width - rank, eps, eigenvalue)
+    subspace_error, gap = float("inf"), 0.0
+    if usable and near.pairs < math.inf:
+        beyond = eigenvalue(below_filter(outer, width)) if width < n else 0.0
+        pairs = near.pairs
+        if width < n:
+            pairs += rank * (n - width) * (near.kept / (near.kept - beyond)) ** 2 if near.kept > beyond else math.inf
+        alike = ALIKE * relative * math.sqrt(pairs / (n * rank))
+        subspace_error = min(alike, 2 * relative * near.kept / (near.kept - near.dropped)) + eps
+        gap = near.gap
     return MatmulSubspaces(
         bases[0],
         bases[1],
@@ -158,112 +208,61 @@ def _part(bases: tuple[Tensor, Tensor, Tensor], measured: list[float], eps: floa
         smallest=smallest * unit,
         ratio=ratio,
         error_estimate=estimate if usable else float("inf"),
+        subspace_error=subspace_error,
+        gap=gap,
+        inside=directions[0],
+        left_beyond=directions[1],
+        right_beyond=directions[2],
         outer_steps=int(outer_steps),
         inner_steps=int(inner_steps),
         compressed=compressed,
     )
 
 
-def _residuals(D: Tensor, U: Tensor, R: Tensor, V: Tensor) -> tuple[Tensor, ...]:
-    """Return the norms of D, of what is missing to ``D V = U R``, and to ``D^T U = V R^T``."""
-    return tuple(torch.linalg.vector_norm(x) for x in (D, D @ V - U @ R, D.mT @ U - V @ R.mT))
+def _steps(history: list[float]) -> list[Step]:
+    """Return the steps of a purification from its history, see `Purified`."""
+    steps = []
+    for trace, square_norm, shrink in zip(history[::3], history[1::3], history[2::3], strict=True):
+        steps.append(Step(trace, square_norm, shrink > 0))
+        if shrink < 0:
+            break
+    return steps
 
 
-def matmul_tsv_merge(
-    matrices: Tensor,
-    ranks: Sequence[int],
-    weights: Sequence[float] | None = None,
-    precision: Precision = "fp16x3",
-    tolerance: float | None = None,
-) -> MatmulMerge:
-    """Merge the task matrices (T, m, n) of one layer, see `matmul_tsv_merges`."""
-    return matmul_tsv_merges(matrices[None], [ranks], None if weights is None else [weights], precision, tolerance)[0]
+def _residuals(D: Tensor, U: Tensor, R: Tensor, V: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return norms: of D, of what is missing to ``D V = U R``, to ``D^T U = V R^T``, and to ``D^T U R^-T = V``.
 
-
-def matmul_tsv_merges(
-    layers: Tensor,
-    ranks: Sequence[Sequence[int]],
-    weights: Sequence[Sequence[float]] | None = None,
-    precision: Precision = "fp16x3",
-    tolerance: float | None = None,
-) -> list[MatmulMerge]:
-    """TSV-Merge (see `tsv_merge`) of the same-shape task matrices of several layers, from matrix products alone.
-
-    All matrices of all layers are solved in one batch. Those whose `error_estimate` is above `tolerance` are solved
-    again with a compressed spectrum. The concatenated bases must have full rank: the caller leaves out rows and columns
-    that no task touched, and goes to another solver if `orthogonality` says that the polar factor is not one.
-
-    Args:
-        layers: (L, T, m, n) float32 or float64, finite.
-        ranks: T ranks for each layer, of sum at most min(m, n), none above the numerical rank.
-        weights: T factors of the cores for each layer; None means 1.
-        precision: as for `matmul_subspaces`.
-        tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always, None
-            for `TOLERANCE`.
+    And of the last, on random vectors, what is missing itself: (n, any number).
     """
-    limit = TOLERANCE[precision] if tolerance is None else tolerance
-    tasks = layers.shape[1]
-    matrices, flat_ranks = layers.flatten(0, 1), [rank for layer in ranks for rank in layer]
-    parts = matmul_subspaces(matrices, flat_ranks, precision)
-    again = [i for i, part in enumerate(parts) if part.error_estimate > limit and part.ratio < LARGEST_RATIO]
-    if again:
-        levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=layers.device)
-        solved = matmul_subspaces(matrices[again], [flat_ranks[i] for i in again], precision, levels)
-        for i, part in zip(again, solved, strict=True):
-            parts[i] = part
-    of_layers = [parts[first : first + tasks] for first in range(0, len(parts), tasks)]
-    lefts = _polar_factors([torch.cat([part.U for part in layer], 1) for layer in of_layers], tasks, precision)
-    rights = _polar_factors([torch.cat([part.Vh for part in layer], 0).mT for layer in of_layers], tasks, precision)
-    factors = [[1.0] * tasks] * len(of_layers) if weights is None else weights
-    return [
-        _reconstructed(layer, of_layer, left, right, precision)
-        for layer, of_layer, left, right in zip(of_layers, factors, lefts, rights, strict=True)
-    ]
+    z = gaussian(R.shape[0], PROBES, R.device)
+    relative = D.mT @ (U @ torch.linalg.solve_triangular(R.mT, z, upper=False)) - V @ z
+    norms = [torch.linalg.vector_norm(x) for x in (D, D @ V - U @ R, D.mT @ U - V @ R.mT)]
+    return [*norms, torch.linalg.vector_norm(relative) / PROBES**0.5], relative
 
 
-def _polar_factors(bases: list[Tensor], tasks: int, precision: Precision) -> list[Polar]:
-    """Return the polar factors of concatenated bases, in one batch if their widths allow."""
-    bound = tasks**0.5
-    if len({basis.shape for basis in bases}) > 1:
-        return [_polar_factors([basis], tasks, precision)[0] for basis in bases]
-    stack = torch.stack(bases)
-    batch = polar_express(stack, bound, _smallest(stack) / bound, precision)
-    return [
-        Polar(matrix, orthogonality, batch.steps)
-        for matrix, orthogonality in zip(batch.matrix, batch.orthogonality, strict=True)
-    ]
+def _directions(D: Tensor, V: Tensor, last: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where errors of the subspaces most likely are, see `MatmulSubspaces`: inside, and beyond on both sides."""
+    some = unit_columns(residual[:, : last.shape[1]])
+    beyond = some
+    for _ in range(6):
+        beyond = D.mT @ (D @ beyond)
+        beyond = unit_columns(beyond - V @ (V.mT @ beyond))
+    right = torch.cat([beyond, some], 1)
+    inside = torch.cat([last, unit_columns(gaussian(V.shape[1], last.shape[1], V.device))], 1)
+    return inside, unit_columns(D @ right), right
 
 
-def _smallest(bases: Tensor) -> float:
-    """Return half of the smallest singular value of a batch of bases, or less, but not less than `LOWER`.
+def unit_columns(columns: Tensor) -> Tensor:
+    """Scale columns to norm 1; those of zeros stay so."""
+    norms: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return columns / norms.clamp(min=torch.finfo(columns.dtype).tiny)
 
-    A polar factor takes one step for each factor of 4 in it, and every step adds rounding errors: of well-conditioned
-    bases 4 do instead of 10, with a sixth of the error. A power of two: few polynomials and CUDA graphs serve all.
+
+def extremes(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate the largest (from below) and smallest (from above) singular value of a triangular matrix.
+
+    The third one (k, 4) holds unit vectors near the right singular vector of the smallest.
     """
-    factors = torch.linalg.cholesky_ex(bases.mT @ bases, upper=True).L
-    found = min(torch.stack([_extremes(factor)[1] for factor in factors]).nan_to_num(0.0).tolist())
-    return max(2.0 ** math.floor(math.log2(found / 2)), LOWER) if found > LOWER else LOWER
-
-
-def _reconstructed(
-    parts: list[MatmulSubspaces], weights: Sequence[float], left: Polar, right: Polar, precision: Precision
-) -> MatmulMerge:
-    """Put the weighted cores between the polar factors."""
-    numbers = arithmetic(precision)
-    core = torch.block_diag(*(f * part.core for f, part in zip(weights, parts, strict=True)))  # type: ignore[no-untyped-call]
-    size = core.abs().amax().clamp(min=torch.finfo(core.dtype).tiny)
-    inner = numbers.multiply(numbers.load(left.matrix), numbers.load(core / size))
-    merged = numbers.dense(numbers.multiply(inner, numbers.load(right.matrix).mT))
-    return MatmulMerge(
-        (merged.double() * size).to(merged.dtype),
-        tuple(parts),
-        max(float(left.orthogonality), float(right.orthogonality)),
-        max(left.steps, right.steps),
-    )
-
-
-def _extremes(R: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimate the largest (from below) and smallest (from above) singular value of a triangular matrix."""
     large = small = gaussian(R.shape[0], 4, R.device)
     for _ in range(8):
         large = R.mT @ (R @ (large / torch.linalg.vector_norm(large, dim=0)))
@@ -271,4 +270,4 @@ def _extremes(R: Tensor) -> tuple[Tensor, Tensor]:
         small = torch.linalg.solve_triangular(R.mT, small, upper=False)
         small = torch.linalg.solve_triangular(R, small, upper=True)
     largest, inverse = (torch.linalg.vector_norm(v, dim=0).amax().sqrt() for v in (large, small))
-    return largest, 1 / inverse
+    return largest, 1 / inverse, small / torch.linalg.vector_norm(small, dim=0)

@@ -31,12 +31,15 @@ class Purified:
         trace: (...) its trace, the rank it stands for.
         impurity: (...) ``sum x (1 - x)`` over its eigenvalues x.
         steps: (...) int32, number of squares.
+        history: (..., most squares + 1, 3) float64, before each step: trace, squared norm, and 1 if it shrinks, 0 if it
+            grows, -1 where nothing is done any more.
     """
 
     matrix: Operand
     trace: Tensor
     impurity: Tensor
     steps: Tensor
+    history: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Eigenspaces:
         impurity: (B,) what is left of ``sum x (1 - x)`` there.
         outer_steps: (B,) squares of size n.
         inner_steps: (B,) squares of about 1.2 k_i, 0 where the outer level did all.
+        largest: (B,) float64, what the eigenvalues were divided by, so that they lie in [0, 1].
+        outer_history: of the purification of the whole matrices, see `Purified`.
+        inner_history: of those of the second level; of the first where it did all.
+        widths: dimensions of the second level's matrices; n where the outer level did all.
     """
 
     bases: list[Tensor]
@@ -56,6 +63,10 @@ class Eigenspaces:
     impurity: Tensor
     outer_steps: Tensor
     inner_steps: Tensor
+    largest: Tensor
+    outer_history: Tensor
+    inner_history: Tensor
+    widths: tuple[int, ...]
 
 
 def purify(
@@ -84,6 +95,7 @@ def purify(
     X, spare = start, None
     since = torch.zeros_like(rank, dtype=torch.int32)  # squares since the tolerances were met
     count = torch.zeros_like(since)
+    history = []
     for _ in range(steps):
         trace, square = X.trace, X.square_norm
         off, impure = (trace - rank).abs(), trace - square
@@ -96,10 +108,12 @@ def purify(
             break
         count = count + (done == 0).int()
         shrink = (square - rank).abs() < (2 * trace - square - rank).abs()
+        history.append(torch.stack([trace, square, torch.where(done > 0, -1.0, shrink.to(trace.dtype))], -1))
         a, b = torch.where(shrink, 0.0, 2.0), torch.where(shrink, 1.0, -1.0)
         X, spare = numbers.square(X.matrix, a, b, done, spare), X
         spare = spare if spare is not start else None  # the caller's
-    return Purified(X.matrix, X.trace, X.trace - X.square_norm, count)
+    history += [torch.stack([X.trace, X.square_norm, -torch.ones_like(X.trace)], -1)] * (steps + 1 - len(history))
+    return Purified(X.matrix, X.trace, X.trace - X.square_norm, count, torch.stack(history, -2).double())
 
 
 def _all(done: Tensor) -> bool:
@@ -135,7 +149,8 @@ def leading_eigenspaces(
     n = gram.shape[-1]
     extra = [min(max(math.ceil(oversampling * k), 8), n - k) for k in ranks]
     width = [k + p for k, p in zip(ranks, extra, strict=True)]
-    scaled = gram / (largest_eigenvalue(gram) if largest is None else largest)[:, None, None]
+    largest = largest_eigenvalue(gram) if largest is None else largest
+    scaled = gram / largest[:, None, None]
     start = _lifted(scaled, numbers)
     wanted, spread = (to_device(torch.tensor(x, dtype=scaled.dtype), scaled.device) for x in (ranks, extra))
     columns = max(width)
@@ -144,7 +159,15 @@ def leading_eigenspaces(
         whole = _to_rank(start, wanted, numbers, STEPS[precision])
         bases = _range_of(whole.matrix, gaussian(n, max(ranks), gram.device), ranks, numbers, rounds=2)
         return Eigenspaces(
-            bases, (whole.trace - wanted).abs(), whole.impurity, whole.steps, torch.zeros_like(whole.steps)
+            bases,
+            (whole.trace - wanted).abs(),
+            whole.impurity,
+            whole.steps,
+            torch.zeros_like(whole.steps),
+            largest.double(),
+            whole.history,
+            whole.history,
+            (n,) * len(ranks),
         )
 
     # The second pair: near a projector of any rank from k to k + p. At an exact low rank there is nothing else.
@@ -157,7 +180,17 @@ def leading_eigenspaces(
     fine = _to_rank(_lifted((inner + inner.mT) / 2, numbers), wanted, numbers, STEPS[precision])
     corners = _range_of(fine.matrix, gaussian(Y.shape[-1], max(ranks), gram.device), ranks, numbers, rounds=2)
     bases = [Y[i] @ corner for i, corner in enumerate(corners)]
-    return Eigenspaces(bases, (fine.trace - wanted).abs(), fine.impurity, coarse.steps, fine.steps)
+    return Eigenspaces(
+        bases,
+        (fine.trace - wanted).abs(),
+        fine.impurity,
+        coarse.steps,
+        fine.steps,
+        largest.double(),
+        coarse.history,
+        fine.history,
+        tuple(width),
+    )
 
 
 def largest_eigenvalue(gram: Tensor, rounds: int = 32) -> Tensor:

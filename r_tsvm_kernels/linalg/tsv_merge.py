@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from .certificate import Certificate, Mode, tolerance_of
 from .eigen_merge import EigenMerge
 from .factored import Factored, merge_factored
 from .interference import interference_of_bases
-from .matmul_route import MatmulMerge, matmul_tsv_merges
+from .products_merge import MatmulMerge, matmul_tsv_merges
 from .purification import STEPS
 from .ranks import Rank
 from .right_vectors import ROUTES, right_vectors
@@ -274,15 +273,15 @@ def _of_products(merged: MatmulMerge, matrices: Tensor, mode: Mode) -> TsvMerge:
     if any(max(part.outer_steps, part.inner_steps) >= STEPS["fp16x3"] for part in merged.parts):
         raise ConvergenceError("products: singular values on both sides of a rank are too close to be told apart")
     ranks = tuple(part.core.shape[0] for part in merged.parts)
-    subspace_error = max(part.error_estimate for part in merged.parts)
     certificate = Certificate(
-        error=subspace_error + merged.orthogonality,
+        error=merged.error,
         orthogonality=merged.orthogonality,
-        subspace_error=subspace_error,
+        subspace_error=max(part.subspace_error for part in merged.parts),
         tolerance=tolerance_of(mode),
         route="products-fp16x3",
         basis_rank=(sum(ranks), sum(ranks)),
-        basis_condition=(math.nan, math.nan),
+        basis_condition=merged.condition,
+        gap=min(part.gap for part in merged.parts),
     )
     certificate.require()
     energies = tuple(

@@ -6,7 +6,7 @@ import torch
 from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.linalg import tsv_merge, use_cuda_graphs
 from r_tsvm_kernels.linalg.cuda_graph import Graphs, record, tensors_in
-from r_tsvm_kernels.linalg.matmul_route import matmul_tsv_merge
+from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge
 
 pytestmark = [
     pytest.mark.gpu,

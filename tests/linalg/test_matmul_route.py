@@ -8,7 +8,8 @@ from compare import relative_error
 from spectra import KINDS, rank_of, spectrum
 
 from r_tsvm_kernels.linalg import tsv_merge
-from r_tsvm_kernels.linalg.matmul_route import LOWER, _smallest, matmul_subspaces, matmul_tsv_merge
+from r_tsvm_kernels.linalg.matmul_route import extremes, matmul_subspaces
+from r_tsvm_kernels.linalg.products_merge import LOWER, matmul_tsv_merge
 
 # Of the merged matrix, relative; exact mode's contract is 1e-4.
 EXACT, FAST = 3e-5, 2e-2
@@ -98,7 +99,8 @@ def test_well_conditioned_bases_take_few_steps():
 def test_the_smallest_singular_value_is_bounded_from_below(smallest):
     basis = torch.linalg.qr(torch.randn(2, 50, 20, dtype=torch.float64)).Q
     basis[1, :, 3] *= smallest
-    bound = _smallest(basis)
+    factors = torch.linalg.cholesky_ex(basis.mT @ basis, upper=True).L
+    bound = lower_bound(min(float(extremes(factor)[1].nan_to_num(0.0)) for factor in factors))
     assert math.log2(bound).is_integer() and LOWER <= bound <= max(smallest, LOWER)
     assert bound >= smallest / 4 or smallest == 0
 

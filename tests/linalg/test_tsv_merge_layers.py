@@ -9,7 +9,7 @@ from spectra import spectrum
 
 from r_tsvm_kernels.errors import NonFiniteError, ShapeError
 from r_tsvm_kernels.linalg import Factored, fixed_rank, tsv_merge, tsv_merge_layers
-from r_tsvm_kernels.linalg.matmul_route import matmul_tsv_merge, matmul_tsv_merges
+from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge, matmul_tsv_merges
 
 
 def layer_of(shape, tasks=3, seed=0):

@@ -9,7 +9,7 @@ import torch
 from compare import relative_error
 
 from r_tsvm_kernels import dispatch
-from r_tsvm_kernels.linalg.matmul_route import matmul_tsv_merge
+from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge
 from r_tsvm_kernels.ops import gemm3, split_planes, symm_gram, symm_square
 
 pytestmark = [

@@ -161,7 +161,7 @@ def test_what_is_not_finite_is_seen(bad):
 def test_a_whole_merge_runs_on_the_kernels():
     from r_tsvm_kernels import dispatch
     from r_tsvm_kernels.linalg import tsv_merge
-    from r_tsvm_kernels.linalg.matmul_route import matmul_tsv_merge
+    from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge
 
     matrices = torch.randn(2, 44, 36)
     matrices[1, :, 0] *= 100  # the two tasks take different numbers of steps, and one is compressed

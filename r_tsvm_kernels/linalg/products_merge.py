@@ -1,0 +1,221 @@
+"""TSV-Merge from matrix products alone: the route for tensor cores, with the numbers a certificate needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .arithmetic import Precision, arithmetic
+from .matmul_route import LARGEST_RATIO, TOLERANCE, MatmulSubspaces, extremes, matmul_subspaces, unit_columns
+from .polar_express import polar_express
+from .turning import Turning, measure, understood
+
+# Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Below this nothing is resolved.
+LOWER = 2.0**-17
+
+# The norm of the largest core is estimated from below, by power iteration.
+LARGEST = 1.2
+
+
+@dataclass(frozen=True)
+class MatmulMerge:
+    """The merged update and what was measured on the way.
+
+    Attributes:
+        matrix: (m, n) float32, or float64 if that was the precision.
+        parts: the subspaces of each task.
+        error: estimated relative error (Frobenius norm); NaN or large where the bases have no full rank.
+        orthogonality: relative defect of the two polar factors, measured on random vectors and on the weighted cores.
+            A basis with singular values below `LOWER` shows here.
+        condition: of the left and the right bases, estimated from below.
+        polar_steps: quintic steps, of the polar factor that took more.
+    """
+
+    matrix: Tensor
+    parts: tuple[MatmulSubspaces, ...]
+    error: float
+    orthogonality: float
+    condition: tuple[float, float]
+    polar_steps: int
+
+
+def matmul_tsv_merge(
+    matrices: Tensor,
+    ranks: Sequence[int],
+    weights: Sequence[float] | None = None,
+    precision: Precision = "fp16x3",
+    tolerance: float | None = None,
+) -> MatmulMerge:
+    """Merge the task matrices (T, m, n) of one layer, see `matmul_tsv_merges`."""
+    return matmul_tsv_merges(matrices[None], [ranks], None if weights is None else [weights], precision, tolerance)[0]
+
+
+def matmul_tsv_merges(
+    layers: Tensor,
+    ranks: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]] | None = None,
+    precision: Precision = "fp16x3",
+    tolerance: float | None = None,
+) -> list[MatmulMerge]:
+    """TSV-Merge (see `tsv_merge`) of the same-shape task matrices of several layers, from matrix products alone.
+
+    All matrices of all layers are solved in one batch. Those whose `error_estimate` is above `tolerance` are solved
+    again with a compressed spectrum. The concatenated bases must have full rank: the caller leaves out rows and columns
+    that no task touched, and goes to another solver if `error` says that the result is not accurate enough.
+
+    Args:
+        layers: (L, T, m, n) float32 or float64, finite.
+        ranks: T ranks for each layer, of sum at most min(m, n), none above the numerical rank.
+        weights: T factors of the cores for each layer; None means 1.
+        precision: as for `matmul_subspaces`.
+        tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always, None
+            for `TOLERANCE`.
+    """
+    limit = TOLERANCE[precision] if tolerance is None else tolerance
+    tasks = layers.shape[1]
+    matrices, flat_ranks = layers.flatten(0, 1), [rank for layer in ranks for rank in layer]
+    parts = matmul_subspaces(matrices, flat_ranks, precision)
+    again = [i for i, part in enumerate(parts) if part.error_estimate > limit and part.ratio < LARGEST_RATIO]
+    if again:
+        levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=layers.device)
+        solved = matmul_subspaces(matrices[again], [flat_ranks[i] for i in again], precision, levels)
+        for i, part in zip(again, solved, strict=True):
+            parts[i] = part
+    of_layers = [parts[first : first + tasks] for first in range(0, len(parts), tasks)]
+    cores = [_Core.of(layer, [1.0] * tasks if weights is None else weights[i]) for i, layer in enumerate(of_layers)]
+    lefts = _sides(
+        [torch.cat([part.U for part in layer], 1) for layer in of_layers],
+        cores,
+        False,
+        [[(unit_columns(part.core @ part.inside), part.left_beyond) for part in layer] for layer in of_layers],
+        precision,
+    )
+    rights = _sides(
+        [torch.cat([part.Vh for part in layer], 0).mT for layer in of_layers],
+        cores,
+        True,
+        [[(part.inside, part.right_beyond) for part in layer] for layer in of_layers],
+        precision,
+    )
+    return [_reconstructed(*layer, precision) for layer in zip(of_layers, cores, lefts, rights, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Core:
+    """The weighted cores of a layer, ``blockdiag(w_t core_t)``.
+
+    Attributes:
+        matrix: (k, k) float64, over `unit`.
+        unit: its largest entry.
+        dominance: estimate of its largest singular value over its Frobenius norm, rather above than below.
+    """
+
+    matrix: Tensor
+    unit: Tensor
+    dominance: Tensor
+
+    def of_side(self, transposed: bool) -> Tensor:
+        """Return what the left polar factor is multiplied with, or the right one."""
+        return self.matrix.mT if transposed else self.matrix
+
+    @classmethod
+    def of(cls, parts: Sequence[MatmulSubspaces], weights: Sequence[float]) -> _Core:
+        core = torch.block_diag(*(w * part.core for w, part in zip(weights, parts, strict=True)))  # type: ignore[no-untyped-call]
+        unit = core.abs().amax().clamp(min=torch.finfo(core.dtype).tiny)
+        matrix = core / unit
+        largest = max(abs(w) * part.ratio * part.smallest for w, part in zip(weights, parts, strict=True)) / unit
+        dominance = LARGEST * largest / torch.linalg.vector_norm(matrix)
+        return cls(matrix, unit, dominance.nan_to_num(1.0).clamp(max=1.0))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The polar factor of a concatenated basis and what was measured of it.
+
+    Attributes:
+        matrix: (m, k) the polar factor.
+        steps: quintic steps.
+        turning: how far it is from the exact one.
+        condition: of the basis.
+    """
+
+    matrix: Tensor
+    steps: int
+    turning: Turning
+    condition: float
+
+
+def _sides(
+    bases: list[Tensor],
+    cores: list[_Core],
+    transposed: bool,
+    directions: list[list[tuple[Tensor, Tensor]]],
+    precision: Precision,
+) -> list[_Side]:
+    """Return the polar factors of concatenated bases, in one batch if their widths allow.
+
+    Args:
+        bases: for each layer (m, k), float64.
+        cores: of each layer, what the polar factors are multiplied with.
+        transposed: whether they are the right ones.
+        directions: for each layer and task which directions of the basis (k_t, any number) are most likely wrong, and
+            where they may have been turned to (m, any number).
+        precision: format of the products.
+    """
+    if len({basis.shape for basis in bases}) > 1:
+        apart = zip(bases, cores, directions, strict=True)
+        return [_sides([X], [core], transposed, [own], precision)[0] for X, core, own in apart]
+    stack = torch.stack(bases)
+    factors = torch.linalg.cholesky_ex(stack.mT @ stack, upper=True).L
+    ends = [extremes(factor)[:2] for factor in factors]
+    found = torch.stack([torch.stack(pair) for pair in ends]).nan_to_num(0.0).tolist()
+    bound = len(directions[0]) ** 0.5
+    batch = polar_express(stack, bound, lower_bound(min(smallest for _, smallest in found)) / bound, precision)
+    table = torch.stack(
+        [
+            torch.cat([core.dominance[None], measure(X, Q.double(), R, core.of_side(transposed), own)])
+            for X, Q, R, core, own in zip(stack, batch.matrix, factors, cores, directions, strict=True)
+        ]
+    ).tolist()
+    sides = []
+    for Q, row, (largest, smallest), own in zip(batch.matrix, table, found, directions, strict=True):
+        turning = understood(row[1:], Q.shape[1], [a.shape[1] for a, _ in own], row[0])
+        sides.append(_Side(Q, batch.steps, turning, largest / smallest if smallest else math.inf))
+    return sides
+
+
+def lower_bound(smallest: float) -> float:
+    """Return half of the smallest singular value of a batch of bases, or less, but not less than `LOWER`.
+
+    A polar factor takes one step for each factor of 4 in it, and every step adds rounding errors: of well-conditioned
+    bases 4 do instead of 10, with a sixth of the error. A power of two: few polynomials and CUDA graphs serve all.
+    """
+    return max(2.0 ** math.floor(math.log2(smallest / 2)), LOWER) if smallest > LOWER else LOWER
+
+
+def _reconstructed(
+    parts: list[MatmulSubspaces], core: _Core, left: _Side, right: _Side, precision: Precision
+) -> MatmulMerge:
+    """Put the weighted cores between the polar factors."""
+    numbers = arithmetic(precision)
+    inner = numbers.multiply(numbers.load(left.matrix), numbers.load(core.matrix))
+    merged = numbers.dense(numbers.multiply(inner, numbers.load(right.matrix).mT))
+    turnings = (left.turning, right.turning)
+    subspaces = [
+        sensitivity * part.subspace_error
+        for turning in turnings
+        for part, sensitivity in zip(parts, turning.sensitivity, strict=True)
+    ]
+    error = math.hypot(*subspaces) + sum(turning.turned + turning.defect for turning in turnings) + 8 * numbers.eps
+    return MatmulMerge(
+        (merged.double() * core.unit).to(merged.dtype),
+        tuple(parts),
+        error,
+        max(turning.defect for turning in turnings),
+        (left.condition, right.condition),
+        max(left.steps, right.steps),
+    )
