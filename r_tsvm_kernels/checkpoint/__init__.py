@@ -4,6 +4,7 @@ from ..sizes import format_size, parse_size
 from .adapted import AdaptedModel, adapt, is_adapter
 from .adapter import Adapter
 from .checksum import Checksum, checksum
+from .companions import COMPANION_FOLDERS, is_companion
 from .headers import FileState, TensorHeader
 from .hub import is_model_id
 from .plan import Footprint, InputFile, MergePlan, Part, TensorPlan, make_plan
@@ -11,6 +12,7 @@ from .reader import Checkpoint
 from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
 
 __all__ = [
+    "COMPANION_FOLDERS",
     "AdaptedModel",
     "Adapter",
     "Checkpoint",
@@ -29,6 +31,7 @@ __all__ = [
     "checksum",
     "format_size",
     "is_adapter",
+    "is_companion",
     "is_model_id",
     "make_plan",
     "parse_size",

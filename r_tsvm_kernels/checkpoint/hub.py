@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
+from .companions import COMPANIONS
 
 _MODEL_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
-# What a loader needs beside the weights.
-_COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.spm", "*.py", "LICENSE*", "NOTICE*"]
 
 
 def resolve(model: str, *, allow_pickle: bool = False) -> Path:
@@ -34,9 +33,9 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Path:
     match = _MODEL_ID.fullmatch(model)
     if match is None or not is_model_id(model):
         return Path(model)
-    folder = _fetch(model, match["repo"], match["revision"], _WEIGHTS + _COMPANIONS)
+    folder = _fetch(model, match["repo"], match["revision"], [*_WEIGHTS, *COMPANIONS])
     if allow_pickle and not any(folder.glob(_WEIGHTS[0])):
-        folder = _fetch(model, match["repo"], match["revision"], _PICKLES + _COMPANIONS)
+        folder = _fetch(model, match["repo"], match["revision"], [*_PICKLES, *COMPANIONS])
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The small files beside the weights: configuration, tokenizer and licence of the base; JSON of ours."""
+"""Copy the small files beside the weights from the base: configuration, tokenizer, code and licence; JSON of ours."""
 
 from __future__ import annotations
 
@@ -7,30 +7,48 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import COMPANION_FOLDERS, Checkpoint, is_companion
+from ..errors import CheckpointError
 
-# Small files that a loader needs beside the weights; weights, indexes and model cards are made anew or left behind.
-_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".py")
-_COPIED_NAMES = ("LICENSE", "NOTICE")
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def copy_companions(base: Checkpoint, stage: Path, dtype: str | None) -> None:
-    """Copy configuration, tokenizer and licence files of the base; record a changed dtype in ``config.json``."""
+    """Copy what belongs to the base beside its weights; record a changed dtype in ``config.json``.
+
+    Args:
+        base: nothing is copied of a bare file.
+        stage: an existing folder; files of the same names are replaced.
+        dtype: of the merged tensors, where it is not each tensor's own.
+
+    Raises:
+        CheckpointError: a file of the base cannot be read.
+        OSError: the stage cannot be written.
+    """
     if base.folder is None:
         return
-    for file in sorted(base.folder.iterdir()):
-        wanted = file.suffix in _COPIED_SUFFIXES or file.name.startswith(_COPIED_NAMES)
-        ours = file.name.endswith(".safetensors.index.json") or file.name in ("merge_report.json", "merge_recipe.yaml")
-        if not (wanted and file.is_file()) or ours or file.name.endswith(".index.json") or file.name.startswith("."):
+    for place in ("", *COMPANION_FOLDERS):
+        source, target = base.folder / place, stage / place
+        if not source.is_dir():
             continue
-        if file.name == "config.json" and dtype is not None:
-            config = _with_dtype(base.config, dtype)
-            if not any(key in config for key in _DTYPE_KEYS):
-                config["torch_dtype"] = dtype
-            write_json(stage / file.name, config)
-        else:
-            shutil.copyfile(file, stage / file.name)
+        target.mkdir(exist_ok=True)
+        for file in sorted(source.iterdir()):
+            if is_companion(file.name) and file.is_file():
+                _copy(file, target / file.name)
+    if dtype is not None and (base.folder / "config.json").is_file():
+        config = _with_dtype(base.config, dtype)
+        if not any(key in config for key in _DTYPE_KEYS):
+            config["torch_dtype"] = dtype
+        write_json(stage / "config.json", config)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        if error.filename != str(source):
+            raise
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from error
 
 
 def write_json(file: Path, data: object) -> None:

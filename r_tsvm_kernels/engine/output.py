@@ -38,7 +38,7 @@ class Stage:
             OutputExists: the place was taken in the meantime.
         """
         refuse_existing(self.out)
-        for file in self.folder.iterdir():
+        for file in self.folder.rglob("*"):
             _sync(file)
         _sync(self.folder)
         if is_single_file(self.out):
