@@ -55,7 +55,8 @@ class MergeConfig(_Strict):
 
     Attributes:
         merge_method: name of a registered method.
-        base_model: Hugging Face folder or .safetensors file.
+        base_model: Hugging Face folder or .safetensors file. Methods that form no task vectors (`linear`, `karcher`)
+            count it as one more model if `models` does not list it, as mergekit does: see `base_joins`.
         models: the fine-tuned models, with their own parameters.
         parameters: of the method, for all models.
         dtype: inputs are rounded to it when they are loaded. Arithmetic is in float32 (float64 for float64 inputs).
@@ -116,7 +117,7 @@ class MergeConfig(_Strict):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> MergeConfig:
-        """Read a recipe file; mergekit's keys mean what they mean there.
+        """Read a recipe file; mergekit's keys mean what they mean there, but for what docs/methods.md lists.
 
         Raises:
             ConfigError: the file is missing, is not YAML, or is not a valid recipe.
@@ -139,6 +140,32 @@ class MergeConfig(_Strict):
     def method(self) -> Method:
         """The registered method."""
         return get_method(self.merge_method)
+
+    @property
+    def base_joins(self) -> bool:
+        """Whether the base is one of the models that are merged although `models` does not list it.
+
+        So it is in mergekit where the method forms no task vectors and the recipe lists `models`; a slice has all of
+        its sources listed.
+        """
+        listed = [entry.model for entry in self.models]
+        unlisted = self.base_model is not None and bool(listed) and self.base_model not in listed
+        return unlisted and self.num_layers is None and not self.method.needs_base
+
+    def with_base_listed(self) -> MergeConfig:
+        """Return the config with the base as its last model, which has the parameters that are set for all models.
+
+        Raises:
+            ConfigError: the models have weights of their own, and there is none for the base.
+        """
+        schema = self.method.parameters
+        own = any(_lookup(entry.parameters, schema, "weight") is not None for entry in self.models)
+        if own and _lookup(self.parameters, schema, "weight") is None:
+            raise ConfigError(
+                f"{self.merge_method} merges the base, too, and {self.base_model} has no weight: list it under "
+                "`models` with one (0 leaves it out), set a `weight` for all models, or leave out base_model"
+            )
+        return self.model_copy(update={"models": (*self.models, ModelEntry(model=self.base_model))})
 
     def options(self, tasks: int, name: str = "", position: float = 0.0) -> MethodParameters:
         """Evaluate the parameters for one tensor.

@@ -89,6 +89,8 @@ def _merged(
     measure_norms: bool | None,
 ) -> MergeResult:
     label = name or "tensor"
+    if config.base_joins:
+        config, tuned = config.with_base_listed(), [*tuned, base]
     options = config.options(len(tuned), name, position)
     plan = treatment(config, options, name, tuple(base.shape), base.dtype, len(tuned))
     if plan.kind == "base":

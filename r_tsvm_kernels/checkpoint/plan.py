@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import MergeConfig, ModelEntry
+from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, ShapeError
 from ..merge import Treatment, check_same_names, stored_dtype, treatment
 from ..methods import Cost, Job, MethodParameters, elementwise_cost, factored_cost
@@ -176,7 +176,7 @@ class MergePlan:
             bool(tensor.factor_ranks)
             and tensor.treatment.kind == "merge"
             and self.config.method.factored(tensor.options)
-            and all(isinstance(model, AdaptedModel) and model.base is self.base for model in self.tuned)
+            and all((model.base if isinstance(model, AdaptedModel) else model) is self.base for model in self.tuned)
         )
 
     def cost(self, name: str, shape: tuple[int, ...] | None = None, device_type: str = "cpu") -> Cost:
@@ -339,17 +339,32 @@ def make_plan(
 def _open_inputs(
     config: MergeConfig, allow_pickle: bool
 ) -> tuple[Checkpoint, tuple[Checkpoint | AdaptedModel, ...], MergeConfig]:
-    """Open base and models; a base listed among the models is an input only where no task vectors are formed."""
+    """Open base and models; the base is one of the models only where no task vectors are formed."""
     if any(entry.model is None for entry in config.models):
         raise ConfigError("every entry of `models` needs a `model`: a folder, a .safetensors file or a model id")
     if config.method.needs_base and config.base_model is None:
         raise ConfigError(f"{config.merge_method} needs base_model: the model that all others were fine-tuned from")
     base_path = _base_path(config.base_model, allow_pickle)
     found = [(entry, *_paths(str(entry.model), base_path, allow_pickle)) for entry in config.models]
-    if config.method.needs_base and base_path is not None:
-        found = [x for x in found if x[2] is not None or x[1].resolve() != base_path.resolve()]
-    if not found:
-        raise ConfigError("no fine-tuned models: list at least one under `models` (or with --model)")
+    is_base = [
+        adapter is None and base_path is not None and path.resolve() == base_path.resolve()
+        for _, path, adapter in found
+    ]
+    if not found or (config.method.needs_base and all(is_base)):
+        known = f"{config.models[0].model} is the base itself; " if config.models else ""
+        raise ConfigError(f"no fine-tuned models: {known}list at least one under `models` (or with --model)")
+    if config.method.needs_base:
+        found = [model for model, base_itself in zip(found, is_base, strict=True) if not base_itself]
+        entries = tuple(entry for entry, _, _ in found)
+    else:  # one name for the base, by which `base_joins` knows whether it is listed
+        entries = tuple(
+            entry.model_copy(update={"model": config.base_model}) if base_itself else entry
+            for entry, base_itself in zip(config.models, is_base, strict=True)
+        )
+    config = config.model_copy(update={"models": entries})
+    if config.base_joins and base_path is not None:
+        config = config.with_base_listed()
+        found.append((config.models[-1], base_path, None))
     checkpoints: dict[Path, Checkpoint] = {}
     adapters: dict[Path, Adapter] = {}
 
@@ -368,8 +383,7 @@ def _open_inputs(
             key = adapter_path.resolve()
             adapters[key] = adapters.get(key) or Adapter(adapter_path)
             tuned.append(adapt(model, adapters[key]))
-    entries: tuple[ModelEntry, ...] = tuple(entry for entry, _, _ in found)
-    return base, tuple(tuned), config.model_copy(update={"models": entries})
+    return base, tuple(tuned), config
 
 
 def _base_path(base_model: str | None, allow_pickle: bool) -> Path | None:

@@ -124,12 +124,12 @@ def _model(
     plan: MergePlan, model: Checkpoint | AdaptedModel, loaded: Mapping[Checkpoint | Adapter, Tensor | Factored]
 ) -> Tensor | Factored:
     """Return what a model has for a tensor: its values, or what they differ from the base by."""
-    if not isinstance(model, AdaptedModel):
-        return loaded[model]
-    base, update = _whole(loaded[model.base]), loaded.get(model.adapter)
+    origin = model.base if isinstance(model, AdaptedModel) else model
+    base = _whole(loaded[origin])
+    update = loaded.get(model.adapter) if isinstance(model, AdaptedModel) else None
     if isinstance(update, Factored):
-        return update if model.base is plan.base else base_plus(base, update)
-    if model.base is not plan.base or not any(isinstance(values, Factored) for values in loaded.values()):
+        return update if origin is plan.base else base_plus(base, update)
+    if origin is not plan.base or not any(isinstance(values, Factored) for values in loaded.values()):
         return base
     return Factored(base.new_zeros(base.shape[0], 0), base.new_zeros(0, base.shape[1]))
 

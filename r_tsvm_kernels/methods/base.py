@@ -210,7 +210,8 @@ class Method:
         paper_url: where the method is defined.
         parameters: the model of its parameters.
         run: ``run(base, tuned, options)``; returns the merged tensor in float32 (float64 if any input is float64).
-        needs_base: whether task vectors are formed; if not, the base is an input only when it is listed as one.
+        needs_base: whether task vectors are formed; if not, the base is an input like others: see
+            `MergeConfig.base_joins`.
         matrices_only: whether only 2-D tensors go through `run`, all others being given the mean task vector.
         rank_per_task: whether each task gets a rank of its own, of which a matrix with fewer rows or columns than tasks
             has none to give.
