@@ -122,6 +122,8 @@ def understood(numbers: Sequence[float], k: int, widths: Sequence[int], dominanc
         dominance: largest singular value of the core over its Frobenius norm.
     """
     p = min(SMALLEST, k)
+    if not all(map(math.isfinite, numbers)):  # X has no full rank
+        return Turning(math.inf, math.inf, [math.inf] * len(widths))
     taken = iter(numbers)
     defect, skew, trace, norm = _take(taken, 4)
     values, basis = np.linalg.eigh(np.array(_take(taken, p * p)).reshape(p, p))

@@ -67,7 +67,7 @@ class Verdict:
 def compared(
     name: str, label: str, got: np.ndarray, truths: Sequence[np.ndarray], certificate: Certificate, size: float
 ) -> Verdict:
-    """Judge a result whose choice of directions is not arbitrary."""
+    """Judge a result by two float64 computations of the truth."""
     norm = max(float(np.linalg.norm(truths[0])), CANCELLED * size)
     if norm == 0:
         return verdict(name, label, float(np.linalg.norm(got)) / max(size, 1.0), 0.0, certificate)
@@ -87,16 +87,17 @@ def verdict(name: str, label: str, error: float, unknown: float, certificate: Ce
         why = f"error {error:.1e} above twice the estimate {claimed:.1e}"
     elif certificate.met and error - unknown > certificate.tolerance:
         why = f"error {error:.1e} where {certificate.tolerance:.0e} is met"
-    elif unknown > 4 * claimed:
+    elif unknown > 4 * claimed and not certificate.arbitrary:
         why = f"the estimate is {claimed:.1e} where float64 SVDs differ by {unknown:.1e}"
     outcome = "dishonest" if why else "judged"
     return Verdict(name, label, outcome, error, claimed, why, certificate.route)
 
 
-def valid_choice(D: np.ndarray, V: np.ndarray) -> str:
+def valid_choice(D: np.ndarray, V: np.ndarray, claimed: float) -> str:
     """Say what is wrong with V (n, k) as right singular vectors of a matrix within rounding of D; '' if nothing.
 
-    In the exact singular basis, the projector on V may only mix directions whose singular values differ by rounding.
+    In the exact singular basis, the projector on V may only mix directions whose singular values differ by rounding,
+    beyond twice the sine of an angle that the certificate claims.
     """
     k = V.shape[1]
     if not k:
@@ -107,9 +108,10 @@ def valid_choice(D: np.ndarray, V: np.ndarray) -> str:
     P = P @ P.T
     allowed = BACKWARD * EPS * values[0] * len(values) ** 0.5
     lead, rest = values[:k], values[k:]
-    crossed = (np.abs(P[k:, :k]) * (lead[None, :] - rest[:, None])).max(initial=0)
-    gained = (np.diag(P)[k:] * (lead[-1] - rest)).max(initial=0)
-    lost = ((1 - np.diag(P)[:k]) * (lead - (rest[0] if len(rest) else 0))).max(initial=0) if len(rest) else 0.0
+    sine, square = 2 * claimed, 4 * claimed**2
+    crossed = (np.maximum(np.abs(P[k:, :k]) - sine, 0) * (lead[None, :] - rest[:, None])).max(initial=0)
+    gained = (np.maximum(np.diag(P)[k:] - square, 0) * (lead[-1] - rest)).max(initial=0)
+    lost = (np.maximum(1 - np.diag(P)[:k] - square, 0) * (lead - rest[:1].sum())).max(initial=0) if len(rest) else 0.0
     worst = max(crossed, gained, lost)
     return f"a choice that is off by {worst / allowed:.1e} of what rounding allows" if worst > allowed else ""
 
@@ -159,7 +161,7 @@ def judge_subspaces(problem: Problem, mode: str, svd: bool = False) -> Verdict:
     defect = max(float(np.abs(Q.T @ Q - np.eye(k)).max(initial=0)) for Q in (U, Vh.T))
     values = np.linalg.svd(D, compute_uv=False)
     if certificate.arbitrary:
-        why = valid_choice(D, Vh.T)
+        why = valid_choice(D, Vh.T, certificate.subspace_error)
         return Verdict(name, problem.label, "dishonest" if why else "arbitrary", why=why, route=certificate.route)
     if k != len(exact[0].S):
         why = f"rank {k} instead of {len(exact[0].S)}"
@@ -200,15 +202,19 @@ def _size(parts: Sequence[Triplets], weights: Sequence[float]) -> float:
 
 def _of_choice(name: str, problem: Problem, got, calls) -> Verdict:
     """Judge a merge that admits to an arbitrary choice: is the choice valid, and the merge right for it?"""
-    parts = []
+    parts: tuple[list[Triplets], list[Triplets]] = ([], [])
     for tall, found in calls:
         D, V = tall.matrix.double().numpy(), found.V.numpy()
-        why = valid_choice(D, V)
+        why = valid_choice(D, V, got.certificate.subspace_error)
         if why:
             return Verdict(name, problem.label, "dishonest", why=why, route=found.route)
-        part = truth.of_basis(D, V)
-        parts.append(Triplets(part.Vh.T, part.S, part.U.T) if tall.transposed else part)
-    inner = [truth.tsv_merge(parts, problem.weights, svd) for svd in (truth.plain, truth.flipped)]
+        for kind, backwards in zip(parts, (False, True), strict=True):
+            part = truth.of_basis(D, V, backwards)
+            kind.append(Triplets(part.Vh.T, part.S, part.U.T) if tall.transposed else part)
+    inner = [
+        truth.tsv_merge(kind, problem.weights, svd)
+        for kind, svd in zip(parts, (truth.plain, truth.flipped), strict=True)
+    ]
     rows, columns = (np.zeros_like(problem.matrices[0].numpy(), dtype=bool) for _ in range(2))
     touched = np.any([matrix.numpy() != 0 for matrix in problem.matrices], axis=0)
     rows, columns = touched.any(1), touched.any(0)
@@ -216,7 +222,7 @@ def _of_choice(name: str, problem: Problem, got, calls) -> Verdict:
     if merged[~rows].any() or merged[:, ~columns].any():
         return Verdict(name, problem.label, "dishonest", why="an untouched row or column changed")
     found = compared(
-        name, problem.label, merged[rows][:, columns], inner, got.certificate, _size(parts, problem.weights)
+        name, problem.label, merged[rows][:, columns], inner, got.certificate, _size(parts[0], problem.weights)
     )
     outcome = "arbitrary" if found.outcome == "judged" else found.outcome
     return Verdict(name, found.label, outcome, found.error, found.claimed, found.why, found.route)

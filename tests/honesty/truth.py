@@ -60,9 +60,12 @@ def tsv_merge(parts: Sequence[Triplets], weights: Sequence[float], svd: Svd) -> 
     return polar(left, svd) * core @ polar(right, svd)
 
 
-def of_basis(matrix: np.ndarray, V: np.ndarray) -> Triplets:
-    """Triplets of a matrix between given right directions (n, k): what a solver makes of its choice of them."""
-    Q, R = np.linalg.qr(matrix @ V)
+def of_basis(matrix: np.ndarray, V: np.ndarray, backwards: bool) -> Triplets:
+    """Triplets of a matrix between given right directions (n, k): what a solver makes of its choice of them.
+
+    `backwards` sums in the other direction: the same but for rounding errors.
+    """
+    Q, R = np.linalg.qr(matrix[:, ::-1].copy() @ V[::-1].copy() if backwards else matrix @ V)
     P, S, Wh = np.linalg.svd(R)
     return Triplets(Q @ P, S, Wh @ V.T)
 

@@ -9,7 +9,7 @@ from spectra import KINDS, rank_of, spectrum
 
 from r_tsvm_kernels.linalg import tsv_merge
 from r_tsvm_kernels.linalg.matmul_route import extremes, matmul_subspaces
-from r_tsvm_kernels.linalg.products_merge import LOWER, matmul_tsv_merge
+from r_tsvm_kernels.linalg.products_merge import LOWER, lower_bound, matmul_tsv_merge
 
 # Of the merged matrix, relative; exact mode's contract is 1e-4.
 EXACT, FAST = 3e-5, 2e-2
