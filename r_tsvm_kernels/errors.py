@@ -77,6 +77,12 @@ class PickleRefused(CheckpointError):
     exit_code = 2
 
 
+class QuantisedRefused(CheckpointError):
+    """A model is quantised: its packed weights cannot be merged."""
+
+    exit_code = 2
+
+
 class AdapterRefused(CheckpointError):
     """A LoRA adapter does more than add a low-rank matrix to weights, or is of another type."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, InputChanged
+from ..quantised import QUANTISATION_FILES, refuse_quantised
 from .checksum import byte_view
 from .folders import find_weights
 from .headers import FileState, TensorHeader, read_headers, read_json
@@ -32,6 +33,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: missing, damaged or hostile files; the message names the file.
+        QuantisedRefused: its weights are quantised.
         PickleRefused: there is no safetensors version, and pickle is not allowed or holds code.
     """
 
@@ -53,11 +55,8 @@ class Checkpoint:
         self.config: dict[str, Any] = {}
         if self.folder and (self.folder / "config.json").exists():
             self.config, self._states[self.folder / "config.json"] = read_json(self.folder / "config.json")
-        if "quantization_config" in self.config:
-            raise CheckpointError(
-                f"{self.path}: the checkpoint is quantised; its packed weights cannot be averaged. "
-                "Dequantise it (or take the unquantised release) and merge that"
-            )
+        beside = [name for name in QUANTISATION_FILES if self.folder and (self.folder / name).exists()]
+        refuse_quantised(self.path, self.tensors, self.config, beside)
 
     def load(
         self,
