@@ -16,6 +16,7 @@ from .linalg import Factored
 from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector, timed
 from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, task_statistics
 from .parameters import layer_positions
+from .quantised import differing_error, must_agree, refuse_quantised, same_values
 
 # Elements of each tensor whose norms are taken at a time.
 _PIECE = 1 << 20
@@ -23,10 +24,11 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Treatment:
-    """What happens to one tensor (``merge``, ``mean`` or ``base``) and why."""
+    """What happens to one tensor (``merge``, ``mean`` or ``base``) and why; `excluded`: because patterns say so."""
 
     kind: str
     reason: str = ""
+    excluded: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def merge_tensors(
 
     Args:
         base: (m, n) for the spectral methods to act; any other shape is merged by mean. float64, float32, float16 or
-            bfloat16; integer and bool tensors are returned as they are.
+            bfloat16; integer and bool tensors are returned as they are, see `QuantisedRefused` below.
         tuned: T tensors of the same shape and device; dtypes may differ. Or, in place of one, what it differs from the
             base by, as `Factored`: methods that can keep it so form no task matrix, others form one tuned tensor.
         config: method and parameters. If it lists models, there must be T. A `dtype` rounds tensors, not factors.
@@ -67,6 +69,7 @@ def merge_tensors(
 
     Raises:
         ShapeError, DeviceError, DTypeError: the tensors do not match, or cannot be merged.
+        QuantisedRefused: an integer or bool tensor of two or more dimensions is not the same in all models.
         NonFiniteError: an input holds NaN or infinity, or the result does not fit the output dtype.
         ConfigError: the config does not fit the number of tensors.
         ConvergenceError: a decomposition failed or missed its certificate.
@@ -94,6 +97,7 @@ def _merged(
     options = config.options(len(tuned), name, position)
     plan = treatment(config, options, name, tuple(base.shape), base.dtype, len(tuned))
     if plan.kind == "base":
+        _check_agreement(base, tuned, config, plan, label)
         result = MergeResult(base.clone(), TensorReport())
     else:
         base, tuned = _checked_inputs(base, tuned, config, label)
@@ -128,9 +132,12 @@ def merge_state_dicts(
 
     Raises:
         CheckpointError: the names are not the same everywhere.
+        QuantisedRefused: a model is quantised.
         As `merge_tensors`, with the tensor's name in the message.
     """
+    refuse_quantised("base", base)
     for index, state_dict in enumerate(tuned):
+        refuse_quantised(f"tuned[{index}]", state_dict)
         check_same_names(base, state_dict, f"tuned[{index}]")
     positions = layer_positions(base)
     merged, reports = {}, {}
@@ -168,13 +175,13 @@ def treatment(
         DTypeError: the tensor is of a floating-point format that cannot be merged (float8, complex).
     """
     if _matches(name, config.exclude):
-        return Treatment("base", "excluded by pattern")
+        return Treatment("base", "excluded by pattern", excluded=True)
     if config.include and not _matches(name, config.include):
-        return Treatment("base", "not among the included patterns")
+        return Treatment("base", "not among the included patterns", excluded=True)
     if not (dtype.is_floating_point or dtype.is_complex):
         return Treatment("base", f"{str(dtype).removeprefix('torch.')} buffer")
     if dtype not in FLOAT_DTYPES:
-        raise DTypeError(f"{name}: {dtype} cannot be merged; convert the checkpoint to bfloat16, or exclude the tensor")
+        raise DTypeError(f"{name}: {dtype} cannot be merged; convert the checkpoint to bfloat16")
     if 0 in shape:
         return Treatment("base", "empty")
     if config.method.matrices_only:
@@ -198,13 +205,30 @@ def stored_dtype(config: MergeConfig, base_dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def _check_agreement(
+    base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, plan: Treatment, label: str
+) -> None:
+    """Refuse to keep the base's integers where a model has others: see `must_agree`."""
+    if not must_agree(base, excluded=plan.excluded):
+        return
+    for owner, model in zip(_owners(config, len(tuned)), tuned, strict=True):
+        if isinstance(model, Factored):
+            raise DTypeError(f"{label} of {owner}: an update cannot be added to {base.dtype}; dequantise the base")
+        if not same_values(base, model):
+            raise differing_error(label, owner, model, base)
+
+
+def _owners(config: MergeConfig, count: int) -> list[str]:
+    """Return what messages call the models."""
+    owners = [entry.model or f"tuned[{index}]" for index, entry in enumerate(config.models)]
+    return owners + [f"tuned[{index}]" for index in range(len(owners), count)]
+
+
 def _checked_inputs(
     base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, label: str
 ) -> tuple[Tensor, list[Tensor | Factored]]:
     """Round the inputs to the config's dtype, after refusing any that do not match or are not finite."""
     check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=label)
-    owners = [entry.model or f"tuned[{index}]" for index, entry in enumerate(config.models)]
-    owners += [f"tuned[{index}]" for index in range(len(owners), len(tuned))]
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
 
     def loaded(tensor: Tensor, owner: str) -> Tensor:
@@ -213,7 +237,7 @@ def _checked_inputs(
         return rounded
 
     start, models = loaded(base, "the base"), list[Tensor | Factored]()
-    for owner, model in zip(owners, tuned, strict=True):
+    for owner, model in zip(_owners(config, len(tuned)), tuned, strict=True):
         if isinstance(model, Factored):
             _check_factored(base, model, f"{label} of {owner}")
             models.append(model)

@@ -32,7 +32,7 @@ _BESIDE = {
     "_scale": (("_data", "quanto"),),
     "codebooks": (("codes", "AQLM"),),
     "q_scale": (("q_weight", "ExLlamaV2"),),
-    "suh": (("trellis", "ExLlamaV3"),),
+    "svh": (("trellis", "ExLlamaV3"),),
 }
 # The same where the name is that of the weight and a suffix: `gate_up_proj_scales` beside `gate_up_proj_blocks`.
 _SUFFIXED = re.compile(r"(.+)_(?:scales?|scale_inv|scale_2|global_scale|zero_point|shape)")

@@ -279,6 +279,7 @@ def make_plan(
     Raises:
         ConfigError: no models, or no base where the method needs one.
         CheckpointError, PickleRefused: an input is missing or damaged, or its tensors are not the base's.
+        QuantisedRefused: an input is quantised.
         ShapeError: shapes differ.
         DTypeError: a tensor cannot be merged.
     """

@@ -1,4 +1,4 @@
-"""Show what a merge would do to each tensor, why, and in how much memory, without reading any values.
+"""Show what a merge would do to each tensor, why, and in how much memory. It reads no values but tables of integers.
 
 rtsvm inspect recipe.yaml
 rtsvm inspect --base B --model A --model C --method rtsvm --memory 8GB
@@ -38,15 +38,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         MemoryBudgetError: the merge does not fit into the budgets.
+        QuantisedRefused: a model is quantised, or has other integers than the base.
     """
     config = make_config(arguments, arguments.recipe)
 
     from ..checkpoint import make_plan
     from ..engine import choose_device, choose_workers, schedule, smallest_schedule
     from ..engine.calibrate import estimate_time
+    from ..engine.work import check_tables
     from ..sizes import parse_size
 
     plan = make_plan(config, parse_size(arguments.shard_size), allow_pickle=arguments.allow_pickle)
+    check_tables(plan)
     device = choose_device(arguments.device)
     on_gpu = device.type == "cuda"
     budgets = [None if size is None else parse_size(size) for size in (arguments.memory, arguments.device_memory)]

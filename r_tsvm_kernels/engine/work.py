@@ -18,6 +18,7 @@ from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
 from ..merge import base_plus, merge_tensors, stored
 from ..methods import MergeResult, TensorReport, timed
+from ..quantised import differing_error, must_agree, same_values
 from .journal import Finished
 from .schedule import TensorSchedule
 from .shards import Shards
@@ -184,12 +185,33 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_tables(plan: MergePlan) -> None:
+    """Compare the integers and 8-bit floats that are kept only if all models have the same: see `must_agree`.
+
+    Raises:
+        QuantisedRefused: they differ; the message names the tensor and the model.
+    """
+    others = [source for source in plan.inputs[1:] if isinstance(source, Checkpoint)]
+    for name, tensor in plan.tensors.items():
+        own = plan.base.tensors[name]
+        if tensor.treatment.kind != "base" or not must_agree(own, excluded=tensor.treatment.excluded):
+            continue
+        for checkpoint in others:
+            header = checkpoint.tensors[name]
+            if header.shape != own.shape or not all(
+                same_values(plan.base.load(name, rows=rows), checkpoint.load(name, rows=rows)) for rows in _pieces(own)
+            ):
+                raise differing_error(name, checkpoint.path, header, own)
+
+
 def check_copies(plan: MergePlan) -> None:
-    """Compare what is stored twice: tied output heads, which are not written, and weights of the base in adapters.
+    """Compare what is stored twice: tied output heads, which are not written, weights of the base in adapters, tables.
 
     Raises:
         CheckpointError: they differ.
+        QuantisedRefused: as `check_tables`.
     """
+    check_tables(plan)
     for checkpoint, embedding in plan.tied_heads:
         head, other = checkpoint.tensors[_HEAD], checkpoint.tensors[embedding]
         if (head.shape, head.dtype) != (other.shape, other.dtype) or not all(

@@ -18,6 +18,7 @@ from ...errors import ConfigError
 from ...merge import check_same_names, merge_tensors
 from ...methods import TensorReport, nearest
 from ...parameters import layer_positions
+from ...quantised import refuse_quantised
 from .counting import counts
 
 METADATA = {"_recursive_", "_usage_", "_version_"}  # FusionBench's own
@@ -81,6 +82,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         A method that needs no base (`linear`) also merges pools without one. Integer buffers keep its values.
 
         Raises:
+            QuantisedRefused: a model is quantised.
             CheckpointError, ShapeError, DTypeError: the models do not have the same tensors, or cannot be merged.
             NonFiniteError: a model holds NaN or infinity, or a merged value does not fit its dtype.
             ConvergenceError: a decomposition failed or missed its certificate.
@@ -92,7 +94,9 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         if pool.has_instance_models:
             base = deepcopy(base)
         start, tuned = _tensors(base), [_tensors(pool.load_model(name)) for name in names]
+        refuse_quantised("the pretrained model", start)
         for name, tensors in zip(names, tuned, strict=True):
+            refuse_quantised(name, tensors)
             check_same_names(dict.fromkeys(start), dict.fromkeys(tensors), name)  # keys() of a lazy one is no set
 
         device, positions, self.reports = self.fabric.device, layer_positions(start), {}
