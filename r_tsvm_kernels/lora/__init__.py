@@ -11,7 +11,7 @@ from ..checkpoint.adapter import (
     stored_factors,
     transposed,
 )
-from ..checkpoint.adapter_config import AdapterConfig, make_config
+from ..checkpoint.adapter_config import AdapterConfig, make_config, parse_config
 from .in_memory import InMemoryAdapter
 from .updates import from_triplets, rank_of, truncated
 
@@ -27,6 +27,7 @@ __all__ = [
     "from_triplets",
     "is_head",
     "make_config",
+    "parse_config",
     "rank_of",
     "stored_factors",
     "transposed",

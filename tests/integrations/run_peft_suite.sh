@@ -40,7 +40,7 @@ suite() {
 failed=0
 
 echo "== our tests of the integration"
-(cd "$root" && PYTHONPATH=$root "$py" -m pytest -q -p no:cacheprovider tests/integrations/test_peft.py tests/integrations/test_peers_in_bench.py) || failed=1
+(cd "$root" && PYTHONPATH=$root "$py" -m pytest -q -p no:cacheprovider tests/integrations/test_peft*.py tests/integrations/test_peers_in_bench.py) || failed=1
 echo "== PEFT's tests without our backend"
 log=$scratch/before.log
 suite || failed=1

@@ -13,12 +13,14 @@ import torch
 from peft.tuners.lora import Conv2d, Embedding, Linear, LoraLayer, LoraModel
 from torch import Tensor
 
-from ...errors import ConvergenceError, NonFiniteError
+from ...errors import ConfigError, ConvergenceError, NonFiniteError
 from ...linalg import Factored
+from ...lora import parse_config
 from ...ops import FLOAT_DTYPES, check_finite
 from .updates import RULES, combined_triplets
 
-# The one place where PEFT forms dense updates and decomposes them.
+# What users call; and the one place where PEFT forms dense updates and decomposes them.
+ENTRANCE = "add_weighted_adapter"
 METHOD = "_svd_generalized_task_arithmetic_weighted_adapter"
 LEFT_TO_PEFT = "left to PEFT"
 
@@ -30,15 +32,50 @@ counts: Counter[str] = Counter()
 
 
 class Patch:
-    """Our function in place of PEFT's."""
+    """Our functions in place of PEFT's."""
 
     def __init__(self) -> None:
-        self._original = getattr(LoraModel, METHOD)
-        setattr(LoraModel, METHOD, _or_original(self._original))
+        self._originals = {name: getattr(LoraModel, name) for name in (ENTRANCE, METHOD)}
+        setattr(LoraModel, ENTRANCE, _of_plain_adapters(self._originals[ENTRANCE]))
+        setattr(LoraModel, METHOD, _or_original(self._originals[METHOD]))
 
     def undo(self) -> None:
         """Restore PEFT as it was."""
-        setattr(LoraModel, METHOD, self._original)
+        for name, original in self._originals.items():
+            setattr(LoraModel, name, original)
+
+
+def _of_plain_adapters(original: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that refuses adapters of which PEFT combines a part alone, and gives the result scaling 1.
+
+    PEFT combines nothing but the factors. Of DoRA it loses the magnitudes, of `lora_bias` the biases, of
+    `modules_to_save` the modules; an rsLoRA adapter lends the result its scaling, ``sqrt(rank)`` in place of 1.
+    """
+
+    @wraps(original)
+    def run(
+        model: LoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **named: Any
+    ) -> None:
+        new = adapter_name not in model.peft_config  # PEFT leaves one that is there as it is
+        if new and len(weights) != len(adapters):
+            raise ConfigError(f"{len(adapters)} adapters but {len(weights)} weights; give one weight for each")
+        for name in adapters:
+            if new and name in model.peft_config:
+                parse_config(model.peft_config[name].to_dict(), f"adapter {name}")
+        original(model, adapters, weights, adapter_name, *args, **named)
+        if new:
+            _scale_by_one(model, adapter_name)
+
+    return run
+
+
+def _scale_by_one(model: LoraModel, adapter: str) -> None:
+    """Divide by the rank as plain LoRA does, in the layers and in the configuration that is saved."""
+    model.peft_config[adapter].use_rslora = False
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.scaling:
+            layer.use_rslora[adapter] = False
+            layer.set_scale(adapter, 1.0)
 
 
 def _or_original(original: Callable[..., Any]) -> Callable[..., Any]:
