@@ -5,7 +5,7 @@ from .adapted import AdaptedModel, adapt, is_adapter
 from .adapter import Adapter
 from .checksum import Checksum, checksum
 from .companions import COMPANION_FOLDERS, is_companion
-from .headers import FileState, TensorHeader
+from .headers import FileState, TensorHeader, read_json
 from .hub import is_model_id
 from .plan import Footprint, InputFile, MergePlan, Part, TensorPlan, make_plan
 from .reader import Checkpoint
@@ -36,6 +36,7 @@ __all__ = [
     "make_plan",
     "parse_size",
     "plan_shards",
+    "read_json",
     "shard_name",
     "write_index",
 ]

@@ -14,6 +14,7 @@ _PICKLE_ADVICE = (
     "loading pickle can run code. Convert it to safetensors first (save_pretrained does), "
     "or allow it with --allow-pickle (allow_pickle=True); then only tensors are unpickled"
 )
+_INDEXES = (f"{_SUFFIX}.index.json", ".bin.index.json")
 # What training leaves beside the weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
@@ -53,15 +54,24 @@ def find_weights(path: Path, allow_pickle: bool) -> WeightFiles:
     return WeightFiles([path], _stem(path.name, path.suffix))
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds files that may be weights, pickles too."""
+    return folder.is_dir() and any(_is_weights(file) or file.name.endswith(_INDEXES) for file in folder.iterdir())
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix == _SUFFIX or (file.suffix in PICKLE_SUFFIXES and not file.name.startswith(_NO_WEIGHTS))
+
+
 def _find_in_folder(folder: Path, allow_pickle: bool) -> WeightFiles:
     files = sorted(folder.glob(f"*{_SUFFIX}"))
-    if (folder / "model.safetensors").exists():
-        return WeightFiles([folder / "model.safetensors"], "model")
+    for stem in ("model", "diffusion_pytorch_model"):
+        if (folder / f"{stem}{_SUFFIX}").exists():
+            return WeightFiles([folder / f"{stem}{_SUFFIX}"], stem)
     indexes = sorted(folder.glob(f"*{_SUFFIX}.index.json"))
     if files or indexes:
         return _only_one(folder, files, indexes, _SUFFIX, allow_pickle)
-    pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    pickles = [file for file in pickles if not file.name.startswith(_NO_WEIGHTS)]
+    pickles = sorted(file for file in folder.iterdir() if _is_weights(file))
     indexes = sorted(folder.glob("*.bin.index.json"))
     if not pickles and not indexes:
         raise CheckpointError(f"{folder}: no .safetensors file and no index; expected a Hugging Face model folder")

@@ -118,17 +118,33 @@ def read_json(file: Path, *, strict: bool = False) -> tuple[dict[str, Any], File
     Raises:
         CheckpointError: not readable, not JSON, too large, or not an object.
     """
+    data, state = _read(file, strict)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
+    return data, state
+
+
+def read_json_list(file: Path) -> tuple[list[Any], FileState]:
+    """Read a JSON list of bounded size, without names that occur twice, or NaN.
+
+    Raises:
+        CheckpointError: not readable, not JSON, too large, or not a list.
+    """
+    data, state = _read(file, strict=True)
+    if not isinstance(data, list):
+        raise CheckpointError(f"{file}: expected a JSON list, got {type(data).__name__}")
+    return data, state
+
+
+def _read(file: Path, strict: bool) -> tuple[Any, FileState]:
     try:
         _require_regular(file)
         with file.open("rb") as stream:
             stat = os.fstat(stream.fileno())
             raw = stream.read(MAX_JSON_BYTES + 1)
-        data = _parse_json(raw, strict)
+        return _parse_json(raw, strict), file_state(file, stat, raw)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
-    return data, file_state(file, stat, raw)
 
 
 def check_name(name: str) -> None:

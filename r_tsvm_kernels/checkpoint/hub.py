@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from glob import escape
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
-from .companions import COMPANIONS
+from .companions import COMPANION_FOLDERS, COMPANIONS
+from .modules import named_folders
 
 _MODEL_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _WEIGHTS = ["*.safetensors"]
@@ -33,10 +35,16 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Path:
     match = _MODEL_ID.fullmatch(model)
     if match is None or not is_model_id(model):
         return Path(model)
-    folder = _fetch(model, match["repo"], match["revision"], [*_WEIGHTS, *COMPANIONS])
+    repo, revision = match["repo"], match["revision"]
+    # Subfolders hold other formats of the same weights, unless the model says otherwise.
+    folder = _fetch(model, repo, revision, [*_WEIGHTS, *COMPANIONS], ["*/*"])
     if allow_pickle and not any(folder.glob(_WEIGHTS[0])):
-        folder = _fetch(model, match["repo"], match["revision"], [*_PICKLES, *COMPANIONS])
-    return folder
+        folder = _fetch(model, repo, revision, [*_PICKLES, *COMPANIONS], ["*/*"])
+    inner = [f"{name}/{kind}" for name in COMPANION_FOLDERS for kind in COMPANIONS]
+    for name in named_folders(folder)[0]:
+        # Pickles too: without them a module would look as if it had no weights.
+        inner += [f"{escape(name)}/{kind}" for kind in (*_WEIGHTS, *_PICKLES, *COMPANIONS)]
+    return _fetch(model, repo, revision, inner, [])
 
 
 def is_model_id(model: str) -> bool:
@@ -44,7 +52,7 @@ def is_model_id(model: str) -> bool:
     return bool(_MODEL_ID.fullmatch(model)) and not Path(model).exists()
 
 
-def _fetch(model: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
+def _fetch(model: str, repo: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -52,8 +60,7 @@ def _fetch(model: str, repo: str, revision: str | None, patterns: list[str]) -> 
             f"{model}: no such folder or file; to fetch models by id, pip install r-tsvm-kernels[hub]"
         ) from error
     try:
-        # Without files in subfolders: they hold other formats of the same weights.
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     # Of which kind depends on the version: HTTP errors, validation, offline, no such model or revision.
     except Exception as error:
         reason = " ".join(str(error).split())

@@ -139,7 +139,7 @@ class MergePlan:
         tuned: the models that are merged: checkpoints, or checkpoints that an adapter changes.
         config: with one entry in `models` per model in `tuned`.
         tensors: by name, in the order they are processed.
-        shards: file name to tensor names, in writing order.
+        shards: file name, with the folder of its module, to tensor names; in writing order.
         tied_heads: checkpoints that store a head which their config ties to the embedding, as (checkpoint, embedding
             name); the copy is compared with the embedding and not written.
     """
@@ -277,7 +277,7 @@ def make_plan(
         allow_pickle: take pickled weights where a model has no others.
 
     Raises:
-        ConfigError: no models, or no base where the method needs one.
+        ConfigError: no models, or no base where the method needs one; or one file for several modules.
         CheckpointError, PickleRefused: an input is missing or damaged, or its tensors are not the base's.
         QuantisedRefused: an input is quantised.
         ShapeError: shapes differ.
@@ -321,8 +321,7 @@ def make_plan(
                 decided = Treatment("base", "no adapter changes it")
         treatments[name] = decided
         specs[name] = TensorSpec(stored_dtype(config, header.dtype), header.shape)
-    layout = plan_shards(specs, shard_bytes)
-    shards = {shard_name(stem or base.stem, i, len(layout)): shard for i, shard in enumerate(layout)}
+    shards = _shards(base, specs, shard_bytes, stem)
     tensors = {
         name: TensorPlan(
             name,
@@ -335,6 +334,23 @@ def make_plan(
         for name in names
     }
     return MergePlan(base, tuned, config, tensors, shards, tied)
+
+
+def _shards(base: Checkpoint, specs: dict[str, TensorSpec], shard_bytes: int, stem: str | None) -> dict[str, list[str]]:
+    """Distribute the tensors of each module over files in its folder; indexes are read of main modules only."""
+    if stem is not None and any(module.prefix for module in base.modules):
+        folders = ", ".join(module.folder or "." for module in base.modules)
+        raise ConfigError(f"{base.path} has modules of its own in folders ({folders}); choose a folder as the output")
+    shards = {}
+    for module in base.modules:
+        own = {name: spec for name, spec in specs.items() if base.module(name) is module}
+        # Of the loaders of sentence-transformers only that of a transformer, which has a config, reads an index.
+        divided = not module.prefix and (len(base.folders) == 1 or base.config)
+        layout = plan_shards(own, shard_bytes if divided else 2**63)
+        folder = "" if stem is not None or not module.folder else f"{module.folder}/"
+        for index, names in enumerate(layout):
+            shards[folder + shard_name(stem or module.weights.stem, index, len(layout))] = names
+    return shards
 
 
 def _open_inputs(

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import CheckpointError, InputChanged
 from ..quantised import QUANTISATION_FILES, refuse_quantised
 from .checksum import byte_view
-from .folders import find_weights
 from .headers import FileState, TensorHeader, read_headers, read_json
+from .modules import Module, find_modules
 from .pickles import PICKLE_SUFFIXES, PickleFile
 
 
@@ -26,9 +26,13 @@ class Checkpoint:
 
     Attributes:
         path: as given.
-        folder: where configuration and tokenizer files would lie; None for a bare file.
+        folder: of the model; None for a bare file.
+        folders: those of its modules, relative to it and with slashes; an empty name, for itself, comes first.
+        modules: the folders that hold weights.
+        main: where configuration and tokenizer would lie: the folder, or that of its main module; None for a bare file.
         stem: of the weight files, e.g. ``model``.
-        tensors: header of every tensor, in the order of the files and of the bytes in them.
+        tensors: header of every tensor, in the order of the files and of the bytes in them. Names of another module
+            than the main one begin with its folder: ``2_Dense/linear.weight``.
         config: parsed ``config.json``; empty if there is none.
 
     Raises:
@@ -42,21 +46,24 @@ class Checkpoint:
         self.folder = self.path if self.path.is_dir() else None
         self._states: dict[Path, FileState] = {}
         self._pickles: dict[Path, PickleFile] = {}
-        weights = find_weights(self.path, allow_pickle)
-        self.stem = weights.stem
+        self._modules: dict[Path, Module] = {}
+        found = find_modules(self.path, allow_pickle)
+        self._states.update((state.path, state) for state in found.states)
+        self.folders, self.modules = found.folders, found.modules
+        self.main = self.folder and self.folder / found.main
+        self.stem = self.modules[0].weights.stem
         self.tensors: dict[str, TensorHeader] = {}
-        for file in weights.files:
-            self._read_headers(file)
-        if weights.index is not None and weights.index_state is not None:
-            self._check_index(weights.index)
-            self._states[weights.index_state.path] = weights.index_state
+        for module in self.modules:
+            self._read_module(module)
         if not self.tensors:
             raise CheckpointError(f"{self.path}: the checkpoint holds no tensors")
         self.config: dict[str, Any] = {}
-        if self.folder and (self.folder / "config.json").exists():
-            self.config, self._states[self.folder / "config.json"] = read_json(self.folder / "config.json")
-        beside = [name for name in QUANTISATION_FILES if self.folder and (self.folder / name).exists()]
-        refuse_quantised(self.path, self.tensors, self.config, beside)
+        for module in self.modules:
+            config, beside = self._read_config(module)
+            own = {name: header for name, header in self.tensors.items() if self.module(name) is module}
+            refuse_quantised(self.path / module.folder, own, config, beside)
+            if not module.prefix:
+                self.config = config
 
     def load(
         self,
@@ -115,13 +122,37 @@ class Checkpoint:
         for file, state in self._states.items():
             require_unchanged(file, state)
 
-    def _read_headers(self, file: Path) -> None:
+    def module(self, name: str) -> Module:
+        """Return the module that a tensor belongs to."""
+        return self._modules[self.tensors[name].file]
+
+    def _read_module(self, module: Module) -> None:
+        weights = module.weights
+        for file in weights.files:
+            self._modules[file] = module
+            self._read_headers(file, module.prefix)
+        if weights.index is not None and weights.index_state is not None:
+            self._check_index(module, weights.index)
+            self._states[weights.index_state.path] = weights.index_state
+
+    def _read_config(self, module: Module) -> tuple[dict[str, Any], list[str]]:
+        """Return the configuration of a module, and which files of a quantiser lie beside its weights."""
+        if self.folder is None:
+            return {}, []
+        folder = self.folder / module.folder
+        config: dict[str, Any] = {}
+        if (folder / "config.json").exists():
+            config, self._states[folder / "config.json"] = read_json(folder / "config.json")
+        return config, [name for name in QUANTISATION_FILES if (folder / name).exists()]
+
+    def _read_headers(self, file: Path, prefix: str) -> None:
         if file.suffix in PICKLE_SUFFIXES:
             self._pickles[file] = PickleFile(file)
             headers, self._states[file] = self._pickles[file].headers, self._pickles[file].state
         else:
             headers, self._states[file] = read_headers(file)
-        for name, header in headers.items():
+        for local_name, header in headers.items():
+            name = prefix + local_name
             if name in self.tensors:
                 raise CheckpointError(f"{self.path}: {name} is both in {self.tensors[name].file.name} and {file.name}")
             self.tensors[name] = header
@@ -130,16 +161,18 @@ class Checkpoint:
         state = self._states[header.file]
         # Before and after: the file is mapped, and one that was cut short must not be touched.
         require_unchanged(header.file, state)
-        tensor = self._pickles[header.file].copy(name, rows)
+        prefix = self._modules[header.file].prefix
+        tensor = self._pickles[header.file].copy(name.removeprefix(prefix), rows)
         require_unchanged(header.file, state)
         return tensor
 
-    def _check_index(self, index: dict[str, str]) -> None:
-        for name, file in index.items():
+    def _check_index(self, module: Module, index: dict[str, str]) -> None:
+        listed = {module.prefix + name: file for name, file in index.items()}
+        for name, file in listed.items():
             header = self.tensors.get(name)
             if header is None or header.file.name != PurePosixPath(file).name:
                 raise CheckpointError(f"{self.path}: the index places {name} in {file}, but it is not there")
-        unlisted = self.tensors.keys() - index.keys()
+        unlisted = {name for name in self.tensors.keys() - listed.keys() if self.module(name) is module}
         if unlisted:
             raise CheckpointError(
                 f"{self.path}: {min(unlisted)} is in a shard but not in the index; the two do not fit"

@@ -24,7 +24,7 @@ def check_same_vocabulary(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None
     for checkpoint in dict.fromkeys(tuned):
         if checkpoint is base:
             continue
-        folders = [model.folder for model in (base, checkpoint) if model.folder]
+        folders = [model.main for model in (base, checkpoint) if model.main]
         name = next((name for name in _FILES if all((folder / name).is_file() for folder in folders)), None)
         if name is None or len(folders) < 2:
             raise CheckpointError(

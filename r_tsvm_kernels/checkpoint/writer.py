@@ -65,24 +65,35 @@ def shard_name(stem: str, index: int, count: int) -> str:
 class ShardLayout:
     """Where everything lies in a shard that is to be written.
 
+    Args:
+        file_name: of the shard, which may be in a folder.
+        specs: the tensors, in the order they lie in the file.
+        prefix: of the names in `specs` that the names in the file lack.
+
     Attributes:
         file_name: of the shard.
         specs: the tensors, in the order they lie in the file.
+        stored_names: of the tensors in the file, by their names in `specs`.
         header: the bytes before the first tensor.
         offsets: of the first byte of each tensor in the file.
         size: of the whole file.
     """
 
-    def __init__(self, file_name: str, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, file_name: str, specs: Mapping[str, TensorSpec], prefix: str = "") -> None:
         self.file_name = file_name
         self.specs = dict(specs)
+        self.stored_names = {name: name.removeprefix(prefix) for name in specs}
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         begins: dict[str, int] = {}
         end = 0
         for name, spec in self.specs.items():
             begins[name], end = end, end + spec.nbytes
             offsets = [begins[name], end]
-            entries[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            entries[self.stored_names[name]] = {
+                "dtype": _NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": offsets,
+            }
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.header = struct.pack("<Q", len(text)) + text

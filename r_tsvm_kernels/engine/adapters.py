@@ -196,7 +196,8 @@ def extract_lora(
     tied = bool(plan.base.config.get("tie_word_embeddings", not untied))
     with _output(out, dtype, sizes, progress) as output:
         for name, tensor in plan.tensors.items():
-            reason = _not_expressible(tensor, embed_lora, tied)
+            beside = "of a module beside the one that an adapter belongs to" if plan.base.module(name).prefix else ""
+            reason = beside or _not_expressible(tensor, embed_lora, tied)
             if reason:
                 squares = (float(piece.square().sum()) for _, piece in _task_vector(plan, name, torch.float64))
                 output.left_out[name] = LeftOut(reason, math.sqrt(sum(squares)))

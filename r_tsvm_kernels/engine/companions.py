@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import COMPANION_FOLDERS, Checkpoint, is_companion
+from ..checkpoint import COMPANION_FOLDERS, Checkpoint, is_companion, read_json
 from ..errors import CheckpointError
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
@@ -27,19 +27,30 @@ def copy_companions(base: Checkpoint, stage: Path, dtype: str | None) -> None:
     """
     if base.folder is None:
         return
-    for place in ("", *COMPANION_FOLDERS):
-        source, target = base.folder / place, stage / place
-        if not source.is_dir():
-            continue
-        target.mkdir(exist_ok=True)
+    for folder in base.folders:
+        for place in (folder, *(f"{folder}/{name}".lstrip("/") for name in COMPANION_FOLDERS)):
+            _copy_files(base.folder / place, stage / place)
+    if dtype is not None:
+        for module in base.modules:
+            _record_dtype(stage / module.folder / "config.json", dtype, add=not module.prefix)
+
+
+def _record_dtype(file: Path, dtype: str, add: bool) -> None:
+    """Change the dtype in a configuration, if it is there; `add` it to one that has none."""
+    if file.is_file():
+        config = _with_dtype(read_json(file)[0], dtype)
+        if add and not any(key in config for key in _DTYPE_KEYS):
+            config["torch_dtype"] = dtype
+        write_json(file, config)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy what belongs to a model from one of its folders, if it is there."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.iterdir()):
             if is_companion(file.name) and file.is_file():
                 _copy(file, target / file.name)
-    if dtype is not None and (base.folder / "config.json").is_file():
-        config = _with_dtype(base.config, dtype)
-        if not any(key in config for key in _DTYPE_KEYS):
-            config["torch_dtype"] = dtype
-        write_json(stage / "config.json", config)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import make_plan, parse_size, write_index
+from ..checkpoint import make_plan, parse_size
 from ..config import MergeConfig
 from ..errors import ConfigError, DeviceError
 from ..methods import TensorReport
@@ -20,6 +20,7 @@ from .output import is_single_file, locked_stage, refuse_existing, report_path
 from .ray_engine import run_ray
 from .report import as_report, write_card, write_report
 from .schedule import schedule
+from .shards import layouts, write_indexes
 from .work import check_copies
 
 # On a GPU a second worker copies while the first computes.
@@ -202,11 +203,7 @@ def _complete(job: MergeJob) -> None:
     plan, stage = job.plan, job.stage
     for checkpoint in plan.inputs:
         checkpoint.check_unchanged()
-    if len(plan.shards) > 1:
-        stem = next(iter(plan.shards)).rsplit("-", 3)[0]
-        shard_of = {name: file for file, names in plan.shards.items() for name in names}
-        specs = {name: tensor.spec for name, tensor in plan.tensors.items()}
-        write_index(stage.folder / f"{stem}.safetensors.index.json", specs, shard_of)
+    write_indexes(stage.folder, layouts(plan))
     if not is_single_file(stage.out):
         copy_companions(plan.base, stage.folder, plan.config.out_dtype or plan.config.dtype)
         (stage.folder / "merge_recipe.yaml").write_text(plan.config.to_yaml(), encoding="utf-8")

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from ..checkpoint import MergePlan, ShardFile, ShardLayout
+from ..checkpoint import MergePlan, ShardFile, ShardLayout, write_index
 from ..errors import CheckpointError, DiskFull
 
 
 def layouts(plan: MergePlan) -> list[ShardLayout]:
     """Return the layout of every shard of a plan."""
-    return [ShardLayout(file, {name: plan.tensors[name].spec for name in names}) for file, names in plan.shards.items()]
+    return [
+        ShardLayout(file, {name: plan.tensors[name].spec for name in names}, plan.base.module(names[0]).prefix)
+        for file, names in plan.shards.items()
+    ]
+
+
+def write_indexes(folder: Path, layouts: list[ShardLayout]) -> None:
+    """Write the index of every folder below `folder` that has several shards."""
+    groups: dict[PurePosixPath, list[ShardLayout]] = {}
+    for layout in layouts:
+        groups.setdefault(PurePosixPath(layout.file_name).parent, []).append(layout)
+    for place, group in groups.items():
+        if len(group) > 1:
+            files = {name: PurePosixPath(x.file_name).name for x in group for name in x.stored_names.values()}
+            specs = {x.stored_names[name]: spec for x in group for name, spec in x.specs.items()}
+            stem = next(iter(files.values())).rsplit("-", 3)[0]
+            write_index(folder / place / f"{stem}.safetensors.index.json", specs, files)
 
 
 class Shards:
@@ -37,6 +53,8 @@ class Shards:
         self._unsynced: set[str] = set()
         try:
             for layout in layouts:
+                if create:
+                    (folder / layout.file_name).parent.mkdir(parents=True, exist_ok=True)
                 file = (_open_or_create if create else ShardFile.open)(folder / layout.file_name, layout)
                 self._files[layout.file_name] = file
                 self._file_of.update(dict.fromkeys(layout.specs, file))

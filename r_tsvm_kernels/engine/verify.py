@@ -69,7 +69,8 @@ def verify_output(
     for done, (name, entry) in enumerate(finished.items(), 1):
         header = output.tensors.get(name)
         if header is not None:
-            here = (header.file.name, header.offset, dtype_name(header.dtype), list(header.shape))
+            file = header.file.relative_to(output.folder or out.parent).as_posix()
+            here = (file, header.offset, dtype_name(header.dtype), list(header.shape))
             then = (entry.shard, entry.offset, entry.dtype, entry.report["shape"])
             if here != then or checksum_of(output, name) != entry.checksum:
                 found.changed.append(name)

@@ -1,5 +1,6 @@
 """Model ids: resolved from a cache that the test lays out itself; huggingface_hub is offline."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import pytest
 import torch
 from checkpoints import family, save, state_dict
 
-from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig
+from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, PickleRefused
 from r_tsvm_kernels.checkpoint import hub, make_plan
+from r_tsvm_kernels.checkpoint.modules import find_modules
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
 constants = pytest.importorskip("huggingface_hub.constants", reason="the extra `hub` is not installed")
@@ -26,10 +28,12 @@ def cache_model(cache, folder, repo, revision="main"):
     for part in ("blobs", "refs"):
         (root / part).mkdir(exist_ok=True)
     (root / "refs" / revision).write_text(COMMITS[revision])
-    for file in folder.iterdir():
-        blob = root / "blobs" / f"{revision}-{file.name}"
+    for number, file in enumerate(path for path in folder.rglob("*") if path.is_file()):
+        blob = root / "blobs" / f"{revision}-{number}"
         blob.write_bytes(file.read_bytes())
-        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+        link = snapshot / file.relative_to(folder)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
     return snapshot
 
 
@@ -75,22 +79,60 @@ def test_without_the_library(cache, monkeypatch):
         hub.resolve("org/name")
 
 
-def test_what_is_fetched(monkeypatch, tmp_path):
-    """Pickles only where they are allowed and there is nothing better; no subfolders."""
-    asked = []
+@pytest.fixture
+def repository(monkeypatch, tmp_path):
+    """Serve the files of a folder, by the library's own rules for patterns; return the folder and what was fetched."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    served, snapshot, fetched = tmp_path / "served", tmp_path / "snapshot", []
+    snapshot.mkdir()
 
     def snapshot_download(repo, *, revision, allow_patterns, ignore_patterns):
-        asked.append(allow_patterns)
-        return str(tmp_path)
+        names = [str(path.relative_to(served)) for path in served.rglob("*") if path.is_file()]
+        fetched.append({*filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)})
+        for name in fetched[-1]:
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).write_bytes((served / name).read_bytes())
+        return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return served, fetched
+
+
+def serve(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_what_is_fetched(repository):
+    """Pickles only where they are allowed and there is nothing better; of subfolders only code and templates."""
+    served, fetched = repository
+    wanted = {"config.json", "LICENSE", "additional_chat_templates/tools.jinja", "custom_generate/generate.py"}
+    serve(served, *wanted, "pytorch_model.bin", "onnx/model.safetensors", "onnx/config.json", "train.log")
     hub.resolve("org/name")
-    assert "*.safetensors" in asked[0] and not any("bin" in pattern for pattern in asked[0])
+    assert set().union(*fetched) == wanted
+    fetched.clear()
     hub.resolve("org/name", allow_pickle=True)
-    assert len(asked) == 3 and "pytorch_model*.bin" in asked[2]
-    (tmp_path / "model.safetensors").touch()
+    assert set().union(*fetched) == wanted | {"pytorch_model.bin"}
+    fetched.clear()
+    serve(served, "model.safetensors")
     hub.resolve("org/name", allow_pickle=True)
-    assert len(asked) == 4
+    assert set().union(*fetched) == wanted | {"model.safetensors"}
+
+
+def test_modules_are_fetched(repository):
+    """Their pickles too: without them a dense layer would look like a module that has no weights."""
+    served, fetched = repository
+    wanted = {"model.safetensors", "modules.json", "1_Pooling/config.json", "2_[x]Dense/pytorch_model.bin"}
+    serve(served, *wanted, "onnx/config.json", "2_x/config.json")
+    folders = ("", "1_Pooling", "2_[x]Dense", "3_Normalize")
+    modules = [{"path": path, "type": f"sentence_transformers.models.{path[2:]}"} for path in folders]
+    (served / "modules.json").write_text(json.dumps(modules))
+    folder = hub.resolve("org/name")
+    assert set().union(*fetched) == wanted
+    with pytest.raises(PickleRefused, match=r"2_\[x\]Dense: only pickled weights"):
+        find_modules(folder, allow_pickle=False)
 
 
 def test_a_plan_from_ids(cache, tmp_path):

@@ -1,0 +1,145 @@
+"""The parts of a model that lie in folders of their own, as sentence-transformers and diffusers keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..errors import CheckpointError
+from .folders import WeightFiles, find_weights, holds_weights
+from .headers import FileState, read_json, read_json_list
+
+# Names that files of an output have, which a folder must not take.
+_FILE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".html", ".md", ".yaml", ".py")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A folder with weights.
+
+    Attributes:
+        folder: relative to that of the model, with slashes; empty for that folder itself.
+        prefix: before the names of its tensors, so that they differ from those of other modules: ``2_Dense/``. Empty
+            for the main module, whose names are then those of a model without further modules.
+        weights: its files.
+    """
+
+    folder: str
+    prefix: str
+    weights: WeightFiles
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the files of a model lie.
+
+    Attributes:
+        folders: relative to that of the model, which comes first, as an empty name; with or without weights.
+        modules: those with weights.
+        main: the folder whose configuration and tokenizer are the model's.
+        states: of the files that list the folders.
+    """
+
+    folders: tuple[str, ...]
+    modules: tuple[Module, ...]
+    main: str = ""
+    states: tuple[FileState, ...] = ()
+
+
+def find_modules(path: Path, allow_pickle: bool) -> ModelFiles:
+    """Find the weights of a model folder and of the folders that its list of modules names, or take the file named.
+
+    The list is ``modules.json`` or ``model_index.json``.
+
+    Raises:
+        CheckpointError, PickleRefused: as `find_weights`; or the list is damaged, leads out of the folder, or names
+            a folder that is missing.
+    """
+    kinds, states = named_folders(path)
+    pipeline = not (path / "modules.json").is_file()
+    missing = [folder for folder in kinds if not (path / folder).is_dir()]
+    for folder in missing:
+        # A component of a pipeline may lie in the model's own folder. A module that only normalises has no files, and
+        # git keeps no empty folders.
+        if not pipeline and kinds[folder] != "Normalize":
+            raise CheckpointError(
+                f"{path}: modules.json names the folder {folder}, which is missing; the download may be incomplete "
+                "(if the module has no files, make an empty folder)"
+            )
+    folders = ("", *(folder for folder in kinds if folder not in missing))
+    # Where there are no weights at all the model's own folder is searched, which says what was expected.
+    found = [folder for folder in folders if holds_weights(path / folder)] if len(folders) > 1 else []
+    found = found or [""]
+    main = "" if pipeline else found[0]
+    modules = (
+        Module(folder, "" if folder == main else f"{folder}/", find_weights(path / folder, allow_pickle))
+        for folder in found
+    )
+    return ModelFiles(folders, tuple(modules), main, states)
+
+
+def named_folders(model: Path) -> tuple[dict[str, str], tuple[FileState, ...]]:
+    """Return what a model's list of modules names: folders, there or not, each with the class of its module.
+
+    The states are those of the files that list them.
+
+    Raises:
+        CheckpointError: a list is damaged, or leads out of the folder.
+    """
+    states: list[FileState] = []
+    if (model / "modules.json").is_file():
+        found = dict(_sentence_modules(model, states))
+    elif (model / "model_index.json").is_file():
+        found = dict(_components(model, states))
+    else:
+        found = {}
+    return found, tuple(states)
+
+
+def _sentence_modules(model: Path, states: list[FileState]) -> Iterator[tuple[str, str]]:
+    """Yield the folders of ``modules.json``; a router has its own modules in folders below its own."""
+    file = model / "modules.json"
+    entries, state = read_json_list(file)
+    states.append(state)
+    for entry in entries:
+        folder, kind = (entry.get("path"), entry.get("type")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(folder, str) or not isinstance(kind, str):
+            raise CheckpointError(f"{file}: expected a list of modules, each with a path and a type; got {entry!a:.80}")
+        kind = kind.rpartition(".")[2]
+        if folder:
+            yield _checked(file, folder), kind
+        if kind in ("Router", "Asym") and (model / folder).is_dir():
+            for route, route_kind in _routes(model / folder, states):
+                yield str(PurePosixPath(folder, route)), route_kind
+
+
+def _routes(router: Path, states: list[FileState]) -> Iterator[tuple[str, str]]:
+    """Yield the folders that the configuration of a router names; its older form is ``config.json``."""
+    file = router / "router_config.json"
+    file = file if file.exists() else router / "config.json"
+    config, state = read_json(file)
+    states.append(state)
+    types = config.get("types")
+    if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):
+        raise CheckpointError(f"{file}: expected the types of the router's modules, by the names of their folders")
+    for folder, kind in types.items():
+        yield _checked(file, folder), kind.rpartition(".")[2]
+
+
+def _components(model: Path, states: list[FileState]) -> Iterator[tuple[str, str]]:
+    """Yield the folders of the components that ``model_index.json`` names."""
+    file = model / "model_index.json"
+    index, state = read_json(file)
+    states.append(state)
+    for name, value in index.items():
+        if isinstance(value, list) and any(value):
+            yield _checked(file, name), str(value[-1])
+
+
+def _checked(file: Path, folder: str) -> str:
+    """Return the name of a folder that `file` names, which is inside its own."""
+    inside = folder.isprintable() and not any(part in ("", ".", "..") for part in folder.split("/"))
+    if not inside or set(folder) & {"\\", ":"} or len(folder) > 60 or folder.lower().endswith(_FILE_SUFFIXES):
+        raise CheckpointError(f"{file}: {folder[:60]!a} is no name for a folder inside this one; the list is not safe")
+    return folder
