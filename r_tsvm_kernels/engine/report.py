@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoint import MergePlan, is_model_id
+from ..checkpoint import Checkpoint, MergePlan, is_model_id
 from ..errors import CheckpointError
 from ..linalg import Certificate
 from ..methods import TensorReport
@@ -96,9 +96,19 @@ def write_card(plan: MergePlan, folder: Path) -> None:
         config.base_model if config.method.needs_base else None,
         models,
         hub_ids=[model.partition("@")[0] for model in everything if is_model_id(model)],
+        library=_library(plan.base),
         inherited={} if base is None else inherited_terms(base / CARD),
     )
     (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _library(base: Checkpoint) -> str | None:
+    """Return the library that loads a model, as far as its files tell."""
+    if base.folder and (base.folder / "modules.json").is_file():
+        return "sentence-transformers"
+    if "_diffusers_version" in base.config or (base.folder and (base.folder / "model_index.json").is_file()):
+        return "diffusers"
+    return "transformers" if base.config.keys() & {"model_type", "architectures"} else None
 
 
 def as_report(data: Mapping[str, Any]) -> TensorReport:

@@ -24,6 +24,7 @@ def model_card(
     models: Sequence[str],
     *,
     hub_ids: Sequence[str] = (),
+    library: str | None = "transformers",
     inherited: Mapping[str, Any] | None = None,
 ) -> str:
     """Write the card, in the form of mergekit's; it says nothing that differs from one run of the merge to the next.
@@ -35,11 +36,12 @@ def model_card(
         base: the model that the others are fine-tunes of; None for methods that need none.
         models: those that were merged.
         hub_ids: which of all these are ids on the Hugging Face hub; the front matter names no others.
+        library: that loads the merge, as the hub spells it; None if it is not known.
         inherited: what `inherited_terms` found in the card of the base.
     """
     front = {
         **({"base_model": list(dict.fromkeys(hub_ids))} if hub_ids else {}),
-        "library_name": "transformers",
+        **({"library_name": library} if library else {}),
         "tags": ["merge", _PROJECT],
         **(inherited or {}),
     }

@@ -33,7 +33,7 @@ def plan(tmp_path):
             for name, text in contents.items():
                 (path / name).write_text(text)
         models = [{"model": str(path)} for path in paths[1:]]
-        recipe = {"merge_method": "linear", "base_model": str(paths[0]), "models": models}
+        recipe = {"merge_method": "task_arithmetic", "base_model": str(paths[0]), "models": models}
         return make_plan(MergeConfig.from_dict(recipe | {"tokenizer": source and {"source": source}}), 2**30)
 
     return make

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoints import digest, family
 from safetensors.torch import load_file, save_file
 from test_report_files import stop_after
@@ -283,3 +284,28 @@ def test_a_quantised_module(tmp_path):
     files = sentence_model(0) | {"2_Dense/config.json": '{"quantization_config": {"quant_method": "x"}}'}
     with pytest.raises(QuantisedRefused, match=r"model/2_Dense: .* config\.json has quantization_config"):
         Checkpoint(write(tmp_path / "model", files))
+
+
+def test_a_weight_file_without_tensors(tmp_path):
+    files = [sentence_model(seed) | {"1_Pooling/model.safetensors": {}} for seed in range(2)]
+    paths = [write(tmp_path / str(i), content) for i, content in enumerate(files)]
+    merge_checkpoints(config_for(*paths), tmp_path / "out")
+    assert_weights(tmp_path / "out", expected(files))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "library"),
+    [
+        ("config.json", '{"model_type": "llama"}', "transformers"),
+        ("config.json", '{"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30.0"}', "diffusers"),
+        ("model_index.json", '{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}', "diffusers"),
+        ("modules.json", listed(("", "Transformer")), "sentence-transformers"),
+        ("config.json", '{"hidden": 4}', None),
+    ],
+)
+def test_the_card_names_the_library_that_loads_it(tmp_path, file, content, library):
+    files = {"model.safetensors": {"w.weight": torch.eye(4)}, file: content}
+    paths = [write(tmp_path / str(i), files) for i in range(2)]
+    merge_checkpoints(config_for(*paths), tmp_path / "out")
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+    assert front.get("library_name") == library

@@ -18,6 +18,7 @@ import pytest
 import torch
 from adapters import random_adapter
 from checkpoints import digest, family, save, tuned_state_dict, without_times
+from test_modules import sentence_model, write
 
 from r_tsvm_kernels import ConfigError, DeviceError, MemoryBudgetError, MergeConfig, NonFiniteError, merge_checkpoints
 from r_tsvm_kernels.engine import ray_engine, run
@@ -149,6 +150,15 @@ class TestInProcess:
         reports = [json.loads(Path(engine, "merge_report.json").read_text()) for engine in ("local", "ray")]
         assert reports[1]["engine"] == "ray" and reports[1]["stages"].keys() == reports[0]["stages"].keys()
         assert without_times(reports[1]) == without_times(reports[0])
+
+    def test_modules_in_folders(self, tmp_path):
+        paths = [write(tmp_path / str(seed), sentence_model(seed, "0_Transformer")) for seed in range(3)]
+        files = ["0_Transformer/model.safetensors", "2_Dense/model.safetensors"]
+        for engine in ("local", "ray"):
+            merge_checkpoints(config_for(paths, "ties"), tmp_path / engine, engine=engine)
+        local, other = (digest(tmp_path / engine) for engine in ("local", "ray"))
+        assert [file for file in other if file.endswith(".safetensors")] == files
+        assert all(local[file] == other[file] for file in files)
 
     def test_adapters(self, tmp_path, monkeypatch):
         shapes = {"layers.0.q": (24, 16), "layers.1.q": (24, 16)}
