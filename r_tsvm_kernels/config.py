@@ -167,13 +167,16 @@ class MergeConfig(_Strict):
             )
         return self.model_copy(update={"models": (*self.models, ModelEntry(model=self.base_model))})
 
-    def options(self, tasks: int, name: str = "", position: float = 0.0) -> MethodParameters:
+    def options(
+        self, tasks: int, name: str = "", position: float = 0.0, *, seeded_by: str | None = None
+    ) -> MethodParameters:
         """Evaluate the parameters for one tensor.
 
         Args:
             tasks: number of fine-tuned models.
             name: of the tensor, for filters.
             position: of its layer in [0, 1], for gradients.
+            seeded_by: name from which random masks are drawn; None means `name`.
 
         Raises:
             ConfigError: no tasks, or more than the method merges; `models` has entries but not one per task; values do
@@ -199,7 +202,7 @@ class MergeConfig(_Strict):
             fallback = info.default[0] if common is None else common
             own = [evaluate(_lookup(m.parameters, schema, field_name), name, position) for m in self.models]
             values[field_name] = tuple(fallback if v is None else v for v in own or [None] * tasks)
-        return _parse(schema, values).for_tensor(name)
+        return _parse(schema, values).for_tensor(name if seeded_by is None else seeded_by)
 
     @model_validator(mode="after")
     def _check_parameters(self) -> MergeConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,6 +17,7 @@ from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vect
 from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, task_statistics
 from .parameters import layer_positions
 from .quantised import differing_error, must_agree, refuse_quantised, same_values
+from .tied import same_memory, tied_names
 
 # Elements of each tensor whose norms are taken at a time.
 _PIECE = 1 << 20
@@ -125,6 +126,10 @@ def merge_state_dicts(
 ) -> StateDictResult:
     """Merge T fine-tuned state dicts into the base's, tensor by tensor.
 
+    Tied tensors, which are copies of one another in the base and in every fine-tune (`tied_names`), are merged once,
+    with one random mask, and stay tied: a copy has the result of the first name, and shares its memory if it does so in
+    the base. Where the config has other parameters for its name, it is merged as a tensor of its own.
+
     Args:
         base: name to tensor.
         tuned: T state dicts with the same names and shapes.
@@ -139,9 +144,22 @@ def merge_state_dicts(
     for index, state_dict in enumerate(tuned):
         refuse_quantised(f"tuned[{index}]", state_dict)
         check_same_names(base, state_dict, f"tuned[{index}]")
-    positions = layer_positions(base)
-    merged, reports = {}, {}
+    if config.base_joins:
+        config, tuned = config.with_base_listed(), [*tuned, base]
+    positions, tied = layer_positions(base), tied_names(base, tuned)
+    merged: dict[str, Tensor] = {}
+    reports: dict[str, TensorReport] = {}
+
+    def rule(name: str, tensor: Tensor, original: str) -> tuple[MethodParameters, Treatment]:
+        options = config.options(len(tuned), name, positions[name], seeded_by=original)
+        return options, treatment(config, options, name, tuple(tensor.shape), tensor.dtype, len(tuned))
+
     for name, tensor in base.items():
+        first = tied.get(name)
+        if first is not None and rule(name, tensor, first) == rule(first, tensor, first):
+            merged[name] = merged[first] if same_memory(tensor, base[first]) else merged[first].clone()
+            reports[name] = replace(reports[first], reason=f"tied to {first}", seconds=0.0, stages={})
+            continue
         result = merge_tensors(
             tensor, [state_dict[name] for state_dict in tuned], config, name=name, position=positions[name]
         )

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 # Modules and folders of the package, from the bottom up.
 LAYERS = [
     {"errors", "parameters"},
-    {"sizes", "quantised"},
+    {"sizes", "quantised", "tied"},
     {"backends"},
     {"dispatch"},
     {"ops"},

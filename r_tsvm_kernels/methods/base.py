@@ -78,7 +78,7 @@ class TensorReport:
     Attributes:
         method: name of the merge method.
         treatment: ``merge`` (the method's formula), ``mean`` (mean of the task vectors) or ``base`` (left alone).
-        reason: why it was treated so; empty for ``merge``.
+        reason: why it was treated so, or to which tensor it is tied; empty for others that are merged.
         shape: of the tensor.
         ranks: rank kept per task.
         sparsities: fraction of each task matrix at or below ``sparsity_eps`` times its mean magnitude.

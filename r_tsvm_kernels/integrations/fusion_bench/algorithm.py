@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ...config import MergeConfig, ModelEntry
-from ...errors import ConfigError
+from ...errors import CheckpointError, ConfigError
 from ...merge import check_same_names, merge_tensors
 from ...methods import TensorReport, nearest
 from ...parameters import layer_positions
 from ...quantised import refuse_quantised
+from ...tied import is_copy
 from .counting import counts
 
 METADATA = {"_recursive_", "_usage_", "_version_"}  # FusionBench's own
@@ -79,7 +80,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
     def run(self, modelpool: BaseModelPool | Mapping[str, nn.Module]) -> nn.Module:
         """Merge and return the pretrained model of the pool; a copy of it if the pool holds modules, not recipes.
 
-        A method that needs no base (`linear`) also merges pools without one. Integer buffers keep its values.
+        A method that needs no base (`linear`) also merges pools without one. Integer buffers keep its values. Tensors
+        that the pretrained model ties are merged once, and have to be the same in every model.
 
         Raises:
             QuantisedRefused: a model is quantised.
@@ -100,11 +102,13 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
             check_same_names(dict.fromkeys(start), dict.fromkeys(tensors), name)  # keys() of a lazy one is no set
 
         device, positions, self.reports = self.fabric.device, layer_positions(start), {}
-        merged, written = {}, set()
+        merged: dict[str, Tensor] = {}
+        written: dict[Any, str] = {}
         for name, tensor in start.items():
             place = tensor.device, tensor.data_ptr(), tuple(tensor.shape)
-            if tensor.numel() and place in written:
-                continue  # tied to a tensor that is merged already
+            if tensor.numel() and place in written:  # tied to a tensor that is merged already
+                _check_tied(name, written[place], dict(zip(names, tuned, strict=True)))
+                continue
             result = merge_tensors(
                 tensor.to(device), [tensors[name].to(device) for tensors in tuned], config,
                 name=name, position=positions[name],
@@ -115,8 +119,18 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 merged[name] = result.weight.to(tensor.device)
             else:
                 tensor.copy_(result.weight)
-                written.add(place)
+                written[place] = name
         return _filled(base.meta_module, merged) if isinstance(base, LazyStateDict) else base
+
+
+def _check_tied(name: str, first: str, models: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise `CheckpointError` if a model has two tensors where the pretrained one has two names for one."""
+    for model, tensors in models.items():
+        if not is_copy(tensors[first], tensors[name]):
+            raise CheckpointError(
+                f"{model}: the pretrained model ties {name} to {first}, but here the two differ; untie the pretrained "
+                "model, or retie this one"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,64 @@
+"""Tied tensors: one tensor that a state dict holds under several names, as an embedding and the head that shares it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# Elements by which tensors are told apart before they are compared whole.
+_SAMPLE = 16
+
+
+def same_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are one: changing an element of one changes that of the other."""
+    return (
+        first.data_ptr() == second.data_ptr()
+        and (first.shape, first.stride(), first.dtype, first.device)
+        == (second.shape, second.stride(), second.dtype, second.device)
+        and first.numel() > 0
+    )
+
+
+def is_copy(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are one, or have the same dtype, device, shape and values (NaN has no equal)."""
+    alike = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
+    return alike and (same_memory(first, second) or torch.equal(first, second))
+
+
+def tied_names(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    """Find the tensors that are copies of another one, in the base and in every fine-tune alike.
+
+    Args:
+        base: name to tensor.
+        tuned: T state dicts with the same names.
+
+    Returns:
+        The name of each copy, with the first name of its tensor in the base's order. Only floating-point tensors with
+        elements are looked at.
+
+    Example:
+        ``tied_names({"embed": E, "head": E}, [{"embed": F, "head": F.clone()}])`` is ``{"head": "embed"}``.
+    """
+    copies: dict[str, str] = {}
+    originals: dict[Hashable, list[str]] = {}
+    for name, tensor in base.items():
+        if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+            continue
+        alike = originals.setdefault(_sample(tensor), [])
+        found = (first for first in alike if all(is_copy(x[first], x[name]) for x in (base, *tuned)))
+        first = next(found, None)
+        if first is None:
+            alike.append(name)
+        else:
+            copies[name] = first
+    return copies
+
+
+def _sample(tensor: Tensor) -> Hashable:
+    """Return what copies have in common: all about their form, and some values."""
+    row = tensor.detach()
+    while row.ndim > 1:
+        row = row[-1]
+    return tensor.shape, tensor.dtype, tensor.device, tuple(row.reshape(-1)[-_SAMPLE:].tolist())
