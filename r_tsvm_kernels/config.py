@@ -10,11 +10,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from .errors import ConfigError
+from .files import read_regular
 from .methods import Method, MethodParameters, get_method, nearest
-from .parameters import evaluate, is_filter_list, leaves
+from .parameters import evaluate, filter_list, leaves
+from .safe_yaml import load_yaml
 
 DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
 TokenizerSource = Literal["base", "union"]
+
+MAX_RECIPE_BYTES = 1_000_000
 
 _UNSUPPORTED = {
     "modules": "multi-module recipes are not supported; merge one module at a time, under `models`",
@@ -98,8 +102,8 @@ class MergeConfig(_Strict):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MergeConfig:
-        """Make a config from a recipe that was already parsed."""
-        if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+        """Make a config from a recipe that was already parsed; ``name`` and keys such as ``x-notes`` say nothing."""
+        if not _has_names(data):
             raise ConfigError(f"a recipe is a mapping of keys to values, got {type(data).__name__}")
         data = _with_models(_with_tokenizer_source(data))
         for key, advice in _UNSUPPORTED.items():
@@ -107,8 +111,17 @@ class MergeConfig(_Strict):
                 raise ConfigError(f"{key}: {advice}")
         if data.get("tokenizer_source") not in (None, *get_args(TokenizerSource)):
             raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
-        present = {key: value for key, value in data.items() if value is not None}
+        present: dict[str, Any] = {
+            key: value.removeprefix("torch.") if key in ("dtype", "out_dtype") and isinstance(value, str) else value
+            for key, value in data.items()
+            if value is not None and not _is_note(key)
+        }
         if isinstance(present.get("models"), list):
+            odd = [entry for entry in present["models"] if isinstance(entry, Mapping) and not _has_names(entry)]
+            if odd:
+                raise ConfigError(
+                    f"models: the keys of an entry are `model` and `parameters`, got {_shortened(odd[0])}"
+                )
             present["models"] = tuple(
                 ModelEntry(**{k: v for k, v in entry.items() if v is not None}) if isinstance(entry, Mapping) else entry
                 for entry in present["models"]
@@ -123,10 +136,10 @@ class MergeConfig(_Strict):
             ConfigError: the file is missing, is not YAML, or is not a valid recipe.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the recipe {path}: {error}") from error
-        except yaml.YAMLError as error:
+            data = load_yaml(read_regular(path, MAX_RECIPE_BYTES).decode("utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the recipe {path}: {error.strerror or error}") from error
+        except ValueError as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
         return cls.from_dict(data)
 
@@ -217,6 +230,16 @@ class MergeConfig(_Strict):
         return self
 
 
+def _has_names(value: object) -> bool:
+    """Whether a value is a mapping whose keys are all text."""
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _is_note(key: str) -> bool:
+    """Whether a key of a recipe is its author's own: its title, or a place for anchors that aliases repeat."""
+    return key == "name" or key.startswith("x-")
+
+
 def _with_tokenizer_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """Write mergekit's newer ``tokenizer: {source: base}`` as ``tokenizer_source: base``."""
     tokenizer = data.get("tokenizer")
@@ -277,11 +300,22 @@ def _check_keys(values: Mapping[str, Any], schema: type[MethodParameters], where
             )
         if sum(keys[key] == keys[other] for other in values if other in keys) > 1:
             raise ConfigError(f"{where}: {keys[key]} is given twice, under two names")
-        if is_filter_list(value) and not all(set(item) <= {"value", "filter"} and "value" in item for item in value):
-            raise ConfigError(f"{where}: {key}: each entry of the list needs `value` and may have `filter`")
+        _check_filters(value, f"{where}: {key}")
         for leaf in leaves(value):
             if leaf is not None:
                 _parse(schema, {keys[key]: leaf}, where)
+
+
+def _check_filters(value: object, where: str) -> None:
+    """Refuse entries of a filter list, nested ones too, that are not ``{value, filter}`` with a text as filter."""
+    for item in filter_list(value) or ():
+        if not set(item) <= {"value", "filter"} or "value" not in item:
+            raise ConfigError(f"{where}: each entry of the list needs `value` and may have `filter`")
+        if not isinstance(item.get("filter"), str | None):
+            raise ConfigError(
+                f"{where}: `filter` is a part of a tensor's name, a text, got {_shortened(item['filter'])}"
+            )
+        _check_filters(item["value"], where)
 
 
 def _parse(schema: type[MethodParameters], values: dict[str, Any], where: str = "parameters") -> MethodParameters:
@@ -305,5 +339,10 @@ def _describe(error: ValidationError, known: list[str]) -> str:
             lines.append(str(item["ctx"]["error"]))
         else:
             message = item["msg"][0].lower() + item["msg"][1:].replace("valid tuple", "list")
-            lines.append(f"{where}: {message}, got {item['input']!r}")
+            lines.append(f"{where}: {message}, got {_shortened(item['input'])}")
     return "; ".join(lines)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -14,15 +14,20 @@ def is_gradient(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, int | float) for item in value)
 
 
-def is_filter_list(value: object) -> bool:
-    """Whether `value` is a list of ``{value, filter}`` mappings."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+def filter_list(value: object) -> list[Mapping[str, Any]] | None:
+    """Return the ``{value, filter}`` mappings of which `value` is a list, or the only one; None if it is neither."""
+    if isinstance(value, Mapping):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return value
+    return None
 
 
 def leaves(value: object) -> Iterator[object]:
     """Yield every plain value that `value` may evaluate to (the corners of a gradient)."""
-    if is_filter_list(value):
-        for item in value:  # type: ignore[attr-defined]
+    filters = filter_list(value)
+    if filters is not None:
+        for item in filters:
             yield from leaves(item["value"])
     elif is_gradient(value):
         yield from value  # type: ignore[misc]
@@ -34,13 +39,14 @@ def evaluate(value: Any, name: str, position: float) -> Any:
     """Evaluate a parameter value for one tensor; None if no filter matches.
 
     Args:
-        value: scalar; list of numbers (piecewise linear in `position`); or list of ``{value, filter}``, of which the
-            first counts whose filter is part of the tensor's name (``*`` or no filter: always).
+        value: scalar; list of numbers (piecewise linear in `position`); or ``{value, filter}`` or a list of such, of
+            which the first counts whose filter is part of the tensor's name (``*`` or no filter: always).
         name: of the tensor.
         position: of its layer, from 0.0 (first) to 1.0 (last).
     """
-    if is_filter_list(value):
-        for item in value:
+    filters = filter_list(value)
+    if filters is not None:
+        for item in filters:
             pattern = item.get("filter")
             if pattern is None or pattern == "*" or pattern in name:
                 return evaluate(item["value"], name, position)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from merging import tasks_of
 
@@ -150,8 +152,16 @@ def test_a_gradient_of_ranks_gives_whole_ranks():
         ({"chat_template": "auto"}, "chat_template"),
         ([1, 2], "mapping"),
         ({1: 2}, "mapping"),
+        ({"models": [{1: 2}]}, "models: the keys of an entry are .*{1: 2}"),
+        ({"models": [{"model": "a", "parameters": 5}]}, "parameters.*dictionary, got 5"),
+        ({"parameters": {"density": [{"filter": 5, "value": 1}]}}, "density: `filter` is a part .*, got 5"),
+        ({"parameters": {"density": {"filter": ["a"], "value": 1}}}, r"density: `filter` is a part .*, got \['a'\]"),
+        ({"parameters": {"density": [{"value": [{"filter": 5, "value": 1}]}]}}, "`filter` is a part .*, got 5"),
+        ({"parameters": {"density": [{"value": [{"filter": "a"}]}]}}, "needs `value`"),
+        ({"parameters": {"density": {"worth": 1}}}, "needs `value`"),
+        ({"parameters": {"density": "x" * 10**6}}, r"got 'x{76}\.\.\.$"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )
 def test_mistakes_are_named(data, message):
     with pytest.raises(ConfigError, match=message):
@@ -174,6 +184,31 @@ def test_files_that_are_no_recipes(tmp_path, text):
 def test_a_missing_recipe(tmp_path):
     with pytest.raises(ConfigError, match="cannot read the recipe"):
         MergeConfig.from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("parameters", ["{weight: 1, weight: 2}", "&p {weight: *p}", "{density: " + "[" * 5000])
+def test_yaml_out_of_bounds(tmp_path, parameters):
+    with pytest.raises(ConfigError, match="not valid YAML: line") as error:
+        MergeConfig.from_yaml(write(tmp_path, f"merge_method: rtsvm\nparameters: {parameters}\n"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # which would wait for a writer
+    for name, message in (("pipe", "a pipe"), (".", "a folder"), ("a\0b", "not a path"), ("n" * 300, "too long")):
+        with pytest.raises(ConfigError, match=f"cannot read the recipe.*{message}"):
+            MergeConfig.from_yaml(tmp_path / name)
+
+
+def test_what_published_recipes_have_beside_the_merge(tmp_path):
+    text = (
+        "name: my-merge\nx-all: &all {weight: 5e-1}\nmerge_method: ties\nbase_model: b\ndtype: torch.bfloat16\n"
+        "models: [{model: a, parameters: *all}, {model: c, parameters: {weight: {value: [1e-1, 3e-1], filter: mlp}}}]\n"
+    )
+    config = MergeConfig.from_yaml(write(tmp_path, text))
+    assert config.dtype == "bfloat16" and config.base_model == "b"
+    assert config.options(2, "layers.0.mlp", 0.5).weight == (0.5, 0.2)
+    assert config.options(2, "layers.0.attn", 0.5).weight == (0.5, 1.0)
 
 
 def test_yaml_cannot_run_code(tmp_path):

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 
 # Modules and folders of the package, from the bottom up.
 LAYERS = [
-    {"errors", "parameters"},
-    {"sizes", "quantised", "tied"},
+    {"errors", "parameters", "text"},
+    {"sizes", "files", "safe_yaml", "quantised", "tied"},
     {"backends"},
     {"dispatch"},
     {"ops"},

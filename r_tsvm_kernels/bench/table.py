@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import IntegrationError
 from .compare import Change
@@ -70,7 +71,7 @@ def _by_input(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(groups.values())
 
 
-def _line(group: list[dict[str, Any]], roles: Sequence[str]) -> list[str]:
+def _line(group: list[dict[str, Any]], roles: Sequence[str]) -> list[str | Text]:
     ours = _fastest(group, "ours")
     first = group[0]
     line = [first["name"], f"{first['matrix']} {'x'.join(map(str, first['shape']))} {first['dtype']}"]
@@ -78,8 +79,8 @@ def _line(group: list[dict[str, Any]], roles: Sequence[str]) -> list[str]:
     line += [_other(_fastest(group, role), ours) for role in roles]
     line += ["", "", "", ""] if ours is None else _measures(ours)
     bad = [f"{row['provider']} {row['status'].upper()}" for row in group if row["status"] in ("wrong", "failed")]
-    line[-1] = ", ".join([*([line[-1]] if line[-1] else []), *(f"[bold red]{text}[/]" for text in bad)])
-    return line
+    last = [*([Text(line[-1])] if line[-1] else []), *(Text(words, "bold red") for words in bad)]
+    return [*line[:-1], Text(", ").join(last)]
 
 
 def _other(row: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
@@ -116,7 +117,7 @@ def change_table(changes: Sequence[Change]) -> Table:
     table = Table("benchmark", "matrix", "run by", "before", "after", "after / before", "")
     for change in changes:
         name, matrix, dtype, _, provider = change.key
-        color = {"slower": "[bold red]", "faster": "[green]"}.get(change.verdict, "")
+        style = {"slower": "bold red", "faster": "green"}.get(change.verdict, "")
         table.add_row(
             name,
             f"{matrix} {dtype}",
@@ -124,7 +125,7 @@ def change_table(changes: Sequence[Change]) -> Table:
             f"{1e3 * change.before:.2f} ms",
             f"{1e3 * change.after:.2f} ms",
             f"{change.ratio:.2f}",
-            f"{color}{change.verdict}",
+            Text(change.verdict, style),
         )
     return table
 

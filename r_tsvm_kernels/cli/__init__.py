@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import RTsvmError
+from ..text import printable
 from . import (
     bench,
     extract_lora,
@@ -25,13 +25,26 @@ from . import (
     verify,
 )
 from .signals import Terminated, sigterm_raises
+from .terminal import standard_streams, tell
+
+# Commands whose result is what they print; it is lost with stdout. The others leave theirs on disk.
+_PRINTING = ("inspect", "verify", "info", "bench")
+# What torch and Python say, in exceptions of no class of their own, when the system gives no memory or threads.
+_EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="rtsvm", description="Merge fine-tuned models, exactly and fast.")
+    parser: argparse.ArgumentParser = _Parser(prog="rtsvm", description="Merge fine-tuned models, exactly and fast.")
     parser.add_argument("--version", action="version", version=f"rtsvm {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND"
+    )
     for module in (merge, inspect, verify, report, info, bench, extract_lora, resize_lora, merge_lora):
         name = module.__name__.rpartition(".")[2].replace("_", "-")
         command = commands.add_parser(
@@ -45,14 +58,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 (done), 2 (wrong use), 1 (failed), 130 (SIGINT) or 143 (SIGTERM)."""
-    code = _run(build_parser().parse_args(argv))
+    """Run the command line; return 0 (done), 2 (wrong use), 1 (failed), 130 (SIGINT) or 143 (SIGTERM).
+
+    A stream that takes no more output stops no command. Those whose result is what they print then return 1.
+    """
+    with standard_streams() as (out, _):
+        arguments = build_parser().parse_args(argv)
+        code = _run(arguments)
+        out.flush()
+        if out.error is not None and arguments.command in _PRINTING:
+            code = code or 1
+            if not isinstance(out.error, BrokenPipeError):  # the reader left, as `head` does: nobody's mistake
+                tell(f"rtsvm {arguments.command}: error: stdout cannot be written: {out.error.strerror}")
     # A merge that was stopped in the middle of a decomposition leaves this thread of the engine, which Python would
     # wait for. All that counts is on disk.
     if any(thread.name == "rtsvm-merge" for thread in threading.enumerate()):
-        with suppress(OSError, ValueError):  # nobody reads our output any more
-            sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(code)
     return code
 
@@ -62,14 +82,26 @@ def _run(arguments: argparse.Namespace) -> int:
         with sigterm_raises():
             code: int = arguments.run(arguments)
     except RTsvmError as error:
-        print(f"rtsvm {arguments.command}: error: {error}", file=sys.stderr)
+        tell(f"rtsvm {arguments.command}: error: {error}")
         return error.exit_code
     except (KeyboardInterrupt, Terminated) as stop:
         # A merge that can be continued says so.
-        print(f"rtsvm {arguments.command}: stopped; {str(stop) or 'nothing was written'}", file=sys.stderr)
+        tell(f"rtsvm {arguments.command}: stopped; {str(stop) or 'nothing was written'}")
         return 143 if isinstance(stop, Terminated) else 130
-    except BrokenPipeError:
-        # The reader of our output left, e.g. `rtsvm inspect | head`.
-        sys.stderr.close()
+    except (OSError, MemoryError, RuntimeError) as error:
+        reason = _refused_by_the_system(error)
+        if reason is None:
+            raise
+        tell(f"rtsvm {arguments.command}: error: {reason}")
         return 1
     return code
+
+
+def _refused_by_the_system(error: Exception) -> str | None:
+    """Say what the system did not give; None for any other error, which is a mistake of ours."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system refused'}: {error.strerror or error}"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _EXHAUSTED):
+        reason = str(error).partition("\n")[0] or "no memory is left"
+        return f"{reason}; fewer --threads and a lower --memory need less, and --resume goes on with a stopped merge"
+    return None

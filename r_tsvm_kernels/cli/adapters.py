@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .recipe import DTYPES
+from .terminal import say
 
 if TYPE_CHECKING:
     from ..engine import AdapterResult
@@ -29,8 +30,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def print_result(result: AdapterResult) -> None:
     """Say how large the adapter is, how much it holds and where it lies."""
     ranks = [module.rank for module in result.modules.values() if module.rank]
-    print(
+    say(
         f"{len(ranks)} modules of rank {min(ranks)} to {max(ranks)}, {100 * result.captured_energy:.2f} % of the "
         f"energy, in {result.seconds:.1f} s -> {result.path}"
     )
-    print(f"report: {result.report_path}")
+    say(f"report: {result.report_path}")

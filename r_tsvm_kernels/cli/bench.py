@@ -13,9 +13,10 @@ merges. One whose result is wrong is named and not timed; the exit code is 1 if 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
+
+from .terminal import console, say, tell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,8 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; return 1 if something of ours is wrong or fails."""
-    from rich.console import Console
-
     from ..bench import PLANS, ResultFile, chosen, read_report, run_suite
     from ..bench.table import legend, plot, require_matplotlib, result_table
     from ..engine import choose_device
@@ -57,30 +56,30 @@ def run(arguments: argparse.Namespace) -> int:
     earlier = read_report(arguments.compare) if arguments.compare else None
     if arguments.plot:
         require_matplotlib()
-        if Path(arguments.plot).exists():
+        if os.path.lexists(arguments.plot):
             raise OutputExists(f"{arguments.plot} exists and is not overwritten: choose another name or remove it")
     plan = PLANS["full" if arguments.full else "dry-run" if arguments.dry_run else "quick"]
     file = ResultFile(arguments.json) if arguments.json else None
 
     report = run_suite(benchmarks, plan, device, file.write if file else lambda report: None, _say)
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(result_table(report))
-    console.print(legend(report), highlight=False, markup=False)
+    shown = console(width=180)
+    shown.print(result_table(report))
+    shown.print(legend(report))
     for line in _unavailable(report):
-        console.print(line, highlight=False, markup=False)
+        say(line)
     if earlier is not None:
-        _print_comparison(console, earlier, report)
+        _print_comparison(shown, earlier, report)
     if arguments.plot:
         plot(report, arguments.plot)
     bad = [row for row in report["rows"] if row["status"] in ("wrong", "failed")]
     for row in bad:
         what = f"{row['name']}, {row['matrix']} {row['dtype']}, by {row['provider']}"
-        print(f"rtsvm bench: {what}: {row['status']}: {row['reason']}", file=sys.stderr)
+        tell(f"rtsvm bench: {what}: {row['status']}: {row['reason']}")
     return 1 if any(row["role"] == "ours" for row in bad) else 0
 
 
 def _say(what: str) -> None:
-    print(f"rtsvm bench: {what}", file=sys.stderr, flush=True)
+    tell(f"rtsvm bench: {what}")
 
 
 def _unavailable(report: dict[str, Any]) -> list[str]:
@@ -89,16 +88,13 @@ def _unavailable(report: dict[str, Any]) -> list[str]:
     return [f"not run: {provider}: {reason}" for provider, reason in sorted(reasons)]
 
 
-def _print_comparison(console: Console, earlier: dict[str, Any], report: dict[str, Any]) -> None:
+def _print_comparison(shown: Console, earlier: dict[str, Any], report: dict[str, Any]) -> None:
     from ..bench import compare, different_circumstances
     from ..bench.table import change_table
 
     changes = compare(earlier, report)
-    console.print(change_table(changes))
+    shown.print(change_table(changes))
     marked = sum(bool(change.verdict) for change in changes)
-    console.print(
-        f"{len(changes)} rows in both, {marked} changed beyond noise (quartiles apart, and by more than 5 %)",
-        highlight=False,
-    )
+    say(f"{len(changes)} rows in both, {marked} changed beyond noise (quartiles apart, and by more than 5 %)")
     for line in different_circumstances(earlier, report):
-        console.print(f"not the same in both runs: {line}", highlight=False, markup=False)
+        say(f"not the same in both runs: {line}")

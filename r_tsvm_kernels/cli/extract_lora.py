@@ -14,6 +14,7 @@ import argparse
 
 from .adapters import add_output_arguments, print_result
 from .progress import shown_progress
+from .terminal import say
 
 HELP = "turn a fine-tuned model into a LoRA adapter"
 
@@ -64,5 +65,5 @@ def run(arguments: argparse.Namespace) -> int:
         print_result(result)
         lost = {name: tensor for name, tensor in result.left_out.items() if tensor.norm}
         for name, tensor in lost.items():
-            print(f"left out: {name} (change {tensor.norm:.3g}): {tensor.reason}")
+            say(f"left out: {name} (change {tensor.norm:.3g}): {tensor.reason}")
     return 0

@@ -7,6 +7,8 @@ import json
 import platform
 from typing import Any
 
+from .terminal import console, say
+
 HELP = "show versions, backends and merge methods"
 
 
@@ -62,12 +64,11 @@ def _default(value: Any) -> Any:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
-    console.print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()), highlight=False)
-    console.print(f"GPUs: {', '.join(facts['gpus']) or 'none that torch sees'}; CPU threads: {facts['threads']}")
+    say(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    say(f"GPUs: {', '.join(facts['gpus']) or 'none that torch sees'}; CPU threads: {facts['threads']}")
 
     backends = Table(title="Backends")
     for heading in ("backend", "state", "ops it has kernels for"):
@@ -75,13 +76,13 @@ def _print(facts: dict[str, Any]) -> None:
     for name, state in facts["backends"].items():
         ops = [op for op, devices in facts["ops"].items() if any(name in order for order in devices.values())]
         backends.add_row(name, state, "all (the reference)" if name == "torch" else ", ".join(ops))
-    console.print(backends)
+    shown = console()
+    shown.print(backends)
 
-    console.print("\nMerge methods, with their parameters and defaults")
+    shown.print("\nMerge methods, with their parameters and defaults")
     for name, method in facts["methods"].items():
         also = f" (also {', '.join(method['aliases'])})" if method["aliases"] else ""
-        console.print(f"\n[bold]{name}[/bold]{also}  {method['pretty_name']}, {method['paper']}", highlight=False)
+        shown.print(Text.assemble("\n", (name, "bold"), f"{also}  {method['pretty_name']}, {method['paper']}"))
         for key, value in method["parameters"].items():
-            console.print(
-                f"    {key} = {value['default']}", f"[dim]{value['help']}[/dim]", highlight=False, soft_wrap=True
-            )
+            line = Text.assemble(f"    {key} = {value['default']} ", (value["help"], "dim"))
+            shown.print(line, soft_wrap=True)

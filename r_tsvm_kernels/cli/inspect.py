@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from ..sizes import format_size
+from ..text import printable
 from .recipe import add_recipe_arguments, make_config
 from .resources import add_resource_arguments
+from .terminal import console, say
 
 if TYPE_CHECKING:
     from ..checkpoint import MergePlan
@@ -117,17 +118,16 @@ def _as_dict(
 
 
 def _print_table(plan: MergePlan, facts: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    table = Table(title=f"{plan.config.method.pretty_name}: {len(plan.tuned)} models into {plan.base.path}")
+    title = f"{plan.config.method.pretty_name}: {len(plan.tuned)} models into {plan.base.path}"
+    table = Table(title=printable(title))
     for heading in ("tensor", "shape", "dtype", "treatment", "rank <=", "rows at once", "memory MB", "why"):
         table.add_column(heading, overflow="fold")
     words = {"merge": plan.config.merge_method, "mean": "mean of task vectors", "base": "keep the base's"}
     for name, tensor in facts["tensors"].items():
         rows = tensor["shape"][0] if tensor["shape"] else 1
-        table.add_row(
+        cells = (
             name,
             "x".join(map(str, tensor["shape"])) or "scalar",
             tensor["dtype"],
@@ -137,9 +137,10 @@ def _print_table(plan: MergePlan, facts: dict[str, Any]) -> None:
             f"{(tensor['tile_input_bytes'] + tensor['tile_work_bytes']) / 1e6:,.1f}",
             tensor["reason"],
         )
-    console.print(table)
+        table.add_row(*map(printable, cells))
+    console().print(table)
     for line in _summary(facts):
-        console.print(line, highlight=False)
+        say(line)
 
 
 def _summary(facts: dict[str, Any]) -> list[str]:

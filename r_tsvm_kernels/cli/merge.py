@@ -16,6 +16,7 @@ import argparse
 from .progress import shown_progress
 from .recipe import add_recipe_arguments, make_config
 from .resources import add_resource_arguments
+from .terminal import say
 
 HELP = "merge models into one"
 
@@ -67,6 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         before = f" ({result.resumed} were finished before)" if result.resumed else ""
         count = f"{len(result.reports)} tensors{before}"
-        print(f"{config.method.pretty_name}: {count} in {result.seconds:.1f} s -> {result.path}")
-        print(f"report: {result.report_path}")
+        say(f"{config.method.pretty_name}: {count} in {result.seconds:.1f} s -> {result.path}")
+        say(f"report: {result.report_path}")
     return 0

@@ -8,59 +8,94 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..text import printable
+from .terminal import tell
+
 if TYPE_CHECKING:
     from ..engine import Progress
 
 
 @contextmanager
 def shown_progress(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """Show a bar on a terminal, a plain line every few seconds elsewhere, nothing if quiet."""
+    """Show a bar on a terminal, a plain line every few seconds elsewhere, nothing if quiet.
+
+    A display that fails is switched off, with one line that says so: no merge is lost to it.
+    """
     if quiet:
         yield None
-    elif sys.stderr.isatty():
-        with _bar() as show:
-            yield show
-    else:
-        yield _PlainLines()
+        return
+    display = _Guarded(_Bar if sys.stderr.isatty() else _PlainLines)
+    try:
+        yield display.show
+    finally:
+        display.close()
 
 
-@contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+class _Guarded:
+    """A display that may fail at any time."""
 
-    columns = (
-        TextColumn("{task.fields[done]}/{task.fields[count]} tensors"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", style="dim"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("reading headers", total=None, done=0, count="?")
+    def __init__(self, make: Callable[[], _Bar | _PlainLines]) -> None:
+        self._display: _Bar | _PlainLines | None = None
+        with self._switching_off():
+            self._display = make()
 
-        def show(state: object) -> None:
-            from ..engine import Progress as State
+    def show(self, state: Progress) -> None:
+        if self._display is not None:
+            with self._switching_off():
+                self._display.show(state)
 
-            assert isinstance(state, State)
-            bar.update(
-                task,
-                description=state.tensor,
-                completed=state.bytes_done,
-                total=state.bytes_total,
-                done=state.tensors_done,
-                count=state.tensors_total,
-            )
+    def close(self) -> None:
+        if self._display is not None:
+            with self._switching_off():
+                self._display.close()
 
-        yield show
+    @contextmanager
+    def _switching_off(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._display = None
+            tell(f"rtsvm: progress is not shown any more ({type(error).__name__}: {error})")
+
+
+class _Bar:
+    """A bar, with what is merged at the moment."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.fields[done]}/{task.fields[count]} tensors"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", style="dim", markup=False),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task("reading headers", total=None, done=0, count="?")
+        self._bar.start()
+
+    def show(self, state: Progress) -> None:
+        self._bar.update(
+            self._task,
+            description=printable(state.tensor),
+            completed=state.bytes_done,
+            total=state.bytes_total,
+            done=state.tensors_done,
+            count=state.tensors_total,
+        )
+
+    def close(self) -> None:
+        self._bar.stop()
 
 
 class _PlainLines:
@@ -71,16 +106,17 @@ class _PlainLines:
     def __init__(self) -> None:
         self.start = self.last = time.monotonic()
 
-    def __call__(self, state: Progress) -> None:
+    def show(self, state: Progress) -> None:
         now = time.monotonic()
         if now - self.last < self.INTERVAL and state.tensors_done < state.tensors_total:
             return
         self.last = now
         elapsed = now - self.start
         left = elapsed * (state.bytes_total / state.bytes_done - 1) if state.bytes_done else 0.0
-        print(
+        tell(
             f"{state.tensors_done}/{state.tensors_total} tensors, "
-            f"{state.bytes_done / 1e6:.1f}/{state.bytes_total / 1e6:.1f} MB, {left:.0f} s left: {state.tensor}",
-            file=sys.stderr,
-            flush=True,
+            f"{state.bytes_done / 1e6:.1f}/{state.bytes_total / 1e6:.1f} MB, {left:.0f} s left: {state.tensor}"
         )
+
+    def close(self) -> None:
+        """Nothing is left to tell."""

@@ -81,14 +81,13 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
 
 
 def _parse_setting(item: str) -> tuple[str, Any]:
-    import yaml
-
     from ..errors import ConfigError
+    from ..safe_yaml import load_yaml
 
     key, equals, value = item.partition("=")
     if not (equals and key):
         raise ConfigError(f"--set takes KEY=VALUE, got {item!r}")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key.strip(), load_yaml(value)
+    except ValueError as error:
         raise ConfigError(f"--set {key}: {value!r} is not a valid value: {error}") from error

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 
+from .terminal import say
+
 HELP = "write the page of a merge again"
 
 
@@ -21,5 +23,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page and say where it lies."""
     from ..engine import write_page
 
-    print(write_page(arguments.out))
+    say(write_page(arguments.out))
     return 0

@@ -13,6 +13,8 @@ import argparse
 import json
 from dataclasses import asdict
 
+from .terminal import say
+
 HELP = "check a merged model against its journal"
 
 # Names printed per kind of difference.
@@ -42,11 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
         ("input changed", found.inputs_changed),
     ):
         for name in names[:_SHOWN]:
-            print(f"{what}: {name}")
+            say(f"{what}: {name}")
         if len(names) > _SHOWN:
-            print(f"{what}: {len(names) - _SHOWN} more")
+            say(f"{what}: {len(names) - _SHOWN} more")
     verdict = "are as they were written" if found.ok else "were checked: the output is NOT what was written"
     if found.inputs_changed and not (found.missing or found.extra or found.changed):
         verdict = "are as they were written, but inputs are not what they were"
-    print(f"{arguments.out}: {found.tensors} tensors {verdict}")
+    say(f"{arguments.out}: {found.tensors} tensors {verdict}")
     return 0 if found.ok else 1

@@ -9,6 +9,10 @@ from typing import Any
 
 import yaml
 
+from ..files import open_regular
+from ..safe_yaml import load_yaml
+from ..text import printable
+
 # What is taken over from the base's card, if it says so: its terms hold for the merge too.
 _INHERITED = ("license", "license_name", "license_link")
 # A card's front matter is short; more than this is not read.
@@ -81,11 +85,11 @@ def short_name(model: str) -> str:
 def inherited_terms(card: Path) -> dict[str, Any]:
     """Return the licence that a model card names in its front matter; nothing if there is none that can be read."""
     try:
-        with card.open("rb") as file:
+        with open_regular(card) as file:
             text = file.read(_HEAD_BYTES).decode("utf-8", "ignore")
         match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
-        front = yaml.safe_load(match[1]) if match else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        front = load_yaml(match[1]) if match else None
+    except (OSError, ValueError):
         return {}
     if not isinstance(front, dict):
         return {}
@@ -100,6 +104,6 @@ def _is_text(value: object) -> bool:
 
 def _code(text: str) -> str:
     """Return text as inline code, whatever is in it."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"

@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from ..parameters import split_layer
+from ..text import printable
 from .summary import plain
 
 # Of each tensor, in this order; page.js names them too.
@@ -40,7 +41,7 @@ def report_page(report: Mapping[str, Any]) -> str:
     """
     style, script = _part("page.css"), _part("page.js")
     parts = {
-        "title": html.escape(f"{report['method']['name']}: {report['name']}"),
+        "title": html.escape(printable(f"{report['method']['name']}: {report['name']}")),
         "style_hash": _hash(style),
         "script_hash": _hash(script),
         "style": style,

@@ -1,0 +1,125 @@
+"""Files among those of strangers: only regular ones are read, no link is written through, nothing is overwritten."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import CheckpointError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+# What file systems without hard links say.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, without a buffer. A pipe or a device would block, or never end.
+
+    Args:
+        path: of the file, or of a link to it.
+
+    Raises:
+        OSError: missing, not readable, or not a regular file.
+    """
+    try:
+        _require_regular(Path(path).stat().st_mode)  # before it is opened, which alone can move a device
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:
+        raise OSError(f"not a path: {error}") from error
+    try:
+        _require_regular(os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """Read a whole regular file.
+
+    Raises:
+        OSError: as `open_regular`, or the file has more than `most` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(most + 1) if size <= most else None
+    if content is None or len(content) > most:
+        raise OSError(f"larger than {most} bytes")
+    return content
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is something at a path, which need not be one: a name may be too long, or hold a NUL."""
+    return os.path.exists(path)  # noqa: PTH110  # Path.exists raises on such names
+
+
+def usable_path(path: str | Path) -> Path:
+    """Return a path of which the system can say what is there, if anything.
+
+    Raises:
+        CheckpointError: it cannot: a name is too long or holds a NUL, links go round in a circle, a folder is closed.
+    """
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be looked up: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a path: {error}") from error
+    return Path(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, in UTF-8, and put it in its place in one step: a link of that name is replaced, not followed.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    part = path.with_name(f".{path.name}.new")
+    part.unlink(missing_ok=True)  # left by a process that was killed
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def publish(source: Path, target: Path) -> None:
+    """Give a finished file its name, which nothing may have; where there are hard links, it keeps its old one as well.
+
+    Raises:
+        FileExistsError: something has that name, be it a link to nowhere.
+        OSError: the disk refused.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+        source.replace(target)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two names, neither of them a link, are of one file that exists."""
+    try:
+        return os.path.samestat(one.lstat(), other.lstat())
+    except OSError:
+        return False
+
+
+def _require_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file")

@@ -1,0 +1,26 @@
+"""Text for people: names and paths of strangers, made harmless."""
+
+from __future__ import annotations
+
+
+def printable(text: object) -> str:
+    r"""Return text in which every character that a terminal or an encoder could stumble over is escaped.
+
+    Control characters (escape sequences, line breaks, bells), marks that change the direction of writing, and the
+    bytes of a path that are not UTF-8 become escapes such as ``\x1b`` or ``\u202e``; all other text stays as it is.
+
+    Args:
+        text: anything; an object is shown as `str` shows it.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a\\x1b[2Jb'
+    """
+    return "".join(char if char.isprintable() else _escaped(char) for char in str(text))
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python writes a byte of a path that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()
