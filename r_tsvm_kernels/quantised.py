@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from .errors import QuantisedRefused
 
-# Files that quantisers write beside the weights.
-QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+# Files that quantisers write beside the weights, in lower case.
+QUANTISATION_FILES = ("quant_*.json", "*quant_config*.json", "quanti[sz]e_*.json", "quanti[sz]ation_*.json")
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _MLX_KEY = "quantization"
 
@@ -57,7 +58,7 @@ def refuse_quantised(
     label: object,
     tensors: Mapping[str, Described],
     config: Mapping[str, Any] | None = None,
-    files: Sequence[str] = (),
+    files: Iterable[str] = (),
 ) -> None:
     """Refuse a model whose weights are quantised, by what its tensors are and by what its configuration says.
 
@@ -65,8 +66,8 @@ def refuse_quantised(
         label: of the model, for the message.
         tensors: every tensor of the model, or its header.
         config: content of its ``config.json``.
-        files: names of the files of `QUANTISATION_FILES` that lie beside the weights. Such a file alone may be left
-            over from another model; it counts if there is a tensor that may be packed.
+        files: names of the files that lie beside the weights. One of `QUANTISATION_FILES` alone may be left over from
+            another model; it counts if there is a tensor that may be packed.
 
     Raises:
         QuantisedRefused: it is; the message names the format, or the tensor, or the key.
@@ -75,10 +76,11 @@ def refuse_quantised(
         >>> refuse_quantised("model", {"q.weight": torch.ones(4, 4), "q.scales": torch.ones(4)})  # floats: fine
     """
     reason = _by_tensors(tensors) or _by_config(config or {})
-    if not reason and files:
+    theirs = [name for name in files if any(fnmatchcase(name.lower(), kind) for kind in QUANTISATION_FILES)]
+    if theirs and not reason:
         packed = next((name for name, tensor in tensors.items() if may_be_packed(tensor)), None)
         if packed is not None:
-            reason = f"{files[0]} lies beside it, and {packed} is {_described(tensors[packed])}"
+            reason = f"{theirs[0]} lies beside it, and {packed} is {_described(tensors[packed])}"
     if reason:
         raise QuantisedRefused(
             f"{label}: the checkpoint is quantised: {reason}. Packed weights cannot be merged, and their scales mean "

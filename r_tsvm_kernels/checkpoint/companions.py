@@ -5,6 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
+from ..quantised import QUANTISATION_FILES
+
 # What loaders read, by kind. JSON of every name: remote code and tokenizers bring their own (emoji.json, idf.json).
 COMPANIONS = (
     "*.json", "*.jinja", "*.py",
@@ -16,7 +18,7 @@ COMPANIONS = (
 # Of these kinds, but of an adapter, of quantised weights, of a training run or of an earlier merge; in lower case.
 _FOREIGN = (
     "adapter*.json", "lora_*.json", "peft_*.json",
-    "quant_*.json", "*quant_config*.json", "quanti[sz]e_*.json", "quanti[sz]ation_*.json",
+    *QUANTISATION_FILES,
     "*.index*.json",
     "train*.json", "eval*.json", "test_*.json", "predict_*.json", "*_results.json", "*metrics*.json", "optimizer*.json",
     "rng_state*.json", "global_step*", "*_args.json", "args.json", "log_history*.json", "dataset*.json", "wandb*.json",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, QuantisedRefused
 from .checksum import checksum
 
 # Names in safetensors headers.
@@ -26,6 +27,9 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+# Narrow formats that torch cannot compute with, which only quantised checkpoints hold: F4, F6_E2M3, F8_E8M0, I4, ...
+_NARROW = re.compile(r"[FIU][1-8](_E\d+M\d+[A-Z]*)?")
 
 # The format's own limit on a header. The largest real ones have a few megabytes.
 MAX_JSON_BYTES = 100_000_000
@@ -181,6 +185,8 @@ def _parse_entry(file: Path, name: str, entry: object, start: int) -> TensorHead
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and _NARROW.fullmatch(dtype) and dtype not in DTYPES:
+        raise QuantisedRefused(f"{file}: {name} has dtype {dtype}, of quantised weights; dequantise the checkpoint")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{file}: {name} has dtype {ascii(dtype)[:40]}, which cannot be merged")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:

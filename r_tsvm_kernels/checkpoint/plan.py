@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..config import MergeConfig
-from ..errors import CheckpointError, ConfigError, ShapeError
+from ..errors import CheckpointError, ConfigError, QuantisedRefused, ShapeError
 from ..merge import Treatment, check_same_names, stored_dtype, treatment
 from ..methods import Cost, Job, MethodParameters, elementwise_cost, factored_cost
 from ..ops import FLOAT_DTYPES
@@ -313,8 +313,9 @@ def make_plan(
         if decided.kind != "base":
             for checkpoint in checkpoints:
                 if checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
-                    raise CheckpointError(
-                        f"{checkpoint.path}: {name} is {checkpoint.tensors[name].dtype}, not floating"
+                    raise QuantisedRefused(
+                        f"{checkpoint.path}: {name} is {checkpoint.tensors[name].dtype}, where the base has "
+                        f"{header.dtype}; if the model is quantised, dequantise it and merge that"
                     )
             unchanged = all(model.base is base and name not in model.modules for model in adapted)
             if config.method.needs_base and len(adapted) == len(tuned) and unchanged:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, InputChanged
-from ..quantised import QUANTISATION_FILES, refuse_quantised
+from ..quantised import refuse_quantised
 from .checksum import byte_view
 from .headers import FileState, TensorHeader, read_headers, read_json
 from .modules import Module, find_modules
@@ -136,14 +136,14 @@ class Checkpoint:
             self._states[weights.index_state.path] = weights.index_state
 
     def _read_config(self, module: Module) -> tuple[dict[str, Any], list[str]]:
-        """Return the configuration of a module, and which files of a quantiser lie beside its weights."""
+        """Return the configuration of a module, and the names of all JSON files beside its weights."""
         if self.folder is None:
             return {}, []
         folder = self.folder / module.folder
         config: dict[str, Any] = {}
         if (folder / "config.json").exists():
             config, self._states[folder / "config.json"] = read_json(folder / "config.json")
-        return config, [name for name in QUANTISATION_FILES if (folder / name).exists()]
+        return config, sorted(file.name for file in folder.glob("*.json"))
 
     def _read_headers(self, file: Path, prefix: str) -> None:
         if file.suffix in PICKLE_SUFFIXES:

@@ -60,7 +60,9 @@ def test_a_quantised_base_of_an_adapter(tmp_path):
         merge_checkpoints(recipe(base, adapter), tmp_path / "out")
 
 
-@pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize(
+    "file", ["quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"]
+)
 def test_files_of_quantisers(tmp_path, file):
     unknown = save(tmp_path / "unknown", {"q.w4": torch.ones(8, 8, dtype=torch.int32), "q.s": torch.ones(8)})
     Checkpoint(unknown)
@@ -117,3 +119,19 @@ def test_buffers_of_one_dimension_may_differ(tmp_path):
     merge_checkpoints(recipe(base, model), tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert merged["bn.num_batches_tracked"] == 0 and torch.equal(merged["ids"], torch.arange(7))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "F6_E2M3", "F8_E4M3FNUZ", "I4"])
+def test_formats_without_a_dtype_of_torch(tmp_path, dtype):
+    header = json.dumps({"q.weight_scale": {"dtype": dtype, "shape": [1, 16], "data_offsets": [0, 16]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(QuantisedRefused, match=rf"q\.weight_scale has dtype {dtype}, of quantised weights; dequantise"):
+        Checkpoint(file)
+
+
+def test_integers_in_the_place_of_weights(tmp_path):
+    base = save(tmp_path / "base", FLOATS)
+    model = save(tmp_path / "model", FLOATS | {"q.weight": torch.ones(8, 8, dtype=torch.int8)})
+    with pytest.raises(QuantisedRefused, match=r"model: q\.weight is torch\.int8, where the base has torch\.float32"):
+        merge_checkpoints(recipe(base, model), tmp_path / "out")
