@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError
@@ -57,7 +58,7 @@ def find_modules(path: Path, allow_pickle: bool) -> ModelFiles:
             a folder that is missing.
     """
     kinds, states = named_folders(path)
-    pipeline = not (path / "modules.json").is_file()
+    pipeline = not lexists(path / "modules.json")
     missing = [folder for folder in kinds if not (path / folder).is_dir()]
     for folder in missing:
         # A component of a pipeline may lie in the model's own folder. A module that only normalises has no files, and
@@ -88,9 +89,10 @@ def named_folders(model: Path) -> tuple[dict[str, str], tuple[FileState, ...]]:
         CheckpointError: a list is damaged, or leads out of the folder.
     """
     states: list[FileState] = []
-    if (model / "modules.json").is_file():
+    # A link that leads nowhere is an error, not a model without modules.
+    if lexists(model / "modules.json"):
         found = dict(_sentence_modules(model, states))
-    elif (model / "model_index.json").is_file():
+    elif lexists(model / "model_index.json"):
         found = dict(_components(model, states))
     else:
         found = {}
@@ -140,6 +142,6 @@ def _components(model: Path, states: list[FileState]) -> Iterator[tuple[str, str
 def _checked(file: Path, folder: str) -> str:
     """Return the name of a folder that `file` names, which is inside its own."""
     inside = folder.isprintable() and not any(part in ("", ".", "..") for part in folder.split("/"))
-    if not inside or set(folder) & {"\\", ":"} or len(folder) > 60 or folder.lower().endswith(_FILE_SUFFIXES):
+    if not inside or set(folder) & {"\\", ":"} or len(folder.encode()) > 255 or folder.lower().endswith(_FILE_SUFFIXES):
         raise CheckpointError(f"{file}: {folder[:60]!a} is no name for a folder inside this one; the list is not safe")
     return folder

@@ -206,7 +206,7 @@ def test_a_pipeline_of_diffusers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "folder", ["../x", "/etc", "a/../../x", ".", "a//b", "a\\b", "C:", "a\nb", "x.safetensors", "x" * 300]
+    "folder", ["../x", "/etc", "a/../../x", ".", "a//b", "a\\b", "C:", "a\nb", "x.safetensors", "\ud800", "x" * 300]
 )
 def test_a_list_that_leads_elsewhere(tmp_path, folder):
     write(tmp_path / "x", {"config.json": "{}"})
@@ -231,6 +231,15 @@ def test_a_list_that_leads_elsewhere(tmp_path, folder):
 def test_a_list_that_is_damaged(tmp_path, content, message):
     with pytest.raises(CheckpointError, match=message):
         Checkpoint(write(tmp_path / "model", sentence_model(0) | {"modules.json": content}))
+
+
+@pytest.mark.parametrize("name", ["modules.json", "model_index.json"])
+def test_a_list_that_is_gone(tmp_path, name):
+    """A link into a download cache that was cleaned."""
+    model = write(tmp_path / "model", {"model.safetensors": {"w.weight": torch.eye(4)}})
+    (model / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=rf"{name}: not readable as JSON: .*No such file"):
+        Checkpoint(model)
 
 
 def test_a_router_that_leads_elsewhere(tmp_path):
