@@ -49,7 +49,8 @@ def _copy_files(source: Path, target: Path) -> None:
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.iterdir()):
-            if is_companion(file.name) and file.is_file():
+            # Links that lead nowhere are not left out in silence.
+            if is_companion(file.name) and (file.is_file() or not file.exists()):
                 _copy(file, target / file.name)
 
 

@@ -134,6 +134,8 @@ def merge_checkpoints(
     check_copies(plan)
     with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
         job.measure_norms = measure_norms
+        if not single:  # at first, because one that cannot be read is better known before the work
+            copy_companions(plan.base, stage.folder, config.out_dtype or config.dtype)
         tensor_done = _reporter(job, progress)
         if engine == "ray":
             run_ray(job, order, tensor_done, tasks=threads, address=ray_address)
@@ -205,6 +207,5 @@ def _complete(job: MergeJob) -> None:
         checkpoint.check_unchanged()
     write_indexes(stage.folder, layouts(plan))
     if not is_single_file(stage.out):
-        copy_companions(plan.base, stage.folder, plan.config.out_dtype or plan.config.dtype)
         (stage.folder / "merge_recipe.yaml").write_text(plan.config.to_yaml(), encoding="utf-8")
         write_card(plan, stage.folder)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoints import digest, save
 from safetensors.torch import load_file, save_file
+from test_report_files import stop_after
 
 from r_tsvm_kernels import CheckpointError, MergeConfig, merge_checkpoints
 
@@ -61,10 +62,42 @@ def test_weights_of_any_name_are_the_merged_ones(tmp_path, stem, shard_size):
     torch.testing.assert_close(found["w.weight"], expected)
 
 
+@pytest.mark.parametrize("target", ["gone", "vocab.json"])
+def test_a_file_that_cannot_be_read_is_named_before_the_work(tmp_path, monkeypatch, target):
+    """A link that leads nowhere, or to itself: it must not be missing from the output in silence."""
+    base, tuned, _ = pair(tmp_path)
+    (base / "vocab.json").symlink_to(target)
+    stop_after(0, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"base/vocab\.json: cannot be read: (No such file|Too many levels)"):
+        merge(base, tuned, out=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_a_file_without_permission_is_named(tmp_path):
     base, tuned, _ = pair(tmp_path)
     (base / "vocab.json").write_text("{}")
     (base / "vocab.json").chmod(stat.S_IWUSR)
     with pytest.raises(CheckpointError, match=r"base/vocab\.json: cannot be read: Permission denied"):
         merge(base, tuned, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_left(tmp_path, make):
+    base, tuned, _ = pair(tmp_path)
+    make(base / "vocab.json")
+    assert "vocab.json" not in merge(base, tuned, out=tmp_path / "out")
+
+
+def test_a_resumed_merge_has_the_files_of_the_base_as_they_are(tmp_path, monkeypatch):
+    base, tuned, _ = pair(tmp_path)
+    for path in (base, tuned):
+        save_file(load_file(path / "model.safetensors") | {"v": torch.zeros(3)}, path / "model.safetensors")
+    (base / "vocab.json").write_text("long, then cut short")
+    stop_after(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, tuned, out=tmp_path / "out", threads=1)
+    monkeypatch.undo()
+    (tmp_path / ".out.partial" / "vocab.json").write_text("long, th")
+    merge(base, tuned, out=tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "vocab.json").read_text() == "long, then cut short"
