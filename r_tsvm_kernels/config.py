@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from .errors import ConfigError
 from .files import read_regular
-from .methods import Method, MethodParameters, get_method, nearest
+from .methods import Method, MethodParameters, Strict, get_method, nearest
+from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
 from .safe_yaml import load_yaml
+from .text import shortened
 
 DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
 TokenizerSource = Literal["base", "union"]
@@ -27,17 +29,7 @@ _UNSUPPORTED = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise ConfigError(_describe(error, list(type(self).model_fields))) from None
-
-
-class ModelEntry(_Strict):
+class ModelEntry(Strict):
     """One model of a recipe.
 
     Attributes:
@@ -47,10 +39,10 @@ class ModelEntry(_Strict):
     """
 
     model: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default={})
 
 
-class MergeConfig(_Strict):
+class MergeConfig(Strict):
     """A merge: method, parameters, and for checkpoints also the models.
 
     A parameter value is a scalar, a gradient (list of numbers, interpolated over the layers) or a list of
@@ -78,7 +70,7 @@ class MergeConfig(_Strict):
     merge_method: str = "rtsvm"
     base_model: str | None = None
     models: tuple[ModelEntry, ...] = ()
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default={})
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
     include: tuple[str, ...] = ()
@@ -86,17 +78,23 @@ class MergeConfig(_Strict):
     num_layers: int | None = None
     tokenizer_source: TokenizerSource | None = None
 
+    def __init__(self, merge_method: str | None = None, /, **data: Any) -> None:
+        super().__init__(**({} if merge_method is None else {"merge_method": merge_method}), **data)
+
     @classmethod
     def from_kwargs(
-        cls, merge_method: str = "rtsvm", *, weights: Sequence[float] | None = None, **parameters: Any
+        cls, merge_method: str = "rtsvm", *, weights: Sequence[float] | float | None = None, **parameters: Any
     ) -> MergeConfig:
         """Make a config for tensors or state dicts: ``MergeConfig.from_kwargs("rtsvm", density=0.3)``.
 
         Args:
             merge_method: name of a registered method.
-            weights: one weight per fine-tuned tensor; None leaves the method's default.
+            weights: one weight per fine-tuned tensor, or one for all; None leaves the method's default.
             parameters: parameters of the method.
         """
+        weights = plain_values(weights)
+        if isinstance(weights, int | float):
+            weights, parameters = None, {**parameters, "weight": weights}
         models = tuple(ModelEntry(parameters={"weight": weight}) for weight in weights or ())
         return cls(merge_method=merge_method, models=models, parameters=parameters)
 
@@ -119,9 +117,7 @@ class MergeConfig(_Strict):
         if isinstance(present.get("models"), list):
             odd = [entry for entry in present["models"] if isinstance(entry, Mapping) and not _has_names(entry)]
             if odd:
-                raise ConfigError(
-                    f"models: the keys of an entry are `model` and `parameters`, got {_shortened(odd[0])}"
-                )
+                raise ConfigError(f"models: the keys of an entry are `model` and `parameters`, got {shortened(odd[0])}")
             present["models"] = tuple(
                 ModelEntry(**{k: v for k, v in entry.items() if v is not None}) if isinstance(entry, Mapping) else entry
                 for entry in present["models"]
@@ -230,6 +226,19 @@ class MergeConfig(_Strict):
         return self
 
 
+def as_config(config: MergeConfig | str) -> MergeConfig:
+    """Return a config, made from the name of a method where that is given.
+
+    Raises:
+        ConfigError: neither, or there is no such method.
+    """
+    if isinstance(config, str):
+        return MergeConfig(config)
+    if not isinstance(config, MergeConfig):
+        raise ConfigError(f"expected a MergeConfig or the name of a method, got {type(config).__name__}")
+    return config
+
+
 def _has_names(value: object) -> bool:
     """Whether a value is a mapping whose keys are all text."""
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
@@ -313,36 +322,13 @@ def _check_filters(value: object, where: str) -> None:
             raise ConfigError(f"{where}: each entry of the list needs `value` and may have `filter`")
         if not isinstance(item.get("filter"), str | None):
             raise ConfigError(
-                f"{where}: `filter` is a part of a tensor's name, a text, got {_shortened(item['filter'])}"
+                f"{where}: `filter` is a part of a tensor's name, a text, got {shortened(item['filter'])}"
             )
         _check_filters(item["value"], where)
 
 
 def _parse(schema: type[MethodParameters], values: dict[str, Any], where: str = "parameters") -> MethodParameters:
     try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_describe(error, list(schema.names()))}") from None
-
-
-def _describe(error: ValidationError, known: list[str]) -> str:
-    """Say what is wrong in one line per mistake, with the nearest valid key for unknown ones."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("literal["))
-        if item["type"] == "extra_forbidden":
-            key = str(item["loc"][-1])
-            lines.append(
-                f"unknown key {key!r}; did you mean {nearest(key, known)!r}? Known: {', '.join(sorted(known))}"
-            )
-        elif isinstance(item.get("ctx", {}).get("error"), Exception):
-            lines.append(str(item["ctx"]["error"]))
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:].replace("valid tuple", "list")
-            lines.append(f"{where}: {message}, got {_shortened(item['input'])}")
-    return "; ".join(lines)
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        return schema(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -47,16 +47,29 @@ _forced: ContextVar[dict[str, str]] = ContextVar("forced_backends")
 
 
 @contextmanager
-def use_backend(**choice: str) -> Iterator[None]:
-    """Force backends by op name inside a ``with`` block: the keyword is the op, the value the backend.
+def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
+    """Force backends inside a ``with`` block.
+
+    Args:
+        backend: for every op that has it, on whatever device; the other ops choose as ever. None forces nothing.
+        per_op: for single ops, which goes before `backend`: the keyword is the op, the value its backend.
 
     Raises:
         BackendUnavailable: an op or a backend of that name does not exist.
+
+    Example:
+        >>> with use_backend("torch", elect_and_sum="cpu"):
+        ...     merged = merge_tensors(base, tuned, config)
     """
-    for op, name in choice.items():
-        known = sorted({backend for order in ORDER.get(op, {}).values() for backend in order})
-        if name not in known:
-            raise BackendUnavailable(f"{op}: no backend {name!r}; ops: {sorted(ORDER)}; backends of {op}: {known}")
+    if backend is not None and backend not in MODULE:
+        raise BackendUnavailable(f"no backend {backend!r}; there are {', '.join(MODULE)}")
+    known = {op: sorted({name for order in devices.values() for name in order}) for op, devices in ORDER.items()}
+    for op, name in per_op.items():
+        if name not in known.get(op, ()):
+            raise BackendUnavailable(
+                f"{op}: no backend {name!r}; ops: {sorted(ORDER)}; backends of {op}: {known.get(op, [])}"
+            )
+    choice = {op: backend for op, names in known.items() if backend in names} | per_op
     token = _forced.set({**_forced.get({}), **choice})
     try:
         yield
@@ -70,18 +83,23 @@ def explain(op: str, device_type: str) -> list[tuple[str, str]]:
 
 
 def chosen(op: str, device_type: str) -> str | None:
-    """Return the backend that `op` takes on a device type now: the one that is forced, or the first that is ready."""
+    """Return the backend that `op` takes on a device type now: the one that is forced, or the first that is ready.
+
+    The only answer to "which backend will run?": memory is planned and merges are compared by it.
+    """
     ready = (name for name, state in explain(op, device_type) if state == backends.READY)
     return _forced.get({}).get(op) or next(ready, None)
 
 
 def select(op: str, *tensors: Tensor, backend: str | None = None) -> Callable[..., Any]:
-    """Return the ``run`` function that carries out `op` on these tensors.
+    """Return the ``run`` function that carries out `op` on these tensors; its results carry no graph.
 
     Raises:
         DeviceError: the tensors lie on different devices, or on one that no implementation knows.
         BackendUnavailable: `backend` (or the one forced by `use_backend`) cannot run here.
     """
+    from torch import no_grad
+
     devices = {str(tensor.device) for tensor in tensors}
     device_type = tensors[0].device.type
     if len(devices) != 1 or device_type not in ORDER[op]:
@@ -96,6 +114,6 @@ def select(op: str, *tensors: Tensor, backend: str | None = None) -> Callable[..
     for name, state in candidates:
         if state == backends.READY and wanted in (None, name):
             run: Callable[..., Any] = import_module(f"r_tsvm_kernels.ops.{op}.{MODULE[name]}").run
-            return run
+            return no_grad()(run)
     tried = "; ".join(f"{name}: {state}" for name, state in candidates)
     raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run on {device_type} here ({tried}); see `rtsvm info`")

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from .config import MergeConfig
-from .errors import CheckpointError, DeviceError, DTypeError, NonFiniteError, ShapeError
+from .config import MergeConfig, as_config
+from .errors import CheckpointError, ConfigError, DeviceError, DTypeError, NonFiniteError, RTsvmError, ShapeError
 from .linalg import Factored
 from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector, timed
 from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, task_statistics
+from .ops._checks import check_list, check_plain, is_finite
 from .parameters import layer_positions
 from .quantised import differing_error, must_agree, refuse_quantised, same_values
 from .tied import same_memory, tied_names
 
 # Elements of each tensor whose norms are taken at a time.
 _PIECE = 1 << 20
+
+# Spectral methods square the norms of weighted task matrices, in float64: the largest norm, with a margin.
+_LARGEST_NORM = 1e150
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class StateDictResult:
 def merge_tensors(
     base: Tensor,
     tuned: Sequence[Tensor | Factored],
-    config: MergeConfig,
+    config: MergeConfig | str,
     *,
     name: str = "",
     position: float = 0.0,
@@ -55,9 +60,11 @@ def merge_tensors(
     Args:
         base: (m, n) for the spectral methods to act; any other shape is merged by mean. float64, float32, float16 or
             bfloat16; integer and bool tensors are returned as they are, see `QuantisedRefused` below.
-        tuned: T tensors of the same shape and device; dtypes may differ. Or, in place of one, what it differs from the
-            base by, as `Factored`: methods that can keep it so form no task matrix, others form one tuned tensor.
-        config: method and parameters. If it lists models, there must be T. A `dtype` rounds tensors, not factors.
+        tuned: T tensors of the same shape and device; dtypes and strides may differ. Or, in place of one, what it
+            differs from the base by, as `Factored`: methods that can keep it so form no task matrix, others form one
+            tuned tensor.
+        config: method and parameters, or the name of a method. If it lists models, there must be T. A `dtype` rounds
+            tensors, not factors.
         name: of the tensor: for filters, patterns and messages.
         position: of the tensor's layer in [0, 1], for gradients.
         out_dtype: of the result; None means the config's ``out_dtype``, its ``dtype``, or the base's dtype.
@@ -66,17 +73,25 @@ def merge_tensors(
 
     Returns:
         MergeResult: ``weight`` on the inputs' device, ``report`` with ranks, sparsities, outlier masses, weights,
-        captured energy, certificate, interference, norms and times. The inputs are not changed.
+        captured energy, certificate, interference, norms and times. The inputs are not changed; those that require
+            grad, such as `torch.nn.Parameter`, are detached, and the result has no graph.
 
     Raises:
-        ShapeError, DeviceError, DTypeError: the tensors do not match, or cannot be merged.
+        ShapeError, DeviceError, DTypeError: the tensors do not match, or cannot be merged (sparse, wrapped, meta).
         QuantisedRefused: an integer or bool tensor of two or more dimensions is not the same in all models.
-        NonFiniteError: an input holds NaN or infinity, or the result does not fit the output dtype.
-        ConfigError: the config does not fit the number of tensors.
+        NonFiniteError: an input holds NaN or infinity, or the merge overflows the dtype it computes in or the output's.
+        ConfigError: the config does not fit the number of tensors, or a weight does not fit the dtype of the merge.
         ConvergenceError: a decomposition failed or missed its certificate.
     """
-    stages: dict[str, list[float]] = {}
-    with timed(stages, "merge"):
+    config = as_config(config)
+    label, stages = name or "tensor", dict[str, list[float]]()
+    base = _detached(base, f"{label} of the base")
+    check_list(tuned, "fine-tuned tensors", label)
+    tuned = [
+        model if isinstance(model, Factored) else _detached(model, f"{label} of tuned[{index}]")
+        for index, model in enumerate(tuned)
+    ]
+    with timed(stages, "merge"), torch.no_grad():
         result = _merged(base, tuned, config, name, position, out_dtype, measure_norms)
     result.report.stages |= stages
     result.report.seconds = stages["merge"][0]
@@ -101,15 +116,19 @@ def _merged(
         _check_agreement(base, tuned, config, plan, label)
         result = MergeResult(base.clone(), TensorReport())
     else:
-        base, tuned = _checked_inputs(base, tuned, config, label)
-        if plan.kind == "mean":
-            result = mean_task_vector(base, _formed(base, tuned), options.weight, getattr(options, "alpha", 1.0))
-        elif config.method.factored(options) and all(isinstance(model, Factored) for model in tuned):
-            result = config.method.run(base, tuned, options)
-        else:
-            result = config.method.run(base, _formed(base, tuned), options)
+        differences = plan.kind == "mean" or config.method.needs_base
+        limit = math.inf
+        if config.method.matrices_only and plan.kind == "merge":
+            limit = _LARGEST_NORM / math.sqrt(base.numel()) / max(1.0, *map(abs, options.weight))
+        base, tuned = _checked_inputs(base, tuned, config, label, limit if differences else None)
+        dtype = accumulation_dtype(base, *(model.left if isinstance(model, Factored) else model for model in tuned))
+        check_options(options, dtype, label)
+        with _named(label):
+            result = _run(base, tuned, config, options, plan.kind, label)
     if base.is_floating_point():
-        result.weight = stored(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
+        wide, result.weight = result.weight, stored(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
+        if plan.kind != "base" and not is_finite(result.weight):
+            raise NonFiniteError(_overflow(wide, options, label))
     report = result.report
     report.method, report.treatment, report.reason = config.method.name, plan.kind, plan.reason
     report.shape = tuple(base.shape)
@@ -121,8 +140,25 @@ def _merged(
     return result
 
 
+def _run(
+    base: Tensor,
+    tuned: Sequence[Tensor | Factored],
+    config: MergeConfig,
+    options: MethodParameters,
+    kind: str,
+    label: str,
+) -> MergeResult:
+    """Merge by the method, or by the mean of the task vectors; in the dtype that is computed in."""
+    if kind != "mean" and config.method.factored(options) and all(isinstance(model, Factored) for model in tuned):
+        return config.method.run(base, tuned, options)
+    formed = _formed(base, tuned, label)
+    if kind == "mean":
+        return mean_task_vector(base, formed, options.weight, getattr(options, "alpha", 1.0))
+    return config.method.run(base, formed, options)
+
+
 def merge_state_dicts(
-    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], config: MergeConfig
+    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], config: MergeConfig | str
 ) -> StateDictResult:
     """Merge T fine-tuned state dicts into the base's, tensor by tensor.
 
@@ -131,15 +167,29 @@ def merge_state_dicts(
     the base. Where the config has other parameters for its name, it is merged as a tensor of its own.
 
     Args:
-        base: name to tensor.
+        base: name to tensor: ``model.state_dict()`` or ``dict(model.named_parameters())``.
         tuned: T state dicts with the same names and shapes.
-        config: method and parameters. If it lists models, there must be T.
+        config: method and parameters, or the name of a method. If it lists models, there must be T.
+
+    Returns:
+        StateDictResult: new tensors without a graph, and a report for each.
 
     Raises:
         CheckpointError: the names are not the same everywhere.
+        DTypeError: an argument is no state dict, but a module, for example.
         QuantisedRefused: a model is quantised.
         As `merge_tensors`, with the tensor's name in the message.
+
+    Example:
+        >>> merged = merge_state_dicts(base.state_dict(), [math.state_dict(), code.state_dict()], "rtsvm")
+        >>> base.load_state_dict(merged.state_dict)
     """
+    config = as_config(config)
+    check_list(tuned, "state dicts", "tuned")
+    base, *tuned = (
+        _detached_all(given, label)
+        for label, given in [("the base", base), *((f"tuned[{index}]", given) for index, given in enumerate(tuned))]
+    )
     refuse_quantised("base", base)
     for index, state_dict in enumerate(tuned):
         refuse_quantised(f"tuned[{index}]", state_dict)
@@ -243,24 +293,30 @@ def _owners(config: MergeConfig, count: int) -> list[str]:
 
 
 def _checked_inputs(
-    base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, label: str
+    base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, label: str, limit: float | None
 ) -> tuple[Tensor, list[Tensor | Factored]]:
-    """Round the inputs to the config's dtype, after refusing any that do not match or are not finite."""
+    """Round the inputs to the config's dtype, after refusing any that do not match or are not finite.
+
+    Unless `limit` is None, those that differ from the base by more than that, or than their dtype holds, are refused.
+    """
     check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=label)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
 
-    def loaded(tensor: Tensor, owner: str) -> Tensor:
-        rounded = tensor if dtype is None else tensor.to(dtype)
-        check_finite(rounded, f"{label} of {owner}")
-        return rounded
+    def loaded(tensor: Tensor, owner: str) -> tuple[Tensor, float]:
+        largest = check_finite(tensor, f"{label} of {owner}")
+        return tensor if dtype is None else stored(tensor, dtype, f"{label} of {owner}"), largest
 
-    start, models = loaded(base, "the base"), list[Tensor | Factored]()
+    models = list[Tensor | Factored]()
+    start, height = loaded(base, "the base")
     for owner, model in zip(_owners(config, len(tuned)), tuned, strict=True):
         if isinstance(model, Factored):
             _check_factored(base, model, f"{label} of {owner}")
             models.append(model)
         else:
-            models.append(loaded(model, owner))
+            tensor, largest = loaded(model, owner)
+            if limit is not None:
+                _check_difference(start, tensor, height + largest, limit, f"{label} of {owner}")
+            models.append(tensor)
     return start, models
 
 
@@ -271,11 +327,18 @@ def _check_factored(base: Tensor, update: Factored, label: str) -> None:
         raise DeviceError(f"{label}: the update lies on {update.left.device}, the base on {base.device}")
     for factor in (update.left, update.right):
         check_finite(factor, label)
+    if not math.isfinite(update.scale):
+        raise NonFiniteError(f"{label}: the scale of the update is {update.scale}; expected a finite number")
 
 
-def _formed(base: Tensor, tuned: Sequence[Tensor | Factored]) -> list[Tensor]:
+def _formed(base: Tensor, tuned: Sequence[Tensor | Factored], label: str) -> list[Tensor]:
     """Return the tuned tensors, forming those that are given as updates: float32, or float64 if anything is."""
-    return [base_plus(base, model) if isinstance(model, Factored) else model for model in tuned]
+    formed = [base_plus(base, model) if isinstance(model, Factored) else model for model in tuned]
+    for index, model in enumerate(tuned):
+        if isinstance(model, Factored) and not is_finite(formed[index]):
+            name = _dtype_name(formed[index].dtype)
+            raise NonFiniteError(f"{label} of tuned[{index}]: the base plus its update overflows {name}")
+    return formed
 
 
 def base_plus(base: Tensor, update: Factored) -> Tensor:
@@ -284,6 +347,33 @@ def base_plus(base: Tensor, update: Factored) -> Tensor:
         return base
     dtype = accumulation_dtype(base, update.left)
     return torch.addmm(base.to(dtype), update.left.to(dtype) * update.scale, update.right.to(dtype))
+
+
+def _check_difference(base: Tensor, tuned: Tensor, bound: float, limit: float, label: str) -> None:
+    """Refuse a task vector beyond `limit`, or beyond the dtype it is formed in.
+
+    Args:
+        base: the base.
+        tuned: the model.
+        bound: an upper bound of the magnitudes of the task vector, which is formed only where that does not suffice.
+        limit: the largest magnitude.
+        label: for the message.
+
+    Raises:
+        NonFiniteError: it is too large.
+    """
+    dtype = accumulation_dtype(base, tuned)
+    limit = min(limit, torch.finfo(dtype).max)
+    if bound <= limit:
+        return
+    pieces = zip(*(torch.split(tensor.flatten(), _PIECE) for tensor in (base, tuned)), strict=True)
+    largest = max(float((after.to(dtype) - before.to(dtype)).abs().amax()) for before, after in pieces)
+    if not largest <= limit:
+        raise NonFiniteError(
+            f"{label}: differs from the base by {largest:.3g}, above the {limit:.3g} that {_dtype_name(dtype)} allows "
+            "here; repair the checkpoint, scale it down or exclude the tensor"
+            + (", or set dtype: float64" if dtype == torch.float32 else "")
+        )
 
 
 def _distances(base: Tensor, others: Sequence[Tensor]) -> list[float]:
@@ -299,19 +389,88 @@ def _distances(base: Tensor, others: Sequence[Tensor]) -> list[float]:
 
 
 def stored(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
-    """Round to the storage dtype; a finite value that overflows it is an error, not an infinity."""
+    """Round to a dtype; a finite value that overflows it is an error, what was not finite before stays.
+
+    Raises:
+        NonFiniteError: a value does not fit.
+    """
     if weight.dtype == dtype:
         return weight
     stored = weight.to(dtype)
-    if weight.numel() == 0 or all(bool(bound.isfinite()) for bound in stored.aminmax()):
-        return stored
-    if bool((stored.isinf() & weight.isfinite()).any()):
-        largest = float(weight.abs().amax())
+    if not is_finite(stored) and bool((stored.isinf() & weight.isfinite()).any()):
+        largest = float(weight.where(weight.isfinite(), 0).abs().amax())
         raise NonFiniteError(
-            f"{label}: a merged value of magnitude {largest:.3g} does not fit {str(dtype).removeprefix('torch.')}; "
-            "choose a wider out_dtype or a smaller alpha"
+            f"{label}: a value of magnitude {largest:.3g} does not fit {_dtype_name(dtype)}; "
+            "choose a wider dtype or out_dtype, or a smaller alpha"
         )
     return stored
+
+
+def check_options(options: MethodParameters, dtype: torch.dtype, label: str) -> None:
+    """Require the factors of a merge to fit the dtype that it computes in.
+
+    Raises:
+        ConfigError: a weight, alpha or t does not.
+    """
+    for name in ("weight", "alpha", "t"):
+        value = getattr(options, name, ())
+        for number in value if isinstance(value, tuple) else (value,):
+            if abs(number) > torch.finfo(dtype).max:
+                raise ConfigError(
+                    f"{label}: {name} is {number:g}, beyond {_dtype_name(dtype)}, in which the tensor is merged; "
+                    "choose a smaller one"
+                )
+
+
+def _overflow(weight: Tensor, options: MethodParameters, label: str) -> str:
+    """Say that a merge of finite tensors is not finite, and with which factors."""
+    given = {name: getattr(options, name) for name in ("weight", "alpha", "t") if hasattr(options, name)}
+    factors = ", ".join(f"{name} {value}" for name, value in given.items())
+    return (
+        f"{label}: {int(weight.numel() - weight.isfinite().sum())} of {weight.numel()} merged values are NaN or "
+        f"infinite: the merge overflows {_dtype_name(weight.dtype)} ({factors}); choose smaller factors, exclude the "
+        "tensor, or set dtype: float64"
+    )
+
+
+def _detached(tensor: object, label: str) -> Tensor:
+    """Return a plain tensor that shares its memory and has no graph.
+
+    Raises:
+        DTypeError: not a tensor, or one that holds no values of its own (sparse, wrapped, quantised).
+        DeviceError: it is on the meta device, which holds no values.
+    """
+    check_plain(tensor, label)
+    assert isinstance(tensor, Tensor)
+    if tensor.device.type == "meta":
+        raise DeviceError(f"{label}: is on the meta device and has no values; load the weights first")
+    return tensor.detach().as_subclass(Tensor)
+
+
+def _detached_all(state_dict: object, label: str) -> dict[str, Tensor]:
+    """Return a state dict of plain tensors, see `_detached`.
+
+    Raises:
+        DTypeError, DeviceError: it is no state dict, or holds what cannot be merged.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise DTypeError(f"{label}: expected a state dict, got {type(state_dict).__name__}; give model.state_dict()")
+    return {name: _detached(tensor, f"{name} of {label}") for name, tensor in state_dict.items()}
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Put the name of the tensor in front of errors that do not know it."""
+    try:
+        yield
+    except RTsvmError as error:
+        if label in str(error):
+            raise
+        raise type(error)(f"{label}: {error}") from error
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

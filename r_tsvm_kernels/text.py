@@ -24,3 +24,9 @@ def _escaped(char: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python writes a byte of a path that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return char.encode("unicode_escape").decode()
+
+
+def shortened(value: object) -> str:
+    """Return the `repr` of a value, at most 80 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

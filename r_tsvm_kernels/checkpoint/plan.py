@@ -12,7 +12,7 @@ import torch
 
 from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, QuantisedRefused, ShapeError
-from ..merge import Treatment, check_same_names, stored_dtype, treatment
+from ..merge import Treatment, check_options, check_same_names, stored_dtype, treatment
 from ..methods import Cost, Job, MethodParameters, elementwise_cost, factored_cost
 from ..ops import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
@@ -185,7 +185,7 @@ class MergePlan:
         shape = tensor.spec.shape if shape is None else shape
         if tensor.treatment.kind == "base":
             return Cost(tensor.dtypes[0].itemsize * math.prod(shape), 0.0)
-        job = Job(shape, len(self.tuned), self._accumulation(tensor).itemsize, device_type)
+        job = Job(shape, len(self.tuned), self.accumulation(tensor).itemsize, device_type)
         if self.keeps_factors(name):
             return factored_cost(job, self.update_ranks(name))
         model = elementwise_cost if tensor.treatment.kind == "mean" else self.config.method.cost
@@ -206,7 +206,7 @@ class MergePlan:
         shape = tensor.spec.shape if rows is None else (rows, *tensor.spec.shape[1:])[: len(tensor.spec.shape)]
         elements = math.prod(shape)
         stored = tensor.spec.dtype.itemsize * elements
-        result = tensor.dtypes[0] if tensor.treatment.kind == "base" else self._accumulation(tensor)
+        result = tensor.dtypes[0] if tensor.treatment.kind == "base" else self.accumulation(tensor)
         rounding = 0 if result == tensor.spec.dtype else stored  # the wide and the stored tensor
         work = max(self.cost(name, shape, device_type).bytes, result.itemsize * elements + rounding)
         if tensor.treatment.kind != "base" and self.config.dtype is not None:
@@ -249,7 +249,8 @@ class MergePlan:
         model = next(model for model in self.tuned if isinstance(model, AdaptedModel) and model.adapter is adapter)
         return model.modules[name]
 
-    def _accumulation(self, tensor: TensorPlan) -> torch.dtype:
+    def accumulation(self, tensor: TensorPlan) -> torch.dtype:
+        """Return the dtype that a tensor is merged in."""
         if self.config.dtype is not None:
             return torch.float64 if self.config.dtype == "float64" else torch.float32
         return torch.float64 if torch.float64 in tensor.dtypes else torch.float32
@@ -277,7 +278,8 @@ def make_plan(
         allow_pickle: take pickled weights where a model has no others.
 
     Raises:
-        ConfigError: no models, or no base where the method needs one; or one file for several modules.
+        ConfigError: no models, or no base where the method needs one; one file for several modules; or a weight beyond
+            the dtype of a merge.
         CheckpointError, PickleRefused: an input is missing or damaged, or its tensors are not the base's.
         QuantisedRefused: an input is quantised.
         ShapeError: shapes differ.
@@ -334,7 +336,11 @@ def make_plan(
         )
         for name in names
     }
-    return MergePlan(base, tuned, config, tensors, shards, tied)
+    plan = MergePlan(base, tuned, config, tensors, shards, tied)
+    for name, tensor in tensors.items():
+        if tensor.treatment.kind != "base":
+            check_options(tensor.options, plan.accumulation(tensor), name)
+    return plan
 
 
 def _shards(base: Checkpoint, specs: dict[str, TensorSpec], shard_bytes: int, stem: str | None) -> dict[str, list[str]]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from .. import backends, dispatch
+from .. import dispatch
 from ..errors import ConfigError
 from ..linalg import Certificate, Factored
 from ..ops import accumulation_dtype
+from ..ops._checks import plain_values
+from ..text import shortened
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Number = TypeVar("Number")
@@ -32,12 +34,16 @@ _PER_MODEL = BeforeValidator(_as_tuple)
 PerModel = Annotated[tuple[Number, ...], _PER_MODEL, Field(min_length=1)]
 
 
-class MethodParameters(BaseModel):
-    """Parameters of one merge method, already evaluated for one tensor."""
+class Strict(BaseModel):
+    """A model that refuses unknown keys, takes numbers of NumPy and torch, and raises `ConfigError`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weight: PerModel[FiniteFloat] = Field(default=(1.0,), description="weight of each model")
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**{key: plain_values(value) for key, value in data.items()})
+        except ValidationError as error:
+            raise ConfigError(_describe(error, self.names())) from None
 
     @classmethod
     def names(cls) -> dict[str, str]:
@@ -45,6 +51,32 @@ class MethodParameters(BaseModel):
         keys = {name: name for name in cls.model_fields}
         keys.update({info.alias: name for name, info in cls.model_fields.items() if info.alias})
         return keys
+
+
+def _describe(error: ValidationError, known: Collection[str]) -> str:
+    """Say what is wrong in one line per mistake, with the nearest valid key for unknown ones."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("literal["))
+        if item["type"] == "extra_forbidden":
+            key = str(item["loc"][-1])
+            lines.append(
+                f"unknown key {key!r}; did you mean {nearest(key, list(known))!r}? Known: {', '.join(sorted(known))}"
+            )
+        elif isinstance(item.get("ctx", {}).get("error"), Exception):
+            lines.append(str(item["ctx"]["error"]))
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:].replace("valid tuple", "list")
+            lines.append(f"{where}: {message}, got {shortened(item['input'])}")
+    return "; ".join(lines)
+
+
+class MethodParameters(Strict):
+    """Parameters of one merge method, already evaluated for one tensor."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    weight: PerModel[FiniteFloat] = Field(default=(1.0,), description="weight of each model")
 
     @classmethod
     def is_per_model(cls, name: str) -> bool:
@@ -195,8 +227,8 @@ def always(options: Any) -> bool:
 
 def elementwise_cost(job: Job, options: Any) -> Cost:
     """Return what a weighted sum of task vectors takes: the reference in torch stores what the kernels do not."""
-    ready = [name for name, state in dispatch.explain("elect_and_sum", job.device_type) if state == backends.READY]
-    copies = 7 * job.itemsize + 1 if ready[:1] == ["torch"] else job.itemsize
+    by_reference = dispatch.chosen("elect_and_sum", job.device_type) == "torch"
+    copies = 7 * job.itemsize + 1 if by_reference else job.itemsize
     return Cost(copies * job.elements, (3.0 * job.tasks + 2) * job.elements)
 
 
@@ -246,9 +278,13 @@ METHODS: dict[str, Method] = {}
 def register(
     name: str, *, pretty_name: str, paper_url: str, parameters: type[MethodParameters], **traits: Any
 ) -> Callable[[Run], Run]:
-    """Register the decorated function as merge method `name`; `traits` are the other fields of `Method`."""
+    """Register the decorated function as merge method `name`; `traits` are the other fields of `Method`.
+
+    It takes parameters of models as well, which require grad; its results carry no graph.
+    """
 
     def decorate(run: Run) -> Run:
+        run = torch.no_grad()(run)
         METHODS[name] = Method(name, pretty_name, paper_url, parameters, run, **traits)
         return run
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
+from .. import dispatch
 from ..ops import Election, Keep, RankedKeep, della_probabilities, magnitude_ranks, ranked_mask
 from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, PerModel, register
-from .sparse import RandomParameters, by_reference, merge_kept, sparse_cost
+from .sparse import RandomParameters, merge_kept, sparse_cost
 
 
 class DellaLinearParameters(RandomParameters):
@@ -52,7 +53,7 @@ def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParam
 def della_cost(job: Job, options: DellaLinearParameters) -> Cost:
     """Return what DELLA takes: besides all else the ranks of every task."""
     common = sparse_cost(job, options)
-    sorting = 40 if by_reference("magnitude_ranks", job.device_type) else 1
+    sorting = 40 if dispatch.chosen("magnitude_ranks", job.device_type) == "torch" else 1
     return Cost(common.bytes + (4 * job.tasks + sorting) * job.elements, common.flops + 60.0 * job.tasks * job.elements)
 
 

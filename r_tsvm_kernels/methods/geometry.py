@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..ops import task_gram, tile_elements
+from ..ops._checks import is_finite
 from .base import Cost, Job, elementwise_cost
 
 
 def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
     """Return the products ``<X_i, X_j>`` of all tensors, or of what they differ from `base`; (T, T) float64, CPU."""
-    return task_gram(tensors, base).cpu()
+    return checked(task_gram(tensors, base)).cpu()
 
 
 def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
@@ -26,7 +28,18 @@ def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
         origin, *tiles = (x[first : first + height].double() for x in rows)
         X = torch.stack([tile - origin for tile in tiles], dim=1)
         grams.append(X @ X.mT)
-    return torch.cat(grams)
+    return checked(torch.cat(grams))
+
+
+def checked(gram: Tensor) -> Tensor:
+    """Return the products, if all are finite.
+
+    Raises:
+        NonFiniteError: squares of finite elements overflow float64.
+    """
+    if not is_finite(gram):
+        raise NonFiniteError("squared norms overflow float64; scale the models down, or exclude the tensor")
+    return gram
 
 
 def cosines(gram: Tensor) -> Tensor:

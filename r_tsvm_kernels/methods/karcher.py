@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops import elect_and_sum, normalized
-from .base import MergeResult, MethodParameters, TensorReport, register
+from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
 from .geometry import cosines, geometric_cost, gram_matrix
 
 # Cosines up to it are -1 but for rounding.
@@ -20,7 +20,7 @@ class KarcherParameters(MethodParameters):
     """Parameters of `karcher`."""
 
     max_iter: int = Field(default=10, ge=0, description="most iterations")
-    tol: float = Field(default=1e-5, gt=0, description="length of a step, in radians, at which iterations end")
+    tol: FiniteFloat = Field(default=1e-5, gt=0, description="length of a step, in radians, at which iterations end")
 
 
 def karcher_coefficients(directions: Tensor, w: Tensor, max_iter: int, tol: float) -> Tensor:

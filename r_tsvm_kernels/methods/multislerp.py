@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops import elect_and_sum, normalized
-from .base import MergeResult, MethodParameters, TensorReport, register
+from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
 from .geometry import cosines, geometric_cost, gram_matrix
 
 
@@ -17,7 +17,7 @@ class MultiSlerpParameters(MethodParameters):
     """Parameters of `multislerp`."""
 
     normalize_weights: bool = Field(default=True, description="divide the weights by their sum")
-    eps: float = Field(default=1e-8, ge=0, description="a mean direction shorter than this counts as none")
+    eps: FiniteFloat = Field(default=1e-8, ge=0, description="a mean direction shorter than this counts as none")
 
 
 @register(

@@ -19,6 +19,7 @@ from ..ops import (
     task_statistics,
 )
 from .base import Cost, FiniteFloat, Job, MergeResult, PerModel, TensorReport, register, timed
+from .geometry import checked
 from .tsvm import TsvmParameters, merge_and_report, spectral_cost
 
 
@@ -85,6 +86,7 @@ def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Merge
     else:
         with timed(report.stages, "statistics"):
             statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
+            checked(statistics.sd)  # where it overflows, no outlier would be found
             task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
             sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
         reweighting = outlier_weights(statistics, options.outlier_weighting)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
+from .. import dispatch
 from ..ops import Keep, elect_and_sum, kept_count, magnitude_select, task_gram, task_spread
 from .base import Cost, Job, MergeResult, MethodParameters, TensorReport, register
-from .geometry import gram_bytes
-from .sparse import Share, by_reference
+from .geometry import checked, gram_bytes
+from .sparse import Share
 
 
 class SceParameters(MethodParameters):
@@ -23,7 +24,7 @@ class SceParameters(MethodParameters):
 def sce_cost(job: Job, options: SceParameters) -> Cost:
     """Return what `sce` takes: variances in float64 and their selection, then the election."""
     per_element = 48 + 4 * job.itemsize
-    if by_reference("elect_and_sum", job.device_type):
+    if dispatch.chosen("elect_and_sum", job.device_type) == "torch":
         per_element = max(per_element, (2 * job.tasks + 8) * job.itemsize + 81)
     return Cost(per_element * job.elements + gram_bytes(job), 16.0 * job.tasks * job.elements)
 
@@ -59,7 +60,7 @@ def largest(spread: Tensor, keep: int) -> Tensor:
 
 def squared_norms(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> list[float]:
     """Return the squared norm of each task vector, of its selected elements alone if some are."""
-    squares: list[float] = task_gram(tuned, base, mask=selected).diagonal().tolist()
+    squares: list[float] = checked(task_gram(tuned, base, mask=selected).diagonal()).tolist()
     return squares
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from .. import backends, dispatch
+from .. import dispatch
 from ..ops import Election, Keep, elect_and_sum, kept_count, magnitude_select, normalized, task_statistics
 from .base import Cost, Job, MergeResult, MethodParameters, PerModel, TensorReport
 from .task_arithmetic import TaskArithmeticParameters
@@ -80,15 +80,10 @@ def merge_kept(
     return MergeResult(merged, TensorReport(weights=weights))
 
 
-def by_reference(op: str, device_type: str) -> bool:
-    """Whether an op is run by the reference in torch, which stores what the kernels do not."""
-    return next(name for name, state in dispatch.explain(op, device_type) if state == backends.READY) == "torch"
-
-
 def sparse_cost(job: Job, options: Any) -> Cost:
     """Return what sparsifying, electing and summing takes."""
     per_element = job.itemsize
-    if by_reference("elect_and_sum", job.device_type):
+    if dispatch.chosen("elect_and_sum", job.device_type) == "torch":
         per_element = (job.tasks + 8) * job.itemsize + 80
     elif options.rescale and not isinstance(options, RandomParameters):
         per_element = 4 * job.itemsize + 12

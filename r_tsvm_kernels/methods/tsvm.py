@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from .. import dispatch
 from ..linalg import Factored, Mode, Rank, Solver, TsvMerge, fixed_rank, tsv_merge, tsv_merge_bytes, tsv_merge_flops
 from ..linalg.cuda_graph import PRODUCTS
 from ..ops import add_update
@@ -24,7 +25,6 @@ from .base import (
     task_matrices,
     timed,
 )
-from .sparse import by_reference
 
 # An eighth of what `tsv_merge` takes by itself: no slower, measured, and tall matrices need half as much memory. It
 # decides how sums are rounded, so no memory budget changes it.
@@ -49,7 +49,7 @@ def spectral_cost(job: Job, options: TsvmParameters, ranks: Sequence[int]) -> Co
     """Return what TSV-Merge takes with its task matrices, at these ranks or smaller ones."""
     shape = (job.shape[0], job.shape[1])
     matrices = job.tasks * job.itemsize * job.elements
-    simulated = any(by_reference(op, job.device_type) for op in PRODUCTS)
+    simulated = any(dispatch.chosen(op, job.device_type) == "torch" for op in PRODUCTS)
     solving = tsv_merge_bytes(shape, ranks, job.itemsize, options.solver, options.workspace, simulated)
     forming, adding = 2 * job.itemsize * job.elements, (5 * job.itemsize + 1) * job.elements  # one after the other
     return Cost(matrices + max(forming, solving, adding), tsv_merge_flops(shape, ranks))

@@ -301,7 +301,7 @@ def test_what_it_refuses(backend):
         merge([tuned[0], tuned[1].to("meta")])
     with pytest.raises(ConfigError, match="none, sum, count, unweighted"):
         merge(elect="total")
-    with pytest.raises(ConfigError, match="2 tasks but 3 weights"):
+    with pytest.raises(ConfigError, match="weights: 2 tasks but 3 numbers"):
         merge(weights=[1.0] * 3)
     with pytest.raises(ConfigError, match="2 tasks but 1 sparsifiers"):
         merge(keep=[Keep()])

@@ -59,7 +59,7 @@ def test_what_it_refuses():
         elect_and_sum_many([(x, [])], [])
     with pytest.raises(DTypeError, match="elect_and_sum_many"):
         elect_and_sum_many([(x, [x.int()])], [1.0])
-    with pytest.raises(ConfigError, match="2 tasks but 1 weights"):
+    with pytest.raises(ConfigError, match="2 tasks but 1 numbers"):
         elect_and_sum_many([(x, [x]), (x, [x, x])], [1.0])
     with pytest.raises(ConfigError, match="none, sum, count, unweighted"):
         elect_and_sum_many([(x, [x])], [1.0], elect="total")

@@ -68,7 +68,7 @@ def test_infinite_sigma_clips_nothing(backend):
 def test_one_density_per_task(backend):
     base, tuned = torch.zeros(10, 10), [torch.randn(10, 10) for _ in range(2)]
     assert [int((d != 0).sum()) for d in prepare(base, tuned, density=[0.2, 0.7], backend=backend)] == [20, 70]
-    with pytest.raises(ConfigError, match="2 tasks but 3 densities"):
+    with pytest.raises(ConfigError, match="density: 2 tasks but 3 numbers"):
         prepare(base, tuned, density=[0.1, 0.2, 0.3])
 
 

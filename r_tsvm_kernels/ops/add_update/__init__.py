@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import dispatch
-from .._checks import check_group
+from .._checks import accumulation_dtype, check_factors, check_group, numbers_of
 
 
 def add_update(base: Tensor, update: Tensor, alpha: float = 1.0, *, backend: str | None = None) -> Tensor:
@@ -22,9 +22,12 @@ def add_update(base: Tensor, update: Tensor, alpha: float = 1.0, *, backend: str
 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
+        ConfigError: `alpha` is not finite, or does not fit the dtype of the result.
         BackendUnavailable: `backend` cannot run here.
     """
     check_group(base, [update], op="add_update")
+    (alpha,) = numbers_of(alpha, 1, "add_update: alpha")
+    check_factors([alpha], accumulation_dtype(base, update), "add_update: alpha")
     run = dispatch.select("add_update", base, update, backend=backend)
     result: Tensor = run(base, update, alpha)
     return result

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import ConfigError
-from .._checks import check_group, check_like, check_mask
+from .._checks import accumulation_dtype, check_factors, check_group, check_like, check_mask, numbers_of
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import check_random
 from .ranked import RankedKeep
@@ -64,7 +64,7 @@ class Keep:
 def elect_and_sum(
     base: Tensor,
     tuned: Sequence[Tensor],
-    weights: Sequence[float],
+    weights: Sequence[float] | float,
     *,
     elect: Election = "none",
     normalize: bool = False,
@@ -93,7 +93,7 @@ def elect_and_sum(
     Args:
         base: any shape, float64, float32, float16 or bfloat16.
         tuned: T tensors of the same shape and device; dtypes may differ.
-        weights: T numbers, of any sign.
+        weights: T numbers, of any sign, or one for all tasks.
         elect: ``none``, ``sum``, ``count`` or ``unweighted``.
         normalize: divide by weights, as above.
         alpha: scale of the merged task vector.
@@ -105,21 +105,25 @@ def elect_and_sum(
 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match, ranks and masks included.
-        ConfigError: an unknown election, a wrong number of weights or sparsifiers, a number that is not finite,
-            weights that sum to 0 and are to be normalized without an election, or ranks in an unweighted election.
+        ConfigError: an unknown election, a wrong number of weights or sparsifiers, a number that is not finite or does
+            not fit the accumulation dtype, weights that sum to 0 and are to be normalized without an election, or
+            ranks in an unweighted election.
         BackendUnavailable: `backend` cannot run here.
     """
     check_group(base, tuned, op="elect_and_sum")
     if elect not in get_args(Election):
         raise ConfigError(f"elect must be {', '.join(get_args(Election))}, got {elect!r}")
-    for name, values in (("weights", weights), ("sparsifiers", keep)):
-        if values is not None and len(values) != len(tuned):
-            raise ConfigError(f"elect_and_sum: {len(tuned)} tasks but {len(values)} {name}")
-    if not all(math.isfinite(number) for number in [*weights, alpha]):
-        raise ConfigError(f"elect_and_sum: expected finite numbers, got weights {list(weights)}, alpha {alpha}")
+    weights = numbers_of(weights, len(tuned), "elect_and_sum: weights")
+    (alpha,) = numbers_of(alpha, 1, "elect_and_sum: alpha")
+    if keep is not None and len(keep) != len(tuned):
+        raise ConfigError(f"elect_and_sum: {len(tuned)} tasks but {len(keep)} sparsifiers")
     if normalize and elect == "none":
         weights = normalized(weights)
     rules = list(keep) if keep is not None else [Keep()] * len(tuned)
+    dtype = accumulation_dtype(base, *tuned)
+    factors = [weight * rule.rescale for weight, rule in zip(weights, rules, strict=True)]
+    for label, values in (("weights", weights), ("weights times rescale", factors), ("alpha", [alpha])):
+        check_factors(values, dtype, f"elect_and_sum: {label}")
     for index, rule in enumerate(rules):
         if rule.ranked is not None:
             check_like(rule.ranked.ranks, base, f"elect_and_sum: tensor of ranks of task {index}")
@@ -128,7 +132,7 @@ def elect_and_sum(
         if rule.mask is not None:
             check_mask(rule.mask, base, f"elect_and_sum: mask of task {index}")
     run = dispatch.select("elect_and_sum", base, *tuned, backend=backend)
-    result: Tensor = run(base, tuned, list(weights), rules, elect, normalize, alpha)
+    result: Tensor = run(base, tuned, weights, rules, elect, normalize, alpha)
     return result
 
 
@@ -139,6 +143,9 @@ def normalized(weights: Sequence[float]) -> list[float]:
         ConfigError: they sum to 0.
     """
     total = sum(weights)
+    if math.isinf(total):
+        largest = max(map(abs, weights))
+        return normalized([weight / largest for weight in weights])
     if abs(total) < 1e-8:
         raise ConfigError(f"the weights {list(weights)} sum to 0 and cannot be normalized; set normalize: false")
     return [weight / total for weight in weights]

@@ -14,7 +14,7 @@ from . import Election, elect_and_sum
 
 def elect_and_sum_many(
     groups: Sequence[tuple[Tensor, Sequence[Tensor]]],
-    weights: Sequence[float],
+    weights: Sequence[float] | float,
     *,
     elect: Election = "none",
     normalize: bool = False,
@@ -27,7 +27,7 @@ def elect_and_sum_many(
 
     Args:
         groups: pairs of a base and its T fine-tuned tensors, as for `elect_and_sum`.
-        weights: T numbers, the same for all groups.
+        weights: T numbers, or one for all tasks; the same for all groups.
         elect: as for `elect_and_sum`.
         normalize: as for `elect_and_sum`.
         alpha: as for `elect_and_sum`.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...errors import ConfigError, DTypeError
-from .._checks import FLOAT_DTYPES, accumulation_dtype, check_group
+from ...errors import ConfigError
+from .._checks import accumulation_dtype, check_floating, check_group, whole
 
 MAX_BITS = 11  # of a digit: 2048 counters fit into the shared memory of a GPU
 # Of the bit pattern of a magnitude: that of the float without its sign. As integers the patterns have the order of the
@@ -48,8 +48,9 @@ def magnitude_histogram(
         ShapeError, DeviceError: `x` and `base` do not match.
         BackendUnavailable: `backend` cannot run here.
     """
-    if x.dtype not in FLOAT_DTYPES:
-        raise DTypeError(f"magnitude_histogram: expected a floating-point tensor, got {x.dtype}")
+    check_floating(x, "magnitude_histogram: x")
+    bits, prefix = whole(bits, "magnitude_histogram: bits"), whole(prefix, "magnitude_histogram: prefix")
+    prefix_bits = whole(prefix_bits, "magnitude_histogram: prefix_bits")
     if base is not None:
         check_group(base, [x], op="magnitude_histogram")
     tensors = [x] if base is None else [x, base]

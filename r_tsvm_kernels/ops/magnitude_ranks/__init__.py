@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...errors import DTypeError, ShapeError
-from .._checks import FLOAT_DTYPES, check_group
+from ...errors import ShapeError
+from .._checks import check_floating, check_group
 
 
 def magnitude_ranks(x: Tensor, *, base: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -32,8 +32,7 @@ def magnitude_ranks(x: Tensor, *, base: Tensor | None = None, backend: str | Non
         NonFiniteError: a value is NaN or infinite: there is no order to rank by.
         BackendUnavailable: `backend` cannot run here.
     """
-    if x.dtype not in FLOAT_DTYPES:
-        raise DTypeError(f"magnitude_ranks: expected a floating-point tensor, got {x.dtype}")
+    check_floating(x, "magnitude_ranks: x")
     if x.ndim == 0 or x.shape[-1] >= 2**31:
         raise ShapeError(f"magnitude_ranks: expected rows of less than 2**31 elements, got shape {tuple(x.shape)}")
     if base is not None:

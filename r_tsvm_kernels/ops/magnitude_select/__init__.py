@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...errors import ConfigError, DTypeError
-from .._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
+from ...errors import ConfigError
+from .._checks import accumulation_dtype, check_finite, check_floating, check_group, plain_values, whole
 
 # Elements of which a mask is made at one time on a CPU: what fits into a core's cache, and is worth its overhead.
 MASK_TILE = 1 << 17
@@ -116,24 +116,25 @@ def magnitude_select(
         One selection, or a tuple of as many as there are numbers in `keep`.
 
     Raises:
-        ConfigError: `keep` is out of range.
+        ConfigError: `keep` is no whole number, or out of range.
         DTypeError: `x` or `base` is not floating point.
         ShapeError, DeviceError: `x` and `base` do not match.
         NonFiniteError: a value is NaN or infinite: there is no order to select by.
         BackendUnavailable: `backend` cannot run here.
     """
-    if x.dtype not in FLOAT_DTYPES:
-        raise DTypeError(f"magnitude_select: expected a floating-point tensor, got {x.dtype}")
-    counts = list(keep) if isinstance(keep, Sequence) else [keep]
+    check_floating(x, "magnitude_select: x")
+    given = plain_values(keep)
+    several = isinstance(given, Sequence)
+    counts = [whole(count, "magnitude_select: keep") for count in (given if several else [given])]
     for count in counts:
         if not 0 <= count <= x.numel():
             raise ConfigError(f"magnitude_select: keep must lie in [0, {x.numel()}], got {count}")
-    if base is None:
-        check_finite(x, "magnitude_select")
-    else:
+    if base is not None:
         check_group(base, [x], op="magnitude_select")
     tensors = [x] if base is None else [x, base]
     run = dispatch.select("magnitude_select", *tensors, backend=backend)
+    if base is None:
+        check_finite(x, "magnitude_select")
     positive = [count for count in counts if count > 0]
     found: list[MagnitudeSelection] = []
     if positive:
@@ -143,7 +144,7 @@ def magnitude_select(
         check_finite(x.to(dtype) - base.to(dtype), "magnitude_select")
     rest = iter(found)
     selections = tuple(next(rest) if count > 0 else _nothing(*tensors) for count in counts)
-    return selections if isinstance(keep, Sequence) else selections[0]
+    return selections if several else selections[0]
 
 
 def _nothing(x: Tensor, *base: Tensor) -> MagnitudeSelection:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, ShapeError
-from .._checks import accumulation_dtype, check_group, raise_not_finite
+from .._checks import accumulation_dtype, check_group, raise_not_finite, whole
 from ..magnitude_histogram import magnitude_histogram
 from . import MagnitudeSelection
 
@@ -52,7 +52,7 @@ def magnitude_select_many(tensors: Stream, keep: int, *, backend: str | None = N
         ShapeError: the passes differ: in the number of tensors, in their shapes, dtypes or values.
         DTypeError, DeviceError, BackendUnavailable: as for `magnitude_select`.
     """
-    dtype = torch.float32
+    dtype, keep = torch.float32, whole(keep, "magnitude_select_many: keep")
     form, first = FORMATS[dtype], _pass(tensors, dtype, 0, 0, 0, backend)
     if first is None:
         dtype = torch.float64

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import ConfigError
+from .._checks import numbers_of, whole
 
 
 def random_mask(
@@ -37,10 +38,12 @@ def random_mask(
         backend: run this implementation or raise; None takes the fastest one that is available.
 
     Raises:
-        ConfigError: `keep_probability`, `seed` or `stream` is out of range.
+        ConfigError: `keep_probability`, `seed` or `stream` is no number of its kind, or out of range.
         DeviceError: no implementation knows the device.
         BackendUnavailable: `backend` cannot run here.
     """
+    (keep_probability,) = numbers_of(keep_probability, 1, "random_mask: keep_probability")
+    seed, stream = whole(seed, "random_mask: seed"), whole(stream, "random_mask: stream")
     check_random(keep_probability, seed, stream, op="random_mask")
     mask = torch.empty(tuple(shape), dtype=torch.bool, device=device)
     run = dispatch.select("random_mask", mask, backend=backend)

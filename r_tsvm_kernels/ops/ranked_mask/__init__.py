@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import DTypeError, ShapeError
-from .._checks import FLOAT_DTYPES, check_group
+from .._checks import check_floating, check_group, check_plain, whole
 from ..elect_and_sum.ranked import check_probabilities, rank_thresholds
 from ..random_mask import check_random
 
@@ -48,17 +48,17 @@ def ranked_mask(
         NonFiniteError: a value is NaN or infinite: there is no order to rank by.
         BackendUnavailable: `backend` cannot run here.
     """
-    if x.dtype not in FLOAT_DTYPES or probabilities.dtype != torch.float64:
-        raise DTypeError(
-            "ranked_mask: expected a floating-point tensor and float64 probabilities, "
-            f"got {x.dtype}, {probabilities.dtype}"
-        )
+    check_floating(x, "ranked_mask: x")
+    check_plain(probabilities, "ranked_mask: probabilities")
+    if probabilities.dtype != torch.float64:
+        raise DTypeError(f"ranked_mask: expected float64 probabilities, got {probabilities.dtype}")
     if x.ndim == 0 or x.shape[-1] >= 2**31 or probabilities.shape != x.shape[-1:]:
         raise ShapeError(
             "ranked_mask: expected one probability per column and rows of less than 2**31 elements, got "
             f"{tuple(probabilities.shape)} for shape {tuple(x.shape)}"
         )
     check_probabilities(probabilities, op="ranked_mask")
+    seed, stream = whole(seed, "ranked_mask: seed"), whole(stream, "ranked_mask: stream")
     check_random(1.0, seed, stream, op="ranked_mask")
     if base is not None:
         check_group(base, [x], op="ranked_mask")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import ConfigError
-from .._checks import check_group
+from .._checks import check_group, numbers_of
 from ..magnitude_select import kept_count
 from ..task_statistics import TaskStatistics
 
@@ -99,10 +99,7 @@ def kept_counts(density: Sequence[float] | float, tasks: int, numel: int, op: st
     Raises:
         ConfigError: a density out of range or of the wrong number.
     """
-    densities = [density] * tasks if isinstance(density, int | float) else list(density)
-    if len(densities) != tasks:
-        raise ConfigError(f"{op}: {tasks} tasks but {len(densities)} densities")
-    return [kept_count(fraction, numel) for fraction in densities]
+    return [kept_count(fraction, numel) for fraction in numbers_of(density, tasks, f"{op}: density")]
 
 
 def outlier_weights(statistics: TaskStatistics, outlier_weighting: OutlierWeighting) -> list[float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import ConfigError, DTypeError
-from .._checks import check_group
+from .._checks import check_apart, check_group
 from ..reweight_prune import OutlierWeighting, check_weighting, kept_counts
 from ..task_statistics import TaskStatistics
 
@@ -27,8 +27,9 @@ def reweight_prune_(
     Bit for bit what `reweight_prune` makes of them as the fine-tuned tensors of a base of zeros.
 
     Args:
-        deltas: T task vectors of the same shape, dtype and device, float32 or float64, contiguous, none twice. They are
-            overwritten; if an error is raised they are left as they were.
+        deltas: T task vectors of the same shape, dtype and device, float32 or float64, contiguous, none of which
+            overlaps another one in memory or requires grad. They are overwritten; if an error is raised they are left
+            as they were.
         statistics: of these task vectors, from `task_statistics`.
         outlier_weighting: ``clip``, ``damp``, ``boost`` or ``none``, see `reweight_prune`.
         density: fraction kept, in [0, 1], one number or one per task.
@@ -40,7 +41,7 @@ def reweight_prune_(
     Raises:
         ShapeError, DTypeError, DeviceError: the task vectors do not match, or are not float32 or float64.
         ConfigError: an unknown mode, a density out of range or of the wrong number, a task vector that is not
-            contiguous or comes twice.
+            contiguous, overlaps another one or requires grad.
         NonFiniteError: a task vector that must be pruned holds NaN or infinity.
         BackendUnavailable: `backend` cannot run here.
     """
@@ -53,10 +54,12 @@ def reweight_prune_(
             )
         if not delta.is_contiguous() or delta.is_neg():
             raise ConfigError(f"reweight_prune_: deltas[{index}] is not contiguous; make it so with .contiguous()")
-    if deltas[0].numel() > 0 and len({delta.data_ptr() for delta in deltas}) < len(deltas):
-        raise ConfigError("reweight_prune_: two task vectors share their memory")
+        if delta.requires_grad:
+            raise ConfigError(f"reweight_prune_: deltas[{index}] requires grad; give delta.detach()")
+    check_apart({f"deltas[{index}]": delta for index, delta in enumerate(deltas)}, op="reweight_prune_")
     check_weighting(outlier_weighting)
     keep = kept_counts(density, len(deltas), deltas[0].numel(), op="reweight_prune_")
     run = dispatch.select("reweight_prune_inplace", *deltas, backend=backend)
     run(deltas, statistics, outlier_weighting, keep)
+    torch.autograd.graph.increment_version(deltas)  # kernels write behind torch's back
     return list(deltas)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import DTypeError, ShapeError
+from .._checks import check_plain
 from .._planes import Planes
 
 
@@ -27,6 +28,8 @@ def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> 
         ShapeError, DTypeError: not float32 matrices.
         BackendUnavailable: `backend` cannot run here.
     """
+    check_plain(x, "split_planes: x")
+    x = x.detach()
     if x.ndim < 2:
         raise ShapeError(f"split_planes: expected matrices, got shape {tuple(x.shape)}")
     if x.dtype != torch.float32:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import DTypeError, ShapeError
+from .._checks import check_apart
 from .._planes import Planes, SymmetricProduct, check_planes, factor
 
 
@@ -34,6 +35,7 @@ def symm_square(
 
     Raises:
         ShapeError, DTypeError, DeviceError: not square planes, or arguments that do not fit them.
+        ConfigError: `out` shares memory with `planes`.
         BackendUnavailable: `backend` cannot run here.
     """
     check_planes("symm_square", planes)
@@ -49,6 +51,10 @@ def symm_square(
     if out is not None:
         if not isinstance(out.matrix, Planes) or out.matrix.shape != planes.shape:
             raise ShapeError("symm_square: out must be a result of symm_square for planes of this shape")
+        check_planes("symm_square", planes, out.matrix)
+        given = {"planes": planes, "out": out.matrix}
+        parts = {f"{name}.{part}": getattr(x, part) for name, x in given.items() for part in ("hi", "lo")}
+        check_apart({name: part for name, part in parts.items() if part is not None}, op="symm_square")
         old = SymmetricProduct(out.matrix.flatten(), out.trace.reshape(-1), out.square_norm.reshape(-1))
     linear = factor("symm_square", flat, a, flat.scale)
     quadratic = factor("symm_square", flat, b, flat.scale, flat.scale)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import ConfigError
-from .._checks import check_group
+from .._checks import check_group, plain_values
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,12 @@ def task_statistics(
 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
-        ConfigError: `sigma` or `eps` is negative or NaN.
+        ConfigError: `sigma` or `eps` is no number, negative or NaN.
         BackendUnavailable: `backend` cannot run here.
     """
     check_group(base, tuned, op="task_statistics")
-    if not (sigma >= 0 and eps >= 0):
+    sigma, eps = given = [plain_values(sigma), plain_values(eps)]
+    if not all(isinstance(value, int | float) and value >= 0 for value in given):
         raise ConfigError(f"task_statistics: sigma and eps must be >= 0, got sigma={sigma}, eps={eps}")
     run = dispatch.select("task_statistics", base, *tuned, backend=backend)
     result: TaskStatistics = run(base, tuned, sigma, eps)

@@ -1,0 +1,287 @@
+"""Tensors and numbers as callers have them, parameters of models, views, subclasses, NumPy: right, or refused."""
+
+import numpy as np
+import pytest
+import torch
+from compare import same_bits
+from merging import group, tasks_of
+
+from r_tsvm_kernels import (
+    BackendUnavailable,
+    ConfigError,
+    DeviceError,
+    DTypeError,
+    MergeConfig,
+    merge_state_dicts,
+    merge_tensors,
+    ops,
+    use_backend,
+)
+from r_tsvm_kernels.methods import METHODS
+from r_tsvm_kernels.ops import Keep, Planes
+
+ALL = pytest.mark.parametrize("method", sorted(METHODS))
+
+
+class Tagged(torch.Tensor):
+    """A plain subclass, as libraries make them to carry metadata."""
+
+
+class Wrapper(torch.Tensor):
+    """Holds no values itself, as DTensor and quantised tensors do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        raise AssertionError("must not be touched")
+
+
+def strided(x):
+    return x.new_zeros(2 * x.shape[0], 3 * x.shape[1])[::2, ::3].copy_(x)
+
+
+LAYOUTS = {
+    "parameter": lambda x: torch.nn.Parameter(x.clone()),
+    "graph": lambda x: torch.nn.Parameter(x.clone()) * 1.0,
+    "buffer": lambda x: torch.nn.Buffer(x.clone()),
+    "subclass": lambda x: x.clone().as_subclass(Tagged),
+    "transposed": lambda x: x.t().contiguous().t(),
+    "strided": strided,
+    "slice": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "negative view": lambda x: torch.complex(x, -x).conj().imag,
+    "inference": lambda x: torch.inference_mode()(torch.clone)(x),
+}
+
+
+@ALL
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_every_layout_gives_the_same_bits_and_no_graph(method, layout):
+    base, tuned = group(tasks=tasks_of(method, 3))
+    want = merge_tensors(base, tuned, method).weight
+    got = merge_tensors(layout(base), [layout(model) for model in tuned], method).weight
+    assert type(got) is torch.Tensor and not got.requires_grad and got.grad_fn is None
+    assert same_bits(got, want)
+    options = MergeConfig(method).options(len(tuned), "tensor")
+    direct = METHODS[method].run(layout(base), [layout(model) for model in tuned], options).weight
+    assert not direct.requires_grad and bool(direct.isfinite().all())
+
+
+@ALL
+def test_expanded_inputs(method):
+    base, tuned = group(tasks=tasks_of(method, 2))
+    row = torch.randn(1, 17).expand(24, 17)
+    assert same_bits(merge_tensors(row, tuned, method).weight, merge_tensors(row.contiguous(), tuned, method).weight)
+    models = [row] * len(tuned)
+    assert same_bits(
+        merge_tensors(base, models, method).weight,
+        merge_tensors(base, [model.contiguous() for model in models], method).weight,
+    )
+    assert base.is_contiguous() and row.stride() == (0, 1)
+
+
+@pytest.mark.parametrize("method", ["ties", "rtsvm"])
+def test_a_model_s_parameters(method):
+    torch.manual_seed(0)
+    base, *tuned = (torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.LayerNorm(12)) for _ in range(3))
+    merged = merge_state_dicts(dict(base.named_parameters()), [dict(m.named_parameters()) for m in tuned], method)
+    plain = merge_state_dicts(base.state_dict(), [model.state_dict() for model in tuned], method)
+    for name, weight in merged.state_dict.items():
+        assert same_bits(weight, plain.state_dict[name]) and not weight.requires_grad
+    base.load_state_dict(merged.state_dict)
+
+
+def quantised(x):
+    return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+
+
+REFUSED = {
+    "sparse": (lambda x: x.to_sparse(), DTypeError, "expected a dense tensor, got torch.sparse_coo; .*to_dense"),
+    "sparse rows": (lambda x: x.to_sparse_csr(), DTypeError, "expected a dense tensor, got torch.sparse_csr"),
+    "nested": (lambda x: torch.nested.nested_tensor([x, x[:3]]), DTypeError, "expected a dense tensor, got nested"),
+    "meta": (lambda x: x.to("meta"), DeviceError, "meta"),
+    "wrapper": (Wrapper, DTypeError, "expected a plain tensor, got Wrapper; .*full_tensor"),
+    "quantised": (quantised, DTypeError, "expected a plain tensor, got torch.qint8; .*dequantize"),
+    "complex": (lambda x: x.to(torch.complex64), DTypeError, "complex64"),
+    "NumPy": (lambda x: x.numpy(), DTypeError, "expected a torch.Tensor, got ndarray; use torch.as_tensor"),
+    "list": (lambda x: x.tolist(), DTypeError, "expected a torch.Tensor, got list"),
+    "None": (lambda x: None, DTypeError, "expected a torch.Tensor, got NoneType"),
+}
+EVERY_REFUSED = pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype.*:UserWarning", "ignore:.*deprecated.*", "ignore:Sparse CSR.*")
+@EVERY_REFUSED
+@pytest.mark.parametrize("method", ["ties", "rtsvm", "linear"])
+@pytest.mark.parametrize("position", [0, 2])
+def test_merges_refuse_what_is_no_plain_tensor(method, position, make, error, message):
+    base, tuned = group(tasks=2)
+    tensors = [base, *tuned]
+    tensors[position] = make(tensors[position])
+    with pytest.raises(error, match=message) as caught:
+        merge_state_dicts({"the.w": tensors[0]}, [{"the.w": tensor} for tensor in tensors[1:]], MergeConfig(method))
+    assert "the.w" in str(caught.value)
+
+
+OPS = {
+    "add_update": lambda x: ops.add_update(x, x),
+    "elect_and_sum": lambda x: ops.elect_and_sum(x, [x], 1.0),
+    "elect_and_sum_many": lambda x: ops.elect_and_sum_many([(x, [x])], 1.0),
+    "magnitude_histogram": lambda x: ops.magnitude_histogram(x, 3),
+    "magnitude_ranks": lambda x: ops.magnitude_ranks(x),
+    "magnitude_select": lambda x: ops.magnitude_select(x, 3),
+    "magnitude_select_many": lambda x: ops.magnitude_select_many(lambda: [x], 3),
+    "ranked_mask": lambda x: ops.ranked_mask(x, torch.full((17,), 0.5, dtype=torch.float64), 0),
+    "reweight_prune": lambda x: ops.reweight_prune(x, [x], STATISTICS, density=0.5),
+    "reweight_prune_": lambda x: ops.reweight_prune_([x], STATISTICS, density=0.5),
+    "reweight_prune_planes": lambda x: ops.reweight_prune_planes(x, [x], STATISTICS, density=0.5),
+    "split_planes": lambda x: ops.split_planes(x),
+    "task_gram": lambda x: ops.task_gram([x], x),
+    "task_spread": lambda x: ops.task_spread(x, [x]),
+    "task_statistics": lambda x: ops.task_statistics(x, [x]),
+}
+STATISTICS = ops.task_statistics(torch.zeros(24, 17), [torch.randn(24, 17)])
+EVERY_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype.*:UserWarning", "ignore:.*deprecated.*", "ignore:Sparse CSR.*")
+@EVERY_OP
+@EVERY_REFUSED
+def test_ops_refuse_what_is_no_plain_tensor(op, make, error, message):
+    with pytest.raises(error):
+        op(make(torch.randn(24, 17)))
+
+
+def tensors_in(value):
+    """Yield every tensor of a result, of whatever form."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(list(vars(value).values()))
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("layout", ["parameter", "graph", "subclass", "strided", "transposed"])
+@EVERY_OP
+def test_ops_take_parameters_and_views_and_give_no_graph(op, layout, backend):
+    if op is OPS["reweight_prune_"]:
+        return  # writes into what it is given: has a test of its own
+    x = torch.randn(24, 17)
+    with use_backend(backend):
+        want, got = list(tensors_in(op(x))), list(tensors_in(op(LAYOUTS[layout](x))))
+    assert len(want) == len(got) > 0
+    for exact, found in zip(want, got, strict=True):
+        assert not found.requires_grad and torch.equal(exact, found)
+
+
+def test_products_of_planes_that_carry_a_graph():
+    planes = ops.split_planes(torch.nn.Parameter(torch.randn(8, 8)))
+    alpha = torch.nn.Parameter(torch.ones(()))
+    for result in (
+        ops.symm_gram(planes),
+        ops.gemm3(planes, planes, alpha, alpha, torch.nn.Parameter(torch.ones(8, 8))),
+    ):
+        assert not any(tensor.requires_grad for tensor in tensors_in(result))
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_in_place_ops_refuse_overlapping_memory(backend):
+    store = torch.randn(3 * 24 * 17)
+    first, second = store[: 24 * 17].view(24, 17), store[17 : 25 * 17].view(24, 17)
+    before = store.clone()
+    pair = ops.task_statistics(torch.zeros(24, 17), [first, second])
+    for given, message in [
+        ([first, second], r"deltas\[0\] and deltas\[1\] share memory"),
+        ([second, first], r"deltas\[1\] and deltas\[0\] share memory"),
+        ([first, first], "share memory"),
+        ([first[:1].expand(24, 17), second], "not contiguous"),
+        ([torch.nn.Parameter(torch.randn(24, 17)), second], "requires grad"),
+    ]:
+        with use_backend(backend), pytest.raises(ConfigError, match=message):
+            ops.reweight_prune_(given, pair, density=0.5)
+    assert torch.equal(store, before)
+    apart = store[24 * 17 : 2 * 24 * 17].view(24, 17)  # next to the first, not over it
+    with use_backend(backend):
+        version = first._version
+        ops.reweight_prune_([first, apart], pair, "none", 0.5)
+    assert first._version > version
+    zeros = torch.zeros(24, 17)
+    want = ops.reweight_prune(zeros, [before[: 24 * 17].view(24, 17)], STATISTICS, "none", 0.5)[0]
+    assert torch.equal(first, want)
+
+
+def test_a_square_is_not_written_over_its_own_factor():
+    planes = ops.symm_gram(ops.split_planes(torch.randn(8, 8) / 8), out="planes").matrix
+    earlier = ops.symm_square(planes, 1.0, 1.0)
+    assert isinstance(earlier.matrix, Planes)
+    with pytest.raises(ConfigError, match=r"symm_square: .* share memory"):
+        ops.symm_square(earlier.matrix, 1.0, 1.0, out=earlier)
+    again = ops.symm_square(planes, 1.0, 1.0, out=earlier)
+    assert torch.equal(again.matrix.dense(), ops.symm_square(planes, 1.0, 1.0).matrix.dense())
+
+
+def test_numbers_of_numpy_and_torch_in_ops():
+    base, tuned = group(tasks=2)
+    want = ops.elect_and_sum(base, tuned, [0.5, 0.5], elect="sum", alpha=2.0)
+    for half in (0.5, np.float32(0.5), torch.tensor(0.5), [0.5, np.float64(0.5)], np.array([0.5, 0.5]), (0.5, 0.5)):
+        assert torch.equal(ops.elect_and_sum(base, tuned, half, elect="sum", alpha=np.float32(2)), want)
+    keep = ops.magnitude_select(base, 7)
+    for seven in (np.int64(7), torch.tensor(7)):
+        assert torch.equal(ops.magnitude_select(base, seven).mask(base), keep.mask(base))
+    assert len(ops.magnitude_select(base, np.array([7, 9]))) == 2
+    statistics = ops.task_statistics(base, tuned, np.float64(3), torch.tensor(0.1, dtype=torch.float64))
+    assert torch.equal(statistics.theta, ops.task_statistics(base, tuned).theta)
+    pruned = ops.reweight_prune(base, tuned, statistics, "clip", np.array([0.25, 0.5]))
+    assert [int(task.count_nonzero()) for task in pruned] == [102, 204]
+    assert torch.equal(ops.random_mask((5,), np.float64(0.5), np.int64(3)), ops.random_mask((5,), 0.5, 3))
+    assert torch.equal(ops.add_update(base, base, np.float64(2)), ops.add_update(base, base, 2.0))
+
+
+MISTAKES = {
+    "a fraction as a count": (lambda b, t: ops.magnitude_select(b, 0.1), ConfigError, "keep must be a whole number"),
+    "no seed": (lambda b, t: ops.random_mask((3,), 0.5, None), ConfigError, "seed must be a whole number, got None"),
+    "no probability": (lambda b, t: ops.random_mask((3,), None, 1), ConfigError, "keep_probability: expected a number"),
+    "the base first": (lambda b, t: ops.task_gram(b, t), DTypeError, "expected a list of fine-tuned tensors"),
+    "one tensor": (lambda b, t: ops.task_spread(b, t[0]), DTypeError, "expected a list of fine-tuned tensors"),
+    "text for weights": (lambda b, t: ops.elect_and_sum(b, t, "ab"), ConfigError, "weights: expected a number"),
+    "NaN for weights": (lambda b, t: ops.elect_and_sum(b, t, np.nan), ConfigError, "weights: expected finite numbers"),
+    "huge weights": (lambda b, t: ops.elect_and_sum(b, t, [3e38, 3e38]), ConfigError, "that fit float32"),
+    "a huge rescale": (
+        lambda b, t: ops.elect_and_sum(b, t, 1.0, keep=[Keep(rescale=1e39), Keep()]),
+        ConfigError,
+        "weights times rescale .1e.39, 1.: expected finite numbers that fit float32",
+    ),
+    "a huge alpha": (lambda b, t: ops.add_update(b, t[0], 1e39), ConfigError, "alpha .1e.39.: expected finite"),
+    "NaN for alpha": (lambda b, t: ops.add_update(b, t[0], float("nan")), ConfigError, "alpha: expected finite"),
+    "NaN for sigma": (lambda b, t: ops.task_statistics(b, t, "3"), ConfigError, "sigma and eps must be >= 0"),
+    "no such method": (lambda b, t: merge_tensors(b, t, "tise"), ConfigError, "did you mean 'ties'"),
+    "a dict": (lambda b, t: merge_tensors(b, t, {"merge_method": "ties"}), ConfigError, "expected a MergeConfig or"),
+    "one model": (lambda b, t: merge_tensors(b, t[0], "ties"), DTypeError, "expected a list of fine-tuned tensors"),
+    "a module": (lambda b, t: merge_state_dicts(torch.nn.Linear(2, 2), [], "ties"), DTypeError, "model.state_dict"),
+    "modules": (
+        lambda b, t: merge_state_dicts({"w": b}, [torch.nn.Linear(2, 2)], "ties"),
+        DTypeError,
+        r"tuned\[0\]: expected a state dict, got Linear",
+    ),
+    "one state dict": (lambda b, t: merge_state_dicts({"w": b}, {"w": b}, "ties"), DTypeError, "a list of state dicts"),
+    "no such backend": (lambda b, t: use_backend("tritn").__enter__(), BackendUnavailable, "no backend 'tritn'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_get_errors_of_our_own(call, error, message):
+    with pytest.raises(error, match=message):
+        call(*group(tasks=2))
+
+
+def test_the_name_of_a_method_is_a_config():
+    base, tuned = group()
+    want = merge_tensors(base, tuned, MergeConfig(merge_method="ties")).weight
+    assert torch.equal(merge_tensors(base, tuned, "ties").weight, want)
+    assert torch.equal(merge_tensors(base, tuned, MergeConfig("ties")).weight, want)
+    assert torch.equal(merge_state_dicts({"w": base}, [{"w": t} for t in tuned], "ties").state_dict["w"], want)
