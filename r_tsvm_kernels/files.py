@@ -6,8 +6,8 @@ import errno
 import os
 import stat
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from .errors import CheckpointError
 
@@ -19,8 +19,8 @@ _KINDS = {
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, without a buffer. A pipe or a device would block, or never end.
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a regular file for reading. A pipe or a device would block, or never end.
 
     Args:
         path: of the file, or of a link to it.
@@ -35,7 +35,7 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise OSError(f"not a path: {error}") from error
     try:
         _require_regular(os.fstat(descriptor).st_mode)
-        return os.fdopen(descriptor, "rb", buffering=0)
+        return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
@@ -83,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk refused.
     """
-    part = path.with_name(f".{path.name}.new")
+    part = path.with_name(part_name(path.name))
     part.unlink(missing_ok=True)  # left by a process that was killed
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -96,13 +96,23 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def part_name(name: str) -> str:
+    """Return the name of a file while `write_text` writes it."""
+    return f".{name}.new"
+
+
 def publish(source: Path, target: Path) -> None:
-    """Give a finished file its name, which nothing may have; where there are hard links, it keeps its old one as well.
+    """Give what is finished its name, which nothing may have: for a folder it may be that of an empty folder.
+
+    A file keeps its old name as well, where the file system has hard links.
 
     Raises:
         FileExistsError: something has that name, be it a link to nowhere.
         OSError: the disk refused.
     """
+    if source.is_dir():
+        source.rename(target)
+        return
     try:
         os.link(source, target)
     except OSError as error:

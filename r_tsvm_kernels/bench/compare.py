@@ -9,8 +9,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from ..files import read_regular
 from .suite import SCHEMA
 
+_MOST_BYTES = 1 << 28  # of a file of results
 NOISE = 0.05  # relative; smaller changes are not told, whatever the quartiles say
 
 Key = tuple[str, str, str, int, str]
@@ -41,7 +43,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
         ConfigError: there is none, or it is not one of ours.
     """
     try:
-        report: dict[str, Any] = json.loads(Path(path).read_text())
+        report: dict[str, Any] = json.loads(read_regular(path, _MOST_BYTES))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: expected results that `rtsvm bench --json` wrote: {error}") from error
     if not isinstance(report, dict) or report.get("schema") != SCHEMA or "rows" not in report:

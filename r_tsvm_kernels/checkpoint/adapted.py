@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, DTypeError, ShapeError
+from ..files import exists
 from ..ops import FLOAT_DTYPES
 from .adapter import WEIGHTS_FILE, Adapter
 from .adapter_config import CONFIG_FILE
@@ -62,11 +63,11 @@ def split_reference(model: str) -> tuple[str, str | None]:
     Raises:
         ConfigError: it cannot be told which ``+`` divides the two.
     """
-    if "+" not in model or Path(model).exists():
+    if "+" not in model or exists(model):
         return model, None
     splits = [(model[:i], model[i + 1 :]) for i, letter in enumerate(model) if letter == "+"]
     if len(splits) > 1:
-        splits = [split for split in splits if all(Path(part).exists() for part in split)]
+        splits = [split for split in splits if all(map(exists, split))]
     if len(splits) != 1 or not all(splits[0]):
         raise ConfigError(f"{model}: expected a model, or model+adapter with one adapter, each a path or a model id")
     return splits[0]

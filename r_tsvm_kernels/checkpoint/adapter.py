@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterRefused, CheckpointError, PickleRefused, ShapeError
+from ..files import write_text
 from ..linalg import Factored
 from ..ops import FLOAT_DTYPES, check_finite
 from .adapter_config import CONFIG_FILE, make_config, read_config
@@ -263,7 +264,7 @@ class AdapterWriter:
                 self._waiting.readinto(byte_view(values))
                 file.write(name, values)
         config = make_config(self.ranks, self._scales, base=base, task_type=task_type, fan_in_fan_out=fan_in_fan_out)
-        (self.folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(self.folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
     def __enter__(self) -> AdapterWriter:
         return self

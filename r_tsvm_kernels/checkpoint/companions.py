@@ -23,7 +23,7 @@ _FOREIGN = (
     "train*.json", "eval*.json", "test_*.json", "predict_*.json", "*_results.json", "*metrics*.json", "optimizer*.json",
     "rng_state*.json", "global_step*", "*_args.json", "args.json", "log_history*.json", "dataset*.json", "wandb*.json",
     "ds_*.json", "*deepspeed*.json", "*accelerate*.json", "*fsdp*.json", "zero_to_fp32*.py",
-    "merge_report.json",
+    "*merge_report.json",
 )  # fmt: skip
 _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".npz",

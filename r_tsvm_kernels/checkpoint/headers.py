@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, QuantisedRefused
+from ..files import open_regular
 from .checksum import checksum
 
 # Names in safetensors headers.
@@ -96,9 +97,7 @@ def read_headers(file: Path) -> tuple[dict[str, TensorHeader], FileState]:
         CheckpointError: not a whole and valid safetensors file; the message names the file and what is wrong.
     """
     try:
-        # A pipe or a device of this name would block, or never end.
-        _require_regular(file)
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             stat = os.fstat(stream.fileno())
             length = int.from_bytes(stream.read(8), "little")
             if stat.st_size < 8 or not 2 <= length <= stat.st_size - 8:
@@ -142,8 +141,7 @@ def read_json_list(file: Path) -> tuple[list[Any], FileState]:
 
 def _read(file: Path, strict: bool) -> tuple[Any, FileState]:
     try:
-        _require_regular(file)
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             stat = os.fstat(stream.fileno())
             raw = stream.read(MAX_JSON_BYTES + 1)
         return _parse_json(raw, strict), file_state(file, stat, raw)
@@ -233,8 +231,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not a JSON value")
-
-
-def _require_regular(file: Path) -> None:
-    if file.exists() and not file.is_file():
-        raise ValueError("not a regular file")

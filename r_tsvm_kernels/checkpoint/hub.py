@@ -7,6 +7,7 @@ from glob import escape
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
+from ..files import exists, usable_path
 from .companions import COMPANION_FOLDERS, COMPANIONS
 from .modules import named_folders
 
@@ -34,7 +35,7 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Path:
     """
     match = _MODEL_ID.fullmatch(model)
     if match is None or not is_model_id(model):
-        return Path(model)
+        return usable_path(model)
     repo, revision = match["repo"], match["revision"]
     # Subfolders hold other formats of the same weights, unless the model says otherwise.
     folder = _fetch(model, repo, revision, [*_WEIGHTS, *COMPANIONS], ["*/*"])
@@ -49,7 +50,7 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Path:
 
 def is_model_id(model: str) -> bool:
     """Whether `resolve` takes a model for an id, not for a path."""
-    return bool(_MODEL_ID.fullmatch(model)) and not Path(model).exists()
+    return bool(_MODEL_ID.fullmatch(model)) and not exists(model)
 
 
 def _fetch(model: str, repo: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PickleRefused
+from ..files import open_regular
 from .headers import DTYPES, FileState, TensorHeader, check_name, file_state
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -58,8 +59,8 @@ class PickleFile:
 
 def _load(file: Path) -> tuple[dict[str, Tensor], os.stat_result]:
     try:
-        stat = file.stat()
-        with zipfile.ZipFile(file) as archive:
+        with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
+            stat = os.fstat(opened.fileno())
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
         data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, InputChanged
+from ..files import open_regular, usable_path
 from ..quantised import refuse_quantised
 from .checksum import byte_view
 from .headers import FileState, TensorHeader, read_headers, read_json
@@ -42,7 +43,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
-        self.path = Path(path)
+        self.path = usable_path(path)
         self.folder = self.path if self.path.is_dir() else None
         self._states: dict[Path, FileState] = {}
         self._pickles: dict[Path, PickleFile] = {}
@@ -98,7 +99,7 @@ class Checkpoint:
         # Reading, not mapping: mapped pages would count as memory of this process, and a file that is cut short
         # would end it with SIGBUS instead of an error. Opened for each tensor, so that a vanished file is noticed.
         try:
-            with header.file.open("rb", buffering=0) as stream:
+            with open_regular(header.file) as stream:
                 file = stream.fileno()
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 complete = _read_fully(file, byte_view(tensor), offset)

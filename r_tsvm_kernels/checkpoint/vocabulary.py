@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import read_regular
 from .checksum import checksum
-from .headers import read_json
+from .headers import MAX_JSON_BYTES, read_json
 from .reader import Checkpoint
 
 # Where vocabularies lie, the most telling first. Of the last only the bytes can be compared.
@@ -44,7 +45,7 @@ def check_same_vocabulary(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None
 def _token_ids(file: Path) -> dict[str, Any]:
     """Return the ids of all tokens; the checksum of a file that is not JSON."""
     if file.suffix != ".json":
-        return {file.name: checksum(file.read_bytes())}
+        return {file.name: checksum(read_regular(file, MAX_JSON_BYTES))}
     content, _ = read_json(file)
     if file.name == "vocab.json":
         return content

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, DiskFull
+from ..files import write_text
 from .checksum import Checksum, byte_view
 from .headers import DTYPES
 
@@ -140,7 +141,7 @@ class ShardFile:
             CheckpointError: missing, or its header or its size are not those of the layout.
         """
         with _reported(path):
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         shard = cls(path, layout, file)
         try:
             with _reported(path):
@@ -217,7 +218,7 @@ def write_index(file: Path, specs: Mapping[str, TensorSpec], shard_of: Mapping[s
         "metadata": {"total_size": sum(spec.nbytes for spec in specs.values())},
         "weight_map": dict(sorted(shard_of.items())),
     }
-    file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(index, indent=2) + "\n")
 
 
 def _fits(spec: TensorSpec, tensor: Tensor, first_row: int | None) -> bool:
@@ -258,8 +259,10 @@ def _reported(path: Path, needed: int = 0) -> Iterator[None]:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
+            full = f"{needed:,} bytes are needed and {free:,} are free"
+            if free >= needed:  # of the bytes; a file needs an entry in a table, too, and a quota may be smaller
+                full = f"it has no room for another file, or a quota is used up ({free:,} bytes are free)"
             raise DiskFull(
-                f"{path}: the disk is full: {needed:,} bytes are needed and {free:,} are free; "
-                "make room, or choose an output on another disk"
+                f"{path}: the disk is full: {full}; make room, or choose an output on another disk"
             ) from error
         raise CheckpointError(f"{path}: cannot be written or read back: {error.strerror or error}") from error

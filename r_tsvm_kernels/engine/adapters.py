@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import AdaptedModel, Checkpoint, MergePlan, TensorPlan, make_plan
+from ..checkpoint.adapter import WEIGHTS_FILE
+from ..checkpoint.adapter_config import CONFIG_FILE
 from ..config import DTypeName, MergeConfig, ModelEntry
 from ..errors import ConfigError, OutputUnfinished
 from ..linalg import Certificate, Factored, fixed_rank, merge_factored, truncated_svd, weighted_sum
@@ -335,6 +337,7 @@ def _output(
     with locked_stage(out) as stage:
         if stage.journal.exists():
             raise OutputUnfinished(f"{out}: a merge into it was stopped; finish it, or choose another output")
+        stage.refuse_foreign((WEIGHTS_FILE, CONFIG_FILE, REPORT))
         stage.remove()
         try:
             with writing(out):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import MergePlan
 from ..errors import CheckpointError
+from ..files import open_regular
 from ..linalg import Factored
 from ..merge import merge_tensors
 
@@ -104,7 +105,7 @@ def _read_rate(file: Path) -> float:
     """Return bytes per second of reading the start of a file, from the disk if the system lets go of its cache."""
     buffer = bytearray(8 << 20)
     try:
-        with file.open("rb", buffering=0) as opened:
+        with open_regular(file) as opened:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(opened.fileno(), 0, SAMPLE_BYTES, os.POSIX_FADV_DONTNEED)
             start, done = time.perf_counter(), 0

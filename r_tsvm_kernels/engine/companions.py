@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint import COMPANION_FOLDERS, Checkpoint, is_companion, read_json
 from ..errors import CheckpointError
+from ..files import write_text
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
@@ -65,7 +66,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def write_json(file: Path, data: object) -> None:
     """Write indented JSON."""
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(data, indent=2) + "\n")
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -10,12 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import Any
 
 import torch
 
 from ..checkpoint import MergePlan
-from ..errors import OutputUnfinished, ResumeRefused, RTsvmError
+from ..errors import JournalError, OutputUnfinished, ResumeRefused, RTsvmError
 from .fingerprint import difference, fingerprint
 from .journal import Finished, Journal
 from .output import Stage, writing
@@ -112,7 +111,7 @@ def open_job(
         DiskFull, CheckpointError: the disk refused.
     """
     with writing(stage.out):
-        journal = _open_journal(stage, fingerprint(plan, device), resume, restart)
+        journal = _open_journal(stage, plan, device, resume, restart)
     with closing(journal):
         try:
             with writing(stage.out), closing(Shards(stage.folder, layouts(plan), create=True)) as shards:
@@ -129,18 +128,39 @@ def open_job(
             elif isinstance(error, RTsvmError) or not isinstance(error, Exception):
                 done = f"{len(journal.finished)} of {len(plan.tensors)} tensors are finished"
                 hint = f"{done}: run again with --resume (resume=True) to go on from there"
+                if stage.published:
+                    hint = f"{stage.out} is complete"
                 error.args = (f"{error}; {hint}" if str(error) else hint,)
             raise
 
 
-def _open_journal(stage: Stage, identity: dict[str, Any], resume: bool, restart: bool) -> Journal:
+def _check_entries(journal: Journal, plan: MergePlan) -> None:
+    """Raise `JournalError` unless every tensor of a journal is one of the plan, at its place."""
+    layout_of = {name: layout for layout in layouts(plan) for name in layout.specs}
+    for name, entry in journal.finished.items():
+        layout = layout_of.get(name)
+        if layout is None or (entry.shard, entry.offset) != (layout.file_name, layout.offsets[name]):
+            raise JournalError(
+                f"{journal.file}: {name[:80]!a} is not in this merge, or not at that place; start over with --restart "
+                "(restart=True)"
+            )
+
+
+def _open_journal(stage: Stage, plan: MergePlan, device: torch.device, resume: bool, restart: bool) -> Journal:
     """Open the journal of the merge that was stopped, or make a new one in an empty stage."""
+    identity = fingerprint(plan, device)
+    stage.refuse_foreign()
     if restart:
         stage.remove()
     journal = Journal.open(stage.journal)
     if journal is not None and journal.finished:
         what = difference(journal.fingerprint, identity)
         if resume and what is None:
+            try:
+                _check_entries(journal, plan)
+            except BaseException:
+                journal.close()
+                raise
             return journal
         journal.close()
         if not resume:

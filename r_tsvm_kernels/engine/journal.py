@@ -14,8 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
 from ..checkpoint import checksum
 from ..errors import JournalError
+from ..files import open_regular
+from ..methods import TensorReport
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Journal:
         self.fingerprint = dict(fingerprint)
         self.finished = dict(finished)
         self._end = end
-        self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         # What lies behind the last good line was being written when the merge stopped.
         os.ftruncate(self._descriptor, end)
 
@@ -96,6 +100,25 @@ class Journal:
         self._end = end
 
 
+class _Models(BaseModel):
+    """What everybody relies on in a fingerprint; the rest is only compared."""
+
+    models: list[str]
+
+
+_FINISHED = TypeAdapter(Finished)
+_REPORT = TypeAdapter(TensorReport)
+
+
+def as_report(data: Mapping[str, Any]) -> TensorReport:
+    """Turn the JSON form of a report back into one.
+
+    Raises:
+        ValidationError: it is none.
+    """
+    return _REPORT.validate_python(data)
+
+
 def read_journal(file: Path) -> tuple[dict[str, Any], dict[str, Finished]]:
     """Read fingerprint and finished tensors of a journal.
 
@@ -111,7 +134,8 @@ def read_journal(file: Path) -> tuple[dict[str, Any], dict[str, Finished]]:
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Finished], int] | None:
     """Return fingerprint, finished tensors and the end of the last good line; None without a first line."""
     try:
-        text = file.read_bytes()
+        with open_regular(file) as opened:
+            text = opened.read()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -129,13 +153,19 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Finished], int] | None:
             end += len(line)
     if not objects:
         return None
+    fingerprint, *entries = objects
     try:
-        finished = [Finished(**{**entry, "inputs": tuple(entry["inputs"])}) for entry in objects[1:]]
-    except (KeyError, TypeError) as error:
+        _Models.model_validate(fingerprint)
+        finished = [_FINISHED.validate_python(entry) for entry in entries]
+        for entry in finished:
+            as_report(entry.report)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        reason = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
         raise JournalError(
-            f"{file}: written by another version of this package ({error}); merge again (--restart)"
+            f"{file}: written by another version of this package, or by nobody ({reason}); merge again (--restart)"
         ) from error
-    return objects[0], {entry.name: entry for entry in finished}, end
+    return fingerprint, {entry.name: entry for entry in finished}, end
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

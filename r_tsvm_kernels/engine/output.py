@@ -6,11 +6,12 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import CheckpointError, DiskFull, OutputBusy, OutputExists, RTsvmError
+from ..errors import CheckpointError, ConfigError, DiskFull, OutputBusy, OutputExists, OutputUnfinished, RTsvmError
+from ..files import part_name, publish, same_file
 
 
 class Stage:
@@ -20,7 +21,10 @@ class Stage:
         out: the final place.
         folder: the stage.
         journal: where the journal of the merge lies in it.
+        published: whether the output is complete and in its place; nothing that fails later can change that.
     """
+
+    published = False
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -31,25 +35,59 @@ class Stage:
         """Remove the folder and all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def refuse_foreign(self, ours: Collection[str] = ()) -> None:
+        """Raise unless the folder may be emptied: it is not there, it is empty, or a command of ours left it.
+
+        Args:
+            ours: names of the files of a command that keeps no journal.
+
+        Raises:
+            OutputUnfinished: it holds neither a journal nor `ours` alone, or it is no folder.
+        """
+        if not _is_taken(self.folder):
+            return
+        is_folder = self.folder.is_dir() and not self.folder.is_symlink()
+        found = {path.name for path in self.folder.iterdir()} if is_folder else {""}
+        if self.journal.name not in found and not found <= {*ours, *map(part_name, ours)}:
+            raise OutputUnfinished(
+                f"{self.folder}: no merge left it, it holds no journal; remove it, or choose another output"
+            )
+
     def publish(self) -> None:
-        """Move what is in the folder to its final place, in one step, after all of it is safely on disk.
+        """Move what is in the folder to its final place after all of it is safely on disk: all of it, or nothing.
 
         Raises:
             OutputExists: the place was taken in the meantime.
+            OSError: the disk refused.
         """
         refuse_existing(self.out)
         for file in self.folder.rglob("*"):
             _sync(file)
         _sync(self.folder)
-        if is_single_file(self.out):
-            for beside in (report_path(self.out), page_path(self.out), journal_path(self.out)):
-                shutil.copyfile(self.folder / beside.name, beside)
-                _sync(beside)
-            (self.folder / self.out.name).rename(self.out)
+        places = _places(self.out) if is_single_file(self.out) else {self.folder: self.out}
+        done: dict[Path, Path] = {}
+        try:
+            for source, place in places.items():
+                publish(source, place)
+                done[source] = place
+            _sync(self.out.parent)
+        except BaseException as error:
+            for source, place in done.items():
+                place.rename(source)  # without effect where both are links of one file
+                place.unlink(missing_ok=True)
+            if isinstance(error, FileExistsError):
+                raise OutputExists(f"{self.out}: taken during the merge; remove what is there") from error
+            raise
+        self.published = True
+        self.remove()
+
+    def settle(self) -> None:
+        """End a publication that was killed: it is undone, or, if all is in its place, the folder goes."""
+        if same_file(self.folder / self.out.name, self.out):
             self.remove()
-        else:
-            self.folder.rename(self.out)
-        _sync(self.out.parent)
+        for source, place in _places(self.out).items():
+            if same_file(source, place):
+                place.unlink()
 
 
 @contextmanager
@@ -58,28 +96,72 @@ def locked_stage(out: Path) -> Iterator[Stage]:
 
     Raises:
         OutputBusy: another merge is in it.
-        OutputExists: `out` is in use.
+        ConfigError, OutputExists: see `refuse_existing`.
         CheckpointError: the folder of `out` cannot be written.
     """
-    place = out.parent.resolve() / out.name
-    lock_file = place.with_name(f".{place.name}.partial.lock")
+    refuse_existing(out)
     with writing(out):
+        place = out.parent.resolve() / out.name
+        lock_file = _lock_file(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(lock_file)
     try:
+        stage = Stage(place)
+        with writing(out):
+            stage.settle()
         refuse_existing(place)
-        yield Stage(place)
+        yield stage
     finally:
-        lock_file.unlink(missing_ok=True)
+        with suppress(OSError):  # the file alone, without its lock, keeps nobody out
+            lock_file.unlink()
         os.close(lock)
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise `OutputExists` unless `out` is free or an empty folder."""
-    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise OutputExists(f"{out}: already in use; remove it or choose another output")
-    if out.is_dir() and is_single_file(out):
+    """Raise unless `out` is free or an empty folder; if it is a single file, also what goes beside it must be free.
+
+    Raises:
+        ConfigError: `out` cannot be the name of an output.
+        OutputExists: something is there, be it a link to nowhere.
+    """
+    single = is_single_file(out)
+    try:
+        if out.name in ("", ".."):
+            raise ValueError("no name is at its end")
+        _is_taken(_lock_file(out))  # the longest name of all
+        if single:
+            taken = [
+                place for source, place in _places(out).items() if _is_taken(place) and not same_file(source, place)
+            ]
+        else:
+            is_empty_folder = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+            taken = [out] if _is_taken(out) and not is_empty_folder else []
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{out}: cannot be the name of an output: {reason}; choose another") from error
+    if single and out in taken and out.is_dir():
         raise OutputExists(f"{out}: a folder; an output that ends in .safetensors is a file")
+    if taken:
+        raise OutputExists(f"{taken[0]}: already in use; remove it or choose another output")
+
+
+def _is_taken(place: Path) -> bool:
+    """Whether something has a name, be it a link to nowhere."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _places(out: Path) -> dict[Path, Path]:
+    """Map the files in the stage of a single file to their places; the weights, which complete it, come last."""
+    folder = Stage(out).folder
+    return {folder / place.name: place for place in (report_path(out), page_path(out), journal_path(out), out)}
+
+
+def _lock_file(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial.lock")
 
 
 def is_single_file(out: Path) -> bool:
@@ -109,7 +191,7 @@ def _beside(out: Path, name: str) -> Path:
 def _lock(file: Path) -> int:
     """Return a descriptor of the lock file that holds its lock."""
     while True:
-        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -140,7 +222,7 @@ def writing(out: Path) -> Iterator[None]:
 
 def _sync(path: Path) -> None:
     """Return when a file, or the entries of a folder, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -14,15 +14,16 @@ import torch
 from .. import __version__
 from ..checkpoint import Checkpoint, MergePlan, is_model_id
 from ..errors import CheckpointError
-from ..linalg import Certificate
-from ..methods import TensorReport
+from ..files import read_regular, write_text
 from ..report import inherited_terms, model_card, plain, report_page, short_name, summary, time_per_stage
 from .companions import write_json
 from .job import MergeJob
-from .journal import Finished
+from .journal import Finished, as_report
 from .output import page_path, report_path, writing
 
 CARD = "README.md"
+# Of a report that is read again; that of a hundred thousand tensors is far smaller.
+_MOST_BYTES = 1 << 30
 
 
 def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
@@ -58,7 +59,7 @@ def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
     }  # fmt: skip
     report = plain(report)
     write_json(stage.folder / report_path(stage.out).name, report)
-    (stage.folder / page_path(stage.out).name).write_text(report_page(report), encoding="utf-8")
+    write_text(stage.folder / page_path(stage.out).name, report_page(report))
 
 
 def write_page(out: str | Path) -> Path:
@@ -70,16 +71,16 @@ def write_page(out: str | Path) -> Path:
     out = Path(out)
     source, target = report_path(out), page_path(out)
     try:
-        page = report_page(json.loads(source.read_text(encoding="utf-8")))
+        page = report_page(json.loads(read_regular(source, _MOST_BYTES)))
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{source}: cannot be read ({reason}); was {out} written by `rtsvm merge`?") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"{source}: not the report of a merge by this version ({type(error).__name__}: {error}); merge again"
         ) from error
     with writing(target):
-        target.write_text(page, encoding="utf-8")
+        write_text(target, page)
     return target
 
 
@@ -99,7 +100,7 @@ def write_card(plan: MergePlan, folder: Path) -> None:
         library=_library(plan.base),
         inherited={} if base is None else inherited_terms(base / CARD),
     )
-    (folder / CARD).write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)
 
 
 def _library(base: Checkpoint) -> str | None:
@@ -109,15 +110,6 @@ def _library(base: Checkpoint) -> str | None:
     if "_diffusers_version" in base.config or (base.folder and (base.folder / "model_index.json").is_file()):
         return "diffusers"
     return "transformers" if base.config.keys() & {"model_type", "architectures"} else None
-
-
-def as_report(data: Mapping[str, Any]) -> TensorReport:
-    """Turn the JSON form of a report back into one."""
-    certificate = data["certificate"]
-    if certificate is not None:
-        lists = {key: tuple(value) for key, value in certificate.items() if isinstance(value, list)}
-        certificate = Certificate(**{**certificate, **lists})
-    return TensorReport(**{**data, "shape": tuple(data["shape"]), "certificate": certificate})
 
 
 def _entry(finished: Finished) -> dict[str, Any]:

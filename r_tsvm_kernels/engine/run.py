@@ -12,13 +12,15 @@ import torch
 from ..checkpoint import make_plan, parse_size
 from ..config import MergeConfig
 from ..errors import ConfigError, DeviceError
+from ..files import write_text
 from ..methods import TensorReport
 from .companions import copy_companions
 from .job import MergeJob, open_job
+from .journal import as_report
 from .local import run_local
 from .output import is_single_file, locked_stage, refuse_existing, report_path
 from .ray_engine import run_ray
-from .report import as_report, write_card, write_report
+from .report import write_card, write_report
 from .schedule import schedule
 from .shards import layouts, write_indexes
 from .work import check_copies
@@ -207,5 +209,5 @@ def _complete(job: MergeJob) -> None:
         checkpoint.check_unchanged()
     write_indexes(stage.folder, layouts(plan))
     if not is_single_file(stage.out):
-        (stage.folder / "merge_recipe.yaml").write_text(plan.config.to_yaml(), encoding="utf-8")
+        write_text(stage.folder / "merge_recipe.yaml", plan.config.to_yaml())
         write_card(plan, stage.folder)

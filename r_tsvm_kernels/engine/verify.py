@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, adapt, is_adapter
+from ..files import usable_path
 from .journal import read_journal
 from .output import journal_path
 from .work import dtype_name, update_checksum
@@ -87,7 +88,7 @@ def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | A
     base = Checkpoint(paths[0], allow_pickle=allow_pickle)
     yield base
     for path in paths[1:]:
-        if is_adapter(Path(path)):
+        if is_adapter(usable_path(path)):
             yield adapt(base, Adapter(path))
         else:
             yield Checkpoint(path, allow_pickle=allow_pickle)
