@@ -52,6 +52,7 @@ def merge_tensors(
     *,
     name: str = "",
     position: float = 0.0,
+    seeded_by: str | None = None,
     out_dtype: torch.dtype | None = None,
     measure_norms: bool | None = None,
 ) -> MergeResult:
@@ -67,6 +68,7 @@ def merge_tensors(
             tensors, not factors.
         name: of the tensor: for filters, patterns and messages.
         position: of the tensor's layer in [0, 1], for gradients.
+        seeded_by: name that random masks are drawn by, for tied tensors; None means `name`.
         out_dtype: of the result; None means the config's ``out_dtype``, its ``dtype``, or the base's dtype.
         measure_norms: report the norms of the task vectors and of the update, which takes one more read of all inputs;
             None means where the method is spectral, for then that is next to nothing.
@@ -92,7 +94,7 @@ def merge_tensors(
         for index, model in enumerate(tuned)
     ]
     with timed(stages, "merge"), torch.no_grad():
-        result = _merged(base, tuned, config, name, position, out_dtype, measure_norms)
+        result = _merged(base, tuned, config, name, position, seeded_by, out_dtype, measure_norms)
     result.report.stages |= stages
     result.report.seconds = stages["merge"][0]
     return result
@@ -104,13 +106,14 @@ def _merged(
     config: MergeConfig,
     name: str,
     position: float,
+    seeded_by: str | None,
     out_dtype: torch.dtype | None,
     measure_norms: bool | None,
 ) -> MergeResult:
     label = name or "tensor"
     if config.base_joins:
         config, tuned = config.with_base_listed(), [*tuned, base]
-    options = config.options(len(tuned), name, position)
+    options = config.options(len(tuned), name, position, seeded_by=seeded_by)
     plan = treatment(config, options, name, tuple(base.shape), base.dtype, len(tuned))
     if plan.kind == "base":
         _check_agreement(base, tuned, config, plan, label)
@@ -163,7 +166,7 @@ def merge_state_dicts(
     """Merge T fine-tuned state dicts into the base's, tensor by tensor.
 
     Tied tensors, which are copies of one another in the base and in every fine-tune (`tied_names`), are merged once,
-    with one random mask, and stay tied: a copy has the result of the first name, and shares its memory if it does so in
+    with one random mask, and stay tied: a copy has the result of its original, and shares its memory if it does so in
     the base. Where the config has other parameters for its name, it is merged as a tensor of its own.
 
     Args:
@@ -204,17 +207,18 @@ def merge_state_dicts(
         options = config.options(len(tuned), name, positions[name], seeded_by=original)
         return options, treatment(config, options, name, tuple(tensor.shape), tensor.dtype, len(tuned))
 
-    for name, tensor in base.items():
-        first = tied.get(name)
-        if first is not None and rule(name, tensor, first) == rule(first, tensor, first):
-            merged[name] = merged[first] if same_memory(tensor, base[first]) else merged[first].clone()
-            reports[name] = replace(reports[first], reason=f"tied to {first}", seconds=0.0, stages={})
+    for name in sorted(base, key=tied.__contains__):  # copies last
+        tensor, original = base[name], tied.get(name)
+        if original is not None and rule(name, tensor, original) == rule(original, tensor, original):
+            merged[name] = merged[original] if same_memory(tensor, base[original]) else merged[original].clone()
+            reason = reports[original].reason or f"tied to {original}"
+            reports[name] = replace(reports[original], reason=reason, seconds=0.0, stages={})
             continue
         result = merge_tensors(
             tensor, [state_dict[name] for state_dict in tuned], config, name=name, position=positions[name]
         )
         merged[name], reports[name] = result.weight, result.report
-    return StateDictResult(merged, reports)
+    return StateDictResult({name: merged[name] for name in base}, {name: reports[name] for name in base})
 
 
 def check_same_names(base: Mapping[str, object], other: Mapping[str, object], label: str) -> None:

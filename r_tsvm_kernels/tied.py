@@ -7,6 +7,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .ops import FLOAT_DTYPES
+
 # Elements by which tensors are told apart before they are compared whole.
 _SAMPLE = 16
 
@@ -35,24 +37,26 @@ def tied_names(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]
         tuned: T state dicts with the same names.
 
     Returns:
-        The name of each copy, with the first name of its tensor in the base's order. Only floating-point tensors with
-        elements are looked at.
+        The name of each copy, with that of its tensor: of all its names the last in the alphabet, whatever the order of
+        the state dicts. Only floating-point tensors with elements are looked at.
 
     Example:
-        ``tied_names({"embed": E, "head": E}, [{"embed": F, "head": F.clone()}])`` is ``{"head": "embed"}``.
+        ``tied_names({"head": E, "model.embed": E}, [{"head": F, "model.embed": F.clone()}])`` is
+        ``{"head": "model.embed"}``.
     """
     copies: dict[str, str] = {}
     originals: dict[Hashable, list[str]] = {}
-    for name, tensor in base.items():
-        if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+    for name in sorted(base, reverse=True):
+        tensor = base[name]
+        if tensor.dtype not in FLOAT_DTYPES or tensor.numel() == 0:
             continue
         alike = originals.setdefault(_sample(tensor), [])
-        found = (first for first in alike if all(is_copy(x[first], x[name]) for x in (base, *tuned)))
-        first = next(found, None)
-        if first is None:
+        found = (other for other in alike if all(is_copy(x[other], x[name]) for x in (base, *tuned)))
+        original = next(found, None)
+        if original is None:
             alike.append(name)
         else:
-            copies[name] = first
+            copies[name] = original
     return copies
 
 

@@ -10,13 +10,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 # Modules and folders of the package, from the bottom up.
 LAYERS = [
     {"errors", "parameters", "text"},
-    {"sizes", "files", "safe_yaml", "quantised", "tied"},
+    {"sizes", "files", "safe_yaml", "quantised"},
     {"backends"},
     {"dispatch"},
     {"ops"},
     {"linalg"},
     {"methods"},
-    {"config"},
+    {"config", "tied"},
     {"merge"},
     {"checkpoint"},
     {"lora"},

@@ -13,7 +13,7 @@ SHAPE = (20, 8)
 def group(tasks=2, dtype=torch.float32, seed=0):
     """An embedding and a matrix, of the base and of its fine-tunes."""
     generator = torch.Generator().manual_seed(seed)
-    base = {"embed": torch.randn(SHAPE, generator=generator), "w": torch.randn(8, 8, generator=generator)}
+    base = {"model.embed": torch.randn(SHAPE, generator=generator), "w": torch.randn(8, 8, generator=generator)}
     tuned = [
         {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in base.items()} for _ in range(tasks)
     ]
@@ -21,7 +21,7 @@ def group(tasks=2, dtype=torch.float32, seed=0):
 
 
 def with_head(model, copy=False):
-    return {**model, "head": model["embed"].clone() if copy else model["embed"]}
+    return {"head": model["model.embed"].clone() if copy else model["model.embed"], **model}
 
 
 def merged(models, config):
@@ -35,26 +35,27 @@ def config_of(method):
 
 @pytest.mark.parametrize("copies", [False, True], ids=["tied", "copied"])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_they_are_the_tensor_of_the_first_name(method, copies):
+def test_they_are_the_tensor_of_the_last_name(method, copies):
     models = group(METHODS[method].tasks or 2)
     found = merged([with_head(model, copies) for model in models], config_of(method))
-    assert same_memory(found.state_dict["embed"], found.state_dict["head"]) is not copies
-    alone = merge_tensors(models[0]["embed"], [m["embed"] for m in models[1:]], config_of(method), name="embed").weight
-    for name in ("embed", "head"):
+    assert same_memory(found.state_dict["model.embed"], found.state_dict["head"]) is not copies
+    base, *tuned = (model["model.embed"] for model in models)
+    alone = merge_tensors(base, tuned, config_of(method), name="model.embed").weight
+    for name in ("model.embed", "head"):
         assert torch.equal(found.state_dict[name], alone)
-    assert found.reports["head"].reason == "tied to embed" and found.reports["head"].shape == SHAPE
-    assert list(found.state_dict) == list(found.reports) == ["embed", "w", "head"]
+    assert found.reports["head"].reason == "tied to model.embed" and found.reports["head"].shape == SHAPE
+    assert list(found.state_dict) == list(found.reports) == ["head", "model.embed", "w"]
 
 
 def test_one_model_that_has_two_tensors_makes_two():
     models = [with_head(model) for model in group()]
-    models[2]["head"] = models[2]["embed"] + 1
+    models[2]["head"] = models[2]["model.embed"] + 1
     config = config_of("dare_linear")
     found = merged(models, config).state_dict
-    for name in ("embed", "head"):
+    for name in ("model.embed", "head"):
         exact = merge_tensors(models[0][name], [m[name] for m in models[1:]], config, name=name).weight
         assert torch.equal(found[name], exact)
-    assert not torch.equal(found["embed"], found["head"])
+    assert not torch.equal(found["model.embed"], found["head"])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_recipe_may_treat_them_apart(changes):
     config = MergeConfig(**({"merge_method": "dare_ties", "parameters": {"density": 0.5}} | changes))
     found = merged(models, config).state_dict
     exact = merge_tensors(models[0]["head"], [m["head"] for m in models[1:]], config, name="head").weight
-    assert torch.equal(found["head"], exact) and not torch.equal(found["embed"], exact)
+    assert torch.equal(found["head"], exact) and not torch.equal(found["model.embed"], exact)
 
 
 def test_layers_that_are_tied_differ_where_a_gradient_does():
@@ -88,7 +89,7 @@ def test_layers_that_are_tied_differ_where_a_gradient_does():
 def test_what_counts_as_tied():
     x = torch.arange(12.0).reshape(3, 4)
     base = {"a": x, "other": x + 1, "view": x[:2], "b": x.clone(), "turned": x.T, "half": x.half(), "row": x[:1]}
-    assert tied_names(base, [dict(base)]) == {"b": "a"}
+    assert tied_names(base, [dict(base)]) == {"a": "b"}
     assert tied_names(base, [{**base, "b": x * 2}]) == {}
     integers = {"a": torch.arange(3), "b": torch.arange(3), "empty": torch.empty(0), "none": torch.empty(0)}
     assert tied_names(integers, [integers]) == {}

@@ -5,6 +5,7 @@ from .adapted import AdaptedModel, adapt, is_adapter
 from .adapter import Adapter
 from .checksum import Checksum, checksum
 from .companions import COMPANION_FOLDERS, is_companion
+from .copies import settle_copies
 from .headers import FileState, TensorHeader, read_json
 from .hub import is_model_id
 from .plan import Footprint, InputFile, MergePlan, Part, TensorPlan, make_plan
@@ -37,6 +38,7 @@ __all__ = [
     "parse_size",
     "plan_shards",
     "read_json",
+    "settle_copies",
     "shard_name",
     "write_index",
 ]

@@ -18,6 +18,7 @@ from ..ops import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
 from .adapted import AdaptedModel, adapt, is_adapter, split_reference
 from .adapter import Adapter
+from .copies import Copy, settle_copies, shared_seeds
 from .headers import TensorHeader
 from .hub import resolve
 from .reader import Checkpoint
@@ -26,9 +27,6 @@ from .writer import TensorSpec, plan_shards, shard_name
 
 # Scalars, masks of a row, whole pages.
 _SMALL = 1 << 19
-
-# The output head of a model whose config ties it to the embedding.
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ class TensorPlan:
         parts: of the inputs that are read, the base's first; of the base alone if its value stays.
         bytes_read: size of these parts.
         options: parameters of the method for this tensor.
+        seeded_by: the tensor that it is tied to, with which it shares random masks.
     """
 
     name: str
@@ -87,6 +86,7 @@ class TensorPlan:
     position: float
     parts: tuple[Part, ...]
     options: MethodParameters
+    seeded_by: str | None = None
 
     @property
     def rows(self) -> int:
@@ -140,8 +140,8 @@ class MergePlan:
         config: with one entry in `models` per model in `tuned`.
         tensors: by name, in the order they are processed.
         shards: file name, with the folder of its module, to tensor names; in writing order.
-        tied_heads: checkpoints that store a head which their config ties to the embedding, as (checkpoint, embedding
-            name); the copy is compared with the embedding and not written.
+        copies: tensors that are not written or read, because they are tied to others; they are compared when the
+            merge begins.
     """
 
     base: Checkpoint
@@ -149,7 +149,7 @@ class MergePlan:
     config: MergeConfig
     tensors: dict[str, TensorPlan]
     shards: dict[str, list[str]]
-    tied_heads: tuple[tuple[Checkpoint, str], ...]
+    copies: tuple[Copy, ...]
 
     @property
     def inputs(self) -> tuple[Checkpoint | Adapter, ...]:
@@ -295,22 +295,24 @@ def make_plan(
             f"slices: {config.num_layers} layers were asked for, but {base.path} has {layers}; only whole models "
             "are merged"
         )
-    ignored_head, tied = _tied_heads(base, checkpoints)
-    names = {name: header for name, header in base.tensors.items() if name != ignored_head}
+    copies = settle_copies(base, checkpoints[1:])
+    dropped = {(copy.checkpoint, copy.name) for copy in copies if copy.dropped}
+    names = {name: header for name, header in base.tensors.items() if (base, name) not in dropped}
     for checkpoint in checkpoints[1:]:
-        others = {name: header for name, header in checkpoint.tensors.items() if name != ignored_head}
+        others = {n: header for n, header in checkpoint.tensors.items() if (checkpoint, n) not in dropped}
         check_same_names(names, others, str(checkpoint.path))
         for name, header in names.items():
             _check_header(name, header.shape, others[name].shape, checkpoint.path)
     adapted = [model for model in tuned if isinstance(model, AdaptedModel)]
     for model in adapted:
-        if ignored_head in model.modules:
-            raise CheckpointError(f"{model.path}: changes {ignored_head}, which the base ties to the embedding")
+        if changed := [name for name in model.modules if (model.base, name) in dropped]:
+            raise CheckpointError(f"{model.path}: changes {changed[0]}, which the base ties to the embedding")
+    seeds = shared_seeds(base, checkpoints[1:]) if "seed" in config.method.parameters.model_fields else {}
 
     positions = layer_positions(names)
     specs, treatments, options = {}, {}, {}
     for name, header in names.items():
-        options[name] = config.options(len(tuned), name, positions[name])
+        options[name] = config.options(len(tuned), name, positions[name], seeded_by=seeds.get(name))
         decided = treatment(config, options[name], name, header.shape, header.dtype, len(tuned))
         if decided.kind != "base":
             for checkpoint in checkpoints:
@@ -333,10 +335,11 @@ def make_plan(
             positions[name],
             _parts(name, treatments[name], inputs, adapted),
             options[name],
+            seeds.get(name),
         )
         for name in names
     }
-    plan = MergePlan(base, tuned, config, tensors, shards, tied)
+    plan = MergePlan(base, tuned, config, tensors, shards, copies)
     for name, tensor in tensors.items():
         if tensor.treatment.kind != "base":
             check_options(tensor.options, plan.accumulation(tensor), name)
@@ -441,19 +444,6 @@ def _inputs(base: Checkpoint, tuned: Sequence[Checkpoint | AdaptedModel]) -> tup
     for model in tuned:
         found += [model.base, model.adapter] if isinstance(model, AdaptedModel) else [model]
     return tuple(dict.fromkeys(found))
-
-
-def _tied_heads(
-    base: Checkpoint, checkpoints: Sequence[Checkpoint]
-) -> tuple[str | None, tuple[tuple[Checkpoint, str], ...]]:
-    """Find copies of a head that the base's config ties to the embedding: they are no tensors of their own."""
-    if not base.config.get("tie_word_embeddings"):
-        return None, ()
-    embeddings = [name for name in base.tensors if name.endswith(("embed_tokens.weight", "wte.weight"))]
-    holders = [checkpoint for checkpoint in checkpoints if _HEAD in checkpoint.tensors]
-    if len(embeddings) != 1 or not holders:
-        return None, ()
-    return _HEAD, tuple((checkpoint, embeddings[0]) for checkpoint in holders if embeddings[0] in checkpoint.tensors)
 
 
 def _check_header(name: str, expected: tuple[int, ...], got: tuple[int, ...], path: Path) -> None:

@@ -48,6 +48,7 @@ class Checkpoint:
         self._states: dict[Path, FileState] = {}
         self._pickles: dict[Path, PickleFile] = {}
         self._modules: dict[Path, Module] = {}
+        self._shared: dict[str, str] = {}
         found = find_modules(self.path, allow_pickle)
         self._states.update((state.path, state) for state in found.states)
         self.folders, self.modules = found.folders, found.modules
@@ -123,6 +124,11 @@ class Checkpoint:
         for file, state in self._states.items():
             require_unchanged(file, state)
 
+    def share(self, name: str, original: str) -> None:
+        """Let a tensor that is not stored be read from the one that it is tied to."""
+        self.tensors[name] = self.tensors[original]
+        self._shared[name] = original
+
     def module(self, name: str) -> Module:
         """Return the module that a tensor belongs to."""
         return self._modules[self.tensors[name].file]
@@ -163,7 +169,8 @@ class Checkpoint:
         # Before and after: the file is mapped, and one that was cut short must not be touched.
         require_unchanged(header.file, state)
         prefix = self._modules[header.file].prefix
-        tensor = self._pickles[header.file].copy(name.removeprefix(prefix), rows)
+        stored = self._shared.get(name, name).removeprefix(prefix)
+        tensor = self._pickles[header.file].copy(stored, rows)
         require_unchanged(header.file, state)
         return tensor
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, adapt, is_adapter
+from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, adapt, is_adapter, settle_copies
 from ..files import usable_path
 from .journal import read_journal
 from .output import journal_path
@@ -67,6 +67,8 @@ def verify_output(
         extra=[name for name in output.tensors if name not in finished],
     )
     models = list(_opened(fingerprint["models"], allow_pickle)) if inputs else []
+    if checkpoints := [model for model in models if isinstance(model, Checkpoint)]:
+        settle_copies(checkpoints[0], checkpoints[1:])
     for done, (name, entry) in enumerate(finished.items(), 1):
         header = output.tensors.get(name)
         if header is not None:

@@ -25,7 +25,6 @@ from .shards import Shards
 
 # Rows of tied heads and embeddings are compared in pieces of about this size.
 _PIECE_BYTES = 64 << 20
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,7 @@ def merge_tile(
             plan.config,
             name=tile.name,
             position=tensor.position,
+            seeded_by=tensor.seeded_by,
             out_dtype=tensor.spec.dtype,
             measure_norms=measure_norms,
         )
@@ -212,15 +212,15 @@ def check_copies(plan: MergePlan) -> None:
         QuantisedRefused: as `check_tables`.
     """
     check_tables(plan)
-    for checkpoint, embedding in plan.tied_heads:
-        head, other = checkpoint.tensors[_HEAD], checkpoint.tensors[embedding]
-        if (head.shape, head.dtype) != (other.shape, other.dtype) or not all(
-            torch.equal(checkpoint.load(_HEAD, rows=rows), checkpoint.load(embedding, rows=rows))
-            for rows in _pieces(head)
+    for copy in plan.copies:
+        stored, other = (copy.checkpoint.tensors[name] for name in (copy.name, copy.original))
+        if (stored.shape, stored.dtype) != (other.shape, other.dtype) or not all(
+            torch.equal(copy.checkpoint.load(copy.name, rows=rows), copy.checkpoint.load(copy.original, rows=rows))
+            for rows in _pieces(stored)
         ):
             raise CheckpointError(
-                f"{checkpoint.path}: the base ties {_HEAD} to {embedding}, but here the two differ; "
-                "set tie_word_embeddings to false in the base's config.json and store its head, or retie this model"
+                f"{copy.checkpoint.path}: {copy.name} should be the same as {copy.original}, but the two differ: "
+                f"{copy.why}"
             )
     for model in plan.tuned:
         if not isinstance(model, AdaptedModel):

@@ -114,7 +114,7 @@ def tied(tmp_path, heads):
 def test_tied_heads_are_not_tensors_of_their_own(tmp_path, heads):
     plan = make_plan(config_for(tied(tmp_path, heads)), 10**9)
     assert "lm_head.weight" not in plan.tensors
-    assert len(plan.tied_heads) == sum(heads)
+    assert len(plan.copies) == sum(heads)
 
 
 def test_untied_heads_are(tmp_path):

@@ -218,7 +218,7 @@ def test_tied_heads_are_compared_and_left_out(tmp_path):
     assert "lm_head.weight" not in load(tmp_path / "out")
     members[1]["lm_head.weight"][3, 3] += 1
     save_file(members[1], paths[1] / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"m1: the base ties lm_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"m1: lm_head\.weight should be .* the base ties them"):
         merge_checkpoints(config_for(paths), tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
 

@@ -82,7 +82,7 @@ def test_every_method_is_an_algorithm(method, as_pool, networks):
 def test_a_model_that_unties_what_the_pretrained_one_ties_is_refused(networks):
     tied = networks["b"].tied
     tied.weight = nn.Parameter(tied.weight.detach() + 1)
-    with pytest.raises(CheckpointError, match=r"^b: the pretrained model ties tied\.weight to first\.weight, but"):
+    with pytest.raises(CheckpointError, match=r"^b: the pretrained model ties first\.weight to tied\.weight, but"):
         integration.MergeAlgorithm("task_arithmetic").run(networks)
 
 

@@ -104,7 +104,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         device, positions, self.reports = self.fabric.device, layer_positions(start), {}
         merged: dict[str, Tensor] = {}
         written: dict[Any, str] = {}
-        for name, tensor in start.items():
+        for name in sorted(start, reverse=True):  # of tied tensors first the one whose name counts: see `tied_names`
+            tensor = start[name]
             place = tensor.device, tensor.data_ptr(), tuple(tensor.shape)
             if tensor.numel() and place in written:  # tied to a tensor that is merged already
                 _check_tied(name, written[place], dict(zip(names, tuned, strict=True)))
@@ -120,6 +121,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
             else:
                 tensor.copy_(result.weight)
                 written[place] = name
+        self.reports = {name: self.reports[name] for name in start if name in self.reports}
         return _filled(base.meta_module, merged) if isinstance(base, LazyStateDict) else base
 
 

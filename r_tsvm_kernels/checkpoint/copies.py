@@ -1,0 +1,129 @@
+"""Tied tensors that only some checkpoints store: copies of another tensor of theirs, as a head of its embedding.
+
+Old files hold such copies, new ones mostly do not, and what ties them is often only known to the class of the model.
+Copies are therefore known by their values. The output has the tensors of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..ops import FLOAT_DTYPES
+from ..parameters import split_layer
+from .reader import Checkpoint
+
+# The output head of language models, and the embeddings to which a config can tie it.
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+# Tensors up to this size are compared whole when a merge is planned, of others two rows.
+_SMALL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that a checkpoint stores and that must be equal to another one of it.
+
+    Attributes:
+        checkpoint: that stores both.
+        name: of the copy.
+        original: name of the other one.
+        dropped: whether it is no tensor of its own in the merge.
+        why: what speaks for a copy, and what to do if it is none; for the error.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    original: str
+    dropped: bool
+    why: str
+
+
+def settle_copies(base: Checkpoint, others: Sequence[Checkpoint]) -> tuple[Copy, ...]:
+    """Find the copies by which checkpoints differ in their tensors.
+
+    A copy that the base lacks is left out. One that another checkpoint lacks is read there, from now on, from what it
+    is tied to. The head of a base whose config ties it is left out everywhere.
+
+    Args:
+        base: whose tensors the output has.
+        others: the checkpoints that are merged with it.
+
+    Returns:
+        What was taken for a copy; of large tensors two rows were compared.
+    """
+    copies = _tied_heads(base, (base, *others))
+    heads = {copy.name for copy in copies}
+    for checkpoint in others:
+        for name in sorted(checkpoint.tensors.keys() - base.tensors.keys() - heads):
+            if original := find_original(checkpoint, name, base.tensors):
+                copies.append(Copy(checkpoint, name, original, True, "the base lacks it; was it trained apart?"))
+        for name in sorted(base.tensors.keys() - checkpoint.tensors.keys() - heads):
+            if name == _HEAD and _ties_its_head(checkpoint) and (embedding := _embedding(checkpoint)):
+                checkpoint.share(name, embedding)
+            elif original := find_original(base, name, checkpoint.tensors):
+                copies.append(Copy(base, name, original, False, f"{checkpoint.path} lacks it; is it whole?"))
+                checkpoint.share(name, original)
+    return tuple(copies)
+
+
+def find_original(checkpoint: Checkpoint, name: str, among: Iterable[str]) -> str | None:
+    """Return the first of some tensors outside of the layers that has the values of another one; None for none."""
+    if split_layer(name) is not None:
+        return None
+    candidates = (x for x in among if x != name and x in checkpoint.tensors and split_layer(x) is None)
+    return next((x for x in candidates if seem_equal(checkpoint, name, x)), None)
+
+
+def seem_equal(checkpoint: Checkpoint, name: str, original: str) -> bool:
+    """Whether two tensors have the same dtype, shape and values; of large ones two rows are compared."""
+    header, other = checkpoint.tensors[name], checkpoint.tensors[original]
+    if (header.shape, header.dtype) != (other.shape, other.dtype) or header.dtype not in FLOAT_DTYPES:
+        return False
+    middle = header.shape[0] // 2 if header.shape else 0
+    pieces = [None] if header.nbytes <= _SMALL else [(0, 1), (middle, middle + 1)]
+    return all(torch.equal(checkpoint.load(name, rows=rows), checkpoint.load(original, rows=rows)) for rows in pieces)
+
+
+def shared_seeds(base: Checkpoint, others: Sequence[Checkpoint]) -> dict[str, str]:
+    """Map each tensor that seems a copy in all checkpoints to its original, by which random masks are to be drawn.
+
+    Of the names of a tensor the last in the alphabet is that of the original, as for `tied_names`.
+    """
+    found: dict[str, str] = {}
+    originals: list[str] = []
+    for name in sorted(base.tensors, reverse=True):
+        original = find_original(base, name, originals)
+        if original and all(seem_equal(checkpoint, name, original) for checkpoint in others):
+            found[name] = original
+        else:
+            originals.append(name)
+    return found
+
+
+def _tied_heads(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> list[Copy]:
+    embedding = _embedding(base)
+    if not base.config.get("tie_word_embeddings") or embedding is None:
+        return []
+    why = (
+        "the base ties them; set tie_word_embeddings to false in the base's config.json and store its head, "
+        "or retie this model"
+    )
+    return [
+        Copy(checkpoint, _HEAD, embedding, True, why)
+        for checkpoint in checkpoints
+        if _HEAD in checkpoint.tensors and embedding in checkpoint.tensors
+    ]
+
+
+def _ties_its_head(checkpoint: Checkpoint) -> bool:
+    text = checkpoint.config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    return bool(checkpoint.config.get("tie_word_embeddings", inner))
+
+
+def _embedding(checkpoint: Checkpoint) -> str | None:
+    found = [name for name in checkpoint.tensors if name.endswith(_EMBEDDINGS)]
+    return found[0] if len(found) == 1 else None
