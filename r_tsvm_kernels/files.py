@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
-from contextlib import suppress
-from io import BufferedReader
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -83,12 +85,33 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk refused.
     """
+    with _replaced(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a regular file, as `write_text` writes.
+
+    Raises:
+        CheckpointError: the source cannot be read, or is no regular file.
+        OSError: the disk refused the copy.
+    """
+    try:
+        opened = open_regular(source)
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from error
+    with opened, _replaced(target) as file:
+        shutil.copyfileobj(opened, file)
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[BufferedWriter]:
     part = path.with_name(part_name(path.name))
     part.unlink(missing_ok=True)  # left by a process that was killed
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
         part.replace(path)
     except BaseException:
         with suppress(OSError):

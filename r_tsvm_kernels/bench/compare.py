@@ -44,7 +44,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     """
     try:
         report: dict[str, Any] = json.loads(read_regular(path, _MOST_BYTES))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected results that `rtsvm bench --json` wrote: {error}") from error
     if not isinstance(report, dict) or report.get("schema") != SCHEMA or "rows" not in report:
         raise ConfigError(f"{path}: expected results that `rtsvm bench --json` wrote, of schema {SCHEMA}")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import COMPANION_FOLDERS, Checkpoint, is_companion, read_json
-from ..errors import CheckpointError
-from ..files import write_text
+from ..files import copy_file, write_text
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
@@ -52,16 +50,7 @@ def _copy_files(source: Path, target: Path) -> None:
         for file in sorted(source.iterdir()):
             # Links that lead nowhere are not left out in silence.
             if is_companion(file.name) and (file.is_file() or not file.exists()):
-                _copy(file, target / file.name)
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        if error.filename != str(source):
-            raise
-        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from error
+                copy_file(file, target / file.name)
 
 
 def write_json(file: Path, data: object) -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 from ..errors import CheckpointError, ConfigError, DiskFull, OutputBusy, OutputExists, OutputUnfinished, RTsvmError
 from ..files import part_name, publish, same_file
 
+# Bytes in a name, on all file systems that matter.
+_NAME_MAX = 255
+
 
 class Stage:
     """The folder in which an output grows, ``.OUT.partial`` beside OUT.
@@ -128,7 +131,10 @@ def refuse_existing(out: Path) -> None:
     try:
         if out.name in ("", ".."):
             raise ValueError("no name is at its end")
-        _is_taken(_lock_file(out))  # the longest name of all
+        longest = _lock_file(out)
+        if len(os.fsencode(longest.name)) > _NAME_MAX:  # the system says so only where there is a folder already
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        _is_taken(longest)
         if single:
             taken = [
                 place for source, place in _places(out).items() if _is_taken(place) and not same_file(source, place)

@@ -191,6 +191,7 @@ def test_what_a_command_without_a_journal_left_is_emptied(tmp_path):
         ("new/..", ConfigError, "cannot be the name of an output"),
         ("n" * 300, ConfigError, "File name too long"),
         ("n" * 250, ConfigError, "File name too long"),  # there is no room for what the stage is called
+        ("new/" + "n" * 300, ConfigError, "File name too long"),
         ("n" * 235 + ".safetensors", ConfigError, "File name too long"),
         ("a\0b", ConfigError, "null byte"),
         ("loop/out", ConfigError, "symbolic links"),
