@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-integrations bench lint dev docs dist clean
+.PHONY: help demo test test-sanitized test-integrations bench lint dev docs dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -17,6 +17,9 @@ demo: $(VENV)/.demo ## train a base and three experts, merge them four ways, pri
 
 test: $(VENV)/.dev ## run the whole test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-sanitized: $(VENV)/.dev ## test the native code for errors of memory and races of threads, with sanitizers
+	PYTHON=$(abspath $(BIN)/python) tests/sanitized.sh
 
 test-integrations: $(VENV)/.dev ## test our backend inside other libraries, each in an environment of its own
 	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_mergekit_suite.sh

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # compare, oracle, variants, ...
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
+settings.register_profile("quick", settings.get_profile("default"), max_examples=4)
 settings.load_profile("default")
 
 

@@ -4,15 +4,9 @@ What that can and cannot show is said in tests/cuda_on_cpu/cuda_runtime.h. Every
 in both orders, and must give the reference's bits.
 """
 
-import importlib.util
 import math
-import shutil
-import subprocess
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 
+import emulated_cuda
 import pytest
 import torch
 from compare import same_bits
@@ -20,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, VALUES, layout_names
 
-from r_tsvm_kernels import backends, dispatch
 from r_tsvm_kernels.errors import NonFiniteError
 from r_tsvm_kernels.ops import (
     Keep,
@@ -42,63 +35,21 @@ from r_tsvm_kernels.ops import (
     task_statistics,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-STAND_IN = ROOT / "tests" / "cuda_on_cpu"
-CXX = shutil.which("g++") or shutil.which("c++")
-
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CXX is None, reason="builds CUDA sources for the CPU: no C++ compiler on PATH"),
+    pytest.mark.skipif(emulated_cuda.CXX is None, reason="builds CUDA sources for the CPU: no C++ compiler on PATH"),
 ]
 
 
-def build(folder: Path) -> Path:
-    """Compile the CUDA sources and their bindings as C++; return the module."""
-    import pybind11
-
-    includes = [STAND_IN, ROOT / "csrc" / "include", pybind11.get_include(), sysconfig.get_path("include")]
-    # No fortified longjmp: the fibers jump between stacks.
-    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
-    # A GPU refuses misaligned reads.
-    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    flags += ["-include", "cuda_runtime.h", *(f"-I{path}" for path in includes)]
-    sources = [
-        *(ROOT / "csrc" / "cuda").glob("*.cu"),
-        ROOT / "csrc/bindings/cuda_module.cpp",
-        STAND_IN / "emulator.cpp",
-    ]
-    objects = [folder / f"{source.stem}.o" for source in sources]
-
-    def run(*command):
-        done = subprocess.run([CXX, *map(str, command)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-5000:]
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda s, o: run(*flags, "-x", "c++", "-c", s, "-o", o), sources, objects))
-    run("-shared", "-o", folder / "_cuda.so", *objects)
-    return folder / "_cuda.so"
-
-
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("_cuda", build(tmp_path_factory.mktemp("cuda_on_cpu")))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def module(tmp_path_factory):
+    return emulated_cuda.load(emulated_cuda.build(tmp_path_factory.mktemp("cuda_on_cpu")))
 
 
 @pytest.fixture(params=["forward", "reverse"])
-def emulation(request, emulated, monkeypatch):
-    """Let ``backend="cuda"`` run the emulated kernels on CPU tensors."""
-    native, state = backends.native, backends.state
+def emulation(request, module, monkeypatch):
     monkeypatch.setenv("CUDA_ON_CPU_ORDER", request.param)
-    monkeypatch.setattr(backends, "native", lambda name: emulated if name == "cuda" else native(name))
-    monkeypatch.setattr(backends, "state", lambda name: backends.READY if name == "cuda" else state(name))
-    for op, order in dispatch.ORDER.items():
-        if "cuda" in order["cuda"]:
-            monkeypatch.setitem(dispatch.ORDER, op, {**order, "cpu": (*order["cpu"], "cuda")})
-    stream = SimpleNamespace(device_index=0, cuda_stream=0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    emulated_cuda.install(module, monkeypatch)
 
 
 pytestmark.append(pytest.mark.usefixtures("emulation"))

@@ -3,7 +3,8 @@
 
 // Only GCC on x86-64 Linux knows this form. Marked functions must not contain OpenMP regions, and must not be
 // templates; what they call is inlined, hence RTSVM_INLINE.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if !defined(RTSVM_ISA_CLONES) && defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && \
+    defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define RTSVM_ISA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif

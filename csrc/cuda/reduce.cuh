@@ -76,10 +76,11 @@ __device__ inline Part block_merge(const Part* parts, int64_t count) {
   of_thread[threadIdx.x] = merged;
   for (int width = kThreads / 2; width > 0; width /= 2) {
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < width)
-      of_thread[threadIdx.x] = merge(of_thread[threadIdx.x], of_thread[threadIdx.x + width]);
+    if (static_cast<int>(threadIdx.x) >= width) continue;
+    merged = merge(merged, of_thread[threadIdx.x + width]);
+    of_thread[threadIdx.x] = merged;
   }
-  return of_thread[0];
+  return merged;
 }
 
 }  // namespace r_tsvm

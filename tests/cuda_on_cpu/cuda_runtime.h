@@ -1,12 +1,15 @@
 // A stand-in for the CUDA runtime, so that a C++ compiler builds the very sources of csrc/cuda for the CPU. For tests.
 //
 // What it shows: that indices, loops, digits, ties and sums are right, that every lane takes part in every exchange of
-// its warp, that dynamic shared memory is asked for and filled before it is read, and that results do not depend on the
-// order of blocks and threads (environment variable CUDA_ON_CPU_ORDER=reverse). What it does not show: data races
-// between barriers beyond what the two orders expose, the memory model, what nvcc makes of the source, or speed.
-//
-// Blocks run one after the other. The threads of a block are fibers on one thread of the machine; a fiber runs until it
-// reaches a barrier or an exchange. Warps must be whole and must exchange with all 32 lanes. Shared memory is static.
+// its warp, and that dynamic shared memory is asked for and filled before it is read. What it does not show: what nvcc
+// makes of the source, or speed. Blocks run one after the other. Warps must be whole and must exchange with all 32
+// lanes. Shared memory is static. The threads of a block are, by the emulator that is linked,
+// - fibers.cpp: fibers on one thread of the machine; each runs until it reaches a barrier or an exchange. Fast, and
+//   shows that results do not depend on the order of blocks and threads (environment variable
+//   CUDA_ON_CPU_ORDER=reverse).
+// - threads.cpp, with CUDA_ON_CPU_THREADS defined: threads of the machine, for the thread sanitizer, which sees the
+//   races of a block. As in CUDA, __syncthreads and __syncwarp order accesses to memory, other exchanges do not. Races
+//   between blocks are not seen.
 #pragma once
 
 #include <cmath>
@@ -19,20 +22,28 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#ifdef CUDA_ON_CPU_THREADS
+#define __shared__ static
+#define CUDA_ON_CPU_INDEX inline thread_local
+#else
 #define __shared__ thread_local
+#define CUDA_ON_CPU_INDEX inline
+#endif
 #define __grid_constant__
 #define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+CUDA_ON_CPU_INDEX dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
-void barrier();
+// Where they stand in the source is named, so that a test can leave one out.
+void barrier(const char* file, int line);
+void warp_barrier(const char* file, int line);
 // Waits for all lanes, which must pass the same tag; returns the values of the 32 lanes. Valid until the next but one.
 const uint64_t* exchange(unsigned mask, int tag, uint64_t value);
 void launch(dim3 grid, dim3 block, size_t shared, const void* kernel, const std::function<void()>& body);
@@ -53,7 +64,8 @@ inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
 // --- device functions
 
-inline void __syncthreads() { cuda_on_cpu::barrier(); }
+#define __syncthreads() cuda_on_cpu::barrier(__FILE__, __LINE__)
+#define __syncwarp() cuda_on_cpu::warp_barrier(__FILE__, __LINE__)
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
@@ -84,13 +96,9 @@ unsigned __match_any_sync(unsigned mask, T value) {
   return same;
 }
 
-inline void __syncwarp() { cuda_on_cpu::exchange(0xffffffffu, 3, 0); }
-
 template <class T>
 T atomicAdd(T* address, T value) {
-  const T before = *address;
-  *address += value;
-  return before;
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }

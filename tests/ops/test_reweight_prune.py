@@ -126,6 +126,31 @@ def test_what_the_sample_does_not_show(backend, share, first):
         check(backend, torch.zeros_like(tuned), [tuned], "none", density)
 
 
+def sampled(size):
+    """Mark the elements that csrc/cpu/sample.h reads of a tensor of this size."""
+    run = 32
+    runs = min(size // (16 * run), 8192)
+    stride = size // runs
+    hashes = (np.arange(1, runs + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+    starts = np.arange(runs) * stride + (hashes % np.uint64(stride - run + 1)).astype(np.int64)
+    marks = np.zeros(size, bool)
+    marks[(starts // run * run)[:, None] + np.arange(run)] = True
+    return torch.from_numpy(marks)
+
+
+@native_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_more_undecided_elements_than_the_sample_promised(backend, dtype):
+    """Every chunk lists fewer than it may, all chunks together more than there is room for."""
+    size, chunk, per_chunk = 2**20, 2**15, 3500
+    tuned, seen = torch.randn(size, dtype=dtype), sampled(size)
+    threshold = tuned[seen].abs().median()
+    for first in range(0, size, chunk):
+        unseen = first + (~seen[first : first + chunk]).nonzero()[:per_chunk, 0]
+        tuned[unseen] = threshold * (1 + 1e-4 * torch.randn(per_chunk, dtype=dtype))
+    check(backend, torch.zeros(size, dtype=dtype), [tuned], "none", density=0.5)
+
+
 @native_backend
 def test_a_sample_that_sees_nothing_but_zeros(backend):
     """Every element it is likely to meet is 0; the threshold lies among the others."""
