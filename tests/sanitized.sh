@@ -19,7 +19,9 @@ CXX=g++ RTSVM_BUILD_CPU=on RTSVM_BUILD_CUDA=off \
   export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
   export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2
   "$PYTHON" -c "import r_tsvm_kernels._cpu as built; assert built.__file__.startswith('$PWD'), built"
-  "$PYTHON" -m pytest "$ROOT/tests/ops" -k cpu -q -n 2 --dist worksteal --hypothesis-profile quick -p no:cacheprovider
+  # Not captured by descriptor: a report would be lost with the process.
+  "$PYTHON" -m pytest "$ROOT/tests/ops" -k cpu -q --capture=sys -n 2 --dist worksteal \
+    --hypothesis-profile quick -p no:cacheprovider
 )
 
 RTSVM_SANITIZED=1 "$PYTHON" -m pytest tests/test_cuda_races.py -q -p no:cacheprovider

@@ -13,6 +13,12 @@ struct Bracket {
   int64_t most;
 };
 
+// The patterns that begin with `prefix` and have so many bits more, up to all 63.
+inline Bracket bracket_of(int64_t prefix, int bits) {
+  const int64_t least = prefix << bits;
+  return Bracket{least, least | static_cast<int64_t>((uint64_t{1} << bits) - 1)};
+}
+
 // Of up to kBlock elements, each a byte; and the places of the marked ones. Both have a margin to write into.
 inline constexpr int64_t kMarksAtOnce = sizeof(uint64_t);
 struct alignas(64) Marks {

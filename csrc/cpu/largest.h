@@ -52,8 +52,7 @@ std::vector<Undecided> find_largest(int64_t elements, const std::vector<int64_t>
       Positions positions;
       values_of(first, n, values);
       for (int64_t k = 0; k < count; ++k) {
-        const int64_t least = found[k].prefix << (shift + kDigitBits);
-        const Bracket bracket{least, least + (kDigits << shift) - 1};
+        const Bracket bracket = bracket_of(found[k].prefix, shift + kDigitBits);
         const int64_t inside = list_inside(values, n, bracket, positions);
         uint32_t* const digits = counters.at(worker, k);
         for (int64_t i = 0; i < inside; ++i) {

@@ -30,8 +30,7 @@ void run(const MatrixView& x, const MatrixView* base, const Digit& digit, int64_
   const int64_t workers = worker_count(elements, threads);
   const int64_t bins = int64_t{1} << digit.bits;
   const auto mask = static_cast<uint16_t>(bins - 1);
-  const int64_t least = digit.prefix << (digit.shift + digit.bits);
-  const Bracket bracket{least, least + (bins << digit.shift) - 1};
+  const Bracket bracket = bracket_of(digit.prefix, digit.shift + digit.bits);
   const bool all = digit.shift + digit.bits == 8 * static_cast<int>(sizeof(Real)) - 1;
   // Neighbours are counted apart: an increment that waits for the one before it, as equal values would cause, is slow.
   std::vector<uint32_t> counters(workers * 2 * bins);
