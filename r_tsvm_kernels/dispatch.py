@@ -91,6 +91,11 @@ def chosen(op: str, device_type: str) -> str | None:
     return _forced.get({}).get(op) or next(ready, None)
 
 
+def by_reference(device_type: str, *ops: str) -> bool:
+    """Whether the reference in torch, which stores what kernels do not, runs one of these ops on a device type now."""
+    return any(chosen(op, device_type) == "torch" for op in ops)
+
+
 def select(op: str, *tensors: Tensor, backend: str | None = None) -> Callable[..., Any]:
     """Return the ``run`` function that carries out `op` on these tensors; its results carry no graph.
 

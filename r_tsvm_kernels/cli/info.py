@@ -44,6 +44,10 @@ def _collect() -> dict[str, Any]:
             op: {device: [name for name, _ in dispatch.explain(op, device)] for device in order}
             for op, order in dispatch.ORDER.items()
         },
+        "chosen": {
+            device: {op: dispatch.chosen(op, device) for op in dispatch.ORDER}
+            for device in ("cpu", *(["cuda"] if gpus else []))
+        },
         "methods": {
             name: {
                 "pretty_name": method.pretty_name,
@@ -71,11 +75,15 @@ def _print(facts: dict[str, Any]) -> None:
     say(f"GPUs: {', '.join(facts['gpus']) or 'none that torch sees'}; CPU threads: {facts['threads']}")
 
     backends = Table(title="Backends")
-    for heading in ("backend", "state", "ops it has kernels for"):
+    for heading in ("backend", "state", "ops it has kernels for", *(f"runs on {device}" for device in facts["chosen"])):
         backends.add_column(heading)
     for name, state in facts["backends"].items():
         ops = [op for op, devices in facts["ops"].items() if any(name in order for order in devices.values())]
-        backends.add_row(name, state, "all (the reference)" if name == "torch" else ", ".join(ops))
+        runs = [
+            ", ".join(op for op, backend in chosen.items() if backend == name) or "none"
+            for chosen in facts["chosen"].values()
+        ]
+        backends.add_row(name, state, "all (the reference)" if name == "torch" else ", ".join(ops), *runs)
     shown = console()
     shown.print(backends)
 

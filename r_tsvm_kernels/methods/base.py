@@ -227,8 +227,7 @@ def always(options: Any) -> bool:
 
 def elementwise_cost(job: Job, options: Any) -> Cost:
     """Return what a weighted sum of task vectors takes: the reference in torch stores what the kernels do not."""
-    by_reference = dispatch.chosen("elect_and_sum", job.device_type) == "torch"
-    copies = 7 * job.itemsize + 1 if by_reference else job.itemsize
+    copies = 7 * job.itemsize + 1 if dispatch.by_reference(job.device_type, "elect_and_sum") else job.itemsize
     return Cost(copies * job.elements, (3.0 * job.tasks + 2) * job.elements)
 
 

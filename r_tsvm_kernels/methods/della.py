@@ -53,7 +53,7 @@ def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParam
 def della_cost(job: Job, options: DellaLinearParameters) -> Cost:
     """Return what DELLA takes: besides all else the ranks of every task."""
     common = sparse_cost(job, options)
-    sorting = 40 if dispatch.chosen("magnitude_ranks", job.device_type) == "torch" else 1
+    sorting = 80 if dispatch.by_reference(job.device_type, "magnitude_ranks", "ranked_mask") else 1
     return Cost(common.bytes + (4 * job.tasks + sorting) * job.elements, common.flops + 60.0 * job.tasks * job.elements)
 
 

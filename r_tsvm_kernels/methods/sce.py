@@ -24,7 +24,7 @@ class SceParameters(MethodParameters):
 def sce_cost(job: Job, options: SceParameters) -> Cost:
     """Return what `sce` takes: variances in float64 and their selection, then the election."""
     per_element = 48 + 4 * job.itemsize
-    if dispatch.chosen("elect_and_sum", job.device_type) == "torch":
+    if dispatch.by_reference(job.device_type, "elect_and_sum", "magnitude_select", "task_spread", "task_gram"):
         per_element = max(per_element, (2 * job.tasks + 8) * job.itemsize + 81)
     return Cost(per_element * job.elements + gram_bytes(job), 16.0 * job.tasks * job.elements)
 

@@ -83,7 +83,7 @@ def merge_kept(
 def sparse_cost(job: Job, options: Any) -> Cost:
     """Return what sparsifying, electing and summing takes."""
     per_element = job.itemsize
-    if dispatch.chosen("elect_and_sum", job.device_type) == "torch":
+    if dispatch.by_reference(job.device_type, "elect_and_sum", "magnitude_select", "random_mask", "task_statistics"):
         per_element = (job.tasks + 8) * job.itemsize + 80
     elif options.rescale and not isinstance(options, RandomParameters):
         per_element = 4 * job.itemsize + 12

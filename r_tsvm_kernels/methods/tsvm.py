@@ -49,7 +49,7 @@ def spectral_cost(job: Job, options: TsvmParameters, ranks: Sequence[int]) -> Co
     """Return what TSV-Merge takes with its task matrices, at these ranks or smaller ones."""
     shape = (job.shape[0], job.shape[1])
     matrices = job.tasks * job.itemsize * job.elements
-    simulated = any(dispatch.chosen(op, job.device_type) == "torch" for op in PRODUCTS)
+    simulated = dispatch.by_reference(job.device_type, *PRODUCTS)
     solving = tsv_merge_bytes(shape, ranks, job.itemsize, options.solver, options.workspace, simulated)
     forming, adding = 2 * job.itemsize * job.elements, (5 * job.itemsize + 1) * job.elements  # one after the other
     return Cost(matrices + max(forming, solving, adding), tsv_merge_flops(shape, ranks))

@@ -6,10 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from merging import tasks_of
+from safetensors.torch import save_file
 
-from r_tsvm_kernels import MergeConfig
+from r_tsvm_kernels import MergeConfig, backends, use_backend
+from r_tsvm_kernels.checkpoint import make_plan
+from r_tsvm_kernels.dispatch import ORDER, chosen
+from r_tsvm_kernels.engine.schedule import schedule
 from r_tsvm_kernels.methods import METHODS, Job
 
 TASKS = 3
@@ -23,7 +28,16 @@ OPTIONS = {
     "dare_ties": {"density": 0.3},
     "della": {"density": 0.3},
     "model_stock": {"filter_wise": True},
+    "della_linear": {"density": 0.3, "rescale": False},
     "sce": {"select_topk": 0.5},
+    "rtsvm": {"density": 0.3},
+}
+# Backends that are forced, for all ops and for single ones: the plan must be that of what runs.
+ELEMENT_WISE = sorted(name for name, method in METHODS.items() if not method.matrices_only)
+CHOICES = {
+    "automatic": ({}, sorted(METHODS)),
+    "torch": (dict.fromkeys(ORDER, "torch"), sorted(METHODS)),
+    "torch but for sums": ({op: "torch" for op in ORDER if op != "elect_and_sum"}, ELEMENT_WISE),
 }
 
 PROGRAM = """
@@ -33,9 +47,12 @@ import torch
 from memory import peak_of
 from merging import group, tasks_of
 from r_tsvm_kernels import MergeConfig
+from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.methods import Job, get_method
 
 found = {}
+use = use_backend(**json.loads(sys.argv[3]))
+use.__enter__()
 for name, options in json.loads(sys.argv[1]).items():
     method, tasks = get_method(name), tasks_of(name, int(sys.argv[2]))
     parameters = MergeConfig.from_kwargs(name, **options).options(tasks, "w")
@@ -48,15 +65,45 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-def test_memory_stays_below_what_is_declared():
+@pytest.mark.parametrize(("choice", "methods"), CHOICES.values(), ids=CHOICES.keys())
+def test_memory_stays_below_what_is_declared(choice, methods):
     # Every block in pages of its own: what was freed is not there to be used again.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-c", PROGRAM, json.dumps(OPTIONS), str(TASKS)]
+    options = {name: OPTIONS[name] for name in methods}
+    program = [sys.executable, "-c", PROGRAM, json.dumps(options), str(TASKS), json.dumps(choice)]
     run = subprocess.run(program, check=True, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     found = json.loads(run.stdout)
-    assert found.keys() == METHODS.keys()
+    assert sorted(found) == methods
     exceeded = {name: numbers for name, numbers in found.items() if numbers[0] > numbers[1] + SLACK}
     assert not exceeded
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_plan_follows_the_backend_that_is_forced(method):
+    """Where a kernel stores less than the reference, forcing the reference raises what is declared; and no more."""
+    options = MergeConfig(method).options(tasks_of(method, TASKS))
+    job = Job((2048, 640), tasks_of(method, TASKS), 4)
+    automatic = METHODS[method].cost(job, options).bytes
+    with use_backend("torch"):
+        reference = METHODS[method].cost(job, options).bytes
+    native = backends.state("cpu") == backends.READY
+    assert reference > automatic if native and method in ELEMENT_WISE else reference == automatic
+    assert METHODS[method].cost(job, options).bytes == automatic
+
+
+def test_a_plan_of_a_checkpoint_follows_the_backend_that_is_forced(tmp_path):
+    tensors = {f"layers.{layer}.weight": torch.randn(64, 48) for layer in range(2)}
+    for name in ("base", "tuned"):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    base, tuned = (str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))
+    recipe = MergeConfig("ties", base_model=base, models=[{"model": tuned}], parameters={"density": 0.3})
+    needs = {}
+    for backend in ("torch", "cpu"):
+        with use_backend(backend):
+            needs[backend] = schedule(make_plan(recipe, 2**40), 1, None, None, on_gpu=False).tensors
+            assert all(name == backend for name in [chosen("elect_and_sum", "cpu"), chosen("magnitude_select", "cpu")])
+    name = next(iter(tensors))
+    assert needs["torch"][name].work > needs["cpu"][name].work
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
