@@ -176,7 +176,6 @@ def test_its_scale_can_be_set():
 REFUSED = {
     "use_dora": True,
     "lora_bias": True,
-    "modules_to_save": ["second"],
     "trainable_token_indices": {"table": [1, 2]},
     "init_lora_weights": "pissa",
 }
@@ -196,6 +195,31 @@ def test_adapters_that_are_more_than_factors_are_refused(setting, combination, p
     after = model.state_dict()
     assert "new" not in model.peft_config and before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("owner", ["one", "two"])
+def test_modules_that_one_adapter_saves_are_those_of_the_result(tmp_path, owner):
+    names = ["one", "two"]
+    model = adapted({owner: {"modules_to_save": ["second"]}}, names, target_modules=["first"])
+    trained = model.base_model.model.second.modules_to_save[owner]
+    torch.nn.init.normal_(trained.weight)
+    model.add_weighted_adapter(names, [0.5, 1.5], "new", svd_rank=6)
+    assert not any(p.requires_grad for p in model.base_model.model.second.modules_to_save["new"].parameters())
+    model.set_adapter("new")
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    torch.manual_seed(0)
+    for found in (model, peft.PeftModel.from_pretrained(Net(), tmp_path / "new", "new")):
+        merged = copy.deepcopy(found).merge_and_unload()
+        assert torch.equal(merged.second.weight, trained.weight)
+        update = merged.first.weight.double() - model.base_model.model.first.get_base_layer().weight
+        exact = truth(model, "first", names, [0.5, 1.5])
+        assert (update - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_one_module_that_two_adapters_save_is_refused_by_peft():
+    model = adapted(names=["one", "two"], target_modules=["first"], modules_to_save=["second"])
+    with pytest.raises(ValueError, match="same module with modules_to_save"):
+        model.add_weighted_adapter(["one", "two"], [0.5, 1.5], "new", svd_rank=6)
 
 
 def test_another_number_of_weights_is_refused():

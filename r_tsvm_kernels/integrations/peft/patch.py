@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Conv2d, Embedding, Linear, LoraLayer, LoraModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from ...errors import ConfigError, ConvergenceError, NonFiniteError
@@ -48,8 +49,8 @@ class Patch:
 def _of_plain_adapters(original: Callable[..., None]) -> Callable[..., None]:
     """Return a function that refuses adapters of which PEFT combines a part alone, and gives the result scaling 1.
 
-    PEFT combines nothing but the factors. Of DoRA it loses the magnitudes, of `lora_bias` the biases, of
-    `modules_to_save` the modules; an rsLoRA adapter lends the result its scaling, ``sqrt(rank)`` in place of 1.
+    PEFT combines nothing but the factors. Of DoRA it loses the magnitudes, of `lora_bias` the biases; an rsLoRA adapter
+    lends the result its scaling, ``sqrt(rank)`` in place of 1; and of `modules_to_save` the result gets the base's.
     """
 
     @wraps(original)
@@ -61,10 +62,11 @@ def _of_plain_adapters(original: Callable[..., None]) -> Callable[..., None]:
             raise ConfigError(f"{len(adapters)} adapters but {len(weights)} weights; give one weight for each")
         for name in adapters:
             if new and name in model.peft_config:
-                parse_config(model.peft_config[name].to_dict(), f"adapter {name}")
+                parse_config(model.peft_config[name].to_dict() | {"modules_to_save": None}, f"adapter {name}")
         original(model, adapters, weights, adapter_name, *args, **named)
         if new:
             _scale_by_one(model, adapter_name)
+            _take_saved_modules(model, adapters, adapter_name)
 
     return run
 
@@ -76,6 +78,18 @@ def _scale_by_one(model: LoraModel, adapter: str) -> None:
         if isinstance(layer, LoraLayer) and adapter in layer.scaling:
             layer.use_rslora[adapter] = False
             layer.set_scale(adapter, 1.0)
+
+
+def _take_saved_modules(model: LoraModel, adapters: Sequence[str], new: str) -> None:
+    """Give the result the modules that an adapter has in place of the base's; PEFT refuses two of one module."""
+    found = {name for adapter in adapters for name in model.peft_config[adapter].modules_to_save or ()}
+    model.peft_config[new].modules_to_save = sorted(found) or None
+    for wrapper in model.modules():
+        owners = isinstance(wrapper, ModulesToSaveWrapper) and [x for x in adapters if x in wrapper.modules_to_save]
+        if owners:
+            wrapper.update(new)
+            wrapper.modules_to_save[new].load_state_dict(wrapper.modules_to_save[owners[0]].state_dict())
+            wrapper.modules_to_save[new].requires_grad_(False)
 
 
 def _or_original(original: Callable[..., Any]) -> Callable[..., Any]:
