@@ -6,7 +6,7 @@ from collections.abc import Sequence
 _Matrix = tuple[int, int, int, int, int]
 # threshold, seed, stream
 _RandomMask = tuple[int, int, int]
-# addresses of ranks (int32, contiguous; 0 for none), and by rank thresholds (int64) and factors (of the output's dtype)
+# addresses of ranks (int32, contiguous; 0 for none), and by rank thresholds (int64) and factors (float64)
 _Ranked = tuple[int, int, int]
 # weight, factor; threshold and ties of what is kept and of what is dropped again; random mask; selection by rank
 _ElectTask = tuple[float, float, tuple[float, int], tuple[float, int], _RandomMask, _Ranked]
@@ -17,6 +17,7 @@ def elect_and_sum(
     tasks: Sequence[_ElectTask],
     election: int,
     normalize: bool,
+    least: float,
     alpha: float,
     output: int,
     threads: int,

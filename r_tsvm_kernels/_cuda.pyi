@@ -25,6 +25,7 @@ def elect_and_sum(
     tasks: Sequence[_ElectTask],
     election: int,
     normalize: bool,
+    least: float,
     alpha: float,
     selections: tuple[int, int, int],
     output: int,

@@ -95,12 +95,16 @@ def rtsvm(
     return base + alpha * tsv_merge(prepared, ranks, weights), ranks
 
 
+def elected_sign(votes):
+    """Return the sign of the sum over the first axis, + where it is 0 but for the rounding of float64."""
+    return np.where(votes.sum(0) >= -1e-12 * np.abs(votes).sum(0), 1.0, -1.0)
+
+
 def vote_and_sum(base, kept, weights, alpha=1.0, elect=False, normalize=False):
     """Sum sparsified task vectors, after TIES' election of a sign; float64 arrays."""
     weighted = np.array([w * d for w, d in zip(weights, kept, strict=True)])
     if elect:
-        sign = np.where(weighted.sum(0) >= 0, 1.0, -1.0)
-        weighted = np.where(np.sign(weighted) == sign, weighted, 0.0)
+        weighted = np.where(np.sign(weighted) == elected_sign(weighted), weighted, 0.0)
     update = weighted.sum(0)
     if normalize and elect:
         counted = sum(w * (v != 0) for w, v in zip(weights, weighted, strict=True))

@@ -42,7 +42,7 @@ ElectTask elect_task(const ElectTaskArgument& argument) {
       Selection{std::get<0>(dropped), std::get<1>(dropped)},
       random_mask(sampled),
       RankedSelection{bindings::pointer<const int32_t>(ranks), bindings::pointer<const int64_t>(thresholds),
-                      bindings::pointer<const void>(factors)},
+                      bindings::pointer<const double>(factors)},
       bindings::pointer<const uint8_t>(mask)};
 }
 
@@ -139,8 +139,8 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
   module.def(
       "elect_and_sum",
       [](const bindings::MatrixArgument& base, const std::vector<bindings::MatrixArgument>& tuned,
-         const std::vector<ElectTaskArgument>& tasks, int election, bool normalize, double alpha, std::uintptr_t output,
-         int threads) {
+         const std::vector<ElectTaskArgument>& tasks, int election, bool normalize, double least, double alpha,
+         std::uintptr_t output, int threads) {
         const py::gil_scoped_release unlocked;
         const MatrixView base_view = bindings::matrix(base, "elect_and_sum");
         const std::vector<MatrixView> views = bindings::matrices(tuned, base_view, "elect_and_sum");
@@ -149,11 +149,11 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         std::vector<ElectTask> rules;
         for (const ElectTaskArgument& task : tasks) rules.push_back(elect_task(task));
         elect_and_sum_cpu(base_view, views.data(), rules.data(), static_cast<int64_t>(views.size()),
-                          ElectOptions{static_cast<Election>(election), normalize, alpha},
+                          ElectOptions{static_cast<Election>(election), normalize, least, alpha},
                           bindings::pointer<void>(output), threads);
       },
-      py::arg("base"), py::arg("tuned"), py::arg("tasks"), py::arg("election"), py::arg("normalize"), py::arg("alpha"),
-      py::arg("output"), py::arg("threads"));
+      py::arg("base"), py::arg("tuned"), py::arg("tasks"), py::arg("election"), py::arg("normalize"), py::arg("least"),
+      py::arg("alpha"), py::arg("output"), py::arg("threads"));
 
   module.def(
       "random_mask",

@@ -67,7 +67,7 @@ ElectTaskCuda elect_task(const ElectTaskArgument& argument) {
       dropped,
       random_mask(sampled),
       RankedSelection{bindings::pointer<const int32_t>(ranks), bindings::pointer<const int64_t>(thresholds),
-                      bindings::pointer<const void>(factors)},
+                      bindings::pointer<const double>(factors)},
       bindings::pointer<const uint8_t>(mask)};
 }
 
@@ -201,7 +201,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
   module.def(
       "elect_and_sum",
       [](const bindings::MatrixArgument& base, const std::vector<bindings::MatrixArgument>& tuned,
-         const std::vector<ElectTaskArgument>& tasks, int election, bool normalize, double alpha,
+         const std::vector<ElectTaskArgument>& tasks, int election, bool normalize, double least, double alpha,
          const std::tuple<std::uintptr_t, std::uintptr_t, int64_t>& selections, std::uintptr_t output,
          std::uintptr_t workspace, int device, std::uintptr_t stream) {
         const py::gil_scoped_release unlocked;
@@ -214,11 +214,12 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         const auto [threshold, ties, count] = selections;
         elect_and_sum_cuda(
             base_view, views.data(), rules.data(), static_cast<int64_t>(views.size()),
-            ElectOptions{static_cast<Election>(election), normalize, alpha},
+            ElectOptions{static_cast<Election>(election), normalize, least, alpha},
             ElectSelections{bindings::pointer<const double>(threshold), bindings::pointer<const int64_t>(ties), count},
             bindings::pointer<void>(output), bindings::pointer<void>(workspace), device,
             bindings::pointer<void>(stream));
       },
-      py::arg("base"), py::arg("tuned"), py::arg("tasks"), py::arg("election"), py::arg("normalize"), py::arg("alpha"),
-      py::arg("selections"), py::arg("output"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
+      py::arg("base"), py::arg("tuned"), py::arg("tasks"), py::arg("election"), py::arg("normalize"), py::arg("least"),
+      py::arg("alpha"), py::arg("selections"), py::arg("output"), py::arg("workspace"), py::arg("device"),
+      py::arg("stream"));
 }

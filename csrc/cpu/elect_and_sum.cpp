@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -18,10 +20,13 @@ namespace r_tsvm {
 namespace {
 
 // All buffers of a slice together stay within a 32 KiB L1 cache, nearly so for float64.
-constexpr int64_t kSlice = 512;
+constexpr int64_t kSlice = 256;
 static_assert(kChunk % kSlice == 0 && kSlice % kWordGroup == 0);
 
 constexpr int64_t kEveryTie = std::numeric_limits<int64_t>::max();
+
+template <class Real>
+constexpr Real kUnclipped = std::numeric_limits<Real>::infinity();
 
 template <class Real>
 struct Rule {
@@ -40,7 +45,7 @@ template <class Real>
 struct Task {
   MatrixView view;
   Real weight;
-  Real factor;
+  double factor;
   Rule<Real> kept;
   Rule<Real> dropped;
   RandomMask sampled;
@@ -48,9 +53,7 @@ struct Task {
   const uint8_t* mask;
 
   bool samples() const { return sampled.threshold < (uint64_t{1} << 32); }
-  bool sparse() const {
-    return kept.used() || dropped.used() || samples() || ranked.ranks != nullptr || mask != nullptr;
-  }
+  bool by_rank() const { return ranked.ranks != nullptr; }
 };
 
 template <class Real>
@@ -59,25 +62,27 @@ struct Problem {
   std::vector<Task<Real>> tasks;
   Election election;
   bool normalize;
+  Real least;
   Real alpha;
   Real* output;
   int64_t elements;
 };
 
-// The two outcomes of an election are summed side by side, so that one pass over the tasks is enough.
+// Of a slice.
 template <class Real>
 struct Sums {
-  alignas(64) Real votes[kSlice];
-  alignas(64) Real positive[kSlice];
-  alignas(64) Real negative[kSlice];
-  alignas(64) Real positive_weight[kSlice];
-  alignas(64) Real negative_weight[kSlice];
+  alignas(64) double votes[kSlice];
+  alignas(64) Real total[kSlice];
+  alignas(64) Real weight[kSlice];
+  alignas(64) Real side[kSlice];
 };
 
+// The surviving differences of a task in a slice, and for a selection by rank the factors.
 template <class Real>
-RTSVM_INLINE void subtract(Real* __restrict values, const Real* __restrict base, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) values[i] -= base[i];
-}
+struct Slice {
+  alignas(64) Real values[kSlice];
+  alignas(64) double factors[kSlice];
+};
 
 // Sets `values` to 0 where `wanted` is not whether the difference is selected.
 template <class Real>
@@ -108,54 +113,64 @@ RTSVM_INLINE void sample(const uint32_t* __restrict words, Real* __restrict valu
   for (int64_t i = 0; i < n; ++i) values[i] = words[i] < threshold ? values[i] : Real{0};
 }
 
-// Also multiplies the survivors.
+// Also notes the factors.
 template <class Real>
-RTSVM_INLINE void sample_ranked(const uint32_t* __restrict words, const int32_t* __restrict ranks,
-                                const int64_t* __restrict thresholds, const Real* __restrict factors,
-                                Real* __restrict values, int64_t n) {
+RTSVM_INLINE void sample_ranked(const uint32_t* __restrict words, const RankedSelection& ranked, int64_t first,
+                                int64_t n, Real* __restrict values, double* __restrict factors) {
+  const int32_t* const ranks = ranked.ranks + first;
   for (int64_t i = 0; i < n; ++i) {
-    const Real product = factors[ranks[i]] * values[i];  // in any case: a branch could not be vectorised
-    values[i] = words[i] < thresholds[ranks[i]] ? product : Real{0};
+    factors[i] = ranked.factors[ranks[i]];
+    values[i] = words[i] < ranked.thresholds[ranks[i]] ? values[i] : Real{0};
+  }
+}
+
+// The one factor of all elements, where others have an array.
+struct Same {
+  double factor;
+  RTSVM_INLINE double operator[](int64_t) const { return factor; }
+};
+
+template <class Real, class Factors>
+RTSVM_INLINE void add(const Real* __restrict values, int64_t n, const Factors factors, Real* __restrict sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<Real>(factors[i]) * values[i];
+}
+
+template <class Real, class Factors>
+RTSVM_INLINE void vote(const Real* __restrict values, int64_t n, const Factors factors, double* __restrict votes) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double ballot = factors[i] * values[i];
+    votes[i] += std::max(ballot, kAgainst * ballot);
+  }
+}
+
+template <class Real, class Factors>
+RTSVM_INLINE void vote_once(const Real* __restrict values, int64_t n, const Factors factors, double* __restrict votes) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Real value = static_cast<Real>(factors[i]) * values[i];
+    votes[i] += (value > 0 ? 1.0 : 0.0) - (value < 0 ? 1.0 : 0.0);
   }
 }
 
 template <class Real>
-RTSVM_INLINE void add(const Real* __restrict values, int64_t n, Real factor, Real* __restrict sum) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += factor * values[i];
+RTSVM_INLINE void decide(const double* __restrict votes, int64_t n, Real* __restrict side) {
+  for (int64_t i = 0; i < n; ++i) side[i] = votes[i] >= 0 ? Real{1} : Real{-1};
 }
 
-// `scale` times a value votes, `factor` times it is summed. NaN is on both sides, so that it never disappears.
-template <class Real>
-RTSVM_INLINE void vote(const Real* __restrict values, int64_t n, Real scale, Real factor, bool count,
-                       Sums<Real>& sums) {
+// `side` has the elected signs. NaN is against none, so that it never disappears.
+template <bool kUnweighted, bool kNormalize, class Real, class Factors>
+RTSVM_INLINE void add_elected(const Real* __restrict values, int64_t n, const Factors factors, Real weight,
+                              Sums<Real>& sums) {
   for (int64_t i = 0; i < n; ++i) {
-    const Real voter = scale * values[i];
-    const Real value = factor * values[i];
-    const Real sign = static_cast<Real>(voter > 0 ? 1 : 0) - static_cast<Real>(voter < 0 ? 1 : 0);
-    sums.votes[i] += count ? sign : voter;
-    sums.positive[i] += voter < 0 ? Real{0} : value;
-    sums.negative[i] += voter > 0 ? Real{0} : value;
+    const Real value = static_cast<Real>(factors[i]) * values[i];
+    const Real agreement = sums.side[i] * (kUnweighted ? values[i] : value);
+    sums.total[i] += agreement < 0 ? Real{0} : value;
+    if constexpr (kNormalize) sums.weight[i] += agreement > 0 ? weight : Real{0};
   }
 }
 
 template <class Real>
-RTSVM_INLINE void add_weights(const Real* __restrict values, int64_t n, Real scale, Real weight, Sums<Real>& sums) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Real voter = scale * values[i];
-    sums.positive_weight[i] += voter > 0 ? weight : Real{0};
-    sums.negative_weight[i] += voter < 0 ? weight : Real{0};
-  }
-}
-
-// Leaves the sum, or mean, over the elected side in `positive`.
-template <class Real>
-RTSVM_INLINE void decide(Sums<Real>& sums, int64_t n, bool normalize) {
-  for (int64_t i = 0; i < n; ++i) sums.positive[i] = sums.votes[i] >= 0 ? sums.positive[i] : sums.negative[i];
-  if (!normalize) return;
-  for (int64_t i = 0; i < n; ++i) {
-    const Real weight = sums.votes[i] >= 0 ? sums.positive_weight[i] : sums.negative_weight[i];
-    sums.positive[i] /= weight == 0 ? Real{1} : weight;
-  }
+RTSVM_INLINE void divide(const Real* __restrict weight, int64_t n, Real least, Real* __restrict total) {
+  for (int64_t i = 0; i < n; ++i) total[i] /= std::fabs(weight[i]) <= least ? Real{1} : weight[i];
 }
 
 template <class Real>
@@ -168,49 +183,87 @@ RTSVM_INLINE void add_update(const Real* __restrict base, const Real* __restrict
 }
 
 template <class Real>
+RTSVM_INLINE void survive(const Problem<Real>& problem, Task<Real>& task, int64_t chunk, int64_t first, int64_t n,
+                          Slice<Real>& slice) {
+  alignas(64) Real differences[kSlice];
+  alignas(64) uint32_t words[kSlice];
+  load_difference(task.view, problem.base, first, n, kUnclipped<Real>, slice.values);
+  if (task.kept.used() || task.dropped.used()) std::memcpy(differences, slice.values, n * sizeof(Real));
+  if (task.kept.used()) select(differences, slice.values, n, task.kept.threshold, task.kept.ties_left[chunk], true);
+  if (task.dropped.used()) {
+    select(differences, slice.values, n, task.dropped.threshold, task.dropped.ties_left[chunk], false);
+  }
+  if (task.mask != nullptr) cover(task.mask + first, slice.values, n);
+  if (task.samples() || task.by_rank()) random_words(task.sampled, first, n, words);
+  if (task.samples()) sample(words, slice.values, n, task.sampled.threshold);
+  if (task.by_rank()) sample_ranked(words, task.ranked, first, n, slice.values, slice.factors);
+}
+
+// Calls body(factors) with the factors of a task.
+template <class Real, class Body>
+RTSVM_INLINE void with_factors(const Task<Real>& task, const Slice<Real>& slice, const Body& body) {
+  if (task.by_rank()) {
+    body(static_cast<const double*>(slice.factors));
+  } else {
+    body(Same{task.factor});
+  }
+}
+
+template <class Real>
+RTSVM_INLINE void elect(const Problem<Real>& problem, const Slice<Real>* slices, int64_t n, Sums<Real>& sums) {
+  const int64_t count = static_cast<int64_t>(problem.tasks.size());
+  const bool unweighted = problem.election == Election::kUnweighted;
+  for (int64_t t = 0; t < count; ++t) {
+    const Real* const values = slices[t].values;
+    with_factors(problem.tasks[t], slices[t], [&](const auto factors) {
+      if (problem.election == Election::kCount) {
+        vote_once(values, n, factors, sums.votes);
+      } else if (unweighted) {
+        vote(values, n, Same{1}, sums.votes);
+      } else {
+        vote(values, n, factors, sums.votes);
+      }
+    });
+  }
+  decide(sums.votes, n, sums.side);
+  for (int64_t t = 0; t < count; ++t) {
+    const Real* const values = slices[t].values;
+    const Real weight = problem.tasks[t].weight;
+    with_factors(problem.tasks[t], slices[t], [&](const auto factors) {
+      if (unweighted && problem.normalize) {
+        add_elected<true, true>(values, n, factors, weight, sums);
+      } else if (unweighted) {
+        add_elected<true, false>(values, n, factors, weight, sums);
+      } else if (problem.normalize) {
+        add_elected<false, true>(values, n, factors, weight, sums);
+      } else {
+        add_elected<false, false>(values, n, factors, weight, sums);
+      }
+    });
+  }
+  if (problem.normalize) divide(sums.weight, n, problem.least, sums.total);
+}
+
+template <class Real>
 RTSVM_INLINE void merge_chunk_any(Problem<Real>& problem, int64_t chunk) {
   alignas(64) Real base[kSlice];
-  alignas(64) Real differences[kSlice];
-  alignas(64) Real survivors[kSlice];
-  alignas(64) uint32_t words[kSlice];
   Sums<Real> sums;
   const bool elects = problem.election != Election::kNone;
+  const int64_t count = static_cast<int64_t>(problem.tasks.size());
+  const std::unique_ptr<Slice<Real>[]> slices(new Slice<Real>[elects ? count : 1]);
   const int64_t end = std::min((chunk + 1) * kChunk, problem.elements);
   for (int64_t first = chunk * kChunk; first < end; first += kSlice) {
     const int64_t n = std::min(kSlice, end - first);
-    load(problem.base, first, n, base);
-    std::memset(&sums, 0, sizeof(sums));
-    for (Task<Real>& task : problem.tasks) {
-      load(task.view, first, n, differences);
-      subtract(differences, base, n);
-      const Real* values = differences;
-      if (task.sparse()) {
-        std::memcpy(survivors, differences, n * sizeof(Real));
-        if (task.kept.used()) {
-          select(differences, survivors, n, task.kept.threshold, task.kept.ties_left[chunk], true);
-        }
-        if (task.dropped.used()) {
-          select(differences, survivors, n, task.dropped.threshold, task.dropped.ties_left[chunk], false);
-        }
-        if (task.mask != nullptr) cover(task.mask + first, survivors, n);
-        if (task.samples() || task.ranked.ranks != nullptr) random_words(task.sampled, first, n, words);
-        if (task.samples()) sample(words, survivors, n, task.sampled.threshold);
-        if (task.ranked.ranks != nullptr) {
-          sample_ranked(words, task.ranked.ranks + first, task.ranked.thresholds,
-                        static_cast<const Real*>(task.ranked.factors), survivors, n);
-        }
-        values = survivors;
-      }
-      if (!elects) {
-        add(values, n, task.factor, sums.positive);
-      } else {
-        const Real scale = problem.election == Election::kUnweighted ? Real{1} : task.factor;
-        vote(values, n, scale, task.factor, problem.election == Election::kCount, sums);
-        if (problem.normalize) add_weights(values, n, scale, task.weight, sums);
-      }
+    std::memset(&sums, 0, offsetof(Sums<Real>, side));
+    for (int64_t t = 0; t < count; ++t) {
+      Slice<Real>& slice = slices[elects ? t : 0];
+      survive(problem, problem.tasks[t], chunk, first, n, slice);
+      if (elects) continue;
+      with_factors(problem.tasks[t], slice, [&](const auto factors) { add(slice.values, n, factors, sums.total); });
     }
-    if (elects) decide(sums, n, problem.normalize);
-    add_update(base, sums.positive, n, problem.alpha, problem.output + first);
+    if (elects) elect(problem, slices.get(), n, sums);
+    load(problem.base, first, n, base);
+    add_update(base, sums.total, n, problem.alpha, problem.output + first);
   }
 }
 
@@ -224,16 +277,13 @@ RTSVM_INLINE int64_t tied(const Real* differences, int64_t n, Real threshold) {
 // Counts the tied elements of the chunk into ties_left, for the rules that need it.
 template <class Real>
 RTSVM_INLINE void count_ties_any(Problem<Real>& problem, int64_t chunk) {
-  alignas(64) Real base[kSlice];
   alignas(64) Real differences[kSlice];
   const int64_t end = std::min((chunk + 1) * kChunk, problem.elements);
   for (int64_t first = chunk * kChunk; first < end; first += kSlice) {
     const int64_t n = std::min(kSlice, end - first);
-    load(problem.base, first, n, base);
     for (Task<Real>& task : problem.tasks) {
       if (!task.kept.counts_ties() && !task.dropped.counts_ties()) continue;
-      load(task.view, first, n, differences);
-      subtract(differences, base, n);
+      load_difference(task.view, problem.base, first, n, kUnclipped<Real>, differences);
       if (task.kept.counts_ties()) task.kept.ties_left[chunk] += tied(differences, n, task.kept.threshold);
       if (task.dropped.counts_ties()) task.dropped.ties_left[chunk] += tied(differences, n, task.dropped.threshold);
     }
@@ -267,13 +317,17 @@ void run(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks
          const ElectOptions& options, void* output, int threads) {
   const int64_t elements = element_count(base);
   const int64_t chunks = chunk_count(elements);
-  Problem<Real> problem{
-      base,    {}, options.election, options.normalize, static_cast<Real>(options.alpha), static_cast<Real*>(output),
-      elements};
+  Problem<Real> problem{base,
+                        {},
+                        options.election,
+                        options.normalize,
+                        static_cast<Real>(options.least),
+                        static_cast<Real>(options.alpha),
+                        static_cast<Real*>(output),
+                        elements};
   bool counts_ties = false;
   for (int64_t t = 0; t < count; ++t) {
-    const double factor = tasks[t].ranked.ranks == nullptr ? tasks[t].factor : 1;
-    problem.tasks.push_back(Task<Real>{tuned[t], static_cast<Real>(tasks[t].weight), static_cast<Real>(factor),
+    problem.tasks.push_back(Task<Real>{tuned[t], static_cast<Real>(tasks[t].weight), tasks[t].factor,
                                        rule<Real>(tasks[t].kept, chunks), rule<Real>(tasks[t].dropped, chunks),
                                        tasks[t].sampled, tasks[t].ranked, tasks[t].mask});
     const Task<Real>& task = problem.tasks.back();

@@ -18,7 +18,7 @@ struct Task {
   int kept;
   int dropped;
   Real weight;
-  Real factor;
+  double factor;
 };
 
 template <class Real>
@@ -57,15 +57,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Sets the differences of a task to 0 where they do not survive; `factor` is what the others are multiplied by.
+// One for all differences, or one for each rank.
+template <class Real>
+__device__ const double* factors(const Task<Real>& task) {
+  return task.ranked.ranks != nullptr ? task.ranked.factors : &task.factor;
+}
+
+// Sets the differences of a task to 0 where they do not survive; factors(task)[place] is what the others are multiplied
+// by.
 template <class Real>
 __device__ void sparsify(const Task<Real>& task, const TieRules& rules, int64_t slice, int64_t elements,
-                         Real (&values)[kItems], Real (&factor)[kItems]) {
+                         Real (&values)[kItems], int (&place)[kItems]) {
   bool survives[kItems], selected[kItems];
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
     survives[j] = true;
-    factor[j] = task.factor;
+    place[j] = 0;
   }
   if (task.kept >= 0) {
     select(rules, task.kept, values, slice, selected);
@@ -87,9 +94,8 @@ __device__ void sparsify(const Task<Real>& task, const TieRules& rules, int64_t 
     random_words(task.sampled, index, words);
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
-      const int rank = index + j < elements ? task.ranked.ranks[index + j] : 0;
-      survives[j] = survives[j] && static_cast<int64_t>(words[j]) < task.ranked.thresholds[rank];
-      factor[j] = static_cast<const Real*>(task.ranked.factors)[rank];
+      place[j] = index + j < elements ? task.ranked.ranks[index + j] : 0;
+      survives[j] = survives[j] && static_cast<int64_t>(words[j]) < task.ranked.thresholds[place[j]];
     }
   } else if (task.sampled.threshold < (uint64_t{1} << 32)) {
     uint32_t words[kItems];
@@ -110,10 +116,11 @@ __global__ void __launch_bounds__(kThreads)
     const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
     Real origin[kItems], sum[kItems] = {};
     for_differences(base, count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
-      Real factor[kItems];
-      sparsify(tasks[t], rules, slice, elements, values, factor);
+      int place[kItems];
+      sparsify(tasks[t], rules, slice, elements, values, place);
+      const double* const factor = factors(tasks[t]);
 #pragma unroll
-      for (int j = 0; j < kItems; ++j) sum[j] += factor[j] * values[j];
+      for (int j = 0; j < kItems; ++j) sum[j] += static_cast<Real>(factor[place[j]]) * values[j];
     });
     add_step(origin, alpha, sum);
     store_four(origin, output, index, elements);
@@ -125,27 +132,31 @@ __global__ void __launch_bounds__(kThreads)
 template <class Real>
 __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 4 : 2)
     elect_kernel(const __grid_constant__ MatrixView base, const Task<Real>* tasks, int count,
-                 const __grid_constant__ TieRules rules, Election election, bool normalize, Real alpha,
+                 const __grid_constant__ TieRules rules, Election election, bool normalize, Real least, Real alpha,
                  int64_t elements, Real* output) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
     const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
-    Real origin[kItems], elected[kItems], votes[kItems] = {};
+    Real origin[kItems], elected[kItems];
+    double votes[kItems] = {};
     Real positive[kItems] = {}, negative[kItems] = {}, positive_weight[kItems] = {}, negative_weight[kItems] = {};
     for_differences(base, count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
-      Real factor[kItems];
-      sparsify(tasks[t], rules, slice, elements, values, factor);
+      int place[kItems];
+      sparsify(tasks[t], rules, slice, elements, values, place);
+      const double* const factor = factors(tasks[t]);
       const Real weight = tasks[t].weight;
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
-        const Real value = factor[j] * values[j];
+        const Real value = static_cast<Real>(factor[place[j]]) * values[j];
         const Real voter = election == Election::kUnweighted ? values[j] : value;
-        const Real sign = static_cast<Real>((voter > 0 ? 1 : 0) - (voter < 0 ? 1 : 0));
-        votes[j] += election == Election::kCount ? sign : voter;
+        const int sign = (voter > 0 ? 1 : 0) - (voter < 0 ? 1 : 0);
+        const double scale = election == Election::kUnweighted ? 1 : factor[place[j]];
+        const double ballot = election == Election::kCount ? sign : scale * values[j];
+        votes[j] += ballot < 0 ? kAgainst * ballot : ballot;
         positive[j] += voter < 0 ? Real{0} : value;
         negative[j] += voter > 0 ? Real{0} : value;
-        positive_weight[j] += voter > 0 ? weight : Real{0};
-        negative_weight[j] += voter < 0 ? weight : Real{0};
+        if (voter > 0) positive_weight[j] += weight;
+        if (voter < 0) negative_weight[j] += weight;
       }
     });
 #pragma unroll
@@ -153,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 4 : 2)
       const bool won = votes[j] >= 0;
       const Real weight = won ? positive_weight[j] : negative_weight[j];
       elected[j] = won ? positive[j] : negative[j];
-      if (normalize) elected[j] /= weight == 0 ? Real{1} : weight;
+      if (normalize) elected[j] /= fabs(weight) <= least ? Real{1} : weight;
     }
     add_step(origin, alpha, elected);
     store_four(origin, output, index, elements);
@@ -180,7 +191,7 @@ void run(const Queue& queue, const MatrixView& base, const MatrixView* tuned, co
                                  rule.kept,
                                  rule.dropped,
                                  static_cast<Real>(rule.weight),
-                                 static_cast<Real>(rule.factor)};
+                                 rule.factor};
     }
     launch_kernel(queue, "put_kernel", 1, 32, 0, put_kernel<Real>, batch, size, tasks + first);
   }
@@ -194,7 +205,8 @@ void run(const Queue& queue, const MatrixView& base, const MatrixView* tuned, co
                   elements, static_cast<Real*>(output));
   } else {
     launch_kernel(queue, "elect_kernel", slices, kThreads, 0, elect_kernel<Real>, base, tasks, tasks_count, ties,
-                  options.election, options.normalize, alpha, elements, static_cast<Real*>(output));
+                  options.election, options.normalize, static_cast<Real>(options.least), alpha, elements,
+                  static_cast<Real*>(output));
   }
 }
 

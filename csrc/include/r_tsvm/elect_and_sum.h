@@ -3,7 +3,8 @@
 //
 // Inputs: views of equal element count; element types and row strides may differ.
 // Output: contiguous, owned by the caller, overwritten; float64 if any input is float64, else float32, which is also
-// what everything is computed in. It may not overlap the inputs.
+// what everything but votes is computed in. It may not overlap the inputs.
+// Votes are float64, whatever the output is.
 // Order of summation: over the tasks, first to last, for each element on its own. The bits depend on the values alone:
 // not on strides, on the number of threads, or on the instruction set.
 #pragma once
@@ -21,6 +22,9 @@ enum class Election : int { kNone = 0, kSum = 1, kCount = 2, kUnweighted = 3 };
 
 inline constexpr int kElections = 4;
 
+// What a vote against + counts for: + wins where the votes cancel but for rounding.
+inline constexpr double kAgainst = 1 - 0x1p-39;
+
 // Magnitudes above the threshold, and the first `ties` (by flat index) of those equal to it.
 struct Selection {
   double threshold;
@@ -32,7 +36,7 @@ struct Selection {
 struct RankedSelection {
   const int32_t* ranks;       // contiguous, of the tensors' size; null: there is no such selection
   const int64_t* thresholds;  // from 0 (never) to 2^32 (always)
-  const void* factors;        // of the output's type; they take the place of ElectTask::factor
+  const double* factors;      // they take the place of ElectTask::factor
 };
 
 struct ElectTask {
@@ -47,7 +51,8 @@ struct ElectTask {
 
 struct ElectOptions {
   Election election;
-  bool normalize;  // only with an election: divide by the weights of the tasks that agree
+  bool normalize;  // only with an election: divide by the weights of the tasks that agree,
+  double least;    // unless their sum is at most this in magnitude
   double alpha;
 };
 

@@ -12,7 +12,7 @@ from .._checks import accumulation_dtype
 from .._native import matrix, with_rows
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
-from . import Keep
+from . import Keep, least_divisor
 from .ranked import rank_tables
 
 # Codes of r_tsvm::Election (csrc/include/r_tsvm/elect_and_sum.h).
@@ -32,7 +32,7 @@ def run(
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     views = [matrix(tensor) for tensor in tensors]
     dtype = accumulation_dtype(base, *tuned)
-    ranked = [_ranked(rule, weight, dtype) for weight, rule in zip(weights, keep, strict=True)]
+    ranked = [_ranked(rule, weight) for weight, rule in zip(weights, keep, strict=True)]
     masks = [None if rule.mask is None else rule.mask.contiguous() for rule in keep]
     tasks = [
         (
@@ -49,7 +49,10 @@ def run(
     output = torch.empty(base.shape, dtype=dtype, device=base.device)
     threads = torch.get_num_threads()
     native = backends.native("cpu")
-    native.elect_and_sum(views[0], views[1:], tasks, ELECTIONS[elect], normalize, alpha, output.data_ptr(), threads)
+    native.elect_and_sum(
+        views[0], views[1:], tasks, ELECTIONS[elect], normalize, least_divisor(weights, dtype), alpha,
+        output.data_ptr(), threads,
+    )  # fmt: skip
     return output
 
 
@@ -61,8 +64,8 @@ def _selection(selection: MagnitudeSelection | None, dtype: torch.dtype) -> tupl
     return float(selection.threshold), int(selection.ties)
 
 
-def _ranked(rule: Keep, weight: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _ranked(rule: Keep, weight: float) -> tuple[Tensor, ...]:
     """Return ranks, thresholds and factors; nothing where there are no ranks."""
     if rule.ranked is None:
         return ()
-    return (rule.ranked.ranks.contiguous(), *rank_tables(rule.ranked, weight * rule.rescale, dtype))
+    return (rule.ranked.ranks.contiguous(), *rank_tables(rule.ranked, weight * rule.rescale))

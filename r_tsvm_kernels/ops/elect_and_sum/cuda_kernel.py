@@ -13,7 +13,7 @@ from .._cuda import flat, queue, workspace
 from .._native import matrix
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
-from . import Keep
+from . import Keep, least_divisor
 from .cpu_kernel import ELECTIONS
 from .ranked import rank_tables
 
@@ -44,7 +44,7 @@ def run(
     def tables(rule: Keep, weight: float) -> tuple[int, int, int]:
         if rule.ranked is None:
             return 0, 0, 0
-        by_rank = [table.to(base.device) for table in rank_tables(rule.ranked, weight * rule.rescale, dtype)]
+        by_rank = [table.to(base.device) for table in rank_tables(rule.ranked, weight * rule.rescale)]
         alive.extend([rule.ranked.ranks.contiguous(), *by_rank])
         ranks, thresholds, factors = (tensor.data_ptr() for tensor in alive[-3:])
         return ranks, thresholds, factors
@@ -72,7 +72,7 @@ def run(
     output = torch.empty(base.shape, dtype=dtype, device=base.device)
     memory = workspace(native.elect_and_sum_workspace(base.numel(), len(tuned), len(selections)), base)
     native.elect_and_sum(
-        views[0], views[1:], tasks, ELECTIONS[elect], normalize, alpha,
+        views[0], views[1:], tasks, ELECTIONS[elect], normalize, least_divisor(weights, dtype), alpha,
         (thresholds.data_ptr(), ties.data_ptr(), len(selections)), output.data_ptr(), memory.data_ptr(), *queue(base),
     )  # fmt: skip
     return output

@@ -51,20 +51,20 @@ class RankTables(NamedTuple):
 
     Attributes:
         thresholds: int64 of shape (cols,): an element survives iff its random word is below; 2**32 for always.
-        factors: of shape (cols,) in the accumulation dtype: what survivors are multiplied by; 0 if there are none.
+        factors: float64 of shape (cols,): what survivors are multiplied by; 0 if there are none.
     """
 
     thresholds: Tensor
     factors: Tensor
 
 
-def rank_tables(ranked: RankedKeep, factor: float, dtype: torch.dtype) -> RankTables:
+def rank_tables(ranked: RankedKeep, factor: float) -> RankTables:
     """Return the tables of a sparsifier, on the CPU; `factor` is weight times rescale of the task."""
     thresholds = rank_thresholds(ranked.probabilities)
     factors = torch.full_like(ranked.probabilities, factor)
     if ranked.rescale:
         factors /= ranked.probabilities
-    return RankTables(thresholds, torch.where(thresholds > 0, factors, 0).to(dtype))
+    return RankTables(thresholds, torch.where(thresholds > 0, factors, 0))
 
 
 def rank_thresholds(probabilities: Tensor) -> Tensor:

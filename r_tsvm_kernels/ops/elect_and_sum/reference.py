@@ -10,8 +10,12 @@ from torch import Tensor
 from .._checks import accumulation_dtype
 from ..random_mask import random_mask
 from ..random_mask.reference import random_words
-from . import Keep
+from . import Keep, least_divisor
 from .ranked import rank_tables
+
+# What a vote against + counts for, so that + wins where the votes cancel but for rounding. Float64 sums of fewer than
+# 8192 votes err by less than 2^-39 of their magnitudes; the kernels have the same number.
+AGAINST = 1 - 2.0**-39
 
 
 def run(
@@ -34,30 +38,35 @@ def run(
     combined = torch.zeros_like(start)
     if elect == "none":
         for survivors, factor in pairs:
-            combined += factor * survivors
+            combined += _rounded(factor, dtype) * survivors
     else:
-        # What votes and has a side, and what is summed.
+        # What has a side, and what is summed.
         voters: list[tuple[Tensor, Tensor]] = []
+        votes = torch.zeros_like(start, dtype=torch.float64)
         for survivors, factor in pairs:
-            vector = factor * survivors
-            voters.append((survivors if elect == "unweighted" else vector, vector))
-        votes, divisor = torch.zeros_like(start), torch.zeros_like(start)
-        for voter, _ in voters:
-            votes += (voter > 0).to(dtype) - (voter < 0).to(dtype) if elect == "count" else voter
+            vector = _rounded(factor, dtype) * survivors
+            voter = survivors if elect == "unweighted" else vector
+            voters.append((voter, vector))
+            if elect == "count":
+                vote = (voter > 0).double() - (voter < 0).double()
+            else:
+                vote = survivors.double() * (1.0 if elect == "unweighted" else factor)
+            votes += torch.where(vote < 0, AGAINST * vote, vote)
         positive = votes >= 0
+        divisor = torch.zeros_like(start)
         for (voter, vector), weight in zip(voters, weights, strict=True):
             # Not "has the elected sign": NaN has none and must not disappear.
             against = torch.where(positive, voter < 0, voter > 0)
             combined += torch.where(against, 0, vector)
             divisor += torch.where(against | (voter == 0), 0, divisor.new_tensor(weight))
         if normalize:
-            combined /= torch.where(divisor == 0, 1, divisor)
+            combined /= torch.where(divisor.abs() <= least_divisor(weights, dtype), 1, divisor)
     step = alpha * combined
     return torch.where(step == 0, start, start + step)  # -0.0 + 0.0 would be +0.0
 
 
 def _sparsified(difference: Tensor, weight: float, rule: Keep) -> tuple[Tensor, float | Tensor]:
-    """Return the surviving differences, 0 elsewhere, and what they are multiplied by."""
+    """Return the surviving differences, 0 elsewhere, and what they are multiplied by, in float64."""
     survives = torch.ones_like(difference, dtype=torch.bool)
     if rule.largest is not None:
         survives &= rule.largest.mask(difference)
@@ -70,9 +79,13 @@ def _sparsified(difference: Tensor, weight: float, rule: Keep) -> tuple[Tensor, 
         survives &= random_mask(difference.shape, *drawn, device=difference.device, backend="torch")
     factor: float | Tensor = weight * rule.rescale
     if rule.ranked is not None:
-        tables = rank_tables(rule.ranked, weight * rule.rescale, difference.dtype)
+        tables = rank_tables(rule.ranked, weight * rule.rescale)
         ranks = rule.ranked.ranks.long()
         words = random_words(difference.numel(), rule.seed, rule.stream, difference.device).view(difference.shape)
         survives &= words < tables.thresholds.to(difference.device)[ranks]
         factor = tables.factors.to(difference.device)[ranks]
     return torch.where(survives, difference, 0), factor
+
+
+def _rounded(factor: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return factor.to(dtype) if isinstance(factor, Tensor) else factor

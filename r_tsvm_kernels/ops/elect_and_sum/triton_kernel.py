@@ -14,7 +14,7 @@ from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load, random
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
 from ..random_mask.triton_kernel import draws
-from . import Keep
+from . import Keep, least_divisor
 from .ranked import rank_tables
 
 BLOCK = 1024
@@ -48,7 +48,8 @@ def elect_and_sum_kernel(
 ):  # fmt: skip
     """``out = base + alpha combined``, see `elect_and_sum`.
 
-    `tuned_ptrs` has one pointer per task; `numbers_ptr` points to alpha, then factor and weight of each task.
+    `tuned_ptrs` has one pointer per task; `numbers_ptr` points to float64: alpha, the least divisor, then
+    factor and weight of each task.
     SELECTIONS names for each task the selections of its largest elements and of its outliers, or -1 (a tuple with None
     in it is more than some versions of Triton take):
     `thresholds_ptr` and `ties_ptr` hold one number for each, `ties_before_ptr` (selections, blocks) how many magnitudes
@@ -61,7 +62,7 @@ def elect_and_sum_kernel(
     blocks = tl.num_programs(0).to(tl.int64)
     start = load(base_ptr, offsets, inside, REAL)  # (BLOCK,)
     # The two outcomes of an election are summed side by side, so that each task vector is formed once.
-    votes = tl.zeros((BLOCK,), REAL)
+    votes = tl.zeros((BLOCK,), tl.float64)
     positive = tl.zeros((BLOCK,), REAL)
     negative = tl.zeros((BLOCK,), REAL)
     positive_weight = tl.zeros((BLOCK,), REAL)
@@ -78,7 +79,7 @@ def elect_and_sum_kernel(
                     ties_before_ptr + SELECTIONS[t][side] * blocks + block,
                 )  # fmt: skip
                 survives = survives & (chosen == (side == 0))
-        factor_ptr = numbers_ptr + 1 + 2 * t
+        factor_ptr = numbers_ptr + 2 + 2 * t
         if DRAWN[t]:
             limit_ptr = draws_ptr + 3 * t
             words = random_words(block, tl.load(limit_ptr + 1), tl.load(limit_ptr + 2), BLOCK)
@@ -89,20 +90,25 @@ def elect_and_sum_kernel(
         if mask_ptrs[t] is not None:
             survives = survives & (tl.load(mask_ptrs[t] + offsets, mask=inside, other=0) != 0)
         survivor = tl.where(survives, delta, 0.0)
-        vector = tl.load(factor_ptr) * survivor
+        factor = tl.load(factor_ptr)
+        vector = factor.to(REAL) * survivor
         if ELECT == "none":
             positive += vector
         else:
             voter = survivor if ELECT == "unweighted" else vector
             if ELECT == "count":
-                votes += (voter > 0).to(REAL) - (voter < 0).to(REAL)
+                vote = (voter > 0).to(tl.float64) - (voter < 0).to(tl.float64)
+            elif ELECT == "unweighted":
+                vote = survivor.to(tl.float64)
             else:
-                votes += voter
+                vote = factor * survivor.to(tl.float64)
+            # 2^-39 is exact in every format, unlike AGAINST of the reference; the product is exact, too.
+            votes += tl.where(vote < 0, vote - vote * 1.8189894035458565e-12, vote)
             # NaN is on both sides, so that it never disappears.
             positive += tl.where(voter < 0, 0.0, vector)
             negative += tl.where(voter > 0, 0.0, vector)
             if NORMALIZE:
-                weight = tl.load(numbers_ptr + 2 + 2 * t)
+                weight = tl.load(numbers_ptr + 3 + 2 * t).to(REAL)
                 positive_weight += tl.where((voter < 0) | (voter == 0), 0.0, weight)
                 negative_weight += tl.where((voter > 0) | (voter == 0), 0.0, weight)
     combined = positive
@@ -110,8 +116,8 @@ def elect_and_sum_kernel(
         combined = tl.where(votes >= 0, positive, negative)
         if NORMALIZE:
             divisor = tl.where(votes >= 0, positive_weight, negative_weight)
-            combined = divide(combined, tl.where(divisor == 0, 1.0, divisor))
-    step = tl.load(numbers_ptr) * combined
+            combined = divide(combined, tl.where(tl.abs(divisor) <= tl.load(numbers_ptr + 1).to(REAL), 1.0, divisor))
+    step = tl.load(numbers_ptr).to(REAL) * combined
     tl.store(out_ptr + offsets, tl.where(step == 0, start, start + step), mask=inside)
 
 
@@ -140,16 +146,16 @@ def run(
     if numel == 0:
         return out
     origin, tensors = flat(base), tuple(flat(tensor) for tensor in tuned)
-    numbers = [alpha]
+    numbers = [alpha, least_divisor(weights, dtype)]
     for weight, rule in zip(weights, keep, strict=True):
         numbers += [weight * rule.rescale, weight]
     # In memory: Triton would pass a Python float as float32.
-    scalars = torch.tensor(numbers, dtype=dtype, device=base.device)
+    scalars = torch.tensor(numbers, dtype=torch.float64, device=base.device)
     drawn = tuple(rule.probability < 1 or rule.ranked is not None for rule in keep)
     sampled = thresholds = ties = ties_before = None
     if any(drawn):
         sampled = draws([(mask_threshold(rule.probability), rule.seed, rule.stream) for rule in keep], base.device)
-    ranked = _ranked(weights, keep, dtype)
+    ranked = _ranked(weights, keep)
     masks = tuple(None if rule.mask is None else flat(rule.mask).view(torch.uint8) for rule in keep)
     places, selections = _selections(keep)
     with device_of(base):
@@ -166,16 +172,14 @@ def run(
     return out
 
 
-def _ranked(
-    weights: Sequence[float], keep: Sequence[Keep], dtype: torch.dtype
-) -> tuple[tuple[Tensor | None, ...], ...]:
+def _ranked(weights: Sequence[float], keep: Sequence[Keep]) -> tuple[tuple[Tensor | None, ...], ...]:
     """Return for each task its ranks, thresholds by rank and factors by rank, or None."""
     rows: list[tuple[Tensor | None, ...]] = []
     for weight, rule in zip(weights, keep, strict=True):
         row: tuple[Tensor | None, ...] = (None, None, None)
         if rule.ranked is not None:
             ranks = flat(rule.ranked.ranks)
-            tables = rank_tables(rule.ranked, weight * rule.rescale, dtype)
+            tables = rank_tables(rule.ranked, weight * rule.rescale)
             row = (ranks, *(table.to(ranks.device) for table in tables))
         rows.append(row)
     return tuple(zip(*rows, strict=True))
