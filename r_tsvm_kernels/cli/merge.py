@@ -69,5 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
         before = f" ({result.resumed} were finished before)" if result.resumed else ""
         count = f"{len(result.reports)} tensors{before}"
         say(f"{config.method.pretty_name}: {count} in {result.seconds:.1f} s -> {result.path}")
+        overlaps = [value for report in result.reports.values() for value in report.interference]
+        if overlaps:
+            share = sum(overlaps) / len(overlaps)
+            say(f"interference: {share:.2f} on average (0 as of independent tasks, 1 the same subspaces)")
         say(f"report: {result.report_path}")
     return 0

@@ -4,7 +4,7 @@ from .certificate import Certificate, Mode
 from .cuda_graph import use_cuda_graphs
 from .factored import Factored, FactoredMerge, Triplets, leading_triplets, merge_factored, weighted_sum
 from .few_triplets import few_triplets
-from .interference import interference_of_bases, interference_of_gram
+from .interference import interference_above_chance, interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .memory import tsv_merge_bytes, tsv_merge_flops
 from .merge_accuracy import PolarPair, WeightedCores, polar_pair
@@ -38,6 +38,7 @@ __all__ = [
     "energy_rank",
     "few_triplets",
     "fixed_rank",
+    "interference_above_chance",
     "interference_of_bases",
     "interference_of_gram",
     "joint_svd",

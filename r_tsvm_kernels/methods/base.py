@@ -119,7 +119,8 @@ class TensorReport:
         captured_energy: fraction of each task matrix's squared Frobenius norm inside the kept subspaces.
         certificate: accuracy of the spectral solve; None where there was none.
         interference: overlap of the tasks' left and of their right singular subspaces before they were made
-            orthogonal, each in [0, 1]: see `linalg.interference_of_gram` for the formula.
+            orthogonal, beyond that of independent tasks, 0, up to 1: the same subspaces; negative where they are more
+            orthogonal than independent ones. See `linalg.interference_above_chance` for the formula.
         task_norms: Frobenius norm of each task vector ``W_t - W_0``, as loaded; empty where it was not measured.
         update_norm: Frobenius norm of the change of the base, as stored; None where it was not measured.
         seconds: wall time of the computation.

@@ -9,7 +9,18 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from .. import dispatch
-from ..linalg import Factored, Mode, Rank, Solver, TsvMerge, fixed_rank, tsv_merge, tsv_merge_bytes, tsv_merge_flops
+from ..linalg import (
+    Factored,
+    Mode,
+    Rank,
+    Solver,
+    TsvMerge,
+    fixed_rank,
+    interference_above_chance,
+    tsv_merge,
+    tsv_merge_bytes,
+    tsv_merge_flops,
+)
 from ..linalg.cuda_graph import PRODUCTS
 from ..ops import add_update
 from ..sizes import parse_size
@@ -92,5 +103,8 @@ def merge_and_report(
             matrices, ranks, report.weights, options.mode, solver=options.solver, workspace=options.workspace
         )
     report.ranks, report.captured_energy = list(merged.ranks), list(merged.captured_energy)
-    report.certificate, report.interference = merged.certificate, list(merged.interference)
+    report.certificate = merged.certificate
+    sides = zip(merged.interference, matrices[0].shape, strict=True)
+    above = [interference_above_chance(overlap, merged.ranks, size) for overlap, size in sides]
+    report.interference = [value for value in above if value is not None]
     return merged

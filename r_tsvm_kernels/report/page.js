@@ -67,7 +67,7 @@ if (summary.captured_energy) {
   tile("Captured energy", percent(summary.captured_energy.mean), `mean; least ${percent(summary.captured_energy.least)}`);
 }
 if (isNumber(summary.interference)) {
-  tile("Interference", number(summary.interference), "mean; 0 orthogonal tasks, 1 the same subspaces");
+  tile("Interference", number(summary.interference), "mean; 0 as of independent tasks, 1 the same subspaces");
 }
 if (summary.largest_error) {
   const { error, tolerance, tensor } = summary.largest_error;
@@ -121,7 +121,7 @@ const MAPS = [
     more: (r) => list(r.sparsities, percent) },
   { title: "Outlier mass", note: "mean share of the magnitude above the outlier threshold",
     of: (r) => mean(r.outlier_masses), format: percent, more: (r) => list(r.outlier_masses, percent) },
-  { title: "Interference", note: "overlap of the tasks\u2019 subspaces: root mean square cosine of their principal angles",
+  { title: "Interference", note: "overlap of the tasks\u2019 subspaces: 0 as of independent tasks, below 0 less, 1 the same subspaces",
     of: (r) => mean(r.interference), format: number, more: (r) => `left, right ${list(r.interference)}` },
   { title: "Captured energy", note: "mean share of the squared norm that the ranks hold", of: (r) => mean(r.captured_energy),
     format: percent, more: (r) => list(r.captured_energy, percent) },

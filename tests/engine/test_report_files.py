@@ -58,7 +58,7 @@ def test_the_report_is_complete(tmp_path):
     matrix = report["tensors"]["model.layers.0.mlp.weight"]
     for key in ("ranks", "sparsities", "outlier_masses", "weights", "captured_energy", "interference"):
         assert len(matrix[key]) == 2, key
-    assert all(0 < value < 1 for value in matrix["interference"])
+    assert all(-0.5 < value < 0.5 for value in matrix["interference"])  # independent tasks
 
     summary = report["summary"]
     assert summary["treatments"] == {"merge": 5, "mean": 2, "base": 3} and summary["tensors"] == 10

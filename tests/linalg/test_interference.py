@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from r_tsvm_kernels.linalg import Factored, interference_of_bases, interference_of_gram, tsv_merge
+from r_tsvm_kernels import MergeConfig, merge_tensors
+from r_tsvm_kernels.linalg import (
+    Factored,
+    interference_above_chance,
+    interference_of_bases,
+    interference_of_gram,
+    tsv_merge,
+)
 
 
 def basis(n, k, seed):
@@ -39,6 +46,47 @@ def test_its_limits():
     assert interference_of_bases([Q[:, :4], Q[:, 4:9], Q[:, 9:]]) == pytest.approx(0, abs=1e-6)
     assert interference_of_bases([Q[:, :4], Q[:, :4] @ basis(4, 4, 1)]) == pytest.approx(1)
     assert interference_of_bases([Q[:, :2], Q[:, :6]]) == pytest.approx(1)  # one lies in the other
+
+
+@pytest.mark.parametrize(
+    ("n", "ranks"), [(64, (16, 16)), (200, (5, 60)), (90, (30, 30, 30)), (100, (40, 0, 60)), (300, (1, 1))]
+)
+def test_independent_subspaces_have_none_above_chance(n, ranks):
+    draws = []
+    for seed in range(40):
+        found = interference_of_bases([basis(n, k, 10 * seed + task) for task, k in enumerate(ranks)])
+        draws.append(interference_above_chance(found, ranks, n))
+    draws = torch.tensor(draws, dtype=torch.float64)
+    assert abs(float(draws.mean())) < 4 * float(draws.std()) / math.sqrt(len(draws))
+    assert float(draws.std()) < 0.05
+    identical = [basis(n, max(ranks), 0)[:, :k] for k in ranks]
+    assert interference_above_chance(interference_of_bases(identical), ranks, n) == pytest.approx(1, abs=1e-6)
+
+
+def test_above_chance_by_hand():
+    assert interference_above_chance(0.5, [16, 16], 64) == 0  # sqrt(16 / 64)
+    assert interference_above_chance(1, [16, 16], 64) == 1
+    assert interference_above_chance(0, [16, 16], 64) == pytest.approx(-1 / 3)  # orthogonal: less than by chance
+    # Three pairs of 2, 2 and 4 angles, of mean square cosines 4 / 10, 6 / 10 and 6 / 10.
+    assert interference_above_chance(0.9, [2, 4, 6], 10) == pytest.approx((0.81 - 0.55) / 0.45)
+    for ranks in ([], [5], [5, 0], [0, 0]):
+        assert interference_above_chance(0.0, ranks, 10) is None  # nothing to compare
+    for ranks in ([10, 10], [3, 10]):
+        assert interference_above_chance(1.0, ranks, 10) is None  # the whole space overlaps with all
+
+
+@pytest.mark.parametrize("method", ["tsvm", "rtsvm"])
+def test_reports_tell_independent_tasks_from_equal_ones(method):
+    generator = torch.Generator().manual_seed(0)
+    base, *tasks = torch.randn(5, 96, 160, generator=generator)
+
+    def interference(tuned, **parameters):
+        return merge_tensors(base, tuned, MergeConfig.from_kwargs(method, **parameters)).report.interference
+
+    independent = interference([base + 0.01 * task for task in tasks])
+    assert len(independent) == 2 and all(abs(value) < 0.05 for value in independent)
+    assert interference([base + 0.01 * tasks[0]] * 4) == pytest.approx([1, 1], abs=1e-3)
+    assert interference([base + 0.01 * tasks[0]]) == []
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
