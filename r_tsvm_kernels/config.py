@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -212,6 +213,24 @@ class MergeConfig(Strict):
             own = [evaluate(_lookup(m.parameters, schema, field_name), name, position) for m in self.models]
             values[field_name] = tuple(fallback if v is None else v for v in own or [None] * tasks)
         return _parse(schema, values).for_tensor(name if seeded_by is None else seeded_by)
+
+    def check_patterns(self, names: Collection[str]) -> None:
+        """Refuse a pattern of `include` or `exclude` that no name matches: it spares, or admits, nothing.
+
+        Args:
+            names: of all tensors of the base.
+
+        Raises:
+            ConfigError: the pattern, and the nearest name.
+        """
+        for key, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    similar = nearest(pattern, list(names)) if names else ""
+                    raise ConfigError(
+                        f"{key}: {pattern!r} is the name of no tensor; a pattern matches whole names, with * for any "
+                        f"text. Did you mean {similar!r}, or '*{pattern.strip('*')}*'?"
+                    )
 
     @model_validator(mode="after")
     def _check_parameters(self) -> MergeConfig:

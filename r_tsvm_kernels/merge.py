@@ -179,6 +179,7 @@ def merge_state_dicts(
 
     Raises:
         CheckpointError: the names are not the same everywhere.
+        ConfigError: a pattern of the config matches no name.
         DTypeError: an argument is no state dict, but a module, for example.
         QuantisedRefused: a model is quantised.
         As `merge_tensors`, with the tensor's name in the message.
@@ -197,6 +198,7 @@ def merge_state_dicts(
     for index, state_dict in enumerate(tuned):
         refuse_quantised(f"tuned[{index}]", state_dict)
         check_same_names(base, state_dict, f"tuned[{index}]")
+    config.check_patterns(base)
     if config.base_joins:
         config, tuned = config.with_base_listed(), [*tuned, base]
     positions, tied = layer_positions(base), tied_names(base, tuned)

@@ -1,9 +1,10 @@
 import os
 
 import pytest
+import torch
 from merging import tasks_of
 
-from r_tsvm_kernels import ConfigError, MergeConfig
+from r_tsvm_kernels import ConfigError, MergeConfig, merge_state_dicts
 from r_tsvm_kernels.methods import METHODS
 
 RECIPE = """
@@ -214,3 +215,15 @@ def test_what_published_recipes_have_beside_the_merge(tmp_path):
 def test_yaml_cannot_run_code(tmp_path):
     with pytest.raises(ConfigError, match="not valid YAML"):
         MergeConfig.from_yaml(write(tmp_path, "merge_method: !!python/object/apply:os.system ['true']"))
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("pattern", "similar"), [("lm_head", "'lm_head.weight', or '\\*lm_head\\*'"), ("*.lmhead.*", "lmhead")]
+)
+def test_a_pattern_that_no_tensor_has(key, pattern, similar):
+    base = {name: torch.zeros(2, 2) for name in ("model.layers.0.weight", "lm_head.weight")}
+    config = MergeConfig(merge_method="linear", **{key: ("*layers*", pattern)})
+    with pytest.raises(ConfigError, match=f"{key}: .* is the name of no tensor.*Did you mean.*{similar}"):
+        merge_state_dicts(base, [base], config)
+    merge_state_dicts(base, [base], MergeConfig(merge_method="linear", **{key: ("*layers*", "lm_head.weight")}))

@@ -278,8 +278,8 @@ def make_plan(
         allow_pickle: take pickled weights where a model has no others.
 
     Raises:
-        ConfigError: no models, or no base where the method needs one; one file for several modules; or a weight beyond
-            the dtype of a merge.
+        ConfigError: no models, or no base where the method needs one; one file for several modules; a pattern that
+            matches no tensor; or a weight beyond the dtype of a merge.
         CheckpointError, PickleRefused: an input is missing or damaged, or its tensors are not the base's.
         QuantisedRefused: an input is quantised.
         ShapeError: shapes differ.
@@ -288,6 +288,7 @@ def make_plan(
     base, tuned, config = _open_inputs(config, allow_pickle)
     inputs = _inputs(base, tuned)
     checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
+    config.check_patterns(base.tensors)
     if config.tokenizer_source is not None:
         check_same_vocabulary(base, checkpoints[1:])
     if config.num_layers is not None and config.num_layers != (layers := count_layers(base.tensors)):
