@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceError
+from ..errors import ConvergenceError, NonFiniteError, RTsvmError
 
 _LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -14,12 +14,13 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD.
 
     Raises:
+        NonFiniteError: the matrix holds NaN or infinity.
         ConvergenceError: it failed.
     """
     try:
         U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
     except _LinAlgError as error:
-        raise ConvergenceError(f"the SVD of a {tuple(matrix.shape)} matrix did not converge: {error}") from error
+        raise _failed(matrix, "SVD", error) from error
     return U, s, Vh
 
 
@@ -27,12 +28,17 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix.
 
     Raises:
+        NonFiniteError: the matrix holds NaN or infinity.
         ConvergenceError: it failed.
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except _LinAlgError as error:
-        raise ConvergenceError(
-            f"the eigenvalues of a {tuple(matrix.shape)} matrix did not converge: {error}"
-        ) from error
+        raise _failed(matrix, "eigenvalue decomposition", error) from error
     return values, vectors
+
+
+def _failed(matrix: Tensor, what: str, error: Exception) -> RTsvmError:
+    if not bool(torch.isfinite(matrix).all()):
+        return NonFiniteError(f"a {tuple(matrix.shape)} matrix holds NaN or infinity: it has no {what}")
+    return ConvergenceError(f"the {what} of a {tuple(matrix.shape)} matrix did not converge: {error}")

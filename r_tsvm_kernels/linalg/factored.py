@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import DeviceError, DTypeError, ShapeError
+from ..errors import DeviceError, DTypeError, NonFiniteError, ShapeError
+from .arguments import finite, finite_number, given_ranks, given_weights
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
 from .merge_accuracy import WeightedCores, polar_pair
@@ -26,6 +27,14 @@ class Factored:
         left: (m, r), float32, float64, float16 or bfloat16; ``lora_B`` of a LoRA adapter.
         right: (r, n), of the same dtype and device; ``lora_A``.
         scale: ``lora_alpha / r``, or over ``sqrt(r)`` for rank-stabilised LoRA.
+
+    The factors are cut off from the graph of gradients.
+
+    Raises:
+        ShapeError: not two matrices that can be multiplied.
+        DTypeError: not one float dtype.
+        DeviceError: not on one device.
+        ConfigError: `scale` is not a finite number.
     """
 
     left: Tensor
@@ -33,7 +42,10 @@ class Factored:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        left, right = self.left, self.right
+        left, right = self.left.detach(), self.right.detach()
+        object.__setattr__(self, "left", left)
+        object.__setattr__(self, "right", right)
+        object.__setattr__(self, "scale", finite_number(self.scale, "Factored: scale"))
         if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
             raise ShapeError(f"Factored: expected (m, r) and (r, n), got {tuple(left.shape)} and {tuple(right.shape)}")
         if left.dtype != right.dtype or not left.dtype.is_floating_point:
@@ -83,7 +95,10 @@ class FactoredMerge:
 
 
 def merge_factored(
-    matrices: Sequence[Factored], ranks: Sequence[Rank], weights: Sequence[float], mode: Mode = "exact"
+    matrices: Sequence[Factored],
+    ranks: Sequence[Rank] | Rank,
+    weights: Sequence[float] | float | None = None,
+    mode: Mode = "exact",
 ) -> FactoredMerge:
     """Merge factored task matrices by TSV-Merge; see `tsv_merge`, which calls this.
 
@@ -92,17 +107,23 @@ def merge_factored(
 
     Args:
         matrices: T factored matrices of one shape, on one device.
-        ranks: T ranks >= 0, or functions of the singular values, padded with zeros to min(m, n).
-        weights: T factors of the cores.
+        ranks: T ranks >= 0, or functions of the singular values, padded with zeros to min(m, n); one alone is for all.
+        weights: T factors of the cores; one alone is for all, None means 1.
         mode: ``exact`` or ``fast``, see `Certificate`.
 
     Raises:
-        ConfigError: an unknown mode.
+        ShapeError: no matrices or several shapes, another number of ranks or weights, or a negative rank.
+        ConfigError: an unknown mode, a rank that is not a whole number, or a weight that is not finite.
+        NonFiniteError: a factor holds NaN or infinity, or the result goes beyond float64.
         ConvergenceError: a decomposition failed.
     """
     tolerance = tolerance_of(mode)
-    found = [leading_triplets(matrix, rank) for matrix, rank in zip(matrices, ranks, strict=True)]
-    cores = WeightedCores([torch.diag(part.S) for part in found], weights)
+    if len({matrix.shape for matrix in matrices}) != 1:
+        raise ShapeError(f"merge_factored: expected matrices of one shape, got {[matrix.shape for matrix in matrices]}")
+    numbers = given_ranks(ranks, len(matrices), "merge_factored")
+    factors = given_weights(weights, len(matrices), "merge_factored")
+    found = [leading_triplets(matrix, rank) for matrix, rank in zip(matrices, numbers, strict=True)]
+    cores = WeightedCores([torch.diag(part.S) for part in found], factors)
     bases = polar_pair(
         [part.U for part in found],
         [part.Vh.mT for part in found],
@@ -113,10 +134,10 @@ def merge_factored(
         rounding=BACKWARD_ERROR,
         exact=True,
     )
-    weighted = torch.cat([weight * part.S for weight, part in zip(weights, found, strict=True)])
-    numbers, energies = (tuple(len(part.S) for part in found), tuple(part.captured_energy for part in found))
-    update = Factored(bases.left * weighted, bases.right.mT)
-    return FactoredMerge(update, numbers, energies, bases.certificate, bases.interference)
+    weighted = torch.cat([weight * part.S for weight, part in zip(factors, found, strict=True)])
+    update = Factored(finite(bases.left * weighted, "merge_factored"), bases.right.mT)
+    used, energies = (tuple(len(part.S) for part in found), tuple(part.captured_energy for part in found))
+    return FactoredMerge(update, used, energies, bases.certificate, bases.interference)
 
 
 def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Factored:
@@ -172,12 +193,16 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
         rank: >= 0, or a function of the singular values, padded with zeros to min(m, n); clipped to the numerical rank.
 
     Raises:
+        NonFiniteError: a factor holds NaN or infinity, or the product goes beyond float64.
         ConvergenceError: the SVD failed.
     """
+    (rank,) = given_ranks(rank, 1, "leading_triplets")
     left, right = matrix.left.double(), matrix.right.double()
+    if not all(bool(torch.isfinite(factor).all()) for factor in (left, right)):
+        raise NonFiniteError(f"a factor of a {matrix.shape} matrix holds NaN or infinity: it has no singular values")
     Q_left, R_left = thin_qr(left)
     Q_right, R_right = thin_qr(right.mT)
-    P, values, Qh = svd(R_left @ R_right.mT * matrix.scale)
+    P, values, Qh = svd(finite(R_left @ R_right.mT * matrix.scale, "leading_triplets"))
     padded = torch.cat([values, values.new_zeros(max(0, min(matrix.shape) - len(values)))])
     # What is summed may be larger than the sum.
     summed = torch.linalg.vector_norm(left, dim=0) @ torch.linalg.vector_norm(right, dim=1)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import ShapeError
+from .arguments import given_matrices
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
 from .factored import Factored
@@ -64,7 +66,9 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
     """
     factors = [matrix for matrix in matrices if isinstance(matrix, Factored)]
     if not factors:
-        dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        dense = given_matrices(matrices, "joint_svd", one_device=True)  # type: ignore[arg-type]
+        if len({len(matrix) for matrix in dense}) != 1:
+            raise ShapeError(f"joint_svd: expected matrices of one height, got {[tuple(m.shape) for m in dense]}")
         joined = torch.cat(dense, dim=1)
         found = truncated_svd([joined], [min(joined.shape)], mode)
         U, certificate, cut = found.U[0], found.certificates[0], found.cuts[0]
@@ -72,6 +76,8 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
         parts = [_clean(U.mT @ matrix.double()) for matrix in dense]
         norms = [float(torch.linalg.vector_norm(matrix.double())) for matrix in dense]
         return JointSvd(U, parts, _lossless(certificate, cut, parts, norms))
+    if len(factors) != len(matrices) or len({factor.shape[0] for factor in factors}) != 1:
+        raise ShapeError(f"joint_svd: expected products of one height, got {[tuple(m.shape) for m in matrices]}")
     lefts = torch.cat([factor.left.double() for factor in factors], dim=1)
     Q, _ = thin_qr(lefts)
     parts = [factor.scale * (Q.mT @ factor.left.double()) @ factor.right.double() for factor in factors]

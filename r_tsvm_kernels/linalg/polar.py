@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceError
+from ..errors import ConfigError, ConvergenceError
+from .arguments import finite_number, given_matrices
 from .certificate import Certificate, Mode, tolerance_of
 from .inverse_root import RANK_TOLERANCE, InverseRoot, root_of_factor, root_of_gram
 from .rounding import BACKWARD_ERROR
-from .subspaces import check_matrices
 from .tall_matrix import TallMatrix
 
 
@@ -45,17 +45,19 @@ def polar(matrices: Sequence[Tensor] | Tensor, mode: Mode = "exact", rtol: float
     Args:
         matrices: matrices (m, n) of any shapes, or one stacked tensor (batch, m, n); float32 or float64, finite.
         mode: ``exact`` or ``fast``, see `Certificate`.
-        rtol: relative tolerance below which a singular value counts as zero.
+        rtol: in [0, 1); relative tolerance up to which a singular value counts as zero.
 
     Raises:
         ShapeError: not matrices.
-        DTypeError: a matrix is not float32 or float64.
-        ConfigError: an unknown mode.
+        DTypeError: a matrix is not a dense tensor of float32 or float64.
+        ConfigError: an unknown mode, or `rtol` out of range.
+        NonFiniteError: a matrix holds NaN or infinity.
         ConvergenceError: no solver succeeded.
     """
     tolerance = tolerance_of(mode)
-    check_matrices(matrices, [0] * len(matrices), "polar")
-    return [_polar(matrix, rtol, tolerance) for matrix in matrices]
+    if not 0 <= finite_number(rtol, "polar: rtol") < 1:
+        raise ConfigError(f"polar: rtol must be in [0, 1), got {rtol}")
+    return [_polar(matrix, float(rtol), tolerance) for matrix in given_matrices(matrices, "polar")]
 
 
 def _polar(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvergenceError
+from .arguments import whole_number
 from .decompositions import svd
 from .eigenspaces import gram_float32, gram_float64
 from .ranks import Rank
@@ -99,7 +100,7 @@ def _solve(matrix: TallMatrix, rank: Rank, mode: str, route: str) -> RightVector
     tolerance, smallest = SUBSPACE_TOLERANCE[mode], rank_tolerance(matrix)
 
     def clipped(values: Tensor) -> int:
-        wanted = rank if isinstance(rank, int) else rank(values)
+        wanted = rank if isinstance(rank, int) else whole_number(rank(values), "what a rank rule returns")
         return min(wanted, int((values > smallest).sum()))
 
     def choose(values: Tensor, errors: Tensor) -> int | None:

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..errors import DTypeError, ShapeError
+from ..errors import ShapeError
+from .arguments import finite, given_matrices, given_ranks
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
 from .orthonormal import orthogonality
@@ -85,7 +86,7 @@ class TruncatedSVD:
 
 def leading_subspaces(
     matrices: Sequence[Tensor] | Tensor,
-    ranks: Sequence[Rank],
+    ranks: Sequence[Rank] | Rank,
     mode: Mode = "exact",
     *,
     routes: Sequence[str] | None = None,
@@ -97,46 +98,55 @@ def leading_subspaces(
 
     Args:
         matrices: matrices (m, n) of any shapes, or one stacked tensor (batch, m, n); float32 or float64, finite.
-        ranks: per matrix the dimension asked for, >= 0, or a function of its singular values (see `choose_rank`).
+        ranks: per matrix the dimension asked for, >= 0, or a function of its singular values (see `choose_rank`); one
+            alone is for all matrices.
         mode: ``exact`` or ``fast``, see `Certificate`.
         routes: solvers to be tried, the cheapest first, of ``gram-float32``, ``gram-float64`` and ``svd-float64``; None
             leaves the choice to the size of the matrices.
 
     Raises:
-        ShapeError: not matrices, or another number of ranks.
-        DTypeError: a matrix is not float32 or float64.
-        ConfigError: an unknown mode.
+        ShapeError: not matrices, another number of ranks, or a negative one.
+        DTypeError: a matrix is not a dense tensor of float32 or float64.
+        ConfigError: an unknown mode, or a rank that is not a whole number.
+        NonFiniteError: a matrix holds NaN or infinity, or a singular value goes beyond float64.
         ConvergenceError: no solver succeeded.
     """
     tolerance = tolerance_of(mode)
-    check_matrices(matrices, ranks, "leading_subspaces")
+    given = given_matrices(matrices, "leading_subspaces")
+    numbers = given_ranks(ranks, len(given), "leading_subspaces")
     jobs = [
-        partial(_subspaces, matrix, rank, mode, tolerance, routes) for matrix, rank in zip(matrices, ranks, strict=True)
+        partial(_subspaces, matrix, rank, mode, tolerance, routes) for matrix, rank in zip(given, numbers, strict=True)
     ]
-    return side_by_side(jobs, max(map(_short, matrices), default=0), matrices[0].device) if jobs else []
+    return side_by_side(jobs, max(map(_short, given), default=0), given[0].device) if jobs else []
 
 
-def truncated_svd(matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], mode: Mode = "exact") -> TruncatedSVD:
+def truncated_svd(
+    matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank] | Rank, mode: Mode = "exact"
+) -> TruncatedSVD:
     """Compute the leading singular triplets of each matrix: `leading_subspaces` and the SVD of its core.
 
     Args:
         matrices: matrices (m, n) of one shape, or one stacked tensor (batch, m, n); float32 or float64, finite.
-        ranks: per matrix the number of triplets, >= 0, or a function of its singular values (see `choose_rank`).
+        ranks: per matrix the number of triplets, >= 0, or a function of its singular values (see `choose_rank`); one
+            alone is for all matrices.
         mode: ``exact`` or ``fast``, see `Certificate`.
 
     Raises:
-        ShapeError: no matrices, matrices of several shapes, or another number of ranks.
-        DTypeError: a matrix is not float32 or float64.
-        ConfigError: an unknown mode.
+        ShapeError: no matrices, matrices of several shapes, another number of ranks, or a negative one.
+        DTypeError: a matrix is not a dense tensor of float32 or float64.
+        DeviceError: the matrices are not on one device.
+        ConfigError: an unknown mode, or a rank that is not a whole number.
+        NonFiniteError: a matrix holds NaN or infinity, or a singular value goes beyond float64.
         ConvergenceError: no solver succeeded.
     """
-    if len({tuple(matrix.shape) for matrix in matrices}) != 1:
+    given = given_matrices(matrices, "truncated_svd", one_device=True)
+    if len({matrix.shape for matrix in given}) != 1:
         raise ShapeError(
-            f"truncated_svd: expected matrices of one shape, got {[tuple(matrix.shape) for matrix in matrices]}; "
+            f"truncated_svd: expected matrices of one shape, got {[tuple(matrix.shape) for matrix in given]}; "
             "call leading_subspaces for several shapes"
         )
-    parts = leading_subspaces(matrices, ranks, mode)
-    (m, n), k = matrices[0].shape, max(part.rank for part in parts)
+    parts = leading_subspaces(given, given_ranks(ranks, len(given), "truncated_svd"), mode)
+    (m, n), k = given[0].shape, max(part.rank for part in parts)
     U, S, Vh = (parts[0].U.new_zeros(len(parts), *shape) for shape in ((m, k), (k,), (k, n)))
     for item, part in enumerate(parts):
         P, values, Qh = svd(part.core)
@@ -145,20 +155,6 @@ def truncated_svd(matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], mo
         Vh[item, : part.rank] = Qh @ part.Vh
     numbers, certificates, cuts = zip(*((part.rank, part.certificate, part.cut) for part in parts), strict=True)
     return TruncatedSVD(U, S, Vh, numbers, certificates, cuts)
-
-
-def check_matrices(matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank], op: str) -> None:
-    """Raise unless these are float32 or float64 matrices with a rank each."""
-    for matrix in matrices:
-        if matrix.ndim != 2:
-            raise ShapeError(f"{op}: expected matrices, got shape {tuple(matrix.shape)}")
-        if matrix.dtype not in (torch.float32, torch.float64):
-            raise DTypeError(f"{op}: expected float32 or float64, got {matrix.dtype}; convert it with .float()")
-    if len(matrices) != len(ranks):
-        raise ShapeError(f"{op}: {len(matrices)} matrices, {len(ranks)} ranks")
-    for rank in ranks:
-        if isinstance(rank, int) and rank < 0:
-            raise ShapeError(f"{op}: a rank must not be negative, got {rank}")
 
 
 def _short(matrix: Tensor) -> int:
@@ -184,7 +180,7 @@ def _subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float, routes: 
             back.addmm_(tile.mT, U[rows])
         residual = float(torch.linalg.vector_norm(back - V @ core.mT)) / norm
         energy = min(1.0, float(core.square().sum()) / tall.squared_norm)
-    core = core / tall.scale
+    core = finite(core / tall.scale, "leading_subspaces")
     defect = max(float(orthogonality(basis)) for basis in (U, V))
     error, arbitrary = found.cut.error(left=True)
     if not error + defect <= tolerance:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ConvergenceError, RTsvmError, ShapeError
+from .arguments import finite, given_matrices, given_ranks, given_weights
 from .certificate import Certificate, Mode, tolerance_of
 from .eigen_merge import EigenMerge
 from .factored import Factored, merge_factored
@@ -21,7 +22,6 @@ from .purification import STEPS
 from .ranks import Rank
 from .right_vectors import ROUTES, right_vectors
 from .side_by_side import side_by_side
-from .subspaces import check_matrices
 from .tall_matrix import WORKSPACE, TallMatrix
 
 Solver = Literal["eigen", "products"]
@@ -49,8 +49,8 @@ class TsvMerge:
 
 def tsv_merge(
     task_matrices: Sequence[Tensor | Factored],
-    ranks: Sequence[Rank],
-    weights: Sequence[float] | None = None,
+    ranks: Sequence[Rank] | Rank,
+    weights: Sequence[float] | Tensor | float | None = None,
     mode: Mode = "exact",
     *,
     solver: Solver = "eigen",
@@ -67,8 +67,8 @@ def tsv_merge(
         task_matrices: T matrices (m, n), float32 or float64, finite, on one device; or all `Factored`, such as LoRA
             updates, which are merged without ever forming a task matrix.
         ranks: T ranks >= 0, or functions of the singular values (see `choose_rank`); their sum should not exceed
-            min(m, n), or the bases cannot become orthonormal.
-        weights: T factors of the cores; None means 1.
+            min(m, n), or the bases cannot become orthonormal. One rank alone is for all tasks.
+        weights: T factors of the cores; one alone is for all tasks, None means 1.
         mode: ``exact`` or ``fast``, see `Certificate`.
         solver: ``eigen``: eigenvalue decompositions of Gram matrices; ``products``: matrix products on tensor cores
             (see `matmul_route`), all tasks in one batch, simulated and slow on a CPU. Where its estimated error is too
@@ -76,24 +76,29 @@ def tsv_merge(
         workspace: bytes for copies of matrix rows; beside them a few square matrices of the short side are needed.
 
     Raises:
-        ShapeError: the matrices, ranks and weights do not match.
-        DTypeError: a matrix is not float32 or float64.
-        ConfigError: an unknown mode or solver.
+        ShapeError: the matrices, ranks and weights do not match, or a rank is negative.
+        DTypeError: a matrix is not a dense tensor of float32 or float64.
+        DeviceError: the matrices are not on one device.
+        ConfigError: an unknown mode or solver, a rank that is not a whole number, or a weight that is not finite.
+        NonFiniteError: a matrix holds NaN or infinity, or the merged one goes beyond its dtype.
         ConvergenceError: no solver reached the tolerance of `mode`.
     """
     tolerance_of(mode)  # or an error
     if solver not in get_args(Solver):
         raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
-    factors = [1.0] * len(task_matrices) if weights is None else list(weights)
+    numbers = given_ranks(ranks, len(task_matrices), "tsv_merge")
+    factors = given_weights(weights, len(task_matrices), "tsv_merge")
     shapes = {tuple(matrix.shape) for matrix in task_matrices}
     if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
         raise ShapeError(f"tsv_merge: expected matrices of one shape, got {sorted(shapes)}")
-    if not len(task_matrices) == len(ranks) == len(factors):
-        raise ShapeError(f"tsv_merge: {len(task_matrices)} matrices, {len(ranks)} ranks, {len(factors)} weights")
     if all(isinstance(matrix, Factored) for matrix in task_matrices):
-        return _from_factors([matrix for matrix in task_matrices if isinstance(matrix, Factored)], ranks, factors, mode)
-    dense = [matrix.dense() if isinstance(matrix, Factored) else matrix for matrix in task_matrices]
-    check_matrices(dense, ranks, "tsv_merge")
+        factored = [matrix for matrix in task_matrices if isinstance(matrix, Factored)]
+        return _from_factors(factored, numbers, factors, mode)
+    dense = given_matrices(
+        (matrix.dense() if isinstance(matrix, Factored) else matrix for matrix in task_matrices),
+        "tsv_merge",
+        one_device=True,
+    )
 
     rows, columns = touched(dense)
     m, n = dense[0].shape
@@ -105,10 +110,10 @@ def tsv_merge(
     given_up: tuple[str, ...] = ()
     if solver == "products":
         try:
-            return _by_products(dense, rows, columns, ranks, factors, mode)
+            return _by_products(dense, rows, columns, numbers, factors, mode)
         except ConvergenceError as failure:
             given_up = (str(failure),)
-    of_all = [_of_all_values(rank, min(m, n)) for rank in ranks]
+    of_all = [_of_all_values(rank, min(m, n)) for rank in numbers]
     for first in range(len(ROUTES)):
         try:
             merge = _attempt(tall, of_all, factors, mode, ROUTES[first:] if first else None, given_up)
@@ -125,8 +130,8 @@ def tsv_merge(
     merge.write(update.mT if tall[0].transposed else update)
     if not whole:
         result[rows[:, None], columns] = update
-    numbers = tuple(part.V.shape[1] for part in merge.parts)
-    return TsvMerge(result, numbers, merge.captured_energy(), merge.certificate, merge.interference)
+    used = tuple(part.V.shape[1] for part in merge.parts)
+    return TsvMerge(finite(result, "tsv_merge"), used, merge.captured_energy(), merge.certificate, merge.interference)
 
 
 def _attempt(
@@ -151,8 +156,8 @@ def _attempt(
 
 def tsv_merge_layers(
     layers: Sequence[Sequence[Tensor | Factored]],
-    ranks: Sequence[Sequence[Rank]],
-    weights: Sequence[Sequence[float]] | None = None,
+    ranks: Sequence[Sequence[Rank] | Rank],
+    weights: Sequence[Sequence[float] | Tensor | float] | None = None,
     mode: Mode = "exact",
     *,
     solver: Solver = "eigen",
@@ -176,38 +181,41 @@ def tsv_merge_layers(
     """
     if len(layers) != len(ranks) or (weights is not None and len(weights) != len(layers)):
         raise ShapeError(f"tsv_merge_layers: {len(layers)} layers, ranks for {len(ranks)}, or weights for others")
-    factors = [[1.0] * len(layer) for layer in layers] if weights is None else [list(layer) for layer in weights]
+    op = "tsv_merge_layers"
+    numbers = [given_ranks(own, len(layer), op) for own, layer in zip(ranks, layers, strict=True)]
+    all_weights: Sequence[Any] = [None] * len(layers) if weights is None else weights
+    factors = [given_weights(own, len(layer), op) for own, layer in zip(all_weights, layers, strict=True)]
     results: dict[int, TsvMerge] = {}
     if solver == "products":
         groups: dict[tuple[object, ...], list[int]] = {}
         stacks: dict[int, Tensor] = {}
         for index, layer in enumerate(layers):
-            stack = _stacked(layer, ranks[index], factors[index])
+            stack = _stacked(layer, numbers[index])
             if stack is not None:
                 stacks[index] = stack
                 groups.setdefault((stack.shape, stack.dtype, stack.device), []).append(index)
         for group in (group for group in groups.values() if len(group) > 1):
             batch = torch.stack([stacks.pop(i) for i in group])
-            numbers = [_ranks_for_products(ranks[i], min(batch.shape[-2:])) for i in group]
-            merges = matmul_tsv_merges(batch, numbers, [factors[i] for i in group], tolerance=_products_tolerance(mode))
+            own = [_ranks_for_products(numbers[i], min(batch.shape[-2:])) for i in group]
+            merges = matmul_tsv_merges(batch, own, [factors[i] for i in group], tolerance=_products_tolerance(mode))
             for i, merged, matrices in zip(group, merges, batch, strict=True):
                 with suppress(ConvergenceError):  # merged on its own below, where the failure is reported
                     found = _of_products(merged, matrices, mode)
-                    results[i] = replace(found, matrix=found.matrix.to(matrices.dtype))
+                    results[i] = replace(found, matrix=finite(found.matrix.to(matrices.dtype), "tsv_merge_layers"))
     for i, layer in enumerate(layers):
         if i not in results:
-            results[i] = tsv_merge(layer, ranks[i], factors[i], mode, solver=solver, workspace=workspace)
+            results[i] = tsv_merge(layer, numbers[i], factors[i], mode, solver=solver, workspace=workspace)
     return [results[i] for i in range(len(layers))]
 
 
-def _stacked(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank], weights: Sequence[float]) -> Tensor | None:
+def _stacked(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank]) -> Tensor | None:
     """Return a layer that `matmul_tsv_merges` takes as one tensor: alike, finite, touched everywhere; else None."""
     dense = [matrix for matrix in layer if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.numel()]
     kinds = {(matrix.shape, matrix.dtype, matrix.device) for matrix in dense}
-    if len(kinds) != 1 or not len(layer) == len(dense) == len(ranks) == len(weights):
+    if len(kinds) != 1 or not len(layer) == len(dense):
         return None
     try:
-        check_matrices(dense, ranks, "tsv_merge_layers")
+        dense = given_matrices(dense, "tsv_merge_layers", one_device=True)
         _ranks_for_products(ranks, min(dense[0].shape))
     except RTsvmError:  # `tsv_merge` says what is wrong
         return None
@@ -244,7 +252,7 @@ def _by_products(
     found = _of_products(merged, touched, mode)
     result = torch.zeros_like(matrices[0])
     result[rows[:, None], columns] = found.matrix.to(result.dtype)
-    return replace(found, matrix=result)
+    return replace(found, matrix=finite(result, "tsv_merge"))
 
 
 def _ranks_for_products(ranks: Sequence[Rank], short: int) -> list[int]:
@@ -306,4 +314,10 @@ def _from_factors(
     merged = merge_factored(matrices, ranks, weights, mode)
     dtype = torch.float64 if any(matrix.left.dtype == torch.float64 for matrix in matrices) else torch.float32
     update = Factored(merged.update.left.to(dtype), merged.update.right.to(dtype))
-    return TsvMerge(update.dense(), merged.ranks, merged.captured_energy, merged.certificate, merged.interference)
+    return TsvMerge(
+        finite(update.dense(), "tsv_merge"),
+        merged.ranks,
+        merged.captured_energy,
+        merged.certificate,
+        merged.interference,
+    )

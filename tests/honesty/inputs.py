@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r_tsvm_kernels.linalg import Rank, choose_rank
+
 SPECTRA = ("noise", "power", "exponential", "step", "ties", "cluster", "low rank", "identity")
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-ELEMENTS = 300_000  # of one matrix: larger ones are made smaller
+# Elements of one matrix, and mostly of all: what would have more is made smaller, so that many inputs can be judged.
+ELEMENTS, TOGETHER = 120_000, 150_000
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,13 @@ class Problem:
 
     Attributes:
         matrices: T matrices (m, n), all float32 or all float64.
-        ranks: T ranks.
+        ranks: T ranks, or rules that choose them.
         weights: T factors.
         label: how they were made, for reports.
     """
 
     matrices: list[Tensor]
-    ranks: list[int]
+    ranks: list[Rank]
     weights: list[float]
     label: str
 
@@ -35,6 +38,8 @@ def problem(rng: np.random.Generator) -> Problem:
     m, n = _shape(rng)
     short = min(m, n)
     tasks = int(rng.integers(1, 9))
+    if rng.random() < 0.9:
+        tasks = min(tasks, max(1, TOGETHER // (m * n)))
     rank = _rank(rng, short, tasks)
     kind = str(rng.choice(["spectrum", "stored"]))
     scale = 10.0 ** rng.uniform(-30, 30) if rng.random() < 0.3 else 1.0
@@ -57,10 +62,15 @@ def problem(rng: np.random.Generator) -> Problem:
             array[:, columns] = 0
         label += ", untouched rows and columns"
     matrices = [torch.from_numpy(array * scale).to(dtype) for array in arrays]
-    ranks = [rank if rng.random() < 0.8 else int(rng.integers(0, short + 1)) for _ in range(tasks)]
+    ranks: list[Rank] = [rank if rng.random() < 0.8 else int(rng.integers(0, short + 1)) for _ in range(tasks)]
+    if rng.random() < 0.1:
+        rule = str(rng.choice(["energy", "noise"]))
+        ranks = [choose_rank(rule, (m, n), tasks, energy=float(rng.uniform(0.3, 0.999)))] * tasks
+        label += f", rank by {rule}"
+    shown = [rank for rank in ranks if isinstance(rank, int)]
     weights = [1.0] * tasks if rng.random() < 0.5 else [float(w) for w in rng.uniform(-1, 2, tasks).round(2)]
     return Problem(
-        matrices, ranks, weights, f"{label}, {m}x{n}, T={tasks}, {relation}, scale {scale:.0e}, ranks {ranks}"
+        matrices, ranks, weights, f"{label}, {m}x{n}, T={tasks}, {relation}, scale {scale:.0e}, ranks {shown}"
     )
 
 

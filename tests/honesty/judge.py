@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from unittest.mock import patch
 
 import numpy as np
 import torch
-import truth
-from inputs import Problem
 from torch import Tensor
-from truth import Triplets
 
 from r_tsvm_kernels import ConvergenceError, MergeConfig, merge_tensors
 from r_tsvm_kernels.linalg import (
@@ -28,11 +25,15 @@ from r_tsvm_kernels.linalg import (
     tsv_merge_layers,
 )
 
-EPS = 2.0**-53
+from . import truth
+from .inputs import Problem
+from .truth import EPS, Svd, Triplets
+
 # Relative to the size of the weighted cores: a merge that cancels to less than this is zero but for rounding.
 CANCELLED = 2.0**-20
 # Rounding errors of an SVD in float64, in units of eps times the largest singular value.
 BACKWARD = 200
+SVDS = (truth.plain, truth.flipped)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Verdict:
     Attributes:
         name: the function.
         label: the input.
-        outcome: ``judged``, ``arbitrary`` (a choice among equal singular values that the certificate admits, and a
-            valid one), ``refused`` (ConvergenceError), or ``dishonest``.
+        outcome: ``judged``; ``arbitrary``: the certificate admits to a choice among singular values that are equal to
+            rounding, a valid one, and the result is judged for that choice; ``refused`` (ConvergenceError); or
+            ``dishonest``.
         error: against numpy, relative to the Frobenius norm.
         claimed: the certificate's error.
         why: of a dishonest one.
         route: of the certificate.
+        needless: whether an arbitrary choice was admitted to where changes of the last bits make no difference.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Verdict:
     claimed: float = 0.0
     why: str = ""
     route: str = ""
+    needless: bool = False
 
     @property
     def ratio(self) -> float:
@@ -89,8 +93,17 @@ def verdict(name: str, label: str, error: float, unknown: float, certificate: Ce
         why = f"error {error:.1e} where {certificate.tolerance:.0e} is met"
     elif unknown > 4 * claimed and not certificate.arbitrary:
         why = f"the estimate is {claimed:.1e} where float64 SVDs differ by {unknown:.1e}"
-    outcome = "dishonest" if why else "judged"
+    outcome = "dishonest" if why else "arbitrary" if certificate.arbitrary else "judged"
     return Verdict(name, label, outcome, error, claimed, why, certificate.route)
+
+
+def needless(exact: Callable[[Svd], np.ndarray], certificate: Certificate) -> bool:
+    """Whether the last bits of the input make no difference, 1 % of the tolerance or more, for the result."""
+    results = [exact(svd) for svd in (*SVDS, truth.blurred)]
+    size = float(np.linalg.norm(results[0]))
+    if any(other.shape != results[0].shape for other in results):
+        return False
+    return max(float(np.linalg.norm(other - results[0])) for other in results) <= certificate.tolerance / 100 * size
 
 
 def valid_choice(D: np.ndarray, V: np.ndarray, claimed: float) -> str:
@@ -117,17 +130,17 @@ def valid_choice(D: np.ndarray, V: np.ndarray, claimed: float) -> str:
 
 
 @contextmanager
-def recorded() -> Iterator[list[tuple[object, object]]]:
-    """Record the right singular vectors that TSV-Merge works with."""
-    module = import_module("r_tsvm_kernels.linalg.tsv_merge")
-    original, calls = module.right_vectors, []
+def recorded(module_name: str, function: str) -> Iterator[list[tuple[object, object]]]:
+    """Record the calls of a function of `linalg`: its first argument and what it returned."""
+    module = import_module(f"r_tsvm_kernels.linalg.{module_name}")
+    original, calls = getattr(module, function), []
 
-    def record(matrix, *args, **kwargs):
-        found = original(matrix, *args, **kwargs)
-        calls.append((matrix, found))
+    def record(first, *args, **kwargs):
+        found = original(first, *args, **kwargs)
+        calls.append((first, found))
         return found
 
-    with patch.object(module, "right_vectors", record):
+    with patch.object(module, function, record):
         yield calls
 
 
@@ -148,7 +161,7 @@ def judge_subspaces(problem: Problem, mode: str, svd: bool = False) -> Verdict:
     """`leading_subspaces`, or `truncated_svd`: both subspaces and the singular values."""
     name, (matrix, rank) = "truncated_svd" if svd else "leading_subspaces", (problem.matrices[0], problem.ranks[0])
     D = matrix.double().numpy()
-    exact = [truth.leading(D, rank, single(matrix), route) for route in (truth.plain, truth.flipped)]
+    exact = [truth.leading(D, rank, single(matrix), route) for route in SVDS]
     if svd:
         found = truncated_svd([matrix], [rank], mode)
         k, certificate = found.ranks[0], found.certificates[0]
@@ -162,7 +175,14 @@ def judge_subspaces(problem: Problem, mode: str, svd: bool = False) -> Verdict:
     values = np.linalg.svd(D, compute_uv=False)
     if certificate.arbitrary:
         why = valid_choice(D, Vh.T, certificate.subspace_error)
-        return Verdict(name, problem.label, "dishonest" if why else "arbitrary", why=why, route=certificate.route)
+
+        def projector(route: Svd) -> np.ndarray:
+            triplets = truth.leading(D, rank, single(matrix), route)
+            return np.concatenate([(basis @ basis.T).ravel() for basis in (triplets.U, triplets.Vh.T)])
+
+        outcome = "dishonest" if why else "arbitrary"
+        idle = needless(projector, certificate)
+        return Verdict(name, problem.label, outcome, why=why, route=certificate.route, needless=idle)
     if k != len(exact[0].S):
         why = f"rank {k} instead of {len(exact[0].S)}"
         return Verdict(name, problem.label, "dishonest", 1.0, certificate.error, why, certificate.route)
@@ -177,21 +197,25 @@ def judge_subspaces(problem: Problem, mode: str, svd: bool = False) -> Verdict:
 def judge_tsv_merge(problem: Problem, mode: str, solver: str, layers: bool = False) -> Verdict:
     """`tsv_merge` or `tsv_merge_layers`: the merged matrix."""
     name, tasks = f"tsv_merge{'_layers' if layers else ''} {solver}", doubles(problem.matrices)
-    with recorded() as calls:
+    with recorded("tsv_merge", "right_vectors") as calls:
         if layers:
             call = ([problem.matrices] * 2, [problem.ranks] * 2, [problem.weights] * 2)
             got = tsv_merge_layers(*call, mode, solver=solver)[1]
         else:
             got = tsv_merge(problem.matrices, problem.ranks, problem.weights, mode, solver=solver)
     kind = single(problem.matrices[0])
+
+    def parts(svd: Svd) -> list[Triplets]:
+        return [truth.leading(D, rank, kind, svd) for D, rank in zip(tasks, problem.ranks, strict=True)]
+
+    def exact(svd: Svd) -> np.ndarray:
+        return truth.tsv_merge(parts(svd), problem.weights, svd)
+
     if got.certificate.arbitrary:
-        return _of_choice(name, problem, got, calls[-len(tasks) :])
-    truths, size = [], 0.0
-    for svd in (truth.plain, truth.flipped):
-        parts = [truth.leading(D, rank, kind, svd) for D, rank in zip(tasks, problem.ranks, strict=True)]
-        truths.append(truth.tsv_merge(parts, problem.weights, svd))
-        size = _size(parts, problem.weights)
-    return compared(name, problem.label, got.matrix.double().numpy(), truths, got.certificate, size)
+        found = _of_choice(name, problem, got.matrix.double().numpy(), got.certificate, calls[-len(tasks) :])
+        return replace(found, needless=needless(exact, got.certificate))
+    size = _size(parts(truth.plain), problem.weights)
+    return compared(name, problem.label, got.matrix.double().numpy(), list(map(exact, SVDS)), got.certificate, size)
 
 
 def _size(parts: Sequence[Triplets], weights: Sequence[float]) -> float:
@@ -200,46 +224,42 @@ def _size(parts: Sequence[Triplets], weights: Sequence[float]) -> float:
     )
 
 
-def _of_choice(name: str, problem: Problem, got, calls) -> Verdict:
+def _of_choice(name: str, problem: Problem, merged: np.ndarray, certificate: Certificate, calls) -> Verdict:
     """Judge a merge that admits to an arbitrary choice: is the choice valid, and the merge right for it?"""
     parts: tuple[list[Triplets], list[Triplets]] = ([], [])
     for tall, found in calls:
         D, V = tall.matrix.double().numpy(), found.V.numpy()
-        why = valid_choice(D, V, got.certificate.subspace_error)
+        why = valid_choice(D, V, certificate.subspace_error)
         if why:
             return Verdict(name, problem.label, "dishonest", why=why, route=found.route)
         for kind, backwards in zip(parts, (False, True), strict=True):
             part = truth.of_basis(D, V, backwards)
             kind.append(Triplets(part.Vh.T, part.S, part.U.T) if tall.transposed else part)
-    inner = [
-        truth.tsv_merge(kind, problem.weights, svd)
-        for kind, svd in zip(parts, (truth.plain, truth.flipped), strict=True)
-    ]
-    rows, columns = (np.zeros_like(problem.matrices[0].numpy(), dtype=bool) for _ in range(2))
+    inner = [truth.tsv_merge(kind, problem.weights, svd) for kind, svd in zip(parts, SVDS, strict=True)]
     touched = np.any([matrix.numpy() != 0 for matrix in problem.matrices], axis=0)
     rows, columns = touched.any(1), touched.any(0)
-    merged = got.matrix.double().numpy()
     if merged[~rows].any() or merged[:, ~columns].any():
         return Verdict(name, problem.label, "dishonest", why="an untouched row or column changed")
-    found = compared(
-        name, problem.label, merged[rows][:, columns], inner, got.certificate, _size(parts[0], problem.weights)
-    )
-    outcome = "arbitrary" if found.outcome == "judged" else found.outcome
-    return Verdict(name, found.label, outcome, found.error, found.claimed, found.why, found.route)
+    size = _size(parts[0], problem.weights)
+    return compared(name, problem.label, merged[rows][:, columns], inner, certificate, size)
 
 
 def judge_polar(problem: Problem, mode: str) -> Verdict:
     """`polar` of one task matrix, or of the leading singular vectors of all, which is ill-conditioned."""
     matrix = problem.matrices[0]
     if len(problem.matrices) > 1:
-        parts = [truth.leading(D, k, False, truth.plain) for D, k in zip(doubles(problem.matrices), problem.ranks)]
+        pairs = zip(doubles(problem.matrices), problem.ranks, strict=True)
+        parts = [truth.leading(D, k, False, truth.plain) for D, k in pairs]
         matrix = torch.from_numpy(np.hstack([part.U for part in parts])).to(matrix.dtype)
     (got,) = polar([matrix], mode)
     D = matrix.double().numpy()
-    truths = [truth.polar(D, svd) for svd in (truth.plain, truth.flipped)]
-    if got.certificate.arbitrary:
-        return Verdict("polar", problem.label, "arbitrary", route=got.certificate.route)
-    return compared("polar", problem.label, got.matrix.numpy(), truths, got.certificate, 1.0)
+    rank = got.rank if got.certificate.arbitrary else None
+    found = compared(
+        "polar", problem.label, got.matrix.numpy(), [truth.polar(D, svd, rank) for svd in SVDS], got.certificate, 1.0
+    )
+    if rank is None:
+        return found
+    return replace(found, needless=needless(lambda svd: truth.polar(D, svd), got.certificate))
 
 
 def judge_factored(problem: Problem, mode: str, rng: np.random.Generator) -> Verdict:
@@ -257,17 +277,30 @@ def judge_factored(problem: Problem, mode: str, rng: np.random.Generator) -> Ver
             Factored(torch.from_numpy(left).to(dtype), torch.from_numpy(right).to(dtype), float(rng.uniform(0.1, 2)))
         )
     ranks = [int(rng.integers(0, 1 + min(m, n, 30))) for _ in tasks]
-    got = merge_factored(tasks, ranks, problem.weights, mode)
-    merged = got.update.dense().double().numpy()
-    if got.certificate.arbitrary:
-        return Verdict("merge_factored", problem.label, "arbitrary", route=got.certificate.route)
-    truths, size = [], 0.0
+    with recorded("factored", "leading_triplets") as calls:
+        got = merge_factored(tasks, ranks, problem.weights, mode)
+    merged, label = got.update.dense().double().numpy(), f"{problem.label} {dtype}"
     dense = [task.scale * task.left.double().numpy() @ task.right.double().numpy() for task in tasks]
-    for svd in (truth.plain, truth.flipped):
-        parts = [truth.leading(D, k, False, svd) for D, k in zip(dense, got.ranks, strict=True)]
-        truths.append(truth.tsv_merge(parts, problem.weights, svd))
-        size = _size(parts, problem.weights)
-    return compared("merge_factored", f"{problem.label} {dtype}", merged, truths, got.certificate, size)
+
+    def parts(svd: Svd) -> list[Triplets]:
+        return [truth.leading(D, k, False, svd) for D, k in zip(dense, got.ranks, strict=True)]
+
+    def exact(svd: Svd) -> np.ndarray:
+        return truth.tsv_merge(parts(svd), problem.weights, svd)
+
+    if not got.certificate.arbitrary:
+        size = _size(parts(truth.plain), problem.weights)
+        return compared("merge_factored", label, merged, list(map(exact, SVDS)), got.certificate, size)
+    chosen = [Triplets(part.U.numpy(), part.S.numpy(), part.Vh.numpy()) for _, part in calls]
+    for D, part, task in zip(dense, chosen, tasks, strict=True):
+        summed = np.linalg.norm(task.left.double(), axis=0) @ np.linalg.norm(task.right.double(), axis=1)
+        rounding = BACKWARD * EPS * task.scale * float(summed) / max(float(np.linalg.norm(D, 2)), 1e-300)
+        why = valid_choice(D, part.Vh.T, got.certificate.subspace_error + rounding)
+        if why:
+            return Verdict("merge_factored", label, "dishonest", why=why, route=got.certificate.route)
+    truths = [truth.tsv_merge(chosen, problem.weights, svd) for svd in SVDS]
+    found = compared("merge_factored", label, merged, truths, got.certificate, _size(chosen, problem.weights))
+    return replace(found, needless=needless(exact, got.certificate))
 
 
 def judge_joint(problem: Problem, mode: str) -> Verdict:
@@ -280,7 +313,6 @@ def judge_joint(problem: Problem, mode: str) -> Verdict:
     lost = float(np.linalg.norm(rebuilt - joined)) / norm
     S = np.linalg.svd(joined, compute_uv=False)
     beyond = float(np.linalg.norm(S[U.shape[1] :])) / norm
-    assert found.certificate is not None
     return verdict("joint_svd", problem.label, max(lost - beyond, 0.0), 0.0, found.certificate)
 
 
@@ -294,14 +326,13 @@ def judge_method(problem: Problem, mode: str, name: str) -> Verdict:
     """A whole merge method, on task matrices that are the fine-tunes of a base of zeros."""
     base, weights = torch.zeros_like(problem.matrices[0]), problem.weights
     config = MergeConfig.from_kwargs(name, weights=weights, mode=mode, **METHODS[name])
-    result = merge_tensors(base, problem.matrices, config, out_dtype=torch.float64)
+    with recorded("tsv_merge", "right_vectors") as calls:
+        result = merge_tensors(base, problem.matrices, config, out_dtype=torch.float64)
     certificate, tasks, kind = result.report.certificate, doubles(problem.matrices), single(base)
     if certificate is None:  # nothing was decomposed
         return Verdict(name, problem.label, "judged")
-    if certificate.arbitrary:
-        return Verdict(name, problem.label, "arbitrary", route=certificate.route)
 
-    def exact(svd: truth.Svd) -> np.ndarray:
+    def exact(svd: Svd) -> np.ndarray:
         if name == "iso_c":
             return truth.iso_c(tasks, weights, svd)
         if name == "iso_cts":
@@ -316,10 +347,15 @@ def judge_method(problem: Problem, mode: str, name: str) -> Verdict:
         parts = [truth.leading(D, rank, kind, svd) for D in tasks]
         return truth.tsv_merge(parts, weights, svd)
 
+    merged = result.weight.numpy()
+    if certificate.arbitrary:
+        if name == "tsvm" and len(calls) >= len(tasks):
+            found = _of_choice(name, problem, merged, certificate, calls[-len(tasks) :])
+        else:  # what it chose is not to be seen from here
+            found = Verdict(name, problem.label, "arbitrary", route=certificate.route)
+        return replace(found, needless=name != "knots" and needless(exact, certificate))
     size = float(np.sqrt(sum((w * np.linalg.norm(D)) ** 2 for w, D in zip(weights, tasks, strict=True))))
-    return compared(
-        name, problem.label, result.weight.numpy(), [exact(truth.plain), exact(truth.flipped)], certificate, size
-    )
+    return compared(name, problem.label, merged, [exact(svd) for svd in SVDS], certificate, size)
 
 
 def judges(rng: np.random.Generator) -> Callable[[Problem], Verdict]:
@@ -345,10 +381,22 @@ def judges(rng: np.random.Generator) -> Callable[[Problem], Verdict]:
     return lambda problem: judge_method(problem, mode, name)
 
 
+@contextmanager
+def sizes(small: bool) -> Iterator[None]:
+    """Let small matrices take the routes of large ones."""
+    if not small:
+        yield
+        return
+    vectors, merge = (import_module(f"r_tsvm_kernels.linalg.{name}") for name in ("right_vectors", "eigen_merge"))
+    with patch.object(vectors, "TINY", 6), patch.object(vectors, "SMALL", 24), patch.object(merge, "LARGE", 48):
+        yield
+
+
 def judged(rng: np.random.Generator, problem: Problem) -> Verdict:
     """Judge one call; a refusal is a verdict, too."""
     judge = judges(rng)
     try:
-        return judge(problem)
+        with sizes(rng.random() < 0.5):
+            return judge(problem)
     except ConvergenceError as error:
         return Verdict("?", problem.label, "refused", why=str(error))

@@ -1,5 +1,7 @@
-"""Spectral merges in numpy, float64, from the formulas. Each takes the SVD it shall use: two of them show what float64
-itself can tell."""
+"""Spectral merges in numpy, float64, from the formulas.
+
+Each takes the SVD that it uses: what several differ by is what float64 cannot tell.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+
+from r_tsvm_kernels.linalg import Rank
+
+EPS = 2.0**-53
+# Norm of what `blurred` adds, in units of eps times the norm of the matrix.
+BLUR = 30
 
 
 class Triplets(NamedTuple):
@@ -31,25 +40,31 @@ def flipped(matrix: np.ndarray) -> Triplets:
     return Triplets(Vh.T[::-1], S, U.T[:, ::-1])
 
 
+def blurred(matrix: np.ndarray) -> Triplets:
+    """The SVD of the matrix after its last bits were changed: differences that nobody may be sure of."""
+    noise = np.random.default_rng(0).standard_normal(matrix.shape)
+    return plain(matrix + BLUR * EPS * np.linalg.norm(matrix) / max(sum(matrix.shape), 1) ** 0.5 * noise)
+
+
 def numerical_rank(values: np.ndarray, norm: float, single: bool) -> int:
     """Singular values above rounding of the matrix's dtype (float32 or float64)."""
     return int((values > max(np.finfo(np.float32).eps if single else 0.0, 2.0**-46) * norm).sum())
 
 
-def leading(matrix: np.ndarray, rank: int | Callable[[np.ndarray], int], single: bool, svd: Svd) -> Triplets:
+def leading(matrix: np.ndarray, rank: Rank, single: bool, svd: Svd) -> Triplets:
     """Leading triplets, `rank` of them or as many as the matrix has."""
     U, S, Vh = svd(matrix)
-    wanted = rank(S) if callable(rank) else rank
+    wanted = rank(torch.from_numpy(S.copy())) if callable(rank) else rank
     k = min(wanted, numerical_rank(S, float(np.linalg.norm(matrix)), single))
     return Triplets(U[:, :k], S[:k], Vh[:k])
 
 
-def polar(matrix: np.ndarray, svd: Svd, rtol: float = 1e-6) -> np.ndarray:
-    """The canonical polar factor; singular values up to rtol times the largest count as zero."""
+def polar(matrix: np.ndarray, svd: Svd, rank: int | None = None) -> np.ndarray:
+    """The canonical polar factor; singular values up to 1e-6 times the largest count as zero, or all but `rank`."""
     if matrix.size == 0:
         return matrix
     U, S, Vh = svd(matrix)
-    kept = int((rtol * S[0] < S).sum())
+    kept = int((1e-6 * S[0] < S).sum()) if rank is None else rank
     return U[:, :kept] @ Vh[:kept]
 
 

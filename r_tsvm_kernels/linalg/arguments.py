@@ -1,0 +1,125 @@
+"""Matrices, ranks and weights as callers give them, in the one form that the solvers work with."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DeviceError, DTypeError, NonFiniteError, ShapeError
+from .ranks import Rank
+
+
+def given_matrices(matrices: Iterable[Tensor] | Tensor, op: str, *, one_device: bool = False) -> list[Tensor]:
+    """Return the matrices, cut off from the graph of gradients.
+
+    Raises:
+        ShapeError: one is not a matrix.
+        DTypeError: one is not a dense tensor of float32 or float64.
+        DeviceError: `one_device`, and they are not on one.
+    """
+    given = [_dense(matrix, op) for matrix in matrices]
+    for matrix in given:
+        if matrix.ndim != 2:
+            raise ShapeError(f"{op}: expected matrices, got shape {tuple(matrix.shape)}")
+        if matrix.dtype not in (torch.float32, torch.float64):
+            raise DTypeError(f"{op}: expected float32 or float64, got {matrix.dtype}; convert it with .float()")
+    devices = {matrix.device for matrix in given}
+    if one_device and len(devices) > 1:
+        raise DeviceError(f"{op}: matrices on {', '.join(sorted(map(str, devices)))}; move them with .to()")
+    return given
+
+
+def _dense(matrix: Any, op: str) -> Tensor:
+    if not isinstance(matrix, Tensor):
+        raise DTypeError(f"{op}: expected torch tensors, got {type(matrix).__name__}; convert it with torch.as_tensor")
+    if matrix.layout != torch.strided or matrix.is_meta:
+        kind = "a meta tensor" if matrix.is_meta else f"layout {matrix.layout}"
+        raise DTypeError(f"{op}: expected dense tensors that hold data, got {kind}; convert it with .to_dense()")
+    return matrix.detach()
+
+
+def given_ranks(ranks: Any, count: int, op: str) -> list[Rank]:
+    """Return `count` ranks: whole numbers of any kind, or rank rules; one alone is for all matrices.
+
+    Raises:
+        ShapeError: another number of ranks, or a negative one.
+        ConfigError: one is neither a whole number nor a rule.
+    """
+    if callable(ranks) or _is_scalar(ranks):
+        ranks = [ranks] * count
+    found = [rank if callable(rank) else whole_number(rank, f"{op}: a rank") for rank in ranks]
+    if len(found) != count:
+        raise ShapeError(f"{op}: {count} matrices, {len(found)} ranks")
+    return found
+
+
+def whole_number(value: Any, what: str) -> int:
+    """Return a whole number >= 0 as an int.
+
+    Raises:
+        ConfigError: it is not a whole number.
+        ShapeError: it is negative.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{what} must be a whole number, got {value!r}; round it with int()") from None
+    if number < 0:
+        raise ShapeError(f"{what} must not be negative, got {number}")
+    return number
+
+
+def given_weights(weights: Any, count: int, op: str) -> list[float]:
+    """Return `count` weights: numbers, an array or a tensor; one alone is for all matrices, None for 1.
+
+    Raises:
+        ShapeError: another number of weights.
+        ConfigError: one is not a finite number.
+    """
+    if weights is None:
+        return [1.0] * count
+    if _is_scalar(weights):
+        weights = [weights] * count
+    found = [finite_number(weight, f"{op}: a weight") for weight in weights]
+    if len(found) != count:
+        raise ShapeError(f"{op}: {count} matrices, {len(found)} weights")
+    return found
+
+
+def finite_number(value: Any, what: str) -> float:
+    """Return a finite number as a float.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{what} must be a finite number, got {value!r}")
+    return number
+
+
+def finite(result: Tensor, op: str) -> Tensor:
+    """Return what was computed from finite matrices.
+
+    Raises:
+        NonFiniteError: it does not fit its dtype.
+    """
+    if not bool(torch.isfinite(result).all()):
+        raise NonFiniteError(
+            f"{op}: the result goes beyond {result.dtype} (largest {torch.finfo(result.dtype).max:.1e}); "
+            "check the scale of the matrices and weights"
+        )
+    return result
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether this is one number: of Python, of NumPy, or a tensor without dimensions."""
+    return not isinstance(value, Sequence) and getattr(value, "ndim", 0 if isinstance(value, int | float) else 1) == 0
