@@ -73,5 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         if overlaps:
             share = sum(overlaps) / len(overlaps)
             say(f"interference: {share:.2f} on average (0 as of independent tasks, 1 the same subspaces)")
+        chosen = sum(bool(entry.certificate and entry.certificate.arbitrary) for entry in result.reports.values())
+        if chosen:
+            say(f"arbitrary choice among equal singular values in {chosen} tensors: see the report")
         say(f"report: {result.report_path}")
     return 0

@@ -25,8 +25,8 @@ INVARIANCE_FLOOR = 16
 # A singular value below the largest by more than this is float32 rounding: k lies above the numerical rank.
 LARGEST_RATIO = 2.0**22
 
-# Entries of a residual are taken to be alike. In some hundred random spectra the mixing of directions that they caused was
-# 0.1 to 3 times what follows for 1; mostly half of it.
+# Entries of a residual are taken to be alike. In some hundred random spectra the mixing of directions that they caused
+# was 0.1 to 3 times what follows for 1; mostly half of it.
 ALIKE = 1.5
 
 PROBES = 16

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 # average, if these are spread evenly.
 LOW, COUNTED = 0.1, 0.15
 
-# Traces of X - X X that are below the first one may be of rounding errors, which do not follow the polynomials. Below the
-# second one no eigenvalue is between the roots of ``x (1 - x) = 0.24``, 0.4 and 0.6: the trace tells how many are above.
+# Traces of X - X X that are below the first one may be of rounding errors, which do not follow the polynomials. Below
+# the second one no eigenvalue is between the roots of ``x (1 - x) = 0.24``, 0.4 and 0.6: the trace tells how many are
+# above.
 ROUNDED, RESOLVED = 1e-3, 0.24
 
 

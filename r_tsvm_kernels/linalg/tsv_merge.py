@@ -212,7 +212,7 @@ def _stacked(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank]) -> Tenso
     """Return a layer that `matmul_tsv_merges` takes as one tensor: alike, finite, touched everywhere; else None."""
     dense = [matrix for matrix in layer if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.numel()]
     kinds = {(matrix.shape, matrix.dtype, matrix.device) for matrix in dense}
-    if len(kinds) != 1 or not len(layer) == len(dense):
+    if len(kinds) != 1 or len(layer) != len(dense):
         return None
     try:
         dense = given_matrices(dense, "tsv_merge_layers", one_device=True)

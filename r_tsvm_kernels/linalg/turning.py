@@ -57,7 +57,9 @@ def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[
     size = torch.linalg.vector_norm(core).clamp(min=tiny)
 
     def inverse(z: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R.mT, z, upper=False), upper=True)
+        halfway = torch.linalg.solve_triangular(R.mT, z, upper=False)
+        solution: Tensor = torch.linalg.solve_triangular(R, halfway, upper=True)
+        return solution
 
     Z = gaussian(k, min(SMALLEST, k), R.device)
     for _ in range(ROUNDS):

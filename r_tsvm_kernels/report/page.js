@@ -73,6 +73,9 @@ if (summary.largest_error) {
   const { error, tolerance, tensor } = summary.largest_error;
   tile("Largest error estimate", number(error), `allowed ${number(tolerance)}: ${tensor}`, !(error <= tolerance));
   tile("Escalated", number(summary.escalated), "tensors that a more exact route had to solve");
+  if (summary.arbitrary) {
+    tile("Arbitrary choices", number(summary.arbitrary), "tensors where rounding chose among equal singular values");
+  }
 }
 if (isNumber(summary.update_norm)) tile("Norm of the update", number(summary.update_norm), "all measured tensors");
 
@@ -234,7 +237,7 @@ const COLUMNS = [
 const columns = COLUMNS.filter((c) => rows.some((row) => ![null, undefined].includes(c.of(row))));
 const LINE = 34, SPARE = 12;
 const state = { found: rows, by: null, falling: false };
-const texts = rows.map((r) => [r.name, r.treatment, r.reason, r.route, r.dtype, ...(r.escalations || [])].join(" ").toLowerCase());
+const texts = rows.map((r) => [r.name, r.treatment, r.reason, r.route, r.arbitrary ? "arbitrary" : "", r.dtype, ...(r.escalations || [])].join(" ").toLowerCase());
 const body = element("tbody"), above = element("tr", { className: "gap" }), below = element("tr", { className: "gap" });
 for (const gap of [above, below]) {
   gap.setAttribute("aria-hidden", "true");
@@ -335,6 +338,8 @@ function details(row) {
     route: row.route,
     "rank of the joined bases": row.basis_rank ? list(row.basis_rank) : null,
     "condition of the joined bases": row.basis_condition ? list(row.basis_condition) : null,
+    "gap at the cut": isNumber(row.gap) ? `${number(row.gap)} of the last singular value that was kept` : null,
+    "not determined": row.arbitrary ? "arbitrary choice among equal singular values: another SVD may choose others" : null,
     "routes given up": row.escalations && row.escalations.length ? row.escalations.join("; ") : null,
     time: Object.entries(row.stages).map(([stage, [wall, cpu]]) => `${stage} ${seconds(wall)}, CPU ${seconds(cpu)}`).join("\n"),
   };

@@ -20,9 +20,9 @@ from .summary import plain
 FIELDS = (
     "name", "kind", "layer", "treatment", "reason", "shape", "dtype", "bytes", "ranks", "sparsities", "outlier_masses",
     "weights", "captured_energy", "interference", "task_norms", "update_norm", "error", "tolerance", "route",
-    "basis_rank", "basis_condition", "escalations", "stages",
+    "basis_rank", "basis_condition", "gap", "arbitrary", "escalations", "stages",
 )  # fmt: skip
-_CERTIFICATE = ("error", "tolerance", "route", "basis_rank", "basis_condition", "escalations")
+_CERTIFICATE = ("error", "tolerance", "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations")
 # Digits of the page; the JSON beside it has all of them.
 _DIGITS = 5
 

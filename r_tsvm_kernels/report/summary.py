@@ -19,10 +19,10 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``tensors``, ``elements``, and how many tensors there are of each ``treatment`` and ``route``; how many
-        ``escalated`` to a more exact route; the ``largest_error`` estimate, with its tensor and tolerance; mean and
-        least ``captured_energy`` and mean ``interference`` (0 as of independent tasks, 1 the same subspaces) of the
-        matrices that have one; and the norms of the whole model's task vectors and update. None where nothing was
-        measured.
+        ``escalated`` to a more exact route, and how many depend on an ``arbitrary`` choice among equal singular values;
+        the ``largest_error`` estimate, with its tensor and tolerance; mean and least ``captured_energy`` and mean
+        ``interference`` (0 as of independent tasks, 1 the same subspaces) of the matrices that have one; and the norms
+        of the whole model's task vectors and update. None where nothing was measured.
     """
     entries = tensors.values()
     certificates = {name: e["certificate"] for name, e in tensors.items() if e["certificate"]}
@@ -37,6 +37,7 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "treatments": dict(Counter(e["treatment"] for e in entries)),
         "routes": dict(Counter(c["route"] for c in certificates.values())),
         "escalated": sum(bool(c["escalations"]) for c in certificates.values()),
+        "arbitrary": sum(bool(c.get("arbitrary")) for c in certificates.values()),
         "largest_error": worst and {
             "tensor": worst, "error": errors[worst], "tolerance": certificates[worst]["tolerance"],
         },

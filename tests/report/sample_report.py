@@ -15,6 +15,7 @@ def entry(index, shape=(64, 96), models=2, **fields):
     certificate = Certificate(
         error=1e-7 * (1 + index % 50), orthogonality=1e-15, subspace_error=1e-9, tolerance=1e-4, route="gram-float64",
         basis_rank=(20, 20), basis_condition=(float("nan"), 2.0),
+        gap=0.0 if index % 10 == 7 else 0.25, arbitrary=index % 10 == 7,
         escalations=("gram-float32: too close",) if index % 10 == 3 else (),
     )  # fmt: skip
     report = TensorReport(

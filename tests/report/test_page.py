@@ -77,6 +77,7 @@ def test_the_page_says_what_the_report_says():
         assert row["ranks"] == entry["ranks"] and row["interference"] == pytest.approx(entry["interference"], rel=1e-4)
         assert row["error"] == pytest.approx(entry["certificate"]["error"], rel=1e-4)
         assert row["basis_condition"] == [None, 2.0]  # there is no NaN in JSON
+        assert (row["gap"], row["arbitrary"]) == (entry["certificate"]["gap"], entry["certificate"]["arbitrary"])
     assert {row["kind"] for row in rows} == {kind.format("*") for kind in sample_report.KINDS}
     assert {row["layer"] for row in rows} == {0, 1, 2}
     assert data["summary"] == plain(report["summary"])
@@ -96,12 +97,14 @@ def test_the_summary():
     tensors = {
         "a": sample_report.entry(0),
         "b": sample_report.entry(3),
+        "d": sample_report.entry(7, task_norms=[], update_norm=None, captured_energy=[], interference=[], stages={}),
         "c": sample_report.entry(1, treatment="base", certificate=None, captured_energy=[], interference=[],
                                  task_norms=[], update_norm=None, stages={"read": [1.0, 0.5]}),
     }  # fmt: skip
     found = summary(tensors)
-    assert found["treatments"] == {"merge": 2, "base": 1} and found["escalated"] == 1
-    assert found["largest_error"] == {"tensor": "b", "error": pytest.approx(4e-7), "tolerance": 1e-4}
+    assert found["treatments"] == {"merge": 3, "base": 1}
+    assert found["escalated"] == 1 and found["arbitrary"] == 1
+    assert found["largest_error"] == {"tensor": "d", "error": pytest.approx(8e-7), "tolerance": 1e-4}
     assert found["task_norms"] == pytest.approx([0.5**0.5] * 2) and found["update_norm"] == pytest.approx(0.125**0.5)
     assert found["captured_energy"] == {"mean": pytest.approx(0.9375), "least": pytest.approx(0.9)}
     assert time_per_stage(tensors)["read"] == {"wall": pytest.approx(1.2), "cpu": pytest.approx(0.6)}
