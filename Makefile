@@ -7,7 +7,11 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
 
+<<<<<<< HEAD
 .PHONY: help demo test test-sanitized test-integrations bench lint dev docs dist clean
+=======
+.PHONY: help demo test test-integrations bench fuzz lint dev docs dist clean
+>>>>>>> eff587e (fuzz: its results have a table; report: where a choice was arbitrary)
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,6 +33,9 @@ test-integrations: $(VENV)/.dev ## test our backend inside other libraries, each
 
 bench: $(VENV)/.dev ## rtsvm bench, about two minutes; BASE=<commit>: compared with that commit, in turns; ARGS="--full ..."
 	$(if $(BASE),$(BIN)/python benchmarks/against.py $(BASE),$(BIN)/rtsvm bench) $(ARGS)
+
+fuzz: $(VENV)/.dev ## judge certificates of random spectral calls against numpy; MINUTES=10
+	$(BIN)/python benchmarks/honesty.py --minutes $(or $(MINUTES),10) $(ARGS)
 
 lint: $(VENV)/.dev ## format, lint and type checks
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure

@@ -236,6 +236,17 @@ def conditions(results: Path) -> list[str]:
     )
 
 
+def honesty(results: Path) -> list[str]:
+    """How many certificates were judged, and how they did, for the page on numerics."""
+    report = read(results / "cpu" / "honesty.json")
+    choices = report["outcomes"].get("arbitrary", 0)
+    return wrapped(
+        f"The last long run judged {report['calls']} calls (`{CPU}/honesty.json`, sources `{report['sources']}`): "
+        f"{report['dishonest']} were dishonest, the largest true error was {report['worst_ratio']:.2f} times the stated "
+        f"one, and {choices} admitted to an arbitrary choice ({report['needless']} of them needlessly)."
+    )
+
+
 def table_of_shortcuts(results: Path) -> list[str]:
     return shortcuts(read(results / "cpu" / "shortcuts.json"))
 

@@ -31,6 +31,9 @@ from honesty.inputs import problem
 from honesty.judge import Verdict, judged
 
 
+OUTCOMES = ("judged", "arbitrary", "refused", "dishonest")
+
+
 def one(seed: int) -> Verdict:
     """Judge the call of that seed."""
     rng = np.random.default_rng(seed)
@@ -58,8 +61,9 @@ def summary(verdicts: list[tuple[int, Verdict]]) -> dict[str, Any]:
         own = [(seed, verdict) for seed, verdict in verdicts if verdict.name == name]
         counts = Counter(verdict.outcome for _, verdict in own)
         seed, worst = max(own, key=lambda pair: pair[1].ratio)
-        row = {"function": name, **counts, "worst_ratio": worst.ratio, "route": worst.route, "seed": seed}
-        rows.append({**row, "needless": sum(verdict.needless for _, verdict in own)})
+        row = {"function": name, "calls": len(own), **{outcome: counts[outcome] for outcome in OUTCOMES}}
+        row |= {"needless": sum(verdict.needless for _, verdict in own)}
+        rows.append({**row, "worst_ratio": worst.ratio, "route": worst.route, "seed": seed})
     outcomes = Counter(verdict.outcome for _, verdict in verdicts)
     return {
         "calls": len(verdicts),
@@ -68,7 +72,7 @@ def summary(verdicts: list[tuple[int, Verdict]]) -> dict[str, Any]:
         "needless": sum(verdict.needless for _, verdict in verdicts),
         "routes": dict(Counter(verdict.route for _, verdict in verdicts if verdict.route)),
         "worst_ratio": max(verdict.ratio for _, verdict in verdicts),
-        "functions": rows,
+        "rows": rows,
     }
 
 
@@ -104,15 +108,12 @@ def main() -> int:
             dishonest = sum(verdict.outcome == "dishonest" for _, verdict in verdicts)
             print(f"{len(verdicts)} calls, {dishonest} dishonest", flush=True)
     result = summary(verdicts)
-    for row in result["functions"]:
-        print(
-            "  ".join(
-                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
-    print({key: value for key, value in result.items() if key != "functions"})
+    for row in result["rows"]:
+        shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()}
+        print(", ".join(f"{key} {value}" for key, value in shown.items()))
+    print({key: value for key, value in result.items() if key != "rows"})
     if options.json:
-        options.json.write_text(json.dumps({**provenance(), "sources": sources(), **result}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**provenance("numpy"), "sources": sources(), **result}, indent=1) + "\n")
     return 1 if result["dishonest"] else 0
 
 

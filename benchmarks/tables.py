@@ -33,7 +33,11 @@ PARTS: dict[str, dict[str, Part]] = {
     },
     "docs/merging.md": {"memory": lambda results: headlines.wrapped(headlines.memory(results))},
     "docs/tutorial.md": {"demo": headlines.demo_table},
-    "docs/numerics.md": {"conditions": headlines.conditions, "shortcuts": headlines.table_of_shortcuts},
+    "docs/numerics.md": {
+        "conditions": headlines.conditions,
+        "shortcuts": headlines.table_of_shortcuts,
+        "honesty": headlines.honesty,
+    },
     "docs/speed.md": {
         "speed": lambda results: page(
             SPEED, results / "cpu", {"bench.json": "plots/bench.svg", "spectral.json": "plots/growth.svg"}
