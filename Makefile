@@ -7,11 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
 
-<<<<<<< HEAD
-.PHONY: help demo test test-sanitized test-integrations bench lint dev docs dist clean
-=======
-.PHONY: help demo test test-integrations bench fuzz lint dev docs dist clean
->>>>>>> eff587e (fuzz: its results have a table; report: where a choice was arbitrary)
+.PHONY: help demo test test-sanitized test-integrations bench fuzz lint dev docs dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20

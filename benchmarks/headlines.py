@@ -242,8 +242,8 @@ def honesty(results: Path) -> list[str]:
     choices = report["outcomes"].get("arbitrary", 0)
     return wrapped(
         f"The last long run judged {report['calls']} calls (`{CPU}/honesty.json`, sources `{report['sources']}`): "
-        f"{report['dishonest']} were dishonest, the largest true error was {report['worst_ratio']:.2f} times the stated "
-        f"one, and {choices} admitted to an arbitrary choice ({report['needless']} of them needlessly)."
+        f"{report['dishonest']} were dishonest, the largest true error was {report['worst_ratio']:.2f} times the "
+        f"stated one, and {choices} admitted to an arbitrary choice ({report['needless']} of them needlessly)."
     )
 
 

@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 from honesty.inputs import problem
 from honesty.judge import Verdict, judged
 
-
 OUTCOMES = ("judged", "arbitrary", "refused", "dishonest")
 
 

@@ -296,9 +296,9 @@ ACCURACY = (
             "by intention.", tsvm_vs_fusion_bench),
     Section("honesty.json", "Certificates against numpy", "make fuzz",
             "Random calls, judged by float64 SVDs of numpy; `?` are calls that ended with an exception of ours. A call "
-            "is dishonest if its true error is above twice the stated one, or above a tolerance that is said to be met. "
-            "`arbitrary`: the certificate admits to a choice among equal singular values; the result was judged for "
-            "that choice. `needless`: those where a change of the last bits makes no difference.", honesty),
+            "is dishonest if its true error is above twice the stated one, or above a tolerance that is said to be "
+            "met. `arbitrary`: the certificate admits to a choice among equal singular values; the result was judged "
+            "for that choice. `needless`: those where a change of the last bits makes no difference.", honesty),
 )  # fmt: skip
 
 # Those that stand in prose elsewhere.

@@ -14,7 +14,7 @@ from .arguments import given_matrices
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
 from .factored import Factored
-from .orthonormal import thin_qr
+from .orthonormal import orthogonality, thin_qr
 from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import truncated_svd
 
@@ -37,17 +37,19 @@ class JointSvd:
 
 @dataclass(frozen=True)
 class CoreSpace:
-    """Task matrices in the bases that they share, ``D_t = left @ cores[t] @ right``; float64, nothing is lost.
+    """Task matrices in the bases that they share, ``D_t = left @ cores[t] @ right`` but for rounding; float64.
 
     Attributes:
         left: (m, p) orthonormal columns; p is the sum of the inner dimensions, at most m.
         cores: T matrices (p, q).
         right: (q, n) orthonormal rows; q is the sum of the inner dimensions, at most n.
+        error: what rounding changed of the task matrices, relative to the norm of all of them.
     """
 
     left: Tensor
     cores: list[Tensor]
     right: Tensor
+    error: float
 
 
 def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exact") -> JointSvd:
@@ -116,11 +118,16 @@ def core_space(matrices: Sequence[Factored]) -> CoreSpace:
     lefts = [matrix.left.double() for matrix in matrices]
     rights = [matrix.right.double() for matrix in matrices]
     left, right = _basis(torch.cat(lefts, dim=1)), _basis(torch.cat(rights).mT).mT
-    cores = [
-        _clean(matrix.scale * (left.mT @ B) @ (A @ right.mT))
-        for matrix, B, A in zip(matrices, lefts, rights, strict=True)
+    whole = [
+        matrix.scale * (left.mT @ B) @ (A @ right.mT) for matrix, B, A in zip(matrices, lefts, rights, strict=True)
     ]
-    return CoreSpace(left, cores, right)
+    cores = [_clean(core.clone()) for core in whole]
+    norm, removed = (
+        math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
+        for parts in (whole, [core - kept for core, kept in zip(whole, cores, strict=True)])
+    )
+    defect = sum(float(orthogonality(basis)) * math.sqrt(basis.shape[1]) for basis in (left, right.mT))
+    return CoreSpace(left, cores, right, (removed / norm if norm else 0.0) + defect + BACKWARD_ERROR)
 
 
 def _clean(part: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -78,8 +79,13 @@ def _merged(matrices: list[Factored], options: CoreSpaceParameters, report: Tens
     if options.isotropize:
         core = iso_c(torch.zeros_like(core), [core], IsoCParameters(mode=options.mode)).weight
     report.ranks = result.report.ranks or [space.left.shape[1]] * len(options.weight)
-    found = [certificate for certificate in (result.report.certificate, report.certificate) if certificate is not None]
-    report.certificate = Certificate.worst(found) if found else None
+    of_cores, of_merge = report.certificate, result.report.certificate
+    found = [certificate for certificate in (of_merge, of_cores) if certificate is not None]
+    if found:
+        norms = [abs(w) * float(torch.linalg.vector_norm(c)) for w, c in zip(options.weight, space.cores, strict=True)]
+        known = replace(Certificate.worst(found), error=space.error + (of_cores.error if of_cores else 0.0))
+        summed = Certificate.of_sum([known] * len(norms), norms, core)  # of cores that may cancel each other
+        report.certificate = replace(summed, error=summed.error + (of_merge.error if of_merge else 0.0))
     return space.left @ core @ space.right
 
 

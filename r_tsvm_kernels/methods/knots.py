@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import Factored, joint_svd, touched
+from ..linalg import Certificate, Factored, joint_svd, touched
 from ..ops import add_update
 from .base import Cost, Job, MergeResult, TensorReport, always, register, task_matrices
 from .inner import InnerParameters, merge_parts
@@ -53,7 +53,8 @@ def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> Merge
     matrices, dtype = task_matrices(base, tuned)
     if isinstance(tuned[0], Factored):
         found = joint_svd(tuned)
-        total = found.U @ merge_parts(found.parts, options.inner_method, options).weight
+        merged = merge_parts(found.parts, options.inner_method, options).weight
+        total = found.U @ merged
     else:
         dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
         rows, columns = touched(dense)
@@ -61,7 +62,8 @@ def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> Merge
         total = torch.zeros_like(base, dtype=torch.float64)
         merged = merge_parts(found.parts, options.inner_method, options).weight
         total[rows[:, None], columns] = found.U @ merged
-    certificate = found.certificate.rounded(dtype)
+    norms = [abs(w) * float(torch.linalg.vector_norm(part)) for w, part in zip(options.weight, found.parts, strict=True)]
+    certificate = Certificate.of_sum([found.certificate] * len(norms), norms, merged).rounded(dtype)
     if options.inner_method in ("linear", "task_arithmetic"):  # sums do not depend on the basis
         certificate = replace(certificate, arbitrary=False)
     report = TensorReport(ranks=[found.U.shape[1]] * len(tuned), weights=list(options.weight), certificate=certificate)

@@ -55,23 +55,35 @@ def star(base: Tensor, tuned: Sequence[Tensor | Factored], options: StarParamete
     `eta` percent of the nuclear norm ``sum(s)``; so ``D'_t`` has the nuclear norm of ``D_t`` (Lee et al., NAACL 2025,
     sections 3.1 and 3.2).
     """
-    total = torch.zeros_like(base, dtype=torch.float64)
-    report = TensorReport(weights=list(options.weight))
     matrices, dtype = task_matrices(base, tuned)
+    total, certificate, report = _sum(matrices, options, None)
+    if not certificate.rounded(dtype).met:  # tasks cancel each other, and what is left is to be known as well
+        total, certificate, report = _sum(matrices, options, EXACT)
+    report.certificate = certificate.rounded(dtype)
+    report.certificate.require()
+    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+
+
+def _sum(
+    matrices: Sequence[Tensor | Factored], options: StarParameters, routes: Sequence[str] | None
+) -> tuple[Tensor, Certificate, TensorReport]:
+    """Return the mean of the weighted ``D'_t``, float64, its certificate, and the rest of the report."""
+    first = matrices[0]
+    device = first.left.device if isinstance(first, Factored) else first.device
+    total = torch.zeros(first.shape, dtype=torch.float64, device=device)
+    report = TensorReport(weights=list(options.weight))
     certificates, norms = [], []
     for weight, matrix in zip(options.weight, matrices, strict=True):
         rule = _nuclear_rank(options.eta / 100)
         if isinstance(matrix, Factored):
-            part = _add_factored(total, matrix, rule, weight / len(tuned))
+            part = _add_factored(total, matrix, rule, weight / len(matrices))
         else:
-            part = _add_dense(total, matrix, rule, weight / len(tuned), options.mode)
+            part = _add_dense(total, matrix, rule, weight / len(matrices), options.mode, routes)
         report.ranks.append(part.rank)
         report.captured_energy.append(part.captured_energy)
         certificates.append(part.certificate)
         norms.append(part.norm)
-    report.certificate = Certificate.of_sum(certificates, norms, total).rounded(dtype)
-    report.certificate.require()
-    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+    return total, Certificate.of_sum(certificates, norms, total), report
 
 
 class _Part(NamedTuple):
@@ -89,10 +101,12 @@ def _add_factored(total: Tensor, matrix: Factored, rule: Rank, weight: float) ->
     return _Part(len(found.S), found.captured_energy, norm, found.certificate)
 
 
-def _add_dense(total: Tensor, matrix: Tensor, rule: Rank, weight: float, mode: Mode) -> _Part:
+def _add_dense(
+    total: Tensor, matrix: Tensor, rule: Rank, weight: float, mode: Mode, routes: Sequence[str] | None
+) -> _Part:
     rows, columns = touched([matrix])
     core = matrix[rows[:, None], columns]
-    (part,) = leading_subspaces([core], [rule], mode)
+    (part,) = leading_subspaces([core], [rule], mode, routes=routes)
     if part.value_error > NUCLEAR_SHARE * part.certificate.tolerance:
         (part,) = leading_subspaces([core], [rule], mode, routes=EXACT)
     kept = part.cut.values[: part.rank].sum()

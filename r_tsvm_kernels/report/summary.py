@@ -21,8 +21,6 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         ``tensors``, ``elements``, and how many tensors there are of each ``treatment`` and ``route``; how many
         ``escalated`` to a more exact route, and how many depend on an ``arbitrary`` choice among equal singular values;
         the ``largest_error`` estimate, with its tensor and tolerance; mean and least ``captured_energy`` and mean
-        ``escalated`` to a more exact route, and how many depend on an ``arbitrary`` choice among equal singular values;
-        the ``largest_error`` estimate, with its tensor and tolerance; mean and least ``captured_energy`` and mean
         ``interference`` (0 as of independent tasks, 1 the same subspaces) of the matrices that have one; and the norms
         of the whole model's task vectors and update. None where nothing was measured.
     """
