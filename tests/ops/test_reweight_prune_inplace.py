@@ -144,7 +144,7 @@ def test_what_it_refuses():
         prune(x, torch.randn(4, 3).T)
     with pytest.raises(ConfigError, match="not contiguous"):
         prune(torch.tensor([1 + 2j]).conj().imag)  # one element, but its sign is only noted
-    with pytest.raises(ConfigError, match="deltas.0. and deltas.1. share memory"):
+    with pytest.raises(ConfigError, match=r"deltas.0. and deltas.1. share memory"):
         prune(x, x)
     with pytest.raises(ConfigError, match="outlier_weighting"):
         prune(x, weighting="squash")
