@@ -129,7 +129,9 @@ def accuracy(model: DigitsMLP, images: Tensor, labels: Tensor) -> float:
 def merge(base: Path, experts: list[Path], arguments: list[str], out: Path) -> None:
     """Merge through the command line; if it fails, show why and stop with its exit code."""
     models = [part for expert in experts for part in ("--model", str(expert))]
-    command = ["merge", "--base", str(base), *models, *arguments, "--quiet", str(out)]
+    # An average would count the base as one more model.
+    start = [] if "linear" in arguments else ["--base", str(base)]
+    command = ["merge", *start, *models, *arguments, "--quiet", str(out)]
     result = subprocess.run([sys.executable, "-m", "r_tsvm_kernels", *command], capture_output=True, text=True)
     if result.returncode:
         print(result.stdout + result.stderr, file=sys.stderr, end="")

@@ -14,7 +14,7 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that, with or without a recipe file, say what to merge and how."""
     group = parser.add_argument_group("what to merge, instead of a recipe file")
-    group.add_argument("--base", metavar="B", help="base model: Hugging Face folder or .safetensors file")
+    group.add_argument("--base", metavar="B", help="base model, a folder or .safetensors file, counted by averages")
     group.add_argument(
         "--model",
         metavar="M",
