@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import AdapterRefused, CheckpointError, PickleRefused, ShapeError
+from ..errors import AdapterRefused, CheckpointError, NonFiniteError, PickleRefused, ShapeError
 from ..files import write_text
 from ..linalg import Factored
 from ..ops import FLOAT_DTYPES, check_finite
+from ..ops._checks import is_finite
 from .adapter_config import CONFIG_FILE, make_config, read_config
 from .checksum import byte_view
 from .headers import FileState, TensorHeader
@@ -288,8 +289,11 @@ def stored_factors(module: str, matrix: Factored, dtype: torch.dtype, *, embeddi
         _PREFIX + module + ending: factor.to(dtype)
         for ending, factor in zip(endings, (matrix.right, matrix.left), strict=True)
     }
-    for factor in stored.values():
-        check_finite(factor, f"{module}, stored as {str(dtype).removeprefix('torch.')}")
+    if not all(map(is_finite, stored.values())):
+        raise NonFiniteError(
+            f"{module}: the factors of the update do not fit {str(dtype).removeprefix('torch.')}; "
+            "choose a wider dtype or smaller weights"
+        )
     return stored
 
 

@@ -19,7 +19,7 @@ from ..checkpoint import AdaptedModel, Checkpoint, MergePlan, TensorPlan, make_p
 from ..checkpoint.adapter import WEIGHTS_FILE
 from ..checkpoint.adapter_config import CONFIG_FILE
 from ..config import DTypeName, MergeConfig, ModelEntry
-from ..errors import ConfigError, OutputUnfinished
+from ..errors import ConfigError, NonFiniteError, OutputUnfinished
 from ..linalg import Certificate, Factored, fixed_rank, merge_factored, truncated_svd, weighted_sum
 from ..lora import (
     Adapter,
@@ -32,7 +32,8 @@ from ..lora import (
     transposed,
     truncated,
 )
-from ..ops import check_finite, normalized
+from ..ops import normalized
+from ..ops._checks import is_finite, numbers_of
 from .companions import write_json
 from .output import is_single_file, locked_stage, writing
 from .run import Progress, choose_device
@@ -203,6 +204,8 @@ def extract_lora(
             if reason:
                 squares = (float(piece.square().sum()) for _, piece in _task_vector(plan, name, torch.float64))
                 output.left_out[name] = LeftOut(reason, math.sqrt(sum(squares)))
+                if tensor.treatment.kind != "base" and not math.isfinite(output.left_out[name].norm):
+                    raise _not_finite(name)
             else:
                 m, n = tensor.spec.shape
                 update, report = _extracted(plan, name, rank_of((m, n), rank, energy, noise), target)
@@ -265,7 +268,7 @@ def merge_lora(
     out: str | Path,
     *,
     method: AdapterMethod = "tsvm",
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | float | None = None,
     rank: int | None = None,
     energy: float | None = None,
     dtype: DTypeName = "float32",
@@ -281,7 +284,7 @@ def merge_lora(
         out: a folder that does not exist yet or is empty.
         method: ``tsvm`` (TSV-Merge of the updates), ``linear`` (weighted average: the weights are divided by their
             sum) or ``task_arithmetic`` (weighted sum).
-        weights: one per adapter; None means 1.
+        weights: one per adapter, or one for all; None means 1.
         rank: largest rank of the merged updates; None keeps them exactly, at most at the sum of the ranks.
         energy: per module the smallest rank that holds this share of the merged update's squared Frobenius norm.
         dtype: of the factors.
@@ -296,11 +299,11 @@ def merge_lora(
         DiskFull: there is no room for the output.
     """
     start, target = time.perf_counter(), choose_device(device)
-    factors = [1.0] * len(adapters) if weights is None else list(weights)
+    factors = numbers_of(1.0 if weights is None else weights, len(adapters), "merge_lora: weights")
     if method not in get_args(AdapterMethod):
         raise ConfigError(f"method must be one of {', '.join(get_args(AdapterMethod))}, got {method!r}")
-    if not adapters or len(factors) != len(adapters):
-        raise ConfigError(f"{len(adapters)} adapters and {len(factors)} weights; give one weight per adapter")
+    if not adapters:
+        raise ConfigError("no adapters; give at least one")
     rank_of((1, 1), rank, energy)
     if method == "linear":
         factors = normalized(factors)
@@ -434,7 +437,8 @@ def _extracted(plan: MergePlan, name: str, rank: Any, device: torch.device) -> t
     delta = torch.empty(m, n, dtype=dtype, device=device)
     for first, piece in _task_vector(plan, name, dtype):
         delta[first : first + len(piece)] = piece.to(device)
-    check_finite(delta, name)
+    if not is_finite(delta):
+        raise _not_finite(name)
     # Where the cut falls among nearly equal singular values, which of their vectors are kept is ill-determined; any
     # choice holds the same energy, and the exact mode would compute a full SVD to settle it.
     found = truncated_svd([delta], [rank], "fast")
@@ -442,6 +446,13 @@ def _extracted(plan: MergePlan, name: str, rank: Any, device: torch.device) -> t
     norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
     energy = min(1.0, float(found.S[0].square().sum()) / norm**2) if norm else 1.0
     return update, ModuleReport((m, n), found.ranks[0], norm, energy, found.certificates[0])
+
+
+def _not_finite(name: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{name}: a model holds NaN or infinity there, or the two differ by more than their dtype holds; "
+        "repair the checkpoint or exclude the tensor"
+    )
 
 
 def _task_vector(plan: MergePlan, name: str, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

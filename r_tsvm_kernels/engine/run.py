@@ -62,7 +62,7 @@ class CheckpointResult:
 
 
 def merge_checkpoints(
-    config: MergeConfig,
+    config: MergeConfig | str | Path,
     out: str | Path,
     *,
     device: str = "auto",
@@ -86,7 +86,7 @@ def merge_checkpoints(
     `memory`, the engine or where a merge was resumed.
 
     Args:
-        config: recipe with ``models``, and ``base_model`` where the method needs one.
+        config: recipe, or the path of its YAML file, with ``models``, and ``base_model`` where the method needs one.
         out: a folder that does not exist yet or is empty (Hugging Face layout, with the base's configuration and
             tokenizer files), or a path ending in .safetensors for one bare file.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
@@ -120,7 +120,7 @@ def merge_checkpoints(
         DiskFull: there is no room for the output.
     """
     start = time.perf_counter()
-    out = Path(out)
+    config, out = config if isinstance(config, MergeConfig) else MergeConfig.from_yaml(config), Path(out)
     target = choose_device(device)
     workers = choose_workers(threads, target, engine)
     if ray_address is not None and engine != "ray":

@@ -82,7 +82,10 @@ def test_nothing_to_write(tmp_path):
 
 
 def test_what_does_not_fit_the_dtype_is_refused(tmp_path):
-    with AdapterWriter(tmp_path, torch.float16) as writer, pytest.raises(NonFiniteError, match="q, stored as float16"):
+    with (
+        AdapterWriter(tmp_path, torch.float16) as writer,
+        pytest.raises(NonFiniteError, match="q: the factors of the update do not fit float16"),
+    ):
         writer.add("q", Factored(torch.full((2, 1), 1e5), torch.ones(1, 2)))
 
 

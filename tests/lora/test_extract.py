@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -168,6 +169,13 @@ def test_broken_values_are_named(models):
     save(folder / "zero", {"a.weight": torch.zeros(4, 4)})
     with pytest.raises(NonFiniteError, match=r"a\.weight"):
         extract_lora(str(folder / "zero"), str(folder / "nan"), folder / "out")
+    for name, shape in (("a.weight", (4, 4)), ("a.norm", (4,))):  # the second is left out of the adapter, not unseen
+        bad = math.nan if name == "a.norm" else -3e38
+        save(folder / f"{name}-far", {name: torch.full(shape, bad), "b.weight": torch.ones(4, 4)})
+        save(folder / f"{name}-here", {name: torch.full(shape, 3e38), "b.weight": torch.zeros(4, 4)})
+        with pytest.raises(NonFiniteError, match=rf"{name}: .*differ by more than their dtype holds"):
+            extract_lora(str(folder / f"{name}-here"), str(folder / f"{name}-far"), folder / "out")
+    assert not (folder / "out").exists()
 
 
 def test_command(models, capsys):

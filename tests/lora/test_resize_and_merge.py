@@ -1,5 +1,7 @@
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from adapters import SHAPES, dense_updates, factors, random_adapter, save_adapter
@@ -8,7 +10,14 @@ from safetensors.torch import load_file
 
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.engine import merge_lora, resize_lora
-from r_tsvm_kernels.errors import AdapterRefused, CheckpointError, ConfigError, InputChanged, ShapeError
+from r_tsvm_kernels.errors import (
+    AdapterRefused,
+    CheckpointError,
+    ConfigError,
+    InputChanged,
+    NonFiniteError,
+    ShapeError,
+)
 from r_tsvm_kernels.linalg import tsv_merge
 from r_tsvm_kernels.lora import Adapter
 
@@ -151,7 +160,7 @@ def test_what_is_refused(tmp_path):
         merge_lora([first, other], out)
     with pytest.raises(ShapeError, match="stores it in another way"):
         merge_lora([first, turned], out)
-    with pytest.raises(ConfigError, match="one weight per adapter"):
+    with pytest.raises(ConfigError, match="weights: 1 tasks but 2 numbers"):
         merge_lora([first], out, weights=[1.0, 2.0])
     with pytest.raises(ConfigError, match="method must be one of"):
         merge_lora([first], out, method="ties")
@@ -181,3 +190,34 @@ def test_commands(tmp_path, capsys):
     report = json.loads((tmp_path / "r" / "lora_report.json").read_text())
     assert report["command"] == "resize-lora" and report["energy"] == 0.5
     assert main(["resize-lora", first, str(tmp_path / "x")]) == 2
+
+
+def test_weights_of_numpy_one_for_all_and_not_finite(tmp_path):
+    sources = [str(random_adapter(tmp_path / name, seed)) for seed, name in enumerate("ab")]
+    merge_lora(sources, tmp_path / "lists", method="task_arithmetic", weights=[2.0, 2.0])
+    for index, twos in enumerate((2, np.array([2, 2]), torch.tensor([2.0, 2.0]))):
+        merge_lora(sources, tmp_path / f"{index}", method="task_arithmetic", weights=twos)
+        for module, update in dense_updates(tmp_path / f"{index}").items():
+            assert torch.equal(update, dense_updates(tmp_path / "lists")[module])
+    for bad in ([math.nan, 1.0], np.array([math.inf, 1.0]), [1.0], "ab"):
+        with pytest.raises(ConfigError, match="merge_lora: weights"):
+            merge_lora(sources, tmp_path / "out", weights=bad)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["tsvm", "linear", "task_arithmetic"])
+def test_updates_that_fit_no_dtype_are_refused(tmp_path, method):
+    source = random_adapter(tmp_path / "a", 0)
+    large = save_adapter(tmp_path / "large", {"up": tuple(1e6 * factor for factor in factors((12, 8), 4, 0))})
+    with pytest.raises(NonFiniteError, match="up: the factors of the update do not fit float16"):
+        merge_lora([str(large)], tmp_path / "out", method=method, dtype="float16")
+    with pytest.raises(NonFiniteError, match="up: the factors of the update do not fit float16"):
+        resize_lora(str(large), tmp_path / "out", rank=2, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    config = tmp_path / "a" / "adapter_config.json"
+    for key, value in (("lora_alpha", math.nan), ("alpha_pattern", {"up": math.inf})):
+        settings = json.loads(config.read_text())
+        config.write_text(json.dumps(settings | {key: value}))
+        with pytest.raises(CheckpointError, match="finite"):
+            merge_lora([str(source)], tmp_path / "out", method=method)
+        config.write_text(json.dumps(settings))
