@@ -22,8 +22,6 @@ from .spectral import FLOAT32_SVD, PROMISED, lora_case, lora_set
 
 # Of the update. Merged weights are float32 and twenty times as large as the updates.
 ROUNDING = 1e-5
-# Where the sign of a sum of unequally rescaled numbers decides, two roundings may elect two signs, now and then.
-ELECTED = 1e-3
 
 ELEMENT_WISE: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),
@@ -41,7 +39,6 @@ ELEMENT_WISE: dict[str, tuple[str, dict[str, Any]]] = {
     "multislerp": ("multislerp", {}),
     "karcher": ("karcher", {}),
 }
-UNEQUALLY_RESCALED = {"della", "sce"}
 ADAPTER_WEIGHTS = (1.0, 0.5, 0.25, 0.125)
 
 
@@ -83,7 +80,7 @@ def _element_wise(name: str) -> Callable[[Inputs], Case]:
             _merge(inputs, config),
             exact,
             base.nbytes * (1 + len(tuned)) + 4 * inputs.numel,
-            limit=ELECTED if name in UNEQUALLY_RESCALED else ROUNDING,
+            limit=ROUNDING,
             values=lambda weight: [weight.double() - base],
         )
 
