@@ -34,8 +34,25 @@ with ShardFile.create(folder / "large", large) as shard:
 """
 
 
-def in_namespace(folder, *command):
-    mount = 'mount -t tmpfs -o size=1m small "$0" && exec "$@"'
+# The same where the table of files is full, not the room for their bytes.
+NO_MORE_FILES = """
+import sys
+from pathlib import Path
+import torch
+from r_tsvm_kernels import DiskFull
+from r_tsvm_kernels.checkpoint import ShardFile, ShardLayout, TensorSpec
+
+layout = ShardLayout("s", {"a": TensorSpec(torch.uint8, (8,))})
+try:
+    for number in range(20):
+        ShardFile.create(Path(sys.argv[1]) / str(number), layout)
+except DiskFull as error:
+    print(error)
+"""
+
+
+def in_namespace(folder, *command, options="size=1m"):
+    mount = f'mount -t tmpfs -o {options} small "$0" && exec "$@"'
     return subprocess.run(
         ["unshare", "-rm", "sh", "-c", mount, str(folder), *command], capture_output=True, text=True, timeout=120
     )
@@ -53,3 +70,11 @@ def test_full_disk(tmp_path):
     assert reserving[1] == []
     assert "large: the disk is full: 3,000,000 bytes are needed" in writing[0]
     assert writing[1] == ["large", "small"]
+
+
+def test_no_room_for_another_file(tmp_path):
+    if shutil.which("unshare") is None or in_namespace(tmp_path, "true").returncode:
+        pytest.skip("this system lets no user mount a tmpfs (unshare -rm)")
+    done = in_namespace(tmp_path, sys.executable, "-c", NO_MORE_FILES, str(tmp_path), options="size=1m,nr_inodes=8")
+    assert done.returncode == 0, done.stderr
+    assert "the disk is full: it has no room for another file, or a quota is used up (1,0" in done.stdout

@@ -242,7 +242,9 @@ def test_help_is_quick():
 def test_progress_bar_on_a_terminal(tmp_path):
     import pty  # not on every system, and no other test needs it
 
-    paths, base, _ = family(tmp_path / "in")
+    base = {f"layers.{i}.[/b]:smile:[red]": torch.full((4, 4), float(i)) for i in range(3)}  # no markup, but names
+    tuned = {name: tensor + 1 for name, tensor in base.items()}
+    paths = [save(tmp_path / "base[/b]", base), save(tmp_path / "tuned", tuned)]
     parent, child = pty.openpty()
     command = [sys.executable, "-m", "r_tsvm_kernels", "merge", *map(str, flags(paths)), str(tmp_path / "out")]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
@@ -255,6 +257,7 @@ def test_progress_bar_on_a_terminal(tmp_path):
     os.close(parent)
     assert process.returncode == 0
     assert f"{len(base)}/{len(base)} tensors".encode() in seen and "━".encode() in seen
+    assert b"layers.2.[/b]:smile:[red]" in seen and b"not shown any more" not in seen
 
 
 def test_a_pipe_that_closes_early(tmp_path):
