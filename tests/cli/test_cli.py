@@ -51,6 +51,8 @@ def test_merge_by_flags(tmp_path, capsys):
     assert code == 0
     assert f"R-TSVM: {len(base)} tensors" in out and str(tmp_path / "out") in out
     assert f"{len(base)}/{len(base)} tensors" in err  # plain progress lines, as this is no terminal
+    measured = json.loads((tmp_path / "out" / "merge_report.json").read_text())["summary"]["interference"]
+    assert f"interference: {measured:.2f} on average (0 as of independent tasks, 1 the same subspaces)\n" in out
     config = MergeConfig(
         merge_method="rtsvm",
         models=({"parameters": {"weight": 0.5}}, {"parameters": {"weight": 2}}),
