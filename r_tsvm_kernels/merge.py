@@ -333,8 +333,6 @@ def _check_factored(base: Tensor, update: Factored, label: str) -> None:
         raise DeviceError(f"{label}: the update lies on {update.left.device}, the base on {base.device}")
     for factor in (update.left, update.right):
         check_finite(factor, label)
-    if not math.isfinite(update.scale):
-        raise NonFiniteError(f"{label}: the scale of the update is {update.scale}; expected a finite number")
 
 
 def _formed(base: Tensor, tuned: Sequence[Tensor | Factored], label: str) -> list[Tensor]:

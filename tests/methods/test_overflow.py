@@ -144,9 +144,8 @@ def test_updates_that_overflow_when_they_are_formed(method):
 
 
 def test_a_scale_that_is_not_finite():
-    update = Factored(torch.ones(12, 1), torch.ones(1, 9), math.nan)
-    with pytest.raises(NonFiniteError, match="the scale of the update is nan"):
-        merge_tensors(torch.zeros(12, 9), [update], "task_arithmetic", name="the.w")
+    with pytest.raises(ConfigError, match="scale must be a finite number, got nan"):
+        Factored(torch.ones(12, 1), torch.ones(1, 9), math.nan)
 
 
 def test_weights_whose_sum_overflows_are_normalized_right():
