@@ -12,9 +12,14 @@ ELEMENT_TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfl
 Matrix = tuple[int, int, int, int, int]
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a copy if its address is no multiple of the element size (`torch.frombuffer` makes such)."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
 def with_rows(tensor: Tensor) -> Tensor:
-    """Return `tensor`, or a contiguous copy if its elements do not form a matrix with unit stride along the columns."""
-    tensor = tensor.resolve_neg()
+    """Return `tensor`, or a copy if its elements do not form an aligned matrix with unit stride along the columns."""
+    tensor = aligned(tensor.resolve_neg())
     return tensor if tensor.numel() == 0 or _rows(tensor) is not None else tensor.contiguous()
 
 

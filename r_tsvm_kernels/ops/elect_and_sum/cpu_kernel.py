@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import backends
 from .._checks import accumulation_dtype
-from .._native import matrix, with_rows
+from .._native import aligned, matrix, with_rows
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
 from . import Keep, least_divisor
@@ -68,4 +68,4 @@ def _ranked(rule: Keep, weight: float) -> tuple[Tensor, ...]:
     """Return ranks, thresholds and factors; nothing where there are no ranks."""
     if rule.ranked is None:
         return ()
-    return (rule.ranked.ranks.contiguous(), *rank_tables(rule.ranked, weight * rule.rescale))
+    return (aligned(rule.ranked.ranks.contiguous()), *rank_tables(rule.ranked, weight * rule.rescale))

@@ -44,12 +44,13 @@ def reweight_prune(
 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
-        ConfigError: an unknown mode, or a density out of range or of the wrong number.
+        ConfigError: an unknown mode, statistics of another number of tasks, or a density out of range or of the wrong
+            number.
         NonFiniteError: a task vector that must be pruned holds NaN or infinity.
         BackendUnavailable: `backend` cannot run here.
     """
     check_group(base, tuned, op="reweight_prune")
-    check_weighting(outlier_weighting)
+    check_weighting(outlier_weighting, statistics, len(tuned))
     keep = kept_counts(density, len(tuned), base.numel(), op="reweight_prune")
     run = dispatch.select("reweight_prune", base, *tuned, backend=backend)
     result: list[Tensor] = run(base, tuned, statistics, outlier_weighting, keep)
@@ -87,8 +88,10 @@ def pruned_sparsity(
     return shares
 
 
-def check_weighting(outlier_weighting: str) -> None:
-    """Raise `ConfigError` if there is no such mode."""
+def check_weighting(outlier_weighting: str, statistics: TaskStatistics, tasks: int) -> None:
+    """Raise `ConfigError` if there is no such mode, or the statistics are not of so many tasks."""
+    if len(statistics.theta) != tasks:  # kernels look theta up by task
+        raise ConfigError(f"expected statistics of the {tasks} tasks, got those of {len(statistics.theta)}")
     if outlier_weighting not in get_args(OutlierWeighting):
         raise ConfigError(f"outlier_weighting must be clip, damp, boost or none, got {outlier_weighting!r}")
 

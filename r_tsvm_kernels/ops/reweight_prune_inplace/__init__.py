@@ -40,8 +40,8 @@ def reweight_prune_(
 
     Raises:
         ShapeError, DTypeError, DeviceError: the task vectors do not match, or are not float32 or float64.
-        ConfigError: an unknown mode, a density out of range or of the wrong number, a task vector that is not
-            contiguous, overlaps another one or requires grad.
+        ConfigError: an unknown mode, statistics of another number of tasks, a density out of range or of the wrong
+            number, a task vector that is not contiguous, overlaps another one or requires grad.
         NonFiniteError: a task vector that must be pruned holds NaN or infinity.
         BackendUnavailable: `backend` cannot run here.
     """
@@ -57,7 +57,7 @@ def reweight_prune_(
         if delta.requires_grad:
             raise ConfigError(f"reweight_prune_: deltas[{index}] requires grad; give delta.detach()")
     check_apart({f"deltas[{index}]": delta for index, delta in enumerate(deltas)}, op="reweight_prune_")
-    check_weighting(outlier_weighting)
+    check_weighting(outlier_weighting, statistics, len(deltas))
     keep = kept_counts(density, len(deltas), deltas[0].numel(), op="reweight_prune_")
     run = dispatch.select("reweight_prune_inplace", *deltas, backend=backend)
     run(deltas, statistics, outlier_weighting, keep)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import backends
 from .._checks import raise_not_finite
-from .._native import ELEMENT_TYPES
+from .._native import ELEMENT_TYPES, aligned
 from ..task_statistics import TaskStatistics
 
 
@@ -18,12 +18,16 @@ def run(deltas: Sequence[Tensor], statistics: TaskStatistics, outlier_weighting:
     """See `reweight_prune_`; `keep` holds the number of survivors of each task."""
     thetas = statistics.theta.tolist() if outlier_weighting == "clip" else [math.inf] * len(deltas)
     nonfinite = torch.zeros(len(deltas), dtype=torch.int64)
+    matrices = [aligned(delta) for delta in deltas]
     tasks = [
-        (delta.data_ptr(), theta, count, bad.data_ptr())
-        for delta, theta, count, bad in zip(deltas, thetas, keep, nonfinite, strict=True)
+        (matrix.data_ptr(), theta, count, bad.data_ptr())
+        for matrix, theta, count, bad in zip(matrices, thetas, keep, nonfinite, strict=True)
     ]
     numel, kind = deltas[0].numel(), ELEMENT_TYPES[deltas[0].dtype]
     backends.native("cpu").reweight_prune_inplace(tasks, numel, kind, torch.get_num_threads())
     for bad in nonfinite.tolist():
         if bad:
             raise_not_finite("reweight_prune_", bad, numel)
+    for delta, matrix in zip(deltas, matrices, strict=True):
+        if matrix is not delta:
+            delta.copy_(matrix)

@@ -52,7 +52,7 @@ def reweight_prune_planes(
         raise ShapeError(f"reweight_prune_planes: expected matrices, got shape {tuple(base.shape)}")
     if any(tensor.dtype == torch.float64 for tensor in (base, *tuned)):
         raise DTypeError("reweight_prune_planes: planes hold 22 bits, not float64; use reweight_prune")
-    check_weighting(outlier_weighting)
+    check_weighting(outlier_weighting, statistics, len(tuned))
     keep = kept_counts(density, len(tuned), base.numel(), op="reweight_prune_planes")
     largest = statistics.max
     if outlier_weighting == "clip":
