@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.dispatch import ORDER, use_backend
-from r_tsvm_kernels.linalg import matmul_route, polar_express, purification
+from r_tsvm_kernels.linalg import matmul_route, polar_express, purification, turning
 
 N, TASKS = 96, 3
 PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
@@ -41,7 +41,7 @@ def gpu(monkeypatch):
     def to_device(x, device):
         return torch.empty(x.shape, dtype=x.dtype, device=device)
 
-    for module in (purification, matmul_route):
+    for module in (purification, matmul_route, turning):
         monkeypatch.setattr(module, "gaussian", gaussian)
     monkeypatch.setattr(purification, "to_device", to_device)
     monkeypatch.setattr(purification, "_all", lambda done: False)  # below: so it is on a GPU
