@@ -7,7 +7,6 @@ from .few_triplets import few_triplets
 from .interference import interference_above_chance, interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .memory import tsv_merge_bytes, tsv_merge_flops
-from .merge_accuracy import PolarPair, WeightedCores, polar_pair
 from .polar import PolarFactor, polar
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
 from .rounding import BACKWARD_ERROR, Cut
@@ -24,7 +23,6 @@ __all__ = [
     "JointSvd",
     "Mode",
     "PolarFactor",
-    "PolarPair",
     "Rank",
     "RankRule",
     "Solver",
@@ -32,7 +30,6 @@ __all__ = [
     "Triplets",
     "TruncatedSVD",
     "TsvMerge",
-    "WeightedCores",
     "choose_rank",
     "core_space",
     "energy_rank",
@@ -47,7 +44,6 @@ __all__ = [
     "merge_factored",
     "noise_rank",
     "polar",
-    "polar_pair",
     "sparsity_rank",
     "touched",
     "truncated_svd",

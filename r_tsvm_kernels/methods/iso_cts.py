@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import ConvergenceError
-from ..linalg import BACKWARD_ERROR, Certificate, Cut, Mode, PolarPair, WeightedCores, polar_pair, truncated_svd
+from ..linalg import BACKWARD_ERROR, Certificate, Cut, Mode, truncated_svd
 from ..linalg.certificate import tolerance_of
+from ..linalg.merge_accuracy import PolarPair, WeightedCores, polar_pair
 from ..linalg.decompositions import svd
 from ..linalg.right_vectors import ROUTES
 from ..ops import accumulation_dtype, add_update

@@ -90,7 +90,7 @@ def test_the_output_folder(tmp_path):
     assert MergeConfig.from_yaml(tmp_path / "out" / "merge_recipe.yaml").merge_method == "rtsvm"
     report = json.loads(result.report_path.read_text())
     assert report["tensors"]["model.layers.0.attn.weight"]["ranks"]
-    assert report["tensors"]["model.layers.0.attn.weight"]["certificate"]["route"] == "gram-float64"
+    assert report["tensors"]["model.layers.0.attn.weight"]["certificate"]["route"] == "svd-float64"
     mask = os.umask(0)
     os.umask(mask)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
