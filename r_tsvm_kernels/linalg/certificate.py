@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ConvergenceError
+from .decompositions import frobenius_norm
 from .rounding import BACKWARD_ERROR
 
 Mode = Literal["exact", "fast"]
@@ -96,7 +97,7 @@ class Certificate:
             norms: their Frobenius norms.
             total: the sum. Where summands cancel each other its error is relative to `CANCELLED` times theirs.
         """
-        size = max(float(torch.linalg.vector_norm(total)), CANCELLED * sum(norms))
+        size = max(frobenius_norm(total), CANCELLED * sum(norms))
         error = sum(part.error * norm for part, norm in zip(certificates, norms, strict=True))
         return replace(cls.worst(certificates), error=error / size if size else BACKWARD_ERROR)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,19 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     except _LinAlgError as error:
         raise _failed(matrix, "eigenvalue decomposition", error) from error
     return values, vectors
+
+
+def frobenius_norm(matrix: Tensor) -> float:
+    """Return the Frobenius norm in float64; squares of very large or small elements neither overflow nor vanish."""
+    scaled, power = near_one(matrix)
+    return math.ldexp(1.0, power - 24) * float(torch.linalg.vector_norm(scaled)) * 2.0**24
+
+
+def near_one(matrix: Tensor) -> tuple[Tensor, int]:
+    """Return a matrix of magnitudes of at most 1, float64, and the power of two by which it is to be multiplied."""
+    largest = float(torch.linalg.vector_norm(matrix, math.inf)) if matrix.numel() else 0.0
+    power = max(math.frexp(largest)[1], -1000) if math.isfinite(largest) else 0
+    return matrix.double() * 2.0**-power, power
 
 
 def _failed(matrix: Tensor, what: str, error: Exception) -> RTsvmError:

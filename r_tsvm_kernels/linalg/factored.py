@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import DeviceError, DTypeError, NonFiniteError, ShapeError
 from .arguments import finite, finite_number, given_ranks, given_weights
 from .certificate import Certificate, Mode, tolerance_of
-from .decompositions import svd
+from .decompositions import near_one, svd
 from .merge_accuracy import WeightedCores, polar_pair
 from .orthonormal import thin_qr
 from .ranks import Rank
@@ -70,9 +70,10 @@ class Factored:
 
     def norm(self) -> float:
         """Return the Frobenius norm of the product, from Gram matrices of the factors in float64."""
-        left, right = self.left.double(), self.right.double()
+        (left, of_left), (right, of_right) = near_one(self.left), near_one(self.right)
         square = float(((left.mT @ left) * (right @ right.mT)).sum())
-        return abs(self.scale) * math.sqrt(max(square, 0.0))
+        norm = torch.tensor(abs(self.scale) * math.sqrt(max(square, 0.0)), dtype=torch.float64)
+        return float(_times_power(norm, of_left + of_right))
 
 
 @dataclass(frozen=True)
@@ -197,16 +198,18 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
         ConvergenceError: the SVD failed.
     """
     (rank,) = given_ranks(rank, 1, "leading_triplets")
-    left, right = matrix.left.double(), matrix.right.double()
-    if not all(bool(torch.isfinite(factor).all()) for factor in (left, right)):
+    if not all(bool(torch.isfinite(factor).all()) for factor in (matrix.left, matrix.right)):
         raise NonFiniteError(f"a factor of a {matrix.shape} matrix holds NaN or infinity: it has no singular values")
+    # In units in which nothing overflows or vanishes but in the product itself.
+    (left, of_left), (right, of_right) = near_one(matrix.left), near_one(matrix.right)
+    scale, of_scale = math.frexp(matrix.scale)
     Q_left, R_left = thin_qr(left)
     Q_right, R_right = thin_qr(right.mT)
-    P, values, Qh = svd(finite(R_left @ R_right.mT * matrix.scale, "leading_triplets"))
+    P, values, Qh = svd(R_left @ R_right.mT * scale)
     padded = torch.cat([values, values.new_zeros(max(0, min(matrix.shape) - len(values)))])
     # What is summed may be larger than the sum.
     summed = torch.linalg.vector_norm(left, dim=0) @ torch.linalg.vector_norm(right, dim=1)
-    noise = BACKWARD_ERROR * abs(matrix.scale) * float(summed)
+    noise = BACKWARD_ERROR * abs(scale) * float(summed)
     norm = float(torch.linalg.vector_norm(values))
     smallest = max(2.0**-46 * norm, noise)
 
@@ -218,6 +221,14 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
     k = clipped(0.0)
     largest = float(values[0]) if len(values) else 0.0
     share = noise / largest if largest else 0.0
-    cut = Cut(padded, k, spread=share, inherent=share, edge=edge)
     energy = float(values[:k].square().sum()) / norm**2 if norm else 1.0
-    return Triplets(Q_left @ P[:, :k], values[:k], Qh[:k] @ Q_right.mT, min(1.0, energy), cut)
+    padded = finite(_times_power(padded, of_left + of_right + of_scale), "leading_triplets")
+    cut = Cut(padded, k, spread=share, inherent=share, edge=edge)
+    return Triplets(Q_left @ P[:, :k], padded[:k], Qh[:k] @ Q_right.mT, min(1.0, energy), cut)
+
+
+def _times_power(x: Tensor, power: int) -> Tensor:
+    """Return ``2^power x``, infinite or 0 only where that is."""
+    power = min(max(power, -2000), 2000)
+    half = power // 2
+    return x * 2.0**half * 2.0 ** (power - half)

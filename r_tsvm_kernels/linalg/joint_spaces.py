@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from .arguments import given_matrices
 from .certificate import Certificate, Mode, tolerance_of
-from .decompositions import svd
+from .decompositions import frobenius_norm, svd
 from .factored import Factored
 from .orthonormal import orthogonality, thin_qr
 from .rounding import BACKWARD_ERROR, Cut
@@ -76,7 +76,7 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
         U, certificate, cut = found.U[0], found.certificates[0], found.cuts[0]
         del joined, found
         parts = [_clean(U.mT @ matrix.double()) for matrix in dense]
-        norms = [float(torch.linalg.vector_norm(matrix.double())) for matrix in dense]
+        norms = [frobenius_norm(matrix) for matrix in dense]
         return JointSvd(U, parts, _lossless(certificate, cut, parts, norms))
     if len(factors) != len(matrices) or len({factor.shape[0] for factor in factors}) != 1:
         raise ShapeError(f"joint_svd: expected products of one height, got {[tuple(m.shape) for m in matrices]}")
@@ -85,9 +85,9 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
     parts = [factor.scale * (Q.mT @ factor.left.double()) @ factor.right.double() for factor in factors]
     R = torch.linalg.qr(torch.cat(parts, dim=1).mT, mode="r").R
     P, values, _ = svd(R.mT)
-    P = P[:, values > 2.0**-46 * torch.linalg.vector_norm(values)]
+    P = P[:, values > 2.0**-46 * frobenius_norm(values)]
     cut = Cut(values, P.shape[1])
-    norms = [float(torch.linalg.vector_norm(part)) for part in parts]
+    norms = [frobenius_norm(part) for part in parts]
     parts = [_clean(P.mT @ part) for part in parts]
     certificate = Certificate(BACKWARD_ERROR, BACKWARD_ERROR, 0.0, tolerance_of(mode), "factored-float64")
     return JointSvd(Q @ P, parts, _lossless(certificate, cut, parts, norms))
@@ -95,7 +95,7 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
 
 def _lossless(certificate: Certificate, cut: Cut, parts: Sequence[Tensor], norms: Sequence[float]) -> Certificate:
     """Return the certificate of a basis that is to hold all of the task matrices, of these norms."""
-    total, kept = math.hypot(*norms), math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
+    total, kept = math.hypot(*norms), math.hypot(*(frobenius_norm(part) for part in parts))
     # The difference of squares is exact to rounding only.
     lost = math.sqrt(max(1 - (kept / total) ** 2, BACKWARD_ERROR)) if total else 0.0
     error = lost + certificate.orthogonality + BACKWARD_ERROR
@@ -123,7 +123,7 @@ def core_space(matrices: Sequence[Factored]) -> CoreSpace:
     ]
     cores = [_clean(core.clone()) for core in whole]
     norm, removed = (
-        math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
+        math.hypot(*(frobenius_norm(part) for part in parts))
         for parts in (whole, [core - kept for core, kept in zip(whole, cores, strict=True)])
     )
     defect = sum(float(orthogonality(basis)) * math.sqrt(basis.shape[1]) for basis in (left, right.mT))
@@ -132,7 +132,7 @@ def core_space(matrices: Sequence[Factored]) -> CoreSpace:
 
 def _clean(part: Tensor) -> Tensor:
     """Make rounding errors zeros: TIES averages over the tasks that have an element, however small it is."""
-    return part.masked_fill_(part.abs() <= 2.0**-46 * torch.linalg.vector_norm(part), 0)
+    return part.masked_fill_(part.abs() <= 2.0**-46 * frobenius_norm(part), 0)
 
 
 def _basis(columns: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceError, NonFiniteError
 from .certificate import CANCELLED, Certificate
+from .decompositions import frobenius_norm
 from .interference import interference_of_gram
 from .inverse_root import PROBES, InverseRoot, root_of_factor, root_of_gram
 from .rounding import BACKWARD_ERROR, Cut
@@ -57,10 +58,10 @@ class WeightedCores:
     """
 
     def __init__(self, cores: Sequence[Tensor], weights: Sequence[float]) -> None:
-        norms = [abs(w) * float(torch.linalg.vector_norm(core)) for w, core in zip(weights, cores, strict=True)]
+        norms = [abs(w) * frobenius_norm(core) for w, core in zip(weights, cores, strict=True)]
         if not all(map(math.isfinite, norms)):
             raise NonFiniteError("weights times singular values go beyond float64; check the scale of the weights")
-        self.unit = 2.0 ** math.frexp(max(norms, default=0.0) or 1.0)[1]
+        self.unit = 2.0 ** min(max(math.frexp(max(norms, default=0.0) or 1.0)[1], -1000), 1000)
         self.blocks = [core * (weight / self.unit) for weight, core in zip(weights, cores, strict=True)]
         total = math.hypot(*(norm / self.unit for norm in norms))
         self.dominance = max(map(_largest, self.blocks), default=0.0) / total if total else 1.0

@@ -97,9 +97,9 @@ def _pair_noise(values: Tensor) -> Tensor:
     From what two SVDs by LAPACK differ by (matrices of 2 to 300 rows and many spectra, 99.9 % of them): entries of the
     backward error are like rounding spread over all directions, and larger where the singular values are.
     """
-    largest = values[0]
-    typical = (largest * values.square().mean().sqrt()).sqrt()
-    return EPS * typical * (2 + 24 * values / largest)
+    relative = values / values[0]  # whose squares neither overflow nor vanish
+    typical = values[0] * relative.square().mean() ** 0.25
+    return EPS * typical * (2 + 24 * relative)
 
 
 def root_errors(eigenvalues: Tensor, noise: float) -> Tensor:

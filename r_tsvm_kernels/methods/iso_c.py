@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import BACKWARD_ERROR, Factored, Mode, leading_triplets, polar, weighted_sum
-from ..linalg.decompositions import svd
+from ..linalg.decompositions import frobenius_norm, svd
 from ..linalg.inverse_root import RANK_TOLERANCE
 from ..ops import accumulation_dtype, add_update
 from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, timed
@@ -80,11 +80,11 @@ def _left_out(matrix: Tensor, factor: Tensor, negligible: float) -> tuple[float,
     wide = matrix.shape[0] < matrix.shape[1]
     A, P = (matrix.mT, factor.mT) if wide else (matrix, factor)
     rest = A - P @ (P.mT @ A)
-    bound = float(torch.linalg.vector_norm(rest)) * min(matrix.shape) ** 0.5
+    bound = frobenius_norm(rest) * min(matrix.shape) ** 0.5
     if bound <= negligible:
         return 0.0, bound
     values = svd(torch.linalg.qr(rest, mode="r").R)[1]
-    return float(values.sum()), len(values) * BACKWARD_ERROR * float(torch.linalg.vector_norm(A))
+    return float(values.sum()), len(values) * BACKWARD_ERROR * frobenius_norm(A)
 
 
 def _iso_c_of_factors(base: Tensor, updates: Sequence[Factored], options: IsoCParameters) -> MergeResult:

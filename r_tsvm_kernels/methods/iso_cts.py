@@ -13,8 +13,8 @@ from torch import Tensor
 from ..errors import ConvergenceError
 from ..linalg import BACKWARD_ERROR, Certificate, Cut, Mode, truncated_svd
 from ..linalg.certificate import tolerance_of
+from ..linalg.decompositions import frobenius_norm, svd
 from ..linalg.merge_accuracy import PolarPair, WeightedCores, polar_pair
-from ..linalg.decompositions import svd
 from ..linalg.right_vectors import ROUTES
 from ..ops import accumulation_dtype, add_update
 from .base import Cost, Job, MergeResult, TensorReport, register, timed
@@ -101,7 +101,7 @@ def _triplets(matrix: Tensor, whole: Tensor, rank: int, mode: Mode, exact: bool,
         found = truncated_svd([matrix], [rank], mode)
         U, values, Vh = found.U[0], found.S[0], found.Vh[0]
         cut, certificate = found.cuts[0], found.certificates[0]
-    size = float(torch.linalg.vector_norm(whole))
+    size = frobenius_norm(whole)
     noise = torch.finfo(torch.float32).eps * size
     k = min(rank, int((values > noise).sum()))
     largest = float(cut.values[0]) if len(cut.values) else 0.0

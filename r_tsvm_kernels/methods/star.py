@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import Certificate, Factored, Mode, Rank, leading_subspaces, leading_triplets, touched
+from ..linalg.decompositions import frobenius_norm
 from ..linalg.right_vectors import EXACT
 from ..ops import add_update
 from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, task_matrices
@@ -97,7 +98,7 @@ def _add_factored(total: Tensor, matrix: Factored, rule: Rank, weight: float) ->
     found = leading_triplets(matrix, rule)
     rescale = float(found.cut.values.sum() / found.S.sum()) if len(found.S) else 1.0
     total.addmm_(found.U * found.S, found.Vh, alpha=weight * rescale)
-    norm = abs(weight) * rescale * float(torch.linalg.vector_norm(found.S))
+    norm = abs(weight) * rescale * frobenius_norm(found.S)
     return _Part(len(found.S), found.captured_energy, norm, found.certificate)
 
 
@@ -112,7 +113,7 @@ def _add_dense(
     kept = part.cut.values[: part.rank].sum()
     rescale = float(part.nuclear_norm / kept) if part.rank else 1.0
     total[rows[:, None], columns] += ((part.U @ part.core) @ part.Vh).mul_(weight * rescale)
-    norm = abs(weight) * rescale * float(torch.linalg.vector_norm(part.core))
+    norm = abs(weight) * rescale * frobenius_norm(part.core)
     certificate = replace(part.certificate, error=part.certificate.error + 2 * part.value_error)
     return _Part(part.rank, part.captured_energy, norm, certificate)
 
