@@ -22,7 +22,7 @@ def given_matrices(matrices: Iterable[Tensor] | Tensor, op: str, *, one_device: 
         DTypeError: one is not a dense tensor of float32 or float64.
         DeviceError: `one_device`, and they are not on one.
     """
-    given = [_dense(matrix, op) for matrix in matrices]
+    given = [dense(matrix, op) for matrix in matrices]
     for matrix in given:
         if matrix.ndim != 2:
             raise ShapeError(f"{op}: expected matrices, got shape {tuple(matrix.shape)}")
@@ -34,10 +34,15 @@ def given_matrices(matrices: Iterable[Tensor] | Tensor, op: str, *, one_device: 
     return given
 
 
-def _dense(matrix: Any, op: str) -> Tensor:
+def dense(matrix: Any, op: str, *, meta: bool = False) -> Tensor:
+    """Return a tensor of strided memory, cut off from the graph of gradients; one without data only if `meta`.
+
+    Raises:
+        DTypeError: it is none.
+    """
     if not isinstance(matrix, Tensor):
         raise DTypeError(f"{op}: expected torch tensors, got {type(matrix).__name__}; convert it with torch.as_tensor")
-    if matrix.layout != torch.strided or matrix.is_meta:
+    if matrix.layout != torch.strided or (matrix.is_meta and not meta):
         kind = "a meta tensor" if matrix.is_meta else f"layout {matrix.layout}"
         raise DTypeError(f"{op}: expected dense tensors that hold data, got {kind}; convert it with .to_dense()")
     return matrix.detach()
@@ -52,6 +57,8 @@ def given_ranks(ranks: Any, count: int, op: str) -> list[Rank]:
     """
     if callable(ranks) or _is_scalar(ranks):
         ranks = [ranks] * count
+    if not isinstance(ranks, Iterable) or isinstance(ranks, str):
+        raise ConfigError(f"{op}: expected one rank, or one for each matrix, got {ranks!r}")
     found = [rank if callable(rank) else whole_number(rank, f"{op}: a rank") for rank in ranks]
     if len(found) != count:
         raise ShapeError(f"{op}: {count} matrices, {len(found)} ranks")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, NonFiniteError, ShapeError
-from .arguments import finite, finite_number, given_ranks, given_weights
+from ..ops import FLOAT_DTYPES
+from .arguments import dense, finite, finite_number, given_ranks, given_weights, whole_number
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import near_one, svd
 from .merge_accuracy import WeightedCores, polar_pair
@@ -32,7 +33,7 @@ class Factored:
 
     Raises:
         ShapeError: not two matrices that can be multiplied.
-        DTypeError: not one float dtype.
+        DTypeError: not dense tensors of one of these dtypes.
         DeviceError: not on one device.
         ConfigError: `scale` is not a finite number.
     """
@@ -42,14 +43,14 @@ class Factored:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        left, right = self.left.detach(), self.right.detach()
+        left, right = (dense(factor, "Factored", meta=True) for factor in (self.left, self.right))
         object.__setattr__(self, "left", left)
         object.__setattr__(self, "right", right)
         object.__setattr__(self, "scale", finite_number(self.scale, "Factored: scale"))
         if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
             raise ShapeError(f"Factored: expected (m, r) and (r, n), got {tuple(left.shape)} and {tuple(right.shape)}")
-        if left.dtype != right.dtype or not left.dtype.is_floating_point:
-            raise DTypeError(f"Factored: expected two factors of one float dtype, got {left.dtype} and {right.dtype}")
+        if left.dtype != right.dtype or left.dtype not in FLOAT_DTYPES:
+            raise DTypeError(f"Factored: expected factors of one float dtype, got {left.dtype} and {right.dtype}")
         if left.device != right.device:
             raise DeviceError(f"Factored: factors on {left.device} and {right.device}; move them with .to()")
 
@@ -114,13 +115,13 @@ def merge_factored(
 
     Raises:
         ShapeError: no matrices or several shapes, another number of ranks or weights, or a negative rank.
+        DTypeError: a matrix is not factored, or its factors hold no data.
         ConfigError: an unknown mode, a rank that is not a whole number, or a weight that is not finite.
         NonFiniteError: a factor holds NaN or infinity, or the result goes beyond float64.
         ConvergenceError: a decomposition failed.
     """
     tolerance = tolerance_of(mode)
-    if len({matrix.shape for matrix in matrices}) != 1:
-        raise ShapeError(f"merge_factored: expected matrices of one shape, got {[matrix.shape for matrix in matrices]}")
+    check_factored(matrices, "merge_factored")
     numbers = given_ranks(ranks, len(matrices), "merge_factored")
     factors = given_weights(weights, len(matrices), "merge_factored")
     found = [leading_triplets(matrix, rank) for matrix, rank in zip(matrices, numbers, strict=True)]
@@ -139,6 +140,21 @@ def merge_factored(
     update = Factored(finite(bases.left * weighted, "merge_factored"), bases.right.mT)
     used, energies = (tuple(len(part.S) for part in found), tuple(part.captured_energy for part in found))
     return FactoredMerge(update, used, energies, bases.certificate, bases.interference)
+
+
+def check_factored(matrices: Sequence[Factored], op: str) -> None:
+    """Require factored matrices of one shape.
+
+    Raises:
+        DTypeError: one is not factored, or its factors hold no data.
+        ShapeError: none, or several shapes.
+    """
+    for matrix in matrices:
+        if not isinstance(matrix, Factored):
+            raise DTypeError(f"{op}: expected Factored, got {type(matrix).__name__}; give it as two factors")
+        dense(matrix.left, op)
+    if len({matrix.shape for matrix in matrices}) != 1:
+        raise ShapeError(f"{op}: expected matrices of one shape, got {[matrix.shape for matrix in matrices]}")
 
 
 def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Factored:
@@ -197,6 +213,7 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
         NonFiniteError: a factor holds NaN or infinity, or the product goes beyond float64.
         ConvergenceError: the SVD failed.
     """
+    check_factored([matrix], "leading_triplets")
     (rank,) = given_ranks(rank, 1, "leading_triplets")
     if not all(bool(torch.isfinite(factor).all()) for factor in (matrix.left, matrix.right)):
         raise NonFiniteError(f"a factor of a {matrix.shape} matrix holds NaN or infinity: it has no singular values")
@@ -215,10 +232,11 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
 
     def clipped(shift: float) -> int:
         shifted = (padded + shift).clamp(min=0)
-        return min(rank if isinstance(rank, int) else rank(shifted), int((shifted > smallest).sum()))
+        wanted = rank if isinstance(rank, int) else whole_number(rank(shifted), "what a rank rule returns")
+        return min(wanted, int((shifted > smallest).sum()))
 
-    edge = len({clipped(noise), clipped(-noise), clipped(0.0)}) > 1
-    k = clipped(0.0)
+    ranks = [clipped(shift) for shift in (0.0, noise, -noise)] if norm else [0]  # rules are not asked of zeros
+    k, edge = ranks[0], len(set(ranks)) > 1
     largest = float(values[0]) if len(values) else 0.0
     share = noise / largest if largest else 0.0
     energy = float(values[:k].square().sum()) / norm**2 if norm else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import given_matrices
 from .decompositions import svd
 
 OVERSAMPLING = 8
@@ -31,8 +32,10 @@ def few_triplets(matrix: Tensor, rank: int, dominant: int) -> tuple[Tensor, Tens
         dominant: number of singular values that stand out, >= `rank`: after them there should be a gap.
 
     Raises:
+        ShapeError, DTypeError: not a dense matrix of these dtypes.
         ConvergenceError: the SVD of the small core failed.
     """
+    (matrix,) = given_matrices([matrix], "few_triplets")
     block = dominant + OVERSAMPLING
     if block * _LARGEST_SHARE > min(matrix.shape) or rank > dominant:
         return None

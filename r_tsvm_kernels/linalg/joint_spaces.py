@@ -13,7 +13,7 @@ from ..errors import ShapeError
 from .arguments import given_matrices
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import frobenius_norm, svd
-from .factored import Factored
+from .factored import Factored, check_factored
 from .orthonormal import orthogonality, thin_qr
 from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import truncated_svd
@@ -113,8 +113,12 @@ def core_space(matrices: Sequence[Factored]) -> CoreSpace:
         matrices: T factored matrices of one shape, on one device.
 
     Raises:
+        DTypeError: a matrix is not factored.
+        ShapeError: no matrices, or several shapes.
+        NonFiniteError: a factor holds NaN or infinity.
         ConvergenceError: an SVD failed.
     """
+    check_factored(matrices, "core_space")
     lefts = [matrix.left.double() for matrix in matrices]
     rights = [matrix.right.double() for matrix in matrices]
     left, right = _basis(torch.cat(lefts, dim=1)), _basis(torch.cat(rights).mT).mT

@@ -45,7 +45,7 @@ def energy_rank(singular_values: Tensor, energy: float) -> int:
         energy: fraction in (0, 1].
     """
     cumulative = singular_values.square().cumsum(0)
-    return int((cumulative < energy * cumulative[-1]).sum()) + 1
+    return int((cumulative < energy * cumulative[-1:]).sum()) + 1
 
 
 def noise_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:

@@ -88,7 +88,7 @@ def tsv_merge(
         raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
     numbers = given_ranks(ranks, len(task_matrices), "tsv_merge")
     factors = given_weights(weights, len(task_matrices), "tsv_merge")
-    shapes = {tuple(matrix.shape) for matrix in task_matrices}
+    shapes = {tuple(getattr(matrix, "shape", ())) for matrix in task_matrices}
     if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
         raise ShapeError(f"tsv_merge: expected matrices of one shape, got {sorted(shapes)}")
     if all(isinstance(matrix, Factored) for matrix in task_matrices):

@@ -11,10 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import Certificate, Factored, core_space, touched, truncated_svd
-from ..linalg.decompositions import frobenius_norm
 from ..ops import add_update
 from .base import Cost, Job, MergeResult, TensorReport, always, register, task_matrices
-from .inner import InnerParameters, merge_parts
+from .inner import InnerParameters, merge_parts, part_norms
 from .iso_c import IsoCParameters, iso_c
 
 
@@ -83,7 +82,7 @@ def _merged(matrices: list[Factored], options: CoreSpaceParameters, report: Tens
     of_cores, of_merge = report.certificate, result.report.certificate
     found = [certificate for certificate in (of_merge, of_cores) if certificate is not None]
     if found:
-        norms = [abs(w) * frobenius_norm(c) for w, c in zip(options.weight, space.cores, strict=True)]
+        norms = part_norms(space.cores, options.inner_method, options)
         known = replace(Certificate.worst(found), error=space.error + (of_cores.error if of_cores else 0.0))
         summed = Certificate.of_sum([known] * len(norms), norms, core)  # of cores that may cancel each other
         report.certificate = replace(summed, error=summed.error + (of_merge.error if of_merge else 0.0))

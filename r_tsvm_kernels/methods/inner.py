@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import Mode
+from ..linalg.decompositions import frobenius_norm
 from .base import FiniteFloat, MergeResult, MethodParameters, PerModel, get_method
 from .sparse import Share, tensor_seed
 
@@ -26,6 +27,17 @@ class InnerParameters(MethodParameters):
     def for_tensor(self, name: str) -> MethodParameters:
         """Give the tensor a seed of its own, so that masks depend on neither order nor threads."""
         return self.model_copy(update={"seed": tensor_seed(self.seed, name)}) if name else self
+
+
+def part_norms(parts: Sequence[Tensor], method: str, options: InnerParameters) -> list[float]:
+    """Return the norms of the weighted parts, as `merge_parts` adds them up: methods that average divide by weights."""
+    weights = [abs(weight) for weight in options.weight]
+    total = abs(sum(options.weight))
+    if method in ("linear", "ties") and total:
+        # An element that one task alone has, or elects, is taken whole by the disjoint mean.
+        most = [sum(weights)] * len(weights) if method == "ties" else weights
+        weights = [weight / total for weight in most]
+    return [weight * frobenius_norm(part) for weight, part in zip(weights, parts, strict=True)]
 
 
 def merge_parts(parts: Sequence[Tensor], method: str, options: InnerParameters) -> MergeResult:

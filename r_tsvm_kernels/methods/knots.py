@@ -11,10 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import Certificate, Factored, joint_svd, touched
-from ..linalg.decompositions import frobenius_norm
 from ..ops import add_update
 from .base import Cost, Job, MergeResult, TensorReport, always, register, task_matrices
-from .inner import InnerParameters, merge_parts
+from .inner import InnerParameters, merge_parts, part_norms
 
 
 class KnotsParameters(InnerParameters):
@@ -63,7 +62,7 @@ def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> Merge
         total = torch.zeros_like(base, dtype=torch.float64)
         merged = merge_parts(found.parts, options.inner_method, options).weight
         total[rows[:, None], columns] = found.U @ merged
-    norms = [abs(w) * frobenius_norm(part) for w, part in zip(options.weight, found.parts, strict=True)]
+    norms = part_norms(found.parts, options.inner_method, options)
     certificate = Certificate.of_sum([found.certificate] * len(norms), norms, merged).rounded(dtype)
     if options.inner_method in ("linear", "task_arithmetic"):  # sums do not depend on the basis
         certificate = replace(certificate, arbitrary=False)

@@ -2,8 +2,16 @@ import pytest
 import torch
 from compare import relative_error
 
-from r_tsvm_kernels.errors import DeviceError, DTypeError, ShapeError
-from r_tsvm_kernels.linalg import Factored, energy_rank, merge_factored, tsv_merge
+from r_tsvm_kernels.errors import ConfigError, DeviceError, DTypeError, ShapeError
+from r_tsvm_kernels.linalg import (
+    Factored,
+    choose_rank,
+    core_space,
+    energy_rank,
+    leading_triplets,
+    merge_factored,
+    tsv_merge,
+)
 
 
 def lora(m, n, r, seed, dtype=torch.float32):
@@ -76,3 +84,40 @@ def test_what_it_refuses():
         Factored(torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64))
     with pytest.raises(DeviceError, match="Factored"):
         Factored(torch.zeros(3, 2), torch.zeros(2, 3, device="meta"))
+
+
+@pytest.mark.parametrize("answer", ["two", 2.5, None, torch.ones(2)], ids=str)
+def test_a_rule_must_return_a_whole_number(answer):
+    for call in (leading_triplets, lambda matrix, rule: merge_factored([matrix], rule)):
+        with pytest.raises(ConfigError, match="whole number"):
+            call(lora(12, 9, 2, 0), lambda values: answer)
+        with pytest.raises(ShapeError, match="negative"):
+            call(lora(12, 9, 2, 0), lambda values: -3)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (5, 5)], ids=str)
+@pytest.mark.parametrize("rule", ["energy", "noise", 1])
+def test_nothing_has_rank_0(shape, rule):
+    empty = Factored(torch.zeros(shape[0], 2), torch.zeros(2, shape[1]))
+    assert leading_triplets(empty, choose_rank(rule, (5, 5), 1)).S.shape == (0,)
+    assert merge_factored([empty, empty], 1).update.dense().shape == shape
+
+
+def test_what_is_not_factored_is_refused():
+    matrix, task = torch.randn(20, 30), lora(20, 30, 3, 0)
+    for call in (core_space, lambda matrices: merge_factored(matrices, 1), lambda ms: leading_triplets(ms[0], 1)):
+        with pytest.raises(DTypeError, match="expected Factored, got Tensor"):
+            call([matrix, task])
+    for call in (core_space, lambda matrices: merge_factored(matrices, 1)):
+        with pytest.raises(ShapeError):
+            call([task, lora(21, 30, 3, 0)])
+        with pytest.raises(ShapeError):
+            call([])
+        with pytest.raises(DTypeError, match="hold data"):
+            call([task.to("meta")])
+
+
+@pytest.mark.parametrize("convert", [lambda x: x.numpy(), lambda x: x.to_sparse(), lambda x: x.to(torch.float8_e5m2)])
+def test_factors_are_dense_tensors_of_floats(convert):
+    with pytest.raises(DTypeError):
+        Factored(convert(torch.ones(3, 2)), convert(torch.ones(2, 3)))

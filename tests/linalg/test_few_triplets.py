@@ -47,3 +47,8 @@ def test_the_same_matrix_gives_the_same_bits():
     matrix = matrix_of([3.0, 2.0, 1.0], (150, 120), noise=0.001)
     first, second = (few_triplets(matrix, 3, 3) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_a_parameter_leaves_no_graph():
+    found = few_triplets(torch.nn.Parameter(matrix_of([3.0, 2.0], (200, 300), noise=0.001)), 1, 2)
+    assert not any(part.requires_grad for part in found)

@@ -203,3 +203,17 @@ def test_bad_values(method):
         MergeConfig.from_kwargs(method, inner_method="slerp")
     with pytest.raises(ConfigError, match="density"):
         MergeConfig.from_kwargs(method, density=1.5)
+
+
+@pytest.mark.parametrize("inner", ["linear", "ties"])
+@pytest.mark.parametrize("method", ["knots", "core_space"])
+def test_certificates_of_averages_do_not_depend_on_the_scale_of_the_weights(method, inner):
+    base, generator = torch.zeros(SHAPE, dtype=torch.float64), torch.Generator().manual_seed(0)
+    tuned = [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2)]
+    errors = [
+        merge_tensors(
+            base, tuned, MergeConfig.from_kwargs(method, inner_method=inner, weights=[w, w])
+        ).report.certificate.error
+        for w in (1.0, 2.0**-12, 2.0**30)
+    ]
+    assert errors[1:] == pytest.approx([errors[0]] * 2, rel=1e-6)
