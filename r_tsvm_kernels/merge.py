@@ -255,7 +255,8 @@ def treatment(
     if not (dtype.is_floating_point or dtype.is_complex):
         return Treatment("base", f"{str(dtype).removeprefix('torch.')} buffer")
     if dtype not in FLOAT_DTYPES:
-        raise DTypeError(f"{name}: {dtype} cannot be merged; convert the checkpoint to bfloat16")
+        advice = "exclude it, to keep the base's" if dtype.is_complex else "convert the checkpoint to bfloat16"
+        raise DTypeError(f"{name}: {dtype} cannot be merged; {advice}")
     if 0 in shape:
         return Treatment("base", "empty")
     if config.method.matrices_only:

@@ -13,12 +13,15 @@ from torch import Tensor
 from .errors import QuantisedRefused
 
 # Files that quantisers write beside the weights, in lower case.
-QUANTISATION_FILES = ("quant_*.json", "*quant_config*.json", "quanti[sz]e_*.json", "quanti[sz]ation_*.json")
+QUANTISATION_FILES = (
+    "quant.json", "quant_*.json", "*quant_config*.json", "*quanti[sz]e_*.json", "*quanti[sz]ation.json",
+    "*quanti[sz]ation_*.json", "awq_*.json", "gptq_*.json",
+)  # fmt: skip
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _MLX_KEY = "quantization"
 
-# Last parts of names that only packed weights have.
-_PACKED = re.compile(r"qweight|qzeros|q_weight|W_q|(?:.*_)?weight_packed")
+# Last parts of names that only packed weights have; some are one row, or 64-bit integers.
+_PACKED = re.compile(r"qweight|qzeros|q_weight|W_q|(?:.*_)?weight_packed|Qidxs(?:_\d+)?|dense_weights")
 
 # What a format stores beside a packed weight: by the last part of its name, that of the weight, and the format.
 _BESIDE = {
@@ -30,7 +33,7 @@ _BESIDE = {
     "scale_weight": (("weight", "8 bits with scales"),),
     "scale": (("weight", "8 bits with scales"), ("W_q", "HQQ")),
     "zero": (("W_q", "HQQ"),),
-    "_scale": (("_data", "quanto"),),
+    "_scale": (("_data", "quanto"), ("_data._data", "quanto, 4 bits")),
     "codebooks": (("codes", "AQLM"),),
     "q_scale": (("q_weight", "ExLlamaV2"),),
     "svh": (("trellis", "ExLlamaV3"),),
@@ -40,6 +43,8 @@ _SUFFIXED = re.compile(r"(.+)_(?:scales?|scale_inv|scale_2|global_scale|zero_poi
 _SUFFIXES = (("", "8 bits with scales"), ("_blocks", "MXFP4"), ("_packed", "compressed-tensors"), ("_qdata", "torchao"))
 # The same where the name is that of the weight and one more part: `q_proj.weight.absmax`.
 _PARTS = re.compile(r"\.(?:(?:nested_)?(?:absmax|quant_map)|quant_state\.[^.]*)$")
+# The same where the weight has indices into a table: `q_proj.indices` beside `q_proj.centroids.weight`.
+_TABLE = re.compile(r"(.*\.|)((?:res_)?)centroids\.weight")
 
 
 class Described(Protocol):
@@ -134,13 +139,21 @@ def differing_error(name: str, label: object, tensor: Described, base: Described
 
 def _by_tensors(tensors: Mapping[str, Described]) -> str:
     """Return by which of its tensors a model is known to be quantised, or an empty string."""
-    for name in tensors:
-        if _PACKED.fullmatch(name.rpartition(".")[2]) and may_be_packed(tensors[name]):
-            return f"{name} is {_described(tensors[name])}"
+    for name, tensor in tensors.items():
+        if _is_packed(name.rpartition(".")[2], tensor):
+            return f"{name} is {_described(tensor)}"
         for packed, form in _weights_beside(name):
             if packed in tensors and may_be_packed(tensors[packed]):
                 return f"{packed} is {_described(tensors[packed])}, and {name} belongs to it ({form})"
     return ""
+
+
+def _is_packed(last: str, tensor: Described) -> bool:
+    """Whether the last part of its name and its dtype tell that a tensor is packed, whatever lies beside it."""
+    float8 = _is_float8(tensor.dtype)
+    if last == "weight":  # of integers: the scales may have any name
+        return may_be_packed(tensor) and not float8
+    return bool(_PACKED.fullmatch(last) and tensor.shape) and (float8 or not tensor.dtype.is_floating_point)
 
 
 def _weights_beside(name: str) -> Iterator[tuple[str, str]]:
@@ -153,6 +166,8 @@ def _weights_beside(name: str) -> Iterator[tuple[str, str]]:
             yield f"{module}{dot}{found[1]}{suffix}", form
     if found := _PARTS.search(name):
         yield name[: found.start()], "bitsandbytes, 4 bits"
+    if found := _TABLE.fullmatch(name):
+        yield f"{found[1]}{found[2]}indices", "VPTQ"
 
 
 def _by_config(config: Mapping[str, Any]) -> str:

@@ -49,6 +49,11 @@ FORMATS = {
     "torchao": {"q._weight_qdata": ints(16, 16, dtype=torch.int8), "q._weight_scale": torch.ones(16)},
     "aqlm": {"q.codes": ints(4, 4, 1, dtype=torch.int8), "q.codebooks": torch.ones(1, 256, 1, 8)},
     "exl2": {"q.q_weight": ints(4, 16), "q.q_scale": ints(1, 2)},
+    "quanto int4": {"q.weight._data._data": ints(8, 16, dtype=torch.uint8), "q.weight._scale": torch.ones(16, 1)},
+    "quip": {"q.Qidxs": ints(16, 2, dtype=torch.int64), "q.SU": torch.ones(16), "q.SV": torch.ones(16)},
+    "vptq": {"q.indices": ints(1, 4, 4), "q.centroids.weight": torch.ones(1, 64)},
+    "spqr": {"q.dense_weights": ints(32, dtype=torch.int64), "q.row_offsets": ints(9)},
+    "unknown scales": {"q.weight": ints(16, 16, dtype=torch.int8), "q.weight.scaling": torch.ones(16)},
     "exl3": {"q.trellis": ints(1, 1, 48, dtype=torch.int16), "q.svh": torch.ones(16).half()},
 }  # fmt: skip
 
@@ -62,6 +67,8 @@ ORDINARY = {
     "gpt2": {"attn.bias": ints(1, 1, 8, 8, dtype=torch.uint8), "attn.scale": torch.ones(()),
              "attn.weight": torch.ones(4, 4)},
     "counters": {"norm.num_batches_tracked": torch.tensor(3), "norm.weight": torch.ones(4), "norm.step": ints(4)},
+    "other names": {"q.indices": ints(4, 4), "q.weight": torch.ones(4, 4), "q.dense_weights": torch.ones(4),
+                    "norm.weight": ints(4)},
     "scaled counter": {"step": torch.tensor(3, dtype=torch.int32), "step_scale": torch.ones(())},
     "root": {"weight": torch.ones(4, 4), "scales": torch.ones(4), "_scale": torch.ones(4), "zero": torch.ones(4)},
 }  # fmt: skip

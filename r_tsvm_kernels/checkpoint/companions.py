@@ -10,7 +10,7 @@ from ..quantised import QUANTISATION_FILES
 # What loaders read, by kind. JSON of every name: remote code and tokenizers bring their own (emoji.json, idf.json).
 COMPANIONS = (
     "*.json", "*.jinja", "*.py",
-    "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "*.vocab", "*.bpe", "*.codes",
+    "*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "*.tokenizer", "*.vocab", "*.bpe", "*.codes",
     "*vocab*.txt", "merges*.txt", "dict*.txt",
     "LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "USE_POLICY*",
 )  # fmt: skip
@@ -20,8 +20,9 @@ _FOREIGN = (
     "adapter*.json", "lora_*.json", "peft_*.json",
     *QUANTISATION_FILES,
     "*.index*.json",
-    "train*.json", "eval*.json", "test_*.json", "predict_*.json", "*_results.json", "*metrics*.json", "optimizer*.json",
-    "rng_state*.json", "global_step*", "*_args.json", "args.json", "log_history*.json", "dataset*.json", "wandb*.json",
+    "train*.json", "eval*.json", "test_*.json", "predict_*.json", "*predictions*.json", "*_results.json",
+    "*metrics*.json", "optimizer*.json", "*_state.json", "rng_state*.json", "global_step*", "*_args.json", "args.json",
+    "log_history*.json", "dataset*.json", "wandb*.json",
     "ds_*.json", "*deepspeed*.json", "*accelerate*.json", "*fsdp*.json", "zero_to_fp32*.py",
     "*merge_report.json",
 )  # fmt: skip

@@ -320,7 +320,8 @@ def make_plan(
                 if checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
                     raise QuantisedRefused(
                         f"{checkpoint.path}: {name} is {checkpoint.tensors[name].dtype}, where the base has "
-                        f"{header.dtype}; if the model is quantised, dequantise it and merge that"
+                        f"{header.dtype}; if the model is quantised, dequantise it and merge that; if the tensor is a "
+                        "mask or another buffer, exclude it"
                     )
             unchanged = all(model.base is base and name not in model.modules for model in adapted)
             if config.method.needs_base and len(adapted) == len(tuned) and unchanged:

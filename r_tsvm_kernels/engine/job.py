@@ -13,12 +13,13 @@ from contextlib import closing, contextmanager, suppress
 
 import torch
 
-from ..checkpoint import MergePlan
+from ..checkpoint import MergePlan, ShardLayout
 from ..errors import JournalError, OutputUnfinished, ResumeRefused, RTsvmError
 from .fingerprint import difference, fingerprint
-from .journal import Finished, Journal
+from .journal import Finished, Journal, as_report
 from .output import Stage, writing
 from .shards import Shards, layouts
+from .work import dtype_name
 
 # Finished tensors are put on disk together: so many bytes of them, or after so many seconds.
 COMMIT_BYTES = 256 << 20
@@ -134,15 +135,26 @@ def open_job(
             raise
 
 
+def _written(entry: Finished) -> tuple[object, ...]:
+    """Return where a journal says that a tensor is, and what it says of its form."""
+    return entry.shard, entry.offset, entry.nbytes, entry.dtype, as_report(entry.report).shape
+
+
+def _laid_out(layout: ShardLayout, name: str) -> tuple[object, ...]:
+    """Return the same of a tensor of a plan."""
+    spec = layout.specs[name]
+    return layout.file_name, layout.offsets[name], spec.nbytes, dtype_name(spec.dtype), spec.shape
+
+
 def _check_entries(journal: Journal, plan: MergePlan) -> None:
-    """Raise `JournalError` unless every tensor of a journal is one of the plan, at its place."""
+    """Raise `JournalError` unless every tensor of a journal is one of the plan, of its form and at its place."""
     layout_of = {name: layout for layout in layouts(plan) for name in layout.specs}
     for name, entry in journal.finished.items():
         layout = layout_of.get(name)
-        if layout is None or (entry.shard, entry.offset) != (layout.file_name, layout.offsets[name]):
+        if layout is None or _written(entry) != _laid_out(layout, name):
             raise JournalError(
-                f"{journal.file}: {name[:80]!a} is not in this merge, or not at that place; start over with --restart "
-                "(restart=True)"
+                f"{journal.file}: {name[:80]!a} is not in this merge, or not of that form at that place; start "
+                "over with --restart (restart=True)"
             )
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ..checkpoint import checksum
 from ..errors import JournalError
@@ -103,7 +103,7 @@ class Journal:
 class _Models(BaseModel):
     """What everybody relies on in a fingerprint; the rest is only compared."""
 
-    models: list[str]
+    models: list[str] = Field(min_length=1)
 
 
 _FINISHED = TypeAdapter(Finished)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -203,9 +204,15 @@ def _lock(file: Path) -> int:
         except BlockingIOError:
             os.close(lock)
             raise OutputBusy(f"{file}: another merge into this output is running; wait for it or stop it") from None
+        found = os.fstat(lock)
+        if not stat.S_ISREG(found.st_mode) or found.st_size:
+            os.close(lock)
+            raise OutputExists(
+                f"{file}: not the lock of a merge, which is an empty file; remove it or choose another output"
+            )
         # The merge that held the lock removes the file when it ends; the lock of a removed file keeps nobody out.
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), file.stat()):
+            if os.path.samestat(found, file.stat()):
                 return lock
         os.close(lock)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, adapt, is_adapter, settle_copies
 from ..files import usable_path
-from .journal import read_journal
+from .journal import as_report, read_journal
 from .output import journal_path
 from .work import dtype_name, update_checksum
 
@@ -73,8 +73,8 @@ def verify_output(
         header = output.tensors.get(name)
         if header is not None:
             file = header.file.relative_to(output.folder or out.parent).as_posix()
-            here = (file, header.offset, dtype_name(header.dtype), list(header.shape))
-            then = (entry.shard, entry.offset, entry.dtype, entry.report["shape"])
+            here = (file, header.offset, dtype_name(header.dtype), header.shape)
+            then = (entry.shard, entry.offset, entry.dtype, as_report(entry.report).shape)
             if here != then or checksum_of(output, name) != entry.checksum:
                 found.changed.append(name)
         for model, recorded in zip(models, entry.inputs, strict=False):

@@ -10,6 +10,7 @@ from r_tsvm_kernels.checkpoint import is_companion
 NEEDED = (
     "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
     "vocab.json vocab.txt merges.txt tokenizer.model spiece.model sentencepiece.bpe.model tekken.json source.spm "
+    "tokenizer.model.v3 tokenizer.model.v7m1 "
     "qwen.tiktoken bpe.codes dict.txt preprocessor_config.json processor_config.json video_preprocessor_config.json "
     "chat_template.jinja chat_template.json modules.json config_sentence_transformers.json sentence_bert_config.json "
     "model_index.json scheduler_config.json params.json modeling_x.py configuration_x.py LICENSE LICENSE.txt "
@@ -21,6 +22,8 @@ FOREIGN = (
     "global_step100 train.log events.out.tfevents.1 all_results.json train_results.json eval_results.json "
     "ds_config.json zero_to_fp32.py requirements.txt eval_results_sts.txt latest "
     "quantize_config.json quant_config.json hf_quant_config.json quantization_config.json "
+    "gptq_quantize_config.json awq_config.json gptq_config.json quant.json quantization.json scheduler_state.json "
+    "accelerator_state.json predictions.json nbest_predictions.json "
     "model.safetensors model.safetensors.index.json Model.Safetensors.Index.json model.safetensors.index.fp16.json "
     "model-00001-of-00002.safetensors pytorch_model.bin pytorch_model.bin.index.json tf_model.h5 flax_model.msgpack "
     "model.gguf model.onnx LICENSE.safetensors LICENSE-00001-of-00002.safetensors NOTICE.safetensors LICENSE.bin "

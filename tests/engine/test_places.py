@@ -222,6 +222,21 @@ def test_places_that_cannot_be_an_output(tmp_path, monkeypatch, out, error, mess
     assert names(tmp_path) == before and not Path("/dev/.null.partial").exists()
 
 
+@pytest.mark.parametrize("make_lock", [lambda lock: lock.write_text("theirs"), os.mkfifo])
+def test_a_lock_file_of_somebody_else_is_left_alone(tmp_path, make_lock):
+    paths, _, _ = family(tmp_path / "in")
+    lock = tmp_path / ".out.partial.lock"
+    make_lock(lock)
+    before = names(tmp_path), lock.lstat()
+    with pytest.raises(OutputExists, match="not the lock of a merge"):
+        merge_checkpoints(config_for(paths), tmp_path / "out")
+    assert (names(tmp_path), lock.lstat()) == before
+    lock.unlink()
+    lock.touch()  # as a merge that was killed leaves it
+    merge_checkpoints(config_for(paths), tmp_path / "out")
+    assert not lock.exists()
+
+
 def test_links_in_the_stage_are_not_followed(tmp_path, monkeypatch):
     paths, _, _ = family(tmp_path / "in", shards=(1,))
     config, precious = config_for(paths), paths[0] / "model.safetensors"
@@ -272,6 +287,9 @@ def other_place(entry):
         lambda entry: entry.update(offset="x"),
         lambda entry: entry.update(inputs=None),
         lambda entry: entry.update(report=[]),
+        lambda entry: entry.update(report={"certificate": None}),
+        lambda entry: entry.update(dtype="float64"),
+        lambda entry: entry["report"].update(shape=[1]),
         lambda entry: entry["report"].update(shape="abc"),
         lambda entry: entry["report"].update(ranks={"a": 1}),
         lambda entry: entry["report"]["certificate"].update(error="x"),
@@ -303,7 +321,9 @@ def test_forged_journals(tmp_path, monkeypatch, capsys, forge):
     merge_checkpoints(config, tmp_path / "out", restart=True)
 
 
-@pytest.mark.parametrize("fingerprint", [{}, {"models": 5}, {"models": [1]}, {"models": ["a\0b", "n" * 300]}])
+@pytest.mark.parametrize(
+    "fingerprint", [{}, {"models": 5}, {"models": []}, {"models": [1]}, {"models": ["a\0b", "n" * 300]}]
+)
 def test_a_forged_fingerprint(tmp_path, fingerprint):
     paths, _, _ = family(tmp_path / "in")
     merge_checkpoints(config_for(paths), tmp_path / "out")

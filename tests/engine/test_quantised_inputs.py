@@ -130,8 +130,13 @@ def test_formats_without_a_dtype_of_torch(tmp_path, dtype):
         Checkpoint(file)
 
 
-def test_integers_in_the_place_of_weights(tmp_path):
-    base = save(tmp_path / "base", FLOATS)
-    model = save(tmp_path / "model", FLOATS | {"q.weight": torch.ones(8, 8, dtype=torch.int8)})
-    with pytest.raises(QuantisedRefused, match=r"model: q\.weight is torch\.int8, where the base has torch\.float32"):
+def test_a_mask_that_is_of_floats_in_the_base_alone(tmp_path):
+    """As the causal masks of GPT-2, which later files hold as bools."""
+    mask = torch.ones(1, 1, 8, 8).tril()
+    base, _, model = table_models(tmp_path, mask, mask.bool())
+    with pytest.raises(
+        QuantisedRefused, match=r"other: table is torch\.bool, where the base has torch\.float32.*exclude"
+    ):
         merge_checkpoints(recipe(base, model), tmp_path / "out")
+    merge_checkpoints(recipe(base, model, exclude=["table"]), tmp_path / "out")
+    assert same_bits(load_file(tmp_path / "out" / "model.safetensors")["table"], mask)
