@@ -13,10 +13,12 @@ from ..errors import ShapeError
 from .arguments import given_matrices
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import frobenius_norm, svd
+from .eigenspaces import MEASURED, PROBES
 from .factored import Factored, check_factored
 from .orthonormal import orthogonality, thin_qr
 from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import truncated_svd
+from .transfer import gaussian
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class JointSvd:
     Attributes:
         U: (m, k) orthonormal columns, k the numerical rank.
         parts: T matrices ``diag(S) V_t`` (k, n), with V_t the columns of the right singular vectors that belong to D_t.
+        rest: T matrices (m, 16): what the basis does not hold of the task matrices, times random vectors.
         certificate: how much of the task matrices the basis holds, and whether its directions are arbitrary: of equal
             singular values only their span is determined, on which element-wise methods depend.
     """
 
     U: Tensor
     parts: list[Tensor]
+    rest: list[Tensor]
     certificate: Certificate
 
 
@@ -76,8 +80,7 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
         U, certificate, cut = found.U[0], found.certificates[0], found.cuts[0]
         del joined, found
         parts = [_clean(U.mT @ matrix.double()) for matrix in dense]
-        norms = [frobenius_norm(matrix) for matrix in dense]
-        return JointSvd(U, parts, _lossless(certificate, cut, parts, norms))
+        return _measured(certificate, cut, U, parts, dense)
     if len(factors) != len(matrices) or len({factor.shape[0] for factor in factors}) != 1:
         raise ShapeError(f"joint_svd: expected products of one height, got {[tuple(m.shape) for m in matrices]}")
     lefts = torch.cat([factor.left.double() for factor in factors], dim=1)
@@ -87,19 +90,35 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
     P, values, _ = svd(R.mT)
     P = P[:, values > 2.0**-46 * frobenius_norm(values)]
     cut = Cut(values, P.shape[1])
-    norms = [frobenius_norm(part) for part in parts]
     parts = [_clean(P.mT @ part) for part in parts]
     certificate = Certificate(BACKWARD_ERROR, BACKWARD_ERROR, 0.0, tolerance_of(mode), "factored-float64")
-    return JointSvd(Q @ P, parts, _lossless(certificate, cut, parts, norms))
+    return _measured(certificate, cut, Q @ P, parts, factors)
 
 
-def _lossless(certificate: Certificate, cut: Cut, parts: Sequence[Tensor], norms: Sequence[float]) -> Certificate:
-    """Return the certificate of a basis that is to hold all of the task matrices, of these norms."""
-    total, kept = math.hypot(*norms), math.hypot(*(frobenius_norm(part) for part in parts))
-    # The difference of squares is exact to rounding only.
-    lost = math.sqrt(max(1 - (kept / total) ** 2, BACKWARD_ERROR)) if total else 0.0
-    error = lost + certificate.orthogonality + BACKWARD_ERROR
-    return replace(certificate, error=error, gap=cut.gap, arbitrary=not cut.mixing <= certificate.tolerance)
+def _measured(
+    certificate: Certificate,
+    cut: Cut,
+    U: Tensor,
+    parts: list[Tensor],
+    matrices: Sequence[Tensor | Factored],
+) -> JointSvd:
+    """Measure on random vectors how much of the task matrices the basis holds."""
+    images: list[float] = []
+    rest: list[Tensor] = []
+    for matrix, part in zip(matrices, parts, strict=True):
+        z = gaussian(part.shape[1], PROBES, U.device)
+        image = _times(matrix, z)
+        images.append(frobenius_norm(image))
+        rest.append(image - U @ (part @ z))
+    lost = MEASURED * math.hypot(*map(frobenius_norm, rest)) / math.hypot(*images) if any(images) else 0.0
+    error, arbitrary = lost + certificate.orthogonality + BACKWARD_ERROR, not cut.mixing <= certificate.tolerance
+    return JointSvd(U, parts, rest, replace(certificate, error=error, gap=cut.gap, arbitrary=arbitrary))
+
+
+def _times(matrix: Tensor | Factored, z: Tensor) -> Tensor:
+    if isinstance(matrix, Factored):
+        return matrix.scale * (matrix.left.double() @ (matrix.right.double() @ z))
+    return matrix.double() @ z
 
 
 def core_space(matrices: Sequence[Factored]) -> CoreSpace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -10,7 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import Certificate, Factored, joint_svd, touched
+from ..linalg import BACKWARD_ERROR, Certificate, Factored, JointSvd, joint_svd, touched
+from ..linalg.decompositions import frobenius_norm
+from ..linalg.eigenspaces import MEASURED, PROBES
 from ..ops import add_update
 from .base import Cost, Job, MergeResult, TensorReport, always, register, task_matrices
 from .inner import InnerParameters, merge_parts, part_norms
@@ -62,9 +65,19 @@ def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> Merge
         total = torch.zeros_like(base, dtype=torch.float64)
         merged = merge_parts(found.parts, options.inner_method, options).weight
         total[rows[:, None], columns] = found.U @ merged
-    norms = part_norms(found.parts, options.inner_method, options)
-    certificate = Certificate.of_sum([found.certificate] * len(norms), norms, merged).rounded(dtype)
-    if options.inner_method in ("linear", "task_arithmetic"):  # sums do not depend on the basis
-        certificate = replace(certificate, arbitrary=False)
+    certificate = _certificate(found, merged, options).rounded(dtype)
+    certificate.require()
     report = TensorReport(ranks=[found.U.shape[1]] * len(tuned), weights=list(options.weight), certificate=certificate)
     return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+
+
+def _certificate(found: JointSvd, merged: Tensor, options: KnotsParameters) -> Certificate:
+    """Return the certificate of the merged parts in the common basis."""
+    norms = part_norms(found.parts, options.inner_method, options)
+    if options.inner_method not in ("linear", "task_arithmetic"):
+        return Certificate.of_sum([found.certificate] * len(norms), norms, merged)
+    # Sums do not depend on the basis but for what it lacks, which may cancel, too: its sum is measured.
+    lacking = merge_parts(found.rest, options.inner_method, options).weight
+    rounding = replace(found.certificate, error=BACKWARD_ERROR + found.certificate.orthogonality, arbitrary=False)
+    summands = [rounding] * len(norms) + [replace(rounding, error=MEASURED)]
+    return Certificate.of_sum(summands, [*norms, frobenius_norm(lacking) / math.sqrt(PROBES)], merged)

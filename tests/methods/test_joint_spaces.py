@@ -217,3 +217,15 @@ def test_certificates_of_averages_do_not_depend_on_the_scale_of_the_weights(meth
         for w in (1.0, 2.0**-12, 2.0**30)
     ]
     assert errors[1:] == pytest.approx([errors[0]] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
+def test_knots_of_tasks_that_cancel_each_other_is_nothing_and_certified(method):
+    base = torch.zeros(60, 40)
+    task = (torch.randn(60, 5) @ torch.randn(5, 40)).to(torch.float32)
+    weights = [1.0, -1.0] if method == "task_arithmetic" else [1.0, 1.0]
+    tuned = [task, task if method == "task_arithmetic" else -task]
+    config = MergeConfig.from_kwargs("knots", weights=weights, inner_method=method)
+    result = merge_tensors(base, tuned, config)
+    assert result.report.certificate.met
+    assert result.weight.abs().amax() <= 1e-6 * task.abs().amax()
