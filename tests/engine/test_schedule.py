@@ -123,7 +123,8 @@ def test_rows_merged_apart_give_the_same_bits(tmp_path, method, rows):
     for name, tensor in plan.tensors.items():
         if not (plan.row_wise(name) and tensor.spec.shape):
             continue
-        inputs = [base[name], *(state_dict[name] for state_dict in tuned)]
+        models = tuned if len(plan.config.models) == len(tuned) else [*tuned, base]  # linear, karcher: the base, too
+        inputs = [base[name], *(state_dict[name] for state_dict in models)]
 
         def merged(parts, name=name, tensor=tensor):
             options = {"name": name, "position": tensor.position, "out_dtype": tensor.spec.dtype}

@@ -126,9 +126,9 @@ def test_without_pruning_they_pass(backend):
 
 def test_what_it_refuses():
     x = torch.randn(3, 4)
-    statistics = task_statistics(torch.zeros(3, 4), [x, x])
 
     def prune(*deltas, weighting="clip", density=0.5, **options):
+        statistics = task_statistics(torch.zeros(3, 4), [x] * max(1, len(deltas)))
         reweight_prune_(deltas, statistics, weighting, density, **options)
 
     with pytest.raises(ShapeError, match="at least one"):

@@ -332,4 +332,6 @@ def test_pruning_in_place_changes_nothing_if_it_is_refused():
     with pytest.raises(NonFiniteError, match="reweight_prune_: 1 of 300"):
         reweight_prune_(copies, statistics, "none", 0.5, backend="triton")
     assert all(same_bits(copy, delta) for copy, delta in zip(copies, deltas, strict=True))
-    assert reweight_prune_([torch.empty(0, 3)], statistics, "none", backend="triton")[0].shape == (0, 3)
+    nothing = torch.empty(0, 3)
+    statistics = task_statistics(nothing, [nothing])
+    assert reweight_prune_([nothing], statistics, "none", backend="triton")[0].shape == (0, 3)

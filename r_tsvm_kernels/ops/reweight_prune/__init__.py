@@ -90,10 +90,10 @@ def pruned_sparsity(
 
 def check_weighting(outlier_weighting: str, statistics: TaskStatistics, tasks: int) -> None:
     """Raise `ConfigError` if there is no such mode, or the statistics are not of so many tasks."""
-    if len(statistics.theta) != tasks:  # kernels look theta up by task
-        raise ConfigError(f"expected statistics of the {tasks} tasks, got those of {len(statistics.theta)}")
     if outlier_weighting not in get_args(OutlierWeighting):
         raise ConfigError(f"outlier_weighting must be clip, damp, boost or none, got {outlier_weighting!r}")
+    if len(statistics.theta) != tasks:  # kernels look theta up by task
+        raise ConfigError(f"expected statistics of the {tasks} tasks, got those of {len(statistics.theta)}")
 
 
 def kept_counts(density: Sequence[float] | float, tasks: int, numel: int, op: str) -> list[int]:
