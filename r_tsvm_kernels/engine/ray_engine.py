@@ -292,8 +292,12 @@ def _finished(ray: Any, result: Any) -> list[Finished]:
 
 
 def _stop(ray: Any, running: list[Any]) -> None:
-    """End what still runs, and wait for it: nobody should write into the stage when we return."""
-    for result in running:
-        ray.cancel(result, force=True)
-    if running:
-        ray.wait(running, num_returns=len(running), timeout=GOODBYE_SECONDS)
+    """End what still runs, and wait for it: nobody should write into the stage when we return.
+
+    Tasks are interrupted first. Ray ends the whole program if a task that it was forced to give up finishes after all.
+    """
+    for force in (False, True):
+        for result in running:
+            ray.cancel(result, force=force)
+        if running:
+            _, running = ray.wait(running, num_returns=len(running), timeout=GOODBYE_SECONDS)
