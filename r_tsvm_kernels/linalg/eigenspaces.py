@@ -42,6 +42,9 @@ NEAR = 1e-6
 # Probes may see less of the mixing than there is.
 MEASURED = 2.0
 
+# Share of the gap at the cut by which eigenvalues next to it may have been moved away from each other.
+SHIFTED = 0.25
+
 # Maps all singular values, falling, and bounds of their errors to the number of leading ones; None if they leave it
 # open.
 Choose = Callable[[Tensor, Tensor], int | None]
@@ -129,6 +132,23 @@ def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
             break
     if not error <= tolerance:
         raise ConvergenceError(f"gram-float32: estimated error {error:.0e} of the subspace, allowed {tolerance:.0e}")
+    if window:
+        below = others[:, block.start :].double()
+        shift = _shift(
+            matrix, V[:, :window], values[cut : block.stop], V[:, window:], values[block.stop :], values[cut - 1]
+        )
+        shift += _shift(
+            matrix,
+            below,
+            values[block.start : cut],
+            others[:, : block.start].double(),
+            values[: block.start],
+            values[cut],
+        )
+        if not shift <= SHIFTED * float(values[cut] - values[cut - 1]):
+            raise ConvergenceError(
+                "gram-float32: the gap at the cut is too small for what float32 knows of eigenvalues"
+            )
     values = values.clamp(min=0).flip(0)
     return Eigenspace(V.flip(1), values.sqrt(), root_errors(values, 8 * 2.0**-24), error, spread)
 
@@ -197,6 +217,29 @@ def _mixing(matrix: TallMatrix, V: Tensor, chosen: Tensor, wanted: Tensor, other
     # Its entries may be as small as the rounding of their own largest: float64 throughout, the block is thin.
     mixing = (others.double().mT @ residual) / (wanted[0] - values)[:, None]
     return float(torch.linalg.vector_norm(mixing) / PROBES**0.5)
+
+
+def _shift(matrix: TallMatrix, near: Tensor, values: Tensor, far: Tensor, beyond: Tensor, across: Tensor) -> float:
+    """Return how far eigenvalues next to the cut are moved away from it by what their eigenvectors mix with.
+
+    Mixing on one side of the cut does no harm to a subspace, but its squares move eigenvalues, and may open a gap that
+    is none. The farther a direction from the cut, the less its eigenvalue counts.
+
+    Args:
+        matrix: D.
+        near: (n, w) directions next to the cut.
+        values: (w,) their eigenvalues.
+        far: (n, j) all others on the same side.
+        beyond: (j,) their eigenvalues.
+        across: the first eigenvalue on the other side.
+    """
+    if far.shape[1] == 0:
+        return 0.0
+    residual = matrix.normal_times(near) - near * values
+    gaps = (beyond[:, None] - values[None, :]).abs().clamp(min=torch.finfo(values.dtype).tiny)
+    moved = ((far.mT @ residual).square() / gaps).sum(0)
+    distance = (values - across).abs().clamp(min=2.0**-52 * float(across))
+    return float((moved / distance).amax() * distance.amin())
 
 
 def _corrected(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, window: int) -> tuple[Tensor, Tensor]:

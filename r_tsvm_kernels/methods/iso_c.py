@@ -13,6 +13,7 @@ from torch import Tensor
 from ..linalg import BACKWARD_ERROR, Factored, Mode, leading_triplets, polar, weighted_sum
 from ..linalg.decompositions import frobenius_norm, svd
 from ..linalg.inverse_root import RANK_TOLERANCE
+from ..linalg.rounding import EPS
 from ..ops import accumulation_dtype, add_update
 from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, timed
 
@@ -54,7 +55,7 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
     """
     if isinstance(tuned[0], Factored):
         return _iso_c_of_factors(base, tuned, options)
-    total, rows, columns = sum_of_tasks(base, tuned, options.weight)
+    total, rows, columns, rounding = sum_of_tasks(base, tuned, options.weight)
     core = total[rows][:, columns]
     report = TensorReport(weights=list(options.weight))
     with timed(report.stages, "spectral"):
@@ -67,7 +68,11 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
     total[rows.unsqueeze(1), columns] = factor.matrix.mul_(nuclear / min(base.shape))
     dtype = accumulation_dtype(base, *tuned)
     certificate = factor.certificate.rounded(dtype)
-    report.certificate = replace(certificate, error=certificate.error + (lost / nuclear if nuclear else 0.0))
+    if nuclear > 0:
+        # Rounding of a sum in which tasks cancel, over the smallest singular value; the factor's norm is sqrt(rank).
+        turned = 2 * rounding * factor.condition * min(core.shape) / (nuclear * factor.rank**0.5)
+        certificate = replace(certificate, error=certificate.error + lost / nuclear + turned)
+    report.certificate = certificate
     report.certificate.require()
     return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
 
@@ -99,12 +104,18 @@ def _iso_c_of_factors(base: Tensor, updates: Sequence[Factored], options: IsoCPa
     return MergeResult(add_update(base, update, options.alpha), report)
 
 
-def sum_of_tasks(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``sum(w_t D_t)`` in float64, and the rows and columns that some task touched: no other may change."""
+def sum_of_tasks(
+    base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return ``sum(w_t D_t)`` in float64, the rows and columns that some task touched, and the norm of rounding errors.
+
+    No other rows and columns may change.
+    """
     start = base.double()
-    total, touched = torch.zeros_like(start), torch.zeros_like(start, dtype=torch.bool)
+    total, touched, added = torch.zeros_like(start), torch.zeros_like(start, dtype=torch.bool), 0.0
     for weight, tensor in zip(weights, tuned, strict=True):
         delta = tensor.double() - start
         touched |= delta != 0
         total.add_(delta, alpha=weight)
-    return total, touched.any(1).nonzero()[:, 0], touched.any(0).nonzero()[:, 0]
+        added += abs(weight) * frobenius_norm(delta)
+    return total, touched.any(1).nonzero()[:, 0], touched.any(0).nonzero()[:, 0], 2 * EPS * added

@@ -55,12 +55,13 @@ def iso_cts(base: Tensor, tuned: Sequence[Tensor], options: IsoCtsParameters) ->
     Singular vectors of the sum, then of what each task has outside their left subspace, are put side by side and
     orthogonalised; all get the mean of their singular values (Marczak et al., ICML 2025).
     """
-    total, rows, columns = sum_of_tasks(base, tuned, options.weight)
+    total, rows, columns, rounding = sum_of_tasks(base, tuned, options.weight)
     core = total[rows][:, columns]
+    size = frobenius_norm(core)
 
     def parts(exact: bool) -> Iterator[_Triplets]:
         common_rank, own_rank = common_and_own_ranks(min(base.shape), len(tuned), options.common_space_fraction)
-        common = _triplets(core, core, common_rank, options.mode, exact, 0.0)
+        common = _triplets(core, core, common_rank, options.mode, exact, rounding / size if size else 0.0)
         yield common
         turned, _ = common.cut.error(left=True)
         for weight, tensor in zip(options.weight, tuned, strict=True):

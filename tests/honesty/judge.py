@@ -33,6 +33,8 @@ from .truth import EPS, Svd, Triplets
 CANCELLED = 2.0**-20
 # Rounding errors of an SVD in float64, in units of eps times the largest singular value.
 BACKWARD = 200
+# Where float64 SVDs differ by less, nothing is known of an estimate.
+FEW_DIGITS = 2.0**-46
 SVDS = (truth.plain, truth.flipped)
 
 
@@ -95,7 +97,7 @@ def verdict(name: str, label: str, error: float, unknown: float, certificate: Ce
         why = f"error {error:.1e} above twice the estimate {claimed:.1e}"
     elif certificate.met and error > certificate.tolerance:
         why = f"error {error:.1e} where {certificate.tolerance:.0e} is met"
-    elif unknown > 4 * claimed and not certificate.arbitrary:
+    elif unknown > max(4 * claimed, FEW_DIGITS) and not certificate.arbitrary:
         why = f"the estimate is {claimed:.1e} where float64 SVDs differ by {unknown:.1e}"
     outcome = "dishonest" if why else "arbitrary" if certificate.arbitrary else "judged"
     return Verdict(name, label, outcome, error, claimed, why, certificate.route)
