@@ -75,3 +75,14 @@ def test_the_worst_of_several_certificates_keeps_what_any_of_them_says():
         1e-9, 1e-12, 1e-10, 1e-4, "svd-float64", gap=0.0, arbitrary=True, escalations=("a: b",)
     )
     assert not Certificate.worst([fine, missed]).met
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(465, 258, 247), (300, 300, 150)])
+def test_float32_eigenvectors_open_no_gap_among_equal_singular_values(rows, columns, rank):
+    # Mixing among the leading directions alone moves eigenvalues by its square: here by 1e-10, in one direction.
+    values = np.arange(1, columns + 1) ** -0.6
+    values[rank - 2 : rank + 2] = values[rank - 1]
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((size, columns)))[0] for size in (rows, columns))
+    (part,) = leading_subspaces([torch.from_numpy((left * values) @ right.T)], rank)
+    assert part.certificate.arbitrary and part.certificate.gap < 1e-13
