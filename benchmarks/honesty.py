@@ -5,8 +5,9 @@
 
 A call is dishonest if its true error is above twice the error that its certificate states, or above the tolerance where
 that is said to be met. Where the certificate admits to an arbitrary choice among equal singular values, the choice must
-be a valid one and the result right for it; such a flag is needless if changes of the last bits of the input make no
-difference. Inputs: `tests/honesty/inputs.py`; a seed is one call. Exit code 1 if any call was dishonest.
+be a valid one and the result right for it, but for `iso_cts`, `star` and `core_space`, whose choices cannot be seen
+from outside. Such a flag is needless if changes of the last bits of the input make no difference. Inputs:
+`tests/honesty/inputs.py`; a seed is one call. Exit code 1 if any call was dishonest.
 """
 
 from __future__ import annotations

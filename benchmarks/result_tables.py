@@ -297,8 +297,9 @@ ACCURACY = (
     Section("honesty.json", "Certificates against numpy", "make fuzz",
             "Random calls, judged by float64 SVDs of numpy; `?` are calls that ended with an exception of ours. A call "
             "is dishonest if its true error is above twice the stated one, or above a tolerance that is said to be "
-            "met. `arbitrary`: the certificate admits to a choice among equal singular values; the result was judged "
-            "for that choice. `needless`: those where a change of the last bits makes no difference.", honesty),
+            "met. `arbitrary`: the certificate admits to a choice among equal singular values. The choice was checked, "
+            "and the result judged for it, but not in `iso_cts`, `star` and `core_space`, whose choices cannot be "
+            "seen from outside. `needless`: those where a change of the last bits makes no difference.", honesty),
 )  # fmt: skip
 
 # Those that stand in prose elsewhere.

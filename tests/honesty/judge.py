@@ -46,8 +46,8 @@ class Verdict:
         name: the function.
         label: the input.
         outcome: ``judged``; ``arbitrary``: the certificate admits to a choice among singular values that are equal to
-            rounding, a valid one, and the result is judged for that choice; ``refused`` (ConvergenceError); or
-            ``dishonest``.
+            rounding, which is a valid one if it can be seen, and the result is judged for it; ``refused``
+            (ConvergenceError); or ``dishonest``.
         error: against numpy, relative to the Frobenius norm; what float64 cannot tell is taken off.
         claimed: the certificate's error.
         why: of a dishonest one.
