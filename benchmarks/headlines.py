@@ -243,8 +243,8 @@ def honesty(results: Path) -> list[str]:
     unseen = sum(row["arbitrary"] for row in report["rows"] if row["function"] in ("iso_cts", "star", "core_space"))
     return wrapped(
         f"The last long run judged {report['calls']} calls (`{CPU}/honesty.json`, sources `{report['sources']}`): "
-        f"{report['dishonest']} were dishonest, the largest true error was {report['worst_ratio']:.2f} times the "
-        f"stated one, and {choices} admitted to an arbitrary choice ({report['needless']} of them needlessly). In "
+        f"{report['dishonest']} were dishonest, the largest true error was {report['worst_ratio']:.2f} times "
+        f"the stated one, and {choices} admitted to an arbitrary choice ({report['needless']} of them needlessly). In "
         f"{unseen} of these, all of `iso_cts`, `star` and `core_space`, the choice could not be seen, and the result was "
         "not judged."
     )
