@@ -244,9 +244,9 @@ def honesty(results: Path) -> list[str]:
     return wrapped(
         f"The last long run judged {report['calls']} calls (`{CPU}/honesty.json`, sources `{report['sources']}`): "
         f"{report['dishonest']} were dishonest, the largest true error was {report['worst_ratio']:.2f} times "
-        f"the stated one, and {choices} admitted to an arbitrary choice ({report['needless']} of them needlessly). In "
-        f"{unseen} of these, all of `iso_cts`, `star` and `core_space`, the choice could not be seen, and the result was "
-        "not judged."
+        f"the stated one, and {choices} admitted to an arbitrary choice ({report['needless']} of them needlessly). "
+        f"In {unseen} of these, all of `iso_cts`, `star` and `core_space`, the choice could not be seen, and the "
+        "result was not judged."
     )
 
 
