@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import backends
-from .errors import BackendUnavailable, DeviceError
+from .errors import BackendUnavailableError, DeviceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,18 +55,18 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
         per_op: for single ops, which goes before `backend`: the keyword is the op, the value its backend.
 
     Raises:
-        BackendUnavailable: an op or a backend of that name does not exist.
+        BackendUnavailableError: an op or a backend of that name does not exist.
 
     Example:
         >>> with use_backend("torch", elect_and_sum="cpu"):
         ...     merged = merge_tensors(base, tuned, config)
     """
     if backend is not None and backend not in MODULE:
-        raise BackendUnavailable(f"no backend {backend!r}; there are {', '.join(MODULE)}")
+        raise BackendUnavailableError(f"no backend {backend!r}; there are {', '.join(MODULE)}")
     known = {op: sorted({name for order in devices.values() for name in order}) for op, devices in ORDER.items()}
     for op, name in per_op.items():
         if name not in known.get(op, ()):
-            raise BackendUnavailable(
+            raise BackendUnavailableError(
                 f"{op}: no backend {name!r}; ops: {sorted(ORDER)}; backends of {op}: {known.get(op, [])}"
             )
     choice = {op: backend for op, names in known.items() if backend in names} | per_op
@@ -101,7 +101,7 @@ def select(op: str, *tensors: Tensor, backend: str | None = None) -> Callable[..
 
     Raises:
         DeviceError: the tensors lie on different devices, or on one that no implementation knows.
-        BackendUnavailable: `backend` (or the one forced by `use_backend`) cannot run here.
+        BackendUnavailableError: `backend` (or the one forced by `use_backend`) cannot run here.
     """
     from torch import no_grad
 
@@ -121,4 +121,6 @@ def select(op: str, *tensors: Tensor, backend: str | None = None) -> Callable[..
             run: Callable[..., Any] = import_module(f"r_tsvm_kernels.ops.{op}.{MODULE[name]}").run
             return no_grad()(run)
     tried = "; ".join(f"{name}: {state}" for name, state in candidates)
-    raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run on {device_type} here ({tried}); see `rtsvm info`")
+    raise BackendUnavailableError(
+        f"{op}: backend {wanted!r} cannot run on {device_type} here ({tried}); see `rtsvm info`"
+    )

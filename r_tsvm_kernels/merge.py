@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import MergeConfig, as_config
-from .errors import CheckpointError, ConfigError, DeviceError, DTypeError, NonFiniteError, RTsvmError, ShapeError
+from .errors import CheckpointError, ConfigError, DeviceError, DTypeError, NonFiniteError, RtsvmError, ShapeError
 from .linalg import Factored
 from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector, timed
 from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, task_statistics
@@ -60,7 +60,7 @@ def merge_tensors(
 
     Args:
         base: (m, n) for the spectral methods to act; any other shape is merged by mean. float64, float32, float16 or
-            bfloat16; integer and bool tensors are returned as they are, see `QuantisedRefused` below.
+            bfloat16; integer and bool tensors are returned as they are, see `QuantisedRefusedError` below.
         tuned: T tensors of the same shape and device; dtypes and strides may differ. Or, in place of one, what it
             differs from the base by, as `Factored`: methods that can keep it so form no task matrix, others form one
             tuned tensor.
@@ -80,7 +80,7 @@ def merge_tensors(
 
     Raises:
         ShapeError, DeviceError, DTypeError: the tensors do not match, or cannot be merged (sparse, wrapped, meta).
-        QuantisedRefused: an integer or bool tensor of two or more dimensions is not the same in all models.
+        QuantisedRefusedError: an integer or bool tensor of two or more dimensions is not the same in all models.
         NonFiniteError: an input holds NaN or infinity, or the merge overflows the dtype it computes in or the output's.
         ConfigError: the config does not fit the number of tensors, or a weight does not fit the dtype of the merge.
         ConvergenceError: a decomposition failed or missed its certificate.
@@ -181,7 +181,7 @@ def merge_state_dicts(
         CheckpointError: the names are not the same everywhere.
         ConfigError: a pattern of the config matches no name.
         DTypeError: an argument is no state dict, but a module, for example.
-        QuantisedRefused: a model is quantised.
+        QuantisedRefusedError: a model is quantised.
         As `merge_tensors`, with the tensor's name in the message.
 
     Example:
@@ -468,7 +468,7 @@ def _named(label: str) -> Iterator[None]:
     """Put the name of the tensor in front of errors that do not know it."""
     try:
         yield
-    except RTsvmError as error:
+    except RtsvmError as error:
         if label in str(error):
             raise
         raise type(error)(f"{label}: {error}") from error

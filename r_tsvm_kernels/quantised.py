@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .errors import QuantisedRefused
+from .errors import QuantisedRefusedError
 
 # Files that quantisers write beside the weights, in lower case.
 QUANTISATION_FILES = (
@@ -75,7 +75,7 @@ def refuse_quantised(
             another model; it counts if there is a tensor that may be packed.
 
     Raises:
-        QuantisedRefused: it is; the message names the format, or the tensor, or the key.
+        QuantisedRefusedError: it is; the message names the format, or the tensor, or the key.
 
     Example:
         >>> refuse_quantised("model", {"q.weight": torch.ones(4, 4), "q.scales": torch.ones(4)})  # floats: fine
@@ -87,7 +87,7 @@ def refuse_quantised(
         if packed is not None:
             reason = f"{theirs[0]} lies beside it, and {packed} is {_described(tensors[packed])}"
     if reason:
-        raise QuantisedRefused(
+        raise QuantisedRefusedError(
             f"{label}: the checkpoint is quantised: {reason}. Packed weights cannot be merged, and their scales mean "
             "nothing apart from them. Dequantise every model, or take the unquantised releases, and merge those"
         )
@@ -126,12 +126,12 @@ def same_values(first: Tensor, second: Tensor) -> bool:
     return torch.equal(*raw)
 
 
-def differing_error(name: str, label: object, tensor: Described, base: Described) -> QuantisedRefused:
+def differing_error(name: str, label: object, tensor: Described, base: Described) -> QuantisedRefusedError:
     """Return the error for a tensor of the model `label` that `must_agree` with the base's and does not."""
     advice = "If these are packed weights, dequantise every model and merge those"
     if not may_be_packed(base):
         advice += "; if it is a table that the merge may take from the base, exclude it"
-    return QuantisedRefused(
+    return QuantisedRefusedError(
         f"{name} of {label}: {_described(tensor)}, differs from the base's, which is {_described(base)}. Integers and "
         f"8-bit floats of two or more dimensions are kept only where all models have the same. {advice}"
     )

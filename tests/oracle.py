@@ -40,7 +40,7 @@ def tsvm(base, tuned, alpha=1.0, weights=None):
 
 
 def keep_largest(delta, density):
-    """Keep ceil(density * size) largest magnitudes, lowest flat index first among equals."""
+    """Sparsifier ceil(density * size) largest magnitudes, lowest flat index first among equals."""
     keep = math.ceil(Fraction(str(density)) * delta.size)
     order = np.argsort(-np.abs(delta), axis=None, kind="stable")
     pruned = np.zeros_like(delta)

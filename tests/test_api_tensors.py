@@ -7,7 +7,7 @@ from compare import same_bits
 from merging import group, tasks_of
 
 from r_tsvm_kernels import (
-    BackendUnavailable,
+    BackendUnavailableError,
     ConfigError,
     DeviceError,
     DTypeError,
@@ -18,7 +18,7 @@ from r_tsvm_kernels import (
     use_backend,
 )
 from r_tsvm_kernels.methods import METHODS
-from r_tsvm_kernels.ops import Keep, Planes
+from r_tsvm_kernels.ops import Planes, Sparsifier
 
 ALL = pytest.mark.parametrize("method", sorted(METHODS))
 
@@ -252,7 +252,7 @@ MISTAKES = {
     "NaN for weights": (lambda b, t: ops.elect_and_sum(b, t, np.nan), ConfigError, "weights: expected finite numbers"),
     "huge weights": (lambda b, t: ops.elect_and_sum(b, t, [3e38, 3e38]), ConfigError, "that fit float32"),
     "a huge rescale": (
-        lambda b, t: ops.elect_and_sum(b, t, 1.0, keep=[Keep(rescale=1e39), Keep()]),
+        lambda b, t: ops.elect_and_sum(b, t, 1.0, keep=[Sparsifier(rescale=1e39), Sparsifier()]),
         ConfigError,
         "weights times rescale .1e.39, 1.: expected finite numbers that fit float32",
     ),
@@ -269,7 +269,7 @@ MISTAKES = {
         r"tuned\[0\]: expected a state dict, got Linear",
     ),
     "one state dict": (lambda b, t: merge_state_dicts({"w": b}, {"w": b}, "ties"), DTypeError, "a list of state dicts"),
-    "no such backend": (lambda b, t: use_backend("tritn").__enter__(), BackendUnavailable, "no backend 'tritn'"),
+    "no such backend": (lambda b, t: use_backend("tritn").__enter__(), BackendUnavailableError, "no backend 'tritn'"),
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from r_tsvm_kernels.bench.measure import plan_rounds
 from r_tsvm_kernels.bench.record import exponent
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.dispatch import ORDER
-from r_tsvm_kernels.errors import ConfigError, OutputExists
+from r_tsvm_kernels.errors import ConfigError, OutputExistsError
 from r_tsvm_kernels.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,7 +292,7 @@ def test_results_are_never_overwritten(tmp_path):
     file.write({"rows": [1]})
     file.write({"rows": [1, 2]})
     assert json.loads(file.path.read_text()) == {"rows": [1, 2]}
-    with pytest.raises(OutputExists, match="not overwritten"):
+    with pytest.raises(OutputExistsError, match="not overwritten"):
         ResultFile(file.path)
     assert json.loads(file.path.read_text()) == {"rows": [1, 2]}
 

@@ -16,9 +16,9 @@ from variants import DTYPES, LAYOUTS, VALUES, layout_names
 
 from r_tsvm_kernels.errors import NonFiniteError
 from r_tsvm_kernels.ops import (
-    Keep,
     MagnitudeSelection,
-    RankedKeep,
+    RankedSparsifier,
+    Sparsifier,
     accumulation_dtype,
     add_update,
     della_probabilities,
@@ -314,12 +314,12 @@ def sparsifier(difference, kind, task):
         return magnitude_select(difference, kept_count(density, difference.numel()), backend="torch")
 
     return {
-        "all": Keep(),
-        "ties": Keep(largest=top(0.4)),
-        "breadcrumbs": Keep(largest=top(0.5), outliers=top(0.1)),
-        "dare": Keep(probability=0.4, seed=7, stream=task, rescale=2.5),
-        "della": Keep(
-            ranked=RankedKeep(
+        "all": Sparsifier(),
+        "ties": Sparsifier(largest=top(0.4)),
+        "breadcrumbs": Sparsifier(largest=top(0.5), outliers=top(0.1)),
+        "dare": Sparsifier(probability=0.4, seed=7, stream=task, rescale=2.5),
+        "della": Sparsifier(
+            ranked=RankedSparsifier(
                 magnitude_ranks(difference, backend="torch"),
                 della_probabilities(difference.shape[-1], 0.5, 0.3),
                 rescale=task % 2 == 0,
@@ -327,8 +327,8 @@ def sparsifier(difference, kind, task):
             seed=11,
             stream=task,
         ),
-        "mask": Keep(mask=torch.rand(difference.shape) < 0.4, rescale=1.5),
-        "everything": Keep(
+        "mask": Sparsifier(mask=torch.rand(difference.shape) < 0.4, rescale=1.5),
+        "everything": Sparsifier(
             largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3,
             mask=torch.rand(difference.shape) < 0.8,
         ),
@@ -372,14 +372,14 @@ def test_merging_many_tasks_with_ties_in_every_slice(elect):
 def test_merging_takes_the_first_ties(ties, field):
     base, tuned = torch.zeros(70_001), torch.full((70_001,), 0.5)
     tuned[-1] = 3.0
-    keep = [Keep(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})]
+    keep = [Sparsifier(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})]
     assert same_bits(*both(elect_and_sum, base, [tuned], [1.0], keep=keep))
 
 
 def test_the_ties_of_more_slices_than_are_summed_at_once():
     size = 2**23 + 5000
     base, tuned = torch.zeros(size, dtype=torch.bfloat16), torch.ones(size, dtype=torch.bfloat16)
-    keep = [Keep(largest=MagnitudeSelection(torch.tensor(1.0), torch.tensor(2**23 + 1500)))]
+    keep = [Sparsifier(largest=MagnitudeSelection(torch.tensor(1.0), torch.tensor(2**23 + 1500)))]
     got = elect_and_sum(base, [tuned], [1.0], keep=keep, backend="cuda")
     assert got[: 2**23 + 1500].all() and not got[2**23 + 1500 :].any()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import same_bits
 
-from r_tsvm_kernels import DTypeError, MergeConfig, QuantisedRefused, merge_state_dicts, merge_tensors
+from r_tsvm_kernels import DTypeError, MergeConfig, QuantisedRefusedError, merge_state_dicts, merge_tensors
 from r_tsvm_kernels.linalg import Factored
 from r_tsvm_kernels.quantised import refuse_quantised
 
@@ -78,7 +78,7 @@ ORDINARY = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_are_recognised(name, prefix):
     tensors = {"embed.weight": torch.ones(4, 4)} | {prefix + key: tensor for key, tensor in FORMATS[name].items()}
-    with pytest.raises(QuantisedRefused, match=f"here: the checkpoint is quantised: {prefix}.* is .*Dequantise every"):
+    with pytest.raises(QuantisedRefusedError, match=f"here: the checkpoint is quantised: {prefix}.* is .*Dequantise"):
         refuse_quantised("here", tensors)
 
 
@@ -101,7 +101,7 @@ def test_ordinary_models_are_merged(name, prefix):
     {"quantization": {"bits": 4, "group_size": 64}},
 ], ids=str)  # fmt: skip
 def test_configurations_are_recognised(config):
-    with pytest.raises(QuantisedRefused, match=r"config\.json has (text_config\.|a\.b\.)?[a-z]+"):
+    with pytest.raises(QuantisedRefusedError, match=r"config\.json has (text_config\.|a\.b\.)?[a-z]+"):
         refuse_quantised("here", {"w": torch.ones(4, 4)}, config)
 
 
@@ -116,7 +116,7 @@ def test_configurations_that_say_nothing(config):
 def test_a_quantiser_s_file_counts_where_a_tensor_may_be_packed():
     files = ["config.json", "quantize_config.json"]
     refuse_quantised("here", {"w": torch.ones(4, 4), "ids": ints(1, 4, dtype=torch.int64)}, {}, files)
-    with pytest.raises(QuantisedRefused, match=r"quantize_config\.json lies beside it, and w is int32 of 4 x 4"):
+    with pytest.raises(QuantisedRefusedError, match=r"quantize_config\.json lies beside it, and w is int32 of 4 x 4"):
         refuse_quantised("here", {"w": ints(4, 4)}, {}, files)
     refuse_quantised("here", {"w": ints(4, 4)}, {}, files[:1])
 
@@ -128,7 +128,7 @@ def test_state_dicts(name, which):
     base, tuned = (packed, floats) if which == "base" else (floats, packed)
     label = "base" if which == "base" else r"tuned\[1\]"
     for exclude in ((), ("*weight",)):
-        with pytest.raises(QuantisedRefused, match=f"{label}: the checkpoint is quantised"):
+        with pytest.raises(QuantisedRefusedError, match=f"{label}: the checkpoint is quantised"):
             merge_state_dicts(base, [floats, tuned], MergeConfig(merge_method="linear", exclude=exclude))
 
 
@@ -142,7 +142,7 @@ def test_integers_of_two_dimensions_must_agree(dtype):
     short = str(dtype).removeprefix("torch.")
     for model in (other, base[:5], base.float() + 0.5):
         with pytest.raises(
-            QuantisedRefused, match=rf"table of tuned\[1\]: .* differs from the base's, which is {short} "
+            QuantisedRefusedError, match=rf"table of tuned\[1\]: .* differs from the base's, which is {short} "
         ):
             merge_tensors(base, [base, model], LINEAR, name="table")
     with pytest.raises(DTypeError, match="an update cannot be added"):
@@ -156,6 +156,6 @@ def test_an_excluded_table_may_differ_a_packed_weight_may_not():
     assert same_bits(merge_tensors(float8(4, 4), [float8(4, 4)], config, name="kept").weight, float8(4, 4))
     for base in (ints(6, 4), ints(6, 4, dtype=torch.uint8), float8(6, 4)):
         other = base.float().flip(0).to(base.dtype)
-        with pytest.raises(QuantisedRefused, match="kept of tuned") as error:
+        with pytest.raises(QuantisedRefusedError, match="kept of tuned") as error:
             merge_tensors(base, [other], config, name="kept")
         assert "exclude it" not in str(error.value)

@@ -29,7 +29,7 @@ def test_it_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "api" / "linalg" / "index.html").read_text()
-    assert 'id="r_tsvm_kernels.linalg.tsv_merge.tsv_merge"' in page
+    assert 'id="r_tsvm_kernels.linalg.merging.tsv_merge"' in page
     pages = "".join(path.read_text() for path in (tmp_path / "site").rglob("*.html"))
     assert not re.findall(r'(?:src|href)="https?://(?!arxiv|github)[^"]*\.(?:js|css|woff2?)"', pages), (
         "needs the network"

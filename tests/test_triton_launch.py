@@ -10,8 +10,8 @@ import torch
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.ops import (
-    Keep,
-    RankedKeep,
+    RankedSparsifier,
+    Sparsifier,
     add_update,
     della_probabilities,
     elect_and_sum,
@@ -84,10 +84,10 @@ def test_statistics_and_pruning(launched):
 def test_merging_of_tasks_that_are_sparsified_differently(launched):
     base, tuned = group()
     top = magnitude_select(tuned[0], 500, base=base, backend="torch")
-    ranked = RankedKeep(magnitude_ranks(tuned[1], backend="torch"), della_probabilities(SHAPE[1], 0.4, 0.2))
-    masked = Keep(mask=base > 0)
-    keep = [Keep(largest=top, outliers=top), Keep(seed=7, ranked=ranked), masked]
-    for elect, some in (("sum", [Keep()] * 3), ("sum", keep), ("unweighted", [masked, Keep(), masked])):
+    ranked = RankedSparsifier(magnitude_ranks(tuned[1], backend="torch"), della_probabilities(SHAPE[1], 0.4, 0.2))
+    masked = Sparsifier(mask=base > 0)
+    keep = [Sparsifier(largest=top, outliers=top), Sparsifier(seed=7, ranked=ranked), masked]
+    for elect, some in (("sum", [Sparsifier()] * 3), ("sum", keep), ("unweighted", [masked, Sparsifier(), masked])):
         elect_and_sum(base, tuned, [1.0, 0.5, -2.0], elect=elect, normalize=True, keep=some, backend="triton")
     assert names(launched) == {"tie_kernel", "elect_and_sum_kernel"}
 

@@ -35,7 +35,7 @@ from memory import peak_of
 from record import provenance, quartiles, ratios
 
 from r_tsvm_kernels.dispatch import use_backend
-from r_tsvm_kernels.ops import Keep, MagnitudeSelection, elect_and_sum, magnitude_select
+from r_tsvm_kernels.ops import MagnitudeSelection, Sparsifier, elect_and_sum, magnitude_select
 
 PEER = Path(__file__).with_name("mergekit_merge.py")
 SEED, TASKS, DENSITY, GAMMA = 0, 3, 0.3, 0.01
@@ -64,15 +64,15 @@ def make_inputs(shape: tuple[int, int], dtype: torch.dtype) -> Inputs:
 # --- our side --------------------------------------------------------------------------------------------------
 
 
-def sparsifiers(method: str, base: Tensor, tuned: list[Tensor]) -> list[Keep]:
+def sparsifiers(method: str, base: Tensor, tuned: list[Tensor]) -> list[Sparsifier]:
     # As many elements as mergekit keeps: it rounds down.
     kept, dropped = int(DENSITY * base.numel()), int(GAMMA * base.numel())
     if method.startswith("dare"):
-        return [Keep(probability=DENSITY, rescale=1 / DENSITY, stream=task) for task in range(len(tuned))]
+        return [Sparsifier(probability=DENSITY, rescale=1 / DENSITY, stream=task) for task in range(len(tuned))]
     if method == "ties":
-        return [Keep(largest=magnitude_select(weight, kept, base=base)) for weight in tuned]
+        return [Sparsifier(largest=magnitude_select(weight, kept, base=base)) for weight in tuned]
     return [
-        Keep(
+        Sparsifier(
             largest=magnitude_select(weight, kept + dropped, base=base),
             outliers=magnitude_select(weight, dropped, base=base),
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import Keep, MagnitudeSelection, RankedKeep
+from ..ops import MagnitudeSelection, RankedSparsifier, Sparsifier
 from ..ops.random_mask.reference import random_words
 from . import torch_best
 from .case import Case, Inputs, Provider, all_on, by_backend
@@ -353,20 +353,20 @@ def _(inputs: Inputs) -> Case:
     spread = ops.task_spread(inputs.base, inputs.tuned)
     chosen = ops.magnitude_select(spread, inputs.numel // 2).mask(spread)
     return _elect_and_sum(
-        inputs, {"elect": "unweighted", "normalize": True, "keep": [Keep(mask=chosen)] * inputs.tasks}
+        inputs, {"elect": "unweighted", "normalize": True, "keep": [Sparsifier(mask=chosen)] * inputs.tasks}
     )
 
 
 @benchmark("elect_and_sum: TIES", "ops")
 def _(inputs: Inputs) -> Case:
     keep = ops.kept_count(0.2, inputs.numel)
-    rules = [Keep(largest=ops.magnitude_select(tensor, keep, base=inputs.base)) for tensor in inputs.tuned]
+    rules = [Sparsifier(largest=ops.magnitude_select(tensor, keep, base=inputs.base)) for tensor in inputs.tuned]
     return _elect_and_sum(inputs, {"elect": "sum", "normalize": True, "keep": rules})
 
 
 @benchmark("elect_and_sum: DARE", "ops")
 def _(inputs: Inputs) -> Case:
-    rules = [Keep(probability=DENSITY, rescale=1 / DENSITY, seed=SEED, stream=t) for t in range(inputs.tasks)]
+    rules = [Sparsifier(probability=DENSITY, rescale=1 / DENSITY, seed=SEED, stream=t) for t in range(inputs.tasks)]
     return _elect_and_sum(inputs, {"keep": rules})
 
 
@@ -374,7 +374,7 @@ def _(inputs: Inputs) -> Case:
 def _(inputs: Inputs) -> Case:
     chances = ops.della_probabilities(inputs.shape[1], DENSITY, 0.1)
     rules = [
-        Keep(seed=SEED, stream=t, ranked=RankedKeep(ops.magnitude_ranks(tensor, base=inputs.base), chances))
+        Sparsifier(seed=SEED, stream=t, ranked=RankedSparsifier(ops.magnitude_ranks(tensor, base=inputs.base), chances))
         for t, tensor in enumerate(inputs.tuned)
     ]
     return _elect_and_sum(inputs, {"keep": rules})

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..errors import OutputExists
+from ..errors import OutputExistsError
 
 SOURCES = Path(__file__).resolve().parents[2]
 
@@ -82,14 +82,14 @@ class ResultFile:
         """Create the file.
 
         Raises:
-            OutputExists: something lies there already; results are never overwritten.
+            OutputExistsError: something lies there already; results are never overwritten.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.path.open("x").close()
         except FileExistsError:
-            raise OutputExists(
+            raise OutputExistsError(
                 f"{self.path} exists and results are not overwritten: choose another name or remove it"
             ) from None
 

@@ -4,12 +4,12 @@ from ..sizes import format_size, parse_size
 from .adapted import AdaptedModel, adapt, is_adapter
 from .adapter import Adapter
 from .checksum import Checksum, checksum
-from .companions import COMPANION_FOLDERS, is_companion
 from .copies import settle_copies
 from .headers import FileState, TensorHeader, read_json
 from .hub import is_model_id
 from .plan import Footprint, InputFile, MergePlan, Part, TensorPlan, make_plan
 from .reader import Checkpoint
+from .sidecar_files import COMPANION_FOLDERS, is_companion
 from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
 
 __all__ = [

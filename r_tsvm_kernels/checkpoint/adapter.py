@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import AdapterRefused, CheckpointError, NonFiniteError, PickleRefused, ShapeError
+from ..errors import AdapterRefusedError, CheckpointError, NonFiniteError, PickleRefusedError, ShapeError
 from ..files import write_text
 from ..linalg import Factored
 from ..ops import FLOAT_DTYPES, check_finite
@@ -87,8 +87,8 @@ class Adapter:
 
     Raises:
         CheckpointError: missing or damaged files; the message names the file.
-        AdapterRefused: the adapter does more than add a low-rank matrix to weights.
-        PickleRefused: its weights exist only as pickle.
+        AdapterRefusedError: the adapter does more than add a low-rank matrix to weights.
+        PickleRefusedError: its weights exist only as pickle.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -96,7 +96,7 @@ class Adapter:
         self.config, self._config_state = read_config(self.path)
         weights = self.path / WEIGHTS_FILE
         if not weights.exists() and (self.path / "adapter_model.bin").exists():
-            raise PickleRefused(
+            raise PickleRefusedError(
                 f"{self.path}: only pickled weights (adapter_model.bin), which can run code when they are loaded; "
                 "load the adapter with PEFT and save it again"
             )
@@ -107,7 +107,7 @@ class Adapter:
         """Read the update of a module as PEFT orients it, ``scale * B @ A``, (out, in).
 
         Raises:
-            InputChanged, CheckpointError: the file cannot be read, or is not what it was.
+            InputChangedError, CheckpointError: the file cannot be read, or is not what it was.
             NonFiniteError: a factor holds NaN or infinity.
         """
         A, B = (self._weights.load(name, device, pin=pin) for name in self._names(module))
@@ -130,7 +130,7 @@ class Adapter:
         """Read the weight of the base that is stored here for a module of `base_layers`, or some of its rows.
 
         Raises:
-            InputChanged, CheckpointError: the file cannot be read, or is not what it was.
+            InputChangedError, CheckpointError: the file cannot be read, or is not what it was.
         """
         name = base_layer_name(module)
         return self._weights.load(name) if rows is None else self._file.load(name, rows=rows)
@@ -152,7 +152,7 @@ class Adapter:
         """Compare size and times of both files with what they were.
 
         Raises:
-            InputChanged: one differs, or is gone.
+            InputChangedError: one differs, or is gone.
         """
         require_unchanged(self._config_state.path, self._config_state)
         self._file.check_unchanged()
@@ -170,7 +170,7 @@ class Adapter:
         self.base_layers = [name.removesuffix(_BASE_LAYER) for name in names]
         for module_name in self.base_layers:
             if module_name not in self.modules:
-                raise AdapterRefused(f"{source}: {module_name} is replaced, not adapted; not supported")
+                raise AdapterRefusedError(f"{source}: {module_name} is replaced, not adapted; not supported")
 
     def _find_modules(self, source: str) -> Iterator[LoraModule]:
         tensors = self._weights.tensors
@@ -179,7 +179,7 @@ class Adapter:
                 continue
             endings = next((pair for pair in (_LINEAR, _EMBEDDING) if name.endswith(pair)), None)
             if endings is None or not name.startswith(_PREFIX):
-                raise AdapterRefused(f"{source}: {name} is no factor of a LoRA update; {_meaning(name)}")
+                raise AdapterRefusedError(f"{source}: {name} is no factor of a LoRA update; {_meaning(name)}")
             module = name.removeprefix(_PREFIX).removesuffix(endings[0]).removesuffix(endings[1])
             pair = [tensors.get(_PREFIX + module + ending) for ending in endings]
             if pair[0] is None or pair[1] is None:
@@ -188,9 +188,9 @@ class Adapter:
                 continue
             A, B = pair[0].shape, pair[1].shape
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
-                raise AdapterRefused(f"{source}: {module} has factors {A} and {B}; expected (r, in) and (out, r)")
+                raise AdapterRefusedError(f"{source}: {module} has factors {A} and {B}; expected (r, in) and (out, r)")
             if not {pair[0].dtype, pair[1].dtype} <= set(FLOAT_DTYPES):
-                raise AdapterRefused(f"{source}: the factors of {module} are {header.dtype}, not floating")
+                raise AdapterRefusedError(f"{source}: the factors of {module} are {header.dtype}, not floating")
             if self.config.rank(module) != A[0]:
                 raise CheckpointError(
                     f"{source}: {module} has rank {A[0]}, {CONFIG_FILE} says {self.config.rank(module)}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import AdapterRefused, CheckpointError
+from ..errors import AdapterRefusedError, CheckpointError
 from .headers import FileState, read_json
 
 Number = TypeVar("Number", int, float)
@@ -82,7 +82,7 @@ def read_config(folder: Path) -> tuple[AdapterConfig, FileState]:
 
     Raises:
         CheckpointError: missing, damaged, or not an adapter's.
-        AdapterRefused: not LoRA, or LoRA of a kind that is more than a low-rank update; the setting is named.
+        AdapterRefusedError: not LoRA, or LoRA of a kind that is more than a low-rank update; the setting is named.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -100,13 +100,15 @@ def parse_config(data: Mapping[str, Any], source: str) -> AdapterConfig:
 
     Raises:
         CheckpointError: not a valid configuration.
-        AdapterRefused: not LoRA, or LoRA of a kind that is more than a low-rank update; the setting is named.
+        AdapterRefusedError: not LoRA, or LoRA of a kind that is more than a low-rank update; the setting is named.
     """
     if data.get("peft_type") != "LORA":
-        raise AdapterRefused(f"{source}: peft_type is {str(data.get('peft_type'))[:40]!a}; only LORA is supported")
+        raise AdapterRefusedError(f"{source}: peft_type is {str(data.get('peft_type'))[:40]!a}; only LORA is supported")
     for key, value in data.items():
         if value and (key in _REFUSED or (key.startswith("use_") and key != "use_rslora")):
-            raise AdapterRefused(f"{source}: {key[:40]} is set: {_REFUSED.get(key, 'unknown here')}; not supported")
+            raise AdapterRefusedError(
+                f"{source}: {key[:40]} is set: {_REFUSED.get(key, 'unknown here')}; not supported"
+            )
     try:
         # PEFT writes null where a pattern is empty.
         config = AdapterConfig(**{key: value for key, value in data.items() if value is not None})
@@ -116,9 +118,11 @@ def parse_config(data: Mapping[str, Any], source: str) -> AdapterConfig:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source}: not a valid LoRA config: {reason[:300]}") from None
     if config.bias != "none":
-        raise AdapterRefused(f"{source}: bias is {config.bias[:40]!a}: it replaces biases of the base; not supported")
+        raise AdapterRefusedError(
+            f"{source}: bias is {config.bias[:40]!a}: it replaces biases of the base; not supported"
+        )
     if config.init_lora_weights not in _PLAIN_STARTS:
-        raise AdapterRefused(
+        raise AdapterRefusedError(
             f"{source}: init_lora_weights is {str(config.init_lora_weights)[:40]!a}, which changes the base; convert "
             "the adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..errors import CheckpointError, PickleRefused
+from ..errors import CheckpointError, PickleRefusedError
 from .headers import FileState, check_name, read_json
 from .pickles import PICKLE_SUFFIXES
 
@@ -41,14 +41,14 @@ def find_weights(path: Path, allow_pickle: bool) -> WeightFiles:
 
     Raises:
         CheckpointError: none, or more than one candidate, or an index that is damaged or not safe.
-        PickleRefused: only pickles, which are not allowed.
+        PickleRefusedError: only pickles, which are not allowed.
     """
     if path.is_dir():
         return _find_in_folder(path, allow_pickle)
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file, and not a model id such as org/name")
     if path.suffix in PICKLE_SUFFIXES and not allow_pickle:
-        raise PickleRefused(f"{path}: pickled weights; {_PICKLE_ADVICE}")
+        raise PickleRefusedError(f"{path}: pickled weights; {_PICKLE_ADVICE}")
     if path.suffix != _SUFFIX and path.suffix not in PICKLE_SUFFIXES:
         raise CheckpointError(f"{path}: expected a model folder or a .safetensors file")
     return WeightFiles([path], _stem(path.name, path.suffix))
@@ -76,7 +76,7 @@ def _find_in_folder(folder: Path, allow_pickle: bool) -> WeightFiles:
     if not pickles and not indexes:
         raise CheckpointError(f"{folder}: no .safetensors file and no index; expected a Hugging Face model folder")
     if not allow_pickle:
-        raise PickleRefused(f"{folder}: only pickled weights ({(pickles + indexes)[0].name}); {_PICKLE_ADVICE}")
+        raise PickleRefusedError(f"{folder}: only pickled weights ({(pickles + indexes)[0].name}); {_PICKLE_ADVICE}")
     if (folder / "pytorch_model.bin").exists():
         return WeightFiles([folder / "pytorch_model.bin"], "model")
     return _only_one(folder, pickles, indexes, ".bin", allow_pickle)
@@ -123,7 +123,7 @@ def _check_file_name(index_file: Path, name: str, allow_pickle: bool) -> None:
             f"{index_file}: {name[:255]!a} is not a file name inside this folder; the index is not safe"
         )
     if relative.suffix != _SUFFIX and not (allow_pickle and relative.suffix in PICKLE_SUFFIXES):
-        raise PickleRefused(f"{index_file}: {name!r} is not a .safetensors file; {_PICKLE_ADVICE}")
+        raise PickleRefusedError(f"{index_file}: {name!r} is not a .safetensors file; {_PICKLE_ADVICE}")
     if not (index_file.parent / name).is_file():
         raise CheckpointError(f"{index_file}: names {name}, which is missing; the download may be incomplete")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, QuantisedRefused
+from ..errors import CheckpointError, QuantisedRefusedError
 from ..files import open_regular
 from .checksum import checksum
 
@@ -184,7 +184,9 @@ def _parse_entry(file: Path, name: str, entry: object, start: int) -> TensorHead
         raise ValueError(f"{name} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if isinstance(dtype, str) and _NARROW.fullmatch(dtype) and dtype not in DTYPES:
-        raise QuantisedRefused(f"{file}: {name} has dtype {dtype}, of quantised weights; dequantise the checkpoint")
+        raise QuantisedRefusedError(
+            f"{file}: {name} has dtype {dtype}, of quantised weights; dequantise the checkpoint"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{file}: {name} has dtype {ascii(dtype)[:40]}, which cannot be merged")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:

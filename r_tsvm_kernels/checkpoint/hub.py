@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
 from ..files import exists, usable_path
-from .companions import COMPANION_FOLDERS, COMPANIONS
 from .modules import named_folders
+from .sidecar_files import COMPANION_FOLDERS, COMPANIONS
 
 _MODEL_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _WEIGHTS = ["*.safetensors"]

@@ -54,8 +54,8 @@ def find_modules(path: Path, allow_pickle: bool) -> ModelFiles:
     The list is ``modules.json`` or ``model_index.json``.
 
     Raises:
-        CheckpointError, PickleRefused: as `find_weights`; or the list is damaged, leads out of the folder, or names
-            a folder that is missing.
+        CheckpointError, PickleRefusedError: as `find_weights`; or the list is damaged, leads out of the folder,
+            or names a folder that is missing.
     """
     kinds, states = named_folders(path)
     pipeline = not lexists(path / "modules.json")

@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, PickleRefused
+from ..errors import CheckpointError, PickleRefusedError
 from ..files import open_regular
 from .headers import DTYPES, FileState, TensorHeader, check_name, file_state
 
@@ -29,7 +29,7 @@ class PickleFile:
 
     Raises:
         CheckpointError: damaged, or not a dict of tensors.
-        PickleRefused: it holds more than tensors, which only running its code could restore.
+        PickleRefusedError: it holds more than tensors, which only running its code could restore.
     """
 
     def __init__(self, file: Path) -> None:
@@ -70,7 +70,7 @@ def _load(file: Path) -> tuple[dict[str, Tensor], os.stat_result]:
         ) from error
     except UnpicklingError as error:
         # Without torch's own words, which recommend to switch the protection off.
-        raise PickleRefused(
+        raise PickleRefusedError(
             f"{file}: damaged, or it holds more than tensors, whose code is not run; save its state_dict alone"
         ) from error
     # What a damaged pickle raises depends on the byte that is wrong.

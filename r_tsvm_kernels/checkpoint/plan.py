@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ..config import MergeConfig
-from ..errors import CheckpointError, ConfigError, QuantisedRefused, ShapeError
+from ..errors import CheckpointError, ConfigError, QuantisedRefusedError, ShapeError
 from ..merge import Treatment, check_options, check_same_names, stored_dtype, treatment
-from ..methods import Cost, Job, MethodParameters, elementwise_cost, factored_cost
+from ..methods import Cost, MethodParameters, TensorJob, elementwise_cost, factored_cost
 from ..ops import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
 from .adapted import AdaptedModel, adapt, is_adapter, split_reference
@@ -185,7 +185,7 @@ class MergePlan:
         shape = tensor.spec.shape if shape is None else shape
         if tensor.treatment.kind == "base":
             return Cost(tensor.dtypes[0].itemsize * math.prod(shape), 0.0)
-        job = Job(shape, len(self.tuned), self.accumulation(tensor).itemsize, device_type)
+        job = TensorJob(shape, len(self.tuned), self.accumulation(tensor).itemsize, device_type)
         if self.keeps_factors(name):
             return factored_cost(job, self.update_ranks(name))
         model = elementwise_cost if tensor.treatment.kind == "mean" else self.config.method.cost
@@ -280,8 +280,8 @@ def make_plan(
     Raises:
         ConfigError: no models, or no base where the method needs one; one file for several modules; a pattern that
             matches no tensor; or a weight beyond the dtype of a merge.
-        CheckpointError, PickleRefused: an input is missing or damaged, or its tensors are not the base's.
-        QuantisedRefused: an input is quantised.
+        CheckpointError, PickleRefusedError: an input is missing or damaged, or its tensors are not the base's.
+        QuantisedRefusedError: an input is quantised.
         ShapeError: shapes differ.
         DTypeError: a tensor cannot be merged.
     """
@@ -318,7 +318,7 @@ def make_plan(
         if decided.kind != "base":
             for checkpoint in checkpoints:
                 if checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
-                    raise QuantisedRefused(
+                    raise QuantisedRefusedError(
                         f"{checkpoint.path}: {name} is {checkpoint.tensors[name].dtype}, where the base has "
                         f"{header.dtype}; if the model is quantised, dequantise it and merge that; if the tensor is a "
                         "mask or another buffer, exclude it"

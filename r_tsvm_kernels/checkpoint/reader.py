@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, InputChanged
+from ..errors import CheckpointError, InputChangedError
 from ..files import open_regular, usable_path
 from ..quantised import refuse_quantised
 from .checksum import byte_view
@@ -38,8 +38,8 @@ class Checkpoint:
 
     Raises:
         CheckpointError: missing, damaged or hostile files; the message names the file.
-        QuantisedRefused: its weights are quantised.
-        PickleRefused: there is no safetensors version, and pickle is not allowed or holds code.
+        QuantisedRefusedError: its weights are quantised.
+        PickleRefusedError: there is no safetensors version, and pickle is not allowed or holds code.
     """
 
     def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
@@ -84,7 +84,7 @@ class Checkpoint:
             pin: read into page-locked memory, from which a GPU copies faster; needs CUDA.
 
         Raises:
-            InputChanged: the file is not what it was when the checkpoint was opened.
+            InputChangedError: the file is not what it was when the checkpoint was opened.
             CheckpointError: the file cannot be read any more.
         """
         header = self.tensors[name]
@@ -119,7 +119,7 @@ class Checkpoint:
         """Compare size and times of every file with what they were.
 
         Raises:
-            InputChanged: a file differs, or is gone.
+            InputChangedError: a file differs, or is gone.
         """
         for file, state in self._states.items():
             require_unchanged(file, state)
@@ -199,7 +199,7 @@ def _read_fully(file: int, buffer: memoryview, offset: int) -> bool:
 
 
 def require_unchanged(file: Path, state: FileState) -> None:
-    """Raise `InputChanged` unless size and times of a file are what they were."""
+    """Raise `InputChangedError` unless size and times of a file are what they were."""
     try:
         unchanged = state.same_file(file.stat())
     except OSError:
@@ -208,5 +208,5 @@ def require_unchanged(file: Path, state: FileState) -> None:
         raise _changed(file, "")
 
 
-def _changed(file: Path, when: str) -> InputChanged:
-    return InputChanged(f"{file}: changed since the merge was planned{when}; restore it, or start the merge anew")
+def _changed(file: Path, when: str) -> InputChangedError:
+    return InputChangedError(f"{file}: changed since the merge was planned{when}; restore it, or start the merge anew")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, DiskFull
+from ..errors import CheckpointError, DiskFullError
 from ..files import write_text
 from .checksum import Checksum, byte_view
 from .headers import DTYPES
@@ -118,7 +118,7 @@ class ShardFile:
         """Make a new file, reserve its whole size, and write the header.
 
         Raises:
-            DiskFull: there is no room for it; no file is left.
+            DiskFullError: there is no room for it; no file is left.
             CheckpointError: the file exists, or cannot be written.
         """
         with _reported(path):
@@ -158,7 +158,7 @@ class ShardFile:
         """Write a whole tensor to its place, or, if `first_row` is given, the rows that begin there.
 
         Raises:
-            DiskFull: the disk is full, although the space was reserved.
+            DiskFullError: the disk is full, although the space was reserved.
             CheckpointError: not announced in this form, or the disk refused.
         """
         spec = self.layout.specs.get(name)
@@ -194,7 +194,7 @@ class ShardFile:
         """Return when everything written so far would survive a power cut.
 
         Raises:
-            DiskFull, CheckpointError: the disk refused.
+            DiskFullError, CheckpointError: the disk refused.
         """
         with _reported(self.path):
             os.fdatasync(self._file)
@@ -262,7 +262,7 @@ def _reported(path: Path, needed: int = 0) -> Iterator[None]:
             full = f"{needed:,} bytes are needed and {free:,} are free"
             if free >= needed:  # of the bytes; a file needs an entry in a table, too, and a quota may be smaller
                 full = f"it has no room for another file, or a quota is used up ({free:,} bytes are free)"
-            raise DiskFull(
+            raise DiskFullError(
                 f"{path}: the disk is full: {full}; make room, or choose an output on another disk"
             ) from error
         raise CheckpointError(f"{path}: cannot be written or read back: {error.strerror or error}") from error

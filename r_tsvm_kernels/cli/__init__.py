@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from ..errors import RTsvmError
+from ..errors import RtsvmError
 from ..text import printable
 from . import (
     bench,
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         with sigterm_raises():
             code: int = arguments.run(arguments)
-    except RTsvmError as error:
+    except RtsvmError as error:
         tell(f"rtsvm {arguments.command}: error: {error}")
         return error.exit_code
     except (KeyboardInterrupt, Terminated) as stop:

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..bench import PLANS, ResultFile, chosen, read_report, run_suite
     from ..bench.table import legend, plot, require_matplotlib, result_table
     from ..engine import choose_device
-    from ..errors import OutputExists
+    from ..errors import OutputExistsError
 
     # Whatever is wrong with the request is told before minutes of measuring.
     benchmarks = chosen(arguments.only)
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         require_matplotlib()
         if os.path.lexists(arguments.plot):
-            raise OutputExists(f"{arguments.plot} exists and is not overwritten: choose another name or remove it")
+            raise OutputExistsError(f"{arguments.plot} exists and is not overwritten: choose another name or remove it")
     plan = PLANS["full" if arguments.full else "dry-run" if arguments.dry_run else "quick"]
     file = ResultFile(arguments.json) if arguments.json else None
 

@@ -39,14 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         MemoryBudgetError: the merge does not fit into the budgets.
-        QuantisedRefused: a model is quantised, or has other integers than the base.
+        QuantisedRefusedError: a model is quantised, or has other integers than the base.
     """
     config = make_config(arguments, arguments.recipe)
 
     from ..checkpoint import make_plan
     from ..engine import choose_device, choose_workers, schedule, smallest_schedule
     from ..engine.calibrate import estimate_time
-    from ..engine.work import check_tables
+    from ..engine.tiles import check_tables
     from ..sizes import parse_size
 
     plan = make_plan(config, parse_size(arguments.shard_size), allow_pickle=arguments.allow_pickle)

@@ -19,7 +19,7 @@ from ..checkpoint import AdaptedModel, Checkpoint, MergePlan, TensorPlan, make_p
 from ..checkpoint.adapter import WEIGHTS_FILE
 from ..checkpoint.adapter_config import CONFIG_FILE
 from ..config import DTypeName, MergeConfig, ModelEntry
-from ..errors import ConfigError, NonFiniteError, OutputUnfinished
+from ..errors import ConfigError, NonFiniteError, OutputUnfinishedError
 from ..linalg import Certificate, Factored, fixed_rank, merge_factored, truncated_svd, weighted_sum
 from ..lora import (
     Adapter,
@@ -34,10 +34,10 @@ from ..lora import (
 )
 from ..ops import normalized
 from ..ops._checks import is_finite, numbers_of
-from .companions import write_json
 from .output import is_single_file, locked_stage, writing
 from .run import Progress, choose_device
-from .work import check_copies
+from .sidecar_files import write_json
+from .tiles import check_copies
 
 AdapterMethod = Literal["tsvm", "linear", "task_arithmetic"]
 
@@ -171,10 +171,11 @@ def extract_lora(
         progress: called after each tensor.
 
     Raises:
-        ConfigError, DeviceError, OutputExists, OutputBusy, OutputUnfinished: the request cannot be carried out.
+        ConfigError, DeviceError, OutputExistsError, OutputBusyError, OutputUnfinishedError: the request cannot be
+            carried out.
         CheckpointError, ShapeError, DTypeError, NonFiniteError, ConvergenceError: an input is damaged, or the two do
             not fit together; or they are equal.
-        DiskFull: there is no room for the output.
+        DiskFullError: there is no room for the output.
     """
     start, target = time.perf_counter(), choose_device(device)
     rank_of((1, 1), rank, energy, noise)  # refuses what is out of range before anything is read
@@ -292,11 +293,13 @@ def merge_lora(
         progress: called after each module.
 
     Raises:
-        ConfigError, DeviceError, OutputExists, OutputBusy, OutputUnfinished: the request cannot be carried out.
-        AdapterRefused, PickleRefused, CheckpointError: an adapter is damaged or of a kind that is not supported.
+        ConfigError, DeviceError, OutputExistsError, OutputBusyError, OutputUnfinishedError: the request cannot be
+            carried out.
+        AdapterRefusedError, PickleRefusedError, CheckpointError: an adapter is damaged or of a kind that is not
+            supported.
         ShapeError: the adapters do not belong to one base.
         NonFiniteError, ConvergenceError: the values cannot be merged.
-        DiskFull: there is no room for the output.
+        DiskFullError: there is no room for the output.
     """
     start, target = time.perf_counter(), choose_device(device)
     factors = numbers_of(1.0 if weights is None else weights, len(adapters), "merge_lora: weights")
@@ -339,7 +342,7 @@ def _output(
         raise ConfigError(f"{out}: an adapter is a folder; choose a name that does not end in .safetensors")
     with locked_stage(out) as stage:
         if stage.journal.exists():
-            raise OutputUnfinished(f"{out}: a merge into it was stopped; finish it, or choose another output")
+            raise OutputUnfinishedError(f"{out}: a merge into it was stopped; finish it, or choose another output")
         stage.refuse_foreign((WEIGHTS_FILE, CONFIG_FILE, REPORT))
         stage.remove()
         try:

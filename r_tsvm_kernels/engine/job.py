@@ -14,12 +14,12 @@ from contextlib import closing, contextmanager, suppress
 import torch
 
 from ..checkpoint import MergePlan, ShardLayout
-from ..errors import JournalError, OutputUnfinished, ResumeRefused, RTsvmError
+from ..errors import JournalError, OutputUnfinishedError, ResumeRefusedError, RtsvmError
 from .fingerprint import difference, fingerprint
 from .journal import Finished, Journal, as_report
 from .output import Stage, writing
 from .shards import Shards, layouts
-from .work import dtype_name
+from .tiles import dtype_name
 
 # Finished tensors are put on disk together: so many bytes of them, or after so many seconds.
 COMMIT_BYTES = 256 << 20
@@ -81,7 +81,7 @@ class MergeJob:
         """Put the shards on disk, then the journal lines of the tensors recorded since the last time.
 
         Raises:
-            DiskFull, CheckpointError: the disk refused; these tensors are not journaled.
+            DiskFullError, CheckpointError: the disk refused; these tensors are not journaled.
         """
         with self._lock:
             # Taken out first: after a failed sync the kernel forgets what it could not write, and a second try lies.
@@ -106,10 +106,10 @@ def open_job(
         restart: throw away what such a merge has left.
 
     Raises:
-        OutputUnfinished: there is such a merge, and neither `resume` nor `restart` was asked for.
-        ResumeRefused: that merge is not this one; the message says what differs.
+        OutputUnfinishedError: there is such a merge, and neither `resume` nor `restart` was asked for.
+        ResumeRefusedError: that merge is not this one; the message says what differs.
         JournalError: its journal is damaged.
-        DiskFull, CheckpointError: the disk refused.
+        DiskFullError, CheckpointError: the disk refused.
     """
     with writing(stage.out):
         journal = _open_journal(stage, plan, device, resume, restart)
@@ -120,13 +120,13 @@ def open_job(
                 try:
                     yield job
                 except BaseException:
-                    with suppress(RTsvmError, OSError):  # the error that stopped the merge is the one to report
+                    with suppress(RtsvmError, OSError):  # the error that stopped the merge is the one to report
                         job.commit()
                     raise
         except BaseException as error:
             if not journal.finished:
                 stage.remove()
-            elif isinstance(error, RTsvmError) or not isinstance(error, Exception):
+            elif isinstance(error, RtsvmError) or not isinstance(error, Exception):
                 done = f"{len(journal.finished)} of {len(plan.tensors)} tensors are finished"
                 hint = f"{done}: run again with --resume (resume=True) to go on from there"
                 if stage.published:
@@ -176,11 +176,11 @@ def _open_journal(stage: Stage, plan: MergePlan, device: torch.device, resume: b
             return journal
         journal.close()
         if not resume:
-            raise OutputUnfinished(
+            raise OutputUnfinishedError(
                 f"{stage.folder}: a merge into {stage.out} was stopped after {len(journal.finished)} tensors; "
                 "--resume (resume=True) continues it, --restart (restart=True) starts over"
             )
-        raise ResumeRefused(
+        raise ResumeRefusedError(
             f"{stage.folder}: cannot be continued, because it is not the same merge ({what}); "
             "undo that, or start over with --restart (restart=True)"
         )

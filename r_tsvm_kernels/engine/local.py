@@ -28,7 +28,7 @@ from .job import COMMIT_SECONDS
 from .journal import Finished
 from .schedule import Schedule
 from .shards import Shards
-from .work import Assembly, Tile, by_input, merge_tile, read_tile, tiles_of, update_checksum
+from .tiles import Assembly, Tile, by_input, merge_tile, read_tile, tiles_of, update_checksum
 
 # How long a merge that is stopped waits for the tiles that are being merged.
 GRACE_SECONDS = 2.0
@@ -37,7 +37,7 @@ GRACE_SECONDS = 2.0
 THREAD_NAME = "rtsvm-merge"
 
 
-class Work(Protocol):
+class EngineJob(Protocol):
     """What the engine needs of a `MergeJob`; a worker of Ray has a part of one instead."""
 
     plan: MergePlan
@@ -59,7 +59,7 @@ class Work(Protocol):
         """Put on disk what was recorded."""
 
 
-def run_local(job: Work, schedule: Schedule, tensor_done: Callable[[str], None]) -> None:
+def run_local(job: EngineJob, schedule: Schedule, tensor_done: Callable[[str], None]) -> None:
     """Merge everything that is pending, and return when it is written and journaled.
 
     Args:
@@ -142,7 +142,7 @@ class _Output:
 class _Pipeline:
     """The threads and what lies between them. The queues have no limit; the budgets have."""
 
-    def __init__(self, job: Work, schedule: Schedule) -> None:
+    def __init__(self, job: EngineJob, schedule: Schedule) -> None:
         self.job = job
         self.schedule = schedule
         self.error: BaseException | None = None

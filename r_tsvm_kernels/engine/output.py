@@ -11,7 +11,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError, DiskFull, OutputBusy, OutputExists, OutputUnfinished, RTsvmError
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    DiskFullError,
+    OutputBusyError,
+    OutputExistsError,
+    OutputUnfinishedError,
+    RtsvmError,
+)
 from ..files import part_name, publish, same_file
 
 # Bytes in a name, on all file systems that matter.
@@ -46,14 +54,14 @@ class Stage:
             ours: names of the files of a command that keeps no journal.
 
         Raises:
-            OutputUnfinished: it holds neither a journal nor `ours` alone, or it is no folder.
+            OutputUnfinishedError: it holds neither a journal nor `ours` alone, or it is no folder.
         """
         if not _is_taken(self.folder):
             return
         is_folder = self.folder.is_dir() and not self.folder.is_symlink()
         found = {path.name for path in self.folder.iterdir()} if is_folder else {""}
         if self.journal.name not in found and not found <= {*ours, *map(part_name, ours)}:
-            raise OutputUnfinished(
+            raise OutputUnfinishedError(
                 f"{self.folder}: no merge left it, it holds no journal; remove it, or choose another output"
             )
 
@@ -61,7 +69,7 @@ class Stage:
         """Move what is in the folder to its final place after all of it is safely on disk: all of it, or nothing.
 
         Raises:
-            OutputExists: the place was taken in the meantime.
+            OutputExistsError: the place was taken in the meantime.
             OSError: the disk refused.
         """
         refuse_existing(self.out)
@@ -80,7 +88,7 @@ class Stage:
                 place.rename(source)  # without effect where both are links of one file
                 place.unlink(missing_ok=True)
             if isinstance(error, FileExistsError):
-                raise OutputExists(f"{self.out}: taken during the merge; remove what is there") from error
+                raise OutputExistsError(f"{self.out}: taken during the merge; remove what is there") from error
             raise
         self.published = True
         self.remove()
@@ -99,8 +107,8 @@ def locked_stage(out: Path) -> Iterator[Stage]:
     """Yield the stage of `out`, which no other merge can enter inside the ``with`` block.
 
     Raises:
-        OutputBusy: another merge is in it.
-        ConfigError, OutputExists: see `refuse_existing`.
+        OutputBusyError: another merge is in it.
+        ConfigError, OutputExistsError: see `refuse_existing`.
         CheckpointError: the folder of `out` cannot be written.
     """
     refuse_existing(out)
@@ -126,7 +134,7 @@ def refuse_existing(out: Path) -> None:
 
     Raises:
         ConfigError: `out` cannot be the name of an output.
-        OutputExists: something is there, be it a link to nowhere.
+        OutputExistsError: something is there, be it a link to nowhere.
     """
     single = is_single_file(out)
     try:
@@ -147,9 +155,9 @@ def refuse_existing(out: Path) -> None:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{out}: cannot be the name of an output: {reason}; choose another") from error
     if single and out in taken and out.is_dir():
-        raise OutputExists(f"{out}: a folder; an output that ends in .safetensors is a file")
+        raise OutputExistsError(f"{out}: a folder; an output that ends in .safetensors is a file")
     if taken:
-        raise OutputExists(f"{taken[0]}: already in use; remove it or choose another output")
+        raise OutputExistsError(f"{taken[0]}: already in use; remove it or choose another output")
 
 
 def _is_taken(place: Path) -> bool:
@@ -203,11 +211,13 @@ def _lock(file: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise OutputBusy(f"{file}: another merge into this output is running; wait for it or stop it") from None
+            raise OutputBusyError(
+                f"{file}: another merge into this output is running; wait for it or stop it"
+            ) from None
         found = os.fstat(lock)
         if not stat.S_ISREG(found.st_mode) or found.st_size:
             os.close(lock)
-            raise OutputExists(
+            raise OutputExistsError(
                 f"{file}: not the lock of a merge, which is an empty file; remove it or choose another output"
             )
         # The merge that held the lock removes the file when it ends; the lock of a removed file keeps nobody out.
@@ -222,14 +232,14 @@ def writing(out: Path) -> Iterator[None]:
     """Say which output could not be written when the system refuses.
 
     Raises:
-        DiskFull, CheckpointError: instead of any other OSError.
+        DiskFullError, CheckpointError: instead of any other OSError.
     """
     try:
         yield
     except OSError as error:
-        if isinstance(error, RTsvmError):
+        if isinstance(error, RtsvmError):
             raise
-        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else CheckpointError
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else CheckpointError
         raise kind(f"{out}: cannot be written: {error.strerror or error}") from error
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import MergePlan
-from ..errors import BackendUnavailable, ClusterError, DeviceError, MemoryBudgetError, RTsvmError
+from ..errors import BackendUnavailableError, ClusterError, DeviceError, MemoryBudgetError, RtsvmError
 from ..sizes import format_size
 from .fingerprint import software
 from .job import COMMIT_SECONDS, MergeJob
@@ -89,7 +89,7 @@ def run_ray(
         address: of a running cluster, e.g. ``10.0.0.1:6379``; None starts Ray on this machine alone.
 
     Raises:
-        BackendUnavailable: Ray is not installed.
+        BackendUnavailableError: Ray is not installed.
         ClusterError: the cluster cannot be reached, its machines differ in software, or workers were lost repeatedly.
         DeviceError, MemoryBudgetError: no machine has the GPU or the memory that a task takes.
         Whatever reading, merging, writing or `tensor_done` raises.
@@ -180,7 +180,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise BackendUnavailable(
+        raise BackendUnavailableError(
             "the ray engine needs Ray, which is not installed: pip install 'r-tsvm-kernels[ray]'; or use engine local"
         ) from error
     return ray
@@ -280,7 +280,7 @@ def _finished(ray: Any, result: Any) -> list[Finished]:
         entries: list[Finished] = ray.get(result)
         return entries
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RTsvmError):
+        if isinstance(error.cause, RtsvmError):
             raise error.cause from None
         reason = str(error).strip().splitlines()[-1]
         raise ClusterError(

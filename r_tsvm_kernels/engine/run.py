@@ -14,7 +14,6 @@ from ..config import MergeConfig
 from ..errors import ConfigError, DeviceError
 from ..files import write_text
 from ..methods import TensorReport
-from .companions import copy_companions
 from .job import MergeJob, open_job
 from .journal import as_report
 from .local import run_local
@@ -23,7 +22,8 @@ from .ray_engine import run_ray
 from .report import write_card, write_report
 from .schedule import schedule
 from .shards import layouts, write_indexes
-from .work import check_copies
+from .sidecar_files import copy_companions
+from .tiles import check_copies
 
 # On a GPU a second worker copies while the first computes.
 _GPU_WORKERS = 2
@@ -109,15 +109,15 @@ def merge_checkpoints(
         CheckpointResult with the path and a report per tensor.
 
     Raises:
-        ConfigError, DeviceError, OutputExists, MemoryBudgetError: the request cannot be carried out as written.
-        BackendUnavailable, ClusterError: Ray is not installed, or the cluster cannot carry out the merge.
-        OutputBusy: another merge into `out` is running.
-        OutputUnfinished: a merge into `out` was stopped, and neither `resume` nor `restart` was asked for.
-        ResumeRefused, JournalError: it cannot be continued; the message says what changed.
+        ConfigError, DeviceError, OutputExistsError, MemoryBudgetError: the request cannot be carried out as written.
+        BackendUnavailableError, ClusterError: Ray is not installed, or the cluster cannot carry out the merge.
+        OutputBusyError: another merge into `out` is running.
+        OutputUnfinishedError: a merge into `out` was stopped, and neither `resume` nor `restart` was asked for.
+        ResumeRefusedError, JournalError: it cannot be continued; the message says what changed.
         CheckpointError, ShapeError, DTypeError, NonFiniteError, ConvergenceError: an input is damaged, or the inputs
             do not fit together; the message names file and tensor.
-        InputChanged: an input was changed during the merge.
-        DiskFull: there is no room for the output.
+        InputChangedError: an input was changed during the merge.
+        DiskFullError: there is no room for the output.
     """
     start = time.perf_counter()
     config, out = config if isinstance(config, MergeConfig) else MergeConfig.from_yaml(config), Path(out)

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from torch import Tensor
 
 from ..checkpoint import MergePlan, ShardFile, ShardLayout, write_index
-from ..errors import CheckpointError, DiskFull
+from ..errors import CheckpointError, DiskFullError
 
 
 def layouts(plan: MergePlan) -> list[ShardLayout]:
@@ -45,7 +45,7 @@ class Shards:
         create: make those that are missing or not as the layout says; the values of their tensors are then undefined.
 
     Raises:
-        DiskFull: there is no room for all of them.
+        DiskFullError: there is no room for all of them.
         CheckpointError: the disk refused; or, without `create`, a shard is missing or not as the layout says.
     """
 
@@ -74,7 +74,7 @@ class Shards:
         """Write a tensor, or the rows of it that begin with `first_row`, to its place.
 
         Raises:
-            DiskFull, CheckpointError: the disk refused.
+            DiskFullError, CheckpointError: the disk refused.
         """
         file = self._file_of[name]
         file.write(name, tensor, first_row)
@@ -88,7 +88,7 @@ class Shards:
         """Return when everything written so far would survive a power cut.
 
         Raises:
-            DiskFull, CheckpointError: the disk refused.
+            DiskFullError, CheckpointError: the disk refused.
         """
         while self._unsynced:
             self._files[self._unsynced.pop()].sync()
@@ -114,6 +114,6 @@ def _check_space(folder: Path, layouts: list[ShardLayout]) -> None:
     needed = sum(layout.size for layout in layouts) - reserved
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DiskFull(
+        raise DiskFullError(
             f"{folder}: {needed:,} more bytes are needed and {free:,} are free; make room, or choose another disk"
         )

@@ -10,7 +10,7 @@ from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, adapt, is_
 from ..files import usable_path
 from .journal import as_report, read_journal
 from .output import journal_path
-from .work import dtype_name, update_checksum
+from .tiles import dtype_name, update_checksum
 
 _PIECE_BYTES = 64 << 20
 

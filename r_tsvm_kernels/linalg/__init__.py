@@ -3,15 +3,15 @@
 from .certificate import Certificate, Mode
 from .cuda_graph import use_cuda_graphs
 from .factored import Factored, FactoredMerge, Triplets, leading_triplets, merge_factored, weighted_sum
-from .few_triplets import few_triplets
 from .interference import interference_above_chance, interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .memory import tsv_merge_bytes, tsv_merge_flops
-from .polar import PolarFactor, polar
+from .merging import Solver, TsvMerge, nonzero_support, tsv_merge, tsv_merge_layers
+from .polar_factor import PolarFactor, polar
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
 from .rounding import BACKWARD_ERROR, Cut
+from .subspace_iteration import subspace_iteration
 from .subspaces import Subspaces, TruncatedSVD, leading_subspaces, truncated_svd
-from .tsv_merge import Solver, TsvMerge, touched, tsv_merge, tsv_merge_layers
 
 __all__ = [
     "BACKWARD_ERROR",
@@ -33,7 +33,6 @@ __all__ = [
     "choose_rank",
     "core_space",
     "energy_rank",
-    "few_triplets",
     "fixed_rank",
     "interference_above_chance",
     "interference_of_bases",
@@ -43,9 +42,10 @@ __all__ = [
     "leading_triplets",
     "merge_factored",
     "noise_rank",
+    "nonzero_support",
     "polar",
     "sparsity_rank",
-    "touched",
+    "subspace_iteration",
     "truncated_svd",
     "tsv_merge",
     "tsv_merge_bytes",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceError, NonFiniteError, RTsvmError
+from ..errors import ConvergenceError, NonFiniteError, RtsvmError
 
 _LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -53,7 +53,7 @@ def near_one(matrix: Tensor) -> tuple[Tensor, int]:
     return matrix.double() * 2.0**-power, power
 
 
-def _failed(matrix: Tensor, what: str, error: Exception) -> RTsvmError:
+def _failed(matrix: Tensor, what: str, error: Exception) -> RtsvmError:
     if not bool(torch.isfinite(matrix).all()):
         return NonFiniteError(f"a {tuple(matrix.shape)} matrix holds NaN or infinity: it has no {what}")
     return ConvergenceError(f"the {what} of a {tuple(matrix.shape)} matrix did not converge: {error}")

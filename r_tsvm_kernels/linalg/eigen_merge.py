@@ -11,11 +11,11 @@ from torch import Tensor
 from ..errors import ConvergenceError
 from .interference import interference_of_gram
 from .inverse_root import PROBES, root_of_factor, root_of_gram, root_of_gram_float32
+from .leading_right_vectors import ROUTES, RightVectors
 from .merge_accuracy import Side, WeightedCores, merge_certificate
-from .right_vectors import ROUTES, RightVectors
-from .side_by_side import side_by_side
+from .on_device import gaussian
+from .parallel import run_concurrently
 from .tall_matrix import TallMatrix, add_gram
-from .transfer import gaussian
 
 # From this size on bases of float32 tasks are whitened by float32 eigenvectors, if the estimated error is at most this
 # share of the tolerance. Below it float64 costs next to nothing.
@@ -67,7 +67,7 @@ class EigenMerge:
         self.interference = (interference_of_gram(left_gram, ranks), interference_of_gram(right_gram, ranks))
         scales = [weight / matrix.scale for weight, matrix in zip(weights, matrices, strict=True)]
         cores = WeightedCores([R * lengths[block] for R, block in zip(self.factors, self.blocks, strict=True)], scales)
-        (left, left_failed), (right, right_failed) = side_by_side(
+        (left, left_failed), (right, right_failed) = run_concurrently(
             [
                 partial(self._root, left_gram, cores, False, lambda: self._left_factor(lengths)),
                 partial(self._root, right_gram, cores, True, lambda: torch.linalg.qr(V, mode="r").R),

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..errors import ConvergenceError
 from .decompositions import eigh
+from .on_device import gaussian
 from .orthonormal import cholesky_whitened
 from .rounding import BACKWARD_ERROR, root_errors
 from .tall_matrix import TallMatrix
-from .transfer import gaussian
 
 # Below this share of the largest eigenvalue the eigenvectors of a float32 Gram matrix are too wrong for corrections to
 # be worth while.

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..errors import ConvergenceError
 from .decompositions import eigh, svd
+from .on_device import gaussian
 from .orthonormal import cholesky_whitened
 from .rounding import BACKWARD_ERROR
 from .tall_matrix import add_gram
-from .transfer import gaussian
 
 # Relative to the largest singular value. Concatenated bases of real fine-tunes have condition numbers up to a few
 # thousand; float64 noise lies at 1e-15; nothing meaningful was seen in between.

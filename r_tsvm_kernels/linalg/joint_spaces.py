@@ -15,10 +15,10 @@ from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import frobenius_norm, svd
 from .eigenspaces import MEASURED, PROBES
 from .factored import Factored, check_factored
+from .on_device import gaussian
 from .orthonormal import orthogonality, thin_qr
 from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import truncated_svd
-from .transfer import gaussian
 
 
 @dataclass(frozen=True)

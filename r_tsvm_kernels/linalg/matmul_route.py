@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .arithmetic import Precision, arithmetic, padded
 from .near_cut import Step, below_filter, near_cut
+from .number_formats import Precision, arithmetic, padded
+from .on_device import gaussian
 from .orthonormal import cholesky_qr, orthogonality
 from .purification import compress, leading_eigenspaces
-from .transfer import gaussian
 
 # What becomes of rounding errors, measured: see benchmarks/spectral_accuracy.py. The polar factors multiply those of
 # the bases. Those of the Gram matrix count most where the boundary lies in a flat part of the spectrum.

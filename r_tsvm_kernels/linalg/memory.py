@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .merging import Solver
 from .tall_matrix import WORKSPACE
-from .tsv_merge import Solver
 
 
 def tsv_merge_bytes(

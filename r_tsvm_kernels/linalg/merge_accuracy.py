@@ -15,8 +15,8 @@ from .certificate import CANCELLED, Certificate
 from .decompositions import frobenius_norm
 from .interference import interference_of_gram
 from .inverse_root import PROBES, InverseRoot, root_of_factor, root_of_gram
+from .on_device import gaussian
 from .rounding import BACKWARD_ERROR, Cut
-from .transfer import gaussian
 
 # Columns of bases up to which the SVD of a triangular factor costs nothing.
 SMALL = 256

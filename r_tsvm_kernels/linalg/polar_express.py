@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ConfigError
-from .arithmetic import Arithmetic, Operand, Precision, arithmetic, padded
 from .cuda_graph import replayed
+from .number_formats import Arithmetic, Operand, Precision, arithmetic, padded
 from .orthonormal import orthogonality
 
 # A polynomial that is best on all of [l, 1] maps much of it to near 0 when l is small, and rounding errors grow there.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arithmetic import Precision, arithmetic
 from .matmul_route import LARGEST_RATIO, TOLERANCE, MatmulSubspaces, extremes, matmul_subspaces, unit_columns
+from .number_formats import Precision, arithmetic
 from .polar_express import polar_express
 from .turning import Turning, measure, understood
 

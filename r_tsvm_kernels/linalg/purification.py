@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..ops import SymmetricProduct
-from .arithmetic import Arithmetic, Operand, Precision, arithmetic, padded
 from .cuda_graph import replayed
+from .number_formats import Arithmetic, Operand, Precision, arithmetic, padded
+from .on_device import gaussian, to_device
 from .orthonormal import cholesky_qr
-from .transfer import gaussian, to_device
 
 OVERSAMPLING = 0.2
 # Caps that only spectra without a gap at the wanted rank reach, at the precision of a format. With rounding errors of

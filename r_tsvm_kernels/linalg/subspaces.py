@@ -13,11 +13,11 @@ from ..errors import ShapeError
 from .arguments import finite, given_matrices, given_ranks
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
+from .leading_right_vectors import right_vectors
 from .orthonormal import orthogonality
+from .parallel import run_concurrently
 from .ranks import Rank
-from .right_vectors import right_vectors
 from .rounding import Cut
-from .side_by_side import side_by_side
 from .tall_matrix import TallMatrix
 
 
@@ -117,7 +117,7 @@ def leading_subspaces(
     jobs = [
         partial(_subspaces, matrix, rank, mode, tolerance, routes) for matrix, rank in zip(given, numbers, strict=True)
     ]
-    return side_by_side(jobs, max(map(_short, given), default=0), given[0].device) if jobs else []
+    return run_concurrently(jobs, max(map(_short, given), default=0), given[0].device) if jobs else []
 
 
 def truncated_svd(

@@ -22,7 +22,7 @@ class InMemoryAdapter(Adapter):
         name: of the adapter, for messages.
 
     Raises:
-        CheckpointError, AdapterRefused: as for a folder.
+        CheckpointError, AdapterRefusedError: as for a folder.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str = "adapter") -> None:

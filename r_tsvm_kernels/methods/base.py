@@ -171,7 +171,7 @@ Run = Callable[[Tensor, Sequence[Any], Any], MergeResult]
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorJob:
     """One tensor to be merged, as far as its header and the recipe tell.
 
     Attributes:
@@ -212,7 +212,7 @@ def task_matrices(base: Tensor, tuned: Sequence[Tensor | Factored]) -> tuple[lis
     return [x if isinstance(x, Factored) else x.to(dtype) - base.to(dtype) for x in tuned], dtype
 
 
-def factored_cost(job: Job, ranks: Sequence[int]) -> Cost:
+def factored_cost(job: TensorJob, ranks: Sequence[int]) -> Cost:
     """Return what a merge of factored task matrices with these inner dimensions takes, the merged matrix in the end."""
     (m, n), inner = job.shape, float(sum(ranks))
     # Of KnOTS, which needs most: a matrix of that many rows for each task, four times.
@@ -226,7 +226,7 @@ def always(options: Any) -> bool:
     return True
 
 
-def elementwise_cost(job: Job, options: Any) -> Cost:
+def elementwise_cost(job: TensorJob, options: Any) -> Cost:
     """Return what a weighted sum of task vectors takes: the reference in torch stores what the kernels do not."""
     copies = 7 * job.itemsize + 1 if dispatch.by_reference(job.device_type, "elect_and_sum") else job.itemsize
     return Cost(copies * job.elements, (3.0 * job.tasks + 2) * job.elements)
@@ -269,7 +269,7 @@ class Method:
     tasks: int | None = None
     factored: Callable[[Any], bool] = lambda options: False
     aliases: tuple[str, ...] = ()
-    cost: Callable[[Job, Any], Cost] = elementwise_cost
+    cost: Callable[[TensorJob, Any], Cost] = elementwise_cost
 
 
 METHODS: dict[str, Method] = {}

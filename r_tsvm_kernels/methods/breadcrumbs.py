@@ -9,9 +9,9 @@ from fractions import Fraction
 from pydantic import Field
 from torch import Tensor
 
-from ..ops import Keep, kept_count
+from ..ops import Sparsifier, kept_count
 from .base import MergeResult, PerModel, register
-from .sparse import Share, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
+from .sparsify import Share, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
 
 
 class BreadcrumbsParameters(SparseParameters):
@@ -20,7 +20,7 @@ class BreadcrumbsParameters(SparseParameters):
     gamma: PerModel[Share] = Field(default=(0.01,), description="fraction of the largest magnitudes that is dropped")
 
 
-def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> list[Keep]:
+def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> list[Sparsifier]:
     """Drop the ``floor(gamma * n)`` largest magnitudes, keep the next ``ceil(density * n)``.
 
     Where both do not fit, density counts: fewer of the largest are dropped.

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import Certificate, Factored, core_space, touched, truncated_svd
+from ..linalg import Certificate, Factored, core_space, nonzero_support, truncated_svd
 from ..ops import add_update
-from .base import Cost, Job, MergeResult, TensorReport, always, register, task_matrices
-from .inner import InnerParameters, merge_parts, part_norms
+from .base import Cost, MergeResult, TensorJob, TensorReport, always, register, task_matrices
+from .common_basis import InnerParameters, merge_parts, part_norms
 from .iso_c import IsoCParameters, iso_c
 
 
@@ -26,7 +26,7 @@ class CoreSpaceParameters(InnerParameters):
     isotropize: bool = Field(default=False, description="make all singular values of the merged core equal")
 
 
-def core_space_cost(job: Job, options: CoreSpaceParameters) -> Cost:
+def core_space_cost(job: TensorJob, options: CoreSpaceParameters) -> Cost:
     """Return what `core_space` takes for task matrices that are not factored: their SVDs, and bases of full rank."""
     (m, n), T = job.shape, job.tasks
     short, long = min(m, n), max(m, n)
@@ -57,7 +57,7 @@ def core_space_merge(base: Tensor, tuned: Sequence[Any], options: CoreSpaceParam
         total = _merged(list(tuned), options, report)
     else:
         dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
-        rows, columns = touched(dense)
+        rows, columns = nonzero_support(dense)
         total = torch.zeros_like(base, dtype=torch.float64)
         factors = [_factored(matrix[rows[:, None], columns], options, report) for matrix in dense]
         total[rows[:, None], columns] = _merged(factors, options, report)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..ops import Keep
+from ..ops import Sparsifier
 from .base import MergeResult, register
-from .sparse import RandomParameters, merge_kept, sparse_cost
+from .sparsify import RandomParameters, merge_kept, sparse_cost
 
 
-def dare_masks(options: RandomParameters) -> list[Keep]:
+def dare_masks(options: RandomParameters) -> list[Sparsifier]:
     """Keep each element with probability `density`, and multiply it by ``1 / density``: the mean stays what it was."""
     return [
-        Keep(probability=density, rescale=1 / density if options.rescale and density else 1.0,
+        Sparsifier(probability=density, rescale=1 / density if options.rescale and density else 1.0,
              seed=options.seed, stream=task)
         for task, density in enumerate(options.density)
     ]  # fmt: skip

@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import dispatch
-from ..ops import Election, Keep, RankedKeep, della_probabilities, magnitude_ranks, ranked_mask
-from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, PerModel, register
-from .sparse import RandomParameters, merge_kept, sparse_cost
+from ..ops import Election, RankedSparsifier, Sparsifier, della_probabilities, magnitude_ranks, ranked_mask
+from .base import Cost, FiniteFloat, MergeResult, MethodParameters, PerModel, TensorJob, register
+from .sparsify import RandomParameters, merge_kept, sparse_cost
 
 
 class DellaLinearParameters(RandomParameters):
@@ -34,23 +34,23 @@ class DellaParameters(DellaLinearParameters):
     normalize: bool = Field(default=True, description="divide by the weights of those that have the elected sign")
 
 
-def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> list[Keep]:
+def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> list[Sparsifier]:
     """MAGPRUNE: in each row the probability of being kept rises linearly with the rank of the magnitude."""
     keep = []
     for task, (tensor, density, epsilon) in enumerate(zip(tuned, options.density, options.epsilon, strict=True)):
         if not 0 < density < 1:
-            keep.append(Keep(probability=density))
+            keep.append(Sparsifier(probability=density))
             continue
         probabilities = della_probabilities(base.shape[-1], density, epsilon)
         if options.rescale:
-            ranked = RankedKeep(magnitude_ranks(tensor, base=base), probabilities)
-            keep.append(Keep(ranked=ranked, seed=options.seed, stream=task))
+            ranked = RankedSparsifier(magnitude_ranks(tensor, base=base), probabilities)
+            keep.append(Sparsifier(ranked=ranked, seed=options.seed, stream=task))
         else:
-            keep.append(Keep(mask=ranked_mask(tensor, probabilities, options.seed, task, base=base)))
+            keep.append(Sparsifier(mask=ranked_mask(tensor, probabilities, options.seed, task, base=base)))
     return keep
 
 
-def della_cost(job: Job, options: DellaLinearParameters) -> Cost:
+def della_cost(job: TensorJob, options: DellaLinearParameters) -> Cost:
     """Return what DELLA takes: besides all else the ranks of every task."""
     common = sparse_cost(job, options)
     sorting = 80 if dispatch.by_reference(job.device_type, "magnitude_ranks", "ranked_mask") else 1

@@ -15,7 +15,7 @@ from ..linalg.decompositions import frobenius_norm, svd
 from ..linalg.inverse_root import RANK_TOLERANCE
 from ..linalg.rounding import EPS
 from ..ops import accumulation_dtype, add_update
-from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, timed
+from .base import Cost, FiniteFloat, MergeResult, MethodParameters, TensorJob, TensorReport, always, register, timed
 
 # Singular values that count as zero are left out of the mean if their sum is at most this share of the tolerance.
 LOST = 0.01
@@ -31,7 +31,7 @@ class IsoCParameters(MethodParameters):
     )
 
 
-def iso_c_cost(job: Job, options: IsoCParameters) -> Cost:
+def iso_c_cost(job: TensorJob, options: IsoCParameters) -> Cost:
     """Return what `iso_c` takes: the sum in float64, and its polar factor."""
     short, elements = min(job.shape), job.elements
     flops = (2.0 * job.tasks + 4.0 * short) * elements + 9.0 * short**3

@@ -14,10 +14,10 @@ from ..errors import ConvergenceError
 from ..linalg import BACKWARD_ERROR, Certificate, Cut, Mode, truncated_svd
 from ..linalg.certificate import tolerance_of
 from ..linalg.decompositions import frobenius_norm, svd
+from ..linalg.leading_right_vectors import ROUTES
 from ..linalg.merge_accuracy import PolarPair, WeightedCores, polar_pair
-from ..linalg.right_vectors import ROUTES
 from ..ops import accumulation_dtype, add_update
-from .base import Cost, Job, MergeResult, TensorReport, register, timed
+from .base import Cost, MergeResult, TensorJob, TensorReport, register, timed
 from .iso_c import IsoCParameters, sum_of_tasks
 
 
@@ -27,7 +27,7 @@ class IsoCtsParameters(IsoCParameters):
     common_space_fraction: float = Field(default=0.8, ge=0, le=1, description="share of the common subspace")
 
 
-def iso_cts_cost(job: Job, options: IsoCtsParameters) -> Cost:
+def iso_cts_cost(job: TensorJob, options: IsoCtsParameters) -> Cost:
     """Return what `iso_cts` takes: the leading subspaces of the sum and of each task, and two polar factors."""
     short, elements = min(job.shape), job.elements
     flops = (job.tasks + 1) * (6.0 * short * elements + 9.0 * short**3)

@@ -11,12 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import BACKWARD_ERROR, Certificate, Factored, JointSvd, joint_svd, touched
+from ..linalg import BACKWARD_ERROR, Certificate, Factored, JointSvd, joint_svd, nonzero_support
 from ..linalg.decompositions import frobenius_norm
 from ..linalg.eigenspaces import MEASURED, PROBES
 from ..ops import add_update
-from .base import Cost, Job, MergeResult, TensorReport, always, register, task_matrices
-from .inner import InnerParameters, merge_parts, part_norms
+from .base import Cost, MergeResult, TensorJob, TensorReport, always, register, task_matrices
+from .common_basis import InnerParameters, merge_parts, part_norms
 
 
 class KnotsParameters(InnerParameters):
@@ -27,7 +27,7 @@ class KnotsParameters(InnerParameters):
     )
 
 
-def knots_cost(job: Job, options: KnotsParameters) -> Cost:
+def knots_cost(job: TensorJob, options: KnotsParameters) -> Cost:
     """Return what `knots` takes: all task matrices side by side, and their singular vectors."""
     (m, n), T = job.shape, job.tasks
     short = min(m, T * n)
@@ -60,7 +60,7 @@ def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> Merge
         total = found.U @ merged
     else:
         dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
-        rows, columns = touched(dense)
+        rows, columns = nonzero_support(dense)
         found = joint_svd([matrix[rows[:, None], columns] for matrix in dense], options.mode)
         total = torch.zeros_like(base, dtype=torch.float64)
         merged = merge_parts(found.parts, options.inner_method, options).weight

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops import accumulation_dtype, add_update, elect_and_sum, normalized
-from .base import Cost, Job, MergeResult, MethodParameters, TensorReport, register
-from .geometry import cosines, geometric_cost, gram_matrix, row_grams
+from .base import Cost, MergeResult, MethodParameters, TensorJob, TensorReport, register
+from .gram import cosines, geometric_cost, gram_matrix, row_grams
 
 
 class ModelStockParameters(MethodParameters):
@@ -33,7 +33,7 @@ def interpolation_ratio(gram: Tensor) -> Tensor:
     return tasks * cosine / (1 + (tasks - 1) * cosine)
 
 
-def model_stock_cost(job: Job, options: ModelStockParameters) -> Cost:
+def model_stock_cost(job: TensorJob, options: ModelStockParameters) -> Cost:
     """Return what `model_stock` takes; the sum by rows stores the update."""
     whole = geometric_cost(job, options)
     return Cost(whole.bytes + 6 * job.itemsize * job.elements, whole.flops) if options.filter_wise else whole

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import elect_and_sum, normalized
 from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
-from .geometry import cosines, geometric_cost, gram_matrix
+from .gram import cosines, geometric_cost, gram_matrix
 
 
 class MultiSlerpParameters(MethodParameters):

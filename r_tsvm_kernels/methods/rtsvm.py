@@ -18,8 +18,8 @@ from ..ops import (
     reweight_prune,
     task_statistics,
 )
-from .base import Cost, FiniteFloat, Job, MergeResult, PerModel, TensorReport, register, timed
-from .geometry import checked
+from .base import Cost, FiniteFloat, MergeResult, PerModel, TensorJob, TensorReport, register, timed
+from .gram import checked
 from .tsvm import TsvmParameters, merge_and_report, spectral_cost
 
 
@@ -43,7 +43,7 @@ class RtsvmParameters(TsvmParameters):
     rank_energy: float = Field(default=0.95, gt=0, le=1, description="eta: energy kept by the energy rule")
 
 
-def rtsvm_cost(job: Job, options: RtsvmParameters) -> Cost:
+def rtsvm_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
     """Return what `rtsvm` takes: first statistics and pruning of one task after the other, then TSV-Merge."""
     statistics = (3 * job.itemsize + 28) * job.elements
     pruning = ((job.tasks + 5) * job.itemsize + 2) * job.elements
@@ -51,7 +51,7 @@ def rtsvm_cost(job: Job, options: RtsvmParameters) -> Cost:
     return Cost(max(statistics, pruning, merging.bytes), merging.flops + 40.0 * job.tasks * job.elements)
 
 
-def _largest_ranks(job: Job, options: RtsvmParameters) -> list[int]:
+def _largest_ranks(job: TensorJob, options: RtsvmParameters) -> list[int]:
     """Return upper bounds of the ranks: what pruning drops is small, whatever the values."""
     shape = (job.shape[0], job.shape[1])
     bounds = []

@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import dispatch
-from ..ops import Keep, elect_and_sum, kept_count, magnitude_select, task_gram, task_spread
-from .base import Cost, Job, MergeResult, MethodParameters, TensorReport, register
-from .geometry import checked, gram_bytes
-from .sparse import Share
+from ..ops import Sparsifier, elect_and_sum, kept_count, magnitude_select, task_gram, task_spread
+from .base import Cost, MergeResult, MethodParameters, TensorJob, TensorReport, register
+from .gram import checked, gram_bytes
+from .sparsify import Share
 
 
 class SceParameters(MethodParameters):
@@ -21,7 +21,7 @@ class SceParameters(MethodParameters):
     int8_mask: bool = Field(default=False, description="accepted in recipes; changes nothing, masks are not stored")
 
 
-def sce_cost(job: Job, options: SceParameters) -> Cost:
+def sce_cost(job: TensorJob, options: SceParameters) -> Cost:
     """Return what `sce` takes: variances in float64 and their selection, then the election."""
     per_element = 48 + 4 * job.itemsize
     if dispatch.by_reference(job.device_type, "elect_and_sum", "magnitude_select", "task_spread", "task_gram"):
@@ -66,5 +66,5 @@ def squared_norms(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None
 
 def add_erased_mean(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None, weights: Sequence[float]) -> Tensor:
     """Add the weighted mean of the selected elements that have the sign of their sum over the tasks."""
-    keep = [Keep(mask=selected)] * len(tuned)
+    keep = [Sparsifier(mask=selected)] * len(tuned)
     return elect_and_sum(base, tuned, weights, elect="unweighted", normalize=True, keep=keep)

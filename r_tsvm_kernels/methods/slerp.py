@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..ops import elect_and_sum
 from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
-from .geometry import cosines, geometric_cost, gram_matrix
+from .gram import cosines, geometric_cost, gram_matrix
 
 
 class SlerpParameters(MethodParameters):

@@ -10,11 +10,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import Certificate, Factored, Mode, Rank, leading_subspaces, leading_triplets, touched
+from ..linalg import Certificate, Factored, Mode, Rank, leading_subspaces, leading_triplets, nonzero_support
 from ..linalg.decompositions import frobenius_norm
-from ..linalg.right_vectors import EXACT
+from ..linalg.leading_right_vectors import EXACT
 from ..ops import add_update
-from .base import Cost, FiniteFloat, Job, MergeResult, MethodParameters, TensorReport, always, register, task_matrices
+from .base import (
+    Cost,
+    FiniteFloat,
+    MergeResult,
+    MethodParameters,
+    TensorJob,
+    TensorReport,
+    always,
+    register,
+    task_matrices,
+)
 
 # What the nuclear norm may add to the error, as a share of the tolerance, before all singular values are computed by an
 # SVD: the roots of thousands of eigenvalues that are zero but for rounding sum up.
@@ -32,7 +42,7 @@ class StarParameters(MethodParameters):
     )
 
 
-def star_cost(job: Job, options: StarParameters) -> Cost:
+def star_cost(job: TensorJob, options: StarParameters) -> Cost:
     """Return what `star` takes: the task matrices, and the leading subspaces of one after the other."""
     short, elements = min(job.shape), job.elements
     flops = job.tasks * (8.0 * short * elements + 9.0 * short**3)
@@ -105,7 +115,7 @@ def _add_factored(total: Tensor, matrix: Factored, rule: Rank, weight: float) ->
 def _add_dense(
     total: Tensor, matrix: Tensor, rule: Rank, weight: float, mode: Mode, routes: Sequence[str] | None
 ) -> _Part:
-    rows, columns = touched([matrix])
+    rows, columns = nonzero_support([matrix])
     core = matrix[rows[:, None], columns]
     (part,) = leading_subspaces([core], [rule], mode, routes=routes)
     if part.value_error > NUCLEAR_SHARE * part.certificate.tolerance:

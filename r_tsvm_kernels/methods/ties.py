@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .base import MergeResult, register
-from .sparse import SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
+from .sparsify import SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
 
 
 class TiesParameters(SparseParameters):

@@ -27,9 +27,9 @@ from ..sizes import parse_size
 from .base import (
     Cost,
     FiniteFloat,
-    Job,
     MergeResult,
     MethodParameters,
+    TensorJob,
     TensorReport,
     always,
     register,
@@ -56,7 +56,7 @@ class TsvmParameters(MethodParameters):
     )
 
 
-def spectral_cost(job: Job, options: TsvmParameters, ranks: Sequence[int]) -> Cost:
+def spectral_cost(job: TensorJob, options: TsvmParameters, ranks: Sequence[int]) -> Cost:
     """Return what TSV-Merge takes with its task matrices, at these ranks or smaller ones."""
     shape = (job.shape[0], job.shape[1])
     matrices = job.tasks * job.itemsize * job.elements
@@ -66,7 +66,7 @@ def spectral_cost(job: Job, options: TsvmParameters, ranks: Sequence[int]) -> Co
     return Cost(matrices + max(forming, solving, adding), tsv_merge_flops(shape, ranks))
 
 
-def tsvm_cost(job: Job, options: TsvmParameters) -> Cost:
+def tsvm_cost(job: TensorJob, options: TsvmParameters) -> Cost:
     """Return what `tsvm` takes."""
     return spectral_cost(job, options, [fixed_rank((job.shape[0], job.shape[1]), job.tasks)] * job.tasks)
 

@@ -3,9 +3,9 @@
 from ._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, tile_elements
 from ._planes import Planes, SymmetricProduct
 from .add_update import add_update
-from .elect_and_sum import Election, Keep, elect_and_sum, normalized
+from .elect_and_sum import Election, Sparsifier, elect_and_sum, normalized
 from .elect_and_sum.many import elect_and_sum_many
-from .elect_and_sum.ranked import RankedKeep, della_probabilities
+from .elect_and_sum.ranked import RankedSparsifier, della_probabilities
 from .gemm3 import gemm3
 from .magnitude_histogram import magnitude_histogram
 from .magnitude_ranks import magnitude_ranks
@@ -26,11 +26,11 @@ from .task_statistics import TaskStatistics, task_statistics
 __all__ = [
     "FLOAT_DTYPES",
     "Election",
-    "Keep",
     "MagnitudeSelection",
     "OutlierWeighting",
     "Planes",
-    "RankedKeep",
+    "RankedSparsifier",
+    "Sparsifier",
     "SymmetricProduct",
     "TaskStatistics",
     "accumulation_dtype",

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailableError
 from ._planes import Output, Planes, SymmetricProduct
 from ._triton import LAUNCH, device_of
 
@@ -49,14 +49,14 @@ def tile_of(tensor: Tensor) -> Tile:
     """Return the tile for the device of `tensor`; on the CPU that of the interpreter.
 
     Raises:
-        BackendUnavailable: the GPU is older than compute capability 8.0.
+        BackendUnavailableError: the GPU is older than compute capability 8.0.
     """
     if not tensor.is_cuda:
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(tensor.device)
     known = [key for key in TILES if key <= 10 * major + minor]
     if not known:
-        raise BackendUnavailable(
+        raise BackendUnavailableError(
             f"products on fp16 planes need a GPU of compute capability 8.0 or later, this is {major}.{minor}; "
             "use another precision"
         )

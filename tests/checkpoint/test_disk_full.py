@@ -12,14 +12,14 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import torch
-from r_tsvm_kernels import DiskFull
+from r_tsvm_kernels import DiskFullError
 from r_tsvm_kernels.checkpoint import ShardFile, ShardLayout, TensorSpec, writer
 
 folder = Path(sys.argv[1])
 small, large = (ShardLayout("s", {"a": TensorSpec(torch.uint8, (n,))}) for n in (500_000, 3_000_000))
 try:
     ShardFile.create(folder / "large", large)
-except DiskFull as error:
+except DiskFullError as error:
     print(json.dumps([str(error), os.listdir(folder)]))
 with ShardFile.create(folder / "small", small) as shard:
     shard.write("a", torch.ones(500_000, dtype=torch.uint8))
@@ -29,7 +29,7 @@ writer._reserve = os.ftruncate
 with ShardFile.create(folder / "large", large) as shard:
     try:
         shard.write("a", torch.ones(3_000_000, dtype=torch.uint8))
-    except DiskFull as error:
+    except DiskFullError as error:
         print(json.dumps([str(error), sorted(os.listdir(folder))]))
 """
 
@@ -39,14 +39,14 @@ NO_MORE_FILES = """
 import sys
 from pathlib import Path
 import torch
-from r_tsvm_kernels import DiskFull
+from r_tsvm_kernels import DiskFullError
 from r_tsvm_kernels.checkpoint import ShardFile, ShardLayout, TensorSpec
 
 layout = ShardLayout("s", {"a": TensorSpec(torch.uint8, (8,))})
 try:
     for number in range(20):
         ShardFile.create(Path(sys.argv[1]) / str(number), layout)
-except DiskFull as error:
+except DiskFullError as error:
     print(error)
 """
 

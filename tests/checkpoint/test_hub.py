@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import family, save, state_dict
 
-from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, PickleRefused
+from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, PickleRefusedError
 from r_tsvm_kernels.checkpoint import hub, make_plan
 from r_tsvm_kernels.checkpoint.modules import find_modules
 
@@ -131,7 +131,7 @@ def test_modules_are_fetched(repository):
     (served / "modules.json").write_text(json.dumps(modules))
     folder = hub.resolve("org/name")
     assert set().union(*fetched) == wanted
-    with pytest.raises(PickleRefused, match=r"2_\[x\]Dense: only pickled weights"):
+    with pytest.raises(PickleRefusedError, match=r"2_\[x\]Dense: only pickled weights"):
         find_modules(folder, allow_pickle=False)
 
 

@@ -11,7 +11,7 @@ from checkpoints import state_dict
 from compare import same_bits
 from safetensors.torch import save_file
 
-from r_tsvm_kernels import CheckpointError, InputChanged, PickleRefused
+from r_tsvm_kernels import CheckpointError, InputChangedError, PickleRefusedError
 from r_tsvm_kernels.checkpoint import Checkpoint
 
 
@@ -34,7 +34,7 @@ def save_pickled(folder, tensors, shards=1):
 def test_refused_unless_allowed(tmp_path, shards):
     folder = save_pickled(tmp_path / "m", state_dict(0), shards)
     for path in (folder, min(folder.glob("*.bin"))):
-        with pytest.raises(PickleRefused, match=r"Convert it to safetensors.*--allow-pickle"):
+        with pytest.raises(PickleRefusedError, match=r"Convert it to safetensors.*--allow-pickle"):
             Checkpoint(path)
 
 
@@ -66,7 +66,7 @@ def test_travels_without_its_values(tmp_path):
     assert len(sent) < 10_000
     assert same_bits(pickle.loads(sent).load("a"), tensors["a"])
     torch.save({"a": torch.zeros(100_000)}, tmp_path / "m" / "pytorch_model.bin")
-    with pytest.raises(InputChanged, match="pytorch_model"):
+    with pytest.raises(InputChangedError, match="pytorch_model"):
         pickle.loads(sent).load("a")
 
 
@@ -107,7 +107,7 @@ class Attack:
 
 def test_code_is_not_run(tmp_path):
     folder = save_pickled(tmp_path / "m", {"a": torch.ones(2), "b": Attack(tmp_path / "owned")})
-    with pytest.raises(PickleRefused, match="holds more than tensors, whose code is not run"):
+    with pytest.raises(PickleRefusedError, match="holds more than tensors, whose code is not run"):
         Checkpoint(folder, allow_pickle=True)
     assert not (tmp_path / "owned").exists()
 
@@ -159,5 +159,5 @@ def test_a_pickle_that_changes_is_not_touched(tmp_path):
     checkpoint = Checkpoint(folder, allow_pickle=True)
     os.truncate(folder / "pytorch_model.bin", 100)
     for check in (checkpoint.check_unchanged, lambda: checkpoint.load("a")):
-        with pytest.raises(InputChanged, match=r"pytorch_model\.bin"):
+        with pytest.raises(InputChangedError, match=r"pytorch_model\.bin"):
             check()

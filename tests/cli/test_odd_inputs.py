@@ -8,7 +8,7 @@ import socket
 import pytest
 from checkpoints import digest, family
 
-from r_tsvm_kernels import CheckpointError, InputChanged
+from r_tsvm_kernels import CheckpointError, InputChangedError
 from r_tsvm_kernels.checkpoint import Checkpoint
 from r_tsvm_kernels.cli import main
 
@@ -173,5 +173,5 @@ def test_an_input_that_is_replaced_by_a_pipe(tmp_path, made):
     put("pipe", tmp_path / "base" / "model.safetensors")
     with pytest.raises(CheckpointError, match="a pipe, not a regular file"):
         checkpoint.load("model.norm.weight")
-    with pytest.raises(InputChanged):
+    with pytest.raises(InputChangedError):
         checkpoint.check_unchanged()

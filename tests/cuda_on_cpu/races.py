@@ -23,7 +23,7 @@ from compare import same_bits
 from variants import DTYPES
 
 from r_tsvm_kernels.ops import (
-    Keep,
+    Sparsifier,
     add_update,
     elect_and_sum,
     kept_count,
@@ -77,7 +77,7 @@ def cases() -> Iterator[tuple[str, Callable[[], bool]]]:
         base = torch.randn(2100).to(dtype)
         tuned = [(base + torch.randint(-3, 4, (2100,)) / 8).to(dtype) for _ in range(2)]  # ties
         deltas = [t.double() - base.double() for t in tuned]
-        keep = [Keep(largest=magnitude_select(delta, kept_count(0.4, 2100), backend="torch")) for delta in deltas]
+        keep = [Sparsifier(largest=magnitude_select(delta, kept_count(0.4, 2100), backend="torch")) for delta in deltas]
         summary = task_statistics(base, tuned)
         yield f"task_statistics {name}", lambda b=base, t=tuned: statistics(b, t)
         yield f"add_update {name}", lambda b=base, t=tuned: same(add_update, b, t[0], 0.3)

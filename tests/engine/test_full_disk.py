@@ -15,7 +15,7 @@ from r_tsvm_kernels import MergeConfig, merge_checkpoints
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from r_tsvm_kernels import DiskFull, MergeConfig, merge_checkpoints
+from r_tsvm_kernels import DiskFullError, MergeConfig, merge_checkpoints
 from r_tsvm_kernels.engine import job
 
 job.COMMIT_SECONDS = 0.0
@@ -35,7 +35,7 @@ def fill(state):
 def attempt(key, **options):
     try:
         facts[key] = merge_checkpoints(config, disk / "out", threads=1, **options).resumed
-    except DiskFull as error:
+    except DiskFullError as error:
         facts[key] = str(error)
     facts[key + "_left"] = sorted(os.listdir(disk))
 

@@ -12,14 +12,14 @@ from merging import tasks_of
 from safetensors.torch import load_file, save_file
 
 from r_tsvm_kernels import (
-    BackendUnavailable,
+    BackendUnavailableError,
     CheckpointError,
     ConfigError,
     DeviceError,
     MemoryBudgetError,
     MergeConfig,
     NonFiniteError,
-    OutputExists,
+    OutputExistsError,
     merge_checkpoints,
     merge_state_dicts,
     use_backend,
@@ -191,7 +191,7 @@ def test_forced_backends_hold_in_the_threads_that_merge(tmp_path):
             merge_checkpoints(config_for(paths, "linear"), tmp_path / name)
         journals.append(read_journal(tmp_path / name / "merge_journal.jsonl")[0]["kernels"]["elect_and_sum"])
     assert journals[1] == "torch"
-    with use_backend(elect_and_sum="triton"), pytest.raises(BackendUnavailable):
+    with use_backend(elect_and_sum="triton"), pytest.raises(BackendUnavailableError):
         merge_checkpoints(config_for(paths, "linear"), tmp_path / "out")
 
 
@@ -254,12 +254,12 @@ def test_an_output_in_use(tmp_path):
     paths, _, _ = family(tmp_path / "in")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    fails(tmp_path, config_for(paths), OutputExists, "already in use")
-    fails(tmp_path, config_for(paths), OutputExists, "already in use", out="out/thesis.txt")
+    fails(tmp_path, config_for(paths), OutputExistsError, "already in use")
+    fails(tmp_path, config_for(paths), OutputExistsError, "already in use", out="out/thesis.txt")
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    fails(tmp_path, config_for(paths), OutputExists, "already in use", out="link")
+    fails(tmp_path, config_for(paths), OutputExistsError, "already in use", out="link")
     (tmp_path / "dir.safetensors").mkdir()
-    fails(tmp_path, config_for(paths), OutputExists, "a folder", out="dir.safetensors")
+    fails(tmp_path, config_for(paths), OutputExistsError, "a folder", out="dir.safetensors")
 
 
 def test_an_output_that_cannot_be_made(tmp_path):

@@ -10,7 +10,14 @@ from checkpoints import digest, family
 from safetensors.torch import load_file, save_file
 from test_report_files import stop_after
 
-from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, PickleRefused, QuantisedRefused, merge_checkpoints
+from r_tsvm_kernels import (
+    CheckpointError,
+    ConfigError,
+    MergeConfig,
+    PickleRefusedError,
+    QuantisedRefusedError,
+    merge_checkpoints,
+)
 from r_tsvm_kernels.checkpoint import Checkpoint, make_plan
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.engine import extract_lora, verify_output
@@ -140,7 +147,7 @@ def test_the_dtype_is_recorded_where_it_was(tmp_path):
 def test_pickled_modules(tmp_path):
     files = [sentence_model(seed, dense="2_Dense/pytorch_model.bin") for seed in range(2)]
     paths = [write(tmp_path / str(i), content) for i, content in enumerate(files)]
-    with pytest.raises(PickleRefused, match="0/2_Dense: only pickled weights"):
+    with pytest.raises(PickleRefusedError, match="0/2_Dense: only pickled weights"):
         merge_checkpoints(config_for(*paths), tmp_path / "out")
     merge_checkpoints(config_for(*paths), tmp_path / "out", allow_pickle=True)
     assert_weights(tmp_path / "out", expected([sentence_model(seed) for seed in range(2)]))
@@ -291,7 +298,7 @@ def test_a_plain_model_has_one_module(tmp_path):
 
 def test_a_quantised_module(tmp_path):
     files = sentence_model(0) | {"2_Dense/config.json": '{"quantization_config": {"quant_method": "x"}}'}
-    with pytest.raises(QuantisedRefused, match=r"model/2_Dense: .* config\.json has quantization_config"):
+    with pytest.raises(QuantisedRefusedError, match=r"model/2_Dense: .* config\.json has quantization_config"):
         Checkpoint(write(tmp_path / "model", files))
 
 

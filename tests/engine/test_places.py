@@ -12,8 +12,8 @@ from r_tsvm_kernels import (
     ConfigError,
     JournalError,
     MergeConfig,
-    OutputExists,
-    OutputUnfinished,
+    OutputExistsError,
+    OutputUnfinishedError,
     merge_checkpoints,
     verify_output,
 )
@@ -77,7 +77,7 @@ def test_what_appears_during_a_merge_is_left_alone(tmp_path, monkeypatch, name, 
     with monkeypatch.context() as patch:
         # As late as can be: when the places were looked at for the last time.
         patch.setattr(output, "_sync", lambda path: place.exists() or place.write_text("theirs"))
-        with pytest.raises(OutputExists, match=r"taken during the merge.*--resume"):
+        with pytest.raises(OutputExistsError, match=r"taken during the merge.*--resume"):
             merge_checkpoints(config, out)
     assert names(tmp_path / "out") == [".o.safetensors.partial", place.name] and place.read_text() == "theirs"
     place.unlink()
@@ -131,7 +131,7 @@ def test_a_publication_that_is_killed_goes_on(tmp_path, monkeypatch, count):
         with pytest.raises(KeyboardInterrupt):
             merge_checkpoints(config, out)
     assert sum((tmp_path / f"o.{name}").exists() for name in BESIDE) == count
-    with pytest.raises(OutputUnfinished):
+    with pytest.raises(OutputUnfinishedError):
         merge_checkpoints(config, out)
     merge_checkpoints(config, out, resume=True)
     assert out.read_bytes() == whole.path.read_bytes() and verify_output(out).ok
@@ -154,7 +154,7 @@ def test_killed_or_stopped_when_all_is_published(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt, match=r"o\.safetensors is complete$"):
             merge_checkpoints(config, out)
     assert (tmp_path / ".o.safetensors.partial").exists() and verify_output(out).ok
-    with pytest.raises(OutputExists):
+    with pytest.raises(OutputExistsError):
         merge_checkpoints(config, out, resume=True)
     assert not (tmp_path / ".o.safetensors.partial").exists() and verify_output(out).ok
 
@@ -168,9 +168,9 @@ def test_a_stage_of_somebody_else_is_not_emptied(tmp_path, kind, restart):
     if kind == "folder":
         (stage / "thesis.tex").write_text("theirs")
     before = digest(tmp_path)
-    with pytest.raises(OutputUnfinished, match="holds no journal"):
+    with pytest.raises(OutputUnfinishedError, match="holds no journal"):
         merge_checkpoints(config_for(paths), tmp_path / "out", restart=restart)
-    with pytest.raises(OutputUnfinished, match="holds no journal"):
+    with pytest.raises(OutputUnfinishedError, match="holds no journal"):
         extract_lora(str(paths[0]), str(paths[1]), tmp_path / "out")
     assert digest(tmp_path) == before
 
@@ -195,12 +195,12 @@ def test_what_a_command_without_a_journal_left_is_emptied(tmp_path):
         ("n" * 235 + ".safetensors", ConfigError, "File name too long"),
         ("a\0b", ConfigError, "null byte"),
         ("loop/out", ConfigError, "symbolic links"),
-        ("loop", OutputExists, "already in use"),
-        ("dangling", OutputExists, "already in use"),
-        ("pipe", OutputExists, "already in use"),
-        ("pipe.safetensors", OutputExists, "already in use"),
-        ("/dev/null", OutputExists, "already in use"),
-        ("folder.safetensors", OutputExists, "a folder"),
+        ("loop", OutputExistsError, "already in use"),
+        ("dangling", OutputExistsError, "already in use"),
+        ("pipe", OutputExistsError, "already in use"),
+        ("pipe.safetensors", OutputExistsError, "already in use"),
+        ("/dev/null", OutputExistsError, "already in use"),
+        ("folder.safetensors", OutputExistsError, "a folder"),
         ("file/out", CheckpointError, "Not a directory|File exists"),
     ],
     ids=lambda value: ascii(value)[:30],
@@ -228,7 +228,7 @@ def test_a_lock_file_of_somebody_else_is_left_alone(tmp_path, make_lock):
     lock = tmp_path / ".out.partial.lock"
     make_lock(lock)
     before = names(tmp_path), lock.lstat()
-    with pytest.raises(OutputExists, match="not the lock of a merge"):
+    with pytest.raises(OutputExistsError, match="not the lock of a merge"):
         merge_checkpoints(config_for(paths), tmp_path / "out")
     assert (names(tmp_path), lock.lstat()) == before
     lock.unlink()

@@ -9,7 +9,7 @@ from checkpoints import digest, save
 from compare import same_bits
 from safetensors.torch import load_file, save_file
 
-from r_tsvm_kernels import MergeConfig, QuantisedRefused, merge_checkpoints
+from r_tsvm_kernels import MergeConfig, QuantisedRefusedError, merge_checkpoints
 from r_tsvm_kernels.checkpoint import Checkpoint
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.engine import extract_lora
@@ -56,7 +56,7 @@ def test_commands_refuse_quantised_models(tmp_path, capsys, tensors, command, ba
 def test_a_quantised_base_of_an_adapter(tmp_path):
     base = save(tmp_path / "base", FP8)
     adapter = save_adapter(tmp_path / "adapter", {"q": factors((8, 8), 2, 0)})
-    with pytest.raises(QuantisedRefused, match="base: the checkpoint is quantised"):
+    with pytest.raises(QuantisedRefusedError, match="base: the checkpoint is quantised"):
         merge_checkpoints(recipe(base, adapter), tmp_path / "out")
 
 
@@ -69,14 +69,14 @@ def test_files_of_quantisers(tmp_path, file):
     for folder in (unknown, floats := save(tmp_path / "floats", FLOATS)):
         (folder / file).write_text(json.dumps({"bits": 4}))
     Checkpoint(floats)  # left over from another model
-    with pytest.raises(QuantisedRefused, match=rf"{file} lies beside it, and q\.w4 is int32 of 8 x 8"):
+    with pytest.raises(QuantisedRefusedError, match=rf"{file} lies beside it, and q\.w4 is int32 of 8 x 8"):
         Checkpoint(unknown)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize("piece", [1, 16, 1 << 20])
 def test_tables_must_agree(tmp_path, monkeypatch, capsys, dtype, piece):
-    monkeypatch.setattr("r_tsvm_kernels.engine.work._PIECE_BYTES", piece)
+    monkeypatch.setattr("r_tsvm_kernels.engine.tiles._PIECE_BYTES", piece)
     table = torch.arange(42).reshape(7, 3, 2).remainder(2).to(dtype)
     other = table.clone()
     other[-1, -1, -1] = 0
@@ -84,9 +84,9 @@ def test_tables_must_agree(tmp_path, monkeypatch, capsys, dtype, piece):
     merge_checkpoints(recipe(base, same, base), tmp_path / "fine")
     assert same_bits(load_file(tmp_path / "fine" / "model.safetensors")["table"], table)
     before = digest(tmp_path)
-    with pytest.raises(QuantisedRefused, match=f"table of {differs}: .*7 x 3 x 2, differs from the base's"):
+    with pytest.raises(QuantisedRefusedError, match=f"table of {differs}: .*7 x 3 x 2, differs from the base's"):
         merge_checkpoints(recipe(base, same, differs), tmp_path / "out")
-    with pytest.raises(QuantisedRefused, match=f"table of {differs}"):
+    with pytest.raises(QuantisedRefusedError, match=f"table of {differs}"):
         extract_lora(str(base), str(differs), tmp_path / "out")
     assert main(["inspect", "--base", str(base), "--model", str(differs)]) == 2
     assert f"table of {differs}" in capsys.readouterr().err
@@ -100,7 +100,7 @@ def test_an_excluded_table_stays_the_base_s(tmp_path):
     assert same_bits(load_file(tmp_path / "out" / "model.safetensors")["table"], table)
     packed = table.to(torch.uint8)
     base, _, differs = table_models(tmp_path / "packed", packed, packed + 1)
-    with pytest.raises(QuantisedRefused, match="table of"):
+    with pytest.raises(QuantisedRefusedError, match="table of"):
         merge_checkpoints(recipe(base, differs, exclude=["table"]), tmp_path / "out2")
 
 
@@ -126,7 +126,7 @@ def test_formats_without_a_dtype_of_torch(tmp_path, dtype):
     header = json.dumps({"q.weight_scale": {"dtype": dtype, "shape": [1, 16], "data_offsets": [0, 16]}}).encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
-    with pytest.raises(QuantisedRefused, match=rf"q\.weight_scale has dtype {dtype}, of quantised weights; dequantise"):
+    with pytest.raises(QuantisedRefusedError, match=rf"q\.weight_scale has dtype {dtype}, of quantised weights"):
         Checkpoint(file)
 
 
@@ -135,7 +135,7 @@ def test_a_mask_that_is_of_floats_in_the_base_alone(tmp_path):
     mask = torch.ones(1, 1, 8, 8).tril()
     base, _, model = table_models(tmp_path, mask, mask.bool())
     with pytest.raises(
-        QuantisedRefused, match=r"other: table is torch\.bool, where the base has torch\.float32.*exclude"
+        QuantisedRefusedError, match=r"other: table is torch\.bool, where the base has torch\.float32.*exclude"
     ):
         merge_checkpoints(recipe(base, model), tmp_path / "out")
     merge_checkpoints(recipe(base, model, exclude=["table"]), tmp_path / "out")

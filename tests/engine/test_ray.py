@@ -23,7 +23,7 @@ from test_modules import sentence_model, write
 from r_tsvm_kernels import ConfigError, DeviceError, MemoryBudgetError, MergeConfig, NonFiniteError, merge_checkpoints
 from r_tsvm_kernels.engine import ray_engine, run
 from r_tsvm_kernels.engine.verify import verify_output
-from r_tsvm_kernels.errors import BackendUnavailable, ClusterError
+from r_tsvm_kernels.errors import BackendUnavailableError, ClusterError
 
 try:
     import ray
@@ -284,7 +284,7 @@ class TestInProcess:
 def test_ray_is_not_installed(tmp_path, monkeypatch):
     paths, _, _ = family(tmp_path / "in")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(BackendUnavailable, match=r"r-tsvm-kernels\[ray\]"):
+    with pytest.raises(BackendUnavailableError, match=r"r-tsvm-kernels\[ray\]"):
         merge_checkpoints(config_for(paths), tmp_path / "out", engine="ray")
 
 

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from r_tsvm_kernels import (
     CheckpointError,
     ConfigError,
-    InputChanged,
+    InputChangedError,
     JournalError,
     MergeConfig,
     NonFiniteError,
-    OutputBusy,
-    OutputExists,
-    OutputUnfinished,
-    ResumeRefused,
+    OutputBusyError,
+    OutputExistsError,
+    OutputUnfinishedError,
+    ResumeRefusedError,
     merge_checkpoints,
     verify_output,
 )
@@ -178,7 +178,7 @@ def test_a_second_merge_waits_outside(tmp_path):
 
     def meanwhile(state):
         for options in ({}, {"resume": True}, {"restart": True}):
-            with pytest.raises(OutputBusy, match="another merge into this output is running"):
+            with pytest.raises(OutputBusyError, match="another merge into this output is running"):
                 merge_checkpoints(config_for(paths), tmp_path / "out", **options)
         seen.append(state)
 
@@ -223,14 +223,14 @@ def test_an_interrupt_in_the_callback_stops_the_merge(tmp_path):
 def test_resume_without_anything_to_resume_just_merges(tmp_path):
     paths, _, _ = family(tmp_path / "in")
     assert merge_checkpoints(config_for(paths), tmp_path / "out", resume=True).resumed == 0
-    with pytest.raises(OutputExists):
+    with pytest.raises(OutputExistsError):
         merge_checkpoints(config_for(paths), tmp_path / "out", resume=True)
 
 
 def test_what_a_stopped_merge_left_is_not_touched_unasked(tmp_path):
     config = stopped(tmp_path)
     before = digest(tmp_path)
-    with pytest.raises(OutputUnfinished, match=r"--resume .* continues it, --restart .* starts over"):
+    with pytest.raises(OutputUnfinishedError, match=r"--resume .* continues it, --restart .* starts over"):
         merge_checkpoints(config, tmp_path / "out", shard_size=3000)
     assert digest(tmp_path) == before
     assert merge_checkpoints(config, tmp_path / "out", restart=True).resumed == 0
@@ -265,7 +265,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "first.txt").write_text("the other merge was faster")
 
-    with pytest.raises(OutputExists, match="10 of 10 tensors are finished"):
+    with pytest.raises(OutputExistsError, match="10 of 10 tensors are finished"):
         merge_checkpoints(config_for(paths), tmp_path / "out", progress=meanwhile)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["first.txt"]
     (tmp_path / "out" / "first.txt").unlink()
@@ -296,28 +296,28 @@ def flip(file, position=-1):
 def test_another_recipe_is_refused(tmp_path, change, message):
     config = stopped(tmp_path)
     before = digest(tmp_path)
-    with pytest.raises(ResumeRefused, match=message):
+    with pytest.raises(ResumeRefusedError, match=message):
         merge_checkpoints(change(config), tmp_path / "out", resume=True, shard_size=3000)
     assert digest(tmp_path) == before
 
 
 def test_another_layout_is_refused(tmp_path):
     config = stopped(tmp_path)
-    with pytest.raises(ResumeRefused, match=r"shards: model.* was .*, is"):
+    with pytest.raises(ResumeRefusedError, match=r"shards: model.* was .*, is"):
         merge_checkpoints(config, tmp_path / "out", resume=True, shard_size=5000)
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
     config = stopped(tmp_path)
     monkeypatch.setattr("r_tsvm_kernels.engine.fingerprint.__version__", "99")
-    with pytest.raises(ResumeRefused, match=r"versions: r_tsvm_kernels was 0\.\d+\.\d+, is 99"):
+    with pytest.raises(ResumeRefusedError, match=r"versions: r_tsvm_kernels was 0\.\d+\.\d+, is 99"):
         merge_checkpoints(config, tmp_path / "out", resume=True, shard_size=3000)
 
 
 def test_a_byte_flipped_before_the_resumption_is_noticed(tmp_path):
     config = stopped(tmp_path)
     flip(tmp_path / "in" / "base" / "model.safetensors")
-    with pytest.raises(ResumeRefused, match=r"the input .*base/model\.safetensors changed"):
+    with pytest.raises(ResumeRefusedError, match=r"the input .*base/model\.safetensors changed"):
         merge_checkpoints(config, tmp_path / "out", resume=True, shard_size=3000)
 
 
@@ -336,7 +336,9 @@ def test_an_input_that_changes_during_the_merge_is_noticed(tmp_path, damage):
             damage(paths[1] / "model.safetensors")
 
     # A file that is gone cannot even be read, unless all of it was read already.
-    error, message = (CheckpointError, "") if damage is Path.unlink else (InputChanged, "changed since the merge was")
+    error, message = (
+        (CheckpointError, "") if damage is Path.unlink else (InputChangedError, "changed since the merge was")
+    )
     with pytest.raises(error, match=rf"expert0/model\.safetensors: {message}"):
         merge_checkpoints(config_for(paths), tmp_path / "out", progress=progress)
     assert not (tmp_path / "out").exists()

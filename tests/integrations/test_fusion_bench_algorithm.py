@@ -15,7 +15,7 @@ from torch import nn
 
 from r_tsvm_kernels import MergeConfig, merge_state_dicts
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.errors import CheckpointError, ConfigError, QuantisedRefused
+from r_tsvm_kernels.errors import CheckpointError, ConfigError, QuantisedRefusedError
 from r_tsvm_kernels.integrations import fusion_bench as integration
 from r_tsvm_kernels.methods import METHODS
 
@@ -93,13 +93,13 @@ def test_quantised_models_and_other_tables_are_refused(networks):
     merged = integration.MergeAlgorithm("task_arithmetic").run(networks)
     assert torch.equal(merged.table, torch.arange(6).reshape(2, 3))
     networks["b"].table[1, 2] = 0
-    with pytest.raises(QuantisedRefused, match=r"table of b: int64 of 2 x 3, differs from the base's"):
+    with pytest.raises(QuantisedRefusedError, match=r"table of b: int64 of 2 x 3, differs from the base's"):
         integration.MergeAlgorithm("task_arithmetic").run(networks)
     for model in networks.values():
         model.register_buffer("table", torch.ones(2, 3, dtype=torch.int8))
         model.register_buffer("table_scale", torch.ones(2, 1))
     with pytest.raises(
-        QuantisedRefused, match=r"the pretrained model: .* table is int8 of 2 x 3, and table_scale belongs"
+        QuantisedRefusedError, match=r"the pretrained model: .* table is int8 of 2 x 3, and table_scale belongs"
     ):
         integration.MergeAlgorithm("task_arithmetic").run(networks)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from r_tsvm_kernels import ConfigError
-from r_tsvm_kernels.errors import AdapterRefused
+from r_tsvm_kernels.errors import AdapterRefusedError
 from r_tsvm_kernels.integrations import peft as integration
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: run make test-integrations")
@@ -190,7 +190,7 @@ def test_adapters_that_are_more_than_factors_are_refused(setting, combination, p
     own = {place: {setting: REFUSED[setting]}}
     model = adapted(own, names, dict.fromkeys(names, 4), target_modules=["first"])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(AdapterRefused, match=f"adapter {place}: {setting} is"):
+    with pytest.raises(AdapterRefusedError, match=f"adapter {place}: {setting} is"):
         model.add_weighted_adapter(names, [1.0, 1.0], "new", combination_type=combination, density=0.5)
     after = model.state_dict()
     assert "new" not in model.peft_config and before.keys() == after.keys()

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.errors import ConfigError
 from r_tsvm_kernels.linalg import cuda_graph, purification, use_cuda_graphs
-from r_tsvm_kernels.linalg.arithmetic import arithmetic
 from r_tsvm_kernels.linalg.cuda_graph import Graphs, map_tensors, tensors_in
+from r_tsvm_kernels.linalg.number_formats import arithmetic
 from r_tsvm_kernels.linalg.polar_express import coefficients, compose
 from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge
 

@@ -5,7 +5,13 @@ import torch
 from adapters import SHAPES, dense_updates, factors, random_adapter, save_adapter
 from compare import relative_error
 
-from r_tsvm_kernels.errors import AdapterRefused, CheckpointError, InputChanged, NonFiniteError, PickleRefused
+from r_tsvm_kernels.errors import (
+    AdapterRefusedError,
+    CheckpointError,
+    InputChangedError,
+    NonFiniteError,
+    PickleRefusedError,
+)
 from r_tsvm_kernels.linalg import Factored
 from r_tsvm_kernels.lora import Adapter, AdapterWriter
 
@@ -103,7 +109,7 @@ def test_what_does_not_fit_the_dtype_is_refused(tmp_path):
     ids=str,
 )
 def test_refused_settings(tmp_path, setting, error):
-    with pytest.raises(AdapterRefused, match=error):
+    with pytest.raises(AdapterRefusedError, match=error):
         Adapter(random_adapter(tmp_path / "a", 0, **setting))
 
 
@@ -134,11 +140,11 @@ def test_other_damage(tmp_path):
     with pytest.raises(CheckpointError, match="says 5"):
         Adapter(random_adapter(tmp_path / "a", 0, r=5))
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
-    with pytest.raises(PickleRefused, match="save it again"):
+    with pytest.raises(PickleRefusedError, match="save it again"):
         Adapter(tmp_path / "a")
     with pytest.raises(CheckpointError, match="no adapter_config"):
         Adapter(tmp_path)
-    with pytest.raises(AdapterRefused, match="expected"):
+    with pytest.raises(AdapterRefusedError, match="expected"):
         Adapter(save_adapter(tmp_path / "conv", {"q": (torch.zeros(2, 3, 1, 1), torch.zeros(4, 2, 1, 1))}))
     A, B = factors((8, 6), 2, 0)
     A[0, 0] = torch.nan
@@ -146,5 +152,5 @@ def test_other_damage(tmp_path):
     with pytest.raises(NonFiniteError, match="nan: q"):
         broken.load("q")
     (tmp_path / "nan" / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(InputChanged):
+    with pytest.raises(InputChangedError):
         broken.check_unchanged()

@@ -8,7 +8,7 @@ from checkpoints import save
 
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.engine import extract_lora
-from r_tsvm_kernels.errors import CheckpointError, ConfigError, NonFiniteError, OutputExists, OutputUnfinished
+from r_tsvm_kernels.errors import CheckpointError, ConfigError, NonFiniteError, OutputExistsError, OutputUnfinishedError
 
 SHAPES = {
     "model.embed_tokens.weight": (50, 16),
@@ -153,12 +153,12 @@ def test_nothing_is_left_behind_by_a_failure(models):
         extract(folder, energy=2.0)
     with pytest.raises(ConfigError, match="is a folder"):
         extract_lora(str(folder / "base"), str(folder / "tuned"), folder / "out.safetensors")
-    with pytest.raises(OutputExists):
+    with pytest.raises(OutputExistsError):
         extract_lora(str(folder / "base"), str(folder / "tuned"), folder / "base")
     assert sorted(folder.iterdir()) == before
     (folder / ".out.partial").mkdir()
     (folder / ".out.partial" / "merge_journal.jsonl").touch()
-    with pytest.raises(OutputUnfinished):
+    with pytest.raises(OutputUnfinishedError):
         extract(folder)
     assert (folder / ".out.partial" / "merge_journal.jsonl").exists()
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.engine import merge_lora, resize_lora
 from r_tsvm_kernels.errors import (
-    AdapterRefused,
+    AdapterRefusedError,
     CheckpointError,
     ConfigError,
-    InputChanged,
+    InputChangedError,
     NonFiniteError,
     ShapeError,
 )
@@ -147,7 +147,7 @@ def test_weights_of_the_base_beside_an_embedding_are_kept(tmp_path):
     with pytest.raises(CheckpointError, match="not that of"):
         merge_lora(paths, tmp_path / "out2")
     del modules["embed"]
-    with pytest.raises(AdapterRefused, match="embed is replaced, not adapted"):
+    with pytest.raises(AdapterRefusedError, match="embed is replaced, not adapted"):
         Adapter(save_adapter(tmp_path / "d", modules, tensors=stored))
 
 
@@ -176,7 +176,7 @@ def test_an_adapter_that_changes_meanwhile(tmp_path):
         if state.tensors_done == state.tensors_total:
             (source / "adapter_model.safetensors").touch()
 
-    with pytest.raises(InputChanged):
+    with pytest.raises(InputChangedError):
         resize_lora(str(source), tmp_path / "out", rank=2, progress=disturb)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

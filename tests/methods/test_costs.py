@@ -15,7 +15,7 @@ from r_tsvm_kernels import MergeConfig, backends, use_backend
 from r_tsvm_kernels.checkpoint import make_plan
 from r_tsvm_kernels.dispatch import ORDER, chosen
 from r_tsvm_kernels.engine.schedule import schedule
-from r_tsvm_kernels.methods import METHODS, Job
+from r_tsvm_kernels.methods import METHODS, TensorJob
 
 TASKS = 3
 SLACK = 2 << 20  # threads, caches of libraries
@@ -48,7 +48,7 @@ from memory import peak_of
 from merging import group, tasks_of
 from r_tsvm_kernels import MergeConfig
 from r_tsvm_kernels.dispatch import use_backend
-from r_tsvm_kernels.methods import Job, get_method
+from r_tsvm_kernels.methods import TensorJob, get_method
 
 found = {}
 use = use_backend(**json.loads(sys.argv[3]))
@@ -59,7 +59,7 @@ for name, options in json.loads(sys.argv[1]).items():
     method.run(*group((64, 48), tasks, torch.bfloat16), parameters)
     base, tuned = group((2048, 640), tasks, torch.bfloat16)
     _, peak = peak_of(lambda: method.run(base, tuned, parameters))
-    found[name] = peak, method.cost(Job(tuple(base.shape), tasks, 4), parameters).bytes
+    found[name] = peak, method.cost(TensorJob(tuple(base.shape), tasks, 4), parameters).bytes
 print(json.dumps(found))
 """
 
@@ -82,7 +82,7 @@ def test_memory_stays_below_what_is_declared(choice, methods):
 def test_the_plan_follows_the_backend_that_is_forced(method):
     """Where a kernel stores less than the reference, forcing the reference raises what is declared; and no more."""
     options = MergeConfig(method).options(tasks_of(method, TASKS))
-    job = Job((2048, 640), tasks_of(method, TASKS), 4)
+    job = TensorJob((2048, 640), tasks_of(method, TASKS), 4)
     automatic = METHODS[method].cost(job, options).bytes
     with use_backend("torch"):
         reference = METHODS[method].cost(job, options).bytes
@@ -110,5 +110,5 @@ def test_a_plan_of_a_checkpoint_follows_the_backend_that_is_forced(tmp_path):
 def test_operations_are_counted(method):
     tasks = tasks_of(method, TASKS)
     options = MergeConfig(merge_method=method).options(tasks)
-    small, large = (METHODS[method].cost(Job((rows, 64), tasks, 4), options) for rows in (64, 128))
+    small, large = (METHODS[method].cost(TensorJob((rows, 64), tasks, 4), options) for rows in (64, 128))
     assert 0 < small.flops < large.flops and 0 < small.bytes <= large.bytes

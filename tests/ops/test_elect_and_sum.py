@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from test_task_statistics import LAYOUTS, available
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DeviceError, DTypeError, ShapeError
+from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DeviceError, DTypeError, ShapeError
 from r_tsvm_kernels.ops import (
-    Keep,
     MagnitudeSelection,
-    RankedKeep,
+    RankedSparsifier,
+    Sparsifier,
     accumulation_dtype,
     elect_and_sum,
     kept_count,
@@ -48,7 +48,7 @@ def whole_numbers(*shape, tasks=3):
 
 
 def sparsifiers(base, tuned, kind, density=0.4, gamma=0.1):
-    """One `Keep` per task; "mixture" has all kinds at once."""
+    """One `Sparsifier` per task; "mixture" has all kinds at once."""
     dtype = accumulation_dtype(base, *tuned)
     rules = []
     for task, t in enumerate(tuned):
@@ -58,12 +58,12 @@ def sparsifiers(base, tuned, kind, density=0.4, gamma=0.1):
             return magnitude_select(delta, kept_count(fraction, delta.numel()), backend="torch")
 
         choices = {
-            "all": Keep(),
-            "ties": Keep(largest=top(density)),
-            "breadcrumbs": Keep(largest=top(density + gamma), outliers=top(gamma)),
-            "dare": Keep(probability=density, seed=7, stream=task, rescale=1 / density),
-            "mask": Keep(mask=random_mask(delta.shape, density, 5, task, device=delta.device), rescale=-1.5),
-            "everything": Keep(
+            "all": Sparsifier(),
+            "ties": Sparsifier(largest=top(density)),
+            "breadcrumbs": Sparsifier(largest=top(density + gamma), outliers=top(gamma)),
+            "dare": Sparsifier(probability=density, seed=7, stream=task, rescale=1 / density),
+            "mask": Sparsifier(mask=random_mask(delta.shape, density, 5, task, device=delta.device), rescale=-1.5),
+            "everything": Sparsifier(
                 largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3,
                 mask=random_mask(delta.shape, 0.8, 6, task, device=delta.device),
             ),
@@ -190,7 +190,7 @@ def test_the_first_ties_go_by_index(backend, ties, field):
     tuned[::2] = -0.5
     tuned[-1] = 3.0
     got = elect_and_sum(
-        base, [tuned], [1.0], keep=[Keep(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})],
+        base, [tuned], [1.0], keep=[Sparsifier(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})],
         backend=backend,
     )  # fmt: skip
     selected = torch.arange(70_001) < ties
@@ -290,7 +290,7 @@ def test_base_comes_back_bit_for_bit(backend, elect, normalize):
         got = elect_and_sum(base, tuned, WEIGHTS[: len(tuned)], elect=elect, normalize=normalize, backend=backend)
         assert same_bits(got.half(), base)
     changed = [base + 1, base - 1]
-    nothing = [Keep(probability=0.0), Keep(largest=magnitude_select(changed[1].float() - base.float(), 0))]
+    nothing = [Sparsifier(probability=0.0), Sparsifier(largest=magnitude_select(changed[1].float() - base.float(), 0))]
     got = elect_and_sum(base, changed, [1.0, 1.0], elect=elect, normalize=normalize, keep=nothing, backend=backend)
     assert same_bits(got.half(), base)
     got = elect_and_sum(base, changed, [1.0, 1.0], elect=elect, normalize=normalize, alpha=0.0, backend=backend)
@@ -332,7 +332,7 @@ def test_nan_and_infinity_reach_the_result(backend, elect, normalize):
 @every_backend
 def test_dare_keeps_the_mean(backend):
     base, tuned = torch.zeros(500, 400), [torch.ones(500, 400), -torch.ones(500, 400)]
-    keep = [Keep(probability=0.1, seed=3, stream=task, rescale=10.0) for task in range(2)]
+    keep = [Sparsifier(probability=0.1, seed=3, stream=task, rescale=10.0) for task in range(2)]
     got = elect_and_sum(base, tuned, [1.0, 1.0], keep=keep, backend=backend)
     assert set(got.unique().tolist()) == {-10.0, 0.0, 10.0}
     for value, share in [(10.0, 0.09), (-10.0, 0.09), (0.0, 0.82)]:
@@ -366,19 +366,19 @@ def test_what_it_refuses(backend):
     with pytest.raises(ConfigError, match="weights: 2 tasks but 3 numbers"):
         merge(weights=[1.0] * 3)
     with pytest.raises(ConfigError, match="2 tasks but 1 sparsifiers"):
-        merge(keep=[Keep()])
+        merge(keep=[Sparsifier()])
     for mask, error in ((base.T > 0, ShapeError), ((base > 0).to("meta"), DeviceError), (base, DTypeError)):
         with pytest.raises(error, match="mask of task 1"):
-            merge(keep=[Keep(), Keep(mask=mask)])
-    ranked = RankedKeep(magnitude_ranks(base), torch.ones(5, dtype=torch.float64))
+            merge(keep=[Sparsifier(), Sparsifier(mask=mask)])
+    ranked = RankedSparsifier(magnitude_ranks(base), torch.ones(5, dtype=torch.float64))
     with pytest.raises(ConfigError, match="task 1 is selected by ranks"):
-        merge(keep=[Keep(), Keep(ranked=ranked)], elect="unweighted")
+        merge(keep=[Sparsifier(), Sparsifier(ranked=ranked)], elect="unweighted")
     with pytest.raises(ConfigError, match="sum to 0"):
         merge(weights=[1.0, -1.0], normalize=True)
     for options in ({"weights": [1.0, math.nan]}, {"alpha": math.inf}):
         with pytest.raises(ConfigError, match="finite"):
             merge(**options)
-    with pytest.raises(BackendUnavailable, match="elect_and_sum"):
+    with pytest.raises(BackendUnavailableError, match="elect_and_sum"):
         merge(backend="abacus")
 
 
@@ -387,7 +387,7 @@ def test_what_it_refuses(backend):
 )
 def test_sparsifiers_that_are_refused(fields):
     with pytest.raises(ConfigError, match="elect_and_sum"):
-        Keep(**fields)
+        Sparsifier(**fields)
 
 
 @native_backend

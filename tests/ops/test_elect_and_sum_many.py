@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, available, layout_names
 
-from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, ShapeError
+from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DTypeError, ShapeError
 from r_tsvm_kernels.ops import elect_and_sum, elect_and_sum_many
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
@@ -63,5 +63,5 @@ def test_what_it_refuses():
         elect_and_sum_many([(x, [x]), (x, [x, x])], [1.0])
     with pytest.raises(ConfigError, match="none, sum, count, unweighted"):
         elect_and_sum_many([(x, [x])], [1.0], elect="total")
-    with pytest.raises(BackendUnavailable, match="elect_and_sum"):
+    with pytest.raises(BackendUnavailableError, match="elect_and_sum"):
         elect_and_sum_many([(x, [x])], [1.0], backend="abacus")

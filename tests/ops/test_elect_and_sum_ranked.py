@@ -11,8 +11,8 @@ from variants import DTYPES, LAYOUTS, available, layout_names, torch_threads
 
 from r_tsvm_kernels.errors import ConfigError, DeviceError, DTypeError, ShapeError
 from r_tsvm_kernels.ops import (
-    Keep,
-    RankedKeep,
+    RankedSparsifier,
+    Sparsifier,
     accumulation_dtype,
     della_probabilities,
     elect_and_sum,
@@ -29,7 +29,9 @@ every_election = pytest.mark.parametrize("elect", ["none", "sum", "count"])
 def ranked(base, tuned, probabilities, divide=True, **options):
     """One sparsifier per task."""
     return [
-        Keep(ranked=RankedKeep(magnitude_ranks(t, base=base), probabilities, divide), stream=task, **options)
+        Sparsifier(
+            ranked=RankedSparsifier(magnitude_ranks(t, base=base), probabilities, divide), stream=task, **options
+        )
         for task, t in enumerate(tuned)
     ]
 
@@ -80,13 +82,15 @@ def test_same_bits_as_the_reference(backend, shape, dtypes, layouts, elect, norm
     keep = ranked(base, tuned, probabilities, rescale, seed=seed)
     if kind == "selected too":
         selection = magnitude_select(tuned[0], math.prod(shape) // 2, base=base, backend="torch")
-        keep[0] = Keep(largest=selection, outliers=selection if seed % 2 else None, ranked=keep[0].ranked, seed=seed)
+        keep[0] = Sparsifier(
+            largest=selection, outliers=selection if seed % 2 else None, ranked=keep[0].ranked, seed=seed
+        )
     if kind == "one task of two":
-        keep[::2] = [Keep(probability=0.3, seed=seed, rescale=2.0)] * len(keep[::2])
+        keep[::2] = [Sparsifier(probability=0.3, seed=seed, rescale=2.0)] * len(keep[::2])
     base, *tuned = (LAYOUTS[how](t) for how, t in zip(layouts, (base, *tuned), strict=False))
     if keep[-1].ranked is not None:
         ranks = LAYOUTS[layouts[-1]](keep[-1].ranked.ranks)
-        keep[-1] = Keep(ranked=RankedKeep(ranks, probabilities, rescale), seed=seed)
+        keep[-1] = Sparsifier(ranked=RankedSparsifier(ranks, probabilities, rescale), seed=seed)
     weights = [0.75, -0.25, 1.5][: len(tuned)]
     options = {"elect": elect, "normalize": normalize and elect != "none", "alpha": 0.3, "keep": keep}
     got, expected = (elect_and_sum(base, tuned, weights, backend=name, **options) for name in (backend, "torch"))
@@ -111,7 +115,7 @@ def test_same_bits_for_any_number_of_threads(backend, elect, dtype):
 def test_the_same_probability_for_every_rank_is_dare(backend, dtype):
     base, tuned = group((40, 30), (dtype,) * 3)
     p = torch.full((30,), 0.25, dtype=torch.float64)
-    dare = [Keep(probability=0.25, rescale=4.0, seed=9, stream=task) for task in range(2)]
+    dare = [Sparsifier(probability=0.25, rescale=4.0, seed=9, stream=task) for task in range(2)]
     got = elect_and_sum(base, tuned, [1.0, 3.0], keep=ranked(base, tuned, p, seed=9), backend=backend)
     assert same_bits(got, elect_and_sum(base, tuned, [1.0, 3.0], keep=dare, backend=backend))
 
@@ -144,7 +148,7 @@ def test_dropped_infinity_and_nan_disappear_and_surviving_ones_do_not(backend):
     ranks = torch.arange(4, dtype=torch.int32).expand(2, 4)
     for survivor in range(4):
         p = (torch.arange(4) == survivor).double()
-        got = elect_and_sum(base, tuned, [1.0], keep=[Keep(ranked=RankedKeep(ranks, p))], backend=backend)
+        got = elect_and_sum(base, tuned, [1.0], keep=[Sparsifier(ranked=RankedSparsifier(ranks, p))], backend=backend)
         assert torch.equal(got.nan_to_num(7.0, 8.0), torch.where(p.bool(), tuned[0], 0.0).nan_to_num(7.0, 8.0))
 
 
@@ -191,30 +195,30 @@ def test_della_probabilities_that_are_refused(cols, density, epsilon):
 def test_what_is_refused():
     ranks, p = torch.zeros(2, 3, dtype=torch.int32), torch.full((3,), 0.5, dtype=torch.float64)
     with pytest.raises(DTypeError, match="int32"):
-        RankedKeep(ranks.long(), p)
+        RankedSparsifier(ranks.long(), p)
     with pytest.raises(DTypeError, match="float64"):
-        RankedKeep(ranks, p.float())
+        RankedSparsifier(ranks, p.float())
     for wrong in (p[:2], p.view(1, 3)):
         with pytest.raises(ShapeError, match="one probability per column"):
-            RankedKeep(ranks, wrong)
+            RankedSparsifier(ranks, wrong)
     with pytest.raises(ShapeError):
-        RankedKeep(ranks[0, 0], p)
+        RankedSparsifier(ranks[0, 0], p)
     with pytest.raises(ConfigError, match="move them"):
-        RankedKeep(ranks, p.to("meta"))
+        RankedSparsifier(ranks, p.to("meta"))
     for wrong in (-0.1, 1.1, math.nan):
         with pytest.raises(ConfigError, match=r"in \[0, 1\]"):
-            RankedKeep(ranks, torch.tensor([0.5, wrong, 0.5], dtype=torch.float64))
+            RankedSparsifier(ranks, torch.tensor([0.5, wrong, 0.5], dtype=torch.float64))
     for wrong in (-1, 3):
         with pytest.raises(ConfigError, match="ranks must lie in"):
-            RankedKeep(torch.full_like(ranks, wrong), p)
+            RankedSparsifier(torch.full_like(ranks, wrong), p)
     with pytest.raises(ConfigError, match="probability must be 1"):
-        Keep(ranked=RankedKeep(ranks, p), probability=0.5)
+        Sparsifier(ranked=RankedSparsifier(ranks, p), probability=0.5)
     base = torch.zeros(3, 2)
     with pytest.raises(ShapeError, match="ranks of task 0"):
-        elect_and_sum(base, [base], [1.0], keep=[Keep(ranked=RankedKeep(ranks, p))])
+        elect_and_sum(base, [base], [1.0], keep=[Sparsifier(ranked=RankedSparsifier(ranks, p))])
     base = torch.zeros(2, 3, device="meta")
     with pytest.raises(DeviceError, match="ranks of task 0"):
-        elect_and_sum(base, [base], [1.0], keep=[Keep(ranked=RankedKeep(ranks, p))])
+        elect_and_sum(base, [base], [1.0], keep=[Sparsifier(ranked=RankedSparsifier(ranks, p))])
 
 
 def test_differences_are_ranked_as_they_are_merged():

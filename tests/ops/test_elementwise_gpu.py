@@ -6,8 +6,8 @@ from compare import relative_error, same_bits
 from test_random_mask import word
 
 from r_tsvm_kernels.ops import (
-    Keep,
-    RankedKeep,
+    RankedSparsifier,
+    Sparsifier,
     add_update,
     della_probabilities,
     elect_and_sum,
@@ -90,13 +90,15 @@ def test_merging(backend, shape, dtype, elect):
     base, tuned = group(shape, dtype)
     cols = shape[-1]
     rules = {
-        "all": [Keep()] * 3,
-        "mask": [Keep(mask=random_mask(shape, 0.3, seed=5, stream=t, device="cuda")) for t in range(3)],
-        "ties": [Keep(largest=magnitude_select(t, kept_count(0.3, t.numel()), base=base)) for t in tuned],
-        "dare": [Keep(probability=0.3, rescale=1 / 0.3, seed=7, stream=t) for t in range(3)],
+        "all": [Sparsifier()] * 3,
+        "mask": [Sparsifier(mask=random_mask(shape, 0.3, seed=5, stream=t, device="cuda")) for t in range(3)],
+        "ties": [Sparsifier(largest=magnitude_select(t, kept_count(0.3, t.numel()), base=base)) for t in tuned],
+        "dare": [Sparsifier(probability=0.3, rescale=1 / 0.3, seed=7, stream=t) for t in range(3)],
         "della": [
-            Keep(
-                seed=7, stream=t, ranked=RankedKeep(magnitude_ranks(x, base=base), della_probabilities(cols, 0.4, 0.2))
+            Sparsifier(
+                seed=7,
+                stream=t,
+                ranked=RankedSparsifier(magnitude_ranks(x, base=base), della_probabilities(cols, 0.4, 0.2)),
             )
             for t, x in enumerate(tuned)
         ],
@@ -148,7 +150,7 @@ def test_more_elements_than_a_32_bit_index_counts(backend):
     assert (float(selection.threshold), int(selection.ties)) == (2.0, 1)
     statistics = task_statistics(torch.zeros_like(x), [x], backend=backend)
     assert (int(statistics.zeros), float(statistics.max)) == (numel - 3, 3.0)
-    merged = elect_and_sum(torch.zeros_like(x), [x], [1.0], keep=[Keep(largest=selection)], backend=backend)
+    merged = elect_and_sum(torch.zeros_like(x), [x], [1.0], keep=[Sparsifier(largest=selection)], backend=backend)
     assert merged[-3:].tolist() == [0.0, -2.0, 3.0] and not merged[:-3].any()
 
 

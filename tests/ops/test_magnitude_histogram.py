@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, SHAPES, VALUES, available, layout_names, torch_threads
 
-from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, ShapeError
+from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DTypeError, ShapeError
 from r_tsvm_kernels.ops import accumulation_dtype, magnitude_histogram
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
@@ -136,5 +136,5 @@ def test_what_it_refuses():
         magnitude_histogram(x, 1, base=x.int())
     with pytest.raises(ShapeError):
         magnitude_histogram(x, 1, base=torch.ones(5))
-    with pytest.raises(BackendUnavailable, match="magnitude_histogram"):
+    with pytest.raises(BackendUnavailableError, match="magnitude_histogram"):
         magnitude_histogram(x, 1, backend="abacus")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, VALUES, available, layout_names, torch_threads
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.errors import BackendUnavailable, DTypeError, NonFiniteError, ShapeError
+from r_tsvm_kernels.errors import BackendUnavailableError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.ops import magnitude_ranks, magnitude_select
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
@@ -138,7 +138,7 @@ def test_what_it_refuses():
         magnitude_ranks(x, base=x.int())
     with pytest.raises(ShapeError):
         magnitude_ranks(x, base=torch.ones(2, 2))
-    with pytest.raises(BackendUnavailable, match="magnitude_ranks"):
+    with pytest.raises(BackendUnavailableError, match="magnitude_ranks"):
         magnitude_ranks(x, backend="abacus")
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, SHAPES, VALUES, available, layout_names, torch_threads
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, NonFiniteError, ShapeError
+from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.ops import MagnitudeSelection, kept_count, magnitude_select
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
@@ -176,7 +176,7 @@ def test_what_it_refuses():
         magnitude_select(x, 1, base=torch.ones(4, dtype=torch.int32))
     with pytest.raises(ShapeError):
         magnitude_select(x, 1, base=torch.ones(5))
-    with pytest.raises(BackendUnavailable, match="magnitude_select"):
+    with pytest.raises(BackendUnavailableError, match="magnitude_select"):
         magnitude_select(x, 1, backend="abacus")
 
 

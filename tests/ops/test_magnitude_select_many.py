@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, VALUES, available, layout_names
 
-from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, NonFiniteError, ShapeError
-from r_tsvm_kernels.ops import Keep, accumulation_dtype, elect_and_sum, magnitude_select, magnitude_select_many
+from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DTypeError, NonFiniteError, ShapeError
+from r_tsvm_kernels.ops import Sparsifier, accumulation_dtype, elect_and_sum, magnitude_select, magnitude_select_many
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 
@@ -85,7 +85,9 @@ def test_a_sparsifier_of_elect_and_sum(backend, keep):
     assert selections[0].threshold.dtype == torch.float64
     kept = 0
     for selection, (t, b) in zip(selections, pairs, strict=True):
-        merged = [elect_and_sum(b, [t], [1.0], keep=[Keep(largest=selection)], backend=run) for run in ("torch", None)]
+        merged = [
+            elect_and_sum(b, [t], [1.0], keep=[Sparsifier(largest=selection)], backend=run) for run in ("torch", None)
+        ]
         assert same_bits(*merged)
         assert torch.equal(merged[0] != 0, selection.mask(t))
         kept += int((merged[0] != 0).sum())
@@ -161,5 +163,5 @@ def test_what_it_refuses():
         magnitude_select_many(lambda: [torch.ones(3).double(), torch.ones(3, dtype=torch.int32)], 1)
     with pytest.raises(ShapeError):
         magnitude_select_many(lambda: [(torch.ones(3), torch.ones(4))], 1)
-    with pytest.raises(BackendUnavailable, match="magnitude_histogram"):
+    with pytest.raises(BackendUnavailableError, match="magnitude_histogram"):
         magnitude_select_many(lambda: [torch.ones(3)], 1, backend="abacus")

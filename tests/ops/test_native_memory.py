@@ -11,8 +11,8 @@ from variants import DTYPES, available
 
 from r_tsvm_kernels.errors import ConfigError
 from r_tsvm_kernels.ops import (
-    Keep,
-    RankedKeep,
+    RankedSparsifier,
+    Sparsifier,
     della_probabilities,
     elect_and_sum,
     magnitude_histogram,
@@ -52,7 +52,9 @@ def test_tensors_at_odd_addresses(backend, dtype):
     ranks = [magnitude_ranks(t, base=base) for t in (x, y)]
 
     def ranked(place):
-        return [Keep(ranked=RankedKeep(place(r), probabilities), seed=1, stream=t) for t, r in enumerate(ranks)]
+        return [
+            Sparsifier(ranked=RankedSparsifier(place(r), probabilities), seed=1, stream=t) for t, r in enumerate(ranks)
+        ]
 
     ops = {
         "statistics": lambda b, t, _: task_statistics(b, t, backend=backend).sd,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_task_statistics import available
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DeviceError
+from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DeviceError
 from r_tsvm_kernels.ops import random_mask
 from r_tsvm_kernels.ops.random_mask.reference import philox
 
@@ -122,5 +122,5 @@ def test_what_it_refuses():
             random_mask((4,), 0.5, 0, stream)
     with pytest.raises(DeviceError):
         random_mask((4,), 0.5, 0, device="meta")
-    with pytest.raises(BackendUnavailable, match="random_mask"):
+    with pytest.raises(BackendUnavailableError, match="random_mask"):
         random_mask((4,), 0.5, 0, backend="abacus")

@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, VALUES, available, layout_names, torch_threads
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, NonFiniteError, ShapeError
-from r_tsvm_kernels.ops import Keep, RankedKeep, della_probabilities, elect_and_sum, magnitude_ranks, ranked_mask
+from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DTypeError, NonFiniteError, ShapeError
+from r_tsvm_kernels.ops import (
+    RankedSparsifier,
+    Sparsifier,
+    della_probabilities,
+    elect_and_sum,
+    magnitude_ranks,
+    ranked_mask,
+)
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 native_backend = pytest.mark.parametrize("backend", available("cpu"))
@@ -73,10 +80,10 @@ def test_is_the_mask_of_ranked_keep(backend, dtype):
     base = torch.randn(31, 301).to(dtype)
     x = (base.double() + 0.01 * torch.randn(31, 301)).to(dtype)
     probabilities = della_probabilities(301, 0.3, 0.2)
-    ranked = RankedKeep(magnitude_ranks(x, base=base), probabilities, rescale=False)
+    ranked = RankedSparsifier(magnitude_ranks(x, base=base), probabilities, rescale=False)
     mask = ranked_mask(x, probabilities, 5, 1, base=base, backend=backend)
-    by_ranks = elect_and_sum(base, [x], [1.0], keep=[Keep(ranked=ranked, seed=5, stream=1)])
-    assert same_bits(elect_and_sum(base, [x], [1.0], keep=[Keep(mask=mask)]), by_ranks)
+    by_ranks = elect_and_sum(base, [x], [1.0], keep=[Sparsifier(ranked=ranked, seed=5, stream=1)])
+    assert same_bits(elect_and_sum(base, [x], [1.0], keep=[Sparsifier(mask=mask)]), by_ranks)
 
 
 @every_backend
@@ -137,7 +144,7 @@ def test_what_it_refuses():
         ranked_mask(x, p, 0, 2**32)
     with pytest.raises(ShapeError):
         ranked_mask(x, p, 0, base=torch.ones(4, 2))
-    with pytest.raises(BackendUnavailable, match="ranked_mask"):
+    with pytest.raises(BackendUnavailableError, match="ranked_mask"):
         ranked_mask(x, p, 0, backend="abacus")
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from variants import SHAPES, VALUES, available, torch_threads
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.errors import BackendUnavailable, ConfigError, DTypeError, NonFiniteError, ShapeError
+from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.ops import reweight_prune, reweight_prune_, task_statistics
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
@@ -150,7 +150,7 @@ def test_what_it_refuses():
         prune(x, weighting="squash")
     with pytest.raises(ConfigError, match="reweight_prune_: density: 1 tasks but 2 numbers"):
         prune(x, density=[0.1, 0.2])
-    with pytest.raises(BackendUnavailable, match="reweight_prune_inplace"):
+    with pytest.raises(BackendUnavailableError, match="reweight_prune_inplace"):
         prune(x, backend="abacus")
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, SHAPES, available, layout_names, torch_threads
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.errors import BackendUnavailable, DeviceError, DTypeError, ShapeError
+from r_tsvm_kernels.errors import BackendUnavailableError, DeviceError, DTypeError, ShapeError
 from r_tsvm_kernels.ops import task_gram
 from r_tsvm_kernels.ops._native import matrix
 
@@ -114,7 +114,7 @@ def test_what_it_refuses(backend):
         task_gram(tuned, base, mask=mask.T, backend=backend)
     with pytest.raises(DeviceError, match="the mask"):
         task_gram(tuned, base, mask=mask.to("meta"), backend=backend)
-    with pytest.raises(BackendUnavailable, match="task_gram"):
+    with pytest.raises(BackendUnavailableError, match="task_gram"):
         task_gram(tuned, backend="abacus")
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, SHAPES, available, layout_names, torch_threads
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.errors import BackendUnavailable, DeviceError, DTypeError, ShapeError
+from r_tsvm_kernels.errors import BackendUnavailableError, DeviceError, DTypeError, ShapeError
 from r_tsvm_kernels.ops import task_spread
 from r_tsvm_kernels.ops._native import matrix
 
@@ -85,7 +85,7 @@ def test_what_it_refuses(backend):
         task_spread(base, [tuned[0].int()], backend=backend)
     with pytest.raises(DeviceError):
         task_spread(base, [tuned[0].to("meta")], backend=backend)
-    with pytest.raises(BackendUnavailable, match="task_spread"):
+    with pytest.raises(BackendUnavailableError, match="task_spread"):
         task_spread(base, tuned, backend="abacus")
 
 

@@ -8,7 +8,7 @@ from compare import same_bits
 from interpreted import TINY, every_dtype, every_mix, interpreted, kernel, nasty, pair, small_blocks, some_counts
 
 from r_tsvm_kernels import dispatch
-from r_tsvm_kernels.errors import BackendUnavailable, NonFiniteError
+from r_tsvm_kernels.errors import BackendUnavailableError, NonFiniteError
 from r_tsvm_kernels.ops import add_update, magnitude_select, reweight_prune, reweight_prune_, task_statistics
 
 pytestmark = [*interpreted, pytest.mark.usefixtures(small_blocks.__name__)]
@@ -30,7 +30,7 @@ def test_by_name_it_runs():
             assert dispatch.select(op, torch.zeros(1), backend="triton").__module__.endswith(f"{op}.triton_kernel")
     with dispatch.use_backend(add_update="triton"):
         assert dispatch.select("add_update", torch.zeros(1)).__module__.endswith("triton_kernel")
-    with pytest.raises(BackendUnavailable):
+    with pytest.raises(BackendUnavailableError):
         dispatch.select("add_update", torch.zeros(1), backend="cuda")
 
 

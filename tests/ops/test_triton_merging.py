@@ -13,9 +13,9 @@ from test_task_gram import truth as exact_gram
 
 from r_tsvm_kernels.errors import NonFiniteError
 from r_tsvm_kernels.ops import (
-    Keep,
     MagnitudeSelection,
-    RankedKeep,
+    RankedSparsifier,
+    Sparsifier,
     della_probabilities,
     elect_and_sum,
     elect_and_sum_many,
@@ -168,7 +168,7 @@ def test_the_first_ties_go_by_index(field, threshold):
     base, tuned = torch.zeros(500), torch.full((500,), 0.5)
     tuned[::2] = -0.5
     for ties in (0, 1, 127, 128, 129, 500):
-        keep = [Keep(**{field: MagnitudeSelection(threshold, torch.tensor(ties))})]
+        keep = [Sparsifier(**{field: MagnitudeSelection(threshold, torch.tensor(ties))})]
         got = elect_and_sum(base, [tuned], [1.0], keep=keep, backend="triton")
         assert same_bits(got, torch.where((torch.arange(500) < ties) == (field == "largest"), tuned, 0))
 
@@ -176,7 +176,7 @@ def test_the_first_ties_go_by_index(field, threshold):
 def test_a_threshold_between_two_float32():
     tuned = torch.tensor([1.0, 1 + 2.0**-23, 1 + 2.0**-22])
     selection = MagnitudeSelection(torch.tensor(1 + 2.0**-24, dtype=torch.float64), torch.tensor(0))
-    for keep in (Keep(largest=selection), Keep(outliers=selection)):
+    for keep in (Sparsifier(largest=selection), Sparsifier(outliers=selection)):
         assert_merged(torch.zeros(3), [tuned], keep=[keep])
 
 
@@ -184,7 +184,7 @@ def test_a_threshold_between_two_float32():
 @normalized_or_not
 def test_base_comes_back_bit_for_bit(elect, normalize):
     base = torch.tensor([-0.0, 0.0, 1.0, -2.0, 5e-8], dtype=torch.float16).repeat(50)
-    for keep, alpha in ((None, 0.0), ([Keep(probability=0.0)] * 2, 1.0)):
+    for keep, alpha in ((None, 0.0), ([Sparsifier(probability=0.0)] * 2, 1.0)):
         options = {"elect": elect, "normalize": normalize, "alpha": alpha, "keep": keep, "backend": "triton"}
         assert same_bits(elect_and_sum(base, [base + 1, base - 1], [1.0, 0.5], **options).half(), base)
 
@@ -225,17 +225,19 @@ def test_masks_beside_other_selections_under_weights_of_both_signs(elect, normal
     some = torch.rand(27, 13).mT < 0.6
     selections, weights = sparsifiers(base, tuned, "breadcrumbs"), [1.0, -0.5, 2.0, -3.0, 0.25, 4.0]
     keep = [
-        Keep(mask=some),
-        Keep(mask=some, rescale=-2.5),
-        Keep(mask=some, probability=0.7, seed=2**63 + 5, stream=2, rescale=1 / 0.7),
-        Keep(mask=torch.zeros_like(some)),
-        Keep(mask=~some, largest=selections[4].largest, outliers=selections[4].outliers),
-        Keep(),
+        Sparsifier(mask=some),
+        Sparsifier(mask=some, rescale=-2.5),
+        Sparsifier(mask=some, probability=0.7, seed=2**63 + 5, stream=2, rescale=1 / 0.7),
+        Sparsifier(mask=torch.zeros_like(some)),
+        Sparsifier(mask=~some, largest=selections[4].largest, outliers=selections[4].outliers),
+        Sparsifier(),
     ]
     if elect != "unweighted":
-        ranked = RankedKeep(magnitude_ranks(tuned[5], base=base, backend="torch"), della_probabilities(27, 0.5, 0.4))
-        keep[5] = Keep(mask=some, ranked=ranked, seed=3)
-    for rules in (keep, [Keep(mask=some)] * 6):
+        ranked = RankedSparsifier(
+            magnitude_ranks(tuned[5], base=base, backend="torch"), della_probabilities(27, 0.5, 0.4)
+        )
+        keep[5] = Sparsifier(mask=some, ranked=ranked, seed=3)
+    for rules in (keep, [Sparsifier(mask=some)] * 6):
         assert_merged(base, tuned, weights, elect=elect, normalize=normalize, alpha=0.3, keep=rules)
 
 
@@ -245,15 +247,15 @@ def test_masks_beside_other_selections_under_weights_of_both_signs(elect, normal
 def test_ranked_sparsifiers(elect, rescale, mix):
     base, tuned = pair((11, 33), mix, tasks=4)
     ranked = [
-        RankedKeep(magnitude_ranks(t, base=base, backend="torch"), della_probabilities(33, 0.5, epsilon), rescale)
+        RankedSparsifier(magnitude_ranks(t, base=base, backend="torch"), della_probabilities(33, 0.5, epsilon), rescale)
         for t, epsilon in zip(tuned, (0.5, 0.1), strict=False)
     ]
     selection = sparsifiers(base, tuned[1:2], "ties")[0].largest
     keep = [
-        Keep(ranked=ranked[0], seed=5),
-        Keep(ranked=ranked[1], seed=2**63 + 1, stream=1, rescale=0.7, largest=selection),
-        Keep(probability=0.3, rescale=3.0, stream=2),
-        Keep(),
+        Sparsifier(ranked=ranked[0], seed=5),
+        Sparsifier(ranked=ranked[1], seed=2**63 + 1, stream=1, rescale=0.7, largest=selection),
+        Sparsifier(probability=0.3, rescale=3.0, stream=2),
+        Sparsifier(),
     ]
     assert_merged(base, tuned, elect=elect, normalize=True, alpha=0.5, keep=keep)
 

@@ -8,7 +8,7 @@ import torch
 from compare import relative_error, same_bits
 from interpreted import interpreted
 
-from r_tsvm_kernels.errors import BackendUnavailable
+from r_tsvm_kernels.errors import BackendUnavailableError
 from r_tsvm_kernels.ops import Planes, gemm3, split_planes, symm_gram, symm_square
 
 pytestmark = interpreted
@@ -147,7 +147,7 @@ def test_tile_by_capability(capability, key, monkeypatch):
     on_gpu = SimpleNamespace(is_cuda=True, device=None)
     assert products.tile_of(on_gpu) is products.TILES[key]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(BackendUnavailable, match="capability"):
+    with pytest.raises(BackendUnavailableError, match="capability"):
         products.tile_of(on_gpu)
 
 

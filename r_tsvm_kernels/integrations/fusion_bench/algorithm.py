@@ -84,7 +84,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         that the pretrained model ties are merged once, and have to be the same in every model.
 
         Raises:
-            QuantisedRefused: a model is quantised.
+            QuantisedRefusedError: a model is quantised.
             CheckpointError, ShapeError, DTypeError: the models do not have the same tensors, or cannot be merged.
             NonFiniteError: a model holds NaN or infinity, or a merged value does not fit its dtype.
             ConvergenceError: a decomposition failed or missed its certificate.

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...config import MergeConfig
 from ...errors import ConvergenceError, NonFiniteError
 from ...merge import merge_tensors
-from ...ops import Keep, MagnitudeSelection, elect_and_sum, magnitude_select
+from ...ops import MagnitudeSelection, Sparsifier, elect_and_sum, magnitude_select
 from .counting import counts
 
 TaskVector = Mapping[str, Tensor]
@@ -120,7 +120,7 @@ def ties_merging(
     except NonFiniteError:
         return leave()
     all_ties = torch.tensor(size, device=flat_task_checks.device)
-    keep = [Keep(largest=MagnitudeSelection(threshold, all_ties)) for threshold in thresholds]
+    keep = [Sparsifier(largest=MagnitudeSelection(threshold, all_ties)) for threshold in thresholds]
     zeros = flat_task_checks.new_zeros(size)
     total = elect_and_sum(zeros, tasks, [1.0] * len(tasks), keep=keep)
     # Our kernel elects + where the sum is 0: where that is to be -, all task vectors change their sign.

@@ -12,7 +12,7 @@ import torch
 from mergekit.merge_methods import PerInputValues, TensorBatch, TensorGroup
 from torch import Tensor
 
-from ...methods.geometry import gram_matrix, row_grams
+from ...methods.gram import gram_matrix, row_grams
 from ...methods.karcher import karcher_weights
 from ...methods.model_stock import add_row_wise
 from ...ops import elect_and_sum

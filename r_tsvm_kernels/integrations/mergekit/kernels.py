@@ -16,12 +16,12 @@ import torch
 from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, TensorGroup
 from torch import Tensor
 
-from ...methods.sparse import kept_model, l1_norm
-from ...ops import FLOAT_DTYPES, Keep, della_probabilities, elect_and_sum, magnitude_select, ranked_mask
+from ...methods.sparsify import kept_model, l1_norm
+from ...ops import FLOAT_DTYPES, Sparsifier, della_probabilities, elect_and_sum, magnitude_select, ranked_mask
 from .counting import count
 
-# Makes the Keep of a difference x - base; None for parameters that are left to mergekit.
-Rule = Callable[[Tensor, Tensor | None], Keep | None]
+# Makes the Sparsifier of a difference x - base; None for parameters that are left to mergekit.
+Rule = Callable[[Tensor, Tensor | None], Sparsifier | None]
 
 DEVICES = ("cpu", "cuda")
 RULE_PARAMETERS = ("density", "gamma", "epsilon")
@@ -31,12 +31,12 @@ SMALLEST_NORM = 1e-7  # below it mergekit does not rescale
 # --- which elements survive: one rule per sparsifier ----------------------------------------------------------
 
 
-def _keep_largest(x: Tensor, base: Tensor | None, density: float) -> Keep | None:
+def _keep_largest(x: Tensor, base: Tensor | None, density: float) -> Sparsifier | None:
     keep = max(1, int(density * x.numel())) if density > 0 else 0
     return _between(x, base, keep, 0)
 
 
-def _keep_middle(x: Tensor, base: Tensor | None, density: float, gamma: float) -> Keep | None:
+def _keep_middle(x: Tensor, base: Tensor | None, density: float, gamma: float) -> Sparsifier | None:
     if not (density >= 0 and gamma >= 0):
         return None
     keep, drop = int(density * x.numel()), int(gamma * x.numel())
@@ -44,26 +44,26 @@ def _keep_middle(x: Tensor, base: Tensor | None, density: float, gamma: float) -
     return _between(x, base, reach, reach - keep)
 
 
-def _between(x: Tensor, base: Tensor | None, reach: int, drop: int) -> Keep:
+def _between(x: Tensor, base: Tensor | None, reach: int, drop: int) -> Sparsifier:
     """Keep the `reach` largest magnitudes but for the `drop` largest."""
     count("magnitude_select")
     if drop == 0:
-        return Keep(largest=magnitude_select(x, reach, base=base))
+        return Sparsifier(largest=magnitude_select(x, reach, base=base))
     largest, outliers = magnitude_select(x, [reach, drop], base=base)
-    return Keep(largest=largest, outliers=outliers)
+    return Sparsifier(largest=largest, outliers=outliers)
 
 
-def _keep_random(x: Tensor, base: Tensor | None, density: float) -> Keep | None:
-    return Keep(probability=density, seed=_seed()) if density >= 0 else None
+def _keep_random(x: Tensor, base: Tensor | None, density: float) -> Sparsifier | None:
+    return Sparsifier(probability=density, seed=_seed()) if density >= 0 else None
 
 
-def _keep_by_rank(x: Tensor, base: Tensor | None, density: float, epsilon: float) -> Keep | None:
+def _keep_by_rank(x: Tensor, base: Tensor | None, density: float, epsilon: float) -> Sparsifier | None:
     if density <= 0:
         return _keep_largest(x, base, density)
     if x.ndim not in (1, 2) or not (epsilon >= 0 and density + epsilon < 1 and density - epsilon > 0):
         return None  # mergekit ranks along dimension 1, and says what is wrong with epsilon
     count("ranked_mask")
-    return Keep(mask=ranked_mask(x, della_probabilities(x.shape[-1], density, epsilon), _seed(), base=base))
+    return Sparsifier(mask=ranked_mask(x, della_probabilities(x.shape[-1], density, epsilon), _seed(), base=base))
 
 
 def _seed() -> int:
@@ -71,7 +71,7 @@ def _seed() -> int:
     return int(torch.randint(2**63 - 1, ()))
 
 
-RULES: dict[str, Callable[..., Keep | None]] = {
+RULES: dict[str, Callable[..., Sparsifier | None]] = {
     "magnitude": _keep_largest,
     "magnitude_outliers": _keep_middle,
     "random": _keep_random,
@@ -117,7 +117,7 @@ def _sparsified(tensor: Tensor, density: float, rule: Rule, norm: str | None) ->
     return None if factor is None else (masked * factor).to(tensor.dtype)
 
 
-def _masked(delta: Tensor, keep: Keep) -> Tensor:
+def _masked(delta: Tensor, keep: Sparsifier) -> Tensor:
     count("elect_and_sum")
     return elect_and_sum(zeros_like(delta), [delta], [1.0], keep=[keep])
 
@@ -151,7 +151,7 @@ def merge_group(method: GeneralizedTaskArithmeticMerge, group: TensorGroup, /, *
     alpha = float(parameters["lambda"])
     if not all(math.isfinite(number) for number in (*weights, alpha)):
         return None
-    keep: list[Keep] = []
+    keep: list[Sparsifier] = []
     for entry in entries if method.sparsification_method else ():
         own = {name: parameters[name][entry.id] for name in RULE_PARAMETERS if name in parameters}
         rule = _task_keep(entry.tensor, base, method.sparsification_method.value, own, parameters["rescale"])
@@ -171,9 +171,9 @@ def merge_group(method: GeneralizedTaskArithmeticMerge, group: TensorGroup, /, *
     return merged.to(base.dtype)
 
 
-def _task_keep(x: Tensor, base: Tensor, method: str, own: dict[str, float], rescale: bool) -> Keep | None:
+def _task_keep(x: Tensor, base: Tensor, method: str, own: dict[str, float], rescale: bool) -> Sparsifier | None:
     if own["density"] >= 1:
-        return Keep()
+        return Sparsifier()
     keep = RULES[method](x, base, **own)
     if keep is None or not rescale:
         return keep

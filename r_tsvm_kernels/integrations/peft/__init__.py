@@ -33,8 +33,8 @@ def install() -> None:
     For every combination type, ours and PEFT's own, ``add_weighted_adapter`` gets right what PEFT 0.21.2 gets wrong:
     combined rsLoRA adapters have the scaling 1 that their factors are made for, and a module that one adapter has in
     `modules_to_save` is that of the result. Adapters that are more than products of factors (DoRA, `lora_bias`, PiSSA,
-    ...) it refuses with `AdapterRefused`, and another number of weights than of adapters with `ConfigError`, before the
-    model is changed; PEFT combines a part of them.
+    ...) it refuses with `AdapterRefusedError`, and another number of weights than adapters with `ConfigError`, before
+    the model is changed; PEFT combines a part of them.
 
     Warns once if the version of PEFT was never tested.
 

@@ -69,7 +69,8 @@ def combine_adapters(
 
     Raises:
         ConfigError: arguments that make no sense, or adapters of several ranks for ``linear``.
-        AdapterRefused, CheckpointError: an adapter is damaged or of a kind that is not supported; or nothing is left.
+        AdapterRefusedError, CheckpointError: an adapter is damaged or of a kind that is not supported; or nothing is
+            left.
         ShapeError: the adapters do not belong to one base.
         NonFiniteError, ConvergenceError: the values cannot be combined.
     """

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...linalg import Factored, few_triplets, leading_triplets, truncated_svd, weighted_sum
-from ...ops import Keep, elect_and_sum, magnitude_select
+from ...linalg import Factored, leading_triplets, subspace_iteration, truncated_svd, weighted_sum
+from ...ops import Sparsifier, elect_and_sum, magnitude_select
 
 MajoritySign = Literal["total", "frequency"]
 
@@ -71,7 +71,7 @@ def combined_triplets(
         [matrix.dense() for matrix in matrices], weights, rule, density, majority_sign_method, seed
     )
     # What pruning leaves of the updates' directions stands out from the noise that it makes.
-    few = few_triplets(merged, limit, max(limit, sum(matrix.left.shape[1] for matrix in matrices)))
+    few = subspace_iteration(merged, limit, max(limit, sum(matrix.left.shape[1] for matrix in matrices)))
     if few is not None:
         return few
     # The fast mode's tolerance is that of a float32 SVD; see `extract_lora`.
@@ -95,12 +95,12 @@ def _pruned_and_summed(
     return _disjoint_mean(pruned, weights, majority)
 
 
-def _keep(update: Tensor, rule: Rule, density: float, seed: int, stream: int) -> Keep:
+def _keep(update: Tensor, rule: Rule, density: float, seed: int, stream: int) -> Sparsifier:
     if density >= 1:
-        return Keep()
+        return Sparsifier()
     if rule.prune == "magnitude":
-        return Keep(largest=magnitude_select(update, int(density * update.numel())))
-    return Keep(probability=density, rescale=1 / density, seed=seed, stream=stream)
+        return Sparsifier(largest=magnitude_select(update, int(density * update.numel())))
+    return Sparsifier(probability=density, rescale=1 / density, seed=seed, stream=stream)
 
 
 def _disjoint_mean(updates: Sequence[Tensor], weights: Sequence[float], majority: MajoritySign) -> Tensor:

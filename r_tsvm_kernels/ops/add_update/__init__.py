@@ -23,7 +23,7 @@ def add_update(base: Tensor, update: Tensor, alpha: float = 1.0, *, backend: str
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
         ConfigError: `alpha` is not finite, or does not fit the dtype of the result.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_group(base, [update], op="add_update")
     (alpha,) = numbers_of(alpha, 1, "add_update: alpha")

@@ -15,13 +15,13 @@ from ...errors import ConfigError
 from .._checks import accumulation_dtype, check_factors, check_group, check_like, check_mask, numbers_of
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import check_random
-from .ranked import RankedKeep
+from .ranked import RankedSparsifier
 
 Election = Literal["none", "sum", "count", "unweighted"]
 
 
 @dataclass(frozen=True)
-class Keep:
+class Sparsifier:
     """Which elements of a task vector survive, and how they are rescaled; the others become 0.
 
     An element survives if all conditions hold. With n elements, density d and k(d) = `kept_count(d, n)`:
@@ -51,7 +51,7 @@ class Keep:
     seed: int = 0
     stream: int = 0
     rescale: float = 1.0
-    ranked: RankedKeep | None = None
+    ranked: RankedSparsifier | None = None
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ def elect_and_sum(
     elect: Election = "none",
     normalize: bool = False,
     alpha: float = 1.0,
-    keep: Sequence[Keep] | None = None,
+    keep: Sequence[Sparsifier] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return ``base + alpha * combined``, where `combined` merges the sparsified, weighted task vectors.
@@ -111,7 +111,7 @@ def elect_and_sum(
         ConfigError: an unknown election, a wrong number of weights or sparsifiers, a number that is not finite or does
             not fit the accumulation dtype, weights that sum to 0 and are to be normalized without an election, or
             ranks in an unweighted election.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_group(base, tuned, op="elect_and_sum")
     if elect not in get_args(Election):
@@ -122,7 +122,7 @@ def elect_and_sum(
         raise ConfigError(f"elect_and_sum: {len(tuned)} tasks but {len(keep)} sparsifiers")
     if normalize and elect == "none":
         weights = normalized(weights)
-    rules = list(keep) if keep is not None else [Keep()] * len(tuned)
+    rules = list(keep) if keep is not None else [Sparsifier()] * len(tuned)
     dtype = accumulation_dtype(base, *tuned)
     factors = [weight * rule.rescale for weight, rule in zip(weights, rules, strict=True)]
     for label, values in (("weights", weights), ("weights times rescale", factors), ("alpha", [alpha])):

@@ -12,7 +12,7 @@ from .._checks import accumulation_dtype
 from .._native import aligned, matrix, with_rows
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
-from . import Keep, least_divisor
+from . import Sparsifier, least_divisor
 from .ranked import rank_tables
 
 # Codes of r_tsvm::Election (csrc/include/r_tsvm/elect_and_sum.h).
@@ -23,7 +23,7 @@ def run(
     base: Tensor,
     tuned: Sequence[Tensor],
     weights: Sequence[float],
-    keep: Sequence[Keep],
+    keep: Sequence[Sparsifier],
     elect: str,
     normalize: bool,
     alpha: float,
@@ -64,7 +64,7 @@ def _selection(selection: MagnitudeSelection | None, dtype: torch.dtype) -> tupl
     return float(selection.threshold), int(selection.ties)
 
 
-def _ranked(rule: Keep, weight: float) -> tuple[Tensor, ...]:
+def _ranked(rule: Sparsifier, weight: float) -> tuple[Tensor, ...]:
     """Return ranks, thresholds and factors; nothing where there are no ranks."""
     if rule.ranked is None:
         return ()

@@ -13,7 +13,7 @@ from .._cuda import flat, queue, workspace
 from .._native import matrix
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
-from . import Keep, least_divisor
+from . import Sparsifier, least_divisor
 from .cpu_kernel import ELECTIONS
 from .ranked import rank_tables
 
@@ -22,7 +22,7 @@ def run(
     base: Tensor,
     tuned: Sequence[Tensor],
     weights: Sequence[float],
-    keep: Sequence[Keep],
+    keep: Sequence[Sparsifier],
     elect: str,
     normalize: bool,
     alpha: float,
@@ -41,7 +41,7 @@ def run(
         selections.append(selection.rounded(dtype))
         return len(selections) - 1
 
-    def tables(rule: Keep, weight: float) -> tuple[int, int, int]:
+    def tables(rule: Sparsifier, weight: float) -> tuple[int, int, int]:
         if rule.ranked is None:
             return 0, 0, 0
         by_rank = [table.to(base.device) for table in rank_tables(rule.ranked, weight * rule.rescale)]
@@ -49,7 +49,7 @@ def run(
         ranks, thresholds, factors = (tensor.data_ptr() for tensor in alive[-3:])
         return ranks, thresholds, factors
 
-    def mask(rule: Keep) -> int:
+    def mask(rule: Sparsifier) -> int:
         if rule.mask is None:
             return 0
         alive.append(rule.mask.contiguous())

@@ -37,7 +37,7 @@ def elect_and_sum_many(
         One tensor per group, in order, each with the bits of its own call of `elect_and_sum`; views of few tensors.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, ConfigError, BackendUnavailable: as for `elect_and_sum`.
+        ShapeError, DTypeError, DeviceError, ConfigError, BackendUnavailableError: as for `elect_and_sum`.
     """
     packs = defaultdict(list)
     for index, (base, tuned) in enumerate(groups):

@@ -12,7 +12,7 @@ from ...errors import ConfigError, DTypeError, ShapeError
 
 
 @dataclass(frozen=True)
-class RankedKeep:
+class RankedSparsifier:
     """Which elements survive by chance, with a probability that depends on their rank within the row.
 
     DELLA (Deep et al., arXiv 2406.11617, MAGPRUNE): ``ranks = magnitude_ranks(tuned, base=base)``,
@@ -32,18 +32,21 @@ class RankedKeep:
         ranks, probabilities = self.ranks, self.probabilities
         if ranks.dtype != torch.int32 or probabilities.dtype != torch.float64:
             raise DTypeError(
-                f"RankedKeep: expected int32 ranks and float64 probabilities, got {ranks.dtype}, {probabilities.dtype}"
+                "RankedSparsifier: expected int32 ranks and float64 probabilities, "
+                f"got {ranks.dtype}, {probabilities.dtype}"
             )
         if probabilities.ndim != 1 or ranks.ndim == 0 or ranks.shape[-1] != len(probabilities):
             raise ShapeError(
-                "RankedKeep: expected one probability per column, got "
+                "RankedSparsifier: expected one probability per column, got "
                 f"{tuple(probabilities.shape)} for ranks of shape {tuple(ranks.shape)}"
             )
-        check_probabilities(probabilities, op="RankedKeep")
+        check_probabilities(probabilities, op="RankedSparsifier")
         if ranks.numel() > 0:  # kernels look them up in tables
             low, high = (int(rank) for rank in torch.aminmax(ranks))
             if low < 0 or high >= len(probabilities):
-                raise ConfigError(f"RankedKeep: ranks must lie in [0, {len(probabilities) - 1}], got {low} to {high}")
+                raise ConfigError(
+                    f"RankedSparsifier: ranks must lie in [0, {len(probabilities) - 1}], got {low} to {high}"
+                )
 
 
 class RankTables(NamedTuple):
@@ -58,7 +61,7 @@ class RankTables(NamedTuple):
     factors: Tensor
 
 
-def rank_tables(ranked: RankedKeep, factor: float) -> RankTables:
+def rank_tables(ranked: RankedSparsifier, factor: float) -> RankTables:
     """Return the tables of a sparsifier, on the CPU; `factor` is weight times rescale of the task."""
     thresholds = rank_thresholds(ranked.probabilities)
     factors = torch.full_like(ranked.probabilities, factor)

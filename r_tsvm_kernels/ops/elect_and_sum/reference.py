@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import accumulation_dtype
 from ..random_mask import random_mask
 from ..random_mask.reference import random_words
-from . import Keep, least_divisor
+from . import Sparsifier, least_divisor
 from .ranked import rank_tables
 
 # What a vote against + counts for, so that + wins where the votes cancel but for rounding. Float64 sums of fewer than
@@ -22,7 +22,7 @@ def run(
     base: Tensor,
     tuned: Sequence[Tensor],
     weights: Sequence[float],
-    keep: Sequence[Keep],
+    keep: Sequence[Sparsifier],
     elect: str,
     normalize: bool,
     alpha: float,
@@ -65,7 +65,7 @@ def run(
     return torch.where(step == 0, start, start + step)  # -0.0 + 0.0 would be +0.0
 
 
-def _sparsified(difference: Tensor, weight: float, rule: Keep) -> tuple[Tensor, float | Tensor]:
+def _sparsified(difference: Tensor, weight: float, rule: Sparsifier) -> tuple[Tensor, float | Tensor]:
     """Return the surviving differences, 0 elsewhere, and what they are multiplied by, in float64."""
     survives = torch.ones_like(difference, dtype=torch.bool)
     if rule.largest is not None:

@@ -14,7 +14,7 @@ from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load, random
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
 from ..random_mask.triton_kernel import draws
-from . import Keep, least_divisor
+from . import Sparsifier, least_divisor
 from .ranked import rank_tables
 
 BLOCK = 1024
@@ -134,7 +134,7 @@ def run(
     base: Tensor,
     tuned: Sequence[Tensor],
     weights: Sequence[float],
-    keep: Sequence[Keep],
+    keep: Sequence[Sparsifier],
     elect: str,
     normalize: bool,
     alpha: float,
@@ -172,7 +172,7 @@ def run(
     return out
 
 
-def _ranked(weights: Sequence[float], keep: Sequence[Keep]) -> tuple[tuple[Tensor | None, ...], ...]:
+def _ranked(weights: Sequence[float], keep: Sequence[Sparsifier]) -> tuple[tuple[Tensor | None, ...], ...]:
     """Return for each task its ranks, thresholds by rank and factors by rank, or None."""
     rows: list[tuple[Tensor | None, ...]] = []
     for weight, rule in zip(weights, keep, strict=True):
@@ -185,7 +185,7 @@ def _ranked(weights: Sequence[float], keep: Sequence[Keep]) -> tuple[tuple[Tenso
     return tuple(zip(*rows, strict=True))
 
 
-def _selections(keep: Sequence[Keep]) -> tuple[tuple[tuple[int, int], ...], list[MagnitudeSelection]]:
+def _selections(keep: Sequence[Sparsifier]) -> tuple[tuple[tuple[int, int], ...], list[MagnitudeSelection]]:
     """Return the selections of all tasks, and for each task the places of its two among them, -1 for none."""
     selections: list[MagnitudeSelection] = []
 

@@ -52,7 +52,7 @@ def gemm3(
 
     Raises:
         ShapeError, DTypeError, DeviceError: operands that do not fit each other, or an unknown output format.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_planes("gemm3", A, B, *([C] if isinstance(C, Planes) else []))
     batch, (m, k), (k_of_b, n) = A.shape[:-2], A.shape[-2:], B.shape[-2:]

@@ -46,7 +46,7 @@ def magnitude_histogram(
         ConfigError: `bits`, `prefix` or `prefix_bits` is out of range.
         DTypeError: `x` or `base` is not floating point.
         ShapeError, DeviceError: `x` and `base` do not match.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_floating(x, "magnitude_histogram: x")
     bits, prefix = whole(bits, "magnitude_histogram: bits"), whole(prefix, "magnitude_histogram: prefix")

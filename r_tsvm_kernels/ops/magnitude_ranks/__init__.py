@@ -30,7 +30,7 @@ def magnitude_ranks(x: Tensor, *, base: Tensor | None = None, backend: str | Non
         DTypeError: `x` or `base` is not floating point.
         ShapeError, DeviceError: `x` has no dimension or too long rows, or `x` and `base` do not match.
         NonFiniteError: a value is NaN or infinite: there is no order to rank by.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_floating(x, "magnitude_ranks: x")
     if x.ndim == 0 or x.shape[-1] >= 2**31:

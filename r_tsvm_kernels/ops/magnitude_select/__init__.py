@@ -120,7 +120,7 @@ def magnitude_select(
         DTypeError: `x` or `base` is not floating point.
         ShapeError, DeviceError: `x` and `base` do not match.
         NonFiniteError: a value is NaN or infinite: there is no order to select by.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_floating(x, "magnitude_select: x")
     given = plain_values(keep)

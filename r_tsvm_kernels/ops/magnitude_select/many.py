@@ -50,7 +50,7 @@ def magnitude_select_many(tensors: Stream, keep: int, *, backend: str | None = N
         ConfigError: `keep` is out of range.
         NonFiniteError: a value is NaN or infinite.
         ShapeError: the passes differ: in the number of tensors, in their shapes, dtypes or values.
-        DTypeError, DeviceError, BackendUnavailable: as for `magnitude_select`.
+        DTypeError, DeviceError, BackendUnavailableError: as for `magnitude_select`.
     """
     dtype, keep = torch.float32, whole(keep, "magnitude_select_many: keep")
     form, first = FORMATS[dtype], _pass(tensors, dtype, 0, 0, 0, backend)

@@ -40,7 +40,7 @@ def random_mask(
     Raises:
         ConfigError: `keep_probability`, `seed` or `stream` is no number of its kind, or out of range.
         DeviceError: no implementation knows the device.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     (keep_probability,) = numbers_of(keep_probability, 1, "random_mask: keep_probability")
     seed, stream = whole(seed, "random_mask: seed"), whole(stream, "random_mask: stream")

@@ -23,8 +23,8 @@ def ranked_mask(
 ) -> Tensor:
     """Draw a boolean mask of `x`, or of ``x - base``; an element is True with the probability of its magnitude's rank.
 
-    The same mask as that of `RankedKeep` with ``ranks = magnitude_ranks(x, base=base)``, but with no ranks stored: most
-    elements are decided by an interval in which their rank lies. DELLA without rescaling by rank (Deep et al.,
+    The same mask as that of `RankedSparsifier` with ``ranks = magnitude_ranks(x, base=base)``, without storing ranks:
+    most elements are decided by an interval in which their rank lies. DELLA without rescaling by rank (Deep et al.,
     arXiv 2406.11617, MAGPRUNE).
 
     Args:
@@ -46,7 +46,7 @@ def ranked_mask(
         ShapeError, DeviceError: `x` has no dimension or too long rows, or the tensors do not match.
         ConfigError: a probability, `seed` or `stream` is out of range.
         NonFiniteError: a value is NaN or infinite: there is no order to rank by.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_floating(x, "ranked_mask: x")
     check_plain(probabilities, "ranked_mask: probabilities")

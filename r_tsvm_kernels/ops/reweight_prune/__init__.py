@@ -47,7 +47,7 @@ def reweight_prune(
         ConfigError: an unknown mode, statistics of another number of tasks, or a density out of range or of the wrong
             number.
         NonFiniteError: a task vector that must be pruned holds NaN or infinity.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_group(base, tuned, op="reweight_prune")
     check_weighting(outlier_weighting, statistics, len(tuned))

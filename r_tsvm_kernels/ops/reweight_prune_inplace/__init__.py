@@ -43,7 +43,7 @@ def reweight_prune_(
         ConfigError: an unknown mode, statistics of another number of tasks, a density out of range or of the wrong
             number, a task vector that is not contiguous, overlaps another one or requires grad.
         NonFiniteError: a task vector that must be pruned holds NaN or infinity.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_group(deltas[0] if deltas else torch.empty(0), deltas, op="reweight_prune_")
     dtype = deltas[0].dtype

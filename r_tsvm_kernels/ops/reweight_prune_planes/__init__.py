@@ -45,7 +45,7 @@ def reweight_prune_planes(
         DTypeError: a tensor is not floating point, or float64, which two fp16 planes cannot hold.
         ConfigError: an unknown mode, or a density out of range or of the wrong number.
         NonFiniteError: a task vector that must be pruned holds NaN or infinity.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_group(base, tuned, op="reweight_prune_planes")
     if base.ndim != 2:

@@ -26,7 +26,7 @@ def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> 
 
     Raises:
         ShapeError, DTypeError: not float32 matrices.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_plain(x, "split_planes: x")
     x = x.detach()

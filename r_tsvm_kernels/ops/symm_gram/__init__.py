@@ -32,7 +32,7 @@ def symm_gram(
     Raises:
         ShapeError, DTypeError, DeviceError: not planes as `split_planes` makes them.
         ConfigError: an unknown `side` or `out`.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_planes("symm_gram", planes)
     if side not in ("left", "right") or out not in ("float32", "planes"):

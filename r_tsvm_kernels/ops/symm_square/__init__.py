@@ -36,7 +36,7 @@ def symm_square(
     Raises:
         ShapeError, DTypeError, DeviceError: not square planes, or arguments that do not fit them.
         ConfigError: `out` shares memory with `planes`.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_planes("symm_square", planes)
     batch, n = planes.shape[:-2], planes.shape[-1]

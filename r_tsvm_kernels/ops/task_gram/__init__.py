@@ -34,7 +34,7 @@ def task_gram(
 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_group(base, tuned, op="task_gram")
     if mask is not None:

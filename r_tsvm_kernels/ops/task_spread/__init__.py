@@ -26,7 +26,7 @@ def task_spread(base: Tensor, tuned: Sequence[Tensor], *, backend: str | None = 
 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_group(base, tuned, op="task_spread")
     run = dispatch.select("task_spread", base, *tuned, backend=backend)

@@ -61,7 +61,7 @@ def task_statistics(
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
         ConfigError: `sigma` or `eps` is no number, negative or NaN.
-        BackendUnavailable: `backend` cannot run here.
+        BackendUnavailableError: `backend` cannot run here.
     """
     check_group(base, tuned, op="task_statistics")
     sigma, eps = given = [plain_values(sigma), plain_values(eps)]

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import dispatch
-from ..ops import Election, Keep, elect_and_sum, kept_count, magnitude_select, normalized, task_statistics
-from .base import Cost, Job, MergeResult, MethodParameters, PerModel, TensorReport
+from ..ops import Election, Sparsifier, elect_and_sum, kept_count, magnitude_select, normalized, task_statistics
+from .base import Cost, MergeResult, MethodParameters, PerModel, TensorJob, TensorReport
 from .task_arithmetic import TaskArithmeticParameters
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -42,22 +42,22 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
 
 
-def largest_kept(base: Tensor, tensor: Tensor, density: float, outliers: int = 0) -> Keep:
+def largest_kept(base: Tensor, tensor: Tensor, density: float, outliers: int = 0) -> Sparsifier:
     """Keep ``kept_count(density)`` largest magnitudes of ``tensor - base`` below the `outliers` largest ones."""
     count = kept_count(density, base.numel())
     if count == base.numel():
-        return Keep()
+        return Sparsifier()
     kept, dropped = magnitude_select(tensor, [count + outliers, outliers], base=base)
-    return Keep(largest=kept, outliers=dropped if outliers else None)
+    return Sparsifier(largest=kept, outliers=dropped if outliers else None)
 
 
-def rescaled(base: Tensor, tensor: Tensor, keep: Keep) -> Keep:
+def rescaled(base: Tensor, tensor: Tensor, keep: Sparsifier) -> Sparsifier:
     """Scale the survivors so that their L1 norm is that of the whole ``tensor - base``."""
     before, after = l1_norm(base, tensor), l1_norm(base, kept_model(base, tensor, keep))
     return replace(keep, rescale=before / after) if after > 0 else keep
 
 
-def kept_model(base: Tensor, tensor: Tensor, keep: Keep) -> Tensor:
+def kept_model(base: Tensor, tensor: Tensor, keep: Sparsifier) -> Tensor:
     """Return the base with the surviving differences, which where they are exact is the fine-tune's own value."""
     return elect_and_sum(base, [tensor], [1.0], keep=[keep])
 
@@ -69,7 +69,7 @@ def l1_norm(base: Tensor, tensor: Tensor) -> float:
 
 
 def merge_kept(
-    base: Tensor, tuned: Sequence[Tensor], options: SparseParameters, keep: Sequence[Keep], elect: Election
+    base: Tensor, tuned: Sequence[Tensor], options: SparseParameters, keep: Sequence[Sparsifier], elect: Election
 ) -> MergeResult:
     """Sum the sparsified task vectors, after the election of a sign if there is one, and add them to the base."""
     weights = list(options.weight)
@@ -80,7 +80,7 @@ def merge_kept(
     return MergeResult(merged, TensorReport(weights=weights))
 
 
-def sparse_cost(job: Job, options: Any) -> Cost:
+def sparse_cost(job: TensorJob, options: Any) -> Cost:
     """Return what sparsifying, electing and summing takes."""
     per_element = job.itemsize
     if dispatch.by_reference(job.device_type, "elect_and_sum", "magnitude_select", "random_mask", "task_statistics"):

@@ -11,17 +11,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ConvergenceError, RTsvmError, ShapeError
+from ..errors import ConfigError, ConvergenceError, RtsvmError, ShapeError
 from .arguments import finite, given_matrices, given_ranks, given_weights
 from .certificate import Certificate, Mode, tolerance_of
 from .eigen_merge import EigenMerge
 from .factored import Factored, merge_factored
 from .interference import interference_of_bases
+from .leading_right_vectors import ROUTES, right_vectors
+from .parallel import run_concurrently
 from .products_merge import MatmulMerge, matmul_tsv_merges
 from .purification import STEPS
 from .ranks import Rank
-from .right_vectors import ROUTES, right_vectors
-from .side_by_side import side_by_side
 from .tall_matrix import WORKSPACE, TallMatrix
 
 Solver = Literal["eigen", "products"]
@@ -100,7 +100,7 @@ def tsv_merge(
         one_device=True,
     )
 
-    rows, columns = touched(dense)
+    rows, columns = nonzero_support(dense)
     m, n = dense[0].shape
     whole = len(rows) == m and len(columns) == n
     tall = [
@@ -148,7 +148,7 @@ def _attempt(
         ConvergenceError: none does.
     """
     solves = [partial(right_vectors, matrix, rank, mode, routes) for matrix, rank in zip(matrices, ranks, strict=True)]
-    parts = side_by_side(solves, matrices[0].shape[1], matrices[0].matrix.device)
+    parts = run_concurrently(solves, matrices[0].shape[1], matrices[0].matrix.device)
     merge = EigenMerge(matrices, parts, weights, tolerance_of(mode), given_up)
     merge.certificate.require()
     return merge
@@ -217,15 +217,15 @@ def _stacked(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank]) -> Tenso
     try:
         dense = given_matrices(dense, "tsv_merge_layers", one_device=True)
         _ranks_for_products(ranks, min(dense[0].shape))
-    except RTsvmError:  # `tsv_merge` says what is wrong
+    except RtsvmError:  # `tsv_merge` says what is wrong
         return None
-    rows, columns = touched(dense)
+    rows, columns = nonzero_support(dense)
     stack = torch.stack(dense)
     whole = (len(rows), len(columns)) == dense[0].shape and bool(torch.isfinite(stack).all())
     return stack if whole else None
 
 
-def touched(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def nonzero_support(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the rows and columns in which some matrix is not zero: into the others nothing may leak."""
     touched = matrices[0] != 0
     for matrix in matrices[1:]:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 WORTH_A_THREAD = 128
 
 
-def side_by_side(jobs: Sequence[Callable[[], T]], size: int, device: torch.device) -> list[T]:
+def run_concurrently(jobs: Sequence[Callable[[], T]], size: int, device: torch.device) -> list[T]:
     """Run the jobs and return their results in order; on a CPU at the same time, sharing torch's threads.
 
     LAPACK's eigenvalue routines spend half of their time in matrix-vector products and in waiting for each other's

@@ -5,21 +5,20 @@ from variants import torch_threads
 from r_tsvm_kernels import dispatch
 from r_tsvm_kernels.errors import ConvergenceError
 from r_tsvm_kernels.linalg import leading_subspaces, tsv_merge
-from r_tsvm_kernels.linalg.side_by_side import side_by_side
+from r_tsvm_kernels.linalg.parallel import run_concurrently
 
 CPU = torch.device("cpu")
 
 
 def test_results_in_order_and_threads_shared():
     with torch_threads(4):
-        assert side_by_side([lambda: (1, torch.get_num_threads()), lambda: (2, torch.get_num_threads())], 999, CPU) == [
-            (1, 2), (2, 2),
-        ]  # fmt: skip
+        jobs = [lambda: (1, torch.get_num_threads()), lambda: (2, torch.get_num_threads())]
+        assert run_concurrently(jobs, 999, CPU) == [(1, 2), (2, 2)]
         assert torch.get_num_threads() == 4
-        assert side_by_side([torch.get_num_threads] * 6, 999, CPU) == [1, 1, 1, 1, 2, 2]
-        assert side_by_side([torch.get_num_threads] * 5, 999, CPU) == [1, 1, 1, 1, 4]
-        assert side_by_side([torch.get_num_threads] * 2, 5, CPU) == [4, 4]  # too small
-        assert side_by_side([], 999, CPU) == []
+        assert run_concurrently([torch.get_num_threads] * 6, 999, CPU) == [1, 1, 1, 1, 2, 2]
+        assert run_concurrently([torch.get_num_threads] * 5, 999, CPU) == [1, 1, 1, 1, 4]
+        assert run_concurrently([torch.get_num_threads] * 2, 5, CPU) == [4, 4]  # too small
+        assert run_concurrently([], 999, CPU) == []
 
 
 def test_jobs_see_the_callers_context():
@@ -28,9 +27,9 @@ def test_jobs_see_the_callers_context():
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), backend
 
     with torch_threads(2), torch.inference_mode(), dispatch.use_backend(task_statistics="torch"):
-        assert side_by_side([context] * 2, 999, CPU) == [(False, True, "reference")] * 2
+        assert run_concurrently([context] * 2, 999, CPU) == [(False, True, "reference")] * 2
     with torch_threads(2), torch.no_grad():
-        assert [found[:2] for found in side_by_side([context] * 2, 999, CPU)] == [(False, False)] * 2
+        assert [found[:2] for found in run_concurrently([context] * 2, 999, CPU)] == [(False, False)] * 2
 
 
 def test_an_error_comes_through():
@@ -39,7 +38,7 @@ def test_an_error_comes_through():
 
     with torch_threads(2):
         with pytest.raises(ConvergenceError, match="no"):
-            side_by_side([fail, lambda: 1], 999, CPU)
+            run_concurrently([fail, lambda: 1], 999, CPU)
         assert torch.get_num_threads() == 2
 
 

@@ -53,7 +53,7 @@ def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor 
     """Read a tile of every input that has a part of the tensor, the base's first; of an adapter the factors.
 
     Raises:
-        InputChanged, CheckpointError: an input cannot be read, or is not what it was.
+        InputChangedError, CheckpointError: an input cannot be read, or is not what it was.
     """
     rows = None if tile.count == 1 else (tile.first, tile.last)
     sources = [plan.inputs[part.source] for part in plan.tensors[tile.name].parts]
@@ -189,7 +189,7 @@ def check_tables(plan: MergePlan) -> None:
     """Compare the integers and 8-bit floats that are kept only if all models have the same: see `must_agree`.
 
     Raises:
-        QuantisedRefused: they differ; the message names the tensor and the model.
+        QuantisedRefusedError: they differ; the message names the tensor and the model.
     """
     others = [source for source in plan.inputs[1:] if isinstance(source, Checkpoint)]
     for name, tensor in plan.tensors.items():
@@ -209,7 +209,7 @@ def check_copies(plan: MergePlan) -> None:
 
     Raises:
         CheckpointError: they differ.
-        QuantisedRefused: as `check_tables`.
+        QuantisedRefusedError: as `check_tables`.
     """
     check_tables(plan)
     for copy in plan.copies:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..ops import task_gram, tile_elements
 from ..ops._checks import is_finite
-from .base import Cost, Job, elementwise_cost
+from .base import Cost, TensorJob, elementwise_cost
 
 
 def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
@@ -49,12 +49,12 @@ def cosines(gram: Tensor) -> Tensor:
     return torch.where(lengths > 0, gram / lengths, 0).clamp(-1, 1)
 
 
-def gram_bytes(job: Job) -> int:
+def gram_bytes(job: TensorJob) -> int:
     """Return the memory that a Gram matrix takes: task vectors of a piece, by rows those of some of them."""
     return 2 * (job.tasks + 2) * 8 * min(tile_elements(job.device_type), job.elements)
 
 
-def geometric_cost(job: Job, options: Any) -> Cost:
+def geometric_cost(job: TensorJob, options: Any) -> Cost:
     """Return what a Gram matrix and a linear sum take."""
     summing = elementwise_cost(job, options)
     return Cost(max(summing.bytes, gram_bytes(job)), summing.flops + float(job.elements) * (job.tasks + 1) ** 2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..linalg import Mode
 from ..linalg.decompositions import frobenius_norm
 from .base import FiniteFloat, MergeResult, MethodParameters, PerModel, get_method
-from .sparse import Share, tensor_seed
+from .sparsify import Share, tensor_seed
 
 
 class InnerParameters(MethodParameters):

@@ -18,7 +18,7 @@ _LARGEST_SHARE = 8
 _TILE_BYTES = 64 << 20
 
 
-def few_triplets(matrix: Tensor, rank: int, dominant: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def subspace_iteration(matrix: Tensor, rank: int, dominant: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the leading singular triplets U (m, k), values (k,), Vh (k, n), float64, k = `rank`; None if not found.
 
     Orthogonal iteration from a fixed random start (Halko, Martinsson and Tropp, SIAM Review 53(2), 2011, algorithm 4.4)
@@ -35,7 +35,7 @@ def few_triplets(matrix: Tensor, rank: int, dominant: int) -> tuple[Tensor, Tens
         ShapeError, DTypeError: not a dense matrix of these dtypes.
         ConvergenceError: the SVD of the small core failed.
     """
-    (matrix,) = given_matrices([matrix], "few_triplets")
+    (matrix,) = given_matrices([matrix], "subspace_iteration")
     block = dominant + OVERSAMPLING
     if block * _LARGEST_SHARE > min(matrix.shape) or rank > dominant:
         return None
