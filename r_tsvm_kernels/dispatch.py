@@ -58,8 +58,9 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
         BackendUnavailableError: an op or a backend of that name does not exist.
 
     Example:
-        >>> with use_backend("torch", elect_and_sum="cpu"):
-        ...     merged = merge_tensors(base, tuned, config)
+        >>> with use_backend("cpu", elect_and_sum="torch"):
+        ...     chosen("elect_and_sum", "cpu")
+        'torch'
     """
     if backend is not None and backend not in MODULE:
         raise BackendUnavailableError(f"no backend {backend!r}; there are {', '.join(MODULE)}")

@@ -185,8 +185,10 @@ def merge_state_dicts(
         As `merge_tensors`, with the tensor's name in the message.
 
     Example:
+        >>> base, math, code = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
         >>> merged = merge_state_dicts(base.state_dict(), [math.state_dict(), code.state_dict()], "rtsvm")
         >>> base.load_state_dict(merged.state_dict)
+        <All keys matched successfully>
     """
     config = as_config(config)
     check_list(tuned, "state dicts", "tuned")
