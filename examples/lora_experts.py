@@ -76,7 +76,7 @@ def main() -> None:
     table = Table(title="Three experts, merged by TSV-Merge", caption="Biases and norms are not part of the adapters.")
     for column in ("experts", "size of one", *TASKS, "mean"):
         table.add_column(column, justify="left" if column == "experts" else "right")
-    dense = merge_state_dicts(base, tuned, MergeConfig.from_kwargs("tsvm")).state_dict
+    dense = merge_state_dicts(base, tuned, MergeConfig("tsvm")).state_dict
     size = f"{size_of(experts[0]) / 1e3:.0f} kB"
     table.add_row("whole models", size, *scores(base_folder, dense, images, labels), end_section=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,24 +1,31 @@
-"""MergeConfig: what to merge and how. Its YAML form is mergekit's recipe format where the two overlap."""
+"""MergeConfig: what to merge and how. Its YAML form is mergekit's recipe format, where the two overlap."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+import torch
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from .errors import ConfigError
 from .files import read_regular
-from .methods import Method, MethodParameters, Strict, get_method, nearest
+from .methods import METHODS, Method, MethodParameters, Strict, get_method, nearest
 from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
 from .safe_yaml import load_yaml
 from .text import shortened
 
-DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
+
+def _dtype_name(value: object) -> object:
+    """Turn ``torch.bfloat16``, as a dtype or as text, into ``bfloat16``."""
+    return str(value).removeprefix("torch.") if isinstance(value, str | torch.dtype) else value
+
+
+DTypeName = Annotated[Literal["float64", "float32", "float16", "bfloat16"], BeforeValidator(_dtype_name)]
 TokenizerSource = Literal["base", "union"]
 
 MAX_RECIPE_BYTES = 1_000_000
@@ -34,43 +41,73 @@ class ModelEntry(Strict):
     """One model of a recipe.
 
     Attributes:
-        model: Hugging Face folder, .safetensors file, folder of a LoRA adapter of the base, or ``model+adapter``; None
-            for merges of tensors in memory.
-        parameters: this model's own values of per-model parameters, e.g. ``weight``.
+        model: Hugging Face folder or id, .safetensors file, folder of a LoRA adapter of the base, or ``model+adapter``;
+            None to merge tensors in memory.
+        parameters: values of this model for per-model parameters, such as ``weight``.
+
+    Example:
+        >>> ModelEntry(model="org/code", parameters={"weight": 0.5})
+        ModelEntry(model='org/code', parameters={'weight': 0.5})
     """
 
     model: str | None = None
     parameters: dict[str, Any] = Field(default={})
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, info in type(self).model_fields.items():
+            if getattr(self, name) != info.default:
+                yield name, getattr(self, name)
+
+
+def _entries(models: Any) -> Any:
+    """Accept the path of a model in place of an entry."""
+    if not isinstance(models, list | tuple):
+        return models
+    return tuple({"model": str(entry)} if isinstance(entry, str | Path) else entry for entry in models)
+
 
 class MergeConfig(Strict):
-    """A merge: method, parameters, and for checkpoints also the models.
+    """A merge: the method, its parameters, and for checkpoints also the models.
 
-    A parameter value is a scalar, a gradient (list of numbers, interpolated over the layers) or a list of
-    ``{value, filter}``, of which the first counts whose filter is part of the tensor's name. A model's own value goes
-    before the global one, that before the method's default.
+    Parameters of the method are keywords: ``MergeConfig("ties", weight=[1.0, 0.5], density=0.2)``. A number applies to
+    all models; a list holds one value per model, if the parameter is one that models may set for themselves. In a
+    recipe, and under `parameters`, a value may also be a gradient (list of numbers, interpolated over the layers) or a
+    list of ``{value, filter}``: the first entry whose filter is a substring of the tensor's name applies. Precedence:
+    the model's own value, the common value, the method's default.
+
+    Args:
+        merge_method: name of a registered method; the only positional argument.
+        data: the attributes below, and parameters of the method.
 
     Attributes:
-        merge_method: name of a registered method.
-        base_model: Hugging Face folder or .safetensors file. Methods that form no task vectors (`linear`, `karcher`)
-            count it as one more model if `models` does not list it, as mergekit does: see `base_joins`.
-        models: the fine-tuned models, with their own parameters.
-        parameters: of the method, for all models.
-        dtype: inputs are rounded to it when they are loaded. Arithmetic is in float32 (float64 for float64 inputs).
-        out_dtype: dtype of the output; None means `dtype`, or else the base's dtype, tensor by tensor.
-        include: patterns (with ``*``) of tensor names that take part; empty means all.
-        exclude: patterns of tensor names that keep the base's value.
-        num_layers: number of layers of every model, from a recipe's ``slices``; checkpoints of others are refused.
-        tokenizer_source: ``base`` or ``union``, which are the same for models that share a vocabulary; checkpoints of
-            others are refused. None does not look at tokenizers. Those of the base are copied in any case.
+        merge_method: name of the method.
+        base_model: Hugging Face folder or id, or .safetensors file. Methods that form no task vectors (`linear`,
+            `karcher`) merge it as one more model if `models` does not list it, as mergekit does: see `base_joins`.
+        models: the fine-tuned models, as paths or with parameters of their own.
+        parameters: parameters of the method, common to all models.
+        dtype: dtype that inputs are rounded to when they are loaded, mergekit's key. Arithmetic is in float32, or in
+            float64 for float64 inputs.
+        out_dtype: dtype of the output; None keeps `dtype`, or else the dtype of each tensor of the base. Both take a
+            `torch.dtype` or its name.
+        include: patterns (with ``*``) of the tensor names to merge; empty means all.
+        exclude: patterns of the tensor names that keep the base's value.
+        num_layers: number of layers of every model, from a recipe's ``slices``; models with other numbers are refused.
+        tokenizer_source: ``base`` or ``union``: models must share a vocabulary. None does not look at tokenizers. The
+            output has the base's tokenizer files in any case.
 
     Raises:
-        ConfigError: an unknown key, method or parameter (the nearest valid one is named), or a value out of range.
+        ConfigError: an unknown keyword, method or parameter (the message names the nearest), or a value out of range.
+
+    Example:
+        >>> MergeConfig("ties", weight=[1.0, 0.5], density=0.2)
+        MergeConfig('ties', weight=[1.0, 0.5], density=0.2)
+        >>> MergeConfig("rtsvm", base_model="org/base", models=["org/math", "org/code"], out_dtype="bfloat16")
+        MergeConfig('rtsvm', base_model='org/base', models=['org/math', 'org/code'], out_dtype='bfloat16')
     """
 
     merge_method: str = "rtsvm"
     base_model: str | None = None
-    models: tuple[ModelEntry, ...] = ()
+    models: Annotated[tuple[ModelEntry, ...], BeforeValidator(_entries)] = ()
     parameters: dict[str, Any] = Field(default={})
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
@@ -80,28 +117,46 @@ class MergeConfig(Strict):
     tokenizer_source: TokenizerSource | None = None
 
     def __init__(self, merge_method: str | None = None, /, **data: Any) -> None:
-        super().__init__(**({} if merge_method is None else {"merge_method": merge_method}), **data)
+        if merge_method is not None:
+            if "merge_method" in data:
+                raise ConfigError(f"two methods: {merge_method!r} and merge_method={data['merge_method']!r}")
+            data["merge_method"] = merge_method
+        super().__init__(**_sorted_keywords(data))
 
-    @classmethod
-    def from_kwargs(
-        cls, merge_method: str = "rtsvm", *, weights: Sequence[float] | float | None = None, **parameters: Any
-    ) -> MergeConfig:
-        """Make a config for tensors or state dicts: ``MergeConfig.from_kwargs("rtsvm", density=0.3)``.
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield what differs from the defaults, as keywords that give the same config."""
+        yield None, self.merge_method
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name == "merge_method" or value == info.default:
+                continue
+            if name == "parameters":
+                schema = self.method.parameters
+                recipe = {k: v for k, v in value.items() if k == "lambda" or _is_one_per_model(schema, k, v)}
+                yield from ((key, item) for key, item in value.items() if key not in recipe)
+                if recipe:
+                    yield name, recipe
+            elif name != "models":
+                yield name, value
+            elif all(entry.model is None and entry.parameters.keys() == value[0].parameters.keys() for entry in value):
+                yield from ((key, [entry.parameters[key] for entry in value]) for key in value[0].parameters)
+            else:
+                yield name, [entry if entry.parameters else entry.model for entry in value]
 
-        Args:
-            merge_method: name of a registered method.
-            weights: one weight per fine-tuned tensor, or one for all; None leaves the method's default.
-            parameters: parameters of the method.
-        """
-        weights = plain_values(weights)
-        if isinstance(weights, int | float):
-            weights, parameters = None, {**parameters, "weight": weights}
-        models = tuple(ModelEntry(parameters={"weight": weight}) for weight in weights or ())
-        return cls(merge_method=merge_method, models=models, parameters=parameters)
+    def __str__(self) -> str:
+        return repr(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MergeConfig:
-        """Make a config from a recipe that was already parsed; ``name`` and keys such as ``x-notes`` say nothing."""
+        """Make a config from a parsed recipe; ``name`` and keys such as ``x-notes`` are ignored.
+
+        Raises:
+            ConfigError: not a valid recipe.
+
+        Example:
+            >>> MergeConfig.from_dict({"merge_method": "ties", "parameters": {"density": [0.1, 0.3]}})
+            MergeConfig('ties', parameters={'density': [0.1, 0.3]})
+        """
         if not _has_names(data):
             raise ConfigError(f"a recipe is a mapping of keys to values, got {type(data).__name__}")
         data = _with_models(_with_tokenizer_source(data))
@@ -110,11 +165,9 @@ class MergeConfig(Strict):
                 raise ConfigError(f"{key}: {advice}")
         if data.get("tokenizer_source") not in (None, *get_args(TokenizerSource)):
             raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
-        present: dict[str, Any] = {
-            key: value.removeprefix("torch.") if key in ("dtype", "out_dtype") and isinstance(value, str) else value
-            for key, value in data.items()
-            if value is not None and not _is_note(key)
-        }
+        present: dict[str, Any] = {key: value for key, value in data.items() if value is not None and not _is_note(key)}
+        for key in present.keys() - cls.model_fields.keys():
+            raise ConfigError(_unknown(key, list(cls.model_fields), present.get("merge_method")))
         if isinstance(present.get("models"), list):
             odd = [entry for entry in present["models"] if isinstance(entry, Mapping) and not _has_names(entry)]
             if odd:
@@ -127,11 +180,17 @@ class MergeConfig(Strict):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> MergeConfig:
-        """Read a recipe file; mergekit's keys mean what they mean there, but for what docs/methods.md lists.
+        """Read a recipe file in mergekit's format; docs/methods.md lists the differences.
 
         Raises:
             ConfigError: the file is missing, is not YAML, or is not a valid recipe.
         """
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"expected the path of a recipe file, got {type(path).__name__}")
+        if "\n" in str(path):
+            raise ConfigError(
+                "expected the path of a recipe file, got its text; use MergeConfig.from_dict(yaml.safe_load(text))"
+            )
         try:
             data = load_yaml(read_regular(path, MAX_RECIPE_BYTES).decode("utf-8"))
         except OSError as error:
@@ -245,17 +304,77 @@ class MergeConfig(Strict):
         return self
 
 
-def as_config(config: MergeConfig | str) -> MergeConfig:
-    """Return a config, made from the name of a method where that is given.
+def as_config(config: MergeConfig | str, keywords: Mapping[str, Any]) -> MergeConfig:
+    """Return `config`, or the config of the method of that name with `keywords`, as `MergeConfig` takes them.
 
     Raises:
-        ConfigError: neither, or there is no such method.
+        ConfigError: no such method or keyword, keywords beside a `MergeConfig`, or neither a config nor a name.
     """
     if isinstance(config, str):
-        return MergeConfig(config)
+        if config.endswith((".yaml", ".yml")):
+            raise ConfigError(f"expected the name of a method, got {config!r}; use MergeConfig.from_yaml for a recipe")
+        return MergeConfig(config, **keywords)
     if not isinstance(config, MergeConfig):
-        raise ConfigError(f"expected a MergeConfig or the name of a method, got {type(config).__name__}")
+        raise ConfigError(
+            f"expected the name of a method, such as 'ties', or a MergeConfig, got {type(config).__name__}"
+        )
+    if keywords:
+        raise ConfigError(
+            f"{', '.join(keywords)}: with a MergeConfig no parameters are accepted here; set them in the MergeConfig"
+        )
     return config
+
+
+def _sorted_keywords(data: dict[str, Any]) -> dict[str, Any]:
+    """Move keywords that are parameters of the method to `parameters`, and lists of one value per model to `models`."""
+    keywords = {key: value for key, value in data.items() if key not in MergeConfig.model_fields}
+    method, parameters, models = data.get("merge_method", "rtsvm"), data.get("parameters", {}), data.get("models", ())
+    valid = isinstance(method, str) and isinstance(parameters, Mapping) and isinstance(models, list | tuple)
+    if not keywords or not valid:  # what is not valid gets its error from the model
+        return {key: value for key, value in data.items() if key not in keywords}
+    schema = get_method(method).parameters
+    common, own = dict[str, Any](), dict[str, Any]()
+    for key, value in keywords.items():
+        value = plain_values(value)
+        if key not in schema.names():
+            raise ConfigError(_unknown(key, [*schema.names(), *MergeConfig.model_fields], method))
+        if key in parameters:
+            raise ConfigError(f"{key} is given twice: as a keyword, and under `parameters`")
+        if value is not None:
+            (own if _is_one_per_model(schema, key, value) else common)[key] = value
+    kept = {key: value for key, value in data.items() if key not in keywords}
+    return {**kept, "models": _with_values(models, own), "parameters": {**parameters, **common}}
+
+
+def _with_values(models: Sequence[Any], own: Mapping[str, Sequence[Any]]) -> Sequence[Any]:
+    """Give each model its value of each parameter."""
+    for key, values in own.items():
+        models = models or [ModelEntry()] * len(values)
+        if len(values) != len(models):
+            raise ConfigError(f"{key}: got {len(values)} value(s) for {len(models)} models; give one per model")
+        entries = [ModelEntry(**entry) if isinstance(entry, Mapping) else entry for entry in _entries(models)]
+        if not all(isinstance(entry, ModelEntry) for entry in entries):
+            return models  # what is not valid gets its error from the model
+        models = [
+            entry.model_copy(update={"parameters": {**entry.parameters, key: value}})
+            for entry, value in zip(entries, values, strict=True)
+        ]
+    return models
+
+
+def _is_one_per_model(schema: type[MethodParameters], key: str, value: object) -> bool:
+    """Whether a value is a list for a parameter that each model may set for itself, and no list of filters."""
+    field = schema.names().get(key)
+    listed = isinstance(value, list | tuple) and filter_list(value) is None
+    return listed and field is not None and schema.is_per_model(field)
+
+
+def _unknown(key: str, known: Sequence[str], method: object) -> str:
+    """Say that there is no such key, and which one may be meant or where it belongs."""
+    names = METHODS[method].parameters.names() if isinstance(method, str) and method in METHODS else {}
+    if key in names:
+        return f"unknown key {key!r}: a recipe has the parameters of the method under `parameters`"
+    return f"unknown key {key!r}; did you mean {nearest(key, known)!r}? Known: {', '.join(sorted(known))}"
 
 
 def _has_names(value: object) -> bool:

@@ -85,7 +85,7 @@ def merge_tensors(
         ConfigError: the config does not fit the number of tensors, or a weight does not fit the dtype of the merge.
         ConvergenceError: a decomposition failed or missed its certificate.
     """
-    config = as_config(config)
+    config = as_config(config, {})
     label, stages = name or "tensor", dict[str, list[float]]()
     base = _detached(base, f"{label} of the base")
     check_list(tuned, "fine-tuned tensors", label)
@@ -190,7 +190,7 @@ def merge_state_dicts(
         >>> base.load_state_dict(merged.state_dict)
         <All keys matched successfully>
     """
-    config = as_config(config)
+    config = as_config(config, {})
     check_list(tuned, "state dicts", "tuned")
     base, *tuned = (
         _detached_all(given, label)

@@ -260,7 +260,7 @@ MISTAKES = {
     "NaN for alpha": (lambda b, t: ops.add_update(b, t[0], float("nan")), ConfigError, "alpha: expected finite"),
     "NaN for sigma": (lambda b, t: ops.task_statistics(b, t, "3"), ConfigError, "sigma and eps must be >= 0"),
     "no such method": (lambda b, t: merge_tensors(b, t, "tise"), ConfigError, "did you mean 'ties'"),
-    "a dict": (lambda b, t: merge_tensors(b, t, {"merge_method": "ties"}), ConfigError, "expected a MergeConfig or"),
+    "a dict": (lambda b, t: merge_tensors(b, t, {"merge_method": "ties"}), ConfigError, "expected the name of"),
     "one model": (lambda b, t: merge_tensors(b, t[0], "ties"), DTypeError, "expected a list of fine-tuned tensors"),
     "a module": (lambda b, t: merge_state_dicts(torch.nn.Linear(2, 2), [], "ties"), DTypeError, "model.state_dict"),
     "modules": (

@@ -179,7 +179,7 @@ def test_other_masks_have_the_same_statistics(name):
     truth, judge = REGISTRY[name].make(given).truth(), peers.by_statistics(given)
 
     def error(**parameters):
-        config = MergeConfig.from_kwargs(name, seed=7, **parameters)
+        config = MergeConfig(name, seed=7, **parameters)
         return judge([merge_tensors(given.base.double(), list(given.exact[1]), config).weight - given.exact[0]], truth)
 
     limit = peers.draws_limit(given)

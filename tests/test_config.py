@@ -1,10 +1,11 @@
 import os
 
+import numpy as np
 import pytest
 import torch
 from merging import tasks_of
 
-from r_tsvm_kernels import ConfigError, MergeConfig, merge_state_dicts
+from r_tsvm_kernels import ConfigError, MergeConfig, ModelEntry, merge_state_dicts
 from r_tsvm_kernels.methods import METHODS
 
 RECIPE = """
@@ -56,7 +57,7 @@ def test_a_recipe_in_mergekit_s_format(tmp_path):
 def test_the_recipe_survives_a_round_trip(tmp_path):
     config = MergeConfig.from_yaml(write(tmp_path, RECIPE))
     assert MergeConfig.from_yaml(write(tmp_path, config.to_yaml())) == config
-    plain = MergeConfig.from_kwargs("linear")
+    plain = MergeConfig("linear")
     assert MergeConfig.from_yaml(write(tmp_path, plain.to_yaml())) == plain
 
 
@@ -98,22 +99,80 @@ def test_defaults_of_every_method_are_valid(method):
     assert options.weight == (1.0,) * tasks
 
 
-def test_from_kwargs():
-    config = MergeConfig.from_kwargs("rtsvm", weights=[1, 2], density=0.3, rank=16)
+def test_parameters_are_keywords():
+    config = MergeConfig("rtsvm", weight=[1, 2], density=0.3, rank=16)
     options = config.options(2)
     assert (options.weight, options.density, options.rank) == ((1.0, 2.0), (0.3, 0.3), 16)
     with pytest.raises(ConfigError, match="lists 2 models, but 3"):
         config.options(3)
+    assert MergeConfig("ties", weight=(1, 2), density=[0.1, 0.2]).options(2).density == (0.1, 0.2)
+    assert MergeConfig("ties", weight=np.array([1, 2]), alpha=torch.tensor(0.5)).options(2).weight == (1.0, 2.0)
+    assert MergeConfig("ties", weight=None, density=None) == MergeConfig("ties")
+    assert MergeConfig("ties", parameters={"density": [0.1, 0.2]}).options(2, "layers.1.w", 1.0).density == (0.2, 0.2)
+    with_models = MergeConfig("ties", base_model="b", models=["a", "c"], weight=[1.0, 2.0], density=0.3)
+    entries = tuple({"model": name, "parameters": {"weight": weight}} for name, weight in (("a", 1.0), ("c", 2.0)))
+    assert with_models == MergeConfig("ties", base_model="b", models=entries, parameters={"density": 0.3})
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_no_parameter_has_the_name_of_a_field(method):
+    assert not METHODS[method].parameters.names().keys() & MergeConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"weights": [1, 2]}, "unknown key 'weights'; did you mean 'weight'"),
+        ({"exclud": "a"}, "did you mean 'exclude'"),
+        ({"weight": [1, 2], "density": [0.1]}, r"density: got 1 value\(s\) for 2 models"),
+        ({"models": ["a"], "weight": [1, 2]}, r"weight: got 2 value\(s\) for 1 models"),
+        ({"density": 0.1, "parameters": {"density": 0.2}}, "density is given twice"),
+        ({"alpha": 0.1, "parameters": {"lambda": 0.2}}, "alpha is given twice"),
+        ({"density": 0.1, "parameters": 3}, "parameters: should be a mapping.*, got 3"),
+        ({"weight": [1], "models": 3}, "models: should be a list, got 3"),
+        ({"weight": [1], "models": [3]}, "models: .*, got 3"),
+        ({"merge_method": "tsvm"}, "two methods: 'ties' and merge_method='tsvm'"),
+        ({"density": 2}, "parameters of ties: density: should be less than or equal to 1, got 2"),
+        ({"out_dtype": torch.int8}, "out_dtype: should be 'float64'.*, got 'int8'"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_keywords(keywords, message):
+    with pytest.raises(ConfigError, match=message):
+        MergeConfig("ties", **keywords)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "MergeConfig('ties', weight=[1.0, 0.5], density=0.2)",
+        "MergeConfig('rtsvm', base_model='b', models=['a', 'c'], out_dtype='bfloat16')",
+        "MergeConfig('rtsvm', models=[ModelEntry(model='a', parameters={'weight': 2.0}), 'c'])",
+        "MergeConfig('ties', parameters={'density': [0.1, 0.3]})",
+        "MergeConfig('ties', parameters={'lambda': 0.5})",
+        "MergeConfig('linear')",
+    ],
+)
+def test_a_config_is_shown_as_the_call_that_makes_it(text):
+    config = eval(text, {"MergeConfig": MergeConfig, "ModelEntry": ModelEntry})
+    assert repr(config) == str(config) == text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_dtypes_by_name_or_as_they_are(dtype):
+    config = MergeConfig("linear", dtype=dtype, out_dtype=dtype)
+    assert (config.dtype, config.out_dtype) == ("bfloat16", "bfloat16")
 
 
 def test_a_gradient_of_ranks_gives_whole_ranks():
-    config = MergeConfig.from_kwargs("rtsvm", rank=[10, 21])
+    config = MergeConfig("rtsvm", rank=[10, 21])
     assert [config.options(1, "layers.1.w", t).rank for t in (0.0, 0.5, 1.0)] == [10, 15, 21]
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        ({"merge_method": "ties", "density": 0.1}, "unknown key 'density': .* under `parameters`"),
         ({"merge_metod": "linear"}, "'merge_metod'; did you mean 'merge_method'"),
         ({"merge_method": "tsmv"}, "unknown merge method 'tsmv'; did you mean 'tsvm'"),
         ({"merge_method": "rtsvm", "parameters": {"densty": 1}}, "unknown key 'densty'; did you mean 'density'"),
@@ -154,7 +213,7 @@ def test_a_gradient_of_ranks_gives_whole_ranks():
         ([1, 2], "mapping"),
         ({1: 2}, "mapping"),
         ({"models": [{1: 2}]}, "models: the keys of an entry are .*{1: 2}"),
-        ({"models": [{"model": "a", "parameters": 5}]}, "parameters.*dictionary, got 5"),
+        ({"models": [{"model": "a", "parameters": 5}]}, "parameters.*mapping.*, got 5"),
         ({"parameters": {"density": [{"filter": 5, "value": 1}]}}, "density: `filter` is a part .*, got 5"),
         ({"parameters": {"density": {"filter": ["a"], "value": 1}}}, r"density: `filter` is a part .*, got \['a'\]"),
         ({"parameters": {"density": [{"value": [{"filter": 5, "value": 1}]}]}}, "`filter` is a part .*, got 5"),
@@ -180,6 +239,15 @@ def test_mistakes_of_the_constructor_are_config_errors():
 def test_files_that_are_no_recipes(tmp_path, text):
     with pytest.raises(ConfigError):
         MergeConfig.from_yaml(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("merge_method: ties\nmodels: []", "got its text; use MergeConfig.from_dict"), (None, "got NoneType")],
+)
+def test_what_is_no_path_of_a_recipe(given, message):
+    with pytest.raises(ConfigError, match=message):
+        MergeConfig.from_yaml(given)
 
 
 def test_a_missing_recipe(tmp_path):

@@ -132,7 +132,7 @@ def test_what_it_refuses():
     with pytest.raises(ConfigError, match="at least one"):
         merge_tensors(base, [], linear)
     with pytest.raises(ConfigError, match="lists 2 models"):
-        merge_tensors(base, tuned, MergeConfig.from_kwargs("linear", weights=[1.0, 2.0]))
+        merge_tensors(base, tuned, MergeConfig("linear", weight=[1.0, 2.0]))
 
 
 def test_state_dicts():
@@ -140,7 +140,7 @@ def test_state_dicts():
     shapes = [(30, 8), (8, 8), (8, 8), (8, 8), (8,), ()]
     base = {n: torch.randn(s) if n != "steps" else torch.tensor(3) for n, s in zip(names, shapes, strict=True)}
     tuned = [{n: t + 1 if n == "steps" else t + torch.randn_like(t) for n, t in base.items()} for _ in range(2)]
-    config = MergeConfig.from_kwargs("task_arithmetic", alpha=[0.0, 1.0])
+    config = MergeConfig("task_arithmetic", alpha=[0.0, 1.0])
     merged = merge_state_dicts(base, tuned, config)
     assert list(merged.state_dict) == names == list(merged.reports)
     for name, alpha in [

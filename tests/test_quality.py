@@ -70,8 +70,8 @@ def test_every_method_is_linear_in_alpha(method, monkeypatch):
 
     base = {"matrix": torch.randn(12, 9), "vector": torch.randn(9)}
     experts = [{name: weight + torch.randn_like(weight) for name, weight in base.items()} for _ in range(3)]
-    once = merge_state_dicts(base, experts, MergeConfig.from_kwargs(method)).state_dict
-    exact = merge_state_dicts(base, experts, MergeConfig.from_kwargs(method, alpha=0.35)).state_dict
+    once = merge_state_dicts(base, experts, MergeConfig(method)).state_dict
+    exact = merge_state_dicts(base, experts, MergeConfig(method, alpha=0.35)).state_dict
     for name, weight in at_alpha(base, once, 0.35).items():
         torch.testing.assert_close(weight, exact[name], atol=1e-5, rtol=1e-5)
 

@@ -163,9 +163,7 @@ def run_seed(build: Callable[[int, bool], Suite], seed: int, choosing: bool, qui
 
     def merger(method: str) -> Callable[[Options], StateDict]:
         seeded = {"seed": seed} if "seed" in METHODS[method].parameters.model_fields else {}
-        return lambda options: (
-            merge_state_dicts(base, experts, MergeConfig.from_kwargs(method, **options, **seeded)).state_dict
-        )
+        return lambda options: merge_state_dicts(base, experts, MergeConfig(method, **options, **seeded)).state_dict
 
     for method, options, (name, values) in TABLE:
         if choosing and method != "tsvm":

@@ -67,7 +67,7 @@ def _element_wise(name: str) -> Callable[[Inputs], Case]:
     method, parameters = ELEMENT_WISE[name]
 
     def make(inputs: Inputs) -> Case:
-        config = MergeConfig.from_kwargs(method, **parameters)
+        config = MergeConfig(method, **parameters)
 
         base, tuned = operands(inputs, method)
 
@@ -104,7 +104,7 @@ def _spectral(inputs: Inputs, method: str, parameters: dict[str, Any], by_svd: U
     providers = []
     for solver, backend in solvers.items():
         chosen: dict[str, Any] = {"solver": solver} if has_solver else {}
-        config = MergeConfig.from_kwargs(method, **parameters, **chosen)
+        config = MergeConfig(method, **parameters, **chosen)
         providers.append(Provider(solver, on_backend(backend, _merge(inputs, config), device)))
     base, tuned = inputs.base, inputs.tuned
 
@@ -187,7 +187,7 @@ def _(inputs: Inputs) -> Case:
 
 def _of_adapters(inputs: Inputs, method: str, by_svd: Callable[[Sequence[Tensor]], Tensor]) -> Case:
     base = torch.zeros(inputs.shape, device=inputs.device)
-    config = MergeConfig.from_kwargs(method)
+    config = MergeConfig(method)
     return lora_case(inputs, lambda adapters: merge_tensors(base, adapters, config).weight, by_svd)
 
 

@@ -34,6 +34,17 @@ _PER_MODEL = BeforeValidator(_as_tuple)
 PerModel = Annotated[tuple[Number, ...], _PER_MODEL, Field(min_length=1)]
 
 
+# What pydantic calls things, and what people do.
+_PLAIN = {
+    "should be a valid tuple": "should be a list",
+    "should be a valid string": "should be text",
+    "should be a valid integer": "should be a whole number",
+    "should be a valid number": "should be a number",
+    "should be a valid boolean": "should be true or false",
+    "should be a valid dictionary": "should be a mapping of names to values",
+}
+
+
 class Strict(BaseModel):
     """A model that refuses unknown keys, takes numbers of NumPy and torch, and raises `ConfigError`."""
 
@@ -55,19 +66,22 @@ class Strict(BaseModel):
 
 def _describe(error: ValidationError, known: Collection[str]) -> str:
     """Say what is wrong in one line per mistake, with the nearest valid key for unknown ones."""
-    lines = []
+    lines, wrong = list[str](), dict[str, list[Any]]()
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("literal["))
+        where = str(item["loc"][0]) if item["loc"] else ""
         if item["type"] == "extra_forbidden":
             key = str(item["loc"][-1])
             lines.append(
                 f"unknown key {key!r}; did you mean {nearest(key, list(known))!r}? Known: {', '.join(sorted(known))}"
             )
         elif isinstance(item.get("ctx", {}).get("error"), Exception):
-            lines.append(str(item["ctx"]["error"]))
+            lines.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
         else:
-            message = item["msg"][0].lower() + item["msg"][1:].replace("valid tuple", "list")
-            lines.append(f"{where}: {message}, got {shortened(item['input'])}")
+            wrong.setdefault(where, []).append(item)  # one for each type of a union
+    for where, items in wrong.items():
+        messages = [item["msg"].partition(", unable")[0].removeprefix("Input ") for item in items]
+        expected = ", or ".join(dict.fromkeys(_PLAIN.get(message, message) for message in messages))
+        lines.append(f"{where}: {expected}, got {shortened(items[0]['input'])}")
     return "; ".join(lines)
 
 

@@ -331,7 +331,7 @@ METHODS: dict[str, dict[str, object]] = {
 def judge_method(problem: Problem, mode: str, name: str) -> Verdict:
     """A whole merge method, on task matrices that are the fine-tunes of a base of zeros."""
     base, weights = torch.zeros_like(problem.matrices[0]), problem.weights
-    config = MergeConfig.from_kwargs(name, weights=weights, mode=mode, **METHODS[name])
+    config = MergeConfig(name, weight=weights, mode=mode, **METHODS[name])
     with recorded("tsv_merge", "right_vectors") as calls:
         result = merge_tensors(base, problem.matrices, config, out_dtype=torch.float64)
     certificate, tasks, kind = result.report.certificate, doubles(problem.matrices), single(base)

@@ -66,7 +66,7 @@ def test_every_method_is_an_algorithm(method, as_pool, networks):
     merged = algorithm.run(BaseModelPool(networks) if as_pool else networks).state_dict()
     base, *tuned = before.values()
     parameters = {"exclude_keys": ["last*"]} if method == "tsvm" else {}
-    expected = merge_state_dicts(base, tuned, MergeConfig.from_kwargs(method, **parameters))
+    expected = merge_state_dicts(base, tuned, MergeConfig(method, **parameters))
     assert merged.keys() == base.keys()
     for name, tensor in merged.items():
         assert same_bits(tensor, expected.state_dict[name]), name

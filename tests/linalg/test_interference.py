@@ -81,7 +81,7 @@ def test_reports_tell_independent_tasks_from_equal_ones(method):
     base, *tasks = torch.randn(5, 96, 160, generator=generator)
 
     def interference(tuned, **parameters):
-        return merge_tensors(base, tuned, MergeConfig.from_kwargs(method, **parameters)).report.interference
+        return merge_tensors(base, tuned, MergeConfig(method, **parameters)).report.interference
 
     independent = interference([base + 0.01 * task for task in tasks])
     assert len(independent) == 2 and all(abs(value) < 0.05 for value in independent)

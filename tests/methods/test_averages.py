@@ -18,7 +18,7 @@ def group(dtype=torch.float32, tasks=3, shape=(13, 7)):
 @pytest.mark.parametrize("shape", [(13, 7), (5,), (), (2, 3, 4)], ids=str)
 def test_linear(dtype, shape):
     base, tuned = group(dtype, shape=shape)
-    config = MergeConfig.from_kwargs("linear", weights=[1.0, 2.0, 3.0])
+    config = MergeConfig("linear", weight=[1.0, 2.0, 3.0])
     got = merge_tensors(base, tuned, config, out_dtype=torch.float64)
     assert relative_error(got.weight, sum(w * t.double() for w, t in zip([1, 2, 3], tuned, strict=True)) / 6) < 1e-6
     assert got.report.weights == pytest.approx([1 / 6, 2 / 6, 3 / 6])
@@ -26,13 +26,13 @@ def test_linear(dtype, shape):
 
 def test_linear_does_not_use_the_base():
     base, tuned = group()
-    config = MergeConfig.from_kwargs("linear")
+    config = MergeConfig("linear")
     assert same_bits(merge_tensors(base, tuned, config).weight, merge_tensors(tuned[0], tuned, config).weight)
 
 
 def test_linear_without_normalisation():
     base, tuned = group(tasks=2)
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs("linear", weights=[1.0, -0.5], normalize=False))
+    got = merge_tensors(base, tuned, MergeConfig("linear", weight=[1.0, -0.5], normalize=False))
     assert relative_error(got.weight, tuned[0].double() - 0.5 * tuned[1].double()) < 1e-6
 
 
@@ -40,7 +40,7 @@ def test_linear_without_normalisation():
 @pytest.mark.parametrize("shape", [(13, 7), (5,), (), (2, 3, 4)], ids=str)
 def test_task_arithmetic(dtype, shape):
     base, tuned = group(dtype, shape=shape)
-    config = MergeConfig.from_kwargs("task_arithmetic", weights=[1.0, 0.5, 0.25], alpha=0.4)
+    config = MergeConfig("task_arithmetic", weight=[1.0, 0.5, 0.25], alpha=0.4)
     got = merge_tensors(base, tuned, config, out_dtype=torch.float64)
     deltas = [t.double() - base.double() for t in tuned]
     exact = base.double() + 0.4 * (deltas[0] + 0.5 * deltas[1] + 0.25 * deltas[2])
@@ -49,14 +49,14 @@ def test_task_arithmetic(dtype, shape):
 
 def test_task_arithmetic_normalised_is_the_mean():
     base, tuned = group()
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs("task_arithmetic", normalize=True))
+    got = merge_tensors(base, tuned, MergeConfig("task_arithmetic", normalize=True))
     assert relative_error(got.weight, sum(tuned) / 3) < 1e-6
 
 
 def test_lambda_is_another_name_of_alpha():
     base, tuned = group()
-    first = merge_tensors(base, tuned, MergeConfig.from_kwargs("task_arithmetic", alpha=0.3)).weight
-    second = merge_tensors(base, tuned, MergeConfig.from_kwargs("task_arithmetic", **{"lambda": 0.3})).weight
+    first = merge_tensors(base, tuned, MergeConfig("task_arithmetic", alpha=0.3)).weight
+    second = merge_tensors(base, tuned, MergeConfig("task_arithmetic", **{"lambda": 0.3})).weight
     assert same_bits(first, second)
 
 
@@ -64,7 +64,7 @@ def test_lambda_is_another_name_of_alpha():
 def test_weights_that_cancel_cannot_be_normalised(method):
     base, tuned = group(tasks=2)
     with pytest.raises(ConfigError, match="sum to 0"):
-        merge_tensors(base, tuned, MergeConfig.from_kwargs(method, weights=[1.0, -1.0], normalize=True))
+        merge_tensors(base, tuned, MergeConfig(method, weight=[1.0, -1.0], normalize=True))
 
 
 def test_untouched_elements_are_the_base_s_bit_for_bit():
@@ -72,5 +72,5 @@ def test_untouched_elements_are_the_base_s_bit_for_bit():
     base[3] = -0.0
     for t in tuned:
         t[:6] = base[:6]
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs("task_arithmetic")).weight
+    got = merge_tensors(base, tuned, MergeConfig("task_arithmetic")).weight
     assert same_bits(got[:6], base[:6])

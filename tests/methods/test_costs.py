@@ -55,7 +55,7 @@ use = use_backend(**json.loads(sys.argv[3]))
 use.__enter__()
 for name, options in json.loads(sys.argv[1]).items():
     method, tasks = get_method(name), tasks_of(name, int(sys.argv[2]))
-    parameters = MergeConfig.from_kwargs(name, **options).options(tasks, "w")
+    parameters = MergeConfig(name, **options).options(tasks, "w")
     method.run(*group((64, 48), tasks, torch.bfloat16), parameters)
     base, tuned = group((2048, 640), tasks, torch.bfloat16)
     _, peak = peak_of(lambda: method.run(base, tuned, parameters))

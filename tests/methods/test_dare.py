@@ -73,7 +73,7 @@ def test_masks_depend_on_seed_tensor_and_task_alone():
 def test_order_of_tensors_and_threads_do_not_matter():
     base = {name: torch.randn(50, 60) for name in "abc"}
     tuned = [{name: tensor + torch.randn(50, 60) for name, tensor in base.items()} for _ in range(2)]
-    config = MergeConfig.from_kwargs("dare_ties", density=0.4)
+    config = MergeConfig("dare_ties", density=0.4)
     plain = merge_state_dicts(base, tuned, config).state_dict
     backwards = {name: base[name] for name in "cba"}
     with torch_threads(1):

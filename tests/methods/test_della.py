@@ -71,11 +71,11 @@ def test_columns_of_one_element_are_merged():
 
 
 def test_probabilities_out_of_range_are_refused_before_anything_is_read():
-    config = MergeConfig.from_kwargs("della", density=0.9)
+    config = MergeConfig("della", density=0.9)
     with pytest.raises(ConfigError, match=r"density \+ epsilon <= 1, got density 0.9, epsilon 0.15"):
         config.options(2)
-    MergeConfig.from_kwargs("della", density=0.9, epsilon=0.1).options(2)
-    MergeConfig.from_kwargs("della", density=1.0).options(2)
+    MergeConfig("della", density=0.9, epsilon=0.1).options(2)
+    MergeConfig("della", density=1.0).options(2)
 
 
 def test_the_mean_over_seeds_is_task_arithmetic():

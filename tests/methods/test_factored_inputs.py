@@ -39,7 +39,7 @@ def base_tensor(dtype=torch.float64):
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=str)
 def test_no_task_matrix_is_formed(method, options, monkeypatch):
-    base, given, config = base_tensor(), updates(), MergeConfig.from_kwargs(method, weights=WEIGHTS, **options)
+    base, given, config = base_tensor(), updates(), MergeConfig(method, weight=WEIGHTS, **options)
     formed = merge_tensors(base, [base + update.dense() for update in given], config)
     monkeypatch.setattr("r_tsvm_kernels.merge.base_plus", None)
     kept = merge_tensors(base, given, config)
@@ -52,7 +52,7 @@ def test_no_task_matrix_is_formed(method, options, monkeypatch):
 def test_every_method_takes_them(method):
     tasks = tasks_of(method, 3)
     base, given = base_tensor(), updates(tasks)
-    config = MergeConfig.from_kwargs(method)
+    config = MergeConfig(method)
     dense = merge_tensors(base, [base + update.dense() for update in given], config, name="w").weight
     assert relative_error(merge_tensors(base, given, config, name="w").weight - base, dense - base) < 1e-7
 
@@ -60,7 +60,7 @@ def test_every_method_takes_them(method):
 @pytest.mark.parametrize("method", ["tsvm", "ties", "task_arithmetic"])
 def test_beside_tuned_tensors(method):
     base, (first, second, _) = base_tensor(), updates()
-    config = MergeConfig.from_kwargs(method, weights=[1.0, 0.5])
+    config = MergeConfig(method, weight=[1.0, 0.5])
     dense = merge_tensors(base, [base + first.dense(), base + second.dense()], config).weight
     mixed = merge_tensors(base, [first, base + second.dense()], config).weight
     assert relative_error(mixed - base, dense - base) < 1e-9
@@ -70,7 +70,7 @@ def test_beside_tuned_tensors(method):
 @pytest.mark.parametrize("method", ["task_arithmetic", "linear", "tsvm", "iso_c", "star", "ties"])
 def test_narrow_inputs_merge_in_float32(method, dtype):
     base, given = base_tensor(dtype), updates(dtype=dtype)
-    config = MergeConfig.from_kwargs(method)
+    config = MergeConfig(method)
     got = merge_tensors(base, given, config, out_dtype=torch.float32).weight
     wide = [Factored(u.left.double(), u.right.double(), u.scale) for u in given]
     exact = merge_tensors(base.double(), wide, config).weight
@@ -85,12 +85,12 @@ def test_updates_of_zero_leave_the_base(method):
     zero = Factored(torch.zeros(SHAPE[0], 3), torch.ones(3, SHAPE[1]))
     options = PLAIN if method == "rtsvm" else {}
     for given in ([empty, zero], [empty], [zero]):
-        assert same_bits(merge_tensors(base, given, MergeConfig.from_kwargs(method, **options)).weight, base)
+        assert same_bits(merge_tensors(base, given, MergeConfig(method, **options)).weight, base)
 
 
 def test_mean_of_updates():
     base, given = base_tensor(), updates()
-    config = MergeConfig.from_kwargs("iso_c", exclude_keys=["*embed*"])
+    config = MergeConfig("iso_c", exclude_keys=["*embed*"])
     got = merge_tensors(base, given, config, name="embed")
     assert got.report.treatment == "mean"
     assert relative_error(got.weight, base + sum(update.dense() for update in given) / 3) < 1e-12
@@ -105,12 +105,12 @@ def test_a_dtype_rounds_tensors_and_not_factors():
 
 def test_what_does_not_fit_is_refused():
     base, (update, *_) = base_tensor(), updates()
-    config = MergeConfig.from_kwargs("tsvm")
+    config = MergeConfig("tsvm")
     with pytest.raises(ShapeError, match=r"q of tuned\[1\]: the update has shape \(24, 30\)"):
         turned = Factored(update.right.mT, update.left.mT)
         merge_tensors(base, [update, turned], config, name="q")
     with pytest.raises(ShapeError, match="the base"):
-        merge_tensors(torch.zeros(30), [update], MergeConfig.from_kwargs("task_arithmetic"))
+        merge_tensors(torch.zeros(30), [update], MergeConfig("task_arithmetic"))
     with pytest.raises(NonFiniteError, match="q of"):
         merge_tensors(base, [Factored(update.left / 0, update.right)], config, name="q")
     with pytest.raises(DeviceError, match="meta"):

@@ -87,7 +87,7 @@ def test_inexact_subspaces_are_found_again_by_svd(monkeypatch):
         return replace(found, cuts=(replace(found.cuts[0], measured=1e-3),))
 
     monkeypatch.setattr(iso_cts, "truncated_svd", inexact)
-    again = merge_tensors(base, tuned, MergeConfig.from_kwargs("iso_cts"))
+    again = merge_tensors(base, tuned, MergeConfig("iso_cts"))
     assert relative_error(again.weight, plain) < 1e-6
     certificate = again.report.certificate
     assert certificate.met and certificate.route == "svd-float64" and "must be at most" in certificate.escalations[0]
@@ -115,7 +115,7 @@ def test_untouched_rows_and_columns_are_the_base_s_bit_for_bit(method, dtype):
     for tensor in tuned:
         tensor[4:17] = base[4:17]
         tensor[:, 11] = base[:, 11]
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs(method)).weight
+    got = merge_tensors(base, tuned, MergeConfig(method)).weight
     assert same_bits(got[4:17], base[4:17]) and same_bits(got[:, 11], base[:, 11])
     assert update_error(merge(method, base, tuned), base, truth(method, *doubles(base, tuned))) < 1e-5
 
@@ -139,7 +139,7 @@ def test_untouched_matrices_stay(method):
 @BOTH
 def test_what_is_excluded_gets_the_mean(method):
     base, tuned = group()
-    config = MergeConfig.from_kwargs(method, exclude_keys=["*embed*"], alpha=0.5)
+    config = MergeConfig(method, exclude_keys=["*embed*"], alpha=0.5)
     got = merge_tensors(base, tuned, config, name="model.embed.weight")
     assert got.report.treatment == "mean"
     assert relative_error(got.weight, base + 0.5 * (sum(tuned) / 3 - base)) < 1e-6
@@ -147,7 +147,7 @@ def test_what_is_excluded_gets_the_mean(method):
 
 def test_fewer_rows_than_tasks_are_merged():
     base, tuned = group((2, 30), 4)
-    report = merge_tensors(base, tuned, MergeConfig.from_kwargs("iso_c")).report
+    report = merge_tensors(base, tuned, MergeConfig("iso_c")).report
     assert (report.treatment, report.reason) == ("merge", "") and report.certificate.met
 
 

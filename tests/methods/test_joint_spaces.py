@@ -123,7 +123,7 @@ def test_factors_equal_the_matrices_they_stand_for(method, inner, ranks):
         r = update.left.shape[1]
         roots = values[:r].sqrt()
         balanced.append(Factored(left[:, :r] * roots, roots[:, None] * right[:r]))
-    config = MergeConfig.from_kwargs(method, inner_method=inner, density=0.6)
+    config = MergeConfig(method, inner_method=inner, density=0.6)
     kept = merge_tensors(base, balanced, config)
     formed = merge_tensors(base, [base + update.dense() for update in balanced], config)
     assert relative_error(kept.weight - base, formed.weight - base) < 1e-7
@@ -200,9 +200,9 @@ def test_masks_depend_on_the_name_of_the_tensor():
 @BOTH
 def test_bad_values(method):
     with pytest.raises(ConfigError, match="inner_method"):
-        MergeConfig.from_kwargs(method, inner_method="slerp")
+        MergeConfig(method, inner_method="slerp")
     with pytest.raises(ConfigError, match="density"):
-        MergeConfig.from_kwargs(method, density=1.5)
+        MergeConfig(method, density=1.5)
 
 
 @pytest.mark.parametrize("inner", ["linear", "ties"])
@@ -211,9 +211,7 @@ def test_certificates_of_averages_do_not_depend_on_the_scale_of_the_weights(meth
     base, generator = torch.zeros(SHAPE, dtype=torch.float64), torch.Generator().manual_seed(0)
     tuned = [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2)]
     errors = [
-        merge_tensors(
-            base, tuned, MergeConfig.from_kwargs(method, inner_method=inner, weights=[w, w])
-        ).report.certificate.error
+        merge_tensors(base, tuned, MergeConfig(method, inner_method=inner, weight=[w, w])).report.certificate.error
         for w in (1.0, 2.0**-12, 2.0**30)
     ]
     assert errors[1:] == pytest.approx([errors[0]] * 2, rel=1e-6)
@@ -225,7 +223,7 @@ def test_knots_of_tasks_that_cancel_each_other_is_nothing_and_certified(method):
     task = (torch.randn(60, 5) @ torch.randn(5, 40)).to(torch.float32)
     weights = [1.0, -1.0] if method == "task_arithmetic" else [1.0, 1.0]
     tuned = [task, task if method == "task_arithmetic" else -task]
-    config = MergeConfig.from_kwargs("knots", weights=weights, inner_method=method)
+    config = MergeConfig("knots", weight=weights, inner_method=method)
     result = merge_tensors(base, tuned, config)
     assert result.report.certificate.met
     assert result.weight.abs().amax() <= 1e-6 * task.abs().amax()

@@ -33,7 +33,7 @@ def finite_or_refused(base, tuned, config):
 @pytest.mark.parametrize("method", SCALED)
 def test_alpha_beyond_float32(method, dtype):
     base, tuned = group(dtype=dtype, tasks=tasks_of(method, 3))
-    got = finite_or_refused(base, tuned, MergeConfig.from_kwargs(method, alpha=1e39))
+    got = finite_or_refused(base, tuned, MergeConfig(method, alpha=1e39))
     if dtype != torch.float64:
         assert got is None
     else:
@@ -47,7 +47,7 @@ def test_alpha_beyond_float32(method, dtype):
 def test_an_update_beyond_the_output_dtype(method, dtype, shape):
     base, tuned = group(shape, dtype=dtype, tasks=tasks_of(method, 3))
     largest = torch.finfo(WIDE.get(dtype, torch.float32)).max
-    config = MergeConfig.from_kwargs(method, alpha=largest)
+    config = MergeConfig(method, alpha=largest)
     with pytest.raises(NonFiniteError, match=r"the\.w: .*(does not fit|overflows)"):
         merge_tensors(100 * base, [100 * model for model in tuned], config, name="the.w")
 
@@ -58,7 +58,7 @@ def test_an_update_beyond_the_output_dtype(method, dtype, shape):
 def test_huge_weights(method, dtype, weights):
     base, tuned = group(dtype=dtype, tasks=tasks_of(method, 3))
     if method != "slerp":
-        finite_or_refused(base, tuned, MergeConfig.from_kwargs(method, weights=weights))
+        finite_or_refused(base, tuned, MergeConfig(method, weight=weights))
 
 
 @ALL
@@ -102,7 +102,7 @@ def test_parameters_that_are_not_finite_are_refused_at_construction(method):
                 with pytest.raises(ConfigError, match=f"{name}|{key}"):
                     make(**{key: bad})
     with pytest.raises(ConfigError, match="weight"):
-        MergeConfig.from_kwargs(method, weights=np.array([1.0, math.nan]))
+        MergeConfig(method, weight=np.array([1.0, math.nan]))
 
 
 def _scalar(default):
@@ -122,11 +122,11 @@ def test_parameters_from_numpy_and_torch(method):
     if method == "slerp":
         return
     for weights in (np.array([1.0, 2.0, 0.5]), torch.tensor([1.0, 2.0, 0.5]), np.array([2, 2, 2])):
-        got = merge_tensors(base, tuned, MergeConfig.from_kwargs(method, weights=weights)).weight
-        same = MergeConfig.from_kwargs(method, weights=[float(weight) for weight in weights])
+        got = merge_tensors(base, tuned, MergeConfig(method, weight=weights)).weight
+        same = MergeConfig(method, weight=[float(weight) for weight in weights])
         assert torch.equal(got, merge_tensors(base, tuned, same).weight)
-    twos = merge_tensors(base, tuned, MergeConfig.from_kwargs(method, weights=[2.0, 2.0, 2.0])).weight
-    assert torch.equal(merge_tensors(base, tuned, MergeConfig.from_kwargs(method, weights=2)).weight, twos)
+    twos = merge_tensors(base, tuned, MergeConfig(method, weight=[2.0, 2.0, 2.0])).weight
+    assert torch.equal(merge_tensors(base, tuned, MergeConfig(method, weight=2)).weight, twos)
 
 
 @ALL
@@ -150,5 +150,5 @@ def test_a_scale_that_is_not_finite():
 
 def test_weights_whose_sum_overflows_are_normalized_right():
     base, tuned = group(dtype=torch.float64, tasks=2)
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs("linear", weights=[1.5e308, 0.5e308])).weight
+    got = merge_tensors(base, tuned, MergeConfig("linear", weight=[1.5e308, 0.5e308])).weight
     assert relative_error(got, 0.75 * tuned[0] + 0.25 * tuned[1]) < 1e-12

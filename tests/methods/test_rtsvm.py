@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from r_tsvm_kernels import MergeConfig, merge_tensors
 
-TSVM = MergeConfig.from_kwargs("tsvm")
+TSVM = MergeConfig("tsvm")
 
 
 def group(shape=(48, 36), tasks=3, dtype=torch.float32, seed=0):
@@ -21,7 +21,7 @@ def group(shape=(48, 36), tasks=3, dtype=torch.float32, seed=0):
 
 
 def check(base, tuned, tolerance=1e-4, weights=None, **options):
-    config = MergeConfig.from_kwargs("rtsvm", weights=weights, **options)
+    config = MergeConfig("rtsvm", weight=weights, **options)
     got = merge_tensors(base, tuned, config, out_dtype=torch.float64)
     exact_base = base.double().numpy()
     exact, ranks = oracle.rtsvm(exact_base, [t.double().numpy() for t in tuned], weights=weights, **options)
@@ -72,21 +72,21 @@ def test_every_option_equals_float64(options, shape):
 )
 def test_without_its_ingredients_it_is_tsv_merge(off, m, n, tasks, seed):
     base, tuned = group((m, n), tasks, seed=seed)
-    config = MergeConfig.from_kwargs("rtsvm", density=1.0, rank_rho=0.0, **off)
+    config = MergeConfig("rtsvm", density=1.0, rank_rho=0.0, **off)
     assert same_bits(merge_tensors(base, tuned, config).weight, merge_tensors(base, tuned, TSVM).weight)
 
 
 @given(st.sampled_from(["clip", "damp", "boost", "none"]), st.integers(1, 5), st.integers(0, 9))
 def test_equal_tasks_get_equal_weights(weighting, tasks, seed):
     base, tuned = group((12, 10), 1, seed=seed)
-    config = MergeConfig.from_kwargs("rtsvm", outlier_weighting=weighting)
+    config = MergeConfig("rtsvm", outlier_weighting=weighting)
     assert merge_tensors(base, tuned * tasks, config).report.weights == pytest.approx([1.0] * tasks)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 9))
 def test_one_task_at_full_rank_is_the_fine_tune(m, n, seed):
     base, tuned = group((m, n), 1, seed=seed)
-    config = MergeConfig.from_kwargs("rtsvm", outlier_weighting="none", rank="fixed")
+    config = MergeConfig("rtsvm", outlier_weighting="none", rank="fixed")
     assert relative_error(merge_tensors(base, tuned, config).weight, tuned[0]) < 1e-6
 
 
@@ -95,8 +95,8 @@ def test_the_order_of_tasks_does_not_matter(order, weighting, seed):
     base, tuned = group((15, 21), seed=seed)
     weights = [0.5, 1.0, 1.5]
     options = {"outlier_weighting": weighting, "density": 0.5}
-    plain = merge_tensors(base, tuned, MergeConfig.from_kwargs("rtsvm", weights=weights, **options)).weight
-    config = MergeConfig.from_kwargs("rtsvm", weights=[weights[i] for i in order], **options)
+    plain = merge_tensors(base, tuned, MergeConfig("rtsvm", weight=weights, **options)).weight
+    config = MergeConfig("rtsvm", weight=[weights[i] for i in order], **options)
     assert relative_error(merge_tensors(base, [tuned[i] for i in order], config).weight, plain) < 1e-6
 
 
@@ -104,7 +104,7 @@ def test_the_order_of_tasks_does_not_matter(order, weighting, seed):
 def test_scaling_the_task_vectors_scales_the_update(c, weighting, seed):
     base = torch.zeros(14, 18)
     _, tuned = group((14, 18), 2, seed=seed)
-    config = MergeConfig.from_kwargs("rtsvm", outlier_weighting=weighting, density=0.6)
+    config = MergeConfig("rtsvm", outlier_weighting=weighting, density=0.6)
     plain = merge_tensors(base, tuned, config).weight
     assert relative_error(merge_tensors(base, [c * t for t in tuned], config).weight, c * plain) < 1e-6
 
@@ -113,7 +113,7 @@ def test_scaling_the_task_vectors_scales_the_update(c, weighting, seed):
 def test_ranks_never_sum_above_the_short_side(m, n, tasks, density, seed):
     base, tuned = group((m, n), tasks, seed=seed)
     for rank in ("sparsity", "fixed", "energy", "noise", 7):
-        report = merge_tensors(base, tuned, MergeConfig.from_kwargs("rtsvm", density=density, rank=rank)).report
+        report = merge_tensors(base, tuned, MergeConfig("rtsvm", density=density, rank=rank)).report
         assert sum(report.ranks) <= min(m, n)
 
 
@@ -124,21 +124,21 @@ def test_untouched_rows_and_columns_are_the_base_s_bit_for_bit(density):
     for t in tuned:
         t[4:17] = base[4:17]
         t[:, 11] = base[:, 11]
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs("rtsvm", density=density)).weight
+    got = merge_tensors(base, tuned, MergeConfig("rtsvm", density=density)).weight
     assert same_bits(got[4:17], base[4:17]) and same_bits(got[:, 11], base[:, 11])
     assert (got != base).any()
 
 
 def test_pruning_to_nothing_is_the_base():
     base, tuned = group()
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs("rtsvm", density=0.0))
+    got = merge_tensors(base, tuned, MergeConfig("rtsvm", density=0.0))
     assert same_bits(got.weight, base)
     assert got.report.ranks == [0, 0, 0]
 
 
 def test_fewer_rows_than_tasks_get_the_mean():
     base, tuned = group((2, 40))
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs("rtsvm"))
+    got = merge_tensors(base, tuned, MergeConfig("rtsvm"))
     assert (got.report.treatment, got.report.reason) == ("mean", "fewer rows or columns than tasks")
     assert relative_error(got.weight, sum(tuned) / 3) < 1e-6
 

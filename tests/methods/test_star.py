@@ -50,7 +50,7 @@ def test_options_equal_float64(options):
 @pytest.mark.parametrize("eta", [10, 40, 90, 100])
 def test_ranks_and_nuclear_norms(eta):
     base, tuned = group((31, 22), 1, torch.float64)
-    result = merge_tensors(base, tuned, MergeConfig.from_kwargs("star", eta=eta))
+    result = merge_tensors(base, tuned, MergeConfig("star", eta=eta))
     _, rank = cut((tuned[0] - base).numpy(), eta)
     assert result.report.ranks == [rank] and result.report.certificate.met
     assert result.report.captured_energy[0] == pytest.approx(
@@ -74,7 +74,7 @@ def test_factors_equal_the_matrices_they_stand_for(eta, rank):
     torch.manual_seed(0)
     base = torch.randn(30, 20, dtype=torch.float64)
     factors = [Factored(torch.randn(30, rank).double(), torch.randn(rank, 20).double(), 0.5) for _ in range(3)]
-    config = MergeConfig.from_kwargs("star", eta=eta, weights=[1.0, 0.5, 2.0])
+    config = MergeConfig("star", eta=eta, weight=[1.0, 0.5, 2.0])
     kept = merge_tensors(base, factors, config)
     formed = merge_tensors(base, [base + factor.dense() for factor in factors], config)
     assert kept.report.ranks == formed.report.ranks
@@ -86,7 +86,7 @@ def test_a_low_rank_matrix_has_no_more_directions():
     torch.manual_seed(0)
     base = torch.zeros(300, 280)
     delta = torch.randn(300, 2) @ torch.randn(2, 280)
-    result = merge_tensors(base, [delta], MergeConfig.from_kwargs("star", eta=100))
+    result = merge_tensors(base, [delta], MergeConfig("star", eta=100))
     assert result.report.ranks == [2] and relative_error(result.weight, delta) < 1e-5
 
 
@@ -111,7 +111,7 @@ def test_the_certificate_is_of_the_sum():
     base, tuned = group((31, 22), 2, torch.float64)
 
     def certificate(*tasks):
-        return merge_tensors(base, tasks, MergeConfig.from_kwargs("star")).report.certificate
+        return merge_tensors(base, tasks, MergeConfig("star")).report.certificate
 
     apart = [certificate(task) for task in tuned]
     whole = certificate(*tuned)
@@ -125,7 +125,7 @@ def test_the_certificate_is_of_the_sum():
 @pytest.mark.parametrize("eta", [0, -1, 101, float("nan")])
 def test_bad_values(eta):
     with pytest.raises(ConfigError, match="eta"):
-        MergeConfig.from_kwargs("star", eta=eta)
+        MergeConfig("star", eta=eta)
 
 
 @given(st.sampled_from([2.0**-30, 0.25, 8.0, -1.0]), st.integers(0, 9))

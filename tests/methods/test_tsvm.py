@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from r_tsvm_kernels import MergeConfig, merge_tensors
 
-CONFIG = MergeConfig.from_kwargs("tsvm")
+CONFIG = MergeConfig("tsvm")
 
 
 def group(shape, tasks, dtype=torch.float32, seed=0, scale=0.05):
@@ -44,7 +44,7 @@ def test_stored_in_the_dtype_of_the_base():
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5), (2, 3, 4, 4)], ids=str)
 def test_tensors_that_are_no_matrices_get_the_mean(shape):
     base, tuned = group(shape, 3)
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs("tsvm", weights=[1.0, 2.0, 0.5], alpha=0.7))
+    got = merge_tensors(base, tuned, MergeConfig("tsvm", weight=[1.0, 2.0, 0.5], alpha=0.7))
     exact = (
         base.double() + 0.7 * sum(w * (t.double() - base.double()) for w, t in zip([1, 2, 0.5], tuned, strict=True)) / 3
     )
@@ -54,7 +54,7 @@ def test_tensors_that_are_no_matrices_get_the_mean(shape):
 
 def test_exclude_keys_get_the_mean():
     base, tuned = group((12, 12), 3)
-    config = MergeConfig.from_kwargs("tsvm", exclude_keys=["*embed*"])
+    config = MergeConfig("tsvm", exclude_keys=["*embed*"])
     got = merge_tensors(base, tuned, config, name="model.embed_tokens.weight")
     assert got.report.treatment == "mean"
     assert relative_error(got.weight, sum(tuned) / 3) < 1e-6
@@ -63,11 +63,11 @@ def test_exclude_keys_get_the_mean():
 
 def test_weights_scale_the_tasks_and_alpha_the_sum():
     base, tuned = group((24, 30), 2)
-    got = merge_tensors(base, tuned, MergeConfig.from_kwargs("tsvm", weights=[0.5, 2.0], alpha=0.3))
+    got = merge_tensors(base, tuned, MergeConfig("tsvm", weight=[0.5, 2.0], alpha=0.3))
     exact = oracle.tsvm(*doubles(base, tuned), alpha=0.3, weights=[0.5, 2.0])
     assert relative_error(got.weight, exact) < 1e-6
     scaled = [base + w * (t - base) for w, t in zip([0.5, 2.0], tuned, strict=True)]
-    assert relative_error(merge_tensors(base, scaled, MergeConfig.from_kwargs("tsvm", alpha=0.3)).weight, exact) < 1e-5
+    assert relative_error(merge_tensors(base, scaled, MergeConfig("tsvm", alpha=0.3)).weight, exact) < 1e-5
 
 
 def test_fewer_rows_than_tasks_stay_the_base_s():
@@ -94,8 +94,8 @@ def test_one_task_is_the_fine_tune_in_storage_precision(dtype):
 def test_the_order_of_tasks_does_not_matter(order, seed):
     base, tuned = group((15, 21), 3, seed=seed)
     weights = [0.5, 1.0, 1.5]
-    plain = merge_tensors(base, tuned, MergeConfig.from_kwargs("tsvm", weights=weights)).weight
-    config = MergeConfig.from_kwargs("tsvm", weights=[weights[i] for i in order])
+    plain = merge_tensors(base, tuned, MergeConfig("tsvm", weight=weights)).weight
+    config = MergeConfig("tsvm", weight=[weights[i] for i in order])
     assert relative_error(merge_tensors(base, [tuned[i] for i in order], config).weight, plain) < 1e-6
 
 

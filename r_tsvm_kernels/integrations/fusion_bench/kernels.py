@@ -79,7 +79,7 @@ def _merged(
 ) -> dict[str, Tensor]:
     """Merge by our method of that name, one tensor at a time; what it does not take is left to `theirs`."""
     patterns = [glob.escape(key) for key in exclude_keys or ()]  # theirs are names, ours are patterns
-    config = MergeConfig.from_kwargs(method, exclude_keys=patterns, **parameters)
+    config = MergeConfig(method, exclude_keys=patterns, **parameters)
     merged = {}
     for name, first in task_vectors[0].items():
         result = None
