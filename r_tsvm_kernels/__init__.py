@@ -37,17 +37,14 @@ if TYPE_CHECKING:
     from .config import MergeConfig, ModelEntry
     from .dispatch import use_backend
     from .engine import (
-        AdapterResult,
         CheckpointResult,
         Progress,
         Verification,
-        extract_lora,
         merge_checkpoints,
-        merge_lora,
-        resize_lora,
         verify_output,
     )
     from .linalg import Certificate
+    from .lora_tools import AdapterResult, extract_lora, merge_lora, resize_lora
     from .merge import StateDictResult, merge_state_dicts, merge_tensors
     from .methods import MergeResult, TensorReport
 
@@ -60,14 +57,14 @@ _LAZY = {
     "MergeConfig": ".config",
     "ModelEntry": ".config",
     "use_backend": ".dispatch",
-    "AdapterResult": ".engine",
+    "AdapterResult": ".lora_tools",
     "CheckpointResult": ".engine",
     "Progress": ".engine",
     "Verification": ".engine",
-    "extract_lora": ".engine",
+    "extract_lora": ".lora_tools",
     "merge_checkpoints": ".engine",
-    "merge_lora": ".engine",
-    "resize_lora": ".engine",
+    "merge_lora": ".lora_tools",
+    "resize_lora": ".lora_tools",
     "verify_output": ".engine",
     "Certificate": ".linalg",
     "StateDictResult": ".merge",

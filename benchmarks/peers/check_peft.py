@@ -22,9 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from r_tsvm_kernels.engine import extract_lora, merge_lora, resize_lora
 from r_tsvm_kernels.linalg import tsv_merge
 from r_tsvm_kernels.lora import Adapter
+from r_tsvm_kernels.lora_tools import extract_lora, merge_lora, resize_lora
 
 ERROR_LIMIT = 1e-5
 SEED = 0

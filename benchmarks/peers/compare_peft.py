@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import peak_of
 from record import provenance
 
-from r_tsvm_kernels.engine import extract_lora
 from r_tsvm_kernels.integrations import peft as integration
 from r_tsvm_kernels.lora import Adapter
+from r_tsvm_kernels.lora_tools import extract_lora
 
 RANK, DENSITY = 16, 0.3
 NAMES, WEIGHTS = ["one", "two", "three"], [0.5, 0.8, -0.3]

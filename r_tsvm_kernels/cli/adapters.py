@@ -9,7 +9,7 @@ from .recipe import DTYPES
 from .terminal import say
 
 if TYPE_CHECKING:
-    from ..engine import AdapterResult
+    from ..lora_tools import AdapterResult
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Extract and say what was captured."""
-    from ..engine import extract_lora
+    from ..lora_tools import extract_lora
 
     with shown_progress(arguments.quiet) as show:
         result = extract_lora(

@@ -17,9 +17,9 @@ from .resources import add_resource_arguments
 from .terminal import console, say
 
 if TYPE_CHECKING:
-    from ..checkpoint import MergePlan
     from ..engine import Schedule
     from ..engine.calibrate import TimeEstimate
+    from ..plan import MergePlan
 
 HELP = "show the plan of a merge without computing"
 
@@ -43,10 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     """
     config = make_config(arguments, arguments.recipe)
 
-    from ..checkpoint import make_plan
     from ..engine import choose_device, choose_workers, schedule, smallest_schedule
     from ..engine.calibrate import estimate_time
     from ..engine.tiles import check_tables
+    from ..plan import make_plan
     from ..sizes import parse_size
 
     plan = make_plan(config, parse_size(arguments.shard_size), allow_pickle=arguments.allow_pickle)
@@ -67,13 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _as_dict(
     plan: MergePlan, chosen: Schedule, smallest: Schedule, device: str, seconds: TimeEstimate | None
 ) -> dict[str, Any]:
+    from ..plan import tensor_cost, total_flops
+
     return {
         "method": plan.config.merge_method,
         "base": str(plan.base.path),
         "models": [str(checkpoint.path) for checkpoint in plan.tuned],
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "flops": plan.flops,
+        "flops": total_flops(plan),
         "input_files": [
             {"path": str(file.path), "bytes_read": file.bytes_read, "passes": file.passes}
             for file in plan.input_files()
@@ -107,7 +109,7 @@ def _as_dict(
                 "rank_limit": _rank_limit(plan, name),
                 "bytes_read": tensor.bytes_read,
                 "bytes_written": tensor.spec.nbytes,
-                "flops": plan.cost(name).flops,
+                "flops": tensor_cost(plan, name).flops,
                 "tile_rows": chosen.tensors[name].tile_rows,
                 "tile_input_bytes": chosen.tensors[name].inputs,
                 "tile_work_bytes": chosen.tensors[name].work,

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge and say what was kept."""
-    from ..engine import merge_lora
+    from ..lora_tools import merge_lora
 
     with shown_progress(arguments.quiet) as show:
         result = merge_lora(

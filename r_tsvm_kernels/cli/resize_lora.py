@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Resize and say what was kept."""
-    from ..engine import resize_lora
+    from ..lora_tools import resize_lora
 
     with shown_progress(arguments.quiet) as show:
         result = resize_lora(

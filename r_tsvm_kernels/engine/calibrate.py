@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import MergePlan
 from ..errors import CheckpointError
 from ..files import open_regular
 from ..linalg import Factored
 from ..merge import merge_tensors
+from ..plan import MergePlan, tensor_cost
 
 SAMPLE_BYTES = 128 << 20
 SAMPLE_ELEMENTS = 1 << 21
@@ -71,9 +71,9 @@ def estimate_time(plan: MergePlan, workers: int, device: torch.device) -> TimeEs
             seconds += elements / SAMPLE_ELEMENTS * _sample(plan, apart, (SAMPLE_ELEMENTS // 1024, 1024), device)
         if together:
             shape = (SAMPLE_SIDE, SAMPLE_SIDE)
-            largest = max(together, key=lambda name: plan.cost(name).flops)
-            flops = sum(plan.cost(name).flops for name in together)
-            seconds += flops / plan.cost(largest, shape=shape).flops * _sample(plan, [largest], shape, device)
+            largest = max(together, key=lambda name: tensor_cost(plan, name).flops)
+            flops = sum(tensor_cost(plan, name).flops for name in together)
+            seconds += flops / tensor_cost(plan, largest, shape).flops * _sample(plan, [largest], shape, device)
     finally:
         torch.set_num_threads(threads)
     return TimeEstimate(plan.bytes_read / rate, seconds / workers, plan.bytes_written / rate)

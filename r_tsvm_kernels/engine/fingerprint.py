@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from .. import __version__, dispatch
-from ..checkpoint import MergePlan, checksum
+from ..checkpoint import checksum
+from ..plan import MergePlan
 from .shards import layouts
 
 # Raised when journals of older versions cannot be continued.

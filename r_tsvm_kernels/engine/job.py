@@ -13,8 +13,9 @@ from contextlib import closing, contextmanager, suppress
 
 import torch
 
-from ..checkpoint import MergePlan, ShardLayout
+from ..checkpoint import ShardLayout
 from ..errors import JournalError, OutputUnfinishedError, ResumeRefusedError, RtsvmError
+from ..plan import MergePlan
 from .fingerprint import difference, fingerprint
 from .journal import Finished, Journal, as_report
 from .output import Stage, writing

@@ -21,9 +21,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checksum, MergePlan
+from ..checkpoint import Checksum
 from ..linalg import Factored
 from ..methods import MergeResult, timed
+from ..plan import MergePlan
 from .job import COMMIT_SECONDS
 from .journal import Finished
 from .schedule import Schedule

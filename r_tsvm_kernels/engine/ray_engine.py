@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import MergePlan
 from ..errors import BackendUnavailableError, ClusterError, DeviceError, MemoryBudgetError, RtsvmError
+from ..plan import MergePlan
 from ..sizes import format_size
 from .fingerprint import software
 from .job import COMMIT_SECONDS, MergeJob

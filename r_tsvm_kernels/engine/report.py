@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoint import Checkpoint, MergePlan, is_model_id
+from ..checkpoint import Checkpoint, is_model_id
 from ..errors import CheckpointError
 from ..files import read_regular, write_text
+from ..plan import MergePlan
 from ..report import inherited_terms, model_card, plain, report_page, short_name, summary, time_per_stage
 from .job import MergeJob
 from .journal import Finished, as_report

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import make_plan, parse_size
 from ..config import MergeConfig
 from ..errors import ConfigError, DeviceError
 from ..files import write_text
 from ..methods import TensorReport
+from ..plan import make_plan
+from ..sizes import parse_size
 from .job import MergeJob, open_job
 from .journal import as_report
 from .local import run_local

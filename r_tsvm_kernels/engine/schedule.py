@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..checkpoint import MergePlan
 from ..errors import ConfigError, MemoryBudgetError
+from ..plan import MergePlan, footprint
 from ..sizes import format_size
 
 # Python, torch and this package; and for each worker its stack, buffers of BLAS and what malloc holds back: measured,
@@ -146,7 +146,7 @@ def _tensor_schedules(plan: MergePlan, elements: int, on_gpu: bool) -> dict[str,
         if plan.row_wise(name) and tensor.spec.shape:
             tile_rows = min(rows, elements // max(1, math.prod(tensor.spec.shape[1:])))
         tile_rows = max(1, tile_rows)
-        needs = plan.footprint(name, tile_rows, "cuda" if on_gpu else "cpu")
+        needs = footprint(plan, name, tile_rows, "cuda" if on_gpu else "cpu")
         found[name] = TensorSchedule(rows, tile_rows, needs.inputs, needs.work, needs.output)
     return found
 

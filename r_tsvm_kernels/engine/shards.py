@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from ..checkpoint import MergePlan, ShardFile, ShardLayout, write_index
+from ..checkpoint import ShardFile, ShardLayout, write_index
 from ..errors import CheckpointError, DiskFullError
+from ..plan import MergePlan
 
 
 def layouts(plan: MergePlan) -> list[ShardLayout]:

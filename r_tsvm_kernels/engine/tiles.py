@@ -13,11 +13,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, MergePlan, TensorHeader
+from ..checkpoint import Checkpoint, Checksum, TensorHeader
 from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
+from ..lora import Adapter
+from ..lora.adapted_model import AdaptedModel
 from ..merge import base_plus, merge_tensors, stored
 from ..methods import MergeResult, TensorReport, timed
+from ..plan import MergePlan
 from ..quantised import differing_error, must_agree, same_values
 from .journal import Finished
 from .schedule import TensorSchedule

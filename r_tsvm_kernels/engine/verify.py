@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint import AdaptedModel, Adapter, Checkpoint, Checksum, adapt, is_adapter, settle_copies
+from ..checkpoint import Checkpoint, Checksum, settle_copies
 from ..files import usable_path
+from ..lora import Adapter
+from ..lora.adapted_model import AdaptedModel, adapt, is_adapter
 from .journal import as_report, read_journal
 from .output import journal_path
 from .tiles import dtype_name, update_checksum

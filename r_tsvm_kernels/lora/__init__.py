@@ -1,6 +1,6 @@
-"""PEFT LoRA adapters: computing with them without ever forming a dense update."""
+"""PEFT LoRA adapters: read, written, put on checkpoints and cut to a rank, without ever forming a dense update."""
 
-from ..checkpoint.adapter import (
+from .adapter import (
     Adapter,
     AdapterWriter,
     LoraModule,
@@ -11,7 +11,7 @@ from ..checkpoint.adapter import (
     stored_factors,
     transposed,
 )
-from ..checkpoint.adapter_config import AdapterConfig, make_config, parse_config
+from .adapter_config import AdapterConfig, make_config, parse_config
 from .in_memory import InMemoryAdapter
 from .updates import from_triplets, rank_of, truncated
 

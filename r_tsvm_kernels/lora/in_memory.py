@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.adapter import Adapter
-from ..checkpoint.adapter_config import parse_config
+from .adapter import Adapter
+from .adapter_config import parse_config
 
 
 class InMemoryAdapter(Adapter):

@@ -6,8 +6,8 @@ from checkpoints import save
 from safetensors.torch import load_file
 
 from r_tsvm_kernels import CheckpointError, MergeConfig, ShapeError, merge_checkpoints
-from r_tsvm_kernels.checkpoint import make_plan
 from r_tsvm_kernels.engine.verify import verify_output
+from r_tsvm_kernels.plan import make_plan
 
 EMBED, HEAD, LAYER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.w.weight"
 

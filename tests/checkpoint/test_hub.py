@@ -11,8 +11,9 @@ import torch
 from checkpoints import family, save, state_dict
 
 from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, PickleRefusedError
-from r_tsvm_kernels.checkpoint import hub, make_plan
+from r_tsvm_kernels.checkpoint import hub
 from r_tsvm_kernels.checkpoint.modules import find_modules
+from r_tsvm_kernels.plan import make_plan
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
 constants = pytest.importorskip("huggingface_hub.constants", reason="the extra `hub` is not installed")

@@ -6,8 +6,8 @@ import pytest
 from checkpoints import family
 
 from r_tsvm_kernels import MergeConfig
-from r_tsvm_kernels.checkpoint import make_plan
 from r_tsvm_kernels.errors import CheckpointError
+from r_tsvm_kernels.plan import make_plan
 
 IDS = {"a": 0, "b": 1, "<pad>": 2}
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r_tsvm_kernels import ConfigError
-from r_tsvm_kernels.checkpoint import ShardLayout, TensorSpec, parse_size, plan_shards, shard_name, write_index
+from r_tsvm_kernels.checkpoint import ShardLayout, TensorSpec, plan_shards, shard_name, write_index
+from r_tsvm_kernels.sizes import parse_size
 
 
 def test_every_tensor_is_aligned_to_its_size():

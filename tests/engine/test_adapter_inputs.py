@@ -14,13 +14,14 @@ from memory import measured
 from safetensors.torch import load_file
 
 from r_tsvm_kernels import AdapterRefusedError, CheckpointError, ConfigError, MergeConfig, ShapeError, merge_checkpoints
-from r_tsvm_kernels.checkpoint import make_plan
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine import extract_lora, smallest_schedule
+from r_tsvm_kernels.engine import smallest_schedule
 from r_tsvm_kernels.engine.tiles import Tile, merge_tile, read_tile
 from r_tsvm_kernels.engine.verify import verify_output
 from r_tsvm_kernels.linalg import Factored
+from r_tsvm_kernels.lora_tools import extract_lora
 from r_tsvm_kernels.methods import METHODS
+from r_tsvm_kernels.plan import make_plan
 
 WEIGHTS = {"layers.0.q": (24, 16), "layers.0.up": (40, 16), "layers.1.q": (24, 16), "layers.1.up": (40, 16)}
 FIRST = {"layers.0.q": (24, 16), "layers.0.up": (40, 16)}
@@ -234,7 +235,7 @@ def test_memory_does_not_change_the_bytes(tmp_path):
 
 MEMORY = """
 from r_tsvm_kernels import MergeConfig
-from r_tsvm_kernels.checkpoint import make_plan
+from r_tsvm_kernels.plan import footprint, make_plan
 from r_tsvm_kernels.engine.tiles import Tile, merge_tile, read_tile
 
 found, cpu = {}, torch.device("cpu")
@@ -245,7 +246,7 @@ for method in ("tsvm", "star", "knots", "core_space", "ties"):
     merge_tile(plan, tile, given, cpu)  # loads libraries, whose buffers are counted with the worker
     start()
     merge_tile(plan, tile, given, cpu)
-    found[method] = plan.keeps_factors("q.weight"), _status("VmHWM") - before, plan.footprint("q.weight").work
+    found[method] = plan.keeps_factors("q.weight"), _status("VmHWM") - before, footprint(plan, "q.weight").work
 report(found=found)
 """
 

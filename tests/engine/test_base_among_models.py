@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from test_adapter_inputs import WEIGHTS, config_for, inputs
 
 from r_tsvm_kernels import ConfigError, MergeConfig, merge_checkpoints, merge_state_dicts
-from r_tsvm_kernels.checkpoint import make_plan
+from r_tsvm_kernels.plan import make_plan
 
 NAME = "model.layers.0.w.weight"
 

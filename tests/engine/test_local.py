@@ -25,10 +25,10 @@ from r_tsvm_kernels import (
     use_backend,
     verify_output,
 )
-from r_tsvm_kernels.checkpoint import make_plan
 from r_tsvm_kernels.engine import run, schedule, smallest_schedule
 from r_tsvm_kernels.engine.journal import read_journal
 from r_tsvm_kernels.methods import METHODS
+from r_tsvm_kernels.plan import make_plan
 
 
 def config_for(paths, method="rtsvm", **fields):

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from r_tsvm_kernels import MergeConfig, merge_checkpoints
 from r_tsvm_kernels.bench.case import all_on
-from r_tsvm_kernels.checkpoint import make_plan
 from r_tsvm_kernels.engine import smallest_schedule
+from r_tsvm_kernels.plan import make_plan
 
 pytestmark = [
     pytest.mark.gpu,

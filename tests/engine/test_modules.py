@@ -16,11 +16,13 @@ from r_tsvm_kernels import (
     MergeConfig,
     PickleRefusedError,
     QuantisedRefusedError,
+    extract_lora,
     merge_checkpoints,
+    verify_output,
 )
-from r_tsvm_kernels.checkpoint import Checkpoint, make_plan
+from r_tsvm_kernels.checkpoint import Checkpoint
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine import extract_lora, verify_output
+from r_tsvm_kernels.plan import make_plan
 
 POOLING = '{"word_embedding_dimension": 16, "pooling_mode_mean_tokens": true}'
 DIFFUSION = "diffusion_pytorch_model.safetensors"

@@ -18,8 +18,9 @@ from r_tsvm_kernels import (
     verify_output,
 )
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine import extract_lora, job, output, write_page
+from r_tsvm_kernels.engine import job, output, write_page
 from r_tsvm_kernels.engine.journal import _line
+from r_tsvm_kernels.lora_tools import extract_lora
 
 BESIDE = ("merge_report.json", "merge_report.html", "merge_journal.jsonl")
 

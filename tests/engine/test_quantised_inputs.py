@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from r_tsvm_kernels import MergeConfig, QuantisedRefusedError, merge_checkpoints
 from r_tsvm_kernels.checkpoint import Checkpoint
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine import extract_lora
+from r_tsvm_kernels.lora_tools import extract_lora
 
 FLOATS = {"q.weight": torch.arange(64.0).reshape(8, 8), "norm.weight": torch.ones(8)}
 FP8 = {"q.weight": torch.ones(8, 8).to(torch.float8_e4m3fn), "q.weight_scale_inv": torch.ones(1, 1)}

@@ -10,9 +10,10 @@ from checkpoints import digest, family, without_times
 from safetensors.torch import load_file
 
 from r_tsvm_kernels import CheckpointError, MergeConfig, merge_checkpoints
-from r_tsvm_kernels.checkpoint import hub, make_plan
+from r_tsvm_kernels.checkpoint import hub
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine import job, local, smallest_schedule, work, write_page
+from r_tsvm_kernels.engine import job, local, smallest_schedule, tiles, write_page
+from r_tsvm_kernels.plan import make_plan
 
 
 def config_for(paths, method="rtsvm", **fields):
@@ -21,12 +22,12 @@ def config_for(paths, method="rtsvm", **fields):
 
 
 def stop_after(count, monkeypatch):
-    tiles = iter(range(count))
+    left = iter(range(count))
 
     def merge_tile(*arguments):
-        if next(tiles, None) is None:
+        if next(left, None) is None:
             raise KeyboardInterrupt
-        return work.merge_tile(*arguments)
+        return tiles.merge_tile(*arguments)
 
     monkeypatch.setattr(local, "merge_tile", merge_tile)
 

@@ -28,7 +28,7 @@ from r_tsvm_kernels import (
     merge_checkpoints,
     verify_output,
 )
-from r_tsvm_kernels.engine import job, local, work
+from r_tsvm_kernels.engine import job, local, tiles
 
 # The command, with a journal that is written after each tensor.
 EAGER = "import sys; from r_tsvm_kernels.engine import job; job.COMMIT_SECONDS = 0; "
@@ -64,12 +64,12 @@ def stopped(tmp_path, out="out", count=3):
     """Start a merge that stops after some tensors; return its config."""
     paths, _, _ = family(tmp_path / "in")
     config = config_for(paths)
-    tiles = iter(range(count))
+    left = iter(range(count))
 
     def merge_tile(*arguments):
-        if next(tiles, None) is None:
+        if next(left, None) is None:
             raise KeyboardInterrupt
-        return work.merge_tile(*arguments)
+        return tiles.merge_tile(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "merge_tile", merge_tile)

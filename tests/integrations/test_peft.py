@@ -12,7 +12,6 @@ from compare import relative_error
 from safetensors.torch import load_file
 from torch import nn
 
-from r_tsvm_kernels.engine import merge_lora
 from r_tsvm_kernels.errors import (
     AdapterRefusedError,
     CheckpointError,
@@ -24,6 +23,7 @@ from r_tsvm_kernels.errors import (
 from r_tsvm_kernels.integrations import _versions
 from r_tsvm_kernels.integrations import peft as integration
 from r_tsvm_kernels.integrations.peft import combine_adapters
+from r_tsvm_kernels.lora_tools import merge_lora
 from r_tsvm_kernels.ops import random_mask
 
 ABSENT = importlib.util.find_spec("peft") is None

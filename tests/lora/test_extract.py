@@ -7,8 +7,8 @@ from adapters import dense_updates
 from checkpoints import save
 
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine import extract_lora
 from r_tsvm_kernels.errors import CheckpointError, ConfigError, NonFiniteError, OutputExistsError, OutputUnfinishedError
+from r_tsvm_kernels.lora_tools import extract_lora
 
 SHAPES = {
     "model.embed_tokens.weight": (50, 16),
@@ -135,7 +135,7 @@ def test_pieces_of_rows_give_the_same(models, monkeypatch):
     folder, _ = models
     _, expected, whole = extract(folder, rank=4)
     (folder / "out").rename(folder / "whole")
-    monkeypatch.setattr("r_tsvm_kernels.engine.adapters._PIECE_BYTES", 3 * 16 * 4)
+    monkeypatch.setattr("r_tsvm_kernels.lora_tools.extract._PIECE_BYTES", 3 * 16 * 4)
     _, updates, report = extract(folder, rank=4)
     assert all(torch.equal(updates[module], expected[module]) for module in expected)
     for name, tensor in whole["left_out"].items():

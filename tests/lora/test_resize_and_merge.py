@@ -9,7 +9,6 @@ from compare import relative_error
 from safetensors.torch import load_file
 
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine import merge_lora, resize_lora
 from r_tsvm_kernels.errors import (
     AdapterRefusedError,
     CheckpointError,
@@ -20,6 +19,7 @@ from r_tsvm_kernels.errors import (
 )
 from r_tsvm_kernels.linalg import tsv_merge
 from r_tsvm_kernels.lora import Adapter
+from r_tsvm_kernels.lora_tools import merge_lora, resize_lora
 
 
 def best(delta, rank):

@@ -12,10 +12,10 @@ from merging import tasks_of
 from safetensors.torch import save_file
 
 from r_tsvm_kernels import MergeConfig, backends, use_backend
-from r_tsvm_kernels.checkpoint import make_plan
 from r_tsvm_kernels.dispatch import ORDER, chosen
 from r_tsvm_kernels.engine.schedule import schedule
 from r_tsvm_kernels.methods import METHODS, TensorJob
+from r_tsvm_kernels.plan import make_plan
 
 TASKS = 3
 SLACK = 2 << 20  # threads, caches of libraries

@@ -6,7 +6,7 @@ from checkpoints import family, save, state_dict, tuned_state_dict
 from memory import measured
 
 from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, ShapeError
-from r_tsvm_kernels.checkpoint import make_plan
+from r_tsvm_kernels.plan import make_plan
 
 
 def config_for(paths, method="tsvm", **fields):
@@ -164,7 +164,7 @@ def test_which_tensors_may_be_cut_into_rows(tmp_path):
 MEASURE = """
 from checkpoints import save
 from r_tsvm_kernels import MergeConfig, merge_tensors
-from r_tsvm_kernels.checkpoint import make_plan
+from r_tsvm_kernels.plan import footprint, make_plan
 
 folder, case = Path(sys.argv[1]), json.loads(sys.argv[2])
 shape, stored = case["shape"], getattr(torch, case.get("stored", "bfloat16"))
@@ -185,9 +185,9 @@ merge_tensors(few[0], few[1:], config)
 tile = [tensor[:rows] for tensor in (base, *tuned)]
 start()
 merge_tensors(tile[0], tile[1:], config, name="w", out_dtype=plan.tensors["w"].spec.dtype)
-footprint = plan.footprint("w", rows)
-assert footprint.inputs == sum(tensor.nbytes for tensor in tile[: len(plan.tensors["w"].dtypes)])
-report(bound=footprint.work)
+needs = footprint(plan, "w", rows)
+assert needs.inputs == sum(tensor.nbytes for tensor in tile[: len(plan.tensors["w"].dtypes)])
+report(bound=needs.work)
 """
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, ConfigError, DTypeError, ShapeError
 from ..files import exists
 from ..ops import FLOAT_DTYPES
 from .adapter import WEIGHTS_FILE, Adapter
 from .adapter_config import CONFIG_FILE
-from .reader import Checkpoint
 
 
 @dataclass(frozen=True, eq=False)

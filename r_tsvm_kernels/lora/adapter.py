@@ -13,17 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checkpoint import Checkpoint, FileState, ShardFile, ShardLayout, TensorHeader, TensorSpec, byte_view
+from ..checkpoint.hub import resolve
+from ..checkpoint.reader import require_unchanged
 from ..errors import AdapterRefusedError, CheckpointError, NonFiniteError, PickleRefusedError, ShapeError
 from ..files import write_text
 from ..linalg import Factored
 from ..ops import FLOAT_DTYPES, check_finite
 from ..ops._checks import is_finite
 from .adapter_config import CONFIG_FILE, make_config, read_config
-from .checksum import byte_view
-from .headers import FileState, TensorHeader
-from .hub import resolve
-from .reader import Checkpoint, require_unchanged
-from .writer import ShardFile, ShardLayout, TensorSpec
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

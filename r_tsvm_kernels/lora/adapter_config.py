@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..checkpoint import FileState, read_json
 from ..errors import AdapterRefusedError, CheckpointError
-from .headers import FileState, read_json
 
 Number = TypeVar("Number", int, float)
 

@@ -1,0 +1,8 @@
+"""Adapters as outputs: extracted from a fine-tune, cut to a smaller rank, merged."""
+
+from .extract import extract_lora
+from .merge import merge_lora
+from .output import AdapterResult, LeftOut, ModuleReport
+from .resize import resize_lora
+
+__all__ = ["AdapterResult", "LeftOut", "ModuleReport", "extract_lora", "merge_lora", "resize_lora"]

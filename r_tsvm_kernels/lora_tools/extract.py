@@ -1,0 +1,185 @@
+"""Turn a fine-tune into an adapter: the truncated SVD of every matrix that changed, one at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..config import DTypeName, MergeConfig, ModelEntry
+from ..engine import Progress, choose_device
+from ..engine.tiles import check_copies
+from ..errors import ConfigError, NonFiniteError
+from ..linalg import Factored, truncated_svd
+from ..lora import from_triplets, is_head, rank_of, transposed
+from ..lora.adapted_model import AdaptedModel
+from ..ops._checks import is_finite
+from ..plan import MergePlan, TensorPlan, make_plan
+from .output import AdapterResult, LeftOut, ModuleReport, adapter_output, finish
+
+# mergekit-extract-lora's default.
+DEFAULT_RANK = 128
+
+# Last parts of the names of embeddings, which PEFT adapts in a form of their own. The first are those of tokens, which
+# an output head may share.
+_TOKEN_EMBEDDINGS = {"embed_tokens", "embed_in", "wte", "shared", "word_embeddings", "token_embedding"}
+_EMBEDDINGS = _TOKEN_EMBEDDINGS | {"wpe", "position_embedding", "position_embeddings", "token_type_embeddings"}
+# Models whose weights are stored (in, out).
+_FAN_IN_FAN_OUT = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+
+# Task vectors are formed in pieces of about this size.
+_PIECE_BYTES = 64 << 20
+
+
+def extract_lora(
+    base: str,
+    model: str,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    noise: bool = False,
+    embed_lora: bool = False,
+    fan_in_fan_out: bool | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dtype: DTypeName = "float32",
+    device: str = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> AdapterResult:
+    """Turn a fine-tune into a LoRA adapter: the truncated SVD of every matrix that changed.
+
+    One tensor is in memory at a time. The adapter appears in `out` when it is complete.
+
+    Args:
+        base: the model that was fine-tuned: folder, .safetensors file or Hugging Face id.
+        model: the fine-tune.
+        out: a folder that does not exist yet or is empty.
+        rank: largest rank; None means 128, or no limit where `energy` or `noise` decides.
+        energy: per matrix the smallest rank that holds this share of the change's squared Frobenius norm.
+        noise: per matrix the number of singular values above the noise edge (Gavish and Donoho, 2014).
+        embed_lora: adapt embeddings and output head too.
+        fan_in_fan_out: weights are stored (in, out); None decides by the base's ``model_type``.
+        include: patterns (with ``*``) of tensor names to adapt; empty means all.
+        exclude: patterns of tensor names not to adapt.
+        dtype: of the factors.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        progress: called after each tensor.
+
+    Raises:
+        ConfigError, DeviceError, OutputExistsError, OutputBusyError, OutputUnfinishedError: the request cannot be
+            carried out.
+        CheckpointError, ShapeError, DTypeError, NonFiniteError, ConvergenceError: an input is damaged, or the two do
+            not fit together; or they are equal.
+        DiskFullError: there is no room for the output.
+    """
+    start, target = time.perf_counter(), choose_device(device)
+    rank_of((1, 1), rank, energy, noise)  # refuses what is out of range before anything is read
+    if rank is None and energy is None and not noise:
+        rank = DEFAULT_RANK
+    config = MergeConfig(
+        merge_method="task_arithmetic",
+        base_model=base,
+        models=(ModelEntry(model=model),),
+        include=tuple(include),
+        exclude=tuple(exclude),
+    )
+    plan = make_plan(config, 2**63)
+    if isinstance(plan.tuned[0], AdaptedModel):
+        raise ConfigError(f"{model}: is a LoRA adapter already; to cut it to a smaller rank, use resize-lora")
+    check_copies(plan)
+    if fan_in_fan_out is None:
+        fan_in_fan_out = plan.base.config.get("model_type") in _FAN_IN_FAN_OUT
+    sizes = {name: tensor.bytes_read for name, tensor in plan.tensors.items()}
+    # Configs leave out what is the default of their model class.
+    untied = any(is_head(name.removesuffix(".weight")) for name in plan.tensors)
+    tied = bool(plan.base.config.get("tie_word_embeddings", not untied))
+    with adapter_output(out, dtype, sizes, progress) as output:
+        for name, tensor in plan.tensors.items():
+            beside = "of a module beside the one that an adapter belongs to" if plan.base.module(name).prefix else ""
+            reason = beside or _not_expressible(tensor, embed_lora, tied)
+            if reason:
+                squares = (float(piece.square().sum()) for _, piece in _task_vector(plan, name, torch.float64))
+                output.left_out[name] = LeftOut(reason, math.sqrt(sum(squares)))
+                if tensor.treatment.kind != "base" and not math.isfinite(output.left_out[name].norm):
+                    raise _not_finite(name)
+            else:
+                m, n = tensor.spec.shape
+                update, report = _extracted(plan, name, rank_of((m, n), rank, energy, noise), target)
+                module, embedding = name.removesuffix(".weight"), _last_part(name) in _EMBEDDINGS
+                turned = embedding or (fan_in_fan_out and not is_head(module))
+                output.writer.add(module, transposed(update) if turned else update, embedding=embedding)
+                output.modules[module] = report
+            output.done(name)
+        for checkpoint in plan.inputs:
+            checkpoint.check_unchanged()
+        architectures = plan.base.config.get("architectures") or [""]
+        task_type = "CAUSAL_LM" if str(architectures[0]).endswith("ForCausalLM") else None
+        output.writer.finish(base=base, task_type=task_type, fan_in_fan_out=fan_in_fan_out)
+        request = {"base": base, "model": model, "rank": rank, "energy": energy, "noise": noise, "dtype": dtype}
+        return finish(output, Path(out), "extract-lora", request, start)
+
+
+def _not_expressible(tensor: TensorPlan, embed_lora: bool, tied: bool) -> str:
+    """Return why a tensor is not adapted, or an empty string."""
+    name, module = tensor.name, _last_part(tensor.name)
+    if tensor.treatment.kind == "base":
+        return tensor.treatment.reason
+    if len(tensor.spec.shape) != 2:
+        return f"{len(tensor.spec.shape)}-D: LoRA adapts matrices"
+    if not name.endswith(".weight"):
+        return "not the weight of a module"
+    if not embed_lora and (module in _EMBEDDINGS or is_head(module)):
+        return "embedding or output head; embed_lora adapts them"
+    if tied and module in _TOKEN_EMBEDDINGS:
+        return "embedding tied to the output head: PEFT would adapt one of the two"
+    return ""
+
+
+def _last_part(name: str) -> str:
+    """Return the name that a module has in the one around it."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _extracted(plan: MergePlan, name: str, rank: Any, device: torch.device) -> tuple[Factored, ModuleReport]:
+    """Return the truncated SVD of a task vector."""
+    m, n = plan.tensors[name].spec.shape
+    dtype = torch.float64 if torch.float64 in plan.tensors[name].dtypes else torch.float32
+    delta = torch.empty(m, n, dtype=dtype, device=device)
+    for first, piece in _task_vector(plan, name, dtype):
+        delta[first : first + len(piece)] = piece.to(device)
+    if not is_finite(delta):
+        raise _not_finite(name)
+    # Where the cut falls among nearly equal singular values, which of their vectors are kept is ill-determined; any
+    # choice holds the same energy, and the exact mode would compute a full SVD to settle it.
+    found = truncated_svd([delta], [rank], "fast")
+    update = from_triplets(found.U[0], found.S[0], found.Vh[0])
+    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    energy = min(1.0, float(found.S[0].square().sum()) / norm**2) if norm else 1.0
+    return update, ModuleReport((m, n), found.ranks[0], norm, energy, found.certificates[0])
+
+
+def _not_finite(name: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{name}: a model holds NaN or infinity there, or the two differ by more than their dtype holds; "
+        "repair the checkpoint or exclude the tensor"
+    )
+
+
+def _task_vector(plan: MergePlan, name: str, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Yield what the fine-tune changed, in pieces of whole rows, each with the index of its first row."""
+    shape = plan.tensors[name].spec.shape
+    rows = shape[0] if shape else 1
+    step = max(1, _PIECE_BYTES * max(rows, 1) // max(1, dtype.itemsize * math.prod(shape)))
+    for first in range(0, rows, step):
+        part = (first, min(first + step, rows)) if shape else None
+        before, after = (
+            model.load(name, rows=part).to(dtype) for model in plan.inputs if isinstance(model, Checkpoint)
+        )
+        yield first, after - before

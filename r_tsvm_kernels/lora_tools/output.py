@@ -1,0 +1,168 @@
+"""The folder of an adapter that grows one module at a time, its report, and the result."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..config import DTypeName
+from ..engine import Progress
+from ..engine.output import is_single_file, locked_stage, writing
+from ..engine.sidecar_files import write_json
+from ..errors import ConfigError, OutputUnfinishedError
+from ..linalg import Certificate
+from ..lora import Adapter, AdapterWriter, common_base_layers
+from ..lora.adapter import WEIGHTS_FILE
+from ..lora.adapter_config import CONFIG_FILE
+
+REPORT = "lora_report.json"
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module of the adapter.
+
+    Attributes:
+        shape: of the weight for an extraction, else of ``B @ A``.
+        rank: of the update that was written; 0 if it is zero, then the module is not in the adapter.
+        norm: Frobenius norm of the update before it was cut to that rank.
+        captured_energy: share of the squared norm that the rank holds.
+        certificate: accuracy of the spectral solve; None where QR and a small SVD did it all.
+        ranks: of a TSV-Merge, rank kept of each adapter that has the module.
+        energies: of a TSV-Merge, captured energy of each.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    captured_energy: float
+    certificate: Certificate | None = None
+    ranks: tuple[int, ...] = ()
+    energies: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A tensor that an adapter cannot express, or was not asked to.
+
+    Attributes:
+        reason: why.
+        norm: Frobenius norm of its change; 0.0 if nothing is lost.
+    """
+
+    reason: str
+    norm: float
+
+
+@dataclass(frozen=True)
+class AdapterResult:
+    """A finished adapter.
+
+    Attributes:
+        path: its folder.
+        report_path: the JSON report in it.
+        modules: by name.
+        left_out: by name of the tensor; only an extraction leaves any out.
+        seconds: wall time.
+    """
+
+    path: Path
+    report_path: Path
+    modules: dict[str, ModuleReport]
+    left_out: dict[str, LeftOut]
+    seconds: float
+
+    @property
+    def captured_energy(self) -> float:
+        """Share of the squared norm of the whole change, of what was left out too, that the adapter holds."""
+        return _captured(self.modules, self.left_out)
+
+
+@dataclass
+class AdapterOutput:
+    """An adapter that is being written: the writer, bytes to read per tensor or module, entries of the report."""
+
+    writer: AdapterWriter
+    sizes: dict[str, int]
+    progress: Callable[[Progress], None] | None
+    modules: dict[str, ModuleReport] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    _bytes_done: int = 0
+
+    def done(self, name: str) -> None:
+        """Report progress after a tensor or module."""
+        self._bytes_done += self.sizes[name]
+        if self.progress:
+            done = len(self.modules) + len(self.left_out)
+            self.progress(Progress(name, done, len(self.sizes), self._bytes_done, sum(self.sizes.values())))
+
+
+@contextmanager
+def adapter_output(
+    out: str | Path, dtype: DTypeName, sizes: dict[str, int], progress: Callable[[Progress], None] | None
+) -> Iterator[AdapterOutput]:
+    """Yield an adapter that grows beside `out`, and move it there at the end; nothing stays if it fails."""
+    out = Path(out)
+    if is_single_file(out):
+        raise ConfigError(f"{out}: an adapter is a folder; choose a name that does not end in .safetensors")
+    with locked_stage(out) as stage:
+        if stage.journal.exists():
+            raise OutputUnfinishedError(f"{out}: a merge into it was stopped; finish it, or choose another output")
+        stage.refuse_foreign((WEIGHTS_FILE, CONFIG_FILE, REPORT))
+        stage.remove()
+        try:
+            with writing(out):
+                stage.folder.mkdir()
+                with AdapterWriter(stage.folder, getattr(torch, dtype)) as writer:
+                    yield AdapterOutput(writer, sizes, progress)
+                stage.publish()
+        finally:
+            stage.remove()
+
+
+def finish_like(output: AdapterOutput, sources: Sequence[Adapter]) -> None:
+    """Write the adapter with the settings of the first source, after a last look at all of them.
+
+    Raises:
+        CheckpointError: the sources hold different weights of the base, so they do not belong to one.
+    """
+    for name, weight in common_base_layers(sources):
+        output.writer.add_base_layer(name, weight)
+    for source in sources:
+        source.check_unchanged()
+    config = sources[0].config
+    output.writer.finish(
+        base=config.base_model_name_or_path, task_type=config.task_type, fan_in_fan_out=config.fan_in_fan_out
+    )
+
+
+def finish(output: AdapterOutput, out: Path, command: str, request: dict[str, Any], start: float) -> AdapterResult:
+    """Write the report and return the result."""
+    seconds = time.perf_counter() - start
+    report = {
+        "command": command,
+        **request,
+        "versions": {
+            "r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version(),
+        },
+        "seconds": seconds,
+        "captured_energy": _captured(output.modules, output.left_out),
+        "modules": {name: asdict(module) for name, module in output.modules.items()},
+        "left_out": {name: asdict(tensor) for name, tensor in output.left_out.items()},
+    }  # fmt: skip
+    write_json(output.writer.folder / REPORT, report)
+    return AdapterResult(out, out / REPORT, output.modules, output.left_out, seconds)
+
+
+def _captured(modules: dict[str, ModuleReport], left_out: dict[str, LeftOut]) -> float:
+    whole = sum(m.norm**2 for m in modules.values()) + sum(tensor.norm**2 for tensor in left_out.values())
+    kept = sum(module.captured_energy * module.norm**2 for module in modules.values())
+    return kept / whole if whole else 1.0

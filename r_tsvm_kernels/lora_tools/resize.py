@@ -1,0 +1,75 @@
+"""Cut an adapter to a smaller rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import DTypeName
+from ..engine import Progress, choose_device
+from ..errors import ConfigError
+from ..linalg import Factored
+from ..lora import Adapter, rank_of, truncated
+from .output import AdapterResult, ModuleReport, adapter_output, finish, finish_like
+
+
+def resize_lora(
+    adapter: str,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: DTypeName = "float32",
+    device: str = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> AdapterResult:
+    """Cut an adapter to a smaller rank: the best approximation of every update, from QR and a small SVD.
+
+    Args:
+        adapter: folder or Hugging Face id.
+        out: a folder that does not exist yet or is empty.
+        rank: largest rank; None means no limit.
+        energy: per module the smallest rank that holds this share of the update's squared Frobenius norm.
+        dtype: of the factors.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        progress: called after each module.
+
+    Raises:
+        As `merge_lora`.
+    """
+    start, target = time.perf_counter(), choose_device(device)
+    if rank is None and energy is None:
+        raise ConfigError("say how far to cut: a rank, or a share of the energy")
+    rank_of((1, 1), rank, energy)
+    source = Adapter(adapter)
+    with adapter_output(out, dtype, bytes_per_module([source]), progress) as output:
+        for name, module in source.modules.items():
+            update, report = cut(source.load(name, target), rank, energy)
+            output.writer.add(name, update, embedding=module.embedding)
+            output.modules[name] = report
+            output.done(name)
+        finish_like(output, [source])
+        request = {"adapter": adapter, "rank": rank, "energy": energy, "dtype": dtype}
+        return finish(output, Path(out), "resize-lora", request, start)
+
+
+def cut(matrix: Factored, rank: int | None, energy: float | None, **facts: Any) -> tuple[Factored, ModuleReport]:
+    """Cut an update to its rank, and report on it; `facts` are further fields of the report."""
+    update, captured = truncated(matrix, rank_of(matrix.shape, rank, energy))
+    singular_values = update.left.square().sum(0)  # each factor has their roots
+    norm = float(torch.linalg.vector_norm(singular_values)) / math.sqrt(captured) if captured else 0.0
+    return update, ModuleReport(matrix.shape, update.left.shape[1], norm, captured, **facts)
+
+
+def bytes_per_module(sources: Sequence[Adapter]) -> dict[str, int]:
+    """Return the bytes to read per module."""
+    sizes: dict[str, int] = {}
+    for source in sources:
+        for name, module in source.modules.items():
+            sizes[name] = sizes.get(name, 0) + module.nbytes
+    return sizes

@@ -1,0 +1,20 @@
+"""What a merge of checkpoints will do, from headers alone: its inputs, what happens to each tensor, what that takes."""
+
+from .costs import Footprint, footprint, tensor_cost, total_flops
+from .inputs import Inputs, open_inputs
+from .merge_plan import InputFile, MergePlan, Part, TensorPlan
+from .planning import make_plan
+
+__all__ = [
+    "Footprint",
+    "InputFile",
+    "Inputs",
+    "MergePlan",
+    "Part",
+    "TensorPlan",
+    "footprint",
+    "make_plan",
+    "open_inputs",
+    "tensor_cost",
+    "total_flops",
+]

@@ -1,0 +1,83 @@
+"""Memory and operations of a planned merge."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..lora.adapted_model import AdaptedModel
+from ..methods import Cost, TensorJob, elementwise_cost, factored_cost
+from .merge_plan import MergePlan
+
+# Scalars, masks of a row, whole pages.
+_SMALL = 1 << 19
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of merging one tensor, or some rows of it.
+
+    Attributes:
+        inputs: bytes of the inputs as they are stored.
+        work: upper bound of the bytes in use at one time beside the inputs; the output is part of it.
+        output: bytes of the merged tensor as it will be stored.
+    """
+
+    inputs: int
+    work: int
+    output: int
+
+
+def total_flops(plan: MergePlan) -> float:
+    """Return about how many operations a merge takes."""
+    return sum(tensor_cost(plan, name).flops for name in plan.tensors)
+
+
+def tensor_cost(plan: MergePlan, name: str, shape: tuple[int, ...] | None = None, device_type: str = "cpu") -> Cost:
+    """Return the memory and operations that the method takes for a tensor.
+
+    Args:
+        plan: the merge.
+        name: of the tensor.
+        shape: of another tensor that is treated like it; None means its own shape.
+        device_type: ``cpu`` or ``cuda``.
+    """
+    tensor = plan.tensors[name]
+    shape = tensor.spec.shape if shape is None else shape
+    if tensor.treatment.kind == "base":
+        return Cost(tensor.dtypes[0].itemsize * math.prod(shape), 0.0)
+    job = TensorJob(shape, len(plan.tuned), plan.accumulation(tensor).itemsize, device_type)
+    ranks = plan.update_ranks(name)
+    if plan.keeps_factors(name):
+        return factored_cost(job, ranks)
+    cost_of = elementwise_cost if tensor.treatment.kind == "mean" else plan.config.method.cost
+    cost = cost_of(job, tensor.options)
+    # The tuned tensors, formed one after the other, and a wide copy of what the update is added to.
+    formed = sum(isinstance(model, AdaptedModel) for model in plan.tuned) + 1 if tensor.factor_ranks else 0
+    flops = 2.0 * job.elements * sum(ranks)
+    return Cost(cost.bytes + formed * job.itemsize * job.elements, cost.flops + flops)
+
+
+def footprint(plan: MergePlan, name: str, rows: int | None = None, device_type: str = "cpu") -> Footprint:
+    """Return the memory that `merge_tensors` needs for a tensor.
+
+    Args:
+        plan: the merge.
+        name: of the tensor.
+        rows: how many of its rows are merged at a time; None means all.
+        device_type: ``cpu`` or ``cuda``.
+    """
+    tensor = plan.tensors[name]
+    shape = tensor.spec.shape if rows is None else (rows, *tensor.spec.shape[1:])[: len(tensor.spec.shape)]
+    elements = math.prod(shape)
+    stored = tensor.spec.dtype.itemsize * elements
+    result = tensor.dtypes[0] if tensor.treatment.kind == "base" else plan.accumulation(tensor)
+    rounding = 0 if result == tensor.spec.dtype else stored  # the wide and the stored tensor
+    work = max(tensor_cost(plan, name, shape, device_type).bytes, result.itemsize * elements + rounding)
+    if tensor.treatment.kind != "base" and plan.config.dtype is not None:
+        loaded: torch.dtype = getattr(torch, plan.config.dtype)
+        rounded = sum(part.rank is None and part.dtype != loaded for part in tensor.parts)
+        work += rounded * loaded.itemsize * elements
+    return Footprint(sum(part.nbytes(elements) for part in tensor.parts), work + _SMALL, stored)

@@ -1,0 +1,117 @@
+"""Open what a recipe names: the base, the models, and the adapters that change some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint import Checkpoint
+from ..checkpoint.hub import resolve
+from ..config import MergeConfig
+from ..errors import ConfigError
+from ..lora import Adapter
+from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, split_reference
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened inputs of a merge.
+
+    Attributes:
+        base: the checkpoint that lends its layout, buffers and configuration files.
+        tuned: the models that are merged: checkpoints, or checkpoints that an adapter changes. The base is one of them
+            only where the method forms no task vectors.
+        config: with one entry in `models` per model in `tuned`.
+    """
+
+    base: Checkpoint
+    tuned: tuple[Checkpoint | AdaptedModel, ...]
+    config: MergeConfig
+
+
+def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
+    """Open the base and the models of a recipe, each file once.
+
+    Raises:
+        ConfigError: no models, or no base where the method needs one, or a base that is an adapter.
+        CheckpointError, PickleRefusedError, QuantisedRefusedError, AdapterRefusedError: an input cannot be used.
+    """
+    if any(entry.model is None for entry in config.models):
+        raise ConfigError("every entry of `models` needs a `model`: a folder, a .safetensors file or a model id")
+    if config.method.needs_base and config.base_model is None:
+        raise ConfigError(f"{config.merge_method} needs base_model: the model that all others were fine-tuned from")
+    base_path = _base_path(config.base_model, allow_pickle)
+    found = [(entry, *_paths(str(entry.model), base_path, allow_pickle)) for entry in config.models]
+    is_base = [
+        adapter is None and base_path is not None and path.resolve() == base_path.resolve()
+        for _, path, adapter in found
+    ]
+    if not found or (config.method.needs_base and all(is_base)):
+        known = f"{config.models[0].model} is the base itself; " if config.models else ""
+        raise ConfigError(f"no fine-tuned models: {known}list at least one under `models` (or with --model)")
+    if config.method.needs_base:
+        found = [model for model, base_itself in zip(found, is_base, strict=True) if not base_itself]
+        entries = tuple(entry for entry, _, _ in found)
+    else:  # one name for the base, by which `base_joins` knows whether it is listed
+        entries = tuple(
+            entry.model_copy(update={"model": config.base_model}) if base_itself else entry
+            for entry, base_itself in zip(config.models, is_base, strict=True)
+        )
+    config = config.model_copy(update={"models": entries})
+    if config.base_joins and base_path is not None:
+        config = config.with_base_listed()
+        found.append((config.models[-1], base_path, None))
+    checkpoints: dict[Path, Checkpoint] = {}
+    adapters: dict[Path, Adapter] = {}
+
+    def opened(path: Path) -> Checkpoint:
+        key = path.resolve()
+        checkpoints[key] = checkpoints.get(key) or Checkpoint(path, allow_pickle=allow_pickle)
+        return checkpoints[key]
+
+    base = opened(found[0][1] if base_path is None else base_path)
+    tuned: list[Checkpoint | AdaptedModel] = []
+    for _, path, adapter_path in found:
+        model = opened(path)
+        if adapter_path is None:
+            tuned.append(model)
+        else:
+            key = adapter_path.resolve()
+            adapters[key] = adapters.get(key) or Adapter(adapter_path)
+            tuned.append(adapt(model, adapters[key]))
+    return Inputs(base, tuple(tuned), config)
+
+
+def _base_path(base_model: str | None, allow_pickle: bool) -> Path | None:
+    if base_model is None:
+        return None
+    name, adapter = split_reference(base_model)
+    path = resolve(name, allow_pickle=allow_pickle)
+    if adapter is not None or is_adapter(path):
+        raise ConfigError(
+            f"base_model: {base_model} is a LoRA adapter; name the model that it was trained on, "
+            "and list the adapter under `models`"
+        )
+    return path
+
+
+def _paths(model: str, base_path: Path | None, allow_pickle: bool) -> tuple[Path, Path | None]:
+    """Return the paths of the checkpoint and of the adapter of a model; an adapter alone belongs to the base."""
+    name, adapter = split_reference(model)
+    path = resolve(name, allow_pickle=allow_pickle)
+    if adapter is not None:
+        return path, resolve(adapter)
+    if not is_adapter(path):
+        return path, None
+    if base_path is None:
+        raise ConfigError(f"{model} is a LoRA adapter: write model+adapter, or set base_model to its base")
+    return base_path, path
+
+
+def sources(base: Checkpoint, tuned: Sequence[Checkpoint | AdaptedModel]) -> tuple[Checkpoint | Adapter, ...]:
+    """Return what is read for a base and its models: checkpoints and adapters, each once, the base first."""
+    found: list[Checkpoint | Adapter] = [base]
+    for model in tuned:
+        found += [model.base, model.adapter] if isinstance(model, AdaptedModel) else [model]
+    return tuple(dict.fromkeys(found))

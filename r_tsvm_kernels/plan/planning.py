@@ -1,0 +1,149 @@
+"""Make the plan of a merge: open the inputs, check that they fit together, decide what happens to each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import (
+    Checkpoint,
+    TensorSpec,
+    check_same_vocabulary,
+    plan_shards,
+    settle_copies,
+    shard_name,
+    shared_seeds,
+)
+from ..config import MergeConfig
+from ..errors import CheckpointError, ConfigError, QuantisedRefusedError, ShapeError
+from ..lora import Adapter
+from ..lora.adapted_model import AdaptedModel
+from ..merge import Treatment, check_options, check_same_names, stored_dtype, treatment
+from ..ops import FLOAT_DTYPES
+from ..parameters import count_layers, layer_positions
+from .inputs import open_inputs, sources
+from .merge_plan import MergePlan, Part, TensorPlan
+
+
+def make_plan(
+    config: MergeConfig, shard_bytes: int, stem: str | None = None, *, allow_pickle: bool = False
+) -> MergePlan:
+    """Open every input, check that they fit together, and decide what happens to each tensor.
+
+    Args:
+        config: a recipe with models.
+        shard_bytes: largest size of an output shard.
+        stem: of the output files; None takes the base's.
+        allow_pickle: take pickled weights where a model has no others.
+
+    Raises:
+        ConfigError: no models, or no base where the method needs one; one file for several modules; a pattern that
+            matches no tensor; or a weight beyond the dtype of a merge.
+        CheckpointError, PickleRefusedError: an input is missing or damaged, or its tensors are not the base's.
+        QuantisedRefusedError: an input is quantised.
+        ShapeError: shapes differ.
+        DTypeError: a tensor cannot be merged.
+    """
+    opened = open_inputs(config, allow_pickle)
+    base, tuned, config = opened.base, opened.tuned, opened.config
+    inputs = sources(base, tuned)
+    checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
+    config.check_patterns(base.tensors)
+    if config.tokenizer_source is not None:
+        check_same_vocabulary(base, checkpoints[1:])
+    if config.num_layers is not None and config.num_layers != (layers := count_layers(base.tensors)):
+        raise ConfigError(
+            f"slices: {config.num_layers} layers were asked for, but {base.path} has {layers}; only whole models "
+            "are merged"
+        )
+    copies = settle_copies(base, checkpoints[1:])
+    dropped = {(copy.checkpoint, copy.name) for copy in copies if copy.dropped}
+    names = {name: header for name, header in base.tensors.items() if (base, name) not in dropped}
+    for checkpoint in checkpoints[1:]:
+        others = {n: header for n, header in checkpoint.tensors.items() if (checkpoint, n) not in dropped}
+        check_same_names(names, others, str(checkpoint.path))
+        for name, header in names.items():
+            _check_header(name, header.shape, others[name].shape, checkpoint.path)
+    adapted = [model for model in tuned if isinstance(model, AdaptedModel)]
+    for model in adapted:
+        if changed := [name for name in model.modules if (model.base, name) in dropped]:
+            raise CheckpointError(f"{model.path}: changes {changed[0]}, which the base ties to the embedding")
+    seeds = shared_seeds(base, checkpoints[1:]) if "seed" in config.method.parameters.model_fields else {}
+
+    positions = layer_positions(names)
+    specs, treatments, options = {}, {}, {}
+    for name, header in names.items():
+        options[name] = config.options(len(tuned), name, positions[name], seeded_by=seeds.get(name))
+        decided = treatment(config, options[name], name, header.shape, header.dtype, len(tuned))
+        if decided.kind != "base":
+            for checkpoint in checkpoints:
+                if checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
+                    raise QuantisedRefusedError(
+                        f"{checkpoint.path}: {name} is {checkpoint.tensors[name].dtype}, where the base has "
+                        f"{header.dtype}; if the model is quantised, dequantise it and merge that; if the tensor is a "
+                        "mask or another buffer, exclude it"
+                    )
+            unchanged = all(model.base is base and name not in model.modules for model in adapted)
+            if config.method.needs_base and len(adapted) == len(tuned) and unchanged:
+                decided = Treatment("base", "no adapter changes it")
+        treatments[name] = decided
+        specs[name] = TensorSpec(stored_dtype(config, header.dtype), header.shape)
+    shards = _shards(base, specs, shard_bytes, stem)
+    tensors = {
+        name: TensorPlan(
+            name,
+            treatments[name],
+            specs[name],
+            positions[name],
+            _parts(name, treatments[name], inputs, adapted),
+            options[name],
+            seeds.get(name),
+        )
+        for name in names
+    }
+    plan = MergePlan(base, tuned, config, tensors, shards, copies)
+    for name, tensor in tensors.items():
+        if tensor.treatment.kind != "base":
+            check_options(tensor.options, plan.accumulation(tensor), name)
+    return plan
+
+
+def _shards(base: Checkpoint, specs: dict[str, TensorSpec], shard_bytes: int, stem: str | None) -> dict[str, list[str]]:
+    """Distribute the tensors of each module over files in its folder; indexes are read of main modules only."""
+    if stem is not None and any(module.prefix for module in base.modules):
+        folders = ", ".join(module.folder or "." for module in base.modules)
+        raise ConfigError(f"{base.path} has modules of its own in folders ({folders}); choose a folder as the output")
+    shards = {}
+    for module in base.modules:
+        own = {name: spec for name, spec in specs.items() if base.module(name) is module}
+        # Of the loaders of sentence-transformers only that of a transformer, which has a config, reads an index.
+        divided = not module.prefix and (len(base.folders) == 1 or base.config)
+        layout = plan_shards(own, shard_bytes if divided else 2**63)
+        folder = "" if stem is not None or not module.folder else f"{module.folder}/"
+        for index, names in enumerate(layout):
+            shards[folder + shard_name(stem or module.weights.stem, index, len(layout))] = names
+    return shards
+
+
+def _check_header(name: str, expected: tuple[int, ...], got: tuple[int, ...], path: Path) -> None:
+    if expected != got:
+        hint = "; was its vocabulary resized?" if expected[1:] == got[1:] and len(expected) == 2 else ""
+        raise ShapeError(f"{path}: {name} has shape {got}, the base has {expected}{hint}")
+
+
+def _parts(
+    name: str, decided: Treatment, inputs: Sequence[Checkpoint | Adapter], adapted: Sequence[AdaptedModel]
+) -> tuple[Part, ...]:
+    """Return what is read for a tensor: of the base alone if its value stays."""
+    modules = {model.adapter: model.modules for model in adapted}
+    found = []
+    for index, source in enumerate(inputs[:1] if decided.kind == "base" else inputs):
+        if isinstance(source, Checkpoint):
+            found.append(Part(index, source.tensors[name].dtype))
+        elif name in modules[source]:
+            A, B = source.headers(modules[source][name])
+            rank = A.shape[0]
+            found.append(Part(index, torch.promote_types(A.dtype, B.dtype), rank, A.nbytes + B.nbytes))
+    return tuple(found)
