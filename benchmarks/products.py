@@ -22,8 +22,8 @@ from torch import Tensor
 from r_tsvm_kernels import ops
 from r_tsvm_kernels.bench.case import all_on
 from r_tsvm_kernels.linalg import use_cuda_graphs
-from r_tsvm_kernels.linalg.polar_express import polar_express
-from r_tsvm_kernels.linalg.purification import leading_eigenspaces
+from r_tsvm_kernels.linalg.products.polar_express import polar_express
+from r_tsvm_kernels.linalg.products.purification import leading_eigenspaces
 
 BATCH = 3
 SIZE = 4096

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from r_tsvm_kernels.linalg import Mode, Solver, TsvMerge, tsv_merge
-from r_tsvm_kernels.linalg.products_merge import MatmulMerge, matmul_tsv_merge
+from r_tsvm_kernels.linalg.products.merge import ProductsMerge, products_tsv_merge
 
 sys.path.insert(0, str(ROOT / "tests"))
 from spectra import KINDS, rank_of, spectrum
@@ -97,7 +97,7 @@ def of_solver(merge: TsvMerge, exact: Tensor) -> dict[str, Any]:
     return {"error": relative(merge.matrix, exact), **told}
 
 
-def of_format(merge: MatmulMerge, exact: Tensor) -> dict[str, Any]:
+def of_format(merge: ProductsMerge, exact: Tensor) -> dict[str, Any]:
     """The error, and the largest of each measured number over the tasks."""
     names = ("error_estimate", "residual", "invariance", "rank_defect", "ratio", "outer_steps", "inner_steps")
     worst = {name: max(getattr(part, name) for part in merge.parts) for name in names}
@@ -132,7 +132,7 @@ def measure(
         routes[name] = of_solver(merge, exact)
         conditions += [c for c in merge.certificate.basis_condition if c == c]
     for name, precision, limit in FORMATS if "products" in solvers and full_rank else []:
-        routes[name] = of_format(matmul_tsv_merge(matrices, [rank] * tasks, None, precision, limit), exact)
+        routes[name] = of_format(products_tsv_merge(matrices, [rank] * tasks, None, precision, limit), exact)
     condition = max(conditions, default=None)
     return {"tasks": tasks, "shape": list(matrices.shape[1:]), "rank": rank, "basis_condition": condition,
             "routes": routes}  # fmt: skip

@@ -1,6 +1,9 @@
 """Each layer imports only those before it."""
 
 import ast
+import importlib
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,36 @@ def test_native_code_never_includes_torch():
             assert not any("torch" in line or "ATen" in line or "c10" in line for line in includes), path
             if "bindings" not in path.parts:
                 assert not any("pybind11" in line or "Python.h" in line for line in includes), path
+
+
+def shadowed(package, folder):
+    """Return the submodules of a package that one of its attributes hides: `import package.name as x` gives that."""
+    names = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    return sorted(
+        name
+        for name in names - {"__init__"}
+        if getattr(package, name, None) not in (None, sys.modules.get(f"{package.__name__}.{name}"))
+    )
+
+
+PACKAGES = sorted(path.parent for path in PACKAGE.rglob("__init__.py") if (PACKAGE / "ops") not in path.parents)
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_no_attribute_hides_a_module(folder):
+    name = ".".join(folder.relative_to(PACKAGE.parent).parts)
+    try:
+        package = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
+    assert not shadowed(package, folder)
+
+
+def test_the_test_sees_a_hidden_module(tmp_path):
+    (tmp_path / "shrink.py").touch()
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "__init__.py").touch()
+    package = types.ModuleType("package")
+    assert not shadowed(package, tmp_path)
+    package.shrink = package.inner = lambda: None
+    assert shadowed(package, tmp_path) == ["inner", "shrink"]

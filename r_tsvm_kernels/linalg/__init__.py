@@ -1,16 +1,16 @@
 """Spectral operations on task matrices; every result comes with a certificate of its accuracy."""
 
 from .certificate import Certificate, Mode
-from .cuda_graph import use_cuda_graphs
 from .factored import Factored, FactoredMerge, Triplets, leading_triplets, merge_factored, weighted_sum
 from .interference import interference_above_chance, interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .memory import tsv_merge_bytes, tsv_merge_flops
 from .merging import Solver, TsvMerge, nonzero_support, tsv_merge, tsv_merge_layers
+from .orthogonal_iteration import subspace_iteration
 from .polar_factor import PolarFactor, polar
+from .products.cuda_graph import use_cuda_graphs
 from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
 from .rounding import BACKWARD_ERROR, Cut
-from .subspace_iteration import subspace_iteration
 from .subspaces import Subspaces, TruncatedSVD, leading_subspaces, truncated_svd
 
 __all__ = [

@@ -19,8 +19,8 @@ from .factored import Factored, merge_factored
 from .interference import interference_of_bases
 from .leading_right_vectors import ROUTES, right_vectors
 from .parallel import run_concurrently
-from .products_merge import MatmulMerge, matmul_tsv_merges
-from .purification import STEPS
+from .products.merge import ProductsMerge, products_tsv_merges
+from .products.purification import STEPS
 from .ranks import Rank
 from .tall_matrix import WORKSPACE, TallMatrix
 
@@ -71,7 +71,7 @@ def tsv_merge(
         weights: T factors of the cores; one alone is for all tasks, None means 1.
         mode: ``exact`` or ``fast``, see `Certificate`.
         solver: ``eigen``: eigenvalue decompositions of Gram matrices; ``products``: matrix products on tensor cores
-            (see `matmul_route`), all tasks in one batch, simulated and slow on a CPU. Where its estimated error is too
+            (see `products`), all tasks in one batch, simulated and slow on a CPU. Where its estimated error is too
             large, where a rank is a rule or above the numerical rank, ``eigen`` takes over.
         workspace: bytes for copies of matrix rows; beside them a few square matrices of the short side are needed.
 
@@ -197,7 +197,7 @@ def tsv_merge_layers(
         for group in (group for group in groups.values() if len(group) > 1):
             batch = torch.stack([stacks.pop(i) for i in group])
             own = [_ranks_for_products(numbers[i], min(batch.shape[-2:])) for i in group]
-            merges = matmul_tsv_merges(batch, own, [factors[i] for i in group], tolerance=_products_tolerance(mode))
+            merges = products_tsv_merges(batch, own, [factors[i] for i in group], tolerance=_products_tolerance(mode))
             for i, merged, matrices in zip(group, merges, batch, strict=True):
                 with suppress(ConvergenceError):  # merged on its own below, where the failure is reported
                     found = _of_products(merged, matrices, mode)
@@ -209,7 +209,7 @@ def tsv_merge_layers(
 
 
 def _stacked(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank]) -> Tensor | None:
-    """Return a layer that `matmul_tsv_merges` takes as one tensor: alike, finite, touched everywhere; else None."""
+    """Return a layer that `products_tsv_merges` takes as one tensor: alike, finite, touched everywhere; else None."""
     dense = [matrix for matrix in layer if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.numel()]
     kinds = {(matrix.shape, matrix.dtype, matrix.device) for matrix in dense}
     if len(kinds) != 1 or len(layer) != len(dense):
@@ -248,7 +248,7 @@ def _by_products(
     """
     numbers = _ranks_for_products(ranks, min(len(rows), len(columns)))
     touched = torch.stack([matrix[rows[:, None], columns] for matrix in matrices])
-    (merged,) = matmul_tsv_merges(touched[None], [numbers], [weights], "fp16x3", _products_tolerance(mode))
+    (merged,) = products_tsv_merges(touched[None], [numbers], [weights], "fp16x3", _products_tolerance(mode))
     found = _of_products(merged, touched, mode)
     result = torch.zeros_like(matrices[0])
     result[rows[:, None], columns] = found.matrix.to(result.dtype)
@@ -272,7 +272,7 @@ def _products_tolerance(mode: Mode) -> float | None:
     return None if mode == "exact" else tolerance_of(mode) / 2
 
 
-def _of_products(merged: MatmulMerge, matrices: Tensor, mode: Mode) -> TsvMerge:
+def _of_products(merged: ProductsMerge, matrices: Tensor, mode: Mode) -> TsvMerge:
     """Return the result of the matrix-product route with its certificate.
 
     Raises:

@@ -21,7 +21,7 @@ from ..linalg import (
     tsv_merge_bytes,
     tsv_merge_flops,
 )
-from ..linalg.cuda_graph import PRODUCTS
+from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import add_update
 from ..sizes import parse_size
 from .base import (

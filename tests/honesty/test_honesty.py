@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from r_tsvm_kernels.errors import ConvergenceError
-from r_tsvm_kernels.linalg import BACKWARD_ERROR, Cut, eigenspaces, products_merge
-from r_tsvm_kernels.linalg.turning import understood
+from r_tsvm_kernels.linalg import BACKWARD_ERROR, Cut, eigenspaces
+from r_tsvm_kernels.linalg.products import merge as products_merge
+from r_tsvm_kernels.linalg.products.turning import understood
 
 from .inputs import problem
 from .judge import Verdict, judge_subspaces, judge_tsv_merge, judged, sizes

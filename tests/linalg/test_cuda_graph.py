@@ -7,11 +7,12 @@ from torch.utils._pytree import tree_leaves
 
 from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.errors import ConfigError
-from r_tsvm_kernels.linalg import cuda_graph, purification, use_cuda_graphs
-from r_tsvm_kernels.linalg.cuda_graph import Graphs, map_tensors, tensors_in
-from r_tsvm_kernels.linalg.number_formats import arithmetic
-from r_tsvm_kernels.linalg.polar_express import coefficients, compose
-from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge
+from r_tsvm_kernels.linalg import use_cuda_graphs
+from r_tsvm_kernels.linalg.products import cuda_graph, purification
+from r_tsvm_kernels.linalg.products.cuda_graph import Graphs, map_tensors, tensors_in
+from r_tsvm_kernels.linalg.products.merge import products_tsv_merge
+from r_tsvm_kernels.linalg.products.number_formats import arithmetic
+from r_tsvm_kernels.linalg.products.polar_express import coefficients, compose
 
 
 class Tape(TorchDispatchMode):
@@ -97,9 +98,9 @@ def test_a_loop_replayed_on_other_values_gives_the_same_bits(tapes, function, ar
 def test_a_merge_from_graphs_gives_the_same_bits(tapes, monkeypatch):
     monkeypatch.setattr(purification, "STEPS", dict.fromkeys(purification.STEPS, 40))
     layers = torch.randn(3, 3, 50, 40)
-    expected = [matmul_tsv_merge(layer, [13, 12, 11]) for layer in layers]
+    expected = [products_tsv_merge(layer, [13, 12, 11]) for layer in layers]
     with use_cuda_graphs() as graphs:
-        got = [matmul_tsv_merge(layer, [13, 12, 11]) for layer in layers]
+        got = [products_tsv_merge(layer, [13, 12, 11]) for layer in layers]
         assert len(tapes) == 4 and graphs.nbytes == 400  # both levels of the purification, both polar factors
     assert graphs.nbytes == 0
     for one, other in zip(got, expected, strict=True):
@@ -170,9 +171,9 @@ def test_the_number_of_shapes_is_bounded(tapes, monkeypatch):
 
 def test_on_a_cpu_nothing_changes():
     matrices = torch.randn(2, 30, 20)
-    expected = matmul_tsv_merge(matrices, [10, 10]).matrix
+    expected = products_tsv_merge(matrices, [10, 10]).matrix
     with use_cuda_graphs() as graphs:
-        assert all(torch.equal(matmul_tsv_merge(matrices, [10, 10]).matrix, expected) for _ in range(2))
+        assert all(torch.equal(products_tsv_merge(matrices, [10, 10]).matrix, expected) for _ in range(2))
         assert graphs.nbytes == 0 and not graphs._known
 
 

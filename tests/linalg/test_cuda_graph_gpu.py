@@ -5,8 +5,8 @@ import torch
 
 from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.linalg import tsv_merge, use_cuda_graphs
-from r_tsvm_kernels.linalg.cuda_graph import Graphs, record, tensors_in
-from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge
+from r_tsvm_kernels.linalg.products.cuda_graph import Graphs, record, tensors_in
+from r_tsvm_kernels.linalg.products.merge import products_tsv_merge
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,9 +22,9 @@ PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
 def test_merges_are_the_same_bits(shape, ranks, backend, precision):
     layers = torch.randn(4, 3, *shape, device="cuda")
     with use_backend(**dict.fromkeys(PRODUCTS, backend)):
-        expected = [matmul_tsv_merge(layer, ranks, None, precision) for layer in layers]
+        expected = [products_tsv_merge(layer, ranks, None, precision) for layer in layers]
         with use_cuda_graphs() as graphs:
-            got = [matmul_tsv_merge(layer, ranks, None, precision) for layer in layers]
+            got = [products_tsv_merge(layer, ranks, None, precision) for layer in layers]
             assert graphs.nbytes > 0
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one.matrix, other.matrix)

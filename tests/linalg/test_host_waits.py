@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.dispatch import ORDER, use_backend
-from r_tsvm_kernels.linalg import matmul_route, polar_express, purification, turning
+from r_tsvm_kernels.linalg.products import polar_express, purification, subspaces, turning
 
 N, TASKS = 96, 3
 PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
@@ -41,7 +41,7 @@ def gpu(monkeypatch):
     def to_device(x, device):
         return torch.empty(x.shape, dtype=x.dtype, device=device)
 
-    for module in (purification, matmul_route, turning):
+    for module in (purification, subspaces, turning):
         monkeypatch.setattr(module, "gaussian", gaussian)
     monkeypatch.setattr(purification, "to_device", to_device)
     monkeypatch.setattr(purification, "_all", lambda done: False)  # below: so it is on a GPU
@@ -101,7 +101,7 @@ def test_all_subspaces_of_a_batch_are_launched_before_the_first_wait(gpu, kernel
     monkeypatch.setattr(torch.Tensor, "tolist", read)
     matrices = torch.empty(TASKS, 2 * N, N, device=gpu)
     levels = torch.empty(TASKS, dtype=torch.float64, device=gpu) if compressed else None
-    parts = matmul_route.matmul_subspaces(matrices, [N // TASKS] * TASKS, "fp16x3", levels)
+    parts = subspaces.products_subspaces(matrices, [N // TASKS] * TASKS, "fp16x3", levels)
     assert [part.Vh.shape for part in parts] == [(N // TASKS, N)] * TASKS
     assert len(tables) == 1 and tables[0][0] == TASKS
 

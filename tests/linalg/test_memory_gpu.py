@@ -9,7 +9,8 @@ from test_host_waits import gpu, kernels  # noqa: F401  # fixtures
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from r_tsvm_kernels.linalg import matmul_route, products_merge, tsv_merge_bytes
+from r_tsvm_kernels.linalg import tsv_merge_bytes
+from r_tsvm_kernels.linalg.products import merge, subspaces
 
 
 class Allocations(TorchDispatchMode):
@@ -62,9 +63,9 @@ def test_planned_memory_is_enough_and_not_twice_what_is_used(
     with Allocations() as allocations:
         matrices = torch.empty(tasks, *shape, device=gpu)
         if compressed:
-            matmul_route.matmul_subspaces(matrices, ranks, "fp16x3", levels)
+            subspaces.products_subspaces(matrices, ranks, "fp16x3", levels)
         else:
-            products_merge.matmul_tsv_merge(matrices, ranks, tolerance=math.inf)
+            merge.products_tsv_merge(matrices, ranks, tolerance=math.inf)
     bound = tsv_merge_bytes(shape, ranks, solver="products", simulated=False)
     eigen = tsv_merge_bytes(shape, ranks, solver="eigen")
     assert allocations.peak < bound < max(2 * allocations.peak, 1.01 * eigen)

@@ -6,7 +6,7 @@ import torch
 from compare import relative_error
 
 from r_tsvm_kernels.errors import ConfigError
-from r_tsvm_kernels.linalg.polar_express import best_quintic, coefficients, polar_express
+from r_tsvm_kernels.linalg.products.polar_express import best_quintic, coefficients, polar_express
 
 # For lower = 1e-3, as printed in arXiv 2505.16932.
 PUBLISHED = [

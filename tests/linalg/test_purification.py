@@ -5,9 +5,9 @@ import torch
 from spectra import spectrum
 
 from r_tsvm_kernels.errors import ConfigError
-from r_tsvm_kernels.linalg.number_formats import arithmetic
 from r_tsvm_kernels.linalg.orthonormal import cholesky_qr, orthogonality
-from r_tsvm_kernels.linalg.purification import STEPS, compress, largest_eigenvalue, leading_eigenspaces, purify
+from r_tsvm_kernels.linalg.products.number_formats import arithmetic
+from r_tsvm_kernels.linalg.products.purification import STEPS, compress, largest_eigenvalue, leading_eigenspaces, purify
 
 N = 96
 

@@ -9,7 +9,7 @@ from spectra import spectrum
 
 from r_tsvm_kernels.errors import NonFiniteError, ShapeError
 from r_tsvm_kernels.linalg import Factored, fixed_rank, tsv_merge, tsv_merge_layers
-from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge, matmul_tsv_merges
+from r_tsvm_kernels.linalg.products.merge import products_tsv_merge, products_tsv_merges
 
 
 def layer_of(shape, tasks=3, seed=0):
@@ -20,13 +20,13 @@ def layer_of(shape, tasks=3, seed=0):
 def batches(monkeypatch):
     """The shapes of the batches that were merged by products."""
     module, shapes = sys.modules["r_tsvm_kernels.linalg.merging"], []
-    merge = module.matmul_tsv_merges
+    merge = module.products_tsv_merges
 
     def counted(layers, *args, **kwargs):
         shapes.append(tuple(layers.shape))
         return merge(layers, *args, **kwargs)
 
-    monkeypatch.setattr(module, "matmul_tsv_merges", counted)
+    monkeypatch.setattr(module, "products_tsv_merges", counted)
     return shapes
 
 
@@ -82,5 +82,5 @@ def test_factored_layers():
 def test_a_batch_of_layers_equals_single_ones_by_products():
     layers = torch.stack([torch.stack(layer_of((36, 52), seed=i)) for i in range(3)])
     ranks = [[12] * 3, [12] * 3, [12] * 3]
-    for got, layer in zip(matmul_tsv_merges(layers, ranks), layers, strict=True):
-        assert relative_error(got.matrix, matmul_tsv_merge(layer, ranks[0]).matrix) < 1e-5
+    for got, layer in zip(products_tsv_merges(layers, ranks), layers, strict=True):
+        assert relative_error(got.matrix, products_tsv_merge(layer, ranks[0]).matrix) < 1e-5

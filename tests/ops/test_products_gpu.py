@@ -9,7 +9,7 @@ import torch
 from compare import relative_error
 
 from r_tsvm_kernels import dispatch
-from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge
+from r_tsvm_kernels.linalg.products.merge import products_tsv_merge
 from r_tsvm_kernels.ops import gemm3, split_planes, symm_gram, symm_square
 
 pytestmark = [
@@ -87,8 +87,8 @@ def test_a_step_is_the_same_in_a_cuda_graph():
 
 def test_merge_by_the_kernels_equals_that_by_the_reference():
     matrices = torch.randn(3, 1200, 1024, device="cuda")
-    reference = matmul_tsv_merge(matrices, [341] * 3, None, "float64").matrix
+    reference = products_tsv_merge(matrices, [341] * 3, None, "float64").matrix
     with dispatch.use_backend(**TRITON):
-        got = matmul_tsv_merge(matrices, [341] * 3)
+        got = products_tsv_merge(matrices, [341] * 3)
     assert relative_error(got.matrix.cpu(), reference.cpu()) < 1e-4
     assert got.orthogonality < 1e-5

@@ -161,11 +161,11 @@ def test_what_is_not_finite_is_seen(bad):
 def test_a_whole_merge_runs_on_the_kernels():
     from r_tsvm_kernels import dispatch
     from r_tsvm_kernels.linalg import tsv_merge
-    from r_tsvm_kernels.linalg.products_merge import matmul_tsv_merge
+    from r_tsvm_kernels.linalg.products.merge import products_tsv_merge
 
     matrices = torch.randn(2, 44, 36)
     matrices[1, :, 0] *= 100  # the two tasks take different numbers of steps, and one is compressed
     with dispatch.use_backend(split_planes="triton", symm_gram="triton", symm_square="triton", gemm3="triton"):
-        got = matmul_tsv_merge(matrices, [9, 4])
+        got = products_tsv_merge(matrices, [9, 4])
     assert relative_error(got.matrix, tsv_merge(matrices.double(), [9, 4]).matrix) < 3e-5
     assert len({part.outer_steps for part in got.parts}) == 2

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..on_device import gaussian
+from ..orthonormal import cholesky_qr, orthogonality
 from .near_cut import Step, below_filter, near_cut
 from .number_formats import Precision, arithmetic, padded
-from .on_device import gaussian
-from .orthonormal import cholesky_qr, orthogonality
 from .purification import compress, leading_eigenspaces
 
 # What becomes of rounding errors, measured: see benchmarks/spectral_accuracy.py. The polar factors multiply those of
@@ -36,7 +36,7 @@ TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 5e-5, "fp16x3":
 
 
 @dataclass(frozen=True)
-class MatmulSubspaces:
+class ProductsSubspaces:
     """Leading singular subspaces ``D ~ U core Vh`` of one matrix and what was measured of them.
 
     Attributes:
@@ -86,9 +86,9 @@ class MatmulSubspaces:
     compressed: bool
 
 
-def matmul_subspaces(
+def products_subspaces(
     matrices: Tensor, ranks: Sequence[int], precision: Precision = "fp16x3", levels: Tensor | None = None
-) -> list[MatmulSubspaces]:
+) -> list[ProductsSubspaces]:
     """Find leading singular subspaces of a batch of matrices by purification of their short-side Gram matrices.
 
     Args:
@@ -100,7 +100,7 @@ def matmul_subspaces(
             ``sigma_1 / sigma_k``.
     """
     if matrices.shape[-2] < matrices.shape[-1]:
-        flipped = matmul_subspaces(matrices.mT, ranks, precision, levels)
+        flipped = products_subspaces(matrices.mT, ranks, precision, levels)
         return [
             replace(
                 part,
@@ -164,7 +164,7 @@ def _part(
     n: int,
     width: int,
     compressed: bool,
-) -> MatmulSubspaces:
+) -> ProductsSubspaces:
     """Put U, core and V of one matrix together with what was measured of them."""
     skew, norm, residual, invariance, relative, largest, smallest, rank_defect, outer_steps, inner_steps = measured[:10]
     unit, bound, level = measured[10:13]
@@ -197,7 +197,7 @@ def _part(
         alike = ALIKE * relative * math.sqrt(pairs / (n * rank))
         subspace_error = min(alike, 2 * relative * near.kept / (near.kept - near.dropped)) + eps
         gap = near.gap
-    return MatmulSubspaces(
+    return ProductsSubspaces(
         bases[0],
         bases[1],
         bases[2].mT,
@@ -241,7 +241,7 @@ def _residuals(D: Tensor, U: Tensor, R: Tensor, V: Tensor) -> tuple[list[Tensor]
 
 
 def _directions(D: Tensor, V: Tensor, last: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where errors of the subspaces most likely are, see `MatmulSubspaces`: inside, and beyond on both sides."""
+    """Return where the subspaces are most likely wrong, see `ProductsSubspaces`: inside, and beyond on both sides."""
     some = unit_columns(residual[:, : last.shape[1]])
     beyond = some
     for _ in range(6):

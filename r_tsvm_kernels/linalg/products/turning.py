@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .on_device import gaussian
-from .orthonormal import cholesky_qr
+from ..on_device import gaussian
+from ..orthonormal import cholesky_qr
 
 PROBES = 16
 # Smallest singular values that are treated apart, and rounds of inverse iteration that look for them.

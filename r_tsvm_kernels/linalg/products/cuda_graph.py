@@ -19,8 +19,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..errors import ConfigError
+from ... import dispatch
+from ...errors import ConfigError
 
 P = ParamSpec("P")
 R = TypeVar("R")

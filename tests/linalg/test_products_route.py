@@ -8,8 +8,8 @@ from compare import relative_error
 from spectra import KINDS, rank_of, spectrum
 
 from r_tsvm_kernels.linalg import tsv_merge
-from r_tsvm_kernels.linalg.matmul_route import extremes, matmul_subspaces
-from r_tsvm_kernels.linalg.products_merge import LOWER, lower_bound, matmul_tsv_merge
+from r_tsvm_kernels.linalg.products.merge import LOWER, lower_bound, products_tsv_merge
+from r_tsvm_kernels.linalg.products.subspaces import extremes, products_subspaces
 
 # Of the merged matrix, relative; exact mode's contract is 1e-4.
 EXACT, FAST = 3e-5, 2e-2
@@ -25,11 +25,11 @@ def tasks_of(kind, m, n, tasks):
 def test_merged_matrix(kind, m, n, tasks):
     matrices, rank = tasks_of(kind, m, n, tasks), rank_of(kind, min(m, n), tasks)
     exact = tsv_merge(matrices.double(), [rank] * tasks).matrix
-    precise = matmul_tsv_merge(matrices, [rank] * tasks)
+    precise = products_tsv_merge(matrices, [rank] * tasks)
     assert relative_error(precise.matrix, exact) < EXACT
     assert precise.orthogonality < 1e-5
-    assert relative_error(matmul_tsv_merge(matrices, [rank] * tasks, None, "fp16").matrix, exact) < FAST
-    assert relative_error(matmul_tsv_merge(matrices, [rank] * tasks, None, "float64").matrix, exact) < 1e-6
+    assert relative_error(products_tsv_merge(matrices, [rank] * tasks, None, "fp16").matrix, exact) < FAST
+    assert relative_error(products_tsv_merge(matrices, [rank] * tasks, None, "float64").matrix, exact) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,7 +38,7 @@ def test_the_error_estimate_is_not_too_small(kind, precision):
     matrices, rank = tasks_of(kind, 90, 90, 3), rank_of(kind, 90, 3)
     exact = tsv_merge(matrices.double(), [rank] * 3).matrix
     for tolerance in (math.inf, 0.0):
-        got = matmul_tsv_merge(matrices, [rank] * 3, None, precision, tolerance)
+        got = products_tsv_merge(matrices, [rank] * 3, None, precision, tolerance)
         error = min(1.0, relative_error(got.matrix, exact))
         estimate = max(part.error_estimate for part in got.parts)
         assert error < 2 * estimate
@@ -48,7 +48,7 @@ def test_the_error_estimate_is_not_too_small(kind, precision):
 def test_heavy_heads_are_compressed_and_others_are_not():
     matrices = tasks_of("flat", 90, 90, 3)
     matrices[1] += 1e3 * torch.randn(90, 1) @ torch.randn(1, 90)
-    got = matmul_tsv_merge(matrices, [30, 30, 30], [1.0, 2.0, 0.5])
+    got = products_tsv_merge(matrices, [30, 30, 30], [1.0, 2.0, 0.5])
     assert [part.compressed for part in got.parts] == [False, True, False]
     assert got.parts[1].ratio > 1e3
     exact = tsv_merge(matrices.double(), [30, 30, 30], [1.0, 2.0, 0.5]).matrix
@@ -60,7 +60,7 @@ def test_heavy_heads_are_compressed_and_others_are_not():
 def test_subspaces_are_singular_ones(shape, scale):
     matrices = scale * torch.randn(3, *shape)
     ranks = [1, 9, 30]
-    for matrix, rank, part in zip(matrices, ranks, matmul_subspaces(matrices, ranks), strict=True):
+    for matrix, rank, part in zip(matrices, ranks, products_subspaces(matrices, ranks), strict=True):
         U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         assert part.U.shape == (shape[0], rank) and part.Vh.shape == (rank, shape[1])
         truncated = (U[:, :rank] * s[:rank]) @ Vh[:rank]
@@ -72,25 +72,25 @@ def test_subspaces_are_singular_ones(shape, scale):
 
 @pytest.mark.parametrize("precision", ["fp16x3", "fp16", "float64"])
 def test_a_rank_above_the_numerical_rank_is_seen(precision):
-    got = matmul_tsv_merge(tasks_of("low rank", 90, 90, 3), [30, 30, 30], None, precision)
+    got = products_tsv_merge(tasks_of("low rank", 90, 90, 3), [30, 30, 30], None, precision)
     assert all(part.error_estimate == math.inf for part in got.parts)
 
 
 def test_shared_directions_are_seen():
     matrix = torch.randn(60, 60)
-    got = matmul_tsv_merge(torch.stack([matrix, matrix]), [30, 30])
+    got = products_tsv_merge(torch.stack([matrix, matrix]), [30, 30])
     assert not got.orthogonality < 1e-3
 
 
 def test_one_task_of_full_rank_comes_back():
     matrix = torch.randn(1, 40, 30)
-    assert relative_error(matmul_tsv_merge(matrix, [30]).matrix, matrix[0]) < EXACT
+    assert relative_error(products_tsv_merge(matrix, [30]).matrix, matrix[0]) < EXACT
 
 
 def test_well_conditioned_bases_take_few_steps():
     """Each step of a polar factor adds rounding errors: eleven would leave an error of 3e-6."""
     matrices = tasks_of("power 0.7", 120, 96, 3)
-    merged = matmul_tsv_merge(matrices, [8] * 3)
+    merged = products_tsv_merge(matrices, [8] * 3)
     assert merged.polar_steps <= 4 and merged.orthogonality < 1e-6
     assert relative_error(merged.matrix, tsv_merge(matrices.double(), [8] * 3).matrix) < 1.5e-6
 
@@ -114,7 +114,7 @@ def test_few_directions_are_found_as_well_as_told(kind, compressed, precision):
     for k in (3, 10):
         decomposed = [torch.linalg.svd(matrix.double(), full_matrices=False) for matrix in matrices]
         levels = torch.stack([s[k - 1] for _, s, _ in decomposed]) if compressed else None
-        for (_, s, Vh), part in zip(decomposed, matmul_subspaces(matrices, [k] * 3, precision, levels), strict=True):
+        for (_, s, Vh), part in zip(decomposed, products_subspaces(matrices, [k] * 3, precision, levels), strict=True):
             lost = part.Vh.double() - part.Vh.double() @ Vh[:k].mT @ Vh[:k]
             gap = float(1 - s[k] / s[k - 1])
             assert float(torch.linalg.matrix_norm(lost, 2)) <= part.error_estimate / min(gap, 1.0) < 1e-2

@@ -8,8 +8,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..ops import Planes, SymmetricProduct, gemm3, split_planes, symm_gram, symm_square
+from ...errors import ConfigError
+from ...ops import Planes, SymmetricProduct, gemm3, split_planes, symm_gram, symm_square
 
 Precision = Literal["float64", "float32", "fp16x3", "fp16"]
 Operand = Tensor | Planes

@@ -8,10 +8,10 @@ from functools import lru_cache
 import numpy as np
 from torch import Tensor
 
-from ..errors import ConfigError
+from ...errors import ConfigError
+from ..orthonormal import orthogonality
 from .cuda_graph import replayed
 from .number_formats import Arithmetic, Operand, Precision, arithmetic, padded
-from .orthonormal import orthogonality
 
 # A polynomial that is best on all of [l, 1] maps much of it to near 0 when l is small, and rounding errors grow there.
 # Aiming at [CUSHION, 1] instead costs next to no speed; the value is that of the published coefficients.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .matmul_route import LARGEST_RATIO, TOLERANCE, MatmulSubspaces, extremes, matmul_subspaces, unit_columns
 from .number_formats import Precision, arithmetic
 from .polar_express import polar_express
+from .subspaces import LARGEST_RATIO, TOLERANCE, ProductsSubspaces, extremes, products_subspaces, unit_columns
 from .turning import Turning, measure, understood
 
 # Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Below this nothing is resolved.
@@ -22,7 +22,7 @@ LARGEST = 1.2
 
 
 @dataclass(frozen=True)
-class MatmulMerge:
+class ProductsMerge:
     """The merged update and what was measured on the way.
 
     Attributes:
@@ -36,31 +36,31 @@ class MatmulMerge:
     """
 
     matrix: Tensor
-    parts: tuple[MatmulSubspaces, ...]
+    parts: tuple[ProductsSubspaces, ...]
     error: float
     orthogonality: float
     condition: tuple[float, float]
     polar_steps: int
 
 
-def matmul_tsv_merge(
+def products_tsv_merge(
     matrices: Tensor,
     ranks: Sequence[int],
     weights: Sequence[float] | None = None,
     precision: Precision = "fp16x3",
     tolerance: float | None = None,
-) -> MatmulMerge:
-    """Merge the task matrices (T, m, n) of one layer, see `matmul_tsv_merges`."""
-    return matmul_tsv_merges(matrices[None], [ranks], None if weights is None else [weights], precision, tolerance)[0]
+) -> ProductsMerge:
+    """Merge the task matrices (T, m, n) of one layer, see `products_tsv_merges`."""
+    return products_tsv_merges(matrices[None], [ranks], None if weights is None else [weights], precision, tolerance)[0]
 
 
-def matmul_tsv_merges(
+def products_tsv_merges(
     layers: Tensor,
     ranks: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float]] | None = None,
     precision: Precision = "fp16x3",
     tolerance: float | None = None,
-) -> list[MatmulMerge]:
+) -> list[ProductsMerge]:
     """TSV-Merge (see `tsv_merge`) of the same-shape task matrices of several layers, from matrix products alone.
 
     All matrices of all layers are solved in one batch. Those whose `error_estimate` is above `tolerance` are solved
@@ -71,18 +71,18 @@ def matmul_tsv_merges(
         layers: (L, T, m, n) float32 or float64, finite.
         ranks: T ranks for each layer, of sum at most min(m, n), none above the numerical rank.
         weights: T factors of the cores for each layer; None means 1.
-        precision: as for `matmul_subspaces`.
+        precision: as for `products_subspaces`.
         tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always, None
             for `TOLERANCE`.
     """
     limit = TOLERANCE[precision] if tolerance is None else tolerance
     tasks = layers.shape[1]
     matrices, flat_ranks = layers.flatten(0, 1), [rank for layer in ranks for rank in layer]
-    parts = matmul_subspaces(matrices, flat_ranks, precision)
+    parts = products_subspaces(matrices, flat_ranks, precision)
     again = [i for i, part in enumerate(parts) if part.error_estimate > limit and part.ratio < LARGEST_RATIO]
     if again:
         levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=layers.device)
-        solved = matmul_subspaces(matrices[again], [flat_ranks[i] for i in again], precision, levels)
+        solved = products_subspaces(matrices[again], [flat_ranks[i] for i in again], precision, levels)
         for i, part in zip(again, solved, strict=True):
             parts[i] = part
     of_layers = [parts[first : first + tasks] for first in range(0, len(parts), tasks)]
@@ -123,7 +123,7 @@ class _Core:
         return self.matrix.mT if transposed else self.matrix
 
     @classmethod
-    def of(cls, parts: Sequence[MatmulSubspaces], weights: Sequence[float]) -> _Core:
+    def of(cls, parts: Sequence[ProductsSubspaces], weights: Sequence[float]) -> _Core:
         core = torch.block_diag(*(w * part.core for w, part in zip(weights, parts, strict=True)))  # type: ignore[no-untyped-call]
         unit = core.abs().amax().clamp(min=torch.finfo(core.dtype).tiny)
         matrix = core / unit
@@ -198,8 +198,8 @@ def lower_bound(smallest: float) -> float:
 
 
 def _reconstructed(
-    parts: list[MatmulSubspaces], core: _Core, left: _Side, right: _Side, precision: Precision
-) -> MatmulMerge:
+    parts: list[ProductsSubspaces], core: _Core, left: _Side, right: _Side, precision: Precision
+) -> ProductsMerge:
     """Put the weighted cores between the polar factors."""
     numbers = arithmetic(precision)
     inner = numbers.multiply(numbers.load(left.matrix), numbers.load(core.matrix))
@@ -211,7 +211,7 @@ def _reconstructed(
         for part, sensitivity in zip(parts, turning.sensitivity, strict=True)
     ]
     error = math.hypot(*subspaces) + sum(turning.turned + turning.defect for turning in turnings) + 8 * numbers.eps
-    return MatmulMerge(
+    return ProductsMerge(
         (merged.double() * core.unit).to(merged.dtype),
         tuple(parts),
         error,

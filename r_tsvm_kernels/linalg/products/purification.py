@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import SymmetricProduct
+from ...ops import SymmetricProduct
+from ..on_device import gaussian, to_device
+from ..orthonormal import cholesky_qr
 from .cuda_graph import replayed
 from .number_formats import Arithmetic, Operand, Precision, arithmetic, padded
-from .on_device import gaussian, to_device
-from .orthonormal import cholesky_qr
 
 OVERSAMPLING = 0.2
 # Caps that only spectra without a gap at the wanted rank reach, at the precision of a format. With rounding errors of
