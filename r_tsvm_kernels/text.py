@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 def printable(text: object) -> str:
     r"""Return text in which every character that a terminal or an encoder could stumble over is escaped.
@@ -30,3 +33,20 @@ def shortened(value: object) -> str:
     """Return the `repr` of a value, at most 80 characters of it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def kind_of(tensor: Any) -> str:
+    """Return the shape and dtype of a tensor, such as ``512x512 float32``; of a scalar the dtype alone."""
+    return " ".join(filter(None, ["x".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")]))
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """Return the ranks of the tasks in a few characters.
+
+    Example:
+        >>> listed([10, 10, 9]), listed(range(40))
+        ('ranks 10/10/9', '40 ranks from 0 to 39')
+    """
+    if len(ranks) > 8:
+        return f"{len(ranks)} ranks from {min(ranks)} to {max(ranks)}"
+    return f"ranks {'/'.join(map(str, ranks))}"

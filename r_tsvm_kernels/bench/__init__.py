@@ -2,7 +2,7 @@
 
 from . import element_wise, merges, spectral
 from .case import Case, Inputs, Provider
-from .compare import Change, compare, compare_turns, different_circumstances, read_report
+from .comparison import Change, compare, compare_turns, different_circumstances, read_report
 from .measure import Stopwatch, interleaved, leaves, peak_extra_bytes, worst_error
 from .record import ResultFile, provenance, quartiles, ratios
 from .registry import REGISTRY, Benchmark, chosen

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import IntegrationError
-from .compare import Change
+from .comparison import Change
 
 LEGEND = """\
 ours          time of our fastest version (median), and which that is

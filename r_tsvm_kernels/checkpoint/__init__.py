@@ -1,6 +1,6 @@
 """Checkpoints on disk: read headers and tensors, write shards and indexes."""
 
-from .checksum import Checksum, byte_view, checksum
+from .checksums import Checksum, byte_view, checksum
 from .copies import Copy, settle_copies, shared_seeds
 from .headers import FileState, TensorHeader, read_json
 from .hub import is_model_id

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import CheckpointError, QuantisedRefusedError
 from ..files import open_regular
-from .checksum import checksum
+from .checksums import checksum
 
 # Names in safetensors headers.
 DTYPES: dict[str, torch.dtype] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CheckpointError, InputChangedError
 from ..files import open_regular, usable_path
 from ..quantised import refuse_quantised
-from .checksum import byte_view
+from .checksums import byte_view
 from .headers import FileState, TensorHeader, read_headers, read_json
 from .modules import Module, find_modules
 from .pickles import PICKLE_SUFFIXES, PickleFile

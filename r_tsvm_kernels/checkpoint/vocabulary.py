@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import read_regular
-from .checksum import checksum
+from .checksums import checksum
 from .headers import MAX_JSON_BYTES, read_json
 from .reader import Checkpoint
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DiskFullError
 from ..files import write_text
-from .checksum import Checksum, byte_view
+from .checksums import Checksum, byte_view
 from .headers import DTYPES
 
 _PIECE = 8 << 20

@@ -2,7 +2,7 @@
 
 from .report import write_page
 from .run import CheckpointResult, Progress, choose_device, choose_workers, merge_checkpoints
-from .schedule import Schedule, TensorSchedule, schedule, smallest_schedule
+from .scheduling import Schedule, TensorSchedule, schedule, smallest_schedule
 from .verify import Verification, verify_output
 
 __all__ = [

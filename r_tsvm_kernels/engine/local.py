@@ -27,7 +27,7 @@ from ..methods import MergeResult, timed
 from ..plan import MergePlan
 from .job import COMMIT_SECONDS
 from .journal import Finished
-from .schedule import Schedule
+from .scheduling import Schedule
 from .shards import Shards
 from .tiles import Assembly, Tile, by_input, merge_tile, read_tile, tiles_of, update_checksum
 

@@ -32,7 +32,7 @@ from .fingerprint import software
 from .job import COMMIT_SECONDS, MergeJob
 from .journal import Finished
 from .local import run_local
-from .schedule import Schedule
+from .scheduling import Schedule
 from .shards import Shards, layouts
 
 # Inputs of a group: large enough that starting a task does not count, small enough that little is lost with a worker.

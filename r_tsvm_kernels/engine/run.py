@@ -21,7 +21,7 @@ from .local import run_local
 from .output import is_single_file, locked_stage, refuse_existing, report_path
 from .ray_engine import run_ray
 from .report import write_card, write_report
-from .schedule import schedule
+from .scheduling import schedule
 from .shards import layouts, write_indexes
 from .sidecar_files import copy_companions
 from .tiles import check_copies

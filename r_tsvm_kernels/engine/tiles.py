@@ -23,7 +23,7 @@ from ..methods import MergeResult, TensorReport, timed
 from ..plan import MergePlan
 from ..quantised import differing_error, must_agree, same_values
 from .journal import Finished
-from .schedule import TensorSchedule
+from .scheduling import TensorSchedule
 from .shards import Shards
 
 # Rows of tied heads and embeddings are compared in pieces of about this size.

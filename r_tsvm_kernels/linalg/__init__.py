@@ -1,11 +1,13 @@
 """Spectral operations on task matrices; every result comes with a certificate of its accuracy."""
 
+from .arguments import nonzero_support
 from .certificate import Certificate, Mode
 from .factored import Factored, FactoredMerge, Triplets, leading_triplets, merge_factored, weighted_sum
 from .interference import interference_above_chance, interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .memory import tsv_merge_bytes, tsv_merge_flops
-from .merging import Solver, TsvMerge, nonzero_support, tsv_merge, tsv_merge_layers
+from .merge_result import TsvMerge
+from .merging import Solver, tsv_merge, tsv_merge_layers
 from .orthogonal_iteration import subspace_iteration
 from .polar_factor import PolarFactor, polar
 from .products.cuda_graph import use_cuda_graphs

@@ -34,6 +34,41 @@ def given_matrices(matrices: Iterable[Tensor] | Tensor, op: str, *, one_device: 
     return given
 
 
+def is_one_matrix(matrices: Iterable[Tensor] | Tensor, op: str) -> bool:
+    """Return whether the argument is one matrix rather than several: a list of them or a tensor (batch, m, n).
+
+    Raises:
+        ShapeError: a tensor of another number of dimensions.
+    """
+    if not isinstance(matrices, Tensor):
+        return False
+    if matrices.ndim not in (2, 3):
+        raise ShapeError(f"{op}: expected a matrix (m, n) or a batch (b, m, n), got shape {tuple(matrices.shape)}")
+    return matrices.ndim == 2
+
+
+def nonzero_support(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns in which some matrix is not zero.
+
+    Merges leave out the others, which must stay zero to the bit.
+
+    Args:
+        matrices: T matrices (m, n).
+
+    Returns:
+        Two rising int64 tensors of indices.
+
+    Example:
+        >>> rows, columns = nonzero_support([torch.tensor([[0.0, 1.0], [0.0, 0.0]])])
+        >>> rows.tolist(), columns.tolist()
+        ([0], [1])
+    """
+    support = matrices[0] != 0
+    for matrix in matrices[1:]:
+        support |= matrix != 0
+    return support.any(1).nonzero()[:, 0], support.any(0).nonzero()[:, 0]
+
+
 def dense(matrix: Any, op: str, *, meta: bool = False) -> Tensor:
     """Return a tensor of strided memory, cut off from the graph of gradients; one without data only if `meta`.
 

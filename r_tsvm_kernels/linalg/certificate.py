@@ -23,7 +23,7 @@ CANCELLED = 2.0**-20
 TOLERANCES: dict[str, float] = {"exact": 1e-4, "fast": 1e-2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     """Measured accuracy of a spectral result; all numbers are dimensionless.
 
@@ -64,6 +64,14 @@ class Certificate:
     def met(self) -> bool:
         """Whether the estimated error is within the tolerance (NaN is not)."""
         return self.error <= self.tolerance
+
+    @property
+    def verdict(self) -> str:
+        """The estimated error, and whether it is within the tolerance, in a few characters."""
+        return f"error {self.error:.0e} {'ok' if self.met else f'above {self.tolerance:.0e}'}"
+
+    def __repr__(self) -> str:
+        return f"Certificate({self.route}, {self.verdict})"
 
     def transposed(self) -> Certificate:
         """Return the certificate of the transposed result."""

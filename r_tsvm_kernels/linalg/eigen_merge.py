@@ -1,155 +1,60 @@
-"""TSV-Merge from the right singular vectors of the tasks, with Gram matrices and their inverse roots."""
+"""TSV-Merge by eigenvalue decompositions: Gram matrices, whitening, cores, product.
+
+V_t are the leading right singular vectors of the task matrix D_t, and ``Y = [D_1 V_1 .. D_T V_T]`` are their images.
+
+1. `Images.gram`: ``Y^T Y``, whose diagonal blocks give the Cholesky factors ``R = blockdiag(R_t)``. The concatenated
+   left basis is ``U = Y R^-1``; it is never stored.
+2. `whiten`: the inverse roots of ``U^T U`` and ``V^T V``, which turn both bases into their polar factors.
+3. `join_cores`: ``blockdiag(w_t R_t) (V^T V)^(-1/2) V^T``, the weighted cores times ``polar(V)^T``.
+4. `EigenMerge.write`: ``Y (R^-1 (U^T U)^(-1/2))``, which is ``polar(U)``, times that, by tiles of rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..errors import ConvergenceError
+from .certificate import Certificate, Mode, tolerance_of
 from .interference import interference_of_gram
-from .inverse_root import PROBES, root_of_factor, root_of_gram, root_of_gram_float32
-from .leading_right_vectors import ROUTES, RightVectors
+from .inverse_root import PROBES, SplitMatrix, root_of_factor, root_of_gram, root_of_gram_float32
+from .leading_right_vectors import ROUTES, RightVectors, right_vectors
 from .merge_accuracy import Side, WeightedCores, merge_certificate
 from .on_device import gaussian
 from .parallel import run_concurrently
+from .ranks import Rank
 from .tall_matrix import TallMatrix, add_gram
 
 # From this size on bases of float32 tasks are whitened by float32 eigenvectors, if the estimated error is at most this
 # share of the tolerance. Below it float64 costs next to nothing.
 LARGE, WHITENING_SHARE = 768, 0.1
 
-# Where tasks cancel each other, and the merged matrix has less than this share of their norm, rounding counts more.
+# If tasks cancel each other and less than this share of their norm is left, the last product needs float64.
 CANCELLING = 0.25
 
 
-class EigenMerge:
-    """The merge of tall matrices in the long side's tiles: the left bases ``U_t = D_t V_t R_t^-1`` are never stored.
-
-    With ``W = [D_1 V_1 .. D_T V_T]`` and ``R = blockdiag(R_t)``, where ``R_t^T R_t`` are the diagonal blocks of
-    ``W^T W``, the concatenated left basis is ``U = W R^-1``, the cores are R_t, and the merged matrix is
-    ``W (R^-1 (U^T U)^(-1/2))`` times ``blockdiag(w_t R_t) (V^T V)^(-1/2) V^T``.
+class Images:
+    """The images ``Y = [D_1 V_1 .. D_T V_T]`` of the right singular vectors, by tiles of rows.
 
     Attributes:
-        parts: what was given.
-        interference: overlap of the tasks' left and of their right subspaces.
-        certificate: estimated accuracy; whether it is met is up to the caller.
+        blocks: the columns of each task.
     """
 
-    def __init__(
-        self,
-        matrices: Sequence[TallMatrix],
-        parts: Sequence[RightVectors],
-        weights: Sequence[float],
-        tolerance: float,
-        given_up: tuple[str, ...],
-    ) -> None:
-        """Find the polar factors and what is to be multiplied with W."""
-        self.matrices, self.parts, self.tolerance = matrices, parts, tolerance
+    def __init__(self, matrices: Sequence[TallMatrix], parts: Sequence[RightVectors]) -> None:
+        self.matrices, self.parts = matrices, parts
         ranks = [part.V.shape[1] for part in parts]
         ends = torch.tensor(ranks).cumsum(0).tolist()
         self.blocks = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
-        self.images: list[Tensor] | None = None  # tiles of W, if they all fit into the workspace
-        V = torch.cat([part.V for part in parts], dim=1)
-        gram = self._gram(V)
-        # The columns of a task's image are orthogonal but for rounding: scaled to norm 1 nothing is lost.
-        lengths = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
-        scaled = gram / lengths / lengths[:, None]
-        self.factors = [self._cholesky(scaled[block, block]) for block in self.blocks]  # upper, R_t / lengths
-        self.core_energy = [
-            float((R * lengths[b]).square().sum()) for R, b in zip(self.factors, self.blocks, strict=True)
-        ]
-        left_gram = self._left(self._left(scaled, True).mT, True).mT
-        right_gram = self._mirrored(V.new_zeros(len(gram), len(gram)), V)
-        right_gram.diagonal()[:] = 1  # within a task the basis is orthonormal already
-        self.interference = (interference_of_gram(left_gram, ranks), interference_of_gram(right_gram, ranks))
-        scales = [weight / matrix.scale for weight, matrix in zip(weights, matrices, strict=True)]
-        cores = WeightedCores([R * lengths[block] for R, block in zip(self.factors, self.blocks, strict=True)], scales)
-        (left, left_failed), (right, right_failed) = run_concurrently(
-            [
-                partial(self._root, left_gram, cores, False, lambda: self._left_factor(lengths)),
-                partial(self._root, right_gram, cores, True, lambda: torch.linalg.qr(V, mode="r").R),
-            ],
-            len(lengths),
-            lengths.device,
-        )
-        del gram, scaled, left_gram, right_gram  # of 8 s^2 bytes each
+        self._kept: list[Tensor] | None = None
 
-        # W times this is polar(U).
-        self.to_polar = left.root.matrix.map_rows(lambda x: self._left(x, False) / lengths[:, None].to(x.dtype))
-        right_factor = right.root.matrix.after(V).mT  # polar(V)^T
-        self.inner = torch.empty_like(right_factor)
-        for core, block in zip(cores.blocks, self.blocks, strict=True):
-            torch.matmul(core.to(right_factor.dtype), right_factor[block], out=self.inner[block])
-        self.unit = cores.unit
-        self.shrunk = cores.norm_between(left, right)
-        escalations = [*given_up, *left_failed, *right_failed, *(e for part in parts for e in part.escalations)]
-        routes = {part.route for part in parts}
-        self.certificate = merge_certificate(
-            [part.cut for part in parts],
-            left,
-            right,
-            cores,
-            shrunk=self.shrunk,
-            tolerance=tolerance,
-            route=max(routes | ({left.root.route, right.root.route} & {ROUTES[-1]}), key=ROUTES.index),
-            rounding=4 * torch.finfo(matrices[0].matrix.dtype).eps,
-            exact=routes == {ROUTES[-1]},
-            escalations=tuple(dict.fromkeys(escalations)),
-        )
-        if matrices[0].transposed:
-            self.interference = self.interference[::-1]
-            self.certificate = self.certificate.transposed()
-
-    def captured_energy(self) -> tuple[float, ...]:
-        """Return the share of each task's squared Frobenius norm inside its subspaces."""
-        energies = zip(self.core_energy, self.matrices, strict=True)
-        return tuple(min(1.0, e / matrix.squared_norm) if matrix.squared_norm else 1.0 for e, matrix in energies)
-
-    def write(self, out: Tensor) -> None:
-        """Write the merged matrix to `out` (m, n).
-
-        The dtype of `out` does for the product of two well-conditioned factors, unless little is left of it.
-        """
-        dtype = torch.float64 if self.shrunk < CANCELLING else out.dtype
-        inner = self.inner.to(dtype)
-        first = 0
-        for image in self._tiles():
-            rows = slice(first, first + len(image))
-            out[rows] = (self.to_polar.after(image).to(dtype) @ inner).mul_(self.unit)
-            first = rows.stop
-
-    def _gram(self, V: Tensor) -> Tensor:
-        """Return ``W^T W``; keep W if there is room."""
-        columns = V.shape[1]
-        m = self.matrices[0].shape[0]
-        keep = 8 * m * columns <= self.matrices[0].workspace // 2
-        kept = []
-        total = V.new_zeros(columns, columns)
-        for image in self._tiles():
-            for block in self.blocks:
-                add_gram(total[block, block], image[:, block])
-            self._mirrored(total, image)
-            if keep:
-                kept.append(image)
-        self.images = kept if keep else None
-        return total
-
-    def _mirrored(self, total: Tensor, basis: Tensor) -> Tensor:
-        """Add what different tasks have in ``basis^T basis`` to `total`, one product for both halves."""
-        for block in self.blocks:
-            rest = slice(block.stop, total.shape[1])
-            product = basis[:, block].mT @ basis[:, rest]
-            total[block, rest] += product
-            total[rest, block] += product.mT
-        return total
-
-    def _tiles(self) -> Iterator[Tensor]:
-        """Yield W, row tile by row tile."""
-        if self.images is not None:
-            yield from self.images
+    def tiles(self) -> Iterator[Tensor]:
+        """Yield Y, row tile by row tile."""
+        if self._kept is not None:
+            yield from self._kept
             return
         tasks = list(zip(self.matrices, self.parts, self.blocks, strict=True))
         for rows in self.matrices[0].ranges():
@@ -158,43 +63,309 @@ class EigenMerge:
                 image[:, block] = matrix.tile(rows, torch.float64) @ part.V
             yield image
 
-    def _left(self, x: Tensor, transposed: bool) -> Tensor:
+    def gram(self) -> Tensor:
+        """Return ``Y^T Y``; keep Y from then on if it fits into half of the workspace."""
+        m, columns = self.matrices[0].shape[0], self.blocks[-1].stop
+        keep = 8 * m * columns <= self.matrices[0].workspace // 2
+        kept = []
+        total = self.parts[0].V.new_zeros(columns, columns)
+        for image in self.tiles():
+            for block in self.blocks:
+                add_gram(total[block, block], image[:, block])
+            self.add_across(total, image)
+            if keep:
+                kept.append(image)
+        self._kept = kept if keep else None
+        return total
+
+    def add_across(self, total: Tensor, basis: Tensor) -> Tensor:
+        """Add the products of different tasks in ``basis^T basis`` to `total`: one product for both triangles."""
+        for block in self.blocks:
+            rest = slice(block.stop, total.shape[1])
+            product = basis[:, block].mT @ basis[:, rest]
+            total[block, rest] += product
+            total[rest, block] += product.mT
+        return total
+
+
+@dataclass(frozen=True)
+class Triangles:
+    """The Cholesky factors ``R = blockdiag(R_t)`` of the tasks' images, with columns scaled to norm 1.
+
+    The columns of a task's image are orthogonal but for rounding: scaled to norm 1 nothing is lost.
+
+    Attributes:
+        blocks: the columns of each task.
+        lengths: (k,) norms of the columns.
+        factors: ``R_t / lengths``, upper triangular.
+    """
+
+    blocks: list[slice]
+    lengths: Tensor
+    factors: list[Tensor]
+
+    @classmethod
+    def of_gram(cls, gram: Tensor, blocks: list[slice]) -> tuple[Triangles, Tensor]:
+        """Factor the diagonal blocks of ``Y^T Y``; return it with the scaled Gram matrix.
+
+        Raises:
+            ConvergenceError: a task's images are linearly dependent.
+        """
+        lengths = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+        scaled = gram / lengths / lengths[:, None]
+        return cls(blocks, lengths, [_cholesky(scaled[block, block]) for block in blocks]), scaled
+
+    def solve(self, x: Tensor, transposed: bool = False) -> Tensor:
         """Return ``blockdiag(R)^-1 x``, or ``blockdiag(R)^-T x``, for R in units of the lengths."""
-        out = torch.empty_like(x)
+        solution = torch.empty_like(x)
         for R, block in zip(self.factors, self.blocks, strict=True):
             R = R.to(x.dtype)
-            out[block] = torch.linalg.solve_triangular(R.mT if transposed else R, x[block], upper=not transposed)
-        return out
+            solution[block] = torch.linalg.solve_triangular(R.mT if transposed else R, x[block], upper=not transposed)
+        return solution
 
-    def _left_factor(self, lengths: Tensor) -> Tensor:
-        """Return the triangular factor of the concatenated left basis, tile by tile."""
-        R = lengths.new_zeros(0, len(lengths))
-        for image in self._tiles():
-            R = torch.linalg.qr(torch.cat([R, self._left((image / lengths).mT, True).mT]), mode="r").R
+    def cores(self) -> list[Tensor]:
+        """Return the R_t, which are the cores of the tasks."""
+        return [R * self.lengths[block] for R, block in zip(self.factors, self.blocks, strict=True)]
+
+    def left_factor(self, images: Images) -> Tensor:
+        """Return the triangular factor of the concatenated left basis ``Y R^-1``, tile by tile."""
+        R = self.lengths.new_zeros(0, len(self.lengths))
+        for image in images.tiles():
+            R = torch.linalg.qr(torch.cat([R, self.solve((image / self.lengths).mT, True).mT]), mode="r").R
         return R
 
-    def _root(
-        self, gram: Tensor, cores: WeightedCores, transposed: bool, factor: Callable[[], Tensor]
-    ) -> tuple[Side, list[str]]:
-        """Return the inverse root by the cheapest route that is exact enough, and why others gave way."""
-        given_up = []
-        probes = cores.times(gaussian(len(gram), PROBES, gram.device), transposed)
-        if len(gram) >= LARGE and self.matrices[0].matrix.dtype == torch.float32:
-            try:
-                root = root_of_gram_float32(gram, WHITENING_SHARE * self.tolerance, [probes])
-                return Side.measured(root, probes, (gram,)), []
-            except ConvergenceError as failure:
-                given_up.append(str(failure))
-        try:
-            return Side.measured(root_of_gram(gram), probes, (gram,)), given_up
-        except ConvergenceError as failure:
-            R = factor()
-            return Side.measured(root_of_factor(R), probes, (R.mT, R)), [*given_up, str(failure)]
 
-    @staticmethod
-    def _cholesky(gram: Tensor) -> Tensor:
-        L, failed = torch.linalg.cholesky_ex(gram)
-        if int(failed):
-            raise ConvergenceError("the images of a task's right singular vectors are linearly dependent")
-        upper: Tensor = L.mT
-        return upper
+@dataclass(frozen=True)
+class EigenMerge:
+    """A merge that is ready to be written.
+
+    Attributes:
+        images: Y.
+        to_polar: (k, k), ``Y @ to_polar`` is the polar factor of the concatenated left basis.
+        core: (k, n), the weighted cores times the transposed polar factor of the right basis, over `unit`.
+        unit: a power of two near the largest weighted core.
+        shrunk: norm of the merged matrix as a share of that of the cores; small where tasks cancel each other.
+        ranks: of the tasks.
+        captured_energy: share of each task's squared Frobenius norm inside its subspaces.
+        interference: overlap of the tasks' left and of their right subspaces.
+        certificate: estimated accuracy. The caller checks whether it is met.
+    """
+
+    images: Images
+    to_polar: SplitMatrix
+    core: Tensor
+    unit: float
+    shrunk: float
+    ranks: tuple[int, ...]
+    captured_energy: tuple[float, ...]
+    interference: tuple[float, float]
+    certificate: Certificate
+
+    def write(self, target: Tensor) -> None:
+        """Write the merged matrix to `target` (m, n).
+
+        The product is in the dtype of `target`, which is accurate enough for two well-conditioned factors, or in
+        float64 if little is left of the cores.
+        """
+        dtype = torch.float64 if self.shrunk < CANCELLING else target.dtype
+        core = self.core.to(dtype)
+        first = 0
+        for image in self.images.tiles():
+            rows = slice(first, first + len(image))
+            target[rows] = (self.to_polar.after(image).to(dtype) @ core).mul_(self.unit)
+            first = rows.stop
+
+
+def merge_by_eigenvalues(
+    matrices: Sequence[TallMatrix],
+    ranks: Sequence[Rank],
+    weights: Sequence[float],
+    mode: Mode,
+    escalations: tuple[str, ...] = (),
+) -> EigenMerge:
+    """Merge by the cheapest route to the subspaces that gives an accurate result.
+
+    Args:
+        matrices: T tall matrices of one shape.
+        ranks: of the tasks, or rank rules.
+        weights: factors of the cores.
+        mode: ``exact`` or ``fast``.
+        escalations: routes that were given up before, with the reason.
+
+    Raises:
+        ConvergenceError: no route is accurate enough.
+    """
+    for first in range(len(ROUTES)):
+        try:
+            return _attempt(matrices, ranks, weights, mode, ROUTES[first:] if first else None, escalations)
+        except ConvergenceError as failure:
+            if first == len(ROUTES) - 1:
+                raise
+            escalations += (str(failure),)
+            for matrix in matrices:
+                matrix.forget()
+    raise AssertionError  # the last route returns or raises
+
+
+def _attempt(
+    matrices: Sequence[TallMatrix],
+    ranks: Sequence[Rank],
+    weights: Sequence[float],
+    mode: Mode,
+    routes: Sequence[str] | None,
+    escalations: tuple[str, ...],
+) -> EigenMerge:
+    """Merge by the first of `routes` that is accurate enough. A failed attempt leaves nothing in memory.
+
+    Raises:
+        ConvergenceError: none is.
+    """
+    solves = [partial(right_vectors, matrix, rank, mode, routes) for matrix, rank in zip(matrices, ranks, strict=True)]
+    parts = run_concurrently(solves, matrices[0].shape[1], matrices[0].matrix.device)
+    merge = prepare(matrices, parts, weights, tolerance_of(mode), escalations)
+    merge.certificate.require()
+    return merge
+
+
+def prepare(
+    matrices: Sequence[TallMatrix],
+    parts: Sequence[RightVectors],
+    weights: Sequence[float],
+    tolerance: float,
+    escalations: tuple[str, ...],
+) -> EigenMerge:
+    """Do all steps but the last: see the top of this module."""
+    images = Images(matrices, parts)
+    V = torch.cat([part.V for part in parts], dim=1)
+    triangles, scaled = Triangles.of_gram(images.gram(), images.blocks)
+    cores = triangles.cores()
+    energies = [float(core.square().sum()) for core in cores]
+    weighted = WeightedCores(cores, [weight / matrix.scale for weight, matrix in zip(weights, matrices, strict=True)])
+    del cores
+    whitening = whiten(images, triangles, scaled, V, weighted, tolerance)
+    del scaled  # 8 k^2 bytes
+    left, right = whitening.left, whitening.right
+    to_polar = left.root.matrix.map_rows(lambda x: triangles.solve(x) / triangles.lengths[:, None].to(x.dtype))
+    core = join_cores(weighted, right, V, images.blocks)
+    shrunk = weighted.norm_between(left, right)
+    routes = {part.route for part in parts}
+    reasons = [*escalations, *whitening.escalations, *(reason for part in parts for reason in part.escalations)]
+    certificate = merge_certificate(
+        [part.cut for part in parts],
+        left,
+        right,
+        weighted,
+        shrunk=shrunk,
+        tolerance=tolerance,
+        route=max(routes | ({left.root.route, right.root.route} & {ROUTES[-1]}), key=ROUTES.index),
+        rounding=4 * torch.finfo(matrices[0].matrix.dtype).eps,
+        exact=routes == {ROUTES[-1]},
+        escalations=tuple(dict.fromkeys(reasons)),
+    )
+    transposed = matrices[0].transposed
+    return EigenMerge(
+        images,
+        to_polar,
+        core,
+        weighted.unit,
+        shrunk,
+        ranks=tuple(part.V.shape[1] for part in parts),
+        captured_energy=tuple(
+            min(1.0, energy / matrix.squared_norm) if matrix.squared_norm else 1.0
+            for energy, matrix in zip(energies, matrices, strict=True)
+        ),
+        interference=whitening.interference[::-1] if transposed else whitening.interference,
+        certificate=certificate.transposed() if transposed else certificate,
+    )
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """The inverse roots of the Gram matrices of both concatenated bases.
+
+    Attributes:
+        left: of ``U^T U``.
+        right: of ``V^T V``.
+        interference: overlap of the tasks' left and of their right subspaces.
+        escalations: routes given up on the way, with the reason.
+    """
+
+    left: Side
+    right: Side
+    interference: tuple[float, float]
+    escalations: tuple[str, ...]
+
+
+def whiten(
+    images: Images, triangles: Triangles, scaled: Tensor, V: Tensor, cores: WeightedCores, tolerance: float
+) -> Whitening:
+    """Find the inverse roots of ``U^T U`` and ``V^T V``, both at a time.
+
+    Args:
+        images: Y.
+        triangles: its Cholesky factors by task.
+        scaled: ``Y^T Y`` over the lengths of the columns.
+        V: (n, k) the right singular vectors of all tasks.
+        cores: what stands between the polar factors.
+        tolerance: of the merged matrix.
+    """
+    ranks = [block.stop - block.start for block in images.blocks]
+    left_gram = triangles.solve(triangles.solve(scaled, True).mT, True).mT
+    right_gram = images.add_across(V.new_zeros(len(scaled), len(scaled)), V)
+    right_gram.diagonal()[:] = 1  # within a task the basis is orthonormal already
+    interference = interference_of_gram(left_gram, ranks), interference_of_gram(right_gram, ranks)
+    single = images.matrices[0].matrix.dtype == torch.float32
+
+    def solve_left() -> tuple[Side, tuple[str, ...]]:
+        probes = cores.times(gaussian(len(left_gram), PROBES, left_gram.device))
+        return _find_root(left_gram, probes, lambda: triangles.left_factor(images), tolerance, single)
+
+    def solve_right() -> tuple[Side, tuple[str, ...]]:
+        probes = cores.times(gaussian(len(right_gram), PROBES, right_gram.device), transposed=True)
+        return _find_root(right_gram, probes, lambda: torch.linalg.qr(V, mode="r").R, tolerance, single)
+
+    (left, left_reasons), (right, right_reasons) = run_concurrently([solve_left, solve_right], V.shape[1], V.device)
+    return Whitening(left, right, interference, (*left_reasons, *right_reasons))
+
+
+def _find_root(
+    gram: Tensor, probes: Tensor, factor: Callable[[], Tensor], tolerance: float, single: bool
+) -> tuple[Side, tuple[str, ...]]:
+    """Return the inverse root of a Gram matrix by the cheapest route that is accurate enough, and why others are not.
+
+    Args:
+        gram: (k, k).
+        probes: (k, any number), vectors that the root is measured on.
+        factor: computes a triangular factor of the basis.
+        tolerance: of the merged matrix.
+        single: whether the task matrices are float32.
+    """
+    escalations: tuple[str, ...] = ()
+    if len(gram) >= LARGE and single:
+        try:
+            root = root_of_gram_float32(gram, WHITENING_SHARE * tolerance, [probes])
+            return Side.measured(root, probes, (gram,)), escalations
+        except ConvergenceError as failure:
+            escalations += (str(failure),)
+    try:
+        return Side.measured(root_of_gram(gram), probes, (gram,)), escalations
+    except ConvergenceError as failure:
+        R = factor()
+        return Side.measured(root_of_factor(R), probes, (R.mT, R)), (*escalations, str(failure))
+
+
+def join_cores(cores: WeightedCores, right: Side, V: Tensor, blocks: Sequence[slice]) -> Tensor:
+    """Return ``blockdiag(w_t R_t) polar(V)^T`` (k, n), over the unit of the cores."""
+    polar = right.root.matrix.after(V).mT
+    joined = torch.empty_like(polar)
+    for core, block in zip(cores.blocks, blocks, strict=True):
+        torch.matmul(core.to(polar.dtype), polar[block], out=joined[block])
+    return joined
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    L, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed):
+        raise ConvergenceError("the images of a task's right singular vectors are linearly dependent")
+    upper: Tensor = L.mT
+    return upper

@@ -2,6 +2,6 @@
 
 from .card import inherited_terms, model_card, short_name
 from .page import report_page
-from .summary import plain, summary, time_per_stage
+from .summaries import plain, summary, time_per_stage
 
 __all__ = ["inherited_terms", "model_card", "plain", "report_page", "short_name", "summary", "time_per_stage"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..parameters import split_layer
 from ..text import printable
-from .summary import plain
+from .summaries import plain
 
 # Of each tensor, in this order; page.js names them too.
 FIELDS = (

@@ -150,7 +150,7 @@ def test_the_result_does_not_depend_on_threads_or_memory(tmp_path):
 @pytest.mark.parametrize("limits", [{}, {"read_bytes": 1, "work_bytes": 1}], ids=["roomy", "one-at-a-time"])
 def test_tiles_join_to_the_same_bytes(tmp_path, monkeypatch, method, threads, limits):
     paths, base, tuned = family(tmp_path / "in", tasks=tasks_of(method, 3), dtype=torch.bfloat16)
-    monkeypatch.setattr(import_module("r_tsvm_kernels.engine.schedule"), "TILE_ELEMENTS", (40, 20))
+    monkeypatch.setattr(import_module("r_tsvm_kernels.engine.scheduling"), "TILE_ELEMENTS", (40, 20))
     monkeypatch.setattr(run, "schedule", lambda *args, **kwargs: replace(schedule(*args, **kwargs), **limits))
     seen = []
     result = merge_checkpoints(config_for(paths, method), tmp_path / "out", threads=threads, progress=seen.append)

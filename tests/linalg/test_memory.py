@@ -11,7 +11,7 @@ import r_tsvm_kernels.linalg as linalg
 
 options = json.loads(sys.argv[1])
 (m, n), ranks, itemsize, spoil = (options.pop(key) for key in ("shape", "ranks", "itemsize", "spoil"))
-merging = import_module("r_tsvm_kernels.linalg.merging")
+merging = import_module("r_tsvm_kernels.linalg.eigen_merge")
 if spoil == "subspaces":  # every route to a task's subspace is given up but the last
     solving = import_module("r_tsvm_kernels.linalg.leading_right_vectors")
     solve = solving._solve

@@ -19,7 +19,7 @@ def layer_of(shape, tasks=3, seed=0):
 @pytest.fixture
 def batches(monkeypatch):
     """The shapes of the batches that were merged by products."""
-    module, shapes = sys.modules["r_tsvm_kernels.linalg.merging"], []
+    module, shapes = sys.modules["r_tsvm_kernels.linalg.products.layers"], []
     merge = module.products_tsv_merges
 
     def counted(layers, *args, **kwargs):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from r_tsvm_kernels import MergeConfig, backends, use_backend
 from r_tsvm_kernels.dispatch import ORDER, chosen
-from r_tsvm_kernels.engine.schedule import schedule
+from r_tsvm_kernels.engine.scheduling import schedule
 from r_tsvm_kernels.methods import METHODS, TensorJob
 from r_tsvm_kernels.plan import make_plan
 

@@ -4,7 +4,7 @@ from checkpoints import family, save
 from compare import same_bits
 
 from r_tsvm_kernels import ConfigError, MemoryBudgetError, MergeConfig, merge_tensors
-from r_tsvm_kernels.engine.schedule import PROGRAM_BYTES, TILE_ELEMENTS, schedule, smallest_schedule
+from r_tsvm_kernels.engine.scheduling import PROGRAM_BYTES, TILE_ELEMENTS, schedule, smallest_schedule
 from r_tsvm_kernels.plan import make_plan
 
 METHODS = ("linear", "task_arithmetic", "tsvm", "rtsvm")

@@ -1,0 +1,151 @@
+"""Solver ``products`` behind `tsv_merge` and `tsv_merge_layers`: what suits it, and the certificates of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...errors import ConvergenceError, RtsvmError
+from ..arguments import finite, given_matrices, nonzero_support
+from ..certificate import Certificate, Mode, tolerance_of
+from ..factored import Factored
+from ..interference import interference_of_bases
+from ..merge_result import TsvMerge
+from ..ranks import Rank
+from .merge import ProductsMerge, products_tsv_merges
+from .purification import STEPS
+
+
+def merge_by_products(
+    matrices: Sequence[Tensor],
+    rows: Tensor,
+    columns: Tensor,
+    ranks: Sequence[Rank],
+    weights: Sequence[float],
+    mode: Mode,
+) -> TsvMerge:
+    """Merge one layer.
+
+    Args:
+        matrices: T matrices (m, n).
+        rows: indices of the rows in which some matrix is not zero; the others stay zero.
+        columns: the same for the columns.
+        ranks: T ranks.
+        weights: T factors of the cores.
+        mode: ``exact`` or ``fast``.
+
+    Raises:
+        ConvergenceError: a rank does not suit the solver, or its result is not accurate enough.
+    """
+    numbers = require_numbers(ranks, min(len(rows), len(columns)))
+    support = torch.stack([matrix[rows[:, None], columns] for matrix in matrices])
+    (merged,) = products_tsv_merges(support[None], [numbers], [weights], "fp16x3", _tolerance(mode))
+    found = certify(merged, support, mode)
+    result = torch.zeros_like(matrices[0])
+    result[rows[:, None], columns] = found.matrix.to(result.dtype)
+    return replace(found, matrix=finite(result, "tsv_merge"))
+
+
+def merge_layers_by_products(
+    layers: Sequence[Sequence[Tensor | Factored]],
+    ranks: Sequence[Sequence[Rank]],
+    weights: Sequence[Sequence[float]],
+    mode: Mode,
+) -> dict[int, TsvMerge]:
+    """Merge layers of one shape and number of tasks in one batch; return the results by the index of the layer.
+
+    Layers that suit no batch are left out, and those whose result is not accurate enough.
+    """
+    op = "tsv_merge_layers"
+    groups: dict[tuple[object, ...], list[int]] = {}
+    stacks: dict[int, Tensor] = {}
+    for index, layer in enumerate(layers):
+        stack = stack_tasks(layer, ranks[index])
+        if stack is not None:
+            stacks[index] = stack
+            groups.setdefault((stack.shape, stack.dtype, stack.device), []).append(index)
+    results: dict[int, TsvMerge] = {}
+    for group in (group for group in groups.values() if len(group) > 1):
+        batch = torch.stack([stacks.pop(i) for i in group])
+        own = [require_numbers(ranks[i], min(batch.shape[-2:])) for i in group]
+        merges = products_tsv_merges(batch, own, [weights[i] for i in group], tolerance=_tolerance(mode))
+        for i, merged, matrices in zip(group, merges, batch, strict=True):
+            with suppress(ConvergenceError):  # the caller merges it alone, and reports the failure
+                found = certify(merged, matrices, mode)
+                results[i] = replace(found, matrix=finite(found.matrix.to(matrices.dtype), op))
+    return results
+
+
+def stack_tasks(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank]) -> Tensor | None:
+    """Return the tasks of a layer as one tensor (T, m, n); None if they do not suit a batch.
+
+    They suit if they are finite matrices of one shape, dtype and device without common rows or columns of zeros.
+    """
+    dense = [matrix for matrix in layer if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.numel()]
+    kinds = {(matrix.shape, matrix.dtype, matrix.device) for matrix in dense}
+    if len(kinds) != 1 or len(layer) != len(dense):
+        return None
+    try:
+        dense = given_matrices(dense, "tsv_merge_layers", one_device=True)
+        require_numbers(ranks, min(dense[0].shape))
+    except RtsvmError:  # `tsv_merge` reports what is wrong
+        return None
+    rows, columns = nonzero_support(dense)
+    stack = torch.stack(dense)
+    whole = (len(rows), len(columns)) == dense[0].shape and bool(torch.isfinite(stack).all())
+    return stack if whole else None
+
+
+def require_numbers(ranks: Sequence[Rank], short: int) -> list[int]:
+    """Return the ranks if the solver can take them.
+
+    Raises:
+        ConvergenceError: a rank is a rule or 0, or they sum to more than `short`.
+    """
+    numbers = [rank for rank in ranks if isinstance(rank, int)]
+    if len(numbers) != len(ranks) or not all(0 < rank <= short for rank in numbers) or sum(numbers) > short:
+        raise ConvergenceError("products: needs positive ranks of sum at most min(m, n)")
+    return numbers
+
+
+def certify(merged: ProductsMerge, matrices: Tensor, mode: Mode) -> TsvMerge:
+    """Return the result with its certificate.
+
+    Args:
+        merged: of the task matrices.
+        matrices: (T, m, n).
+        mode: ``exact`` or ``fast``.
+
+    Raises:
+        ConvergenceError: the result is not accurate enough.
+    """
+    if any(max(part.outer_steps, part.inner_steps) >= STEPS["fp16x3"] for part in merged.parts):
+        raise ConvergenceError("products: singular values on both sides of a rank are too close to be told apart")
+    ranks = tuple(part.core.shape[0] for part in merged.parts)
+    certificate = Certificate(
+        error=merged.error,
+        orthogonality=merged.orthogonality,
+        subspace_error=max(part.subspace_error for part in merged.parts),
+        tolerance=tolerance_of(mode),
+        route="products-fp16x3",
+        basis_rank=(sum(ranks), sum(ranks)),
+        basis_condition=merged.condition,
+        gap=min(part.gap for part in merged.parts),
+    )
+    certificate.require()
+    energies = tuple(
+        min(1.0, float(part.core.square().sum() / matrix.double().square().sum()))
+        for part, matrix in zip(merged.parts, matrices, strict=True)
+    )
+    bases = [part.U for part in merged.parts], [part.Vh.mT for part in merged.parts]
+    overlaps = (interference_of_bases(bases[0]), interference_of_bases(bases[1]))
+    return TsvMerge(merged.matrix, ranks, energies, certificate, overlaps)
+
+
+def _tolerance(mode: Mode) -> float | None:
+    # fp16 alone is off by up to 2e-2, more than fast mode allows. It saves the second solve with a compressed spectrum.
+    return None if mode == "exact" else tolerance_of(mode) / 2
