@@ -22,10 +22,8 @@ test-sanitized: $(VENV)/.dev ## test the native code for errors of memory and ra
 	PYTHON=$(abspath $(BIN)/python) tests/sanitized.sh
 
 test-integrations: $(VENV)/.dev ## test our backend inside other libraries, each in an environment of its own
-	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_mergekit_suite.sh
-	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_fusion_bench_suite.sh
-	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_peft_suite.sh
-	PYTHON=$(abspath $(BIN)/python) tests/integrations/run_sd_mecha_suite.sh
+	for host in mergekit fusion_bench peft sd_mecha; do \
+	  PYTHON=$(abspath $(BIN)/python) tests/integrations/run_suite.sh $$host || exit; done
 
 bench: $(VENV)/.dev ## rtsvm bench, about two minutes; BASE=<commit>: compared with that commit, in turns; ARGS="--full ..."
 	$(if $(BASE),$(BIN)/python benchmarks/against.py $(BASE),$(BIN)/rtsvm bench) $(ARGS)

@@ -61,7 +61,7 @@ def merge(folder: Path, side: str, out: Path) -> None:
     paths |= {path.name: str(path) for path in sorted(folder.glob("tuned-*"))}
     pool = CLIPVisionModelPool(paths)
     if side == "accelerated":
-        integration.accelerate()
+        integration.install()
     algorithm = integration.MergeAlgorithm("tsvm") if side == "ours" else TaskSingularVectorMerging(alpha=1)
     algorithm.fabric = lightning.Fabric(accelerator="cpu", devices=1)
 

@@ -19,13 +19,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Accelerate FusionBench in this process, and run its command with our configurations on its search path."""
-    fusion_bench.LIBRARY.found()  # or an error
+    """Install our backend in this process, and run FusionBench's command with our configurations on its search path."""
+    fusion_bench.INSTALLATION.version()  # raises if there is none
     rest = [argument for argument in arguments.arguments if argument != NO_ACCELERATE]
     paths = [argument[len(SEARCH) :].removesuffix("]") for argument in rest if argument.startswith(SEARCH)]
     rest = [argument for argument in rest if not argument.startswith(SEARCH)]
     if NO_ACCELERATE not in arguments.arguments:
-        fusion_bench.accelerate()
+        fusion_bench.install()
     before = sys.argv
     sys.argv = [f"rtsvm {NAME}", f"{SEARCH}{','.join([fusion_bench.SEARCH_PATH, *paths])}]", *rest]
     try:
@@ -34,5 +34,5 @@ def run(arguments: argparse.Namespace) -> int:
         return exit_code(end)
     finally:
         sys.argv = before
-        fusion_bench.restore()
+        fusion_bench.uninstall()
     return 0

@@ -10,8 +10,6 @@ sd_mecha.merge(recipe, output="merged.safetensors")
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from threading import Lock
 from typing import Any, get_origin
 
 from pydantic.fields import FieldInfo
@@ -21,18 +19,12 @@ from ..config import MergeConfig, ModelEntry
 from ..errors import ConfigError
 from ..merge import merge_tensors
 from ..methods import METHODS, Method
-from ._versions import Library, check_version
-
-LIBRARY = Library("sd-mecha", tested=("1.1.8",))
+from .installation import Installation
 
 # What sd-mecha passes to functions that take any keyword, beside the key of the tensor.
 _CONTEXT = ("key_relation", "cache", "output_reused")
 
 _TYPES: dict[Any, type] = {bool: bool, int: int, float: float}
-
-_installed: dict[str, Any] = {}
-_counts: Counter[str] = Counter()
-_lock = Lock()  # sd-mecha merges in several threads
 
 
 def install() -> dict[str, Any]:
@@ -52,34 +44,47 @@ def install() -> dict[str, Any]:
     Raises:
         IntegrationError: sd-mecha is not installed, too old, or not built as expected.
     """
-    check_version(LIBRARY)
-    if not _installed:
-        try:
-            from sd_mecha.extensions import merge_methods
-
-            present = {method.identifier for method in merge_methods.get_all()}
-            for name, method in METHODS.items():
-                if name not in present:
-                    _installed[name] = merge_methods.merge_method(_as_function(method, merge_methods), identifier=name)
-        except (ImportError, AttributeError, TypeError) as error:
-            uninstall()
-            raise LIBRARY.does_not_fit(error) from error
-    return dict(_installed)
+    INSTALLATION.install()
+    methods: dict[str, Any] = INSTALLATION.patches.methods
+    return dict(methods)
 
 
 def uninstall() -> None:
-    """Remove our methods from sd-mecha; nothing happens if they were not installed."""
-    if _installed:
-        from sd_mecha.extensions import merge_methods
-
-        for name in _installed:
-            merge_methods._module_state.merge_methods_registry.pop(name, None)  # there is no public way
-        _installed.clear()
+    """Remove our methods from sd-mecha. Without an installation nothing happens."""
+    INSTALLATION.uninstall()
 
 
 def calls() -> dict[str, int]:
     """Return how many tensors sd-mecha merged by each of our methods in this process."""
-    return dict(_counts)
+    return INSTALLATION.calls()
+
+
+class _Registered:
+    """Our methods in sd-mecha's registry."""
+
+    def __init__(self) -> None:
+        from sd_mecha.extensions import merge_methods
+
+        present = {method.identifier for method in merge_methods.get_all()}
+        self.methods: dict[str, Any] = {}
+        try:
+            for name, method in METHODS.items():
+                if name not in present:
+                    function = _as_function(method, merge_methods)
+                    self.methods[name] = merge_methods.merge_method(function, identifier=name)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Remove them."""
+        from sd_mecha.extensions import merge_methods
+
+        for name in self.methods:
+            merge_methods._module_state.merge_methods_registry.pop(name, None)  # there is no public way
+
+
+INSTALLATION = Installation("sd-mecha", ["1.1.8"], _Registered)
 
 
 def _as_function(method: Method, sd_mecha: Any) -> Any:
@@ -95,8 +100,7 @@ def _as_function(method: Method, sd_mecha: Any) -> Any:
             models=tuple(ModelEntry(parameters={name: own[name][task] for name in own}) for task in range(len(tuned))),
             parameters=values,
         )
-        with _lock:
-            _counts[method.name] += 1
+        INSTALLATION.count(method.name)
         return merge_tensors(base, tuned, config, name=key).weight
 
     tensor = sd_mecha.Parameter(Tensor, "weight")

@@ -1,6 +1,6 @@
 """PEFT's own test of weighted combinations on models made on the spot: its models come from the network.
 
-`run_peft_suite.sh` copies this file into PEFT's tests.
+`run_suite.sh` copies this file into PEFT's tests.
 """
 
 import pytest

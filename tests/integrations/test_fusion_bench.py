@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-import warnings
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from compare import assert_as_accurate, same_bits
 
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.errors import IntegrationError
-from r_tsvm_kernels.integrations import _versions
 from r_tsvm_kernels.integrations import fusion_bench as integration
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # FusionBench and lightning warn about many things of their own
@@ -20,47 +18,22 @@ needs_fusion_bench = pytest.mark.skipif(ABSENT, reason="FusionBench is not insta
 
 @pytest.fixture
 def accelerated():
-    integration.accelerate()
+    integration.install()
     yield
-    integration.restore()
+    integration.uninstall()
 
 
-# --- absent, untested or unexpected versions ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def found_version(monkeypatch):
-    _versions.check_version.cache_clear()
-    yield lambda answer: monkeypatch.setattr(_versions, "version", answer)
-    _versions.check_version.cache_clear()
-
-
-def absent(name):
-    raise _versions.PackageNotFoundError(name)
+# --- absent or unexpected versions ---------------------------------------------------------------------
 
 
 def test_absence_is_an_error_that_says_what_to_install(found_version, capsys):
-    found_version(absent)
-    with pytest.raises(IntegrationError, match=r"pip install fusion-bench==0\.2\.33"):
-        integration.accelerate()
+    found_version(None)
     with pytest.raises(IntegrationError, match=r"pip install fusion-bench==0\.2\.33"):
         integration.MergeAlgorithm  # noqa: B018
     with pytest.raises(AttributeError, match="no_such_name"):
         integration.no_such_name  # noqa: B018
-    integration.restore()
     assert main(["fusion-bench", "method=rtsvm/rtsvm"]) == 2
     assert "fusion-bench is not installed" in capsys.readouterr().err
-
-
-@needs_fusion_bench
-def test_an_untested_version_warns_once(found_version):
-    found_version(lambda name: "9.9.9")
-    with pytest.warns(RuntimeWarning, match=r"fusion-bench 9\.9\.9 was never tested .* tested: 0\.2\.33"):
-        integration.accelerate()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        integration.accelerate()
-    integration.restore()
 
 
 @needs_fusion_bench
@@ -71,12 +44,12 @@ def test_a_missing_function_is_an_error_and_changes_nothing(monkeypatch):
     before = TSVM_utils.compute_and_sum_svd_mem_reduction
     monkeypatch.delattr(iso_utils, "iso_cts")
     with pytest.raises(IntegrationError, match=r"not built as expected .*iso_cts.*tested: 0\.2\.33"):
-        integration.accelerate()
+        integration.install()
     assert TSVM_utils.compute_and_sum_svd_mem_reduction is before
 
 
 @needs_fusion_bench
-def test_accelerate_can_be_repeated_and_undone():
+def test_install_can_be_repeated_and_undone():
     from fusion_bench.method.dare import ties_merging as dare
     from fusion_bench.method.isotropic_merging import iso, iso_utils
     from fusion_bench.method.task_singular_vector.utils import TSVM_utils
@@ -90,11 +63,11 @@ def test_accelerate_can_be_repeated_and_undone():
 
     before = state()
     for _ in range(2):
-        integration.accelerate()
-        integration.accelerate()
+        integration.install()
+        integration.install()
         assert all(new is not old for new, old in zip(state(), before, strict=True))
-        integration.restore()
-        integration.restore()
+        integration.uninstall()
+        integration.uninstall()
         assert all(new is old for new, old in zip(state(), before, strict=True))
 
 
@@ -105,7 +78,7 @@ def test_a_module_imported_in_the_meantime_is_restored_too(accelerated, monkeypa
     late = type(sys)("fusion_bench.late")
     late.iso_c = utils.iso_c
     monkeypatch.setitem(sys.modules, late.__name__, late)
-    integration.restore()
+    integration.uninstall()
     assert late.iso_c is utils.iso_c and not hasattr(late.iso_c, "func")
 
 
@@ -140,9 +113,9 @@ def test_results_are_as_accurate_as_fusion_benchs(method, tasks):
     exclude = ["excluded[0]"]
     exact, theirs = (function(method)(v, exclude_keys=exclude) for v in (doubled(vectors), vectors))
     before = integration.calls().get(method, 0)
-    integration.accelerate()
+    integration.install()
     ours = function(method)(vectors, exclude_keys=exclude)
-    integration.restore()
+    integration.uninstall()
     assert integration.calls()[method] == before + len(vectors[0])
     assert ours.keys() == theirs.keys()
     for name in exact:
@@ -154,9 +127,9 @@ def test_results_are_as_accurate_as_fusion_benchs(method, tasks):
 def test_half_precision_is_rounded_once(method):
     vectors = task_vectors(torch.bfloat16)
     exact = function(method)(doubled(vectors))
-    integration.accelerate()
+    integration.install()
     ours = function(method)(vectors)  # FusionBench's Iso-C and Iso-CTS fail: torch has no SVD in bfloat16
-    integration.restore()
+    integration.uninstall()
     for name, tensor in ours.items():
         assert tensor.dtype == torch.bfloat16
         torch.testing.assert_close(tensor.double(), exact[name], rtol=2**-8, atol=1e-4 * float(exact[name].abs().max()))
@@ -168,17 +141,17 @@ def test_what_we_do_not_take_is_left_to_fusion_bench(method):
     vectors = doubled(task_vectors())
     expected = function(method)(vectors)
     before = integration.calls()
-    integration.accelerate()
+    integration.install()
     for name, tensor in function(method)(vectors).items():
         assert same_bits(tensor, expected[name])
     assert integration.calls() == before
-    integration.restore()
+    integration.uninstall()
     vectors = task_vectors()
     vectors[1]["bias"][3] = torch.inf
     expected = function(method)(vectors)["bias"]
-    integration.accelerate()
+    integration.install()
     torch.testing.assert_close(function(method)(vectors)["bias"], expected, rtol=0, atol=0, equal_nan=True)
-    integration.restore()
+    integration.uninstall()
     assert not expected.isfinite().all()
 
 
@@ -200,9 +173,9 @@ def ties(rows, threshold, how):
 def both(rows, threshold, how):
     """FusionBench's TIES, and it with our backend; how often our kernel was called."""
     theirs, before = ties(rows, threshold, how), integration.calls().get("elect_and_sum", 0)
-    integration.accelerate()
+    integration.install()
     ours = ties(rows, threshold, how)
-    integration.restore()
+    integration.uninstall()
     return theirs, ours, integration.calls().get("elect_and_sum", 0) - before
 
 
@@ -216,10 +189,10 @@ def test_ties_is_fusion_benchs(dtype, threshold, how):
         rows = rows[:, :1000]
         with pytest.raises(RuntimeError):  # all elements: the smallest but one too many
             ties(rows, threshold, how)
-        integration.accelerate()
+        integration.install()
         with pytest.raises(RuntimeError):
             ties(rows, threshold, how)
-        integration.restore()
+        integration.uninstall()
         return
     theirs, ours, calls = both(rows, threshold, how)
     assert calls == 1 and ours.dtype == theirs.dtype and ours.count_nonzero()
@@ -252,8 +225,8 @@ def test_ties_that_we_do_not_take_is_left_to_fusion_bench():
         theirs, ours, calls = both(given, 20, how)
         assert calls == 0
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
-    integration.accelerate()
+    integration.install()
     assert ties(rows.requires_grad_(), 20, "sum").requires_grad
     with pytest.raises(ValueError, match="not defined"):
         ties(rows.detach(), 20, "median")
-    integration.restore()
+    integration.uninstall()

@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import json
-import warnings
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from r_tsvm_kernels.errors import (
     NonFiniteError,
     ShapeError,
 )
-from r_tsvm_kernels.integrations import _versions
 from r_tsvm_kernels.integrations import peft as integration
 from r_tsvm_kernels.integrations.peft import combine_adapters
 from r_tsvm_kernels.lora_tools import merge_lora
@@ -194,37 +192,6 @@ def test_mistakes_are_refused_by_name(folders):
     refused(NonFiniteError, r"adapters\[0\]", [tensors[0] | {name: tensors[0][name] / 0}, tensors[1]], configs[:2])
     wider = {name: torch.cat([t, t], 1) if "lora_A" in name else t for name, t in tensors[1].items()}
     refused(ShapeError, "one base", [tensors[0], wider], configs[:2])
-
-
-# --- absent, untested or unexpected versions ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def found_version(monkeypatch):
-    _versions.check_version.cache_clear()
-    yield lambda answer: monkeypatch.setattr(_versions, "version", answer)
-    _versions.check_version.cache_clear()
-
-
-def absent(name):
-    raise _versions.PackageNotFoundError(name)
-
-
-def test_absence_is_an_error_that_says_what_to_install(found_version):
-    found_version(absent)
-    with pytest.raises(IntegrationError, match=r"pip install peft==0\.21\.2"):
-        integration.install()
-
-
-@needs_peft
-def test_an_untested_version_warns_once(found_version):
-    found_version(lambda name: "9.9.9")
-    with pytest.warns(RuntimeWarning, match=r"peft 9\.9\.9 was never tested .* tested: 0\.21\.2"):
-        integration.install()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        integration.install()
-    integration.uninstall()
 
 
 # --- under add_weighted_adapter ----------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Our methods in sd-mecha's recipes. sd-mecha is no dependency: `make test-integrations` runs this."""
 
 import importlib.util
-import warnings
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from r_tsvm_kernels import MergeConfig, merge_state_dicts
 from r_tsvm_kernels.errors import IntegrationError
-from r_tsvm_kernels.integrations import _versions
 from r_tsvm_kernels.integrations import sd_mecha as integration
 from r_tsvm_kernels.methods import METHODS
 
@@ -33,34 +31,6 @@ CASES = {
 @pytest.fixture
 def methods():
     yield integration.install()
-    integration.uninstall()
-
-
-@pytest.fixture
-def found_version(monkeypatch):
-    _versions.check_version.cache_clear()
-    yield lambda answer: monkeypatch.setattr(_versions, "version", answer)
-    _versions.check_version.cache_clear()
-
-
-def absent(name):
-    raise _versions.PackageNotFoundError(name)
-
-
-def test_absence_is_an_error_that_says_what_to_install(found_version):
-    found_version(absent)
-    with pytest.raises(IntegrationError, match=r"pip install sd-mecha==1\.1\.8"):
-        integration.install()
-
-
-@needs_sd_mecha
-def test_an_untested_version_warns_once(found_version):
-    found_version(lambda name: "9.9.9")
-    with pytest.warns(RuntimeWarning, match=r"sd-mecha 9\.9\.9 was never tested .* tested: 1\.1\.8"):
-        integration.install()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        integration.install()
     integration.uninstall()
 
 

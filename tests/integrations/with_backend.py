@@ -1,21 +1,16 @@
 """Plugin for other libraries' own tests: `pytest -p with_backend` runs them with our backend installed.
 
-RTSVM_BACKEND_IN names the library: mergekit (the default) or fusion_bench.
+RTSVM_BACKEND_IN names the library: mergekit, fusion_bench or peft.
 """
 
 import os
+from importlib import import_module
 
-from r_tsvm_kernels.integrations import fusion_bench, mergekit
-
-LIBRARIES = {
-    "mergekit": (mergekit, mergekit.install, mergekit.uninstall),
-    "fusion_bench": (fusion_bench, fusion_bench.accelerate, fusion_bench.restore),
-}
-integration, install, uninstall = LIBRARIES[os.environ.get("RTSVM_BACKEND_IN", "mergekit")]
+integration = import_module(f"r_tsvm_kernels.integrations.{os.environ['RTSVM_BACKEND_IN']}")
 
 
 def pytest_configure(config):
-    install()
+    integration.install()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -24,4 +19,4 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_unconfigure(config):
-    uninstall()
+    integration.uninstall()

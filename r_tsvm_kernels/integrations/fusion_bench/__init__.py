@@ -1,7 +1,7 @@
 """Our methods inside FusionBench, as algorithms of its own, and our solvers inside FusionBench's own algorithms.
 
-`MergeAlgorithm` is any of our methods as an algorithm of FusionBench. `accelerate` puts FusionBench's TSVM, Iso-C,
-Iso-CTS and TIES on our solvers and kernels. Its command finds our configurations on the search path
+`MergeAlgorithm` is any of our methods as an algorithm of FusionBench. `install` puts FusionBench's TSVM, Iso-C,
+Iso-CTS and TIES on our solvers and kernels. FusionBench's command finds our configurations on the search path
 
     fusion_bench hydra.searchpath=[pkg://r_tsvm_kernels.integrations.fusion_bench.conf] method=rtsvm/rtsvm ...
 
@@ -12,21 +12,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .._versions import Library, check_version
+from ..installation import Installation
 
 if TYPE_CHECKING:
     from .algorithm import MergeAlgorithm
     from .kernels import Patches
 
-LIBRARY = Library("fusion-bench", tested=("0.2.33",))
 SEARCH_PATH = f"pkg://{__name__}.conf"
 
-__all__ = ["LIBRARY", "SEARCH_PATH", "MergeAlgorithm", "accelerate", "calls", "restore"]
-
-_installed: Patches | None = None
+__all__ = ["INSTALLATION", "SEARCH_PATH", "MergeAlgorithm", "calls", "install", "uninstall"]
 
 
-def accelerate() -> None:
+def _patch() -> Patches:
+    from .kernels import Patches
+
+    return Patches()
+
+
+INSTALLATION = Installation("fusion-bench", ["0.2.33"], _patch)
+
+
+def install() -> None:
     """Put FusionBench's TSVM, Iso-C, Iso-CTS and TIES on our solvers and kernels, in this process.
 
     Names, parameters and results stay FusionBench's, to the error of its own float32. Left to FusionBench are float64
@@ -39,37 +45,25 @@ def accelerate() -> None:
     Raises:
         IntegrationError: FusionBench is not installed, too old, or not built as expected.
     """
-    global _installed
-    check_version(LIBRARY)
-    try:
-        from .kernels import Patches
-
-        _installed = _installed or Patches()
-    except (ImportError, AttributeError) as error:
-        raise LIBRARY.does_not_fit(error) from error
+    INSTALLATION.install()
 
 
-def restore() -> None:
-    """Restore FusionBench as it was; nothing happens if it was not accelerated."""
-    global _installed
-    if _installed is not None:
-        _installed.undo()
-        _installed = None
+def uninstall() -> None:
+    """Restore FusionBench as it was. Without an installation nothing happens."""
+    INSTALLATION.uninstall()
 
 
 def calls() -> dict[str, int]:
-    """Return how many times FusionBench came to each of our kernels and methods in this process."""
-    from .counting import counts
-
-    return dict(counts)
+    """Return how many times FusionBench called each of our kernels and methods in this process."""
+    return INSTALLATION.calls()
 
 
 def __getattr__(name: str) -> Any:
     if name != "MergeAlgorithm":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    check_version(LIBRARY)
+    INSTALLATION.check_version()
     try:
         from .algorithm import MergeAlgorithm
     except ImportError as error:
-        raise LIBRARY.does_not_fit(error) from error
+        raise INSTALLATION.does_not_fit(error) from error
     return MergeAlgorithm

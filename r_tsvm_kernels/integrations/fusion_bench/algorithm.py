@@ -20,7 +20,7 @@ from ...methods import TensorReport, nearest
 from ...parameters import layer_positions
 from ...quantised import refuse_quantised
 from ...tied import is_copy
-from .counting import counts
+from . import INSTALLATION
 
 METADATA = {"_recursive_", "_usage_", "_version_"}  # FusionBench's own
 
@@ -114,7 +114,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 tensor.to(device), [tensors[name].to(device) for tensors in tuned], config,
                 name=name, position=positions[name],
             )  # fmt: skip
-            counts[config.merge_method] += 1
+            INSTALLATION.count(config.merge_method)
             self.reports[name] = result.report
             if isinstance(base, LazyStateDict):
                 merged[name] = result.weight.to(tensor.device)

@@ -22,7 +22,7 @@ from ...config import MergeConfig
 from ...errors import ConvergenceError, NonFiniteError
 from ...merge import merge_tensors
 from ...ops import MagnitudeSelection, Sparsifier, elect_and_sum, magnitude_select
-from .counting import counts
+from . import INSTALLATION
 
 TaskVector = Mapping[str, Tensor]
 
@@ -87,7 +87,7 @@ def _merged(
             tensors = [vector[name].to(accelerator) for vector in task_vectors]
             try:
                 result = merge_tensors(torch.zeros_like(tensors[0]), tensors, config, name=name).weight
-                counts[method] += 1
+                INSTALLATION.count(method)
             except (NonFiniteError, ConvergenceError):
                 pass
         if result is None:
@@ -127,7 +127,7 @@ def ties_merging(
     sign = 1.0 if float(total.sign_().sum(dtype=torch.float64)) > 0 else -1.0
     del total
     mean = how == "mean"
-    counts["elect_and_sum"] += 1
+    INSTALLATION.count("elect_and_sum")
     merged = elect_and_sum(
         zeros, tasks, [sign] * len(tasks), elect="sum", normalize=mean, alpha=1.0 if mean else sign, keep=keep
     )

@@ -1,21 +1,28 @@
-"""Our methods and kernels inside mergekit: `install`, then use mergekit as ever.
+"""Our methods and kernels inside mergekit: `install`, then use mergekit as before.
 
 mergekit is imported, never copied (LGPL-3.0). It has no plug-in mechanism: methods exist in the process in which they
-were registered. `rtsvm mergekit-yaml` installs and then runs mergekit's own command.
+were registered. `rtsvm mergekit-yaml` installs ours and then runs mergekit's own command.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._versions import Library, check_version
+from ..installation import Installation
 
 if TYPE_CHECKING:
     from .patches import Patches
 
-LIBRARY = Library("mergekit", tested=("0.1.5",))
+__all__ = ["INSTALLATION", "calls", "install", "uninstall"]
 
-_installed: Patches | None = None
+
+def _patch(accelerate: bool) -> Patches:
+    from .patches import Patches
+
+    return Patches(accelerate)
+
+
+INSTALLATION = Installation("mergekit", ["0.1.5"], _patch)
 
 
 def install(accelerate: bool = True) -> None:
@@ -36,29 +43,14 @@ def install(accelerate: bool = True) -> None:
     Raises:
         IntegrationError: mergekit is not installed, too old, or not built as expected.
     """
-    global _installed
-    check_version(LIBRARY)
-    try:
-        from .patches import Patches
-    except ImportError as error:
-        raise LIBRARY.does_not_fit(error) from error
-    uninstall()
-    try:
-        _installed = Patches(accelerate)
-    except AttributeError as error:
-        raise LIBRARY.does_not_fit(error) from error
+    INSTALLATION.install(accelerate)
 
 
 def uninstall() -> None:
-    """Restore mergekit as it was; nothing happens if we were not installed."""
-    global _installed
-    if _installed is not None:
-        _installed.undo()
-        _installed = None
+    """Restore mergekit as it was. Without an installation nothing happens."""
+    INSTALLATION.uninstall()
 
 
 def calls() -> dict[str, int]:
-    """Return how many times mergekit came to each of our kernels and methods in this process."""
-    from .counting import counts
-
-    return dict(counts)
+    """Return how many times mergekit called each of our kernels and methods in this process."""
+    return INSTALLATION.calls()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...errors import ConvergenceError
 from ...linalg import truncated_svd
-from .counting import count
+from . import INSTALLATION
 from .kernels import accepted
 
 
@@ -25,7 +25,7 @@ def decompose(task: TaskVectorDecompositionTask, /, task_vector: Tensor) -> tupl
         found = truncated_svd([matrix.float()], [limit])
     except ConvergenceError:
         return None
-    count("truncated_svd")
+    INSTALLATION.count("truncated_svd")
     rank = limit if task.sv_epsilon <= 0 else int((found.S[0] > task.sv_epsilon).sum())
     values, A, B = found.S[0, :rank], found.Vh[0, :rank], found.U[0, :, :rank]
     missing = rank - len(values)

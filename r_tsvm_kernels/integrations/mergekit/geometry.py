@@ -16,7 +16,7 @@ from ...methods.gram import gram_matrix, row_grams
 from ...methods.karcher import karcher_weights
 from ...methods.model_stock import add_row_wise
 from ...ops import elect_and_sum
-from .counting import count
+from . import INSTALLATION
 from .kernels import accepted, zeros_like
 
 SMALLEST_PRODUCT = 1e-6  # of two norms, in a cosine
@@ -33,7 +33,7 @@ def model_stock(group: TensorGroup, filter_wise: bool = False) -> Tensor | None:
     if len(tuned) < 2 or not accepted(base, *tuned):
         return None
     by_rows = filter_wise and base.ndim > 1
-    count("gram_matrix")
+    INSTALLATION.count("gram_matrix")
     ratio = _interpolation_ratio(row_grams(tuned, base) if by_rows else gram_matrix(tuned, base))
     if not bool(ratio.isfinite().all()):
         return None
@@ -59,7 +59,7 @@ def karcher(group: TensorGroup, max_iter: int = 10, tol: float = 1e-5) -> Tensor
     tensors = group.tensors
     if len(tensors) < 2 or not accepted(*tensors):
         return None
-    count("gram_matrix")
+    INSTALLATION.count("gram_matrix")
     gram = gram_matrix(tensors)
     if not bool(gram.isfinite().all()):
         return None
@@ -75,7 +75,7 @@ def multislerp(
     base = group.base.tensor if group.base else None
     if len(tensors) < 2 or not accepted(*group.tensors):
         return None
-    count("gram_matrix")
+    INSTALLATION.count("gram_matrix")
     gram = gram_matrix(tensors, base)
     w = torch.tensor(weight.values_for(group.non_base), dtype=gram.dtype)
     w = w / w.sum() if normalize_weights else w
@@ -98,7 +98,7 @@ def nuslerp(
     first, second = (entry.tensor for entry in group.non_base)
     weights = weight.values_for(group.non_base)
     t = 0.5 if abs(sum(weights)) < SMALLEST_TOTAL else weights[1] / sum(weights)
-    count("gram_matrix")
+    INSTALLATION.count("gram_matrix")
     gram = gram_matrix([first, second], base)
     if not (bool(gram.isfinite().all()) and float(gram.diagonal().min().sqrt()) > SHORTEST):
         return None
@@ -113,7 +113,7 @@ def slerp(batch: TensorBatch, t: Tensor) -> Tensor | None:
     base, tuned = batch.tensors[batch.base_index], batch.tensors[1 - batch.base_index]
     merged = []
     for first, second, position in zip(base, tuned, t.flatten().tolist(), strict=True):
-        count("gram_matrix")
+        INSTALLATION.count("gram_matrix")
         gram = gram_matrix([first, second])
         if not bool(gram.isfinite().all()):
             return None
@@ -141,5 +141,5 @@ def _combined(
 ) -> Tensor:
     """Return the weighted sum of the tensors, or of what they differ from the base."""
     origin = zeros_like(tensors[0]) if base is None else base
-    count("elect_and_sum")
+    INSTALLATION.count("elect_and_sum")
     return elect_and_sum(origin, tensors, weights, alpha=alpha).to(origin.dtype)

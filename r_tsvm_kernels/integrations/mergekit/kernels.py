@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...methods.sparsify import kept_model, l1_norm
 from ...ops import FLOAT_DTYPES, Sparsifier, della_probabilities, elect_and_sum, magnitude_select, ranked_mask
-from .counting import count
+from . import INSTALLATION
 
 # Makes the Sparsifier of a difference x - base; None for parameters that are left to mergekit.
 Rule = Callable[[Tensor, Tensor | None], Sparsifier | None]
@@ -46,7 +46,7 @@ def _keep_middle(x: Tensor, base: Tensor | None, density: float, gamma: float) -
 
 def _between(x: Tensor, base: Tensor | None, reach: int, drop: int) -> Sparsifier:
     """Keep the `reach` largest magnitudes but for the `drop` largest."""
-    count("magnitude_select")
+    INSTALLATION.count("magnitude_select")
     if drop == 0:
         return Sparsifier(largest=magnitude_select(x, reach, base=base))
     largest, outliers = magnitude_select(x, [reach, drop], base=base)
@@ -62,7 +62,7 @@ def _keep_by_rank(x: Tensor, base: Tensor | None, density: float, epsilon: float
         return _keep_largest(x, base, density)
     if x.ndim not in (1, 2) or not (epsilon >= 0 and density + epsilon < 1 and density - epsilon > 0):
         return None  # mergekit ranks along dimension 1, and says what is wrong with epsilon
-    count("ranked_mask")
+    INSTALLATION.count("ranked_mask")
     return Sparsifier(mask=ranked_mask(x, della_probabilities(x.shape[-1], density, epsilon), _seed(), base=base))
 
 
@@ -118,7 +118,7 @@ def _sparsified(tensor: Tensor, density: float, rule: Rule, norm: str | None) ->
 
 
 def _masked(delta: Tensor, keep: Sparsifier) -> Tensor:
-    count("elect_and_sum")
+    INSTALLATION.count("elect_and_sum")
     return elect_and_sum(zeros_like(delta), [delta], [1.0], keep=[keep])
 
 
@@ -163,7 +163,7 @@ def merge_group(method: GeneralizedTaskArithmeticMerge, group: TensorGroup, /, *
     if normalize and not elect:
         total, normalize = sum(weights), False
         weights = [weight / total for weight in weights] if abs(total) >= 1e-8 else weights
-    count("elect_and_sum")
+    INSTALLATION.count("elect_and_sum")
     merged = elect_and_sum(
         base, tuned, weights,
         elect=elect.value if elect else "none", normalize=normalize, alpha=alpha, keep=keep or None,
@@ -177,7 +177,7 @@ def _task_keep(x: Tensor, base: Tensor, method: str, own: dict[str, float], resc
     keep = RULES[method](x, base, **own)
     if keep is None or not rescale:
         return keep
-    count("elect_and_sum")
+    INSTALLATION.count("elect_and_sum")
     factor = _factor(l1_norm(base, x), l1_norm(base, kept_model(base, x, keep)))
     return None if factor is None else replace(keep, rescale=factor)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...config import MergeConfig, ModelEntry
 from ...merge import merge_tensors
 from ...methods import Method
-from .counting import count
+from . import INSTALLATION
 
 
 class RegisteredMethod(GroupMergeMethod):
@@ -49,7 +49,7 @@ class RegisteredMethod(GroupMergeMethod):
             models=tuple(ModelEntry(parameters={name: given[name][entry.id] for name in own}) for entry in tuned),
             parameters={name: value for name, value in given.items() if name not in own},
         )
-        count(self.method.name)
+        INSTALLATION.count(self.method.name)
         return merge_tensors(base, [entry.tensor for entry in tuned], config, name=group.metadata.name or "").weight
 
 

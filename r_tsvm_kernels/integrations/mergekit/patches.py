@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import mergekit.sparsify
@@ -15,8 +14,8 @@ from mergekit.merge_methods.nuslerp import nuslerp_merge_method
 from mergekit.merge_methods.slerp import slerp_merge_method
 from mergekit.scripts.extract_lora import TaskVectorDecompositionTask
 
-from ...errors import NonFiniteError
 from ...methods import METHODS
+from ..installation import Replacements, falling_back
 from . import decomposition, geometry, kernels, sce
 from .methods import RegisteredMethod
 
@@ -40,33 +39,16 @@ class Patches:
     """Our methods in mergekit's registry, and our functions in place of mergekit's."""
 
     def __init__(self, accelerate: bool) -> None:
-        replacements = REPLACEMENTS if accelerate else []
-        # All are looked up before any is replaced.
-        self._originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+        self._replacements = Replacements(
+            [(owner, name, falling_back(ours)) for owner, name, ours in (REPLACEMENTS if accelerate else [])]
+        )
         present = {method.spec.name for method in registered_methods()}
         self._methods = [method for name, method in METHODS.items() if name not in present]
         for method in self._methods:
             register(RegisteredMethod(method))
-        for (owner, name, original), (_, _, ours) in zip(self._originals, replacements, strict=True):
-            setattr(owner, name, _or_original(ours, original))
 
     def undo(self) -> None:
         """Restore mergekit as it was."""
-        for owner, name, original in self._originals:
-            setattr(owner, name, original)
+        self._replacements.undo()
         for method in self._methods:
             registry._METHODS.pop(method.name, None)  # there is no public way
-
-
-def _or_original(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that leaves to mergekit what `ours` answers with None."""
-
-    @wraps(original)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            result = ours(*args, **kwargs)
-        except NonFiniteError:  # mergekit passes NaN and infinity on
-            result = None
-        return original(*args, **kwargs) if result is None else result
-
-    return run

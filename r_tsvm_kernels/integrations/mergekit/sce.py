@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...methods.sce import add_erased_mean, largest, squared_norms
 from ...ops import task_spread
-from .counting import count
+from . import INSTALLATION
 from .kernels import accepted
 
 SMALLEST_SQUARES = 1e-6  # of all task vectors; below it mergekit weighs them alike
@@ -27,7 +27,7 @@ def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -
         keep = int(spread.count_nonzero() * select_topk) if select_topk > 0 else 0
         if keep == 0:
             return None  # nothing to do: the base
-        count("magnitude_select")
+        INSTALLATION.count("magnitude_select")
         selected = largest(spread, keep)
     squares = torch.tensor(squared_norms(base, tuned, selected), dtype=torch.float64) / base.numel()
     total = float(squares.sum())
@@ -36,5 +36,5 @@ def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -
     shares = squares / total if total >= SMALLEST_SQUARES else torch.full_like(squares, 1 / len(tuned))
     if bool(((shares > 0) & (shares < SMALLEST_DIVISOR)).any()):
         return None  # mergekit divides by no less
-    count("sce")
+    INSTALLATION.count("sce")
     return add_erased_mean(base, tuned, selected, shares.tolist()).to(base.dtype)

@@ -1,24 +1,29 @@
 """LoRA adapters combined as PEFT does, without the dense matrices where there need be none.
 
-`combine_adapters` takes state dicts and needs neither PEFT nor a model. `install` puts our way under PEFT's own
-``model.add_weighted_adapter``.
+`combine_adapters` takes state dicts and needs neither PEFT nor a model. `install` puts ``model.add_weighted_adapter``
+of PEFT on our kernels.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._versions import Library, check_version
+from ..installation import Installation
 from .state_dicts import COMBINATION_TYPES, combine_adapters
 
 if TYPE_CHECKING:
-    from .patch import Patch
+    from ..installation import Replacements
 
-__all__ = ["COMBINATION_TYPES", "LIBRARY", "calls", "combine_adapters", "install", "uninstall"]
+__all__ = ["COMBINATION_TYPES", "INSTALLATION", "calls", "combine_adapters", "install", "uninstall"]
 
-LIBRARY = Library("peft", tested=("0.21.2",))
 
-_installed: Patch | None = None
+def _patch() -> Replacements:
+    from .patch import patch
+
+    return patch()
+
+
+INSTALLATION = Installation("peft", ["0.21.2"], _patch)
 
 
 def install() -> None:
@@ -41,27 +46,14 @@ def install() -> None:
     Raises:
         IntegrationError: PEFT is not installed, too old, or not built as expected.
     """
-    global _installed
-    check_version(LIBRARY)
-    try:
-        from .patch import Patch
-
-        uninstall()
-        _installed = Patch()
-    except (ImportError, AttributeError) as error:
-        raise LIBRARY.does_not_fit(error) from error
+    INSTALLATION.install()
 
 
 def uninstall() -> None:
-    """Restore PEFT as it was; nothing happens if we were not installed."""
-    global _installed
-    if _installed is not None:
-        _installed.undo()
-        _installed = None
+    """Restore PEFT as it was. Without an installation nothing happens."""
+    INSTALLATION.uninstall()
 
 
 def calls() -> dict[str, int]:
     """Return how many layers were combined by each type in this process, and how many were left to PEFT."""
-    from .patch import counts
-
-    return dict(counts)
+    return INSTALLATION.calls()

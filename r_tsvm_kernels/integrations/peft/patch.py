@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from ...errors import ConfigError, ConvergenceError, NonFiniteError
 from ...linalg import Factored
 from ...lora import parse_config
 from ...ops import FLOAT_DTYPES, check_finite
+from ..installation import Replacements, falling_back
+from . import INSTALLATION
 from .updates import RULES, combined_triplets
 
 # What users call; and the one place where PEFT forms dense updates and decomposes them.
@@ -29,24 +30,19 @@ LEFT_TO_PEFT = "left to PEFT"
 _PRODUCTS = (Linear, Embedding, Conv2d)
 _DEVICES = ("cpu", "cuda")
 
-counts: Counter[str] = Counter()
+
+def patch() -> Replacements:
+    """Replace PEFT's functions by ours."""
+    left = partial(INSTALLATION.count, LEFT_TO_PEFT)
+    return Replacements(
+        [
+            (LoraModel, ENTRANCE, _refuse_partial_adapters),
+            (LoraModel, METHOD, falling_back(combined_factors, (NonFiniteError, ConvergenceError), left)),
+        ]
+    )
 
 
-class Patch:
-    """Our functions in place of PEFT's."""
-
-    def __init__(self) -> None:
-        self._originals = {name: getattr(LoraModel, name) for name in (ENTRANCE, METHOD)}
-        setattr(LoraModel, ENTRANCE, _of_plain_adapters(self._originals[ENTRANCE]))
-        setattr(LoraModel, METHOD, _or_original(self._originals[METHOD]))
-
-    def undo(self) -> None:
-        """Restore PEFT as it was."""
-        for name, original in self._originals.items():
-            setattr(LoraModel, name, original)
-
-
-def _of_plain_adapters(original: Callable[..., None]) -> Callable[..., None]:
+def _refuse_partial_adapters(original: Callable[..., None]) -> Callable[..., None]:
     """Return a function that refuses adapters of which PEFT combines a part alone, and gives the result scaling 1.
 
     PEFT combines nothing but the factors. Of DoRA it loses the magnitudes, of `lora_bias` the biases; an rsLoRA adapter
@@ -90,23 +86,6 @@ def _take_saved_modules(model: LoraModel, adapters: Sequence[str], new: str) -> 
             wrapper.update(new)
             wrapper.modules_to_save[new].load_state_dict(wrapper.modules_to_save[owners[0]].state_dict())
             wrapper.modules_to_save[new].requires_grad_(False)
-
-
-def _or_original(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that leaves to PEFT what `combined_factors` answers with None."""
-
-    @wraps(original)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            result = combined_factors(*args, **kwargs)
-        except (NonFiniteError, ConvergenceError):
-            result = None
-        if result is None:
-            counts[LEFT_TO_PEFT] += 1
-            return original(*args, **kwargs)
-        return result
-
-    return run
 
 
 def combined_factors(
@@ -153,7 +132,7 @@ def combined_factors(
     A, B = (torch.zeros(factor.shape, dtype=dtype, device=factor.device) for factor in (target_lora_A, target_lora_B))
     A.flatten(1)[: len(values)] = Vh
     B.flatten(1)[:, : len(values)] = U * values
-    counts[combination_type] += 1
+    INSTALLATION.count(combination_type)
     return A, B
 
 

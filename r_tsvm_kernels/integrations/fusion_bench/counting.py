@@ -1,5 +1,0 @@
-"""How often FusionBench came to us."""
-
-from collections import Counter
-
-counts: Counter[str] = Counter()
