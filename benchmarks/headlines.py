@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from pathlib import Path
 
-from cells import ROOT, Report, Spread, error, factor, gigabytes, read, shape, table
+from cells import Report, Spread, error, factor, gigabytes, read, shape, table
 from result_tables import shortcuts
-
-sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
-from study import label, rtsvm_defaults
-from table import gains, load
 
 CPU = "benchmarks/results/cpu"
 
 
+# What the README shows of the table, by how a row begins.
+SHORT = ("statistics", "`ties`", "`rtsvm merge`", "the same, 3 checkpoints of 4", "TSV-Merge 2048", "`iso_cts`")
+
+
+def short(results: Path) -> list[str]:
+    """The README's part of the table: gains, and the losses beside them."""
+    head, rule, *lines = speed(results)
+    return [head, rule, *(line for line in lines if line.removeprefix("| ").startswith(SHORT))]
+
+
 def speed(results: Path) -> list[str]:
-    """The README's table: gains, and the losses beside them. Rows of results that are not there are left out."""
+    """Gains, and the losses beside them. Rows of results that are not there are left out."""
     cpu = results / "cpu"
     rows: list[list[str]] = []
 
     def add(what: str, against: str, found: str, file: str) -> None:
-        rows.append([what, against, found, f"[{file.removesuffix('.json')}]({CPU}/{file})"])
+        rows.append([what, against, found, f"`{file}`"])
 
     stage = read(cpu / "elementwise.json")["rows"][0]
     name = f"statistics, clip, select, prune: {shape(stage['shape'])} bf16, T=3"
@@ -90,7 +95,7 @@ def over_shapes(report: Report) -> str:
     return (
         f"Over {matrices} matrices of public models, some in three dtypes, {eager} of {count} times are longer than "
         f"eager torch's and {best} of {known} than the best of torch; against eager torch the worst is "
-        f"`{worst['name']}` at {shape(worst['shape'])}, {factor(worst['speedup'])} ([all](docs/shapes.md), "
+        f"`{worst['name']}` at {shape(worst['shape'])}, {factor(worst['speedup'])} ([all](shapes.md), "
         "`bench_full.json`)."
     )
 
@@ -180,41 +185,6 @@ def startup(results: Path) -> str:
     )
 
 
-def exactness(results: Path) -> list[str]:
-    """What the README says of errors."""
-    accuracy = [row for name in ("spectral_accuracy", "spectral_accuracy_1024")
-                for row in read(results / "cpu" / f"{name}.json")["rows"]]  # fmt: skip
-    few = [row for row in accuracy if row["rank"] * row["tasks"] <= 768]
-    above = sum(error_of(row) > error_of(row, "float32 SVD") for row in accuracy) or "no"
-    ours = (
-        f"- Over {len(accuracy)} cases (six kinds of spectra, trained models) the largest error of a TSV-Merge update "
-        f"against float64 is {error(max(map(error_of, accuracy)), 1)} ({error(max(map(error_of, few)), 1)} where no "
-        f"more than 768 directions are merged); by float32 SVDs it is "
-        f"{error(max(error_of(row, 'float32 SVD') for row in accuracy), 1)}. Ours was above float32 SVDs in "
-        f"{above} case{'' if above == 1 else 's'} ([spectral_accuracy]({CPU}/spectral_accuracy.json), [at 1024 columns]"
-        f"({CPU}/spectral_accuracy_1024.json))."
-    )
-    rows = read(results / "cpu" / "tsvm_vs_fusion_bench.json")["rows"]
-    judged = [row for row in rows if row["right"] is not None]
-    trained = sum(row["case"].startswith("trained") for row in judged)
-    worst = {side: error(max(row[f"error_{side}"] for row in judged), 1) for side in ("ours", "peer")}
-    peer = (
-        f"- `tsvm` agrees with FusionBench's own function to *that* function's float32 error: over {len(judged)} "
-        f"cases, {trained} of them from really trained models, the largest error against float64 is {worst['ours']} "
-        f"for ours and {worst['peer']} for theirs ([results]({CPU}/tsvm_vs_fusion_bench.json), "
-        f"[how](benchmarks/peers/README.md))."
-    )
-    (untouched,) = (row for row in rows if row["untouched_rows"])
-    energy = {side: f"{100 * untouched[f'untouched_energy_{side}']:.1f} %" for side in ("ours", "peer")}
-    rows_told = f"{untouched['untouched_rows']} of {untouched['shape'][0]} untouched rows"
-    canonical = (
-        f"- **Rows and columns that no expert touched stay the base's, bit for bit.** Where an SVD would complete "
-        f"deficient bases by arbitrary null vectors, ours takes the canonical polar factor. On a matrix with "
-        f"{rows_told}, FusionBench puts {energy['peer']} of the update's energy into those rows, ours {energy['ours']}."
-    )
-    return [line for item in (ours, peer, canonical) for line in wrapped(item, "  ")]
-
-
 def error_of(row: Report, route: str = "eigen exact") -> float:
     value: float = row["routes"][route]["error"]
     return value
@@ -254,37 +224,12 @@ def table_of_shortcuts(results: Path) -> list[str]:
     return shortcuts(read(results / "cpu" / "shortcuts.json"))
 
 
-def demo(results: Path) -> list[str]:
-    """The means of the demo's table."""
-    report = read(results / "quality" / "demo.json")
-    means = {name: f"{sum(values) / len(values):.1f}" for name, values in report["accuracy"].items()}
-    told = wrapped(
-        f"`make demo` takes some {report['seconds']:.0f} seconds after the setup and ends with a "
-        f"[table](docs/tutorial.md). In the mean over its tasks ({', '.join(report['tasks'])} digits) the models "
-        "reach, in % of digits that no model was trained on "
-        "([demo.json](benchmarks/results/quality/demo.json); another processor may give a little other figures):"
-    )
-    return [*told, "", *table(list(means), [list(means.values())])]
-
-
 def demo_table(results: Path) -> list[str]:
     """What the demo ends with."""
     report = read(results / "quality" / "demo.json")
     rows = [[name, *(f"{value:.1f}" for value in (*values, sum(values) / len(values)))]
             for name, values in report["accuracy"].items()]  # fmt: skip
     return table(["model", *report["tasks"], "mean"], rows)
-
-
-def verdict(results: Path) -> list[str]:
-    """How `rtsvm` compares with `tsvm` in the study of quality."""
-    *_, points = gains(load(results / "quality"), label(rtsvm_defaults()), ["tsvm"] * 3, "default")
-    mean = sum(points) / len(points)
-    spread = (sum((point - mean) ** 2 for point in points) / (len(points) - 1) / len(points)) ** 0.5
-    return wrapped(
-        "Differences of two or three points may be noise: in a [study](benchmarks/quality/README.md) of three suites "
-        f"of small models `rtsvm` is {mean:+.2f} points above `tsvm` (standard error {spread:.2f}): level. The goal of "
-        "one point more was missed, and no other defaults were clearly better."
-    )
 
 
 def wrapped(text: str, indent: str = "") -> list[str]:

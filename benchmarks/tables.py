@@ -26,11 +26,7 @@ Part = Callable[[Path], list[str]]
 
 # What stands in which file under which name.
 PARTS: dict[str, dict[str, Part]] = {
-    "README.md": {
-        "demo": lambda results: [*headlines.demo(results), "", *headlines.verdict(results)],
-        "exactness": headlines.exactness,
-        "speed": headlines.speed,
-    },
+    "README.md": {"speed": headlines.short},
     "docs/merging.md": {"memory": lambda results: headlines.wrapped(headlines.memory(results))},
     "docs/tutorial.md": {"demo": headlines.demo_table},
     "docs/numerics.md": {
@@ -39,9 +35,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "honesty": headlines.honesty,
     },
     "docs/speed.md": {
+        "headlines": headlines.speed,
         "speed": lambda results: page(
             SPEED, results / "cpu", {"bench.json": "plots/bench.svg", "spectral.json": "plots/growth.svg"}
-        )
+        ),
     },
     "docs/shapes.md": {"shapes": lambda results: page(SHAPES, results / "cpu", {})},
     "docs/accuracy.md": {"accuracy": lambda results: page(ACCURACY, results / "cpu", {})},

@@ -182,7 +182,7 @@ def merge_state_dicts(
         ConfigError: a pattern of the config matches no name.
         DTypeError: an argument is no state dict, but a module, for example.
         QuantisedRefusedError: a model is quantised.
-        As `merge_tensors`, with the tensor's name in the message.
+        ShapeError, DeviceError, NonFiniteError: as `merge_tensors`, with the tensor's name in the message.
 
     Example:
         >>> base, math, code = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)

@@ -12,13 +12,15 @@ from r_tsvm_kernels.sizes import parse_size
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+ACCURACY = " ".join((ROOT / "docs" / "accuracy.md").read_text().split())
 METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text()
 TEXTS = ["README.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/peers/README.md"]
 TEXTS += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 
 
 def test_the_map_shows_what_is_there():
-    tree = README[README.rindex("```\ncsrc/") :].split("```")[1]
+    tree = CONTRIBUTING[CONTRIBUTING.rindex("```\ncsrc/") :].split("```")[1]
     listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
     package = {
         path.name for path in (ROOT / "r_tsvm_kernels").iterdir()
@@ -30,9 +32,8 @@ def test_the_map_shows_what_is_there():
             assert (ROOT / line.split()[0]).is_dir(), line
 
 
-@pytest.mark.parametrize("text", [README, METHODS_PAGE], ids=["README.md", "docs/methods.md"])
-def test_every_method_is_in_the_table(text):
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*\]\((https://[^)]+)\) \|$", text, re.MULTILINE))
+def test_every_method_is_in_the_table():
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\]\((https://[^)]+)\) \|$", METHODS_PAGE, re.MULTILINE))
     assert rows == {name: method.paper_url for name, method in METHODS.items()}
 
 
@@ -42,7 +43,7 @@ def test_every_option_of_rtsvm_is_in_the_table():
         if name == "exclude_keys":
             assert "`exclude_keys`" in METHODS_PAGE
             continue
-        match = re.search(rf"`{name}` \(`?([\w.]+)`?\)", METHODS_PAGE)
+        match = re.search(rf"`{name}` (?:\(|\| )`?([\w.]+)`?[) ]", METHODS_PAGE)
         assert match, name
         value = getattr(defaults, name)
         expected = value[0] if isinstance(value, tuple) else value
@@ -57,14 +58,14 @@ def test_the_python_example_runs(capsys):
     assert "True" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/merging.md"])
-def test_the_recipe_is_valid(file):
+@pytest.mark.parametrize(("file", "alpha"), [("README.md", 0.9), ("docs/merging.md", 0.7)])
+def test_the_recipe_is_valid(file, alpha):
     import yaml
 
     text = re.search(r"```yaml\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)[1]
     config = r_tsvm_kernels.MergeConfig.from_dict(yaml.safe_load(text))
     options = config.options(2, "layers.3.mlp.up", 1.0)
-    assert (options.weight, options.density, options.alpha) == ((0.8, 1.0), (0.5, 0.5), 1.0)
+    assert (options.weight, options.density, options.alpha) == ((0.8, 1.0), (1.0, 1.0), alpha)
 
 
 def test_the_comparison_with_fusion_bench_is_quoted_correctly():
@@ -72,13 +73,50 @@ def test_the_comparison_with_fusion_bench_is_quoted_correctly():
     judged = [row for row in results["rows"] if row["right"] is not None]
     ours, theirs = (max(row[key] for row in judged) for key in ("error_ours", "error_peer"))
     assert results["right"] and all(row["right"] for row in judged)
-    text = " ".join(README.split())
-    assert f"over {len(judged)} cases" in text
-    assert f"is {ours:.1e} for ours and {theirs:.1e} for theirs".replace("e-0", "e-") in text
+    trained = sum(row["case"].startswith("trained") for row in judged)
+    assert f"over {len(judged)} cases, {trained} of them from trained models" in ACCURACY
+    assert f"is {ours:.1e} for ours and {theirs:.1e} for theirs".replace("e-0", "e-") in ACCURACY
     (untouched,) = [row for row in results["rows"] if row["untouched_rows"]]
-    assert f"{untouched['untouched_rows']} of {untouched['shape'][0]} untouched rows" in text
-    assert f"{100 * untouched['untouched_energy_peer']:.1f} % of the update's energy" in text
+    assert f"{untouched['untouched_rows']} of {untouched['shape'][0]} untouched rows" in ACCURACY
+    assert f"{100 * untouched['untouched_energy_peer']:.1f} % of the update's energy" in ACCURACY
     assert untouched["untouched_energy_ours"] == 0
+
+
+def test_errors_of_updates_are_quoted_correctly():
+    folder = ROOT / "benchmarks" / "results" / "cpu"
+    files = [folder / name for name in ("spectral_accuracy.json", "spectral_accuracy_1024.json")]
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    few = [row for row in rows if row["rank"] * row["tasks"] <= 768]
+
+    def largest(found, route):
+        return f"{max(row['routes'][route]['error'] for row in found):.1e}".replace("e-0", "e-")
+
+    assert (
+        f"Over {len(rows)} cases" in ACCURACY
+        and f"the largest error of an update is {largest(rows, 'eigen exact')}" in ACCURACY
+    )
+    assert (
+        f"it is {largest(few, 'eigen exact')}. With float32 SVDs the largest error is {largest(rows, 'float32 SVD')}"
+        in ACCURACY
+    )
+
+
+def test_the_study_is_quoted_correctly():
+    """Each row of the table of choosing.md is in the tables of the study; so is each row of what lost."""
+    study = (ROOT / "benchmarks" / "quality" / "README.md").read_text()
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    rows = re.findall(r"^\| (`\w+`|base) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\w*) ?\|$", page, re.MULTILINE)
+    assert len(rows) >= 10
+    for name, *values, setting in rows:
+        lines = re.findall(rf"^\| {re.escape(name)} \| (.+) \|$", study, re.MULTILINE)
+        column = 2 if setting == "tuned" else 0
+        assert [line.split(" | ")[column].split()[0] for line in lines if "±" in line][:3] == values, name
+    lost = dict(re.findall(r"^\| `(\w+: [\w.]+)`.* \| (-[\d.]+) \|", page, re.MULTILINE))
+    for setting, points in lost.items():
+        (line,) = re.findall(rf"^\| {setting.replace(':', '')}(?:, rank_energy 0.8)? \| (.+) \|$", study, re.MULTILINE)
+        assert line.split(" | ")[3] == points, setting
+    assert lost and "**+0.25** points (standard error 0.15)" in study
+    assert "+0.25 points with a standard error of 0.15" in page
 
 
 @pytest.mark.parametrize("file", TEXTS)
@@ -94,7 +132,7 @@ def test_links_lead_somewhere(file):
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_every_page_is_in_the_navigation_and_the_readme(page):
-    assert page.name in (ROOT / "mkdocs.yml").read_text()
+    assert re.search(rf"[ :]{page.name}$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert page.name == "index.md" or f"(docs/{page.name})" in README
 
 

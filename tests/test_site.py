@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import BINARY, Browser
 
 import r_tsvm_kernels
 from r_tsvm_kernels import errors, linalg, lora, ops
@@ -21,19 +22,56 @@ def blocks(page, language):
     return re.findall(rf"^```{language}[^\n]*\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_it_builds_without_a_warning(tmp_path):
+def build(*arguments):
+    """Build the site as `make docs` does; a warning fails it, unless --quiet hides it, which nothing here may add."""
     pytest.importorskip("mkdocstrings", reason="the documentation's tools are not installed (pip install .[docs])")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", *map(str, arguments)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    done = build("--site-dir", folder)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "site" / "api" / "linalg" / "index.html").read_text()
-    assert 'id="r_tsvm_kernels.linalg.merging.tsv_merge"' in page
-    pages = "".join(path.read_text() for path in (tmp_path / "site").rglob("*.html"))
-    assert not re.findall(r'(?:src|href)="https?://(?!arxiv|github)[^"]*\.(?:js|css|woff2?)"', pages), (
-        "needs the network"
+    return folder
+
+
+def test_it_builds_without_a_warning(site):
+    page = (site / "api" / "linalg" / "index.html").read_text()
+    assert "tsv_merge" in page and "Parameters:" in page
+    pages = "".join(path.read_text() for path in site.rglob("*.html"))
+    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', pages), "needs the network"
+    assert not re.findall(r"^:::|--8<--", pages, re.MULTILINE)  # what nobody replaced
+
+
+@pytest.mark.parametrize("mistake", ["[nowhere](nowhere.md)", "[no heading](#nothing)", "::: r_tsvm_kernels.nothing"])
+def test_a_mistake_fails_the_build(tmp_path, mistake):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Title\n\n{mistake}\n")
+    (tmp_path / "mkdocs.yml").write_text(
+        f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nnav: [index.md]\nextra_css: []\nextra_javascript: []\n"
     )
+    done = build("--config-file", tmp_path / "mkdocs.yml", "--site-dir", tmp_path / "site")
+    assert done.returncode != 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BINARY is None, reason="needs Chromium: apt-get install chromium")
+def test_formulas_are_set_and_wide_tables_scroll(site, tmp_path):
+    browser = Browser(tmp_path)
+    try:
+        pages = [path for path in site.rglob("*.html") if 'class="arithmatex"' in path.read_text()]
+        assert pages
+        for page in pages:
+            browser.open(page, width=390, height=844)
+            counts = "['.arithmatex', '.arithmatex .katex', '.katex-error'].map((s) => $$(s).length)"
+            marked, drawn, wrong = browser.run(f"const $$ = (s) => document.querySelectorAll(s); {counts}")
+            assert marked == drawn > 0 and not wrong, page
+            assert browser.run("document.documentElement.scrollWidth") == 390, page
+    finally:
+        browser.close()
 
 
 @pytest.mark.parametrize("module", [r_tsvm_kernels, ops, linalg, lora], ids=lambda module: module.__name__)

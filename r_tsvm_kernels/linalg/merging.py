@@ -122,7 +122,7 @@ def tsv_merge_layers(
         workspace: see `tsv_merge`.
 
     Raises:
-        As `tsv_merge`.
+        ShapeError, DTypeError, DeviceError, ConfigError, ConvergenceError: as `tsv_merge`.
     """
     if len(layers) != len(ranks) or (weights is not None and len(weights) != len(layers)):
         raise ShapeError(f"tsv_merge_layers: {len(layers)} layers, ranks for {len(ranks)}, or weights for others")

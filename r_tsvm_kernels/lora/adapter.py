@@ -119,7 +119,7 @@ class Adapter:
         """Read the update of a module, oriented as its weight is stored in the base model.
 
         Raises:
-            As `load`.
+            InputChangedError, CheckpointError, NonFiniteError: as `load`.
         """
         matrix = self.load(module, device, pin=pin)
         return transposed(matrix) if self.modules[module].transposed else matrix

@@ -40,7 +40,7 @@ def resize_lora(
         progress: called after each module.
 
     Raises:
-        As `merge_lora`.
+        ConfigError, DeviceError, CheckpointError, NonFiniteError, ConvergenceError, DiskFullError: as `merge_lora`.
     """
     start, target = time.perf_counter(), choose_device(device)
     if rank is None and energy is None:
