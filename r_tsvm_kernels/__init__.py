@@ -1,7 +1,6 @@
 """Fast, exact kernels for merging fine-tuned models: R-TSVM, TSV-Merge and their family.
 
-Importing this package is light: torch is loaded when a function is first used, and no GPU is touched before a tensor
-lies on one.
+Importing this package is light: torch is loaded when a function is first used, and a GPU when a tensor is on it.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ from .errors import (
     AdapterRefusedError,
     BackendUnavailableError,
     CheckpointError,
+    ClusterError,
     ConfigError,
     ConvergenceError,
     DeviceError,
     DiskFullError,
     DTypeError,
     InputChangedError,
+    IntegrationError,
     JournalError,
     MemoryBudgetError,
     NonFiniteError,
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
     )
     from .linalg import Certificate
     from .lora_tools import AdapterResult, extract_lora, merge_lora, resize_lora
-    from .merge import StateDictResult, merge_state_dicts, merge_tensors
+    from .merge import merge_tensors
     from .methods import MergeResult, TensorReport
+    from .state_dicts import StateDictResult, merge_models, merge_state_dicts
 
 __version__ = "0.1.0"
 
@@ -67,11 +69,12 @@ _LAZY = {
     "resize_lora": ".lora_tools",
     "verify_output": ".engine",
     "Certificate": ".linalg",
-    "StateDictResult": ".merge",
-    "merge_state_dicts": ".merge",
     "merge_tensors": ".merge",
     "MergeResult": ".methods",
     "TensorReport": ".methods",
+    "StateDictResult": ".state_dicts",
+    "merge_models": ".state_dicts",
+    "merge_state_dicts": ".state_dicts",
 }
 
 __all__ = [
@@ -81,12 +84,14 @@ __all__ = [
     "Certificate",
     "CheckpointError",
     "CheckpointResult",
+    "ClusterError",
     "ConfigError",
     "ConvergenceError",
     "DTypeError",
     "DeviceError",
     "DiskFullError",
     "InputChangedError",
+    "IntegrationError",
     "JournalError",
     "MemoryBudgetError",
     "MergeConfig",
@@ -109,6 +114,7 @@ __all__ = [
     "linalg",
     "merge_checkpoints",
     "merge_lora",
+    "merge_models",
     "merge_state_dicts",
     "merge_tensors",
     "ops",
@@ -128,4 +134,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return [*__all__, "__version__"]

@@ -25,7 +25,9 @@ def _dtype_name(value: object) -> object:
     return str(value).removeprefix("torch.") if isinstance(value, str | torch.dtype) else value
 
 
-DTypeName = Annotated[Literal["float64", "float32", "float16", "bfloat16"], BeforeValidator(_dtype_name)]
+_Name = Literal["float64", "float32", "float16", "bfloat16"]
+DTypeName = Annotated[_Name, BeforeValidator(_dtype_name)]
+DTYPES = get_args(_Name)
 TokenizerSource = Literal["base", "union"]
 
 MAX_RECIPE_BYTES = 1_000_000
@@ -320,9 +322,21 @@ def as_config(config: MergeConfig | str, keywords: Mapping[str, Any]) -> MergeCo
         )
     if keywords:
         raise ConfigError(
-            f"{', '.join(keywords)}: with a MergeConfig no parameters are accepted here; set them in the MergeConfig"
+            f"{', '.join(keywords)}: expected no parameters beside a MergeConfig; set them in the MergeConfig"
         )
     return config
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a dtype that weights can be stored in, given as such or by name.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(dtype, torch.dtype | str) or _dtype_name(dtype) not in DTYPES:
+        raise ConfigError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
+    found: torch.dtype = getattr(torch, str(_dtype_name(dtype)))
+    return found
 
 
 def _sorted_keywords(data: dict[str, Any]) -> dict[str, Any]:

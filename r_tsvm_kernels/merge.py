@@ -1,27 +1,29 @@
-"""Merge tensors and state dicts in memory."""
+"""Merge tensors in memory, one at a time."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import MergeConfig, as_config
+from .config import MergeConfig, as_config, as_dtype
 from .errors import CheckpointError, ConfigError, DeviceError, DTypeError, NonFiniteError, RtsvmError, ShapeError
 from .linalg import Factored
-from .methods import MergeResult, MethodParameters, TensorReport, mean_task_vector, timed
+from .methods import METHODS, MergeResult, MethodParameters, TensorReport, mean_task_vector, timed
 from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, task_statistics
 from .ops._checks import check_list, check_plain, is_finite
-from .parameters import layer_positions
-from .quantised import differing_error, must_agree, refuse_quantised, same_values
-from .tied import same_memory, tied_names
+from .quantised import differing_error, must_agree, same_values
 
-# Elements of each tensor whose norms are taken at a time.
+_LOG = logging.getLogger(__name__)
+
+# Elements of each tensor whose norms are computed at a time.
 _PIECE = 1 << 20
 
 # Spectral methods square the norms of weighted task matrices, in float64: the largest norm, with a margin.
@@ -37,66 +39,75 @@ class Treatment:
     excluded: bool = False
 
 
-@dataclass(frozen=True)
-class StateDictResult:
-    """A merged state dict, in the order of the base's, and one report per tensor."""
-
-    state_dict: dict[str, Tensor]
-    reports: dict[str, TensorReport]
-
-
 def merge_tensors(
-    base: Tensor,
+    base: Tensor | None,
     tuned: Sequence[Tensor | Factored],
     config: MergeConfig | str,
     *,
     name: str = "",
     position: float = 0.0,
     seeded_by: str | None = None,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | str | None = None,
     measure_norms: bool | None = None,
+    **parameters: Any,
 ) -> MergeResult:
     """Merge T fine-tuned versions of one tensor into its base.
 
     Args:
-        base: (m, n) for the spectral methods to act; any other shape is merged by mean. float64, float32, float16 or
-            bfloat16; integer and bool tensors are returned as they are, see `QuantisedRefusedError` below.
-        tuned: T tensors of the same shape and device; dtypes and strides may differ. Or, in place of one, what it
-            differs from the base by, as `Factored`: methods that can keep it so form no task matrix, others form one
-            tuned tensor.
-        config: method and parameters, or the name of a method. If it lists models, there must be T. A `dtype` rounds
-            tensors, not factors.
-        name: of the tensor: for filters, patterns and messages.
-        position: of the tensor's layer in [0, 1], for gradients.
-        seeded_by: name that random masks are drawn by, for tied tensors; None means `name`.
-        out_dtype: of the result; None means the config's ``out_dtype``, its ``dtype``, or the base's dtype.
-        measure_norms: report the norms of the task vectors and of the update, which takes one more read of all inputs;
-            None means where the method is spectral, for then that is next to nothing.
+        base: the tensor that the others were fine-tuned from; None for a method that needs none (`linear`, `karcher`).
+            float64, float32, float16 or bfloat16. Spectral methods apply to (m, n) matrices; tensors of any other rank
+            get the mean task vector. Integer and bool tensors are returned unchanged, see `QuantisedRefusedError`.
+        tuned: T tensors of the same shape and device; dtypes and strides may differ. A `Factored` update may stand in
+            for a tensor: methods that support it never form the task matrix.
+        config: name of a method, or a `MergeConfig`. If it lists models, there must be T.
+        name: name of the tensor, for filters, patterns, random masks and messages.
+        position: position of the tensor's layer in [0, 1], for gradients.
+        seeded_by: name that random masks are drawn from, for tied tensors; None means `name`.
+        out_dtype: dtype of the result, a `torch.dtype` or its name; None means the config's ``out_dtype``, its
+            ``dtype``, or the base's dtype.
+        measure_norms: report the norms of the task vectors and of the update, which reads all inputs once more. None:
+            only for spectral methods, where the cost is negligible.
+        parameters: parameters of the method, such as ``weight=[1.0, 0.5]`` or ``density=0.2``, if `config` is a name:
+            see `MergeConfig`.
 
     Returns:
-        MergeResult: ``weight`` on the inputs' device, ``report`` with ranks, sparsities, outlier masses, weights,
-        captured energy, certificate, interference, norms and times. The inputs are not changed; those that require
-            grad, such as `torch.nn.Parameter`, are detached, and the result has no graph.
+        MergeResult: ``weight`` on the inputs' device, and a ``report`` with ranks, sparsities, outlier masses, weights,
+        captured energy, certificate, interference, norms and times. Inputs are never changed; those that require grad,
+        such as `torch.nn.Parameter`, are detached, and the result has no graph.
 
     Raises:
-        ShapeError, DeviceError, DTypeError: the tensors do not match, or cannot be merged (sparse, wrapped, meta).
+        ShapeError: the shapes differ.
+        DeviceError: the devices differ, or a tensor is on the meta device.
+        DTypeError: not a tensor, or one that cannot be merged (sparse, wrapped, complex).
         QuantisedRefusedError: an integer or bool tensor of two or more dimensions is not the same in all models.
-        NonFiniteError: an input holds NaN or infinity, or the merge overflows the dtype it computes in or the output's.
-        ConfigError: the config does not fit the number of tensors, or a weight does not fit the dtype of the merge.
+        NonFiniteError: an input has NaN or infinity, or the merge overflows the dtype of the computation or the output.
+        ConfigError: no such method or parameter, no base for a method that needs one, a config for another number of
+            tensors, or a weight that overflows the dtype of the computation.
         ConvergenceError: a decomposition failed or missed its certificate.
+
+    Example:
+        >>> base = torch.zeros(4, 3)
+        >>> result = merge_tensors(base, [base + 1.0, base + 3.0], "ties", weight=[1.0, 1.0], density=1.0)
+        >>> result.weight[0]
+        tensor([2., 2., 2.])
+        >>> result
+        MergeResult(4x3 float32, ties)
     """
-    config = as_config(config, {})
+    config = as_config(config, parameters)
     label, stages = name or "tensor", dict[str, list[float]]()
-    base = _detached(base, f"{label} of the base")
     check_list(tuned, "fine-tuned tensors", label)
+    dtype = None if out_dtype is None else as_dtype(out_dtype)
     tuned = [
-        model if isinstance(model, Factored) else _detached(model, f"{label} of tuned[{index}]")
+        model if isinstance(model, Factored) else detached(model, f"{label} of tuned[{index}]")
         for index, model in enumerate(tuned)
     ]
+    base = base_or_first(base, tuned, config)
+    base = detached(base, f"{label} of the base")
     with timed(stages, "merge"), torch.no_grad():
-        result = _merged(base, tuned, config, name, position, seeded_by, out_dtype, measure_norms)
+        result = _merged(base, tuned, config, name, position, seeded_by, dtype, measure_norms)
     result.report.stages |= stages
     result.report.seconds = stages["merge"][0]
+    _LOG.debug("%s: %s", label, result.report)
     return result
 
 
@@ -160,69 +171,20 @@ def _run(
     return config.method.run(base, formed, options)
 
 
-def merge_state_dicts(
-    base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]], config: MergeConfig | str
-) -> StateDictResult:
-    """Merge T fine-tuned state dicts into the base's, tensor by tensor.
-
-    Tied tensors, which are copies of one another in the base and in every fine-tune (`tied_names`), are merged once,
-    with one random mask, and stay tied: a copy has the result of its original, and shares its memory if it does so in
-    the base. Where the config has other parameters for its name, it is merged as a tensor of its own.
-
-    Args:
-        base: name to tensor: ``model.state_dict()`` or ``dict(model.named_parameters())``.
-        tuned: T state dicts with the same names and shapes.
-        config: method and parameters, or the name of a method. If it lists models, there must be T.
-
-    Returns:
-        StateDictResult: new tensors without a graph, and a report for each.
+def base_or_first(base: Any, tuned: Sequence[Any], config: MergeConfig) -> Any:
+    """Return the base; without one, the first model, whose form the result then has.
 
     Raises:
-        CheckpointError: the names are not the same everywhere.
-        ConfigError: a pattern of the config matches no name.
-        DTypeError: an argument is no state dict, but a module, for example.
-        QuantisedRefusedError: a model is quantised.
-        ShapeError, DeviceError, NonFiniteError: as `merge_tensors`, with the tensor's name in the message.
-
-    Example:
-        >>> base, math, code = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
-        >>> merged = merge_state_dicts(base.state_dict(), [math.state_dict(), code.state_dict()], "rtsvm")
-        >>> base.load_state_dict(merged.state_dict)
-        <All keys matched successfully>
+        ConfigError: there is no base, and the method needs one.
     """
-    config = as_config(config, {})
-    check_list(tuned, "state dicts", "tuned")
-    base, *tuned = (
-        _detached_all(given, label)
-        for label, given in [("the base", base), *((f"tuned[{index}]", given) for index, given in enumerate(tuned))]
-    )
-    refuse_quantised("base", base)
-    for index, state_dict in enumerate(tuned):
-        refuse_quantised(f"tuned[{index}]", state_dict)
-        check_same_names(base, state_dict, f"tuned[{index}]")
-    config.check_patterns(base)
-    if config.base_joins:
-        config, tuned = config.with_base_listed(), [*tuned, base]
-    positions, tied = layer_positions(base), tied_names(base, tuned)
-    merged: dict[str, Tensor] = {}
-    reports: dict[str, TensorReport] = {}
-
-    def rule(name: str, tensor: Tensor, original: str) -> tuple[MethodParameters, Treatment]:
-        options = config.options(len(tuned), name, positions[name], seeded_by=original)
-        return options, treatment(config, options, name, tuple(tensor.shape), tensor.dtype, len(tuned))
-
-    for name in sorted(base, key=tied.__contains__):  # copies last
-        tensor, original = base[name], tied.get(name)
-        if original is not None and rule(name, tensor, original) == rule(original, tensor, original):
-            merged[name] = merged[original] if same_memory(tensor, base[original]) else merged[original].clone()
-            reason = reports[original].reason or f"tied to {original}"
-            reports[name] = replace(reports[original], reason=reason, seconds=0.0, stages={})
-            continue
-        result = merge_tensors(
-            tensor, [state_dict[name] for state_dict in tuned], config, name=name, position=positions[name]
-        )
-        merged[name], reports[name] = result.weight, result.report
-    return StateDictResult({name: merged[name] for name in base}, {name: reports[name] for name in base})
+    if base is not None:
+        return base
+    if config.method.needs_base or config.base_joins or any(isinstance(model, Factored) for model in tuned):
+        without = " and ".join(name for name, method in METHODS.items() if not method.needs_base)
+        raise ConfigError(f"{config.merge_method}: expected a base, got None; only {without} merge models without one")
+    if not tuned:
+        raise ConfigError("a merge needs at least one fine-tuned model, got none")
+    return tuned[0]
 
 
 def check_same_names(base: Mapping[str, object], other: Mapping[str, object], label: str) -> None:
@@ -258,7 +220,7 @@ def treatment(
         return Treatment("base", f"{str(dtype).removeprefix('torch.')} buffer")
     if dtype not in FLOAT_DTYPES:
         advice = "exclude it, to keep the base's" if dtype.is_complex else "convert the checkpoint to bfloat16"
-        raise DTypeError(f"{name}: {dtype} cannot be merged; {advice}")
+        raise DTypeError(f"{name or 'tensor'}: {dtype} cannot be merged; {advice}")
     if 0 in shape:
         return Treatment("base", "empty")
     if config.method.matrices_only:
@@ -440,29 +402,20 @@ def _overflow(weight: Tensor, options: MethodParameters, label: str) -> str:
     )
 
 
-def _detached(tensor: object, label: str) -> Tensor:
+def detached(tensor: object, label: str) -> Tensor:
     """Return a plain tensor that shares its memory and has no graph.
 
     Raises:
         DTypeError: not a tensor, or one that holds no values of its own (sparse, wrapped, quantised).
         DeviceError: it is on the meta device, which holds no values.
     """
+    if isinstance(tensor, torch.nn.Module):
+        raise DTypeError(f"{label}: expected a torch.Tensor, got the module {type(tensor).__name__}; use merge_models")
     check_plain(tensor, label)
     assert isinstance(tensor, Tensor)
     if tensor.device.type == "meta":
         raise DeviceError(f"{label}: is on the meta device and has no values; load the weights first")
     return tensor.detach().as_subclass(Tensor)
-
-
-def _detached_all(state_dict: object, label: str) -> dict[str, Tensor]:
-    """Return a state dict of plain tensors, see `_detached`.
-
-    Raises:
-        DTypeError, DeviceError: it is no state dict, or holds what cannot be merged.
-    """
-    if not isinstance(state_dict, Mapping):
-        raise DTypeError(f"{label}: expected a state dict, got {type(state_dict).__name__}; give model.state_dict()")
-    return {name: _detached(tensor, f"{name} of {label}") for name, tensor in state_dict.items()}
 
 
 @contextmanager

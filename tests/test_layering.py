@@ -21,7 +21,7 @@ LAYERS = [
     {"methods", "lora"},
     {"config", "tied"},
     {"merge"},
-    {"plan"},
+    {"state_dicts", "plan"},
     {"report"},
     {"engine"},
     {"lora_tools"},

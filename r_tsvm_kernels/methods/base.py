@@ -117,7 +117,22 @@ def timed(stages: dict[str, list[float]], stage: str) -> Iterator[None]:
         stages[stage] = [before[0] + time.perf_counter() - wall, before[1] + time.thread_time() - cpu]
 
 
-@dataclass
+def shown(report: TensorReport) -> str:
+    """Return the main facts of a report: shape, what was done, ranks, accuracy, time."""
+    parts = ["x".join(map(str, report.shape)) or "scalar", report.method]
+    if report.treatment != "merge":
+        words = {"mean": "mean task vector", "base": "the base's value"}[report.treatment]
+        parts.append(f"{words} ({report.reason})")
+    if len(report.ranks) > 8:
+        parts.append(f"ranks {min(report.ranks)} to {max(report.ranks)}")
+    elif report.ranks:
+        parts.append("ranks " + "/".join(map(str, report.ranks)))
+    if report.certificate is not None:
+        parts.append(f"error {report.certificate.error:.1g} {'ok' if report.certificate.met else 'NOT met'}")
+    return ", ".join(part for part in parts if part)
+
+
+@dataclass(repr=False)
 class TensorReport:
     """How one tensor was merged. Lists have one entry per task; they are empty where a quantity does not apply.
 
@@ -158,6 +173,9 @@ class TensorReport:
     seconds: float = 0.0
     stages: dict[str, list[float]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"TensorReport({shown(self)}, {self.seconds:.3g} s)"
+
     def add_rows(self, other: TensorReport) -> None:
         """Take over what the report of other rows of the same tensor says of time and norms."""
         self.seconds += other.seconds
@@ -168,9 +186,9 @@ class TensorReport:
             self.update_norm = math.hypot(self.update_norm, other.update_norm)
 
 
-@dataclass
+@dataclass(repr=False)
 class MergeResult:
-    """A merged tensor and how it came about.
+    """A merged tensor, and how it was merged.
 
     Attributes:
         weight: the merged tensor.
@@ -179,6 +197,11 @@ class MergeResult:
 
     weight: Tensor
     report: TensorReport
+
+    def __repr__(self) -> str:
+        shape, _, rest = shown(self.report).partition(", ")
+        form = f"{shape} {str(self.weight.dtype).removeprefix('torch.')}"
+        return f"MergeResult({', '.join(part for part in (form, rest) if part)})"
 
 
 Run = Callable[[Tensor, Sequence[Any], Any], MergeResult]

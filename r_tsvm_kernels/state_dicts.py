@@ -1,0 +1,222 @@
+"""Merge state dicts and modules in memory."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import MergeConfig, as_config, as_dtype
+from .errors import ConfigError, DTypeError
+from .merge import base_or_first, check_same_names, detached, merge_tensors, treatment
+from .methods import MethodParameters, TensorReport
+from .ops import FLOAT_DTYPES
+from .ops._checks import check_list
+from .parameters import layer_positions
+from .quantised import refuse_quantised
+from .tied import same_memory, tied_names
+
+_LOG = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=nn.Module)
+StateDict = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, repr=False)
+class StateDictResult:
+    """A merged state dict, and a report for each tensor.
+
+    Attributes:
+        state_dict: name to merged tensor, in the order of the base.
+        reports: name to report, in the same order.
+
+    Example:
+        >>> merge_state_dicts({"w": torch.zeros(2)}, [{"w": torch.ones(2)}], "linear")
+        StateDictResult(1 tensors, linear)
+    """
+
+    state_dict: dict[str, Tensor]
+    reports: dict[str, TensorReport]
+
+    def __repr__(self) -> str:
+        return f"StateDictResult({summary(self.reports)})"
+
+
+def summary(reports: Mapping[str, TensorReport]) -> str:
+    """Return in a few words how many tensors were merged, how, and how accurately."""
+    parts = [f"{len(reports)} tensors", *dict.fromkeys(report.method for report in reports.values())]
+    for kind, words in (("mean", "by the mean task vector"), ("base", "the base's")):
+        count = sum(report.treatment == kind for report in reports.values())
+        parts += [f"{count} {words}"] if count else []
+    errors = [report.certificate.error for report in reports.values() if report.certificate is not None]
+    return ", ".join([*parts, *([f"largest error {max(errors):.1g}"] if errors else [])])
+
+
+def merge_state_dicts(
+    base: StateDict | nn.Module | None,
+    tuned: Sequence[StateDict | nn.Module],
+    config: MergeConfig | str,
+    *,
+    out_dtype: torch.dtype | str | None = None,
+    **parameters: Any,
+) -> StateDictResult:
+    """Merge T fine-tuned state dicts into the base's, tensor by tensor.
+
+    Tied tensors, which are copies of one another in the base and in every fine-tune (`tied_names`), are merged once,
+    with one random mask, and stay tied: a copy gets the result of its original, and shares its memory if it does so in
+    the base. If the config has other parameters for its name, it is merged as a tensor of its own.
+
+    Memory: the result is one more copy of the base; beside it, only one tensor is worked on at a time.
+
+    Args:
+        base: state dict, as of ``model.state_dict()`` or ``dict(model.named_parameters())``, or a module, whose state
+            dict is taken; None for a method that needs no base (`linear`, `karcher`).
+        tuned: T state dicts or modules with the same names and shapes.
+        config: name of a method, or a `MergeConfig`. If it lists models, there must be T.
+        out_dtype: dtype of the floating-point tensors of the result, as in `merge_tensors`.
+        parameters: parameters of the method, and other fields of `MergeConfig` such as ``exclude``, if `config` is a
+            name.
+
+    Returns:
+        StateDictResult: new tensors without a graph, on the devices of the base, and a report for each.
+
+    Raises:
+        CheckpointError: the names differ.
+        ConfigError: no such method or parameter, or a pattern of the config matches no name.
+        DTypeError: an argument is neither a state dict nor a module.
+        QuantisedRefusedError: a model is quantised.
+        ShapeError: shapes differ; other errors as for `merge_tensors`, with the tensor's name in the message.
+
+    Example:
+        >>> base, math, code = (torch.nn.Linear(3, 2) for _ in range(3))
+        >>> merged = merge_state_dicts(base, [math, code], "ties", weight=[1.0, 0.5], density=0.2)
+        >>> base.load_state_dict(merged.state_dict)
+        <All keys matched successfully>
+    """
+    config = as_config(config, parameters)
+    if out_dtype is not None:
+        config = config.model_copy(update={"out_dtype": str(as_dtype(out_dtype)).removeprefix("torch.")})
+    check_list(tuned, "state dicts or modules", "tuned")
+    models = [_state_dict(given, f"tuned[{index}]") for index, given in enumerate(tuned)]
+    start = _state_dict(base_or_first(base, models, config), "the base")
+    refuse_quantised("base", start)
+    for index, state_dict in enumerate(models):
+        refuse_quantised(f"tuned[{index}]", state_dict)
+        check_same_names(start, state_dict, f"tuned[{index}]")
+    config.check_patterns(start)
+    if config.base_joins:
+        config, models = config.with_base_listed(), [*models, start]
+    positions, tied = layer_positions(start), tied_names(start, models)
+    merged: dict[str, Tensor] = {}
+    reports: dict[str, TensorReport] = {}
+
+    def rule(name: str, tensor: Tensor, original: str) -> tuple[MethodParameters, object]:
+        options = config.options(len(models), name, positions[name], seeded_by=original)
+        return options, treatment(config, options, name, tuple(tensor.shape), tensor.dtype, len(models))
+
+    for name in sorted(start, key=tied.__contains__):  # copies last
+        tensor, original = start[name], tied.get(name)
+        if original is not None and rule(name, tensor, original) == rule(original, tensor, original):
+            merged[name] = merged[original] if same_memory(tensor, start[original]) else merged[original].clone()
+            reason = reports[original].reason or f"tied to {original}"
+            reports[name] = replace(reports[original], reason=reason, seconds=0.0, stages={})
+            continue
+        result = merge_tensors(
+            tensor, [state_dict[name] for state_dict in models], config, name=name, position=positions[name]
+        )
+        merged[name], reports[name] = result.weight, result.report
+    found = StateDictResult({name: merged[name] for name in start}, {name: reports[name] for name in start})
+    _LOG.info("merged %s in %.3g s", summary(found.reports), math.fsum(report.seconds for report in reports.values()))
+    return found
+
+
+def merge_models(
+    base: Module,
+    tuned: Sequence[nn.Module],
+    config: MergeConfig | str,
+    *,
+    out_dtype: torch.dtype | str | None = None,
+    **parameters: Any,
+) -> Module:
+    """Merge T fine-tuned modules into a new module of the base's class.
+
+    The new module is a deep copy of the base with merged parameters and buffers: structure, configuration, tied
+    parameters, dtypes, devices, ``requires_grad``, and train or eval mode are the base's; gradients are not copied. The
+    modules given stay unchanged. Buffers that are not part of the state dict are copies of the base's.
+
+    Memory: all modules are in memory, and the result is one more copy of the base; nothing is copied twice.
+    `merge_checkpoints` merges models that do not fit.
+
+    Args:
+        base: the module that the others were fine-tuned from, such as a model of transformers.
+        tuned: T modules whose state dicts have the names and shapes of the base's.
+        config: name of a method, or a `MergeConfig`.
+        out_dtype: dtype of the floating-point parameters and buffers of the result; None keeps the base's.
+        parameters: parameters of the method, if `config` is a name: see `MergeConfig`.
+
+    Returns:
+        The merged module.
+
+    Raises:
+        DTypeError: an argument is not a module.
+        ConfigError: names that share one parameter in the base get different values, because a fine-tune does not
+            share it or the config treats the names differently; or the base builds its state dict itself.
+        CheckpointError: the names differ; other errors as for `merge_state_dicts`.
+
+    Example:
+        >>> base, math, code = (torch.nn.Linear(3, 2) for _ in range(3))
+        >>> merged = merge_models(base, [math, code], "task_arithmetic", alpha=0.5)
+        >>> merged.weight.requires_grad
+        True
+    """
+    check_list(tuned, "modules", "tuned")
+    for label, module in [("the base", base), *((f"tuned[{index}]", module) for index, module in enumerate(tuned))]:
+        if not isinstance(module, nn.Module):
+            raise DTypeError(f"{label}: expected a torch.nn.Module, got {type(module).__name__}")
+    values = merge_state_dicts(base, tuned, config, out_dtype=out_dtype, **parameters).state_dict
+    tensors = base.state_dict(keep_vars=True)
+    own = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
+    if foreign := [name for name, tensor in tensors.items() if id(tensor) not in own]:
+        raise ConfigError(
+            f"{type(base).__name__}: {foreign[0]} of its state dict is none of its parameters or buffers, so a copy "
+            "cannot be given a merged one; use merge_state_dicts and load_state_dict"
+        )
+    copies: dict[int, object] = {}  # what the deep copy has in place of each tensor of the base
+    for name, tensor in tensors.items():
+        value = values[name]
+        if (earlier := copies.get(id(tensor))) is not None:
+            _check_tied(name, value, cast(Tensor, earlier))
+            continue
+        copies[id(tensor)] = (
+            nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        )
+    return copy.deepcopy(base, copies)
+
+
+def _check_tied(name: str, value: Tensor, earlier: Tensor) -> None:
+    """Require that names that share one parameter have one value."""
+    if value.dtype in FLOAT_DTYPES and value.numel() and not same_memory(value, earlier):
+        raise ConfigError(
+            f"{name} is a tied parameter of the base, but a fine-tune does not tie it or the config treats its names "
+            "differently, so it has two merged values; use merge_state_dicts, which returns both"
+        )
+
+
+def _state_dict(given: object, label: str) -> dict[str, Tensor]:
+    """Return a state dict of plain tensors, see `detached`.
+
+    Raises:
+        DTypeError: it is neither a state dict nor a module, or holds what cannot be merged.
+        DeviceError: a tensor is on the meta device.
+    """
+    if isinstance(given, nn.Module):
+        given = given.state_dict()
+    if not isinstance(given, Mapping):
+        raise DTypeError(f"{label}: expected a state dict or a module, got {type(given).__name__}")
+    return {name: detached(tensor, f"{name} of {label}") for name, tensor in given.items()}
