@@ -15,8 +15,9 @@ from .. import __version__
 from ..checkpoint import Checkpoint, is_model_id
 from ..errors import CheckpointError
 from ..files import read_regular, write_text
-from ..plan import MergePlan
+from ..plan import MergePlan, common_parameters, model_parameters, varying_parameters
 from ..report import inherited_terms, model_card, plain, report_page, short_name, summary, time_per_stage
+from .fingerprint import software
 from .job import MergeJob
 from .journal import Finished, as_report
 from .output import page_path, report_path, writing
@@ -35,7 +36,7 @@ def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
         run: what is known of this run: engine, threads, seconds, how many tensors were resumed.
     """
     plan, stage = job.plan, job.stage
-    config, tensors = plan.config, {name: _entry(job.finished[name]) for name in plan.tensors}
+    config, tensors = plan.config, {name: _entry(plan, job.finished[name]) for name in plan.tensors}
     models = [str(entry.model) for entry in config.models]
     recipe = config.model_dump(mode="json", exclude_defaults=True)
     method = config.method
@@ -47,11 +48,13 @@ def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
         "models": models,
         "recipe": {"merge_method": config.merge_method, **recipe},
         "recipe_yaml": config.to_yaml(),
-        "parameters": config.options(len(plan.tuned)).model_dump(mode="json"),
+        "parameters": common_parameters(config),
+        "model_parameters": model_parameters(config),
         "versions": {
             "r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version(),
         },
         "device": str(job.device),
+        "kernels": software(job.device)["kernels"],
         **run,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
@@ -113,7 +116,13 @@ def _library(base: Checkpoint) -> str | None:
     return "transformers" if base.config.keys() & {"model_type", "architectures"} else None
 
 
-def _entry(finished: Finished) -> dict[str, Any]:
-    """Return what the report says of a tensor; a journal of an older build may lack what was added since."""
-    place = {"dtype": finished.dtype, "bytes": finished.nbytes, "file": finished.shard}
-    return asdict(as_report(finished.report)) | place
+def _entry(plan: MergePlan, finished: Finished) -> dict[str, Any]:
+    """Return what the report says of a tensor."""
+    tensor = plan.tensors[finished.name]
+    merged = tensor.treatment.kind != "base"
+    return asdict(as_report(finished.report)) | {
+        "parameters": varying_parameters(plan.config, tensor.options) if merged else {},
+        "dtype": finished.dtype,
+        "bytes": finished.nbytes,
+        "file": finished.shard,
+    }

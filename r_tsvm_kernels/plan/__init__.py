@@ -3,6 +3,7 @@
 from .costs import Footprint, footprint, tensor_cost, total_flops
 from .inputs import Inputs, open_inputs
 from .merge_plan import InputFile, MergePlan, Part, TensorPlan
+from .parameters import common_parameters, model_parameters, varying_parameters
 from .planning import make_plan
 
 __all__ = [
@@ -12,9 +13,12 @@ __all__ = [
     "MergePlan",
     "Part",
     "TensorPlan",
+    "common_parameters",
     "footprint",
     "make_plan",
+    "model_parameters",
     "open_inputs",
     "tensor_cost",
     "total_flops",
+    "varying_parameters",
 ]
