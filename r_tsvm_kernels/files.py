@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -87,6 +88,11 @@ def write_text(path: Path, text: str) -> None:
     """
     with _replaced(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write indented JSON, as `write_text` writes."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def copy_file(source: Path, target: Path) -> None:

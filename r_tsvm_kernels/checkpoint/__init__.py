@@ -5,12 +5,12 @@ from .copies import Copy, settle_copies, shared_seeds
 from .headers import FileState, TensorHeader, read_json
 from .hub import is_model_id
 from .reader import Checkpoint
-from .sidecar_files import COMPANION_FOLDERS, is_companion
+from .sidecar_files import SIDECAR_FOLDERS, is_sidecar_file
 from .vocabulary import check_same_vocabulary
 from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
 
 __all__ = [
-    "COMPANION_FOLDERS",
+    "SIDECAR_FOLDERS",
     "Checkpoint",
     "Checksum",
     "Copy",
@@ -22,8 +22,8 @@ __all__ = [
     "byte_view",
     "check_same_vocabulary",
     "checksum",
-    "is_companion",
     "is_model_id",
+    "is_sidecar_file",
     "plan_shards",
     "read_json",
     "settle_copies",

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import CheckpointError, ConfigError
 from ..files import exists, usable_path
 from .modules import named_folders
-from .sidecar_files import COMPANION_FOLDERS, COMPANIONS
+from .sidecar_files import SIDECAR_FILES, SIDECAR_FOLDERS
 
 _MODEL_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _WEIGHTS = ["*.safetensors"]
@@ -38,13 +38,13 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Path:
         return usable_path(model)
     repo, revision = match["repo"], match["revision"]
     # Subfolders hold other formats of the same weights, unless the model says otherwise.
-    folder = _fetch(model, repo, revision, [*_WEIGHTS, *COMPANIONS], ["*/*"])
+    folder = _fetch(model, repo, revision, [*_WEIGHTS, *SIDECAR_FILES], ["*/*"])
     if allow_pickle and not any(folder.glob(_WEIGHTS[0])):
-        folder = _fetch(model, repo, revision, [*_PICKLES, *COMPANIONS], ["*/*"])
-    inner = [f"{name}/{kind}" for name in COMPANION_FOLDERS for kind in COMPANIONS]
+        folder = _fetch(model, repo, revision, [*_PICKLES, *SIDECAR_FILES], ["*/*"])
+    inner = [f"{name}/{kind}" for name in SIDECAR_FOLDERS for kind in SIDECAR_FILES]
     for name in named_folders(folder)[0]:
         # Pickles too: without them a module would look as if it had no weights.
-        inner += [f"{escape(name)}/{kind}" for kind in (*_WEIGHTS, *_PICKLES, *COMPANIONS)]
+        inner += [f"{escape(name)}/{kind}" for kind in (*_WEIGHTS, *_PICKLES, *SIDECAR_FILES)]
     return _fetch(model, repo, revision, inner, [])
 
 

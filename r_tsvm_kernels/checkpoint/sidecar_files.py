@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from ..quantised import QUANTISATION_FILES
 
 # What loaders read, by kind. JSON of every name: remote code and tokenizers bring their own (emoji.json, idf.json).
-COMPANIONS = (
+SIDECAR_FILES = (
     "*.json", "*.jinja", "*.py",
     "*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "*.tokenizer", "*.vocab", "*.bpe", "*.codes",
     "*vocab*.txt", "merges*.txt", "dict*.txt",
@@ -32,19 +32,19 @@ _WEIGHTS = {
 }  # fmt: skip
 
 # Folders that transformers reads beside a model: further chat templates, and a generation loop of its own.
-COMPANION_FOLDERS = ("additional_chat_templates", "custom_generate")
+SIDECAR_FOLDERS = ("additional_chat_templates", "custom_generate")
 
 
-def is_companion(name: str) -> bool:
+def is_sidecar_file(name: str) -> bool:
     """Whether a file of this name belongs to a model, whatever its weights are.
 
     Weights in any format, their indexes, and what adapters, quantisation, training and earlier merges leave do not.
 
     Example:
-        >>> [is_companion(name) for name in ("tokenizer.json", "adapter_config.json", "LICENSE.safetensors")]
+        >>> [is_sidecar_file(name) for name in ("tokenizer.json", "adapter_config.json", "LICENSE.safetensors")]
         [True, False, False]
     """
-    if name.startswith(".") or not any(fnmatchcase(name, kind) for kind in COMPANIONS):
+    if name.startswith(".") or not any(fnmatchcase(name, kind) for kind in SIDECAR_FILES):
         return False
     low = name.lower()
     return PurePosixPath(low).suffix not in _WEIGHTS and not any(fnmatchcase(low, kind) for kind in _FOREIGN)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, DiskFullError
-from ..files import write_text
+from ..files import write_json
 from .checksums import Checksum, byte_view
 from .headers import DTYPES
 
@@ -218,7 +218,7 @@ def write_index(file: Path, specs: Mapping[str, TensorSpec], shard_of: Mapping[s
         "metadata": {"total_size": sum(spec.nbytes for spec in specs.values())},
         "weight_map": dict(sorted(shard_of.items())),
     }
-    write_text(file, json.dumps(index, indent=2) + "\n")
+    write_json(file, index)
 
 
 def _fits(spec: TensorSpec, tensor: Tensor, first_row: int | None) -> bool:

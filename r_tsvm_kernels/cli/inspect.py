@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     config = make_config(arguments, arguments.recipe)
 
-    from ..engine import choose_device, choose_workers, schedule, smallest_schedule
+    from ..engine import choose_device, choose_workers, make_schedule, smallest_schedule
     from ..engine.calibrate import estimate_time
     from ..engine.tiles import check_tables
     from ..plan import make_plan
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     on_gpu = device.type == "cuda"
     budgets = [None if size is None else parse_size(size) for size in (arguments.memory, arguments.device_memory)]
-    chosen = schedule(plan, choose_workers(arguments.threads, device), *budgets, on_gpu=on_gpu)
+    chosen = make_schedule(plan, choose_workers(arguments.threads, device), *budgets, on_gpu=on_gpu)
     seconds = estimate_time(plan, chosen.workers, device) if arguments.estimate_time else None
     facts = _as_dict(plan, chosen, smallest_schedule(plan, on_gpu), str(device), seconds)
     if arguments.json:

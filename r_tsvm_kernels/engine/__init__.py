@@ -2,7 +2,7 @@
 
 from .report import write_page
 from .run import CheckpointResult, Progress, choose_device, choose_workers, merge_checkpoints
-from .scheduling import Schedule, TensorSchedule, schedule, smallest_schedule
+from .scheduling import Schedule, TensorSchedule, make_schedule, smallest_schedule
 from .verify import Verification, verify_output
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "Verification",
     "choose_device",
     "choose_workers",
+    "make_schedule",
     "merge_checkpoints",
-    "schedule",
     "smallest_schedule",
     "verify_output",
     "write_page",

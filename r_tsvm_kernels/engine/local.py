@@ -29,7 +29,7 @@ from .job import COMMIT_SECONDS
 from .journal import Finished
 from .scheduling import Schedule
 from .shards import Shards
-from .tiles import Assembly, Tile, by_input, merge_tile, read_tile, tiles_of, update_checksum
+from .tiles import Assembly, Tile, checksums_by_input, merge_tile, read_tile, tiles_of, update_checksum
 
 # How long a merge that is stopped waits for the tiles that are being merged.
 GRACE_SECONDS = 2.0
@@ -221,7 +221,7 @@ class _Pipeline:
             inputs = read_tile(self.job.plan, tile, pin=self._on_gpu)
             for checksum, values in zip(checksums, inputs, strict=True):
                 update_checksum(checksum, values)
-        found = by_input(self.job.plan, tile.name, checksums) if tile.is_last else []
+        found = checksums_by_input(self.job.plan, tile.name, checksums) if tile.is_last else []
         return _Read(tile, inputs, found, stages)
 
     # --- the workers

@@ -14,14 +14,13 @@ import torch
 from .. import __version__
 from ..checkpoint import Checkpoint, is_model_id
 from ..errors import CheckpointError
-from ..files import read_regular, write_text
+from ..files import read_regular, write_json, write_text
 from ..plan import MergePlan, common_parameters, model_parameters, varying_parameters
 from ..report import inherited_terms, model_card, plain, report_page, short_name, summary, time_per_stage
 from .fingerprint import software
 from .job import MergeJob
 from .journal import Finished, as_report
 from .output import page_path, report_path, writing
-from .sidecar_files import write_json
 
 CARD = "README.md"
 # Of a report that is read again; that of a hundred thousand tensors is far smaller.

@@ -21,9 +21,9 @@ from .local import run_local
 from .output import is_single_file, locked_stage, refuse_existing, report_path
 from .ray_engine import run_ray
 from .report import write_card, write_report
-from .scheduling import schedule
+from .scheduling import make_schedule
 from .shards import layouts, write_indexes
-from .sidecar_files import copy_companions
+from .sidecar_files import copy_sidecar_files
 from .tiles import check_copies
 
 # On a GPU a second worker copies while the first computes.
@@ -133,20 +133,20 @@ def merge_checkpoints(
     shard_bytes, stem = (2**63, out.stem) if single else (parse_size(shard_size), None)
     plan = make_plan(config, shard_bytes, stem, allow_pickle=allow_pickle)
     limits = [None if size is None else parse_size(size) for size in (memory, device_memory)]
-    order = schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
+    schedule = make_schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
     check_copies(plan)
     with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
         job.measure_norms = measure_norms
         if not single:  # at first, because one that cannot be read is better known before the work
-            copy_companions(plan.base, stage.folder, config.out_dtype or config.dtype)
+            copy_sidecar_files(plan.base, stage.folder, config.out_dtype or config.dtype)
         tensor_done = _reporter(job, progress)
         if engine == "ray":
-            run_ray(job, order, tensor_done, tasks=threads, address=ray_address)
+            run_ray(job, schedule, tensor_done, tasks=threads, address=ray_address)
         else:
-            run_local(job, order, tensor_done)
+            run_local(job, schedule, tensor_done)
         seconds = time.perf_counter() - start
         _complete(job)
-        run = {"engine": engine, "threads": order.workers, "seconds": seconds, "resumed_tensors": job.resumed}
+        run = {"engine": engine, "threads": schedule.workers, "seconds": seconds, "resumed_tensors": job.resumed}
         write_report(job, run)
         stage.publish()
     reports = {name: as_report(job.finished[name].report) for name in plan.tensors}

@@ -89,7 +89,7 @@ class Schedule:
         return self.device_bytes
 
 
-def schedule(
+def make_schedule(
     plan: MergePlan,
     workers: int,
     memory: int | None = None,

@@ -1,18 +1,17 @@
-"""Copy the small files beside the weights from the base: configuration, tokenizer, code and licence; JSON of ours."""
+"""Copy the small files beside the weights of the base: configuration, tokenizer, code and licence."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import COMPANION_FOLDERS, Checkpoint, is_companion, read_json
-from ..files import copy_file, write_text
+from ..checkpoint import SIDECAR_FOLDERS, Checkpoint, is_sidecar_file, read_json
+from ..files import copy_file, write_json
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
-def copy_companions(base: Checkpoint, stage: Path, dtype: str | None) -> None:
+def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None) -> None:
     """Copy what belongs to the base beside its weights; record a changed dtype in ``config.json``.
 
     Args:
@@ -27,7 +26,7 @@ def copy_companions(base: Checkpoint, stage: Path, dtype: str | None) -> None:
     if base.folder is None:
         return
     for folder in base.folders:
-        for place in (folder, *(f"{folder}/{name}".lstrip("/") for name in COMPANION_FOLDERS)):
+        for place in (folder, *(f"{folder}/{name}".lstrip("/") for name in SIDECAR_FOLDERS)):
             _copy_files(base.folder / place, stage / place)
     if dtype is not None:
         for module in base.modules:
@@ -49,13 +48,8 @@ def _copy_files(source: Path, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.iterdir()):
             # Links that lead nowhere are not left out in silence.
-            if is_companion(file.name) and (file.is_file() or not file.exists()):
+            if is_sidecar_file(file.name) and (file.is_file() or not file.exists()):
                 copy_file(file, target / file.name)
-
-
-def write_json(file: Path, data: object) -> None:
-    """Write indented JSON."""
-    write_text(file, json.dumps(data, indent=2) + "\n")
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

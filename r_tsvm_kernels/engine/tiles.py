@@ -74,7 +74,7 @@ def update_checksum(checksum: Checksum, values: Tensor | Factored) -> None:
         checksum.update(tensor.contiguous())
 
 
-def by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]) -> list[str]:
+def checksums_by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]) -> list[str]:
     """Return the checksums of what was read of each input, up to the last one that has a part of the tensor."""
     found = {part.source: sums.hexdigest() for part, sums in zip(plan.tensors[name].parts, checksums, strict=True)}
     return [found.get(source, "") for source in range(max(found) + 1)]

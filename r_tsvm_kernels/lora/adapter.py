@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ..checkpoint import Checkpoint, FileState, ShardFile, ShardLayout, TensorHe
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import require_unchanged
 from ..errors import AdapterRefusedError, CheckpointError, NonFiniteError, PickleRefusedError, ShapeError
-from ..files import write_text
+from ..files import write_json
 from ..linalg import Factored
 from ..ops import FLOAT_DTYPES, check_finite
 from ..ops._checks import is_finite
@@ -263,7 +262,7 @@ class AdapterWriter:
                 self._waiting.readinto(byte_view(values))
                 file.write(name, values)
         config = make_config(self.ranks, self._scales, base=base, task_type=task_type, fan_in_fan_out=fan_in_fan_out)
-        write_text(self.folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        write_json(self.folder / CONFIG_FILE, config)
 
     def __enter__(self) -> AdapterWriter:
         return self

@@ -16,8 +16,8 @@ from .. import __version__
 from ..config import DTypeName
 from ..engine import Progress
 from ..engine.output import is_single_file, locked_stage, writing
-from ..engine.sidecar_files import write_json
 from ..errors import ConfigError, OutputUnfinishedError
+from ..files import write_json
 from ..linalg import Certificate
 from ..lora import Adapter, AdapterWriter, common_base_layers
 from ..lora.adapter import WEIGHTS_FILE

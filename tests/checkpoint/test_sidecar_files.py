@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from r_tsvm_kernels.checkpoint import is_companion
+from r_tsvm_kernels.checkpoint import is_sidecar_file
 
 NEEDED = (
     "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
@@ -34,12 +34,12 @@ FOREIGN = (
 
 @pytest.mark.parametrize("name", NEEDED.split())
 def test_what_a_model_needs(name):
-    assert is_companion(name)
+    assert is_sidecar_file(name)
 
 
 @pytest.mark.parametrize("name", FOREIGN.split())
 def test_what_is_not_the_models(name):
-    assert not is_companion(name)
+    assert not is_sidecar_file(name)
 
 
 def test_every_file_of_the_tokenizers_of_transformers():
@@ -52,4 +52,4 @@ def test_every_file_of_the_tokenizers_of_transformers():
             if "VOCAB_FILES_NAMES" in targets and isinstance(node.value, ast.Dict):
                 names.update(value.value for value in node.value.values)
     assert len(names) > 10
-    assert [name for name in sorted(names) if not is_companion(name)] == []
+    assert [name for name in sorted(names) if not is_sidecar_file(name)] == []

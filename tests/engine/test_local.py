@@ -25,7 +25,7 @@ from r_tsvm_kernels import (
     use_backend,
     verify_output,
 )
-from r_tsvm_kernels.engine import run, schedule, smallest_schedule
+from r_tsvm_kernels.engine import make_schedule, run, smallest_schedule
 from r_tsvm_kernels.engine.journal import read_journal
 from r_tsvm_kernels.methods import METHODS
 from r_tsvm_kernels.plan import make_plan
@@ -151,7 +151,7 @@ def test_the_result_does_not_depend_on_threads_or_memory(tmp_path):
 def test_tiles_join_to_the_same_bytes(tmp_path, monkeypatch, method, threads, limits):
     paths, base, tuned = family(tmp_path / "in", tasks=tasks_of(method, 3), dtype=torch.bfloat16)
     monkeypatch.setattr(import_module("r_tsvm_kernels.engine.scheduling"), "TILE_ELEMENTS", (40, 20))
-    monkeypatch.setattr(run, "schedule", lambda *args, **kwargs: replace(schedule(*args, **kwargs), **limits))
+    monkeypatch.setattr(run, "make_schedule", lambda *args, **kwargs: replace(make_schedule(*args, **kwargs), **limits))
     seen = []
     result = merge_checkpoints(config_for(paths, method), tmp_path / "out", threads=threads, progress=seen.append)
     merged = load(tmp_path / "out")

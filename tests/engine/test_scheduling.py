@@ -4,7 +4,7 @@ from checkpoints import family, save
 from compare import same_bits
 
 from r_tsvm_kernels import ConfigError, MemoryBudgetError, MergeConfig, merge_tensors
-from r_tsvm_kernels.engine.scheduling import PROGRAM_BYTES, TILE_ELEMENTS, schedule, smallest_schedule
+from r_tsvm_kernels.engine.scheduling import PROGRAM_BYTES, TILE_ELEMENTS, make_schedule, smallest_schedule
 from r_tsvm_kernels.plan import make_plan
 
 METHODS = ("linear", "task_arithmetic", "tsvm", "rtsvm")
@@ -34,13 +34,13 @@ def test_the_smallest_budget_works_and_a_byte_less_does_not(paths, method, on_gp
     plan = plan_for(paths, method)
     smallest = smallest_schedule(plan, on_gpu)
     host, device = smallest.peak_host_bytes, smallest.peak_device_bytes
-    assert schedule(plan, 4, host, on_gpu=on_gpu).peak_host_bytes == host
+    assert make_schedule(plan, 4, host, on_gpu=on_gpu).peak_host_bytes == host
     with pytest.raises(MemoryBudgetError, match=rf"memory budget of at least .* \({host} bytes\)"):
-        schedule(plan, 4, host - 1, on_gpu=on_gpu)
+        make_schedule(plan, 4, host - 1, on_gpu=on_gpu)
     if on_gpu:
-        assert schedule(plan, 4, None, device, on_gpu=True).peak_device_bytes == device
+        assert make_schedule(plan, 4, None, device, on_gpu=True).peak_device_bytes == device
         with pytest.raises(MemoryBudgetError, match=rf"device memory budget of at least .* \({device} bytes\)"):
-            schedule(plan, 4, None, device - 1, on_gpu=True)
+            make_schedule(plan, 4, None, device - 1, on_gpu=True)
     else:
         assert device == 0
 
@@ -48,22 +48,22 @@ def test_the_smallest_budget_works_and_a_byte_less_does_not(paths, method, on_gp
 @pytest.mark.parametrize("method", METHODS)
 def test_every_budget_is_kept_and_more_of_it_is_never_worse(paths, method):
     plan = plan_for(paths, method)
-    smallest, most = smallest_schedule(plan).peak_host_bytes, schedule(plan, 4).peak_host_bytes
+    smallest, most = smallest_schedule(plan).peak_host_bytes, make_schedule(plan, 4).peak_host_bytes
     budgets = [smallest + (most - smallest) * i // 20 for i in range(21)]
-    chosen = [schedule(plan, 4, budget) for budget in budgets]
+    chosen = [make_schedule(plan, 4, budget) for budget in budgets]
     for budget, found in zip(budgets, chosen, strict=True):
         assert found.peak_host_bytes <= budget
-        assert found == schedule(plan, 4, budget)
+        assert found == make_schedule(plan, 4, budget)
     workers = [found.workers for found in chosen]
     assert workers == sorted(workers) and workers[0] == 1 and workers[-1] == 4
-    assert chosen[-1] == schedule(plan, 4)
+    assert chosen[-1] == make_schedule(plan, 4)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_budget_can_change_what_is_computed(paths, method):
     """Only rows that may be merged apart are tiled; decompositions see whole matrices, whatever the budget."""
     plan = plan_for(paths, method)
-    for found in (schedule(plan, 4), smallest_schedule(plan)):
+    for found in (make_schedule(plan, 4), smallest_schedule(plan)):
         for name, tensor in found.tensors.items():
             assert tensor.tile_rows == tensor.rows or plan.row_wise(name)
             assert [row for first, last in tensor.tiles for row in range(first, last)] == list(range(tensor.rows))
@@ -73,17 +73,17 @@ def test_no_budget_can_change_what_is_computed(paths, method):
 
 def test_tiles_of_averages(paths):
     plan = plan_for(paths, "linear")
-    tensor = schedule(plan, 2).tensors["t1"]
+    tensor = make_schedule(plan, 2).tensors["t1"]
     assert tensor.tile_rows == TILE_ELEMENTS[0] // 1500 < tensor.rows
     assert smallest_schedule(plan).tensors["t1"].tile_rows == 1
-    assert schedule(plan, 2).tensors["t4"].tiles == [(0, 1)]  # a scalar
+    assert make_schedule(plan, 2).tensors["t4"].tiles == [(0, 1)]  # a scalar
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 @pytest.mark.parametrize("method", METHODS)
 def test_limits_hold_any_row_of_tiles(paths, method, workers):
     """However the workers share the tiles in their order, those in hand fit, and the next one is read ahead."""
-    found = schedule(plan_for(paths, method), workers)
+    found = make_schedule(plan_for(paths, method), workers)
     tiles = [tensor for tensor in found.tensors.values() for _ in tensor.tiles]
     for first in range(len(tiles)):
         assert sum(tile.inputs for tile in tiles[first : first + workers + 1]) <= found.read_bytes
@@ -93,11 +93,11 @@ def test_limits_hold_any_row_of_tiles(paths, method, workers):
 
 def test_on_a_gpu_work_is_done_there(paths):
     plan = plan_for(paths, "tsvm")
-    here, there = schedule(plan, 2), schedule(plan, 2, on_gpu=True)
+    here, there = make_schedule(plan, 2), make_schedule(plan, 2, on_gpu=True)
     assert there.peak_host_bytes < here.peak_host_bytes
     largest = max(there.tensors.values(), key=lambda tensor: tensor.work)
     assert there.peak_device_bytes >= largest.inputs + largest.work
-    assert schedule(plan, 2, None, there.peak_device_bytes - 1, on_gpu=True).workers == 1
+    assert make_schedule(plan, 2, None, there.peak_device_bytes - 1, on_gpu=True).workers == 1
 
 
 def test_a_smaller_workspace_in_the_recipe_needs_less(tmp_path):
@@ -108,11 +108,11 @@ def test_a_smaller_workspace_in_the_recipe_needs_less(tmp_path):
 
 def test_refusal_names_the_tensor_and_says_what_to_do(paths):
     with pytest.raises(MemoryBudgetError, match=r"got 1\.000MB\. The largest tensor, t1, .*workspace"):
-        schedule(plan_for(paths, "tsvm"), 1, 10**6)
+        make_schedule(plan_for(paths, "tsvm"), 1, 10**6)
     with pytest.raises(MemoryBudgetError, match="tiles of one row were tried"):
-        schedule(plan_for(paths, "linear"), 1, 10**6)
+        make_schedule(plan_for(paths, "linear"), 1, 10**6)
     with pytest.raises(ConfigError, match="at least one worker"):
-        schedule(plan_for(paths, "linear"), 0)
+        make_schedule(plan_for(paths, "linear"), 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -127,7 +127,8 @@ def test_rows_merged_apart_give_the_same_bits(tmp_path, method, rows):
         inputs = [base[name], *(state_dict[name] for state_dict in models)]
 
         def merged(parts, name=name, tensor=tensor):
-            options = {"name": name, "position": tensor.position, "out_dtype": tensor.spec.dtype}
+            dtype = tensor.spec.dtype if tensor.spec.dtype.is_floating_point else None
+            options = {"name": name, "position": tensor.position, "out_dtype": dtype}
             return merge_tensors(parts[0], parts[1:], plan.config, **options)
 
         whole = merged(inputs)

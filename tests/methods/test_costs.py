@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from r_tsvm_kernels import MergeConfig, backends, use_backend
 from r_tsvm_kernels.dispatch import ORDER, chosen
-from r_tsvm_kernels.engine.scheduling import schedule
+from r_tsvm_kernels.engine.scheduling import make_schedule
 from r_tsvm_kernels.methods import METHODS, TensorJob
 from r_tsvm_kernels.plan import make_plan
 
@@ -100,7 +100,7 @@ def test_a_plan_of_a_checkpoint_follows_the_backend_that_is_forced(tmp_path):
     needs = {}
     for backend in ("torch", "cpu"):
         with use_backend(backend):
-            needs[backend] = schedule(make_plan(recipe, 2**40), 1, None, None, on_gpu=False).tensors
+            needs[backend] = make_schedule(make_plan(recipe, 2**40), 1, None, None, on_gpu=False).tensors
             assert all(name == backend for name in [chosen("elect_and_sum", "cpu"), chosen("magnitude_select", "cpu")])
     name = next(iter(tensors))
     assert needs["torch"][name].work > needs["cpu"][name].work
