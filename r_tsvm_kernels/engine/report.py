@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
         "versions": {
             "r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version(),
         },
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": str(job.device),
         "kernels": software(job.device)["kernels"],
         **run,

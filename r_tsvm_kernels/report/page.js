@@ -58,26 +58,56 @@ function tile(label, value, more, warn) {
     element("dd", { className: warn ? "value warn" : "value", textContent: value }),
     more ? element("dd", { className: "more", textContent: more }) : null));
 }
+const energy = summary.captured_energy, largest = summary.largest_error;
+const within = !largest || largest.error <= largest.tolerance;
+const growth = isNumber(summary.update_norm) && mean(summary.task_norms) ? summary.update_norm / mean(summary.task_norms) : null;
 const treatments = Object.entries(summary.treatments).map(([name, n]) => `${number(n)} ${name}`).join(", ");
 tile("Tensors", number(summary.tensors), treatments);
 tile("Parameters", count(summary.elements), `${bytes(report.bytes_written)} written`);
 tile("Time", seconds(report.seconds), report.resumed_tensors
-  ? `of the last run; ${number(report.resumed_tensors)} tensors were finished before` : `${bytes(report.bytes_read)} read`);
-if (summary.captured_energy) {
-  tile("Captured energy", percent(summary.captured_energy.mean), `mean; least ${percent(summary.captured_energy.least)}`);
+  ? `last run; ${number(report.resumed_tensors)} tensors were finished before` : `${bytes(report.bytes_read)} read`);
+if (energy) tile("Captured energy", percent(energy.mean), `mean; least ${percent(energy.least)}`, energy.mean < 0.5);
+if (isNumber(summary.interference)) tile("Interference", number(summary.interference), "mean; 0: independent tasks, 1: same subspaces");
+if (largest) {
+  tile("Largest error estimate", number(largest.error), `tolerance ${number(largest.tolerance)}; ${largest.tensor}`, !within);
+  tile("Recomputed", number(summary.escalated), "tensors that needed a more exact solver");
+  if (summary.arbitrary) tile("Arbitrary choices", number(summary.arbitrary), "tensors with equal singular values at the cut");
 }
-if (isNumber(summary.interference)) {
-  tile("Interference", number(summary.interference), "mean; 0 as of independent tasks, 1 the same subspaces");
-}
-if (summary.largest_error) {
-  const { error, tolerance, tensor } = summary.largest_error;
-  tile("Largest error estimate", number(error), `allowed ${number(tolerance)}: ${tensor}`, !(error <= tolerance));
-  tile("Escalated", number(summary.escalated), "tensors that a more exact route had to solve");
+if (growth !== null) tile("Norm of the update", number(summary.update_norm), `${number(growth)} times the mean task vector`);
+
+// --- what the figures mean, and what to do next
+
+const advice = [];
+if (largest) {
+  advice.push(["Error estimate", within
+    ? "Good: every spectral result is within its tolerance of a float64 computation."
+    : "A result is outside its tolerance. Merge again with mode: exact."]);
   if (summary.arbitrary) {
-    tile("Arbitrary choices", number(summary.arbitrary), "tensors where rounding chose among equal singular values");
+    advice.push(["Arbitrary choices", "Singular values at the cut are equal, so another machine may keep other directions there."]);
   }
 }
-if (isNumber(summary.update_norm)) tile("Norm of the update", number(summary.update_norm), "all measured tensors");
+if (energy) {
+  advice.push(["Captured energy", energy.mean >= 0.9 ? "Good: the ranks keep nearly all of each fine-tune\u2019s change."
+    : energy.mean >= 0.5 ? "The ranks drop a part of each fine-tune\u2019s change. This is normal for many or for full-rank fine-tunes."
+      : "Low: the ranks drop most of each fine-tune\u2019s change. Use larger ranks, fewer models, or task_arithmetic."]);
+}
+if (isNumber(summary.interference)) {
+  advice.push(["Interference", summary.interference < 0.1 ? "Low: the fine-tunes change about as different directions as independent ones would."
+    : summary.interference < 0.5 ? "Moderate: the fine-tunes share some directions."
+      : "High: the fine-tunes change the same directions. They may repeat each other; try a smaller alpha, or linear."]);
+}
+if (growth !== null) {
+  advice.push(["Size of the update", growth <= Math.sqrt(report.models.length) * 1.1
+    ? "Normal: no larger than a sum of independent task vectors."
+    : "Large: it exceeds a sum of independent task vectors. Try a smaller alpha if the model degrades."]);
+} else {
+  advice.push(["Sizes", "Norms were not measured. Merge with --norms to see how far each model moved, tensor by tensor."]);
+}
+advice.push(["Next", "These figures say how the formula was computed, not how good the model is. Evaluate the base, each fine-tune and "
+  + "the merge on your tasks; then change alpha first, and weight second. rtsvm verify checks the files."]);
+for (const [term, text] of advice) {
+  $("advice").append(element("dt", { textContent: term }), element("dd", { textContent: text }));
+}
 
 const PARTS = { statistics: "merge: statistics, pruning", spectral: "merge: spectral" };
 const longest = Math.max(...Object.values(report.stages).map((spent) => Math.max(spent.wall, spent.cpu)), 1e-9);
@@ -91,7 +121,7 @@ for (const [stage, spent] of Object.entries(report.stages)) {
       element("span", { textContent: `${seconds(spent.wall)}, CPU ${seconds(spent.cpu)}` })), bar));
 }
 $("stages").append(element("p", { className: "muted", textContent:
-  "Wide bars: wall time; narrow bars: CPU time. Summed over the tensors, whose stages overlap: together they may take longer than the merge." }));
+  "Wide bars: wall time; narrow bars: CPU time. Both are sums over tensors. Tensors overlap, so a sum may exceed the time of the merge." }));
 
 function table(head, lines) {
   return element("table", {},
@@ -99,45 +129,76 @@ function table(head, lines) {
     element("tbody", {}, ...lines.map((line) => element("tr", {}, ...line.map((text, i) =>
       element(i ? "td" : "th", i ? { textContent: text } : { scope: "row", textContent: text }))))));
 }
-$("models").append(table(["model", "norm of its task vector"], report.models.map((model, i) =>
-  [model, number(summary.task_norms && summary.task_norms[i])])));
+// A parameter as the recipe writes it: a number, a gradient, or values by filter.
+function written(value) {
+  if (Array.isArray(value)) {
+    return value.map((part) => (part && typeof part === "object" ? `${part.filter || "others"}: ${written(part.value)}` : written(part)))
+      .join(value.some((part) => part && typeof part === "object") ? "; " : " \u2192 ");
+  }
+  return isNumber(value) ? number(value) : String(value);
+}
+const setForAll = report.recipe.parameters || {}, entries = report.recipe.models || [];
+const own = [...new Set(["weight", ...entries.flatMap((entry) => Object.keys(entry.parameters || {}))])];
+const valueOf = (i, name) => [(entries[i] || {}).parameters, setForAll].map((given) => given && given[name]).find((x) => x !== undefined) ?? 1;
+$("models").append(table(["model", ...own, "norm of its task vector"], report.models.map((model, i) =>
+  [model, ...own.map((name) => written(valueOf(i, name))), number(summary.task_norms && summary.task_norms[i])])));
+$("parameters").textContent = Object.entries(report.parameters).filter(([name, value]) => !own.includes(name) && !(Array.isArray(value) && !value.length))
+  .map(([name, value]) => `${name} ${written(value)}`).join(" \u00b7 ");
 
 $("recipe").textContent = report.recipe_yaml;
 const facts = {
+  date: report.date && `${report.date.slice(0, 16).replace("T", " ")} UTC`,
   method: report.method.pretty_name, paper: report.method.paper_url, device: report.device, engine: report.engine,
   "wall time": seconds(report.seconds), read: bytes(report.bytes_read), written: bytes(report.bytes_written),
   ...report.versions,
-  routes: Object.entries(summary.routes).map(([route, n]) => `${route}: ${number(n)}`).join(", ") || "none",
+  solvers: Object.entries(summary.routes).map(([route, n]) => `${route}: ${number(n)}`).join(", ") || "none",
 };
 for (const [key, value] of Object.entries(facts)) {
-  $("run").append(element("dt", { textContent: key }), element("dd", { textContent: value }));
+  if (value) $("run").append(element("dt", { textContent: key }), element("dd", { textContent: value }));
 }
 
 // --- heat maps
 
 // An error is a number of decimals: its colour follows the logarithm.
+const same = (values) => values.every((value) => value === values[0]);
+const short = (model) => model.split("/").filter(Boolean).pop() || model;
+// Of each parameter that a gradient or a filter sets: one map, or one for each model where models have their own values.
+function mapsOf(title, note, values) {
+  const lists = rows.map((row) => [values(row) ?? []].flat());
+  const longest = Math.max(0, ...lists.map((of) => of.length));
+  const parts = [...Array(longest).keys()].filter((i) => !same(lists.filter((of) => of.length).map((of) => of[i])));
+  if (parts.length > 4) return [];
+  return parts.map((i) => ({ title: longest > 1 ? `${title} of ${short(report.models[i] || String(i))}` : title, note,
+    of: (row) => [values(row) ?? []].flat()[i] ?? null, format: number, more: (row) => (row.reason ? row.reason : "") }));
+}
+const varied = [...new Set(rows.flatMap((row) => Object.keys(row.parameters)))];
 const MAPS = [
-  { title: "Rank", note: "share of the directions kept: sum of the ranks over the short side",
+  ...varied.flatMap((name) => mapsOf(name, "parameter, after gradients and filters", (row) => row.parameters[name])),
+  ...(varied.includes("weight") ? [] : mapsOf("Weight", "factor of the model, as the method computed it", (row) => (row.treatment === "merge" ? row.weights : null))),
+  { title: "Rank", note: "sum of the ranks over the short side of the matrix",
     of: (r) => (r.ranks.length ? r.ranks.reduce((a, b) => a + b, 0) / Math.min(...r.shape) : null), format: percent,
     more: (r) => `ranks ${list(r.ranks)} of ${Math.min(...r.shape)}` },
-  { title: "Sparsity", note: "mean share of small elements in the task vectors", of: (r) => mean(r.sparsities), format: percent,
+  { title: "Sparsity", note: "share of small elements, mean of the task vectors", of: (r) => mean(r.sparsities), format: percent,
     more: (r) => list(r.sparsities, percent) },
-  { title: "Outlier mass", note: "mean share of the magnitude above the outlier threshold",
+  { title: "Outlier mass", note: "share of the magnitude above the outlier threshold, mean of the task vectors",
     of: (r) => mean(r.outlier_masses), format: percent, more: (r) => list(r.outlier_masses, percent) },
-  { title: "Interference", note: "overlap of the tasks\u2019 subspaces: 0 as of independent tasks, below 0 less, 1 the same subspaces",
+  { title: "Interference", note: "overlap of the tasks\u2019 subspaces; 0: independent tasks, 1: the same subspaces",
     of: (r) => mean(r.interference), format: number, more: (r) => `left, right ${list(r.interference)}` },
-  { title: "Captured energy", note: "mean share of the squared norm that the ranks hold", of: (r) => mean(r.captured_energy),
+  { title: "Captured energy", note: "share of the squared norm that the ranks keep, mean of the tasks", of: (r) => mean(r.captured_energy),
     format: percent, more: (r) => list(r.captured_energy, percent) },
-  { title: "Error estimate", note: "of the merged update, relative; logarithmic", of: (r) => r.error, format: number, logarithmic: true,
-    most: true, more: (r) => `${r.route}, allowed ${number(r.tolerance)}` },
-  { title: "Size of the update", note: "its norm over the mean norm of the task vectors", format: number,
+  { title: "Error estimate", note: "relative, of the merged update; colours are logarithmic", of: (r) => r.error, format: number, logarithmic: true,
+    most: true, more: (r) => `${r.route}, tolerance ${number(r.tolerance)}` },
+  { title: "Size of the update", note: "norm of the update over the mean norm of the task vectors", format: number,
     of: (r) => (isNumber(r.update_norm) && mean(r.task_norms) ? r.update_norm / mean(r.task_norms) : null),
     more: (r) => `update ${number(r.update_norm)}, tasks ${list(r.task_norms)}` },
-  { title: "Time", note: "of merging, wall", of: (r) => (r.treatment === "base" ? null : (r.stages.merge || [null])[0]), format: seconds,
+  { title: "Time", note: "wall time of merging the tensor", of: (r) => (r.treatment === "base" ? null : (r.stages.merge || [null])[0]), format: seconds,
     more: () => "" },
 ];
 const ROW = 18;
 const layered = rows.filter((row) => row.kind !== null);
+// The largest matrices outside of the layers, such as embeddings and the output head: a bar each, below the layers.
+const elements = (row) => row.shape.reduce((a, b) => a * b, 1);
+const outside = rows.filter((row) => row.kind === null && row.shape.length > 1).sort((a, b) => elements(b) - elements(a)).slice(0, 6);
 
 function cells(map) {
   const found = new Map();
@@ -157,25 +218,28 @@ function colour(share) {
 }
 function draw(map) {
   const found = cells(map);
-  if (!found.size) return false;
+  const bars = outside.map((row) => ({ row, value: map.of(row) })).filter((bar) => isNumber(bar.value));
+  if (!found.size && !bars.length) return false;
   const layers = [...new Set(layered.map((row) => row.layer))].sort((a, b) => a - b);
   const column = new Map(layers.map((layer, i) => [layer, i]));
   const join = (group) => (map.most ? group.reduce((a, g) => Math.max(a, g.value), -Infinity) : mean(group.map((g) => g.value)));
-  const spots = [];
+  const wideX = Math.max(1, layers.length), height = found.size + bars.length;
+  const spots = bars.map(({ row, value }, i) => ({ kind: row.name.replace(/\.weight$/, ""), layer: null, group: [{ row, value }], x: 0, y: found.size + i, wide: wideX, value }));
   [...found].forEach(([kind, line], y) => line.forEach((group, layer) =>
     spots.push({ kind, layer, group, y, x: column.get(layer), value: join(group) })));
-  const height = (x) => (map.logarithmic ? Math.log10(Math.max(x, 1e-17)) : x);
+  const scale = (x) => (map.logarithmic ? Math.log10(Math.max(x, 1e-17)) : x);
   let [low, high] = [Infinity, -Infinity];
   for (const spot of spots) { low = Math.min(low, spot.value); high = Math.max(high, spot.value); }
-  const span = height(high) - height(low);
-  const svg = drawn("svg", { viewBox: `0 0 ${layers.length} ${found.size}`, preserveAspectRatio: "none", role: "img",
+  // What is the same in print has one colour.
+  const span = map.format(low) === map.format(high) ? 0 : scale(high) - scale(low);
+  const svg = drawn("svg", { viewBox: `0 0 ${wideX} ${height}`, preserveAspectRatio: "none", role: "img",
     "aria-label": `${map.title} by layer and kind of matrix, from ${map.format(low)} to ${map.format(high)}; the table below has every value` });
-  const wide = `max(${7 * layers.length}px, min(100%, ${44 * layers.length}px))`;
+  const wide = layers.length ? `max(${7 * layers.length}px, min(100%, ${44 * layers.length}px))` : "100%";
   svg.style.width = wide;
-  svg.style.height = `${ROW * found.size}px`;
+  svg.style.height = `${ROW * height}px`;
   for (const spot of spots) {
-    const rect = drawn("rect", { x: spot.x + 0.03, y: spot.y + 0.05, width: 0.94, height: 0.9 });
-    rect.style.fill = colour(span > 0 ? (height(spot.value) - height(low)) / span : 0.5);
+    const rect = drawn("rect", { x: spot.x + 0.03, y: spot.y + 0.05, width: (spot.wide || 1) - 0.06, height: 0.9 });
+    rect.style.fill = colour(span > 0 ? (scale(spot.value) - scale(low)) / span : 0.5);
     rect.spot = spot;
     svg.append(rect);
   }
@@ -184,14 +248,14 @@ function draw(map) {
   svg.addEventListener("click", (event) => {
     if (event.target.spot) details(event.target.spot.group[0].row);
   });
-  const axis = element("div", { className: "axis" }, element("span", { textContent: `layer ${layers[0]}` }),
+  const axis = element("div", { className: "axis" }, layers.length ? element("span", { textContent: `layer ${layers[0]}` }) : null,
     layers.length > 1 ? element("span", { textContent: layers[layers.length - 1] }) : null);
   axis.style.width = wide;
   const scroll = element("div", { className: "cells scroll", tabIndex: 0, role: "region", "aria-label": `${map.title}, map` }, svg, axis);
   $("maps").append(element("div", { className: "map" },
     element("h3", { textContent: map.title }), element("p", { className: "muted", textContent: map.note }),
     element("div", { className: "grid" },
-      element("ul", { className: "kinds" }, ...[...found.keys()].map((kind) => element("li", { title: kind }, element("bdi", { textContent: kind })))),
+      element("ul", { className: "kinds" }, ...[...found.keys(), ...spots.filter((spot) => spot.wide).map((spot) => spot.kind)].map((kind) => element("li", { title: kind }, element("bdi", { textContent: kind })))),
       scroll),
     map.format(low) === map.format(high)
       ? element("p", { className: "legend", textContent: `${map.format(low)} everywhere` })
@@ -205,32 +269,33 @@ function tip(event, map) {
   if (!spot) return;
   const { row } = spot.group[0];
   const more = spot.group.length > 1 ? `${spot.group.length} tensors, ${map.most ? "the largest" : "mean"}` : map.more(row);
-  box.textContent = `layer ${spot.layer}, ${spot.kind}\n${map.title}: ${map.format(spot.value)}${more ? `\n${more}` : ""}`;
+  box.textContent = `${spot.wide ? "" : `layer ${spot.layer}, `}${spot.kind}\n${map.title}: ${map.format(spot.value)}${more ? `\n${more}` : ""}`;
   box.style.left = `${Math.max(4, Math.min(event.clientX + 12, innerWidth - box.offsetWidth - 8))}px`;
   box.style.top = `${event.clientY + 18 + box.offsetHeight > innerHeight ? event.clientY - box.offsetHeight - 10 : event.clientY + 18}px`;
 }
 const shown = MAPS.filter(draw).length;
-$("maps-note").textContent = !layered.length ? "No tensor\u2019s name has the number of a layer."
-  : shown ? "Point at a cell for its values; click it for all of its tensor." : "Nothing was measured by layer.";
+$("maps-note").textContent = shown ? "Point at a cell for its value; click it for everything about the tensor. Bars below the layers are tensors outside of them."
+  : layered.length || outside.length ? "Nothing was measured by layer." : "No matrix, and no tensor whose name has the number of a layer.";
 
 // --- the table: only the rows in sight are in the document
 
 const COLUMNS = [
-  { title: "tensor", width: innerWidth < 640 ? 230 : 340, of: (r) => r.name, text: true },
+  { title: "tensor", width: innerWidth < 640 ? 230 : Math.min(520, 40 + 7.2 * Math.max(0, ...rows.map((r) => r.name.length))), of: (r) => r.name, text: true },
   { title: "treatment", width: 105, of: (r) => r.treatment, text: true },
+  ...varied.map((name) => ({ title: name, width: 110, of: (r) => mean([r.parameters[name] ?? []].flat().filter(isNumber)), show: (r) => list([r.parameters[name] ?? []].flat(), written) })),
+  { title: "weights", width: 130, of: (r) => mean(r.weights), show: (r) => list(r.weights) },
+  { title: "ranks", width: 130, of: (r) => mean(r.ranks), show: (r) => list(r.ranks) },
+  { title: "energy", width: 85, of: (r) => mean(r.captured_energy), format: percent },
+  { title: "error", width: 90, of: (r) => r.error, format: number },
+  { title: "interference", width: 115, of: (r) => mean(r.interference), format: number },
+  { title: "update", width: 90, of: (r) => r.update_norm, format: number },
+  { title: "sparsity", width: 90, of: (r) => mean(r.sparsities), format: percent },
+  { title: "outlier mass", width: 115, of: (r) => mean(r.outlier_masses), format: percent },
   { title: "shape", width: 120, of: (r) => r.shape.reduce((a, b) => a * b, 1), show: (r) => r.shape.join(" \u00d7 ") || "scalar" },
   { title: "dtype", width: 90, of: (r) => r.dtype, text: true },
   { title: "size", width: 90, of: (r) => r.bytes, format: bytes },
-  { title: "ranks", width: 130, of: (r) => mean(r.ranks), show: (r) => list(r.ranks) },
-  { title: "sparsity", width: 90, of: (r) => mean(r.sparsities), format: percent },
-  { title: "outliers", width: 90, of: (r) => mean(r.outlier_masses), format: percent },
-  { title: "weights", width: 130, of: (r) => mean(r.weights), show: (r) => list(r.weights) },
-  { title: "interference", width: 115, of: (r) => mean(r.interference), format: number },
-  { title: "energy", width: 85, of: (r) => mean(r.captured_energy), format: percent },
-  { title: "error", width: 90, of: (r) => r.error, format: number },
-  { title: "route", width: 140, of: (r) => r.route, text: true },
-  { title: "escalations", width: 105, of: (r) => (r.route ? r.escalations.length : null), format: number },
-  { title: "update", width: 90, of: (r) => r.update_norm, format: number },
+  { title: "solver", width: 140, of: (r) => r.route, text: true },
+  { title: "recomputed", width: 105, of: (r) => (r.route ? r.escalations.length : null), format: number },
   { title: "time", width: 90, of: (r) => (r.stages.merge || [null])[0], format: seconds },
 ];
 // Columns that no tensor fills are left out.
@@ -252,6 +317,11 @@ const big = element("table", {}, element("colgroup", {}, ...columns.map((c) => {
 })), element("thead", {}, element("tr", {}, ...heads)), body);
 big.style.minWidth = `${columns.reduce((sum, c) => sum + c.width, 0)}px`;
 $("table").append(big);
+function hint() {
+  $("wide").hidden = $("table").scrollWidth <= $("table").clientWidth;
+}
+addEventListener("resize", hint);
+hint();
 
 function line(row, index) {
   const made = element("tr", { "aria-rowindex": index + 2 });
@@ -332,15 +402,16 @@ function details(row) {
   const known = {
     treatment: row.reason ? `${row.treatment}: ${row.reason}` : row.treatment,
     "shape, dtype, size": `${row.shape.join(" \u00d7 ") || "scalar"}, ${row.dtype}, ${bytes(row.bytes)}`,
+    parameters: Object.entries(row.parameters).map(([name, value]) => `${name} ${list([value].flat(), written)}`).join("\n"),
     "norm of the update": isNumber(row.update_norm) ? number(row.update_norm) : null,
     "interference, left and right": row.interference.length ? list(row.interference) : null,
-    "error estimate": row.route ? `${number(row.error)}, allowed ${number(row.tolerance)}` : null,
-    route: row.route,
+    "error estimate": row.route ? `${number(row.error)}, tolerance ${number(row.tolerance)}` : null,
+    solver: row.route,
     "rank of the joined bases": row.basis_rank ? list(row.basis_rank) : null,
     "condition of the joined bases": row.basis_condition ? list(row.basis_condition) : null,
-    "gap at the cut": isNumber(row.gap) ? `${number(row.gap)} of the last singular value that was kept` : null,
-    "not determined": row.arbitrary ? "arbitrary choice among equal singular values: another SVD may choose others" : null,
-    "routes given up": row.escalations && row.escalations.length ? row.escalations.join("; ") : null,
+    "gap at the cut": isNumber(row.gap) ? `${number(row.gap)} of the last kept singular value` : null,
+    "arbitrary choice": row.arbitrary ? "singular values at the cut are equal: another SVD may keep other directions" : null,
+    "solvers given up": row.escalations && row.escalations.length ? row.escalations.join("; ") : null,
     time: Object.entries(row.stages).map(([stage, [wall, cpu]]) => `${stage} ${seconds(wall)}, CPU ${seconds(cpu)}`).join("\n"),
   };
   const terms = element("dl", { className: "facts" });
