@@ -81,7 +81,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 def without_times(report):
     """A merge's report without what may differ from run to run; that it is there is asserted."""
-    for key in ("seconds", "resumed_tensors", "threads", "engine", "stages"):
+    for key in ("date", "seconds", "resumed_tensors", "threads", "engine", "stages"):
         del report[key]
     for entry in report["tensors"].values():
         del entry["seconds"], entry["stages"]

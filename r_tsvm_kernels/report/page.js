@@ -77,7 +77,7 @@ if (growth !== null) tile("Norm of the update", number(summary.update_norm), `${
 
 // --- what the figures mean, and what to do next
 
-const advice = [];
+const advice = [], scale = "alpha" in report.parameters ? "alpha" : "weight";
 if (largest) {
   advice.push(["Error estimate", within
     ? "Good: every spectral result is within its tolerance of a float64 computation."
@@ -94,17 +94,17 @@ if (energy) {
 if (isNumber(summary.interference)) {
   advice.push(["Interference", summary.interference < 0.1 ? "Low: the fine-tunes change about as different directions as independent ones would."
     : summary.interference < 0.5 ? "Moderate: the fine-tunes share some directions."
-      : "High: the fine-tunes change the same directions. They may repeat each other; try a smaller alpha, or linear."]);
+      : `High: the fine-tunes change the same directions. They may repeat each other; try a smaller ${scale}, or linear.`]);
 }
 if (growth !== null) {
   advice.push(["Size of the update", growth <= Math.sqrt(report.models.length) * 1.1
     ? "Normal: no larger than a sum of independent task vectors."
-    : "Large: it exceeds a sum of independent task vectors. Try a smaller alpha if the model degrades."]);
+    : `Large: it exceeds a sum of independent task vectors. Try a smaller ${scale} if the model degrades.`]);
 } else {
   advice.push(["Sizes", "Norms were not measured. Merge with --norms to see how far each model moved, tensor by tensor."]);
 }
 advice.push(["Next", "These figures say how the formula was computed, not how good the model is. Evaluate the base, each fine-tune and "
-  + "the merge on your tasks; then change alpha first, and weight second. rtsvm verify checks the files."]);
+  + `the merge on your tasks. Then tune ${scale === "alpha" ? "alpha first, and the weights second" : "the weights"}. rtsvm verify checks the files.`]);
 for (const [term, text] of advice) {
   $("advice").append(element("dt", { textContent: term }), element("dd", { textContent: text }));
 }
@@ -137,20 +137,22 @@ function written(value) {
   }
   return isNumber(value) ? number(value) : String(value);
 }
-const setForAll = report.recipe.parameters || {}, entries = report.recipe.models || [];
-const own = [...new Set(["weight", ...entries.flatMap((entry) => Object.keys(entry.parameters || {}))])];
-const valueOf = (i, name) => [(entries[i] || {}).parameters, setForAll].map((given) => given && given[name]).find((x) => x !== undefined) ?? 1;
+// Parameters that some model sets for itself have a column; the others hold for all models.
+const own = [...new Set(["weight", ...report.model_parameters.flatMap(Object.keys)])];
 $("models").append(table(["model", ...own, "norm of its task vector"], report.models.map((model, i) =>
-  [model, ...own.map((name) => written(valueOf(i, name))), number(summary.task_norms && summary.task_norms[i])])));
-$("parameters").textContent = Object.entries(report.parameters).filter(([name, value]) => !own.includes(name) && !(Array.isArray(value) && !value.length))
-  .map(([name, value]) => `${name} ${written(value)}`).join(" \u00b7 ");
+  [model, ...own.map((name) => written(report.model_parameters[i][name] ?? report.parameters[name] ?? 1)), number(summary.task_norms && summary.task_norms[i])])));
+const isEmpty = (value) => Array.isArray(value) && !value.length;
+$("parameters").textContent = Object.entries(report.parameters).filter(([name, value]) => !own.includes(name) && !isEmpty(value))
+  .map(([name, value]) => `${name} ${written(value)}`).join(" \u00b7 ") || "no parameters";
 
 $("recipe").textContent = report.recipe_yaml;
 const facts = {
-  date: report.date && `${report.date.slice(0, 16).replace("T", " ")} UTC`,
+  date: `${report.date.slice(0, 16).replace("T", " ")} UTC`,
   method: report.method.pretty_name, paper: report.method.paper_url, device: report.device, engine: report.engine,
   "wall time": seconds(report.seconds), read: bytes(report.bytes_read), written: bytes(report.bytes_written),
   ...report.versions,
+  kernels: [...new Set(Object.values(report.kernels))].map((backend) =>
+    `${backend}: ${Object.keys(report.kernels).filter((op) => report.kernels[op] === backend).join(", ")}`).join("\n"),
   solvers: Object.entries(summary.routes).map(([route, n]) => `${route}: ${number(n)}`).join(", ") || "none",
 };
 for (const [key, value] of Object.entries(facts)) {
@@ -287,7 +289,7 @@ const COLUMNS = [
   { title: "ranks", width: 130, of: (r) => mean(r.ranks), show: (r) => list(r.ranks) },
   { title: "energy", width: 85, of: (r) => mean(r.captured_energy), format: percent },
   { title: "error", width: 90, of: (r) => r.error, format: number },
-  { title: "interference", width: 115, of: (r) => mean(r.interference), format: number },
+  { title: "interference", width: 125, of: (r) => mean(r.interference), format: number },
   { title: "update", width: 90, of: (r) => r.update_norm, format: number },
   { title: "sparsity", width: 90, of: (r) => mean(r.sparsities), format: percent },
   { title: "outlier mass", width: 115, of: (r) => mean(r.outlier_masses), format: percent },

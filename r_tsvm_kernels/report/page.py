@@ -19,8 +19,8 @@ from .summaries import plain
 # Of each tensor, in this order; page.js names them too.
 FIELDS = (
     "name", "kind", "layer", "treatment", "reason", "shape", "dtype", "bytes", "ranks", "sparsities", "outlier_masses",
-    "weights", "parameters", "captured_energy", "interference", "task_norms", "update_norm", "error", "tolerance", "route",
-    "basis_rank", "basis_condition", "gap", "arbitrary", "escalations", "stages",
+    "weights", "parameters", "captured_energy", "interference", "task_norms", "update_norm", "error", "tolerance",
+    "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations", "stages",
 )  # fmt: skip
 _CERTIFICATE = ("error", "tolerance", "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations")
 # Digits of the page; the JSON beside it has all of them.
@@ -57,7 +57,7 @@ def _page_data(report: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for name, entry in report["tensors"].items():
         kind, layer = names.get(name, (None, None))
-        facts = {"parameters": {}, **entry, "name": name, "kind": kind, "layer": layer}
+        facts = {**entry, "name": name, "kind": kind, "layer": layer}
         facts |= {key: (entry["certificate"] or {}).get(key) for key in _CERTIFICATE}
         rows.append([_rounded(facts[field]) for field in FIELDS])
     shown = {key: value for key, value in report.items() if key != "tensors"}

@@ -23,12 +23,16 @@ def entry(index, shape=(64, 96), models=2, **fields):
         [1.0] * models, [1 - share / 2] * models, certificate, [share, share / 2], [0.5] * models, 0.25, 0.01,
         {"read": [0.1, 0.05], "merge": [0.01, 0.01], "spectral": [0.008, 0.008], "write": [0.002, 0.001]},
     )  # fmt: skip
-    place = {"dtype": "bfloat16", "bytes": 2 * math.prod(shape), "file": "model.safetensors"}
-    return plain(asdict(report)) | place | fields
+    rest = {
+        "parameters": {"alpha": 0.5 + index / 100}, "dtype": "bfloat16", "bytes": 2 * math.prod(shape),
+        "file": "model.safetensors",
+    }  # fmt: skip
+    return plain(asdict(report)) | rest | fields
 
 
 def names(layers, experts=1):
     """Names of the matrices of a model with experts."""
+    yield "lm_head.weight"
     for layer in range(layers):
         for kind in KINDS:
             for expert in range(experts if "{}" in kind else 1):
@@ -41,7 +45,12 @@ def report(tensors, models=("org/math", "org/code"), **fields):
         "name": "R-TSVM of math, code", "summary": summary(tensors),
         "method": {"name": "rtsvm", "pretty_name": "R-TSVM", "paper_url": "https://example.org"},
         "base": "org/base", "models": list(models), "recipe": {}, "recipe_yaml": "merge_method: rtsvm\n",
-        "parameters": {}, "versions": {"torch": "2"}, "device": "cpu", "engine": "local", "threads": 1,
+        "parameters": {
+            "weight": 1.0, "alpha": [0.5, 1.0], "density": [{"filter": "mlp", "value": 0.5}, {"value": 1.0}],
+        },
+        "model_parameters": [{"weight": 0.5}, *[{}] * (len(models) - 1)],
+        "kernels": {"task_gram": "cpu", "gemm3": "torch"}, "date": "2026-01-02T03:04:05+00:00",
+        "versions": {"torch": "2"}, "device": "cpu", "engine": "local", "threads": 1,
         "seconds": 12.0, "resumed_tensors": 0, "bytes_read": 1000, "bytes_written": 500,
         "stages": time_per_stage(tensors), "tensors": tensors, **fields,
     }  # fmt: skip

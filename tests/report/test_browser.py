@@ -54,11 +54,11 @@ def test_it_fits(browser, page, tmp_path, size, dark):
     assert (sum(ground) < 150 and sum(ink) > 600) if dark else (sum(ground) > 600 and sum(ink) < 150)
     # Wide things scroll inside their own boxes.
     assert browser.run("$('table').scrollWidth > $('table').clientWidth")
-    # A map of each quantity: 4 kinds by 40 layers, in more than one colour.
-    assert browser.run("document.querySelectorAll('.map').length") == 8
+    # A map of each quantity and of the parameter with a gradient: 4 kinds by 40 layers, and the head, in many colours.
+    assert browser.run("document.querySelectorAll('.map').length") == 9
     assert (
         browser.run("[...document.querySelectorAll('.map svg')].map((s) => s.querySelectorAll('rect').length)")
-        == [160] * 8
+        == [161] * 9
     )
     colours = "new Set([...document.querySelectorAll('.map rect')].map((r) => getComputedStyle(r).fill)).size"
     assert browser.run(colours) > 20
@@ -66,10 +66,10 @@ def test_it_fits(browser, page, tmp_path, size, dark):
 
 def test_search_and_sort(browser, page):
     browser.open(page, **SIZES["desktop"])
-    assert browser.run("$('count').textContent") == "280 of 280"
+    assert browser.run("$('count').textContent") == "281 of 281"
     search(browser, "layers.7. q_PROJ")
     assert browser.run(LINES) == 1 and browser.run(FIRST) == "model.layers.7.self_attn.q_proj.weight"
-    assert browser.run("$('count').textContent") == "1 of 280"
+    assert browser.run("$('count').textContent") == "1 of 281"
     search(browser, "no such tensor")
     assert browser.run(LINES) == 0
     search(browser, "")
@@ -77,7 +77,7 @@ def test_search_and_sort(browser, page):
     button = "[...document.querySelectorAll('thead button')].find((b) => b.textContent === 'error').click()"
     browser.run(button)
     falling = browser.run(errors)
-    assert falling == sorted(falling, reverse=True) and len(falling) == 280
+    assert falling == sorted(falling, reverse=True) and len(falling) == 281
     assert browser.run("document.querySelector('[aria-sort]').getAttribute('aria-sort')") == "descending"
     browser.run(button)
     assert browser.run(errors) == sorted(falling)
@@ -106,14 +106,14 @@ def test_tens_of_thousands_of_tensors(browser, tmp_path):
     report = sample_report.of_model(100, experts=197)  # 20,000 tensors
     file.write_text(report_page(report), encoding="utf-8")
     browser.open(file, **SIZES["desktop"])
-    assert browser.run("rows.length") == 20_000
+    assert browser.run("rows.length") == 20_001
     assert browser.run(LINES) < 60
     browser.run("$('table').scrollTop = $('table').scrollHeight; scrolled()")
     last = "[...document.querySelectorAll('#table tbody tr:not(.gap)')].pop().querySelector('td').textContent"
     assert browser.run(last) == list(report["tensors"])[-1] and browser.run(LINES) < 60
     search(browser, "layers.99. q_proj")
     assert browser.run(LINES) == 1
-    assert browser.run("document.querySelectorAll('.map rect').length") == 8 * 400
+    assert browser.run("document.querySelectorAll('.map rect').length") == 9 * 401
 
 
 def test_hostile_names_are_text(browser, tmp_path):
@@ -146,5 +146,36 @@ def test_a_merge_of_which_little_is_known(browser, tmp_path):
     for tensors in (report, sample_report.report({})):
         file.write_text(report_page(tensors), encoding="utf-8")
         browser.open(file, **SIZES["phone"])
-        assert "No tensor" in browser.run("$('maps-note').textContent")
+        assert "No matrix" in browser.run("$('maps-note').textContent")
         assert browser.run(LINES) == len(tensors["tensors"])
+
+
+def test_models_parameters_and_advice(browser, page, tmp_path):
+    browser.open(page, **SIZES["desktop"])
+    assert browser.run("$('models').querySelector('tbody').innerText.split(/\\s+/).slice(0, 2)") == ["org/math", "0.5"]
+    assert browser.run("$('models').querySelectorAll('td')[2].textContent") == "1"  # the second model's: the default
+    assert browser.run("$('parameters').textContent") == "alpha 0.5 \u2192 1 \u00b7 density mlp: 0.5; others: 1"
+    assert "2026-01-02 03:04 UTC" in browser.run("$('run').textContent")
+    assert "cpu: task_gram" in browser.run("$('run').textContent")
+    assert "tolerance of a float64" in browser.run("$('advice').textContent")
+    assert browser.run("$('wide').hidden") is False
+    # An element-wise method measures nothing but time; errors that are the same in print have one colour.
+    bare = {"certificate": None, "captured_energy": [], "interference": [], "task_norms": [], "update_norm": None,
+            "ranks": [], "sparsities": [], "outlier_masses": [], "parameters": {}}  # fmt: skip
+    names = list(sample_report.names(3))
+    one = sample_report.entry(0)["certificate"]
+    for fields, advice in ((bare, "--norms"), ({"certificate": one | {"error": 2e-3}}, "outside its tolerance")):
+        tensors = {name: sample_report.entry(0, **fields) for name in names}
+        (tmp_path / "some.html").write_text(report_page(sample_report.report(tensors)), encoding="utf-8")
+        browser.open(tmp_path / "some.html", **SIZES["desktop"])
+        assert advice in browser.run("$('advice').textContent")
+    title = "[...document.querySelectorAll('.map')].find((m) => m.querySelector('h3').textContent === 'Error estimate')"
+    assert browser.run(f"new Set([...{title}.querySelectorAll('rect')].map((r) => r.style.fill)).size") == 1
+
+
+def test_the_cell_of_a_parameter_has_its_details(browser, page):
+    browser.open(page, **SIZES["desktop"])
+    browser.run("document.querySelector('.map rect').dispatchEvent(new Event('click', {bubbles: true}))")
+    assert browser.run("$('details').open && $('details-title').textContent") == "lm_head.weight"
+    assert "alpha 0.5" in browser.run("$('details-body').textContent")
+    browser.run("$('details').close()")

@@ -78,8 +78,9 @@ def test_the_page_says_what_the_report_says():
         assert row["error"] == pytest.approx(entry["certificate"]["error"], rel=1e-4)
         assert row["basis_condition"] == [None, 2.0]  # there is no NaN in JSON
         assert (row["gap"], row["arbitrary"]) == (entry["certificate"]["gap"], entry["certificate"]["arbitrary"])
-    assert {row["kind"] for row in rows} == {kind.format("*") for kind in sample_report.KINDS}
-    assert {row["layer"] for row in rows} == {0, 1, 2}
+    assert {row["kind"] for row in rows} == {None, *(kind.format("*") for kind in sample_report.KINDS)}
+    assert {row["layer"] for row in rows} == {None, 0, 1, 2}
+    assert [row["parameters"]["alpha"] for row in rows[:2]] == [0.5, 0.51]
     assert data["summary"] == plain(report["summary"])
 
 
