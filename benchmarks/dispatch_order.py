@@ -17,15 +17,14 @@ from statistics import geometric_mean
 from typing import Any
 
 from r_tsvm_kernels.bench import read_report
-from r_tsvm_kernels.dispatch import ORDER
+from r_tsvm_kernels.dispatch import ops
 
 BACKEND = {"reference": "torch"}
-OP = {"reweight_prune_": "reweight_prune_inplace"}
 
 
 def relative_times(rows: list[dict[str, Any]], op: str) -> dict[str, float]:
     """Return by backend the mean time relative to the reference's; without those that were wrong once."""
-    of_op = [row for row in rows if OP.get(row["name"].partition(":")[0], row["name"].partition(":")[0]) == op]
+    of_op = [row for row in rows if row["name"].partition(":")[0] == op]
     bad = {row["provider"] for row in of_op if row["status"] in ("wrong", "failed")}
     times: dict[str, list[float]] = {}
     for row in of_op:
@@ -42,7 +41,7 @@ def suggest(report: dict[str, Any]) -> dict[str, Any]:
     """Return the suggested order by op, and the relative times behind it."""
     device = report["device"]
     order, times = {}, {}
-    for op, devices in ORDER.items():
+    for op, devices in ((name, found.order) for name, found in ops().items()):
         times[op] = relative_times(report["rows"], op)
         known = [name for name in devices[device] if name in times[op]]
         # The reference is always there and always right: what is slower than it is never taken.

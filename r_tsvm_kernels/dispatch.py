@@ -1,17 +1,19 @@
 """Which implementation of an op runs. The only file that decides.
 
-A backend asked for by name runs or raises; only the automatic choice moves on to the next one. The choice depends on
-the device of the tensors, this table and what is installed, on nothing else. Triton's interpreter, for tests, takes
-tensors on the CPU; it must be asked for by name.
+Each op describes itself where it is defined: `ops/<op>/__init__.py` decorates the public function with `op`. A backend
+asked for by name runs or raises; only the automatic choice moves on to the next one. The choice depends on the device
+of the tensors, on the order of the op's backends and on what is installed, on nothing else. Triton's interpreter, for
+tests, takes tensors on the CPU; it must be asked for by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import update_wrapper
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from . import backends
 from .errors import BackendUnavailableError, DeviceError
@@ -19,31 +21,106 @@ from .errors import BackendUnavailableError, DeviceError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# op -> device type -> implementations in order of preference, fastest first. "torch" is the reference and always there.
-# On CUDA it comes first until the kernels have run on a GPU: a kernel that was only compiled must be asked for by name.
-ORDER: dict[str, dict[str, tuple[str, ...]]] = {
-    "task_statistics": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "magnitude_select": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "magnitude_histogram": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "magnitude_ranks": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "ranked_mask": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "reweight_prune": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "reweight_prune_inplace": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "reweight_prune_planes": {"cuda": ("torch", "cuda", "triton"), "cpu": ("torch",)},
-    "add_update": {"cuda": ("torch", "cuda", "triton"), "cpu": ("torch",)},
-    "random_mask": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "elect_and_sum": {"cuda": ("torch", "cuda", "triton"), "cpu": ("cpu", "torch")},
-    "task_gram": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "task_spread": {"cuda": ("torch", "triton"), "cpu": ("cpu", "torch")},
-    "split_planes": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
-    "symm_gram": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
-    "symm_square": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
-    "gemm3": {"cuda": ("torch", "triton"), "cpu": ("torch",)},
-}
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 MODULE = {"torch": "reference", "cpu": "cpu_kernel", "cuda": "cuda_kernel", "triton": "triton_kernel"}
 
 _forced: ContextVar[dict[str, str]] = ContextVar("forced_backends")
+
+
+class Op(Generic[Arguments, Result]):
+    """An op of the package: call it, or look up what runs it.
+
+    The modules of its folder are its attributes: ``task_spread.reference.run`` is the definition of `task_spread`.
+
+    Attributes:
+        name: of the op, its folder, its kernels, its test and its benchmark.
+        order: device type -> backends in order of preference, fastest first. "torch", the reference, is always one.
+        accuracy: None if every backend gives the bits of the reference; or the largest distance of a floating-point
+            result from the reference's, relative to its largest element.
+        small: attribute of the op's Triton kernel -> a value with which tensors of a few hundred elements, all that
+            Triton's interpreter can handle, take several blocks.
+    """
+
+    def __init__(
+        self,
+        function: Callable[Arguments, Result],
+        order: dict[str, tuple[str, ...]],
+        accuracy: float | None,
+        small: Mapping[str, int],
+    ) -> None:
+        update_wrapper(self, function)
+        self._function = function
+        self.name = function.__name__
+        self.order = order
+        self.accuracy = accuracy
+        self.small = small
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        """Run the op; its own docstring says what it takes and returns."""
+        return self._function(*args, **kwargs)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Every backend that has the op, on whatever device."""
+        return tuple(name for name in MODULE if any(name in names for names in self.order.values()))
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}: {', '.join(self.backends)}>"
+
+    def __reduce__(self) -> str:
+        return self.name  # pickled by its name, as functions are
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            """Return what the op's folder holds: the op stands where Python would look for the package."""
+            if name.startswith("__"):
+                raise AttributeError(name)
+            package = import_module(self.__module__)
+            if hasattr(package, name):
+                return getattr(package, name)
+            try:
+                return import_module(f"{self.__module__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{self.__module__}.{name}":
+                    raise
+                raise AttributeError(f"op {self.name} has no attribute {name!r}") from None
+
+
+_OPS: dict[str, Op[..., Any]] = {}
+
+
+def op(
+    *,
+    cpu: tuple[str, ...] = ("torch",),
+    cuda: tuple[str, ...] = ("torch",),
+    accuracy: float | None = None,
+    small: Mapping[str, int] | None = None,
+) -> Callable[[Callable[Arguments, Result]], Op[Arguments, Result]]:
+    """Make the decorated function an `Op`, registered under its name.
+
+    Args:
+        cpu: backends for tensors on a CPU, fastest first.
+        cuda: backends for tensors on a CUDA device. The reference comes first until the kernels have run on a GPU: a
+            kernel that was only compiled must be asked for by name.
+        accuracy: see `Op`.
+        small: see `Op`.
+    """
+
+    def decorate(function: Callable[Arguments, Result]) -> Op[Arguments, Result]:
+        found = Op(function, {"cpu": cpu, "cuda": cuda}, accuracy, small or {})
+        _OPS[found.name] = found
+        return found
+
+    return decorate
+
+
+def ops() -> Mapping[str, Op[..., Any]]:
+    """Return all ops by name."""
+    import_module("r_tsvm_kernels.ops")
+    return _OPS
 
 
 @contextmanager
@@ -52,7 +129,7 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
 
     Args:
         backend: for every op that has it, on whatever device; the other ops choose as ever. None forces nothing.
-        per_op: for single ops, which goes before `backend`: the keyword is the op, the value its backend.
+        per_op: for single ops, with precedence over `backend`: the keyword is the op, the value its backend.
 
     Raises:
         BackendUnavailableError: an op or a backend of that name does not exist.
@@ -63,14 +140,14 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
         'torch'
     """
     if backend is not None and backend not in MODULE:
-        raise BackendUnavailableError(f"no backend {backend!r}; there are {', '.join(MODULE)}")
-    known = {op: sorted({name for order in devices.values() for name in order}) for op, devices in ORDER.items()}
-    for op, name in per_op.items():
-        if name not in known.get(op, ()):
-            raise BackendUnavailableError(
-                f"{op}: no backend {name!r}; ops: {sorted(ORDER)}; backends of {op}: {known.get(op, [])}"
-            )
-    choice = {op: backend for op, names in known.items() if backend in names} | per_op
+        raise BackendUnavailableError(f"no backend {backend!r}; expected one of {', '.join(MODULE)}")
+    known = {name: found.backends for name, found in ops().items()}
+    for name, wanted in per_op.items():
+        if name not in known:
+            raise BackendUnavailableError(f"no op {name!r}; expected one of {', '.join(sorted(known))}")
+        if wanted not in known[name]:
+            raise BackendUnavailableError(f"{name}: no backend {wanted!r}; expected one of {', '.join(known[name])}")
+    choice = {name: backend for name, names in known.items() if backend in names} | per_op
     token = _forced.set({**_forced.get({}), **choice})
     try:
         yield
@@ -78,50 +155,51 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def explain(op: str, device_type: str) -> list[tuple[str, str]]:
-    """List the candidates of `op` on a device type, each with ``"ready"`` or the reason why it cannot run."""
-    return [(name, backends.state(name)) for name in ORDER[op].get(device_type, ())]
+def explain(name: str, device_type: str) -> list[tuple[str, str]]:
+    """List the candidates of an op on a device type, each with ``"ready"`` or the reason why it cannot run."""
+    return [(backend, backends.state(backend)) for backend in ops()[name].order.get(device_type, ())]
 
 
-def chosen(op: str, device_type: str) -> str | None:
-    """Return the backend that `op` takes on a device type now: the one that is forced, or the first that is ready.
+def chosen(name: str, device_type: str) -> str | None:
+    """Return the backend that an op takes on a device type now: the forced one, or the first that is ready.
 
     The only answer to "which backend will run?": memory is planned and merges are compared by it.
     """
-    ready = (name for name, state in explain(op, device_type) if state == backends.READY)
-    return _forced.get({}).get(op) or next(ready, None)
+    ready = (backend for backend, state in explain(name, device_type) if state == backends.READY)
+    return _forced.get({}).get(name) or next(ready, None)
 
 
-def by_reference(device_type: str, *ops: str) -> bool:
+def by_reference(device_type: str, *names: str) -> bool:
     """Whether the reference in torch, which stores what kernels do not, runs one of these ops on a device type now."""
-    return any(chosen(op, device_type) == "torch" for op in ops)
+    return any(chosen(name, device_type) == "torch" for name in names)
 
 
-def select(op: str, *tensors: Tensor, backend: str | None = None) -> Callable[..., Any]:
-    """Return the ``run`` function that carries out `op` on these tensors; its results carry no graph.
+def select(name: str, *tensors: Tensor, backend: str | None = None) -> Callable[..., Any]:
+    """Return the ``run`` function that carries out an op on these tensors; its results carry no graph.
 
     Raises:
-        DeviceError: the tensors lie on different devices, or on one that no implementation knows.
+        DeviceError: the tensors are on different devices, or on one that no implementation supports.
         BackendUnavailableError: `backend` (or the one forced by `use_backend`) cannot run here.
     """
     from torch import no_grad
 
+    order = ops()[name].order
     devices = {str(tensor.device) for tensor in tensors}
     device_type = tensors[0].device.type
-    if len(devices) != 1 or device_type not in ORDER[op]:
+    if len(devices) != 1 or device_type not in order:
         raise DeviceError(
-            f"{op}: all tensors must lie on one device of type {' or '.join(sorted(ORDER[op]))}, "
+            f"{name}: all tensors must be on one device of type {' or '.join(sorted(order))}, "
             f"got {', '.join(sorted(devices))}; move them with .to()"
         )
-    wanted = backend or _forced.get({}).get(op)
-    candidates = explain(op, device_type)
-    if wanted == "triton" and device_type == "cpu" and "triton" in ORDER[op].get("cuda", ()):
+    wanted = backend or _forced.get({}).get(name)
+    candidates = explain(name, device_type)
+    if wanted == "triton" and device_type == "cpu" and "triton" in order.get("cuda", ()):
         candidates.append(("triton", backends.triton_interpreter_state()))
-    for name, state in candidates:
-        if state == backends.READY and wanted in (None, name):
-            run: Callable[..., Any] = import_module(f"r_tsvm_kernels.ops.{op}.{MODULE[name]}").run
+    for candidate, state in candidates:
+        if state == backends.READY and wanted in (None, candidate):
+            run: Callable[..., Any] = import_module(f"r_tsvm_kernels.ops.{name}.{MODULE[candidate]}").run
             return no_grad()(run)
-    tried = "; ".join(f"{name}: {state}" for name, state in candidates)
+    tried = "; ".join(f"{candidate}: {state}" for candidate, state in candidates)
     raise BackendUnavailableError(
-        f"{op}: backend {wanted!r} cannot run on {device_type} here ({tried}); see `rtsvm info`"
+        f"{name}: backend {wanted!r} cannot run on {device_type} here ({tried}); see `rtsvm info`"
     )

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # compare, oracle, variants, ...: helpers of the tests
@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # compare, oracle, variants, ...
 # Programs that a script starts in the background ignore interrupts, and so would those that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
+# Fixtures here set up a backend, which is the same for each example.
+QUIET = [HealthCheck.function_scoped_fixture]
+settings.register_profile("default", deadline=None, max_examples=40, print_blob=True, suppress_health_check=QUIET)
 settings.register_profile("quick", settings.get_profile("default"), max_examples=4)
 settings.load_profile("default")
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 STAND_IN = ROOT / "tests" / "cuda_on_cpu"
 CXX = shutil.which("g++") or shutil.which("c++")
+ORDERS = ("forward", "reverse")  # of the blocks and threads of a launch
 
 # A GPU refuses misaligned reads. No fortified longjmp: the fibers jump between stacks.
 FIBERS = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-U_FORTIFY_SOURCE"]
@@ -68,8 +69,8 @@ def install(module: ModuleType, monkeypatch) -> None:
     native, state = backends.native, backends.state
     monkeypatch.setattr(backends, "native", lambda name: module if name == "cuda" else native(name))
     monkeypatch.setattr(backends, "state", lambda name: backends.READY if name == "cuda" else state(name))
-    for op, order in dispatch.ORDER.items():
-        if "cuda" in order["cuda"]:
-            monkeypatch.setitem(dispatch.ORDER, op, {**order, "cpu": (*order["cpu"], "cuda")})
+    for op in dispatch.ops().values():
+        if "cuda" in op.order["cuda"]:
+            monkeypatch.setitem(op.order, "cpu", (*op.order["cpu"], "cuda"))
     stream = SimpleNamespace(device_index=0, cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)

@@ -15,12 +15,11 @@ import pytest
 import torch
 from compare import relative_error
 
-from r_tsvm_kernels import bench, linalg
+from r_tsvm_kernels import bench, dispatch, linalg
 from r_tsvm_kernels.bench import PLANS, REGISTRY, Inputs, Provider, ResultFile, Stopwatch, published
 from r_tsvm_kernels.bench.measure import plan_rounds
 from r_tsvm_kernels.bench.record import exponent
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.dispatch import ORDER
 from r_tsvm_kernels.errors import ConfigError, OutputExistsError
 from r_tsvm_kernels.methods import METHODS
 
@@ -56,8 +55,7 @@ def report():
 
 def test_everything_public_has_a_benchmark():
     names = {name.partition(":")[0] for name in REGISTRY}
-    ops = {"reweight_prune_" if op == "reweight_prune_inplace" else op for op in ORDER}
-    ops |= {"magnitude_select_many", "elect_and_sum_many"}
+    ops = {*dispatch.ops(), "elect_and_sum_many"}
     spectral = {"leading_subspaces", "truncated_svd", "polar", "tsv_merge", "tsv_merge_layers"}
     assert all(inspect.isfunction(getattr(linalg, name)) for name in spectral)
     assert names == ops | spectral | set(METHODS) | {"combine_adapters"}
@@ -91,7 +89,7 @@ def test_task_vectors_are_exact(dtype):
         assert delta.count_nonzero() > 0.9 * delta.numel()
 
 
-@pytest.mark.parametrize("name", ["magnitude_select", "reweight_prune", "magnitude_ranks", "magnitude_histogram"])
+@pytest.mark.parametrize("name", ["magnitude_select", "reweight_prune", "magnitude_ranks"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_best_of_torch_is_right(name, dtype):
     rows = run_case(name, REGISTRY[name].make(tiny((96, 130), dtype)))
@@ -429,12 +427,12 @@ def test_the_suggested_dispatch_table():
                 row("elect_and_sum: sum", "cuda", 2.0), row("elect_and_sum: TIES", "cuda", 8.0),
                 row("elect_and_sum: sum", "triton", 9.0), row("elect_and_sum: TIES", "triton", 9.0, "wrong"),
                 row("elect_and_sum: sum", "reference", 1.0), row("elect_and_sum: TIES", "reference", 1.0),
-                row("reweight_prune_", "cuda", 0.5), row("reweight_prune_", "reference", 1.0),
+                row("reweight_prune", "cuda", 0.5), row("reweight_prune", "reference", 1.0),
             ],
         }
     )  # fmt: skip
     order, times = suggested["order"], suggested["time_by_reference"]
     assert order["random_mask"] == ["triton", "cuda", "torch"]
     assert order["elect_and_sum"] == ["cuda", "torch"] and times["elect_and_sum"]["cuda"] == pytest.approx(1 / 4)
-    assert order["reweight_prune_inplace"] == ["torch", "cuda"]
-    assert order["gemm3"] == list(ORDER["gemm3"]["cuda"])  # not measured
+    assert order["reweight_prune"] == ["torch", "cuda"]
+    assert order["gemm3"] == list(dispatch.ops()["gemm3"].order["cuda"])  # not measured

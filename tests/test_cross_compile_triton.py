@@ -87,12 +87,8 @@ def cases():
                 row = {**common, "BLOCK": columns, "options": rank.options(columns)}
                 yield f"rank_kernel {mix} {columns}", rank.rank_kernel, row
         yield f"tie_kernel {mix}", prune.tie_kernel, {**common, "BLOCK": prune.BLOCK}
-        dense = {**common, "inverse_ptr": None, "low_ptr": None}
-        yield f"prune_kernel {mix}", prune.prune_kernel, {**dense, "BLOCK": prune.BLOCK}
-        yield f"prune_kernel {mix} all", prune.prune_kernel, {**dense, **nothing_pruned, "BLOCK": prune.BLOCK}
-        if real == "fp32":
-            planes = {**common, "inverse_ptr": "*fp32", "out_ptr": "*fp16", "low_ptr": "*fp16", "BLOCK": prune.BLOCK}
-            yield f"prune_kernel {mix} planes", prune.prune_kernel, planes
+        yield f"prune_kernel {mix}", prune.prune_kernel, {**common, "BLOCK": prune.BLOCK}
+        yield f"prune_kernel {mix} all", prune.prune_kernel, {**common, **nothing_pruned, "BLOCK": prune.BLOCK}
         for label, options in elections(TASKS, real):
             merge = {**common, **options, "BLOCK": elect.BLOCK}
             if label == "all" or mix in ("bf16", "fp64"):

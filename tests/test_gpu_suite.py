@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from r_tsvm_kernels.bench import REGISTRY
-from r_tsvm_kernels.dispatch import ORDER
+from r_tsvm_kernels.dispatch import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +33,7 @@ def test_dry_run(tmp_path):
         assert {row["status"] for row in found[name]["rows"]} <= {"timed", "unavailable"}
     assert {row["name"] for name in ("kernels", "merges") for row in found[name]["rows"]} == set(REGISTRY)
     assert found["layer"]["layer_seconds"].keys() >= {"tsvm by eigen", "tsvm by float32 SVD"}
-    assert found["dispatch_order"]["order"].keys() == ORDER.keys()
+    assert found["dispatch_order"]["order"].keys() == ops().keys()
     measured = {
         "model": {"merge"},
         "growth": {"tsv_merge"},

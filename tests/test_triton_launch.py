@@ -21,7 +21,6 @@ from r_tsvm_kernels.ops import (
     random_mask,
     ranked_mask,
     reweight_prune,
-    reweight_prune_planes,
     split_planes,
     symm_gram,
     symm_square,
@@ -75,7 +74,6 @@ def test_statistics_and_pruning(launched):
     random_mask(SHAPE, 0.3, seed=2**63 + 5, stream=3, backend="triton")
     magnitude_select(tuned[0], [1, 2, 3], backend="triton")
     reweight_prune(base, tuned, statistics, "clip", 1.0, backend="triton")
-    reweight_prune_planes(base, tuned, statistics, "none", 1.0, backend="triton")
     assert names(launched) == {
         "moments_kernel", "tail_kernel", "add_update_kernel", "random_mask_kernel", "digit_kernel", "prune_kernel"
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import emulated_cuda
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -19,6 +20,38 @@ def available(*names):
         marks = [pytest.mark.skipif(state != backends.READY, reason=f"{name}: {state}")]
         parameters.append(pytest.param(name, marks=[*marks, pytest.mark.gpu] if name == "cuda" else marks))
     return parameters
+
+
+def every_backend(op, *, reference=True):
+    """Parametrise `backend` over all ways to run the op, each skipped with its reason where it cannot.
+
+    "triton interpreted" runs the kernels in Triton's interpreter, with blocks as small as `op.small` says. "cuda
+    forward" and "cuda reverse" run the CUDA sources in the emulator, threads and blocks in either order. "device" needs
+    a GPU; there torch makes new tensors on it. Without `reference`, the reference is left out.
+    """
+    ways = ["torch"] * reference
+    if "cpu" in op.backends:
+        ways.append("cpu")
+    if "triton" in op.backends:
+        ways += ["triton interpreted", "triton device"]
+    if "cuda" in op.backends:
+        ways += [*(f"cuda {order}" for order in emulated_cuda.ORDERS), "cuda device"]
+    parameters = [pytest.param((op, way), id=way, marks=_marks(way)) for way in ways]
+    return pytest.mark.parametrize("backend", parameters, indirect=True)
+
+
+def _marks(way):
+    name, _, where = way.partition(" ")
+    if where == "interpreted":
+        reason = backends.triton_interpreter_state()
+    elif where in emulated_cuda.ORDERS:
+        reason = backends.READY if emulated_cuda.CXX else "builds CUDA sources for the CPU: no C++ compiler on PATH"
+    elif where == "device" and not torch.cuda.is_available():
+        reason = "needs a CUDA device"
+    else:
+        reason = backends.state(name)
+    skip = pytest.mark.skipif(reason != backends.READY, reason=f"{way}: {reason}")
+    return [skip, pytest.mark.gpu] if where == "device" else [skip]
 
 
 # How a tensor can lie in memory: each takes a tensor and returns one with the same values.

@@ -1,10 +1,8 @@
 #include "arguments.h"
 #include "r_tsvm/elect_and_sum.h"
-#include "r_tsvm/magnitude_histogram.h"
 #include "r_tsvm/magnitude_ranks.h"
 #include "r_tsvm/random_mask.h"
 #include "r_tsvm/ranked_mask.h"
-#include "r_tsvm/reweight_prune_inplace.h"
 #include "r_tsvm/task_gram.h"
 #include "r_tsvm/task_spread.h"
 
@@ -23,9 +21,6 @@ using RankedArgument = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t
 // selection by rank; address of a mask (0 for none)
 using ElectTaskArgument = std::tuple<double, double, std::tuple<double, int64_t>, std::tuple<double, int64_t>,
                                      RandomMaskArgument, RankedArgument, std::uintptr_t>;
-
-// address of the matrix, theta, keep, address of nonfinite
-using InplacePruneArgument = std::tuple<std::uintptr_t, double, int64_t, std::uintptr_t>;
 
 RandomMask random_mask(const RandomMaskArgument& argument) {
   const auto [threshold, seed, stream] = argument;
@@ -97,19 +92,6 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
       py::arg("x"), py::arg("base"), py::arg("keep"), py::arg("output"), py::arg("threads"));
 
   module.def(
-      "magnitude_histogram",
-      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base,
-         const std::tuple<int, int64_t, int>& digit, std::uintptr_t counts, int threads) {
-        const py::gil_scoped_release unlocked;
-        const MatrixView view = bindings::matrix(x, "magnitude_histogram");
-        const std::vector<MatrixView> bases = optional_matrix(base, view, "magnitude_histogram");
-        const auto [bits, prefix, shift] = digit;
-        magnitude_histogram_cpu(view, bases.empty() ? nullptr : &bases[0], Digit{bits, prefix, shift},
-                                bindings::pointer<int64_t>(counts), threads);
-      },
-      py::arg("x"), py::arg("base"), py::arg("digit"), py::arg("counts"), py::arg("threads"));
-
-  module.def(
       "reweight_prune",
       [](const bindings::MatrixArgument& base, const std::vector<bindings::PruneArgument>& tasks, int threads) {
         const py::gil_scoped_release unlocked;
@@ -118,23 +100,6 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         reweight_prune_cpu(base_view, views.data(), static_cast<int64_t>(views.size()), threads);
       },
       py::arg("base"), py::arg("tasks"), py::arg("threads"));
-
-  module.def(
-      "reweight_prune_inplace",
-      [](const std::vector<InplacePruneArgument>& tasks, int64_t elements, int type, int threads) {
-        const py::gil_scoped_release unlocked;
-        if (type != static_cast<int>(ElementType::kFloat32) && type != static_cast<int>(ElementType::kFloat64)) {
-          throw std::runtime_error("reweight_prune_inplace: unknown element type code " + std::to_string(type));
-        }
-        std::vector<InplacePruneTask> views;
-        for (const auto& [matrix, theta, keep, nonfinite] : tasks) {
-          views.push_back(
-              InplacePruneTask{bindings::pointer<void>(matrix), theta, keep, bindings::pointer<int64_t>(nonfinite)});
-        }
-        reweight_prune_inplace_cpu(views.data(), static_cast<int64_t>(views.size()), elements,
-                                   static_cast<ElementType>(type), threads);
-      },
-      py::arg("tasks"), py::arg("elements"), py::arg("type"), py::arg("threads"));
 
   module.def(
       "elect_and_sum",

@@ -1,19 +1,14 @@
 #include "arguments.h"
-#include "r_tsvm/add_update.h"
 #include "r_tsvm/elect_and_sum.h"
-#include "r_tsvm/magnitude_histogram.h"
 #include "r_tsvm/magnitude_ranks.h"
-#include "r_tsvm/random_mask.h"
 
 namespace py = pybind11;
 using namespace r_tsvm;
 
 namespace {
 
-// tuned, address of theta or 0, keep, address of the output, index of the selection or -1, addresses of the low plane
-// and of its inverse scale or 0
-using PruneArgument = std::tuple<bindings::MatrixArgument, std::uintptr_t, int64_t, std::uintptr_t, int,
-                                 std::pair<std::uintptr_t, std::uintptr_t>>;
+// tuned, address of theta or 0, keep, address of the output, index of the selection or -1
+using PruneArgument = std::tuple<bindings::MatrixArgument, std::uintptr_t, int64_t, std::uintptr_t, int>;
 
 // threshold, ties, tied, nonfinite
 using PruneAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
@@ -28,11 +23,9 @@ using ElectTaskArgument = std::tuple<double, double, int, int, RandomMaskArgumen
 
 std::vector<PruneTaskCuda> prune_tasks(const std::vector<PruneArgument>& arguments) {
   std::vector<PruneTaskCuda> tasks;
-  for (const auto& [tuned, theta, keep, output, selection, planes] : arguments) {
+  for (const auto& [tuned, theta, keep, output, selection] : arguments) {
     tasks.push_back(PruneTaskCuda{bindings::matrix(tuned, "reweight_prune"), bindings::pointer<const double>(theta),
-                                  keep, bindings::pointer<void>(output), selection,
-                                  bindings::pointer<void>(planes.first),
-                                  bindings::pointer<const float>(planes.second)});
+                                  keep, bindings::pointer<void>(output), selection});
     if (element_count(tasks.back().tuned) != element_count(tasks.front().tuned)) {
       throw std::runtime_error("reweight_prune: the tensors differ in size");
     }
@@ -110,19 +103,6 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       py::arg("x"), py::arg("base"), py::arg("keep"), py::arg("output"), py::arg("workspace"), py::arg("device"),
       py::arg("stream"));
 
-  module.def(
-      "magnitude_histogram",
-      [](const bindings::MatrixArgument& x, const std::optional<bindings::MatrixArgument>& base, int bits,
-         int64_t prefix, int shift, std::uintptr_t counts, int device, std::uintptr_t stream) {
-        const py::gil_scoped_release unlocked;
-        const MatrixView view = bindings::matrix(x, "magnitude_histogram");
-        const std::vector<MatrixView> bases = optional_base(base, view, "magnitude_histogram");
-        magnitude_histogram_cuda(view, bases.empty() ? nullptr : &bases[0], Digit{bits, prefix, shift},
-                                 bindings::pointer<int64_t>(counts), device, bindings::pointer<void>(stream));
-      },
-      py::arg("x"), py::arg("base"), py::arg("bits"), py::arg("prefix"), py::arg("shift"), py::arg("counts"),
-      py::arg("device"), py::arg("stream"));
-
   module.def("magnitude_ranks_workspace", &magnitude_ranks_cuda_workspace, py::arg("rows"), py::arg("cols"),
              py::arg("in_float64"), py::arg("device"));
 
@@ -145,55 +125,34 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
 
   module.def(
       "reweight_prune_select",
-      [](const std::optional<bindings::MatrixArgument>& base, const std::vector<PruneArgument>& tasks, bool in_float64,
+      [](const bindings::MatrixArgument& base, const std::vector<PruneArgument>& tasks, bool in_float64,
          const PruneAddresses& selections, std::uintptr_t workspace, int device, std::uintptr_t stream) {
         const py::gil_scoped_release unlocked;
         const std::vector<PruneTaskCuda> views = prune_tasks(tasks);
         if (views.empty()) return;
-        const std::vector<MatrixView> bases = optional_base(base, views[0].tuned, "reweight_prune");
-        reweight_prune_select_cuda(bases.empty() ? nullptr : &bases[0], views.data(),
-                                   static_cast<int64_t>(views.size()), in_float64, prune_selections(selections),
-                                   bindings::pointer<void>(workspace), device, bindings::pointer<void>(stream));
+        const MatrixView base_view = bindings::matrices({base}, views[0].tuned, "reweight_prune")[0];
+        reweight_prune_select_cuda(base_view, views.data(), static_cast<int64_t>(views.size()), in_float64,
+                                   prune_selections(selections), bindings::pointer<void>(workspace), device,
+                                   bindings::pointer<void>(stream));
       },
       py::arg("base"), py::arg("tasks"), py::arg("in_float64"), py::arg("selections"), py::arg("workspace"),
       py::arg("device"), py::arg("stream"));
 
   module.def(
       "reweight_prune_apply",
-      [](const std::optional<bindings::MatrixArgument>& base, const std::vector<PruneArgument>& tasks, bool in_float64,
+      [](const bindings::MatrixArgument& base, const std::vector<PruneArgument>& tasks, bool in_float64,
          const PruneAddresses& selections, int64_t selection_count, std::uintptr_t workspace, int device,
          std::uintptr_t stream) {
         const py::gil_scoped_release unlocked;
         const std::vector<PruneTaskCuda> views = prune_tasks(tasks);
         if (views.empty()) return;
-        const std::vector<MatrixView> bases = optional_base(base, views[0].tuned, "reweight_prune");
-        reweight_prune_apply_cuda(bases.empty() ? nullptr : &bases[0], views.data(), static_cast<int64_t>(views.size()),
-                                  in_float64, prune_selections(selections), selection_count,
-                                  bindings::pointer<void>(workspace), device, bindings::pointer<void>(stream));
+        const MatrixView base_view = bindings::matrices({base}, views[0].tuned, "reweight_prune")[0];
+        reweight_prune_apply_cuda(base_view, views.data(), static_cast<int64_t>(views.size()), in_float64,
+                                  prune_selections(selections), selection_count, bindings::pointer<void>(workspace),
+                                  device, bindings::pointer<void>(stream));
       },
       py::arg("base"), py::arg("tasks"), py::arg("in_float64"), py::arg("selections"), py::arg("selection_count"),
       py::arg("workspace"), py::arg("device"), py::arg("stream"));
-
-  module.def(
-      "random_mask",
-      [](std::uintptr_t output, int64_t elements, const RandomMaskArgument& mask, int device, std::uintptr_t stream) {
-        const py::gil_scoped_release unlocked;
-        random_mask_cuda(bindings::pointer<uint8_t>(output), elements, random_mask(mask), device,
-                         bindings::pointer<void>(stream));
-      },
-      py::arg("output"), py::arg("elements"), py::arg("mask"), py::arg("device"), py::arg("stream"));
-
-  module.def(
-      "add_update",
-      [](const bindings::MatrixArgument& base, const bindings::MatrixArgument& update, double alpha,
-         std::uintptr_t output, int device, std::uintptr_t stream) {
-        const py::gil_scoped_release unlocked;
-        const MatrixView base_view = bindings::matrix(base, "add_update");
-        const std::vector<MatrixView> views = bindings::matrices({update}, base_view, "add_update");
-        add_update_cuda(base_view, views[0], alpha, bindings::pointer<void>(output), device,
-                        bindings::pointer<void>(stream));
-      },
-      py::arg("base"), py::arg("update"), py::arg("alpha"), py::arg("output"), py::arg("device"), py::arg("stream"));
 
   module.def("elect_and_sum_workspace", &elect_and_sum_cuda_workspace, py::arg("elements"), py::arg("tasks"),
              py::arg("selections"));

@@ -1,7 +1,6 @@
 #include <algorithm>
 
 #include "patterns.cuh"
-#include "r_tsvm/magnitude_histogram.h"
 #include "r_tsvm/magnitude_select.h"
 #include "reduce.cuh"
 #include "selection.h"
@@ -65,12 +64,11 @@ __device__ void count_in(uint32_t* bins, bool counted, bool zero, int digit) {
 }
 
 // Adds to counts[s][d] how many magnitudes begin with the prefix of selection s and go on with the digit d, which has
-// `bits` bits and `shift` bits below it. Without `choices` there is one selection per tensor, and `prefix` is its.
+// `bits` bits and `shift` bits below it. Without `choices` it is the first digit, the same for all selections.
 // 32 bits are enough for one block: it would have to read 2^32 of the elements.
 template <class Real>
-__global__ void __launch_bounds__(kThreads)
-    digit_kernel(const __grid_constant__ Magnitudes of, int64_t elements, int shift, int bits, const Choice* choices,
-                 uint64_t prefix, Count* counts) {
+__global__ void __launch_bounds__(kThreads) digit_kernel(const __grid_constant__ Magnitudes of, int64_t elements,
+                                                         int shift, int bits, const Choice* choices, Count* counts) {
   const int bins = 1 << bits;
   const int each = choices == nullptr ? 1 : of.keeps;
   for (int i = threadIdx.x; i < of.tensors * each * bins; i += kThreads) dynamic_shared[i] = 0;
@@ -82,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
     for_differences(of.base, of.tensors, view_of, index, elements, base, [&](int i, Real(&values)[kItems]) {
       clip(of.theta[i], values);
       for (int k = 0; k < each; ++k) {
-        const uint64_t wanted = choices == nullptr ? prefix : choices[i * of.keeps + k].prefix;
+        const uint64_t wanted = choices == nullptr ? 0 : choices[i * of.keeps + k].prefix;
 #pragma unroll
         for (int j = 0; j < kItems; ++j) {
           const auto pattern = magnitude_bits(values[j]);
@@ -175,13 +173,12 @@ size_t counts_bytes(int selections, int passes, int bits) {
 }
 
 template <class Real>
-void count_digits(const Queue& queue, const Magnitudes& of, int shift, int bits, const Choice* choices, uint64_t prefix,
-                  Count* counts) {
+void count_digits(const Queue& queue, const Magnitudes& of, int shift, int bits, const Choice* choices, Count* counts) {
   const int64_t elements = element_count(of.tensor[0]);
   const int64_t busy = int64_t{kBlocksPerProcessor} * device_attribute(queue, cudaDevAttrMultiProcessorCount);
   const int bins = of.tensors * (choices == nullptr ? 1 : of.keeps) << bits;
   launch_kernel(queue, "digit_kernel", std::min(slice_count(elements), busy), kThreads, sizeof(uint32_t) * bins,
-                digit_kernel<Real>, of, elements, shift, bits, choices, prefix, counts);
+                digit_kernel<Real>, of, elements, shift, bits, choices, counts);
 }
 
 template <class Real>
@@ -195,7 +192,7 @@ void select_by_digits(const Queue& queue, const Magnitudes& of, const Digits& di
   for (int pass = 0; pass < digits.count; ++pass) {
     const int bits = digits.bits[pass];
     shift -= bits;
-    count_digits<Real>(queue, of, shift, bits, pass == 0 ? nullptr : choices, 0, counts);
+    count_digits<Real>(queue, of, shift, bits, pass == 0 ? nullptr : choices, counts);
     launch_kernel(queue, "choose_kernel", selections, kChooseThreads, 0, choose_kernel, of, keep, found, type, shift,
                   bits, pass == 0, pass == digits.count - 1, counts, choices);
     counts += selections << kMaxBits;
@@ -272,26 +269,6 @@ void magnitude_select_cuda(const MatrixView& x, const MatrixView* base, const in
     select_magnitudes(queue, of, keeps, Found{output.threshold + first, output.ties + first, tied},
                       tied + kMaxSelections);
   }
-}
-
-void magnitude_histogram_cuda(const MatrixView& x, const MatrixView* base, const Digit& digit, int64_t* counts,
-                              int device, void* stream) {
-  if (!is_contiguous(x) || (base != nullptr && !is_contiguous(*base))) {
-    throw std::runtime_error("magnitude_histogram: the CUDA kernel reads contiguous tensors only");
-  }
-  if (digit.bits < 1 || digit.bits > kMaxBits) throw std::runtime_error("magnitude_histogram: too long a digit");
-  const DeviceGuard guard(device, "magnitude_histogram");
-  const Queue queue{"magnitude_histogram", device, static_cast<cudaStream_t>(stream)};
-  check(cudaMemsetAsync(counts, 0, counts_bytes(1, 1, digit.bits), queue.stream), queue.op,
-        "cannot clear the counters");
-  if (element_count(x) == 0) return;
-  Magnitudes of{};
-  of.base = base != nullptr ? *base : MatrixView{nullptr, 0, 0, 0, x.type};
-  of.tensor[0] = x;
-  of.tensors = of.keeps = 1;
-  const auto count = any_float64(of.base, &x, 1) ? count_digits<double> : count_digits<float>;
-  count(queue, of, digit.shift, digit.bits, nullptr, static_cast<uint64_t>(digit.prefix),
-        reinterpret_cast<Count*>(counts));
 }
 
 }  // namespace r_tsvm

@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kThreads)
   if (!any) return;
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
-    Real origin[kItems] = {}, values[kItems];
-    if (base.data != nullptr) load_four(base, index, elements, origin);
+    Real origin[kItems], values[kItems];
+    load_four(base, index, elements, origin);
     for (int t = 0; t < tasks.count; ++t) {
       const int rule = tasks.task[t].selection;
       if (rule < 0 || !is_open(rules, rule)) continue;
@@ -40,22 +40,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The fp16 planes hi and (value - hi) 2^11 of values times `inverse`.
-__device__ inline void store_planes(const PruneTaskCuda& task, const float (&values)[kItems], int64_t index,
-                                    int64_t elements) {
-  const float inverse = *task.inverse;
-  __half* const high = static_cast<__half*>(task.matrix) + index;
-  __half* const low = static_cast<__half*>(task.low) + index;
-#pragma unroll
-  for (int j = 0; j < kItems; ++j) {
-    if (index + j >= elements) return;
-    const float value = values[j] * inverse;
-    high[j] = __float2half(value);
-    low[j] = __float2half((value - widened(high[j])) * 2048.0f);
-  }
-}
-
-// A thread has read all it overwrites: the matrices may be the tuned tensors.
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     prune_kernel(const __grid_constant__ MatrixView base, const __grid_constant__ Tasks tasks,
@@ -72,12 +56,6 @@ __global__ void __launch_bounds__(kThreads)
         select(rules, task.selection, values, slice, selected);
 #pragma unroll
         for (int j = 0; j < kItems; ++j) values[j] = selected[j] ? values[j] : Real{0};
-      }
-      if constexpr (sizeof(Real) == sizeof(float)) {
-        if (task.low != nullptr) {
-          store_planes(task, values, index, elements);
-          return;
-        }
       }
       store_four(values, static_cast<Real*>(task.matrix), index, elements);
     });
@@ -96,11 +74,10 @@ void launch_ties(const Queue& queue, const MatrixView& base, const Tasks& tasks,
   launch_kernel(queue, "tie_kernel", rules.slices, kThreads, 0, tie_kernel<Real>, base, tasks, rules, elements);
 }
 
-MatrixView base_or_none(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count) {
-  bool contiguous = base == nullptr || is_contiguous(*base);
+void check_contiguous(const MatrixView& base, const PruneTaskCuda* tasks, int64_t count) {
+  bool contiguous = is_contiguous(base);
   for (int64_t t = 0; t < count; ++t) contiguous = contiguous && is_contiguous(tasks[t].tuned);
   if (!contiguous) throw std::runtime_error("reweight_prune: the CUDA kernel reads contiguous tensors only");
-  return base != nullptr ? *base : MatrixView{nullptr, 0, 0, 0, tasks[0].tuned.type};
 }
 
 }  // namespace
@@ -110,17 +87,17 @@ int64_t reweight_prune_cuda_workspace(int64_t elements, int64_t selections) {
   return std::max(quotas, select_magnitudes_workspace());
 }
 
-void reweight_prune_select_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
+void reweight_prune_select_cuda(const MatrixView& base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
                                 const PruneSelections& selections, void* workspace, int device, void* stream) {
   if (count == 0) return;
-  const MatrixView origin = base_or_none(base, tasks, count);
+  check_contiguous(base, tasks, count);
   const DeviceGuard guard(device, kOp);
   const Queue queue{kOp, device, static_cast<cudaStream_t>(stream)};
   // Later launches reuse the workspace: they follow on the same stream.
   for (int64_t first = 0; first < count; first += kMaxSelections) {
     Magnitudes of{};
     KeepCounts keep{};
-    of.base = origin;
+    of.base = base;
     of.tensors = static_cast<int>(std::min<int64_t>(kMaxSelections, count - first));
     of.keeps = 1;
     of.in_float64 = in_float64;
@@ -135,11 +112,11 @@ void reweight_prune_select_cuda(const MatrixView* base, const PruneTaskCuda* tas
   }
 }
 
-void reweight_prune_apply_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
+void reweight_prune_apply_cuda(const MatrixView& base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
                                const PruneSelections& selections, int64_t selection_count, void* workspace, int device,
                                void* stream) {
   if (count == 0 || element_count(tasks[0].tuned) == 0) return;
-  const MatrixView origin = base_or_none(base, tasks, count);
+  check_contiguous(base, tasks, count);
   const DeviceGuard guard(device, kOp);
   const Queue queue{kOp, device, static_cast<cudaStream_t>(stream)};
   const TieRules rules{selections.threshold, selections.ties, selections.tied, static_cast<int*>(workspace),
@@ -154,11 +131,11 @@ void reweight_prune_apply_cuda(const MatrixView* base, const PruneTaskCuda* task
   };
   if (selection_count > 0) {
     for_batches([&](const Tasks& batch) {
-      (in_float64 ? launch_ties<double> : launch_ties<float>)(queue, origin, batch, rules);
+      (in_float64 ? launch_ties<double> : launch_ties<float>)(queue, base, batch, rules);
     });
     launch_kernel(queue, "quota_kernel", selection_count, kQuotaThreads, 0, quota_kernel, rules);
   }
-  for_batches([&](const Tasks& batch) { (in_float64 ? launch<double> : launch<float>)(queue, origin, batch, rules); });
+  for_batches([&](const Tasks& batch) { (in_float64 ? launch<double> : launch<float>)(queue, base, batch, rules); });
 }
 
 }  // namespace r_tsvm

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..dispatch import ORDER, explain, use_backend
+from ..dispatch import explain, ops, use_backend
 from .measure import Call, leaves, worst_error
 
 Role = Literal["ours", "reference", "torch", "peer"]
@@ -136,7 +136,7 @@ class Case:
 @contextmanager
 def all_on(backend: str, device_type: str) -> Iterator[None]:
     """Run every op on `backend`, where it has the op and can run, and on the reference elsewhere."""
-    choice = {op: backend if dict(explain(op, device_type)).get(backend) == backends.READY else "torch" for op in ORDER}
+    choice = {op: backend if dict(explain(op, device_type)).get(backend) == backends.READY else "torch" for op in ops()}
     with use_backend(**choice):
         yield
 

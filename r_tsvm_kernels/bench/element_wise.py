@@ -137,47 +137,6 @@ def _(inputs: Inputs) -> Case:
     )
 
 
-@benchmark("magnitude_select_many", "ops")
-def _(inputs: Inputs) -> Case:
-    tensors, keep = inputs.tuned, ops.kept_count(0.2, inputs.numel * inputs.tasks)
-
-    def exact() -> list[MagnitudeSelection]:
-        whole = torch.cat([tensor.double().flatten() for tensor in tensors])
-        found = ops.magnitude_select(whole, keep)
-        counts = [part.sum() for part in found.mask(whole).view(inputs.tasks, -1)]
-        above = [(tensor.abs() > found.threshold).sum() for tensor in whole.view(inputs.tasks, -1)]
-        return [MagnitudeSelection(found.threshold, n - more) for n, more in zip(counts, above, strict=True)]
-
-    return op_case(
-        inputs,
-        ["magnitude_histogram"],
-        lambda: ops.magnitude_select_many(lambda: tensors, keep),
-        exact,
-        3 * sum(tensor.nbytes for tensor in tensors),  # three passes, or a whole model would have to be in memory
-        values=_selection,
-    )
-
-
-@benchmark("magnitude_histogram", "ops")
-def _(inputs: Inputs) -> Case:
-    x, bits = inputs.tuned[0], 11
-
-    def exact() -> Tensor:
-        # Counted from magnitudes, not from patterns: digit d holds [edge d, edge d + 1).
-        edges = (torch.arange(1, 1 << bits, device=x.device) << (31 - bits)).int().view(torch.float32).double()
-        edges = torch.where(edges.isnan(), torch.inf, edges)
-        return torch.bincount(torch.bucketize(x.double().abs().flatten(), edges, right=True), minlength=1 << bits)
-
-    return op_case(
-        inputs,
-        ["magnitude_histogram"],
-        lambda: ops.magnitude_histogram(x, bits),
-        exact,
-        x.nbytes,
-        best=lambda: torch_best.histogram(x, bits),
-    )
-
-
 @benchmark("magnitude_ranks", "ops")
 def _(inputs: Inputs) -> Case:
     x = inputs.tuned[0]
@@ -266,42 +225,6 @@ def _(inputs: Inputs) -> Case:
         lambda: ops.reweight_prune(*inputs.exact, statistics, "clip", DENSITY),
         inputs.read_bytes + 4 * inputs.numel * inputs.tasks,
         best=lambda: torch_best.prune(base, tuned, statistics.theta, keep),
-    )
-
-
-@benchmark("reweight_prune_", "ops")
-def _(inputs: Inputs) -> Case:
-    """In place: with the copy that gives each run new data."""
-    fresh, deltas = inputs.deltas, [torch.empty_like(delta) for delta in inputs.deltas]
-    statistics = ops.task_statistics(torch.zeros_like(fresh[0]), fresh, SIGMA, EPS)
-    keep = ops.kept_count(DENSITY, inputs.numel)
-
-    def renewed() -> list[Tensor]:
-        return [delta.copy_(new) for delta, new in zip(deltas, fresh, strict=True)]
-
-    return op_case(
-        inputs,
-        ["reweight_prune_inplace"],
-        lambda: ops.reweight_prune_(renewed(), statistics, "clip", DENSITY),
-        lambda: ops.reweight_prune_([delta.double() for delta in fresh], statistics, "clip", DENSITY),
-        4 * 4 * inputs.numel * inputs.tasks,
-        best=lambda: [
-            torch_best.prune_(delta, theta, keep) for delta, theta in zip(renewed(), statistics.theta, strict=True)
-        ],
-    )
-
-
-@benchmark("reweight_prune_planes", "ops")
-def _(inputs: Inputs) -> Case:
-    base, tuned = inputs.base, inputs.tuned
-    statistics = ops.task_statistics(base, tuned, SIGMA, EPS)
-    return op_case(
-        inputs,
-        ["reweight_prune_planes"],
-        lambda: ops.reweight_prune_planes(base, tuned, statistics, "clip", DENSITY),
-        lambda: torch.stack(ops.reweight_prune(*inputs.exact, statistics, "clip", DENSITY)),
-        inputs.read_bytes + 4 * inputs.numel * inputs.tasks,
-        values=lambda result: [result.dense() if isinstance(result, ops.Planes) else result],
     )
 
 

@@ -60,19 +60,12 @@ def ranks(x: Tensor) -> Tensor:
 
 def prune(base: Tensor, tuned: Sequence[Tensor], theta: Tensor, keep: int) -> list[Tensor]:
     """Clip and prune task vectors, in place once they are formed."""
-    return [prune_(tensor.float() - base.float(), limit, keep) for tensor, limit in zip(tuned, theta, strict=True)]
-
-
-def prune_(delta: Tensor, theta: Tensor, keep: int) -> Tensor:
-    """Clip and prune a task vector in place."""
-    limit = theta.float()
-    delta = torch.clamp(delta, -limit, limit, out=delta)
-    return delta.masked_fill_(~select(delta, keep).mask(delta), 0)
-
-
-def histogram(x: Tensor, bits: int) -> Tensor:
-    """Count the leading bits of magnitudes."""
-    return torch.bincount((x.float().flatten().view(torch.int32) & 0x7FFFFFFF) >> (31 - bits), minlength=1 << bits)
+    pruned = []
+    for tensor, limit in zip(tuned, theta.float(), strict=True):
+        delta = tensor.float() - base.float()
+        delta = torch.clamp(delta, -limit, limit, out=delta)
+        pruned.append(delta.masked_fill_(~select(delta, keep).mask(delta), 0))
+    return pruned
 
 
 def _task_vector(base: Tensor, tuned: Tensor) -> Tensor:

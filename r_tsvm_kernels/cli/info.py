@@ -42,10 +42,10 @@ def _collect() -> dict[str, Any]:
         "backends": {name: backends.state(name) for name in ("cpu", "cuda", "triton", "torch")},
         "ops": {
             op: {device: [name for name, _ in dispatch.explain(op, device)] for device in order}
-            for op, order in dispatch.ORDER.items()
+            for op, order in ((op, found.order) for op, found in dispatch.ops().items())
         },
         "chosen": {
-            device: {op: dispatch.chosen(op, device) for op in dispatch.ORDER}
+            device: {op: dispatch.chosen(op, device) for op in dispatch.ops()}
             for device in ("cpu", *(["cuda"] if gpus else []))
         },
         "methods": {

@@ -7,15 +7,11 @@ from .elect_and_sum import Election, Sparsifier, elect_and_sum, normalized
 from .elect_and_sum.many import elect_and_sum_many
 from .elect_and_sum.ranked import RankedSparsifier, della_probabilities
 from .gemm3 import gemm3
-from .magnitude_histogram import magnitude_histogram
 from .magnitude_ranks import magnitude_ranks
 from .magnitude_select import MagnitudeSelection, kept_count, magnitude_select
-from .magnitude_select.many import magnitude_select_many
 from .random_mask import random_mask
 from .ranked_mask import ranked_mask
 from .reweight_prune import OutlierWeighting, outlier_weights, pruned_sparsity, reweight_prune
-from .reweight_prune_inplace import reweight_prune_
-from .reweight_prune_planes import reweight_prune_planes
 from .split_planes import split_planes
 from .symm_gram import symm_gram
 from .symm_square import symm_square
@@ -42,18 +38,14 @@ __all__ = [
     "elect_and_sum_many",
     "gemm3",
     "kept_count",
-    "magnitude_histogram",
     "magnitude_ranks",
     "magnitude_select",
-    "magnitude_select_many",
     "normalized",
     "outlier_weights",
     "pruned_sparsity",
     "random_mask",
     "ranked_mask",
     "reweight_prune",
-    "reweight_prune_",
-    "reweight_prune_planes",
     "split_planes",
     "symm_gram",
     "symm_square",

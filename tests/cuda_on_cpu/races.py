@@ -24,16 +24,11 @@ from variants import DTYPES
 
 from r_tsvm_kernels.ops import (
     Sparsifier,
-    add_update,
     elect_and_sum,
     kept_count,
-    magnitude_histogram,
     magnitude_ranks,
     magnitude_select,
-    random_mask,
     reweight_prune,
-    reweight_prune_,
-    reweight_prune_planes,
     task_statistics,
 )
 
@@ -61,15 +56,6 @@ def selected(*arguments, **options) -> bool:
     return all(same_bits(g.threshold, e.threshold) and same_bits(g.ties, e.ties) for g, e in zip(*pairs, strict=True))
 
 
-def pruned_in_place(deltas: list[torch.Tensor]) -> bool:
-    summary = task_statistics(torch.zeros_like(deltas[0]), deltas)
-    results = []
-    for backend in ("cuda", "torch"):
-        results.append([delta.clone() for delta in deltas])
-        reweight_prune_(results[-1], summary, "clip", 0.3, backend=backend)
-    return all(same_bits(g, e) for g, e in zip(*results, strict=True))
-
-
 def cases() -> Iterator[tuple[str, Callable[[], bool]]]:
     """Yield every kernel in every dtype: few elements, but more than a slice, a chunk, and the rows of all blocks."""
     for dtype in DTYPES:
@@ -80,13 +66,11 @@ def cases() -> Iterator[tuple[str, Callable[[], bool]]]:
         keep = [Sparsifier(largest=magnitude_select(delta, kept_count(0.4, 2100), backend="torch")) for delta in deltas]
         summary = task_statistics(base, tuned)
         yield f"task_statistics {name}", lambda b=base, t=tuned: statistics(b, t)
-        yield f"add_update {name}", lambda b=base, t=tuned: same(add_update, b, t[0], 0.3)
         for elect in ("none", "sum"):
             yield (
                 f"elect_and_sum {elect} {name}",
                 lambda b=base, t=tuned, k=keep, e=elect: same(elect_and_sum, b, t, [1.0, 0.5], elect=e, keep=k),
             )
-        yield f"magnitude_histogram {name}", lambda t=tuned: same(magnitude_histogram, t[0], 5)
         yield f"magnitude_select {name}", lambda t=tuned: selected(t[0], [5, 700])
         yield f"magnitude_ranks {name}", lambda t=tuned: same(magnitude_ranks, t[0].reshape(10, 210))
         yield (
@@ -97,12 +81,6 @@ def cases() -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "magnitude_select, many slices", lambda: selected(torch.randn(20_000), [700])
     yield "magnitude_select, many slices of 16 bits", lambda: selected(torch.randn(10_000).half(), [700])
     yield "magnitude_ranks in the workspace", lambda: same(magnitude_ranks, torch.randn(2, 4300).double())
-    yield "reweight_prune_", lambda: pruned_in_place([delta.float() for delta in deltas])
-    yield (
-        "reweight_prune_planes",
-        lambda: same(reweight_prune_planes, base.view(70, 30), [t.view(70, 30) for t in tuned], summary, "clip", 0.4),
-    )
-    yield "random_mask", lambda: same(random_mask, (2100,), 0.4, 7, 1)
 
 
 def run(begin: str = "") -> bool:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from r_tsvm_kernels import backends
-from r_tsvm_kernels.dispatch import ORDER, use_backend
+from r_tsvm_kernels.dispatch import ops, use_backend
 from r_tsvm_kernels.linalg.products import polar_express, purification, subspaces, turning
 
 N, TASKS = 96, 3
@@ -47,7 +47,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(purification, "_all", lambda done: False)  # below: so it is on a GPU
     monkeypatch.setattr(purification, "STEPS", dict.fromkeys(purification.STEPS, 4))  # each does the same
     for op in PRODUCTS:
-        monkeypatch.setitem(ORDER[op], "meta", ORDER[op]["cuda"])
+        order = ops()[op].order
+        monkeypatch.setitem(order, "meta", order["cuda"])
     with NoCopies():
         yield torch.device("meta")
 

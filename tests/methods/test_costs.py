@@ -12,7 +12,7 @@ from merging import tasks_of
 from safetensors.torch import save_file
 
 from r_tsvm_kernels import MergeConfig, backends, use_backend
-from r_tsvm_kernels.dispatch import ORDER, chosen
+from r_tsvm_kernels.dispatch import chosen, ops
 from r_tsvm_kernels.engine.scheduling import make_schedule
 from r_tsvm_kernels.methods import METHODS, TensorJob
 from r_tsvm_kernels.plan import make_plan
@@ -36,8 +36,8 @@ OPTIONS = {
 ELEMENT_WISE = sorted(name for name, method in METHODS.items() if not method.matrices_only)
 CHOICES = {
     "automatic": ({}, sorted(METHODS)),
-    "torch": (dict.fromkeys(ORDER, "torch"), sorted(METHODS)),
-    "torch but for sums": ({op: "torch" for op in ORDER if op != "elect_and_sum"}, ELEMENT_WISE),
+    "torch": (dict.fromkeys(ops(), "torch"), sorted(METHODS)),
+    "torch but for sums": ({op: "torch" for op in ops() if op != "elect_and_sum"}, ELEMENT_WISE),
 }
 
 PROGRAM = """

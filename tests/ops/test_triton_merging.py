@@ -19,9 +19,7 @@ from r_tsvm_kernels.ops import (
     della_probabilities,
     elect_and_sum,
     elect_and_sum_many,
-    magnitude_histogram,
     magnitude_ranks,
-    magnitude_select_many,
     random_mask,
     ranked_mask,
     task_gram,
@@ -47,40 +45,6 @@ def test_mask(numel, seed, stream):
 
 
 # --- magnitude_histogram and the selections made from it
-
-
-@every_mix
-@pytest.mark.parametrize("bits", [1, 4, 11])
-def test_histogram(mix, bits):
-    base, (x, _) = pair((301,), mix)
-    for options in ({}, {"base": base}):
-        for prefix_bits in (0, 9, 20):
-            for prefix in (0, 0b001111010, 2**prefix_bits - 1):
-                if prefix < 2**prefix_bits:
-                    options |= {"prefix": prefix, "prefix_bits": prefix_bits}
-                    got, expected = (magnitude_histogram(x, bits, backend=b, **options) for b in ("triton", "torch"))
-                    assert same_bits(got, expected), options
-
-
-@every_dtype
-def test_histogram_of_nasty_values(dtype):
-    for name, x in nasty(dtype):
-        got, expected = (magnitude_histogram(x, 11, backend=backend) for backend in ("triton", "torch"))
-        assert same_bits(got, expected), name
-    x = torch.tensor([1.0, math.inf, -math.inf, math.nan], dtype=dtype)
-    assert same_bits(magnitude_histogram(x[:3], 11, backend="triton"), magnitude_histogram(x[:3], 11, backend="torch"))
-    # Which NaN a narrower NaN is widened to is up to the processor: one with all bits of the exponent.
-    assert magnitude_histogram(x, 11, backend="triton")[-8:].sum() == 3
-    assert magnitude_histogram(x[:0], 3, backend="triton").tolist() == [0] * 8
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_selection_over_a_model(dtype):
-    tensors = [torch.randint(-3, 4, (140,)).to(dtype) / 8, torch.randn(9, 11), torch.zeros(3)]
-    for keep in (1, 100, 241):
-        got, expected = (magnitude_select_many(lambda: iter(tensors), keep, backend=b) for b in ("triton", "torch"))
-        for g, e in zip(got, expected, strict=True):
-            assert same_bits(g.threshold, e.threshold) and same_bits(g.ties, e.ties)
 
 
 # --- magnitude_ranks

@@ -12,7 +12,4 @@ namespace r_tsvm {
 // Uses at most `threads` threads, one for small masks.
 void random_mask_cpu(uint8_t* output, int64_t elements, const RandomMask& mask, int threads);
 
-// Queues the work on `stream` (a cudaStream_t) of `device` and returns.
-void random_mask_cuda(uint8_t* output, int64_t elements, const RandomMask& mask, int device, void* stream);
-
 }  // namespace r_tsvm

@@ -31,12 +31,10 @@ void reweight_prune_cpu(const MatrixView& base, const PruneTask* tasks, int64_t 
 // On CUDA pruning has two steps, between which the caller can refuse what is not finite.
 struct PruneTaskCuda {
   MatrixView tuned;
-  const double* theta;   // on the device; null clips nothing
-  int64_t keep;          // for the first step
-  void* matrix;          // for the second step; may be the memory of `tuned` if that has its type
-  int selection;         // for the second step: which of the selections is this task's; negative if it is not pruned
-  void* low;             // null, or: `matrix` and this become the fp16 planes of the float32 result times `inverse`
-  const float* inverse;  // on the device, a power of two
+  const double* theta;  // on the device; null clips nothing
+  int64_t keep;         // for the first step
+  void* matrix;         // for the second step
+  int selection;        // for the second step: which of the selections is this task's; negative if it is not pruned
 };
 
 // Arrays on the device.
@@ -50,13 +48,12 @@ struct PruneSelections {
 // Bytes of device memory, 8-byte aligned, that each step needs; the content does not matter.
 int64_t reweight_prune_cuda_workspace(int64_t elements, int64_t selections);
 
-// `base` may be null, which stands for zeros. The views must be contiguous, with elements. `in_float64`: whether
-// task vectors and matrices are float64 rather than float32; the tasks of one step may not show it. Both queue their
-// work on `stream` (a cudaStream_t) of `device` and return; neither waits for the device. The first step makes
-// selection i for task i.
-void reweight_prune_select_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
+// The views must be contiguous, with elements. `in_float64`: whether task vectors and matrices are float64 rather than
+// float32; the tasks of one step may not show it. Both queue their work on `stream` (a cudaStream_t) of `device` and
+// return; neither waits for the device. The first step makes selection i for task i.
+void reweight_prune_select_cuda(const MatrixView& base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
                                 const PruneSelections& selections, void* workspace, int device, void* stream);
-void reweight_prune_apply_cuda(const MatrixView* base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
+void reweight_prune_apply_cuda(const MatrixView& base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
                                const PruneSelections& selections, int64_t selection_count, void* workspace, int device,
                                void* stream);
 

@@ -62,6 +62,7 @@ class Sparsifier:
             raise ConfigError(f"elect_and_sum: with ranked, probability must be 1, got {self.probability}")
 
 
+@dispatch.op(cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"BLOCK": 128})
 def elect_and_sum(
     base: Tensor,
     tuned: Sequence[Tensor],

@@ -12,6 +12,7 @@ from ..elect_and_sum.ranked import check_probabilities, rank_thresholds
 from ..random_mask import check_random
 
 
+@dispatch.op(cpu=("cpu", "torch"), cuda=("torch", "triton"), small={"BLOCK": 128})
 def ranked_mask(
     x: Tensor,
     probabilities: Tensor,

@@ -15,7 +15,7 @@ from ..task_statistics import TaskStatistics
 
 
 def run(
-    base: Tensor, tuned: Sequence[Tensor], statistics: TaskStatistics, outlier_weighting: str, keep: Sequence[int]
+    base: Tensor, tuned: Sequence[Tensor], statistics: TaskStatistics, outlier_weighting: str, counts: Sequence[int]
 ) -> list[Tensor]:
     """See `reweight_prune`. Usually reads the inputs once; never stores a task vector but the results."""
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
@@ -25,7 +25,7 @@ def run(
     results = [torch.empty(base.shape, dtype=dtype) for _ in tuned]
     nonfinite = torch.zeros(len(tuned), dtype=torch.int64)
     outputs = [(result.data_ptr(), count.data_ptr()) for result, count in zip(results, nonfinite.unbind(), strict=True)]
-    tasks = [(*task, *output) for *task, output in zip(views, thetas, keep, outputs, strict=True)]
+    tasks = [(*task, *output) for *task, output in zip(views, thetas, counts, outputs, strict=True)]
     backends.native("cpu").reweight_prune(origin, tasks, torch.get_num_threads())
     for bad in nonfinite.tolist():
         if bad:

@@ -13,12 +13,12 @@ from ..task_statistics import TaskStatistics
 
 
 def run(
-    base: Tensor, tuned: Sequence[Tensor], statistics: TaskStatistics, outlier_weighting: str, keep: Sequence[int]
+    base: Tensor, tuned: Sequence[Tensor], statistics: TaskStatistics, outlier_weighting: str, counts: Sequence[int]
 ) -> list[Tensor]:
-    """See `reweight_prune`; `keep` holds the number of survivors of each task."""
+    """See `reweight_prune`; `counts` holds the number of survivors of each task."""
     dtype = accumulation_dtype(base, *tuned)
     pruned = []
-    for task, (weight, count) in enumerate(zip(tuned, keep, strict=True)):
+    for task, (weight, count) in enumerate(zip(tuned, counts, strict=True)):
         delta = weight.to(dtype) - base.to(dtype)
         if outlier_weighting == "clip":
             theta = statistics.theta[task].to(dtype)

@@ -1,0 +1,62 @@
+"""Every backend of an op as a parameter of its tests: on the CPU, in Triton's interpreter, emulated, on a GPU."""
+
+import os
+from fcntl import LOCK_EX, flock
+from importlib import import_module
+
+import emulated_cuda
+import pytest
+import torch
+
+from r_tsvm_kernels import backends
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """The name of a backend, set up to run: see `variants.every_backend`. On a GPU new tensors are made there."""
+    op, how = request.param
+    name, _, where = how.partition(" ")
+    if where == "interpreted":
+        for attribute, value in op.small.items():
+            monkeypatch.setattr(import_module(f"{op.__module__}.triton_kernel"), attribute, value)
+    elif where in emulated_cuda.ORDERS:
+        monkeypatch.setenv("CUDA_ON_CPU_ORDER", where)
+        emulated_cuda.install(request.getfixturevalue("emulated_module"), monkeypatch)
+    elif where == "device":
+        torch.set_default_device("cuda")
+        request.addfinalizer(lambda: torch.set_default_device(None))
+    return name
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory):
+    """The CUDA sources, built for the CPU once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda_on_cpu"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        flock(lock, LOCK_EX)
+        if not (folder / "_cuda.so").is_file():
+            emulated_cuda.build(folder)
+    return emulated_cuda.load(folder / "_cuda.so")
+
+
+def pytest_collection_modifyitems(items):
+    """The interpreter computes with NumPy, which warns about overflow and NaN."""
+    for item in items:
+        if "interpreted" in item.name:
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+
+
+if backends.triton_interpreter_state() == backends.READY:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # A third of the interpreter's time goes into patching the language anew for each call inside a kernel.
+    def patch_once(fn, patch=interpreter._patch_lang):
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
