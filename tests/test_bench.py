@@ -422,8 +422,8 @@ def test_the_suggested_dispatch_table():
         {
             "device": "cuda",
             "rows": [
-                row("random_mask", "cuda", 10.0), row("random_mask", "triton", 20.0),
-                row("random_mask", "reference", 1.0),
+                row("magnitude_ranks", "cuda", 10.0), row("magnitude_ranks", "triton", 20.0),
+                row("magnitude_ranks", "reference", 1.0),
                 row("elect_and_sum: sum", "cuda", 2.0), row("elect_and_sum: TIES", "cuda", 8.0),
                 row("elect_and_sum: sum", "triton", 9.0), row("elect_and_sum: TIES", "triton", 9.0, "wrong"),
                 row("elect_and_sum: sum", "reference", 1.0), row("elect_and_sum: TIES", "reference", 1.0),
@@ -432,7 +432,7 @@ def test_the_suggested_dispatch_table():
         }
     )  # fmt: skip
     order, times = suggested["order"], suggested["time_by_reference"]
-    assert order["random_mask"] == ["triton", "cuda", "torch"]
+    assert order["magnitude_ranks"] == ["triton", "cuda", "torch"]
     assert order["elect_and_sum"] == ["cuda", "torch"] and times["elect_and_sum"]["cuda"] == pytest.approx(1 / 4)
     assert order["reweight_prune"] == ["torch", "cuda"]
     assert order["gemm3"] == list(dispatch.ops()["gemm3"].order["cuda"])  # not measured
