@@ -17,16 +17,16 @@ from .methods import METHODS, Method, MethodParameters, Strict, get_method, near
 from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
 from .safe_yaml import load_yaml
-from .text import shortened
+from .text import dtype_name, shortened
 
 
-def _dtype_name(value: object) -> object:
+def _plain_dtype(value: object) -> object:
     """Turn ``torch.bfloat16``, as a dtype or as text, into ``bfloat16``."""
-    return str(value).removeprefix("torch.") if isinstance(value, str | torch.dtype) else value
+    return dtype_name(value) if isinstance(value, str | torch.dtype) else value
 
 
 _Name = Literal["float64", "float32", "float16", "bfloat16"]
-DTypeName = Annotated[_Name, BeforeValidator(_dtype_name)]
+DTypeName = Annotated[_Name, BeforeValidator(_plain_dtype)]
 DTYPES = get_args(_Name)
 TokenizerSource = Literal["base", "union"]
 
@@ -333,9 +333,9 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     Raises:
         ConfigError: it is none.
     """
-    if not isinstance(dtype, torch.dtype | str) or _dtype_name(dtype) not in DTYPES:
+    if not isinstance(dtype, torch.dtype | str) or dtype_name(dtype) not in DTYPES:
         raise ConfigError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
-    found: torch.dtype = getattr(torch, str(_dtype_name(dtype)))
+    found: torch.dtype = getattr(torch, dtype_name(dtype))
     return found
 
 

@@ -20,6 +20,7 @@ from .methods import METHODS, MergeResult, MethodParameters, TensorReport, mean_
 from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, task_statistics
 from .ops._checks import check_list, check_plain, is_finite
 from .quantised import differing_error, must_agree, same_values
+from .text import dtype_name
 
 _LOG = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ def treatment(
     if config.include and not _matches(name, config.include):
         return Treatment("base", "not among the included patterns", excluded=True)
     if not (dtype.is_floating_point or dtype.is_complex):
-        return Treatment("base", f"{str(dtype).removeprefix('torch.')} buffer")
+        return Treatment("base", f"{dtype_name(dtype)} buffer")
     if dtype not in FLOAT_DTYPES:
         advice = "exclude it, to keep the base's" if dtype.is_complex else "convert the checkpoint to bfloat16"
         raise DTypeError(f"{name or 'tensor'}: {dtype} cannot be merged; {advice}")
@@ -305,7 +306,7 @@ def _formed(base: Tensor, tuned: Sequence[Tensor | Factored], label: str) -> lis
     formed = [base_plus(base, model) if isinstance(model, Factored) else model for model in tuned]
     for index, model in enumerate(tuned):
         if isinstance(model, Factored) and not is_finite(formed[index]):
-            name = _dtype_name(formed[index].dtype)
+            name = dtype_name(formed[index].dtype)
             raise NonFiniteError(f"{label} of tuned[{index}]: the base plus its update overflows {name}")
     return formed
 
@@ -339,7 +340,7 @@ def _check_difference(base: Tensor, tuned: Tensor, bound: float, limit: float, l
     largest = max(float((after.to(dtype) - before.to(dtype)).abs().amax()) for before, after in pieces)
     if not largest <= limit:
         raise NonFiniteError(
-            f"{label}: differs from the base by {largest:.3g}, above the {limit:.3g} that {_dtype_name(dtype)} allows "
+            f"{label}: differs from the base by {largest:.3g}, above the {limit:.3g} that {dtype_name(dtype)} allows "
             "here; repair the checkpoint, scale it down or exclude the tensor"
             + (", or set dtype: float64" if dtype == torch.float32 else "")
         )
@@ -369,7 +370,7 @@ def stored(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
     if not is_finite(stored) and bool((stored.isinf() & weight.isfinite()).any()):
         largest = float(weight.where(weight.isfinite(), 0).abs().amax())
         raise NonFiniteError(
-            f"{label}: a value of magnitude {largest:.3g} does not fit {_dtype_name(dtype)}; "
+            f"{label}: a value of magnitude {largest:.3g} does not fit {dtype_name(dtype)}; "
             "choose a wider dtype or out_dtype, or a smaller alpha"
         )
     return stored
@@ -386,7 +387,7 @@ def check_options(options: MethodParameters, dtype: torch.dtype, label: str) -> 
         for number in value if isinstance(value, tuple) else (value,):
             if abs(number) > torch.finfo(dtype).max:
                 raise ConfigError(
-                    f"{label}: {name} is {number:g}, beyond {_dtype_name(dtype)}, in which the tensor is merged; "
+                    f"{label}: {name} is {number:g}, beyond {dtype_name(dtype)}, in which the tensor is merged; "
                     "choose a smaller one"
                 )
 
@@ -397,7 +398,7 @@ def _overflow(weight: Tensor, options: MethodParameters, label: str) -> str:
     factors = ", ".join(f"{name} {value}" for name, value in given.items())
     return (
         f"{label}: {int(weight.numel() - weight.isfinite().sum())} of {weight.numel()} merged values are NaN or "
-        f"infinite: the merge overflows {_dtype_name(weight.dtype)} ({factors}); choose smaller factors, exclude the "
+        f"infinite: the merge overflows {dtype_name(weight.dtype)} ({factors}); choose smaller factors, exclude the "
         "tensor, or set dtype: float64"
     )
 
@@ -427,10 +428,6 @@ def _named(label: str) -> Iterator[None]:
         if label in str(error):
             raise
         raise type(error)(f"{label}: {error}") from error
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantisedRefusedError
+from .text import dtype_name
 
 # Files that quantisers write beside the weights, in lower case.
 QUANTISATION_FILES = (
@@ -190,4 +191,4 @@ def _is_float8(dtype: torch.dtype) -> bool:
 
 def _described(tensor: Described) -> str:
     """Return dtype and shape, as in ``int32 of 16 x 2``."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} of {' x '.join(map(str, tensor.shape))}"
+    return f"{dtype_name(tensor.dtype)} of {' x '.join(map(str, tensor.shape))}"

@@ -20,6 +20,7 @@ from .ops import FLOAT_DTYPES
 from .ops._checks import check_list
 from .parameters import layer_positions
 from .quantised import refuse_quantised
+from .text import dtype_name
 from .tied import same_memory, tied_names
 
 _LOG = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def merge_state_dicts(
     """
     config = as_config(config, parameters)
     if out_dtype is not None:
-        config = config.model_copy(update={"out_dtype": str(as_dtype(out_dtype)).removeprefix("torch.")})
+        config = config.model_copy(update={"out_dtype": dtype_name(as_dtype(out_dtype))})
     check_list(tuned, "state dicts or modules", "tuned")
     models = [_state_dict(given, f"tuned[{index}]") for index, given in enumerate(tuned)]
     start = _state_dict(base_or_first(base, models, config), "the base")

@@ -29,6 +29,16 @@ def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode()
 
 
+def dtype_name(dtype: object) -> str:
+    """Return ``bfloat16`` for `torch.bfloat16`, or for a text that names it.
+
+    Example:
+        >>> dtype_name("torch.bfloat16")
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def shortened(value: object) -> str:
     """Return the `repr` of a value, at most 80 characters of it."""
     text = repr(value)
@@ -37,7 +47,7 @@ def shortened(value: object) -> str:
 
 def kind_of(tensor: Any) -> str:
     """Return the shape and dtype of a tensor, such as ``512x512 float32``; of a scalar the dtype alone."""
-    return " ".join(filter(None, ["x".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")]))
+    return " ".join(filter(None, ["x".join(map(str, tensor.shape)), dtype_name(tensor.dtype)]))
 
 
 def listed(ranks: Sequence[int]) -> str:

@@ -21,11 +21,15 @@ from r_tsvm_kernels import (
     MergeConfig,
     MergeResult,
     TensorReport,
+    Verification,
     errors,
+    extract_lora,
     merge_checkpoints,
+    merge_lora,
     merge_models,
     merge_state_dicts,
     merge_tensors,
+    verify_output,
 )
 
 FIRST_CALLS = """
@@ -249,7 +253,7 @@ def test_results_are_shown_in_one_line():
         "MergeResult(scalar int64, ties, the base's value (int64 buffer))"
     )
     assert repr(TensorReport(method="rtsvm", shape=(9, 9), ranks=[1, 2] * 5, seconds=1.0)) == (
-        "TensorReport(9x9, rtsvm, ranks 1 to 2, 1 s)"
+        "TensorReport(9x9, rtsvm, 10 ranks from 1 to 2, 1 s)"
     )
     assert repr(MergeResult(torch.ones(2), TensorReport(shape=(2,)))) == "MergeResult(2 float32)"
     named = {"w": base, "b": base[0]}, [{"w": tensor, "b": tensor[0]} for tensor in tuned]
@@ -272,3 +276,22 @@ def test_the_root_shows_public_names_only():
     assert set(shown) == {*r_tsvm_kernels.__all__, "__version__"}
     classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
     assert classes <= set(shown)
+
+
+def test_results_on_disk_are_shown_in_one_line(tmp_path):
+    (base, *tuned), tensors, _ = family(tmp_path / "in")
+    config = MergeConfig("tsvm", base_model=base, models=tuned)
+    result = merge_checkpoints(config, tmp_path / "out")
+    summary = f"{len(tensors)} tensors, tsvm, "
+    assert repr(result).startswith(f"CheckpointResult({summary}") and repr(result).count("\n") == 0
+    assert str(tmp_path / "out") in repr(result) and len(repr(result)) < 200 + len(str(tmp_path))
+    assert repr(verify_output(tmp_path / "out")) == f"Verification({len(tensors)} tensors, ok)"
+    assert repr(Verification(3, missing=["a"], changed=["b", "c"])) == "Verification(3 tensors, 1 missing, 2 changed)"
+    adapter = extract_lora(base, tuned[0], tmp_path / "lora", rank=2, out_dtype=torch.bfloat16)
+    assert repr(adapter).startswith(f"AdapterResult({len(adapter.modules)} modules, ")
+    assert {t.dtype for t in load_file(adapter.path / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    with pytest.raises(ConfigError, match="adapters: expected a list of folders or ids"):
+        merge_lora(adapter.path, tmp_path / "merged")
+    with pytest.raises(ConfigError, match=r"expected a dtype among float64, .*, got 'half'"):
+        merge_lora([adapter.path], tmp_path / "merged", out_dtype="half")
+    assert merge_lora([adapter.path, adapter.path], tmp_path / "merged", weight=0.5).modules.keys()

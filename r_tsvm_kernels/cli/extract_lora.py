@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             fan_in_fan_out=arguments.fan_in_fan_out,
             include=arguments.include,
             exclude=arguments.exclude,
-            dtype=arguments.out_dtype,
+            out_dtype=arguments.out_dtype,
             device=arguments.device,
             progress=show,
         )

@@ -44,10 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.adapter,
             arguments.out,
             method=arguments.method,
-            weights=arguments.weight,
+            weight=arguments.weight or 1.0,
             rank=arguments.rank,
             energy=arguments.energy,
-            dtype=arguments.out_dtype,
+            out_dtype=arguments.out_dtype,
             device=arguments.device,
             progress=show,
         )

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.out,
             rank=arguments.rank,
             energy=arguments.energy,
-            dtype=arguments.out_dtype,
+            out_dtype=arguments.out_dtype,
             device=arguments.device,
             progress=show,
         )

@@ -16,11 +16,11 @@ import torch
 from ..checkpoint import ShardLayout
 from ..errors import JournalError, OutputUnfinishedError, ResumeRefusedError, RtsvmError
 from ..plan import MergePlan
+from ..text import dtype_name
 from .fingerprint import difference, fingerprint
 from .journal import Finished, Journal, as_report
 from .output import Stage, writing
 from .shards import Shards, layouts
-from .tiles import dtype_name
 
 # Finished tensors are put on disk together: so many bytes of them, or after so many seconds.
 COMMIT_BYTES = 256 << 20

@@ -15,6 +15,7 @@ from ..files import write_text
 from ..methods import TensorReport
 from ..plan import make_plan
 from ..sizes import parse_size
+from ..state_dicts import summary
 from .job import MergeJob, open_job
 from .journal import as_report
 from .local import run_local
@@ -43,7 +44,7 @@ class Progress:
     bytes_total: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckpointResult:
     """A finished merge of checkpoints.
 
@@ -60,6 +61,9 @@ class CheckpointResult:
     reports: dict[str, TensorReport]
     resumed: int
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"CheckpointResult({summary(self.reports)}, {self.path}, {self.seconds:.3g} s)"
 
 
 def merge_checkpoints(

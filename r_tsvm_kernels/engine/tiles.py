@@ -22,6 +22,7 @@ from ..merge import base_plus, merge_tensors, stored
 from ..methods import MergeResult, TensorReport, timed
 from ..plan import MergePlan
 from ..quantised import differing_error, must_agree, same_values
+from ..text import dtype_name
 from .journal import Finished
 from .scheduling import TensorSchedule
 from .shards import Shards
@@ -181,11 +182,6 @@ class Assembly:
             inputs=tuple(inputs),
             report=asdict(self._report),
         )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``bfloat16`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_tables(plan: MergePlan) -> None:

@@ -10,14 +10,15 @@ from ..checkpoint import Checkpoint, Checksum, settle_copies
 from ..files import usable_path
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter
+from ..text import dtype_name
 from .journal import as_report, read_journal
 from .output import journal_path
-from .tiles import dtype_name, update_checksum
+from .tiles import update_checksum
 
 _PIECE_BYTES = 64 << 20
 
 
-@dataclass
+@dataclass(repr=False)
 class Verification:
     """What a check of an output found; every list is empty if all is well.
 
@@ -39,6 +40,11 @@ class Verification:
     def ok(self) -> bool:
         """Whether everything is as the journal says."""
         return not (self.missing or self.extra or self.changed or self.inputs_changed)
+
+    def __repr__(self) -> str:
+        kinds = {key: len(getattr(self, key)) for key in ("missing", "extra", "changed", "inputs_changed")}
+        bad = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        return f"Verification({self.tensors} tensors, {bad or 'ok'})"
 
 
 def verify_output(

@@ -20,6 +20,7 @@ from ..files import write_json
 from ..linalg import Factored
 from ..ops import FLOAT_DTYPES, check_finite
 from ..ops._checks import is_finite
+from ..text import dtype_name
 from .adapter_config import CONFIG_FILE, make_config, read_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -288,7 +289,7 @@ def stored_factors(module: str, matrix: Factored, dtype: torch.dtype, *, embeddi
     }
     if not all(map(is_finite, stored.values())):
         raise NonFiniteError(
-            f"{module}: the factors of the update do not fit {str(dtype).removeprefix('torch.')}; "
+            f"{module}: the factors of the update do not fit {dtype_name(dtype)}; "
             "choose a wider dtype or smaller weights"
         )
     return stored

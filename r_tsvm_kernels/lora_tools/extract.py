@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..config import DTypeName, MergeConfig, ModelEntry
+from ..config import MergeConfig, ModelEntry, as_dtype
 from ..engine import Progress, choose_device
 from ..engine.tiles import check_copies
 from ..errors import ConfigError, NonFiniteError
@@ -21,6 +21,7 @@ from ..lora import from_triplets, is_head, rank_of, transposed
 from ..lora.adapted_model import AdaptedModel
 from ..ops._checks import is_finite
 from ..plan import MergePlan, TensorPlan, make_plan
+from ..text import dtype_name
 from .output import AdapterResult, LeftOut, ModuleReport, adapter_output, finish
 
 # mergekit-extract-lora's default.
@@ -38,8 +39,8 @@ _PIECE_BYTES = 64 << 20
 
 
 def extract_lora(
-    base: str,
-    model: str,
+    base: str | Path,
+    model: str | Path,
     out: str | Path,
     *,
     rank: int | None = None,
@@ -49,7 +50,7 @@ def extract_lora(
     fan_in_fan_out: bool | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    dtype: DTypeName = "float32",
+    out_dtype: torch.dtype | str = "float32",
     device: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> AdapterResult:
@@ -68,7 +69,7 @@ def extract_lora(
         fan_in_fan_out: weights are stored (in, out); None decides by the base's ``model_type``.
         include: patterns (with ``*``) of tensor names to adapt; empty means all.
         exclude: patterns of tensor names not to adapt.
-        dtype: of the factors.
+        out_dtype: dtype of the factors, a `torch.dtype` or its name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         progress: called after each tensor.
 
@@ -79,7 +80,8 @@ def extract_lora(
             not fit together; or they are equal.
         DiskFullError: there is no room for the output.
     """
-    start, target = time.perf_counter(), choose_device(device)
+    start, target, dtype = time.perf_counter(), choose_device(device), as_dtype(out_dtype)
+    base, model = str(base), str(model)
     rank_of((1, 1), rank, energy, noise)  # refuses what is out of range before anything is read
     if rank is None and energy is None and not noise:
         rank = DEFAULT_RANK
@@ -122,7 +124,14 @@ def extract_lora(
         architectures = plan.base.config.get("architectures") or [""]
         task_type = "CAUSAL_LM" if str(architectures[0]).endswith("ForCausalLM") else None
         output.writer.finish(base=base, task_type=task_type, fan_in_fan_out=fan_in_fan_out)
-        request = {"base": base, "model": model, "rank": rank, "energy": energy, "noise": noise, "dtype": dtype}
+        request = {
+            "base": base,
+            "model": model,
+            "rank": rank,
+            "energy": energy,
+            "noise": noise,
+            "out_dtype": dtype_name(dtype),
+        }
         return finish(output, Path(out), "extract-lora", request, start)
 
 

@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..config import DTypeName
+import torch
+
+from ..config import as_dtype
 from ..engine import Progress, choose_device
 from ..errors import ConfigError
 from ..linalg import fixed_rank, merge_factored, weighted_sum
 from ..lora import Adapter, common_modules, rank_of
 from ..ops import normalized
 from ..ops._checks import numbers_of
+from ..text import dtype_name
 from .output import AdapterResult, adapter_output, finish, finish_like
 from .resize import bytes_per_module, cut
 
@@ -21,14 +24,14 @@ AdapterMethod = Literal["tsvm", "linear", "task_arithmetic"]
 
 
 def merge_lora(
-    adapters: Sequence[str],
+    adapters: Sequence[str | Path],
     out: str | Path,
     *,
     method: AdapterMethod = "tsvm",
-    weights: Sequence[float] | float | None = None,
+    weight: Sequence[float] | float = 1.0,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: DTypeName = "float32",
+    out_dtype: torch.dtype | str = "float32",
     device: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> AdapterResult:
@@ -41,10 +44,10 @@ def merge_lora(
         out: a folder that does not exist yet or is empty.
         method: ``tsvm`` (TSV-Merge of the updates), ``linear`` (weighted average: the weights are divided by their
             sum) or ``task_arithmetic`` (weighted sum).
-        weights: one per adapter, or one for all; None means 1.
+        weight: one number per adapter, or one for all.
         rank: largest rank of the merged updates; None keeps them exactly, at most at the sum of the ranks.
         energy: per module the smallest rank that holds this share of the merged update's squared Frobenius norm.
-        dtype: of the factors.
+        out_dtype: dtype of the factors, a `torch.dtype` or its name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         progress: called after each module.
 
@@ -57,8 +60,10 @@ def merge_lora(
         NonFiniteError, ConvergenceError: the values cannot be merged.
         DiskFullError: there is no room for the output.
     """
-    start, target = time.perf_counter(), choose_device(device)
-    factors = numbers_of(1.0 if weights is None else weights, len(adapters), "merge_lora: weights")
+    start, target, dtype = time.perf_counter(), choose_device(device), as_dtype(out_dtype)
+    if isinstance(adapters, str | Path):
+        raise ConfigError(f"adapters: expected a list of folders or ids, got {str(adapters)!r}; put it in a list")
+    factors = numbers_of(weight, len(adapters), "merge_lora: weight")
     if method not in get_args(AdapterMethod):
         raise ConfigError(f"method must be one of {', '.join(get_args(AdapterMethod))}, got {method!r}")
     if not adapters:
@@ -66,7 +71,7 @@ def merge_lora(
     rank_of((1, 1), rank, energy)
     if method == "linear":
         factors = normalized(factors)
-    sources = [Adapter(adapter) for adapter in adapters]
+    sources = [Adapter(str(adapter)) for adapter in adapters]
     names = common_modules(sources)
     with adapter_output(out, dtype, bytes_per_module(sources), progress) as output:
         for name in names:
@@ -83,6 +88,6 @@ def merge_lora(
             output.modules[name] = report
             output.done(name)
         finish_like(output, sources)
-        request = {"adapters": list(adapters), "method": method, "weights": factors, "rank": rank, "energy": energy,
-                   "dtype": dtype}  # fmt: skip
+        request = {"adapters": list(map(str, adapters)), "method": method, "weight": factors, "rank": rank,
+                   "energy": energy, "out_dtype": dtype_name(dtype)}  # fmt: skip
         return finish(output, Path(out), "merge-lora", request, start)

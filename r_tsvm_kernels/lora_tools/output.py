@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import DTypeName
 from ..engine import Progress
 from ..engine.output import is_single_file, locked_stage, writing
 from ..errors import ConfigError, OutputUnfinishedError
@@ -62,7 +61,7 @@ class LeftOut:
     norm: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdapterResult:
     """A finished adapter.
 
@@ -84,6 +83,10 @@ class AdapterResult:
     def captured_energy(self) -> float:
         """Share of the squared norm of the whole change, of what was left out too, that the adapter holds."""
         return _captured(self.modules, self.left_out)
+
+    def __repr__(self) -> str:
+        held = f"{len(self.modules)} modules, {100 * self.captured_energy:.4g} % of the energy"
+        return f"AdapterResult({held}, {self.path}, {self.seconds:.3g} s)"
 
 
 @dataclass
@@ -107,7 +110,7 @@ class AdapterOutput:
 
 @contextmanager
 def adapter_output(
-    out: str | Path, dtype: DTypeName, sizes: dict[str, int], progress: Callable[[Progress], None] | None
+    out: str | Path, dtype: torch.dtype, sizes: dict[str, int], progress: Callable[[Progress], None] | None
 ) -> Iterator[AdapterOutput]:
     """Yield an adapter that grows beside `out`, and move it there at the end; nothing stays if it fails."""
     out = Path(out)
@@ -121,7 +124,7 @@ def adapter_output(
         try:
             with writing(out):
                 stage.folder.mkdir()
-                with AdapterWriter(stage.folder, getattr(torch, dtype)) as writer:
+                with AdapterWriter(stage.folder, dtype) as writer:
                     yield AdapterOutput(writer, sizes, progress)
                 stage.publish()
         finally:

@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 
-from ..config import DTypeName
+from ..config import as_dtype
 from ..engine import Progress, choose_device
 from ..errors import ConfigError
 from ..linalg import Factored
 from ..lora import Adapter, rank_of, truncated
+from ..text import dtype_name
 from .output import AdapterResult, ModuleReport, adapter_output, finish, finish_like
 
 
 def resize_lora(
-    adapter: str,
+    adapter: str | Path,
     out: str | Path,
     *,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: DTypeName = "float32",
+    out_dtype: torch.dtype | str = "float32",
     device: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> AdapterResult:
@@ -35,18 +36,18 @@ def resize_lora(
         out: a folder that does not exist yet or is empty.
         rank: largest rank; None means no limit.
         energy: per module the smallest rank that holds this share of the update's squared Frobenius norm.
-        dtype: of the factors.
+        out_dtype: dtype of the factors, a `torch.dtype` or its name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         progress: called after each module.
 
     Raises:
         ConfigError, DeviceError, CheckpointError, NonFiniteError, ConvergenceError, DiskFullError: as `merge_lora`.
     """
-    start, target = time.perf_counter(), choose_device(device)
+    start, target, dtype = time.perf_counter(), choose_device(device), as_dtype(out_dtype)
     if rank is None and energy is None:
         raise ConfigError("say how far to cut: a rank, or a share of the energy")
     rank_of((1, 1), rank, energy)
-    source = Adapter(adapter)
+    source = Adapter(str(adapter))
     with adapter_output(out, dtype, bytes_per_module([source]), progress) as output:
         for name, module in source.modules.items():
             update, report = cut(source.load(name, target), rank, energy)
@@ -54,7 +55,7 @@ def resize_lora(
             output.modules[name] = report
             output.done(name)
         finish_like(output, [source])
-        request = {"adapter": adapter, "rank": rank, "energy": energy, "dtype": dtype}
+        request = {"adapter": str(adapter), "rank": rank, "energy": energy, "out_dtype": dtype_name(dtype)}
         return finish(output, Path(out), "resize-lora", request, start)
 
 

@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..linalg import Certificate, Factored
 from ..ops import accumulation_dtype
 from ..ops._checks import plain_values
-from ..text import shortened
+from ..text import dtype_name, listed, shortened
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Number = TypeVar("Number")
@@ -123,10 +123,7 @@ def shown(report: TensorReport) -> str:
     if report.treatment != "merge":
         words = {"mean": "mean task vector", "base": "the base's value"}[report.treatment]
         parts.append(f"{words} ({report.reason})")
-    if len(report.ranks) > 8:
-        parts.append(f"ranks {min(report.ranks)} to {max(report.ranks)}")
-    elif report.ranks:
-        parts.append("ranks " + "/".join(map(str, report.ranks)))
+    parts += [listed(report.ranks)] if report.ranks else []
     if report.certificate is not None:
         parts.append(f"error {report.certificate.error:.1g} {'ok' if report.certificate.met else 'NOT met'}")
     return ", ".join(part for part in parts if part)
@@ -200,7 +197,7 @@ class MergeResult:
 
     def __repr__(self) -> str:
         shape, _, rest = shown(self.report).partition(", ")
-        form = f"{shape} {str(self.weight.dtype).removeprefix('torch.')}"
+        form = f"{shape} {dtype_name(self.weight.dtype)}"
         return f"MergeResult({', '.join(part for part in (form, rest) if part)})"
 
 

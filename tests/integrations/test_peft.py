@@ -129,7 +129,7 @@ def test_linear_combines_the_factors_as_peft_does(tmp_path):
 
 def test_tsvm_is_that_of_merge_lora(tmp_path, folders):
     found = updates_of(tmp_path, *combine_adapters(*opened(folders), [1.0, 0.5, 2.0], "tsvm", rank=4))
-    merge_lora([str(f) for f in folders], tmp_path / "out", weights=[1.0, 0.5, 2.0], rank=4)
+    merge_lora([str(f) for f in folders], tmp_path / "out", weight=[1.0, 0.5, 2.0], rank=4)
     for module, expected in dense_updates(tmp_path / "out").items():
         assert relative_error(found[module], expected) < 1e-6
 

@@ -125,7 +125,7 @@ def test_weights_stored_in_out(models):
 
 def test_config(models):
     folder, _ = models
-    extract(folder, rank=4, dtype="bfloat16")
+    extract(folder, rank=4, out_dtype="bfloat16")
     config = json.loads((folder / "out" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM" and config["base_model_name_or_path"] == str(folder / "base")
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (4, 4, {})

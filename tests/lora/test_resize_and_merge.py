@@ -69,10 +69,10 @@ def test_resizing_keeps_embeddings_and_orientation(tmp_path):
         assert relative_error(after.task_matrix(module).dense(), source.task_matrix(module).dense()) < 1e-6
 
 
-@pytest.mark.parametrize("weights", [None, [0.5, -1.0, 2.0]], ids=str)
+@pytest.mark.parametrize("weights", [1.0, [0.5, -1.0, 2.0]], ids=str)
 def test_tsvm_equals_the_dense_merge(tmp_path, weights):
     sources = [random_adapter(tmp_path / f"a{i}", i, rank=3 + i, use_rslora=i == 1) for i in range(3)]
-    result = merge_lora([str(source) for source in sources], tmp_path / "out", weights=weights)
+    result = merge_lora([str(source) for source in sources], tmp_path / "out", weight=weights)
     after = dense_updates(tmp_path / "out")
     dense = [dense_updates(source) for source in sources]
     for module, shape in SHAPES.items():
@@ -88,7 +88,7 @@ def test_tsvm_equals_the_dense_merge(tmp_path, weights):
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_sums_equal_the_dense_ones(tmp_path, method):
     sources = [random_adapter(tmp_path / f"a{i}", i, rank=3 + i) for i in range(2)]
-    merge_lora([str(source) for source in sources], tmp_path / "out", method=method, weights=[3.0, 2.0])
+    merge_lora([str(source) for source in sources], tmp_path / "out", method=method, weight=[3.0, 2.0])
     dense, after = [dense_updates(source) for source in sources], dense_updates(tmp_path / "out")
     for module in SHAPES:
         expected = (3 * dense[0][module] + 2 * dense[1][module]) / (5 if method == "linear" else 1)
@@ -138,7 +138,7 @@ def test_weights_of_the_base_beside_an_embedding_are_kept(tmp_path):
     modules = {"embed": factors((6, 30), 4, 0), "q": factors((9, 6), 4, 1)}
     stored = {"base_model.model.embed.base_layer.weight": torch.randn(30, 6)}
     paths = [str(save_adapter(tmp_path / name, modules, tensors=stored)) for name in "ab"]
-    merge_lora(paths, tmp_path / "out", dtype="bfloat16", rank=1)
+    merge_lora(paths, tmp_path / "out", out_dtype="bfloat16", rank=1)
     after = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert torch.equal(*stored.values(), after["base_model.model.embed.base_layer.weight"])
     assert Adapter(tmp_path / "out").base_layers == ["embed"]
@@ -160,8 +160,8 @@ def test_what_is_refused(tmp_path):
         merge_lora([first, other], out)
     with pytest.raises(ShapeError, match="stores it in another way"):
         merge_lora([first, turned], out)
-    with pytest.raises(ConfigError, match="weights: 1 tasks but 2 numbers"):
-        merge_lora([first], out, weights=[1.0, 2.0])
+    with pytest.raises(ConfigError, match="weight: 1 tasks but 2 numbers"):
+        merge_lora([first], out, weight=[1.0, 2.0])
     with pytest.raises(ConfigError, match="method must be one of"):
         merge_lora([first], out, method="ties")
     with pytest.raises(ConfigError, match="how far to cut"):
@@ -194,14 +194,14 @@ def test_commands(tmp_path, capsys):
 
 def test_weights_of_numpy_one_for_all_and_not_finite(tmp_path):
     sources = [str(random_adapter(tmp_path / name, seed)) for seed, name in enumerate("ab")]
-    merge_lora(sources, tmp_path / "lists", method="task_arithmetic", weights=[2.0, 2.0])
+    merge_lora(sources, tmp_path / "lists", method="task_arithmetic", weight=[2.0, 2.0])
     for index, twos in enumerate((2, np.array([2, 2]), torch.tensor([2.0, 2.0]))):
-        merge_lora(sources, tmp_path / f"{index}", method="task_arithmetic", weights=twos)
+        merge_lora(sources, tmp_path / f"{index}", method="task_arithmetic", weight=twos)
         for module, update in dense_updates(tmp_path / f"{index}").items():
             assert torch.equal(update, dense_updates(tmp_path / "lists")[module])
     for bad in ([math.nan, 1.0], np.array([math.inf, 1.0]), [1.0], "ab"):
-        with pytest.raises(ConfigError, match="merge_lora: weights"):
-            merge_lora(sources, tmp_path / "out", weights=bad)
+        with pytest.raises(ConfigError, match="merge_lora: weight"):
+            merge_lora(sources, tmp_path / "out", weight=bad)
     assert not (tmp_path / "out").exists()
 
 
@@ -210,9 +210,9 @@ def test_updates_that_fit_no_dtype_are_refused(tmp_path, method):
     source = random_adapter(tmp_path / "a", 0)
     large = save_adapter(tmp_path / "large", {"up": tuple(1e6 * factor for factor in factors((12, 8), 4, 0))})
     with pytest.raises(NonFiniteError, match="up: the factors of the update do not fit float16"):
-        merge_lora([str(large)], tmp_path / "out", method=method, dtype="float16")
+        merge_lora([str(large)], tmp_path / "out", method=method, out_dtype="float16")
     with pytest.raises(NonFiniteError, match="up: the factors of the update do not fit float16"):
-        resize_lora(str(large), tmp_path / "out", rank=2, dtype="float16")
+        resize_lora(str(large), tmp_path / "out", rank=2, out_dtype="float16")
     assert not (tmp_path / "out").exists()
     config = tmp_path / "a" / "adapter_config.json"
     for key, value in (("lora_alpha", math.nan), ("alpha_pattern", {"up": math.inf})):
