@@ -25,6 +25,11 @@ def _plain_dtype(value: object) -> object:
     return dtype_name(value) if isinstance(value, str | torch.dtype) else value
 
 
+def _plain_path(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+PathText = Annotated[str, BeforeValidator(_plain_path)]
 _Name = Literal["float64", "float32", "float16", "bfloat16"]
 DTypeName = Annotated[_Name, BeforeValidator(_plain_dtype)]
 DTYPES = get_args(_Name)
@@ -52,7 +57,7 @@ class ModelEntry(Strict):
         ModelEntry(model='org/code', parameters={'weight': 0.5})
     """
 
-    model: str | None = None
+    model: PathText | None = None
     parameters: dict[str, Any] = Field(default={})
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
@@ -65,7 +70,7 @@ def _entries(models: Any) -> Any:
     """Accept the path of a model in place of an entry."""
     if not isinstance(models, list | tuple):
         return models
-    return tuple({"model": str(entry)} if isinstance(entry, str | Path) else entry for entry in models)
+    return tuple({"model": entry} if isinstance(entry, str | Path) else entry for entry in models)
 
 
 class MergeConfig(Strict):
@@ -108,7 +113,7 @@ class MergeConfig(Strict):
     """
 
     merge_method: str = "rtsvm"
-    base_model: str | None = None
+    base_model: PathText | None = None
     models: Annotated[tuple[ModelEntry, ...], BeforeValidator(_entries)] = ()
     parameters: dict[str, Any] = Field(default={})
     dtype: DTypeName | None = None
