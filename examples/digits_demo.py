@@ -1,16 +1,15 @@
-"""Merge three fine-tuned models into one, for real, in about half a minute and without the network.
+"""Train a base and three experts, merge the experts with four methods, and compare the results; no network needed.
 
-A small residual MLP learns to read the 8x8 handwritten digits that come with scikit-learn. Three copies of it are
-then fine-tuned, each on digits transformed in its own way: rotated by 90 degrees, mirrored, or in negative. Each
-expert is good at its own task and poor at the other two. The command line of r_tsvm_kernels merges the three experts
-with four methods, and a table compares the merged models on digits that no model was trained on.
+A small residual MLP learns to read the 8x8 handwritten digits that come with scikit-learn. Three copies of it are then
+fine-tuned on transformed digits: rotated by 90 degrees, mirrored, or negative. Each expert is good at its own task and
+poor at the other two. `rtsvm merge` merges them, and a table compares all models on digits that none was trained on.
 
-    python examples/digits_demo.py            # about half a minute on two CPU cores
-    python examples/digits_demo.py --quick    # far less training, for tests; most of the time is spent importing torch
+    python examples/digits_demo.py            # less than a minute on two CPU cores
+    python examples/digits_demo.py --quick    # far less training, for tests; importing torch takes most of the time
 
-The figures of the table are also written to results.json, beside the models.
+Also writes the figures of the table to results.json, beside the models.
 
-Needs scikit-learn: pip install "r-tsvm-kernels[demo]".
+Needs scikit-learn: pip install ".[demo]".
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from r_tsvm_kernels.bench.record import provenance
 MARKER = "made_by_digits_demo"  # this file marks a folder that the demo may remove
 TEST_DIGITS = 500  # of 1797
 
-# Every task is the same ten classes, seen differently. Images are (n, 8, 8), from -1 (paper) to 1 (ink).
+# Every task has the same ten classes in other images. Images are (n, 8, 8), from -1 (paper) to 1 (ink).
 TASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "rotated": lambda images: images.rot90(1, (1, 2)),
     "mirrored": lambda images: images.flip(2),
     "negative": lambda images: -images,
 }
 
-# Folder, label in the table, arguments of `merge`. Defaults throughout, but for the customary scale of task arithmetic.
+# Folder, label in the table, arguments of `rtsvm merge`: defaults, except for the usual scale of task arithmetic.
 MERGES: list[tuple[str, str, list[str]]] = [
     ("linear", "linear", ["--method", "linear"]),
     ("task_arithmetic", "task_arithmetic (alpha=0.4)", ["--method", "task_arithmetic", "--set", "alpha=0.4"]),
@@ -129,7 +128,7 @@ def accuracy(model: DigitsMLP, images: Tensor, labels: Tensor) -> float:
 def merge(base: Path, experts: list[Path], arguments: list[str], out: Path) -> None:
     """Merge through the command line; if it fails, show why and stop with its exit code."""
     models = [part for expert in experts for part in ("--model", str(expert))]
-    # An average would count the base as one more model.
+    # `linear` would count the base as one more model.
     start = [] if "linear" in arguments else ["--base", str(base)]
     command = ["merge", *start, *models, *arguments, "--quiet", str(out)]
     result = subprocess.run([sys.executable, "-m", "r_tsvm_kernels", *command], capture_output=True, text=True)
@@ -139,7 +138,7 @@ def merge(base: Path, experts: list[Path], arguments: list[str], out: Path) -> N
 
 
 def make_output_folder(out: Path) -> None:
-    """Make the folder afresh; refuse to remove one that this demo has not made."""
+    """Make the folder again; refuse to remove one that this demo did not make."""
     if out.is_symlink() or out.exists():
         if out.is_symlink() or not (out / MARKER).is_file():
             sys.exit(f"{out} exists and was not made by this demo; remove it or choose another folder with --out")
@@ -215,6 +214,7 @@ def main() -> None:
     print("Merged models:")
     for name, _, _ in MERGES:
         print(f"  {name:<16} {options.out / name}")
+    print(f"Open {options.out / 'rtsvm' / 'merge_report.html'} in a browser for the report of a merge.")
     print(f"Done in {seconds:.0f} seconds.")
 
 

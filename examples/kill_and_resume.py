@@ -1,7 +1,7 @@
-"""A merge that is killed in the middle, and goes on: the same bytes, in a fraction of the models' size of memory.
+"""Kill a merge, resume it, and compare its bytes with those of a merge that was not disturbed.
 
-Writes a base and two fine-tunes of random weights, merges them once undisturbed, then once more with `kill -9`
-after some tensors, resumes that merge, and compares the two outputs byte by byte.
+Writes a base and two fine-tunes of random weights, merges them once, merges them again with `kill -9` after some
+tensors, resumes, and compares the two outputs byte by byte. Memory stays at a fraction of the models' size.
 
     python examples/kill_and_resume.py                  # models of 256 MB each, in a temporary folder
     python examples/kill_and_resume.py --layers 4       # smaller
@@ -28,7 +28,7 @@ ROWS, COLUMNS = 2048, 1024
 
 
 def write_model(folder: Path, layers: int, seed: int, base: Path | None = None) -> Path:
-    """A folder with one shard per layer, so that no model is ever in memory whole."""
+    """Write a folder with one shard per layer, so that no model is ever in memory whole."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
     weight_map = {}
@@ -46,7 +46,7 @@ def write_model(folder: Path, layers: int, seed: int, base: Path | None = None) 
 def command(models: list[Path], out: Path, *options: str) -> list[str]:
     base, *tuned = models
     tuned_options = [part for model in tuned for part in ("--model", str(model))]
-    method = ["--method", "ties", "--set", "density=0.3"]
+    method = ["--method", "ties", "--set", "density=0.2"]
     merge = ["merge", "--base", str(base), *tuned_options, *method, "--shard-size=32MB", "--quiet", *options, str(out)]
     return [sys.executable, "-m", "r_tsvm_kernels", *merge]
 

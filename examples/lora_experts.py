@@ -1,13 +1,13 @@
-"""How small can an expert be? Turn fine-tunes into LoRA adapters, merge those, and measure what is lost.
+"""How small can an expert be? Extract LoRA adapters from fine-tunes, merge them, and measure what is lost.
 
-The experts are those of digits_demo.py, which is run first if its models are not there. Each is turned into an adapter
-at several ranks, and the adapters are merged by TSV-Merge without ever forming a dense update. The table compares
-accuracies on digits that no model was trained on, and sizes on disk.
+The experts are those of digits_demo.py, which runs first if its models are missing. Each expert becomes an adapter at
+several ranks; TSV-Merge merges the adapters without forming a dense update. The table compares accuracies on digits
+that no model was trained on, and sizes on disk.
 
     python examples/lora_experts.py                        # uses or makes demo_output
     python examples/lora_experts.py --models demo --ranks 2 8 --quick
 
-Needs scikit-learn: pip install "r-tsvm-kernels[demo]".
+Needs scikit-learn: pip install ".[demo]".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from r_tsvm_kernels.lora import Adapter
 
 
 def held_out(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The digits that digits_demo.py keeps away from training with this seed."""
+    """Return the digits that digits_demo.py does not train on, with this seed."""
     torch.manual_seed(seed)
     digits = load_digits()
     test = torch.randperm(len(digits.images))[:TEST_DIGITS]
