@@ -57,6 +57,8 @@ def listed(ranks: Sequence[int]) -> str:
         >>> listed([10, 10, 9]), listed(range(40))
         ('ranks 10/10/9', '40 ranks from 0 to 39')
     """
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
     if len(ranks) > 8:
         return f"{len(ranks)} ranks from {min(ranks)} to {max(ranks)}"
     return f"ranks {'/'.join(map(str, ranks))}"

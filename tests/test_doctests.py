@@ -1,10 +1,11 @@
-"""The examples in docstrings do what they show."""
+"""The examples in docstrings do what they show. They see the names of their module, and torch."""
 
 import doctest
 import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "r_tsvm_kernels"
@@ -27,7 +28,7 @@ MODULES = sorted(module_name(path) for path in PACKAGE.rglob("*.py") if holds_ex
 def run_examples(module):
     """Run the examples of every docstring of a module; return how many there are, and a report of those that fail."""
     report, tried = [], 0
-    for test in doctest.DocTestFinder(exclude_empty=True).find(module):
+    for test in doctest.DocTestFinder().find(module, extraglobs={"torch": torch}):
         runner = doctest.DocTestRunner(optionflags=OPTIONS)
         tried += runner.run(test, out=report.append).attempted
     return tried, "".join(report)

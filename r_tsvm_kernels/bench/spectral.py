@@ -124,11 +124,11 @@ def _(inputs: Inputs) -> Case:
     delta, rank = inputs.deltas[0], _rank(inputs)
     return solver_case(
         inputs,
-        {"eigen": lambda: linalg.leading_subspaces([delta], [rank])},
+        {"eigen": lambda: linalg.leading_subspaces(delta, rank)},
         lambda matrices: published.truncated(matrices[0], rank),
         [delta],
         linalg.tsv_merge_flops(inputs.shape, [rank]),
-        lambda result: [result] if isinstance(result, Tensor) else [part.U @ part.core @ part.Vh for part in result],
+        lambda result: [result if isinstance(result, Tensor) else result.U @ result.core @ result.Vh],
     )
 
 
@@ -137,11 +137,11 @@ def _(inputs: Inputs) -> Case:
     delta, rank = inputs.deltas[0], _rank(inputs)
 
     def values(result: Any) -> list[Tensor]:
-        return [result] if isinstance(result, Tensor) else [(result.U[0] * result.S[0]) @ result.Vh[0]]
+        return [result if isinstance(result, Tensor) else (result.U * result.S) @ result.Vh]
 
     return solver_case(
         inputs,
-        {"eigen": lambda: linalg.truncated_svd([delta], [rank])},
+        {"eigen": lambda: linalg.truncated_svd(delta, rank)},
         lambda matrices: published.truncated(matrices[0], rank),
         [delta],
         linalg.tsv_merge_flops(inputs.shape, [rank]),
@@ -155,11 +155,11 @@ def _(inputs: Inputs) -> Case:
     short = min(m, n)
     return solver_case(
         inputs,
-        {"eigen": lambda: linalg.polar([delta])},
+        {"eigen": lambda: linalg.polar(delta)},
         lambda matrices: published.polar(matrices[0]),
         [delta],
         4.0 * m * n * short + 9.0 * short**3,
-        lambda result: [result] if isinstance(result, Tensor) else [result[0].matrix],
+        lambda result: [result if isinstance(result, Tensor) else result.matrix],
     )
 
 

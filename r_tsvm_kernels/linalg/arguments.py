@@ -1,4 +1,4 @@
-"""Matrices, ranks and weights as callers give them, in the one form that the solvers work with."""
+"""Check matrices, ranks and weights of callers, and bring them into the one form that the solvers work with."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .ranks import Rank
 
 
 def given_matrices(matrices: Iterable[Tensor] | Tensor, op: str, *, one_device: bool = False) -> list[Tensor]:
-    """Return the matrices, cut off from the graph of gradients.
+    """Return the matrices, detached from the autograd graph.
 
     Raises:
         ShapeError: one is not a matrix.
         DTypeError: one is not a dense tensor of float32 or float64.
-        DeviceError: `one_device`, and they are not on one.
+        DeviceError: they must be on one device and are not.
     """
     given = [dense(matrix, op) for matrix in matrices]
     for matrix in given:
@@ -34,17 +34,24 @@ def given_matrices(matrices: Iterable[Tensor] | Tensor, op: str, *, one_device: 
     return given
 
 
-def is_one_matrix(matrices: Iterable[Tensor] | Tensor, op: str) -> bool:
-    """Return whether the argument is one matrix rather than several: a list of them or a tensor (batch, m, n).
+def given_batch(matrices: Sequence[Tensor] | Tensor, op: str, *, one_device: bool = False) -> tuple[list[Tensor], bool]:
+    """Return the matrices as `given_matrices`, and whether the argument is a single matrix.
+
+    Args:
+        matrices: a matrix (m, n), or several: a list of matrices or a tensor (batch, m, n).
+        op: name of the function in messages.
+        one_device: whether they must be on one device.
 
     Raises:
-        ShapeError: a tensor of another number of dimensions.
+        ShapeError: an argument is not a matrix, or a tensor has another number of dimensions.
+        DTypeError, DeviceError: as `given_matrices`.
     """
     if not isinstance(matrices, Tensor):
-        return False
+        return given_matrices(matrices, op, one_device=one_device), False
     if matrices.ndim not in (2, 3):
         raise ShapeError(f"{op}: expected a matrix (m, n) or a batch (b, m, n), got shape {tuple(matrices.shape)}")
-    return matrices.ndim == 2
+    single = matrices.ndim == 2
+    return given_matrices([matrices] if single else matrices, op, one_device=one_device), single
 
 
 def nonzero_support(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -70,10 +77,15 @@ def nonzero_support(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def dense(matrix: Any, op: str, *, meta: bool = False) -> Tensor:
-    """Return a tensor of strided memory, cut off from the graph of gradients; one without data only if `meta`.
+    """Return a dense tensor, detached from the autograd graph.
+
+    Args:
+        matrix: a tensor of the caller.
+        op: name of the function in messages.
+        meta: whether a tensor without data is accepted.
 
     Raises:
-        DTypeError: it is none.
+        DTypeError: it is not a dense tensor.
     """
     if not isinstance(matrix, Tensor):
         raise DTypeError(f"{op}: expected torch tensors, got {type(matrix).__name__}; convert it with torch.as_tensor")
@@ -84,11 +96,11 @@ def dense(matrix: Any, op: str, *, meta: bool = False) -> Tensor:
 
 
 def given_ranks(ranks: Any, count: int, op: str) -> list[Rank]:
-    """Return `count` ranks: whole numbers of any kind, or rank rules; one alone is for all matrices.
+    """Return `count` ranks, whole numbers or rank rules; a single one is repeated.
 
     Raises:
-        ShapeError: another number of ranks, or a negative one.
-        ConfigError: one is neither a whole number nor a rule.
+        ShapeError: another number of ranks, or a negative rank.
+        ConfigError: a rank is neither a whole number nor a rule.
     """
     if callable(ranks) or _is_scalar(ranks):
         ranks = [ranks] * count
@@ -117,11 +129,11 @@ def whole_number(value: Any, what: str) -> int:
 
 
 def given_weights(weights: Any, count: int, op: str) -> list[float]:
-    """Return `count` weights: numbers, an array or a tensor; one alone is for all matrices, None for 1.
+    """Return `count` weights from numbers, an array or a tensor; a single one is repeated, None means 1.
 
     Raises:
         ShapeError: another number of weights.
-        ConfigError: one is not a finite number.
+        ConfigError: a weight is not a finite number.
     """
     if weights is None:
         return [1.0] * count
@@ -137,7 +149,7 @@ def finite_number(value: Any, what: str) -> float:
     """Return a finite number as a float.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a finite number.
     """
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
@@ -149,10 +161,10 @@ def finite_number(value: Any, what: str) -> float:
 
 
 def finite(result: Tensor, op: str) -> Tensor:
-    """Return what was computed from finite matrices.
+    """Return a result of finite matrices.
 
     Raises:
-        NonFiniteError: it does not fit its dtype.
+        NonFiniteError: the result does not fit its dtype.
     """
     if not bool(torch.isfinite(result).all()):
         raise NonFiniteError(
@@ -163,5 +175,5 @@ def finite(result: Tensor, op: str) -> Tensor:
 
 
 def _is_scalar(value: Any) -> bool:
-    """Whether this is one number: of Python, of NumPy, or a tensor without dimensions."""
+    """Whether this is one number: of Python, of NumPy, or a 0-D tensor."""
     return not isinstance(value, Sequence) and getattr(value, "ndim", 0 if isinstance(value, int | float) else 1) == 0

@@ -1,4 +1,4 @@
-"""What every spectral call says about its own accuracy."""
+"""The accuracy of a spectral result, as measured by the call that returns it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .rounding import BACKWARD_ERROR
 
 Mode = Literal["exact", "fast"]
 
-# What is merged may be larger than the result, where tasks cancel each other. Errors are relative to the result, down
-# to this share of what is merged.
+# Errors are relative to the result. If tasks cancel each other to less than this share of their norm, errors are
+# relative to this share.
 CANCELLED = 2.0**-20
 
 # Largest relative error (Frobenius norm) of a result, against the same computation in float64 by SVD.
@@ -27,26 +27,28 @@ TOLERANCES: dict[str, float] = {"exact": 1e-4, "fast": 1e-2}
 class Certificate:
     """Measured accuracy of a spectral result; all numbers are dimensionless.
 
+    Its `repr` is one line, such as ``Certificate(gram-float64, error 5e-07 ok)``.
+
     Attributes:
-        error: estimated bound of the result's relative error (Frobenius norm): that of the subspaces times the
-            `sensitivity` of the polar factors, their `orthogonality`, and rounding. For a merge it is relative to the
-            merged matrix, or to 1e-6 of what is merged where the tasks cancel each other to less.
+        error: estimated bound of the result's relative error (Frobenius norm). It adds up the error of the subspaces
+            times the sensitivity of the polar factors, their `orthogonality`, and rounding. For a merge it is relative
+            to the merged matrix, or to 1e-6 of the task matrices if they cancel each other to less.
         orthogonality: defect of the orthonormal factors, ``norm(Q^T Q z - z) / norm(z)`` on random vectors z (the part
             of z that a partial isometry keeps).
         subspace_error: estimated sine of the angle between computed and exact singular subspaces, the largest of the
             tasks.
-        tolerance: what `error` had to stay below: 1e-4 in ``exact`` mode, 1e-2 in ``fast`` mode.
-        route: the solver whose result this is, the most exact one if the tasks took different ones.
-        basis_rank: numerical ranks of the concatenated left and right bases. Below ``sum(ranks)`` tasks share
-            directions, and the polar factor is a partial isometry.
-        basis_condition: largest over smallest kept singular value of the two concatenated bases. The larger, the more
-            an error of the subspaces is amplified in the merged matrix. NaN where the route does not measure it.
+        tolerance: limit of `error`: 1e-4 in ``exact`` mode, 1e-2 in ``fast`` mode.
+        route: the solver that computed the result; the most exact one if tasks needed different ones.
+        basis_rank: numerical ranks of the concatenated left and right bases. If one is below ``sum(ranks)``, tasks
+            share directions, and the polar factor is a partial isometry.
+        basis_condition: largest over smallest kept singular value of the two concatenated bases. A large one amplifies
+            errors of the subspaces in the merged matrix. NaN if the route does not measure it.
         gap: relative gap ``(s_k - s_(k+1)) / s_k`` at the cut, the smallest of the tasks: 0 for equal singular values,
-            1 where nothing is cut off. NaN where the route does not measure it.
-        arbitrary: whether the result depends on a choice among singular values that are equal to within what float64
-            resolves: at the cut, or at the threshold of the numerical rank. Any choice is right, another SVD may make
-            another one, and `error` is that of the result for the choice that was made.
-        escalations: routes that were tried before this one and given up, each with the reason.
+            1 if nothing is cut off. NaN if the route does not measure it.
+        arbitrary: whether the result depends on a choice among singular values that float64 cannot tell apart, at the
+            cut or at the threshold of the numerical rank. Any choice is right, another SVD may choose differently, and
+            `error` holds for the choice that was made.
+        escalations: cheaper routes that were tried and given up before `route`, each with the reason.
     """
 
     error: float
@@ -83,7 +85,7 @@ class Certificate:
 
     @classmethod
     def worst(cls, certificates: Sequence[Certificate]) -> Certificate:
-        """Return the certificate of a result that several are parts of: the largest error, and what any of them says.
+        """Return the certificate of a result made of several parts: the one of the largest error, with all remarks.
 
         Args:
             certificates: one or more.
@@ -103,14 +105,18 @@ class Certificate:
         Args:
             certificates: of the summands.
             norms: their Frobenius norms.
-            total: the sum. Where summands cancel each other its error is relative to `CANCELLED` times theirs.
+            total: the sum. If summands cancel each other, its error is relative to `CANCELLED` times their norms.
         """
         size = max(frobenius_norm(total), CANCELLED * sum(norms))
         error = sum(part.error * norm for part, norm in zip(certificates, norms, strict=True))
         return replace(cls.worst(certificates), error=error / size if size else BACKWARD_ERROR)
 
     def require(self) -> None:
-        """Raise `ConvergenceError` unless the tolerance is met."""
+        """Check that the tolerance is met.
+
+        Raises:
+            ConvergenceError: the estimated error is above it.
+        """
         if not self.met:
             raise ConvergenceError(
                 f"{self.route}: the estimated error {self.error:.1e} (orthogonality {self.orthogonality:.1e}, "

@@ -1,4 +1,4 @@
-"""LAPACK and cuSOLVER decompositions whose failures are our own exceptions."""
+"""LAPACK and cuSOLVER decompositions that raise our own exceptions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD.
+    """Return U (m, k), s (k,) falling and Vh (k, n) of the thin SVD, with k = min(m, n).
 
     Raises:
         NonFiniteError: the matrix holds NaN or infinity.
-        ConvergenceError: it failed.
+        ConvergenceError: the SVD failed.
     """
     try:
         U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -27,11 +27,11 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix.
+    """Return eigenvalues (n,), rising, and eigenvectors (n, n) of a symmetric matrix.
 
     Raises:
         NonFiniteError: the matrix holds NaN or infinity.
-        ConvergenceError: it failed.
+        ConvergenceError: the decomposition failed.
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
@@ -47,7 +47,7 @@ def frobenius_norm(matrix: Tensor) -> float:
 
 
 def near_one(matrix: Tensor) -> tuple[Tensor, int]:
-    """Return a matrix of magnitudes of at most 1, float64, and the power of two by which it is to be multiplied."""
+    """Return a float64 matrix of magnitudes up to 1, and the exponent of the power of two that it is divided by."""
     largest = float(torch.linalg.vector_norm(matrix, math.inf)) if matrix.numel() else 0.0
     power = max(math.frexp(largest)[1], -1000) if math.isfinite(largest) else 0
     return matrix.double() * 2.0**-power, power

@@ -1,9 +1,9 @@
-"""Matrices given as a product of two thin ones, such as LoRA updates: merged without forming a task matrix."""
+"""Products of two thin matrices, such as LoRA updates, and their merge: the task matrix is never formed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, NonFiniteError, ShapeError
 from ..ops import FLOAT_DTYPES
+from ..text import listed
 from .arguments import dense, finite, finite_number, given_ranks, given_weights, whole_number
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import near_one, svd
@@ -20,22 +21,26 @@ from .ranks import Rank
 from .rounding import BACKWARD_ERROR, Cut
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Factored:
-    """The matrix ``scale * left @ right``.
+    """The matrix ``scale * left @ right``, of factors that are detached from the autograd graph.
 
     Attributes:
         left: (m, r), float32, float64, float16 or bfloat16; ``lora_B`` of a LoRA adapter.
         right: (r, n), of the same dtype and device; ``lora_A``.
         scale: ``lora_alpha / r``, or over ``sqrt(r)`` for rank-stabilised LoRA.
 
-    The factors are cut off from the graph of gradients.
-
     Raises:
-        ShapeError: not two matrices that can be multiplied.
-        DTypeError: not dense tensors of one of these dtypes.
-        DeviceError: not on one device.
+        ShapeError: the factors are not two matrices that can be multiplied.
+        DTypeError: the factors are not dense tensors of one of these dtypes.
+        DeviceError: the factors are not on one device.
         ConfigError: `scale` is not a finite number.
+
+    Example:
+        >>> Factored(torch.ones(6, 2), torch.ones(2, 4), scale=0.5)
+        Factored(6x4 of rank 2, float32, scale 0.5)
+        >>> Factored(torch.ones(6, 2), torch.ones(2, 4), scale=0.5).dense()[0]
+        tensor([1., 1., 1., 1.])
     """
 
     left: Tensor
@@ -53,6 +58,10 @@ class Factored:
             raise DTypeError(f"Factored: expected factors of one float dtype, got {left.dtype} and {right.dtype}")
         if left.device != right.device:
             raise DeviceError(f"Factored: factors on {left.device} and {right.device}; move them with .to()")
+
+    def __repr__(self) -> str:
+        (m, n), dtype = self.shape, str(self.left.dtype).removeprefix("torch.")
+        return f"Factored({m}x{n} of rank {self.left.shape[1]}, {dtype}, scale {self.scale:g})"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,13 +86,13 @@ class Factored:
         return float(_times_power(norm, of_left + of_right))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FactoredMerge:
     """The merged update, still factored, and what was measured on the way.
 
     Attributes:
         update: of rank at most ``sum(ranks)``, float64.
-        ranks: rank used per task: what was asked for, clipped to the numerical rank of the product.
+        ranks: rank used per task: the rank asked for, clipped to the numerical rank of the product.
         captured_energy: per task, fraction of the squared Frobenius norm inside the subspaces that were kept.
         certificate: measured accuracy.
         interference: see `TsvMerge`.
@@ -95,23 +104,32 @@ class FactoredMerge:
     certificate: Certificate
     interference: tuple[float, float]
 
+    def __repr__(self) -> str:
+        m, n = self.update.shape
+        return f"FactoredMerge({m}x{n}, {listed(self.ranks)}, {self.certificate.verdict})"
+
 
 def merge_factored(
     matrices: Sequence[Factored],
     ranks: Sequence[Rank] | Rank,
-    weights: Sequence[float] | float | None = None,
+    weights: Sequence[float] | Tensor | float | None = None,
+    *,
     mode: Mode = "exact",
 ) -> FactoredMerge:
-    """Merge factored task matrices by TSV-Merge; see `tsv_merge`, which calls this.
+    """Merge factored task matrices by TSV-Merge; `tsv_merge` calls this.
 
-    Each factor's thin QR reduces a task to a core of its inner dimension, whose SVD gives the subspaces; everything
-    is float64. Costs O((m + n) (sum r_t)^2).
+    The thin QR of each factor reduces a task to a core of its inner dimension; the SVD of the core gives the subspaces.
+    All steps are float64. Takes O((m + n) (sum r_t)^2) operations.
 
     Args:
         matrices: T factored matrices of one shape, on one device.
-        ranks: T ranks >= 0, or functions of the singular values, padded with zeros to min(m, n); one alone is for all.
-        weights: T factors of the cores; one alone is for all, None means 1.
+        ranks: rank >= 0, or a function of the singular values, padded with zeros to min(m, n): one for all tasks, or
+            one for each.
+        weights: factor of the core: one for all tasks, or one for each; None means 1.
         mode: ``exact`` or ``fast``, see `Certificate`.
+
+    Returns:
+        The merged update as two factors, with the ranks, the captured energies and the certificate.
 
     Raises:
         ShapeError: no matrices or several shapes, another number of ranks or weights, or a negative rank.
@@ -119,6 +137,15 @@ def merge_factored(
         ConfigError: an unknown mode, a rank that is not a whole number, or a weight that is not finite.
         NonFiniteError: a factor holds NaN or infinity, or the result goes beyond float64.
         ConvergenceError: a decomposition failed.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> adapters = [
+        ...     Factored(torch.randn(40, 4, generator=generator), torch.randn(4, 30, generator=generator))
+        ...     for _ in range(2)
+        ... ]
+        >>> merge_factored(adapters, 4).update
+        Factored(40x30 of rank 8, float64, scale 1)
     """
     tolerance = tolerance_of(mode)
     check_factored(matrices, "merge_factored")
@@ -143,29 +170,40 @@ def merge_factored(
 
 
 def check_factored(matrices: Sequence[Factored], op: str) -> None:
-    """Require factored matrices of one shape.
+    """Check that all matrices are factored and of one shape.
 
     Raises:
-        DTypeError: one is not factored, or its factors hold no data.
-        ShapeError: none, or several shapes.
+        DTypeError: a matrix is not factored, or its factors hold no data.
+        ShapeError: no matrices, or several shapes.
     """
     for matrix in matrices:
         if not isinstance(matrix, Factored):
-            raise DTypeError(f"{op}: expected Factored, got {type(matrix).__name__}; give it as two factors")
+            raise DTypeError(f"{op}: expected Factored, got {type(matrix).__name__}; pass Factored(left, right)")
         dense(matrix.left, op)
     if len({matrix.shape for matrix in matrices}) != 1:
         raise ShapeError(f"{op}: expected matrices of one shape, got {[matrix.shape for matrix in matrices]}")
 
 
 def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Factored:
-    """Return the sum of the products, of the inner dimension of all together, in float64."""
+    """Return ``sum(w_t D_t)`` as one product in float64; its inner dimension is the sum of all inner dimensions.
+
+    Args:
+        matrices: T factored matrices of one shape.
+        weights: T weights.
+
+    Example:
+        >>> weighted_sum([Factored(torch.ones(6, 2), torch.ones(2, 4))] * 3, [0.5, 0.3, 0.2])
+        Factored(6x4 of rank 6, float64, scale 1)
+    """
     left = [weight * matrix.scale * matrix.left.double() for matrix, weight in zip(matrices, weights, strict=True)]
     return Factored(torch.cat(left, dim=1), torch.cat([matrix.right.double() for matrix in matrices]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Triplets:
     """Leading singular triplets of a product, float64.
+
+    Unpacks as ``U, S, Vh = leading_triplets(matrix, k)``.
 
     Attributes:
         U: (m, k) orthonormal columns.
@@ -180,6 +218,12 @@ class Triplets:
     Vh: Tensor
     captured_energy: float
     cut: Cut
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.U, self.S, self.Vh))
+
+    def __repr__(self) -> str:
+        return f"Triplets({len(self.U)}x{self.Vh.shape[1]}, rank {len(self.S)}, {self.certificate.verdict})"
 
     @property
     def certificate(self) -> Certificate:
@@ -200,31 +244,41 @@ class Triplets:
 
 
 def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
-    """Return the leading singular triplets of the product.
+    """Compute the leading singular triplets of a product.
 
-    Two thin QRs and the SVD of a core of the inner dimension; the product is never formed. Its rows and columns of
-    zeros stay so, to the bit. Singular values that rounding of the sum over the inner dimension can make count as zero.
+    Takes two thin QRs and the SVD of a core of the inner dimension; the product is never formed. Rows and columns of
+    zeros stay zero to the bit. Singular values count as zero if rounding of the sum over the inner dimension can make
+    them.
 
     Args:
         matrix: (m, n).
-        rank: >= 0, or a function of the singular values, padded with zeros to min(m, n); clipped to the numerical rank.
+        rank: >= 0, or a function of the singular values, padded with zeros to min(m, n). The numerical rank limits it.
+
+    Returns:
+        U, S and Vh, float64.
 
     Raises:
+        DTypeError: the matrix is not factored.
         NonFiniteError: a factor holds NaN or infinity, or the product goes beyond float64.
         ConvergenceError: the SVD failed.
+
+    Example:
+        >>> U, S, Vh = leading_triplets(Factored(torch.eye(6)[:, :2], torch.eye(4)[:2], 3.0), 1)
+        >>> S
+        tensor([3.], dtype=torch.float64)
     """
     check_factored([matrix], "leading_triplets")
     (rank,) = given_ranks(rank, 1, "leading_triplets")
     if not all(bool(torch.isfinite(factor).all()) for factor in (matrix.left, matrix.right)):
         raise NonFiniteError(f"a factor of a {matrix.shape} matrix holds NaN or infinity: it has no singular values")
-    # In units in which nothing overflows or vanishes but in the product itself.
+    # In units in which nothing overflows or vanishes outside the product itself.
     (left, of_left), (right, of_right) = near_one(matrix.left), near_one(matrix.right)
     scale, of_scale = math.frexp(matrix.scale)
     Q_left, R_left = thin_qr(left)
     Q_right, R_right = thin_qr(right.mT)
     P, values, Qh = svd(R_left @ R_right.mT * scale)
     padded = torch.cat([values, values.new_zeros(max(0, min(matrix.shape) - len(values)))])
-    # What is summed may be larger than the sum.
+    # The summands may be larger than the sum.
     summed = torch.linalg.vector_norm(left, dim=0) @ torch.linalg.vector_norm(right, dim=1)
     noise = BACKWARD_ERROR * abs(scale) * float(summed)
     norm = float(torch.linalg.vector_norm(values))

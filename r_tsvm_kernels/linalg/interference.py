@@ -1,4 +1,4 @@
-"""How much the subspaces of the tasks overlap before they are made orthogonal to each other."""
+"""How much the subspaces of the tasks overlap before TSV-Merge makes them orthogonal to each other."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ def interference_of_gram(gram: Tensor, ranks: Sequence[int]) -> float:
 
         norm(G - I) / sqrt(sum over s != t of min(k_s, k_t))        (Frobenius)
 
-    for the singular values of the block ``X_s^T X_t`` are the cosines of the min(k_s, k_t) principal angles (Bjorck and
-    Golub, 1973), and the diagonal blocks of G are identities. 0: the tasks' subspaces are orthogonal, and TSV-Merge
-    has nothing to do. 1: each contains, or lies in, every other one. Random k-dimensional subspaces of an n-dimensional
-    space have about ``sqrt(k / n)``: see `interference_above_chance`.
+    The singular values of the block ``X_s^T X_t`` are the cosines of the min(k_s, k_t) principal angles (Bjorck and
+    Golub, 1973), and the diagonal blocks of G are identities. 0: the subspaces are orthogonal, and TSV-Merge has
+    nothing to do. 1: of every two subspaces one contains the other. Random k-dimensional subspaces of R^n have about
+    ``sqrt(k / n)``: see `interference_above_chance`.
 
     Args:
-        gram: (k, k) with ``k = sum(ranks)``; only what lies above its diagonal blocks is read.
+        gram: (k, k) with ``k = sum(ranks)``; only the part above the diagonal blocks is read.
         ranks: columns of each task's basis.
 
     Returns:
-        A number in [0, 1]; 0 where fewer than two tasks have a rank.
+        A number in [0, 1]; 0 if fewer than two tasks have a rank.
+
+    Example:
+        >>> interference_of_gram(torch.eye(4), [2, 2])
+        0.0
     """
     ends = [sum(ranks[: index + 1]) for index in range(len(ranks))]
     blocks = [gram[end - rank : end, end:] for end, rank in zip(ends, ranks, strict=True)]
@@ -33,17 +37,25 @@ def interference_of_gram(gram: Tensor, ranks: Sequence[int]) -> float:
 
 
 def interference_of_bases(bases: Sequence[Tensor]) -> float:
-    """Return the same number from the bases, each (n, k_t) with orthonormal columns; in float32."""
+    """Return the number of `interference_of_gram` from the bases, computed in float32.
+
+    Args:
+        bases: T matrices (n, k_t) with orthonormal columns.
+
+    Example:
+        >>> interference_of_bases([torch.eye(4)[:, :2], torch.eye(4)[:, 1:3]])  # one of two directions is shared
+        0.707...
+    """
     narrow = [basis.float() for basis in bases]
     overlap = sum(float((a.mT @ b).square().sum()) for a, b in combinations(narrow, 2) if a.numel() and b.numel())
     return _share(overlap, [basis.shape[1] for basis in bases])
 
 
 def interference_above_chance(interference: float, ranks: Sequence[int], size: int) -> float | None:
-    """Return how far the mean square cosine is from that of independent subspaces to that of equal ones.
+    """Rescale the mean square cosine so that independent subspaces have 0 and equal ones 1.
 
-    Of independent random subspaces of R^n, of dimensions k and l, ``norm(X^T Y)^2`` is ``k l / n`` on average, and the
-    mean square cosine of their principal angles ``max(k, l) / n``. With ``chance`` the mean of the latter over all
+    For independent random subspaces of R^n of dimensions k and l, the mean of ``norm(X^T Y)^2`` is ``k l / n``, and the
+    mean square cosine of their principal angles is ``max(k, l) / n``. With ``chance``, the mean of the latter over all
     angles of all pairs of tasks::
 
         (interference^2 - chance) / (1 - chance)
@@ -54,9 +66,9 @@ def interference_above_chance(interference: float, ranks: Sequence[int], size: i
         size: n, the dimension of the space.
 
     Returns:
-        1 where the subspaces are the same, or lie in each other; about 0 where they are independent; negative where
-        they overlap less than that, ``-chance / (1 - chance)`` where they are orthogonal. None where there is nothing
-        to compare: fewer than two tasks have a rank, or of each pair one fills the whole space.
+        1 if the subspaces are equal or contain each other; about 0 if they are independent; negative if they overlap
+        less than that, ``-chance / (1 - chance)`` if they are orthogonal. None if there is nothing to compare: fewer
+        than two tasks have a rank, or one subspace of each pair is the whole space.
 
     Example:
         >>> interference_above_chance(0.5, [16, 16], 64)  # sqrt(16 / 64)

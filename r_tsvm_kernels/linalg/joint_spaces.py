@@ -1,4 +1,4 @@
-"""Bases that the task matrices of one weight share: of all columns (KnOTS), or of both sides (Core Space)."""
+"""Common bases of the task matrices of one weight: of their columns (KnOTS), or of both sides (Core Space)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import truncated_svd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JointSvd:
     """The SVD of task matrices put side by side, ``[D_1 .. D_T] = U [P_1 .. P_T]``; float64.
 
     Attributes:
         U: (m, k) orthonormal columns, k the numerical rank.
         parts: T matrices ``diag(S) V_t`` (k, n), with V_t the columns of the right singular vectors that belong to D_t.
-        rest: T matrices (m, 16): what the basis does not hold of the task matrices, times random vectors.
-        certificate: how much of the task matrices the basis holds, and whether its directions are arbitrary: of equal
-            singular values only their span is determined, on which element-wise methods depend.
+        rest: T matrices (m, 16): the parts of the task matrices outside the basis, times random vectors.
+        certificate: how much of the task matrices the basis holds, and whether its directions are arbitrary: equal
+            singular values determine only the span of their directions, and element-wise methods depend on these.
     """
 
     U: Tensor
@@ -38,16 +38,21 @@ class JointSvd:
     rest: list[Tensor]
     certificate: Certificate
 
+    def __repr__(self) -> str:
+        m, k = self.U.shape
+        parts = ", ".join(f"{k}x{part.shape[1]}" for part in self.parts)
+        return f"JointSvd(U {m}x{k}, parts {parts}, {self.certificate.verdict})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class CoreSpace:
-    """Task matrices in the bases that they share, ``D_t = left @ cores[t] @ right`` but for rounding; float64.
+    """Task matrices in common bases: ``D_t = left @ cores[t] @ right`` up to rounding; float64.
 
     Attributes:
         left: (m, p) orthonormal columns; p is the sum of the inner dimensions, at most m.
         cores: T matrices (p, q).
         right: (q, n) orthonormal rows; q is the sum of the inner dimensions, at most n.
-        error: what rounding changed of the task matrices, relative to the norm of all of them.
+        error: change of the task matrices by rounding, relative to the norm of all of them.
     """
 
     left: Tensor
@@ -55,20 +60,37 @@ class CoreSpace:
     right: Tensor
     error: float
 
+    def __repr__(self) -> str:
+        (m, p), (q, n) = self.left.shape, self.right.shape
+        return f"CoreSpace({len(self.cores)} cores {p}x{q} of {m}x{n}, error {self.error:.0e})"
 
-def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exact") -> JointSvd:
+
+def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored] | Tensor, *, mode: Mode = "exact") -> JointSvd:
     """Decompose task matrices put side by side (Stoica et al., "KnOTS", arXiv 2410.19735, section 4).
 
-    Products are not formed: ``[D_1 .. D_T] = Q [(Q^T B_1) A_1 .. (Q^T B_T) A_T]`` with Q a basis of all B_t, of at most
-    R = sum(r_t) columns; O((m + T n) R^2).
+    Products are not formed: ``[D_1 .. D_T] = Q [(Q^T B_1) A_1 .. (Q^T B_T) A_T]`` with a basis Q of all B_t, of at most
+    R = sum(r_t) columns; O((m + T n) R^2) operations.
 
     Args:
-        matrices: T matrices (m, n), all float32 or float64, or all `Factored`.
+        matrices: T matrices of one height (m, n_t), float32 or float64, or all `Factored`.
         mode: ``exact`` or ``fast``, see `Certificate`; products are always exact.
 
+    Returns:
+        The basis U, T parts ``S V_t`` with ``D_t = U (S V_t)``, and the certificate.
+
     Raises:
-        ShapeError, DTypeError, ConfigError: as `truncated_svd`.
-        ConvergenceError: no solver succeeded.
+        ShapeError: no matrices, several heights, or an argument that is not a matrix.
+        DTypeError: a matrix is not a dense tensor of float32 or float64.
+        DeviceError: the matrices are not on one device.
+        ConfigError: an unknown mode.
+        NonFiniteError: a matrix holds NaN or infinity.
+        ConvergenceError: no solver was accurate enough.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> found = joint_svd([torch.randn(6, 4, generator=generator) for _ in range(2)])
+        >>> found.U.shape, found.parts[0].shape
+        (torch.Size([6, 6]), torch.Size([6, 4]))
     """
     factors = [matrix for matrix in matrices if isinstance(matrix, Factored)]
     if not factors:
@@ -76,8 +98,8 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored], mode: Mode = "exa
         if len({len(matrix) for matrix in dense}) != 1:
             raise ShapeError(f"joint_svd: expected matrices of one height, got {[tuple(m.shape) for m in dense]}")
         joined = torch.cat(dense, dim=1)
-        found = truncated_svd([joined], [min(joined.shape)], mode)
-        U, certificate, cut = found.U[0], found.certificates[0], found.cuts[0]
+        found = truncated_svd(joined, min(joined.shape), mode=mode)
+        U, certificate, (cut,) = found.U, found.certificate, found.cuts
         del joined, found
         parts = [_clean(U.mT @ matrix.double()) for matrix in dense]
         return _measured(certificate, cut, U, parts, dense)
@@ -122,20 +144,27 @@ def _times(matrix: Tensor | Factored, z: Tensor) -> Tensor:
 
 
 def core_space(matrices: Sequence[Factored]) -> CoreSpace:
-    """Find the bases of all columns and of all rows, and what each task does between them.
+    """Find common bases of all columns and of all rows, and the core of each task between them.
 
-    The bases are the singular vectors of all ``left`` side by side, and of all ``right`` one above the other, as
-    stored: without their scales, which belong to the cores (Panariello et al., "Core Space", arXiv 2509.17786,
-    section 3). Products are not formed; O((m + n) R^2) with R the sum of the inner dimensions.
+    The bases are the singular vectors of all ``left`` side by side, and of all ``right`` one above the other, without
+    their scales: those belong to the cores (Panariello et al., "Core Space", arXiv 2509.17786, section 3). Products are
+    not formed; O((m + n) R^2) operations, R the sum of the inner dimensions.
 
     Args:
         matrices: T factored matrices of one shape, on one device.
+
+    Returns:
+        Both bases and the cores, float64.
 
     Raises:
         DTypeError: a matrix is not factored.
         ShapeError: no matrices, or several shapes.
         NonFiniteError: a factor holds NaN or infinity.
         ConvergenceError: an SVD failed.
+
+    Example:
+        >>> core_space([Factored(torch.randn(6, 1), torch.randn(1, 4)) for _ in range(3)])
+        CoreSpace(3 cores 3x3 of 6x4, error ...)
     """
     check_factored(matrices, "core_space")
     lefts = [matrix.left.double() for matrix in matrices]
@@ -154,14 +183,14 @@ def core_space(matrices: Sequence[Factored]) -> CoreSpace:
 
 
 def _clean(part: Tensor) -> Tensor:
-    """Make rounding errors zeros: TIES averages over the tasks that have an element, however small it is."""
+    """Set rounding errors to zero: TIES averages over all tasks with a nonzero element, however small."""
     return part.masked_fill_(part.abs() <= 2.0**-46 * frobenius_norm(part), 0)
 
 
 def _basis(columns: Tensor) -> Tensor:
-    """Return the left singular vectors, all of them; rows of zeros stay so, to the bit."""
+    """Return all left singular vectors; rows of zeros stay zero to the bit."""
     m, n = columns.shape
-    if m < n:  # of the triangle L of columns = L Q
+    if m < n:  # those of the triangle L of columns = L Q
         vectors = svd(torch.linalg.qr(columns.mT, mode="r").R.mT)[0]
     else:
         Q, R = torch.linalg.qr(columns)

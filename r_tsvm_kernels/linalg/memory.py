@@ -1,4 +1,4 @@
-"""Upper bounds of the memory and estimates of the arithmetic that a TSV-Merge takes, from shapes and ranks alone."""
+"""Bounds of the memory of a TSV-Merge, and estimates of its operations, from shapes and ranks alone."""
 
 from __future__ import annotations
 
@@ -11,36 +11,40 @@ from .tall_matrix import WORKSPACE
 def tsv_merge_bytes(
     shape: tuple[int, int],
     ranks: Sequence[int],
+    *,
     itemsize: int = 4,
     solver: Solver = "eigen",
     workspace: int = WORKSPACE,
     simulated: bool = True,
 ) -> int:
-    """Return an upper bound of the memory that `tsv_merge` uses beside its task matrices, with one thread.
+    """Return an upper bound of the memory in bytes that `tsv_merge` needs beside its task matrices, with one thread.
 
-    The bound holds even if every route is given up but the last, the SVD, and if rows and columns are left out; so
-    most merges take less.
+    The bound covers the last route, the SVD, and rows and columns that are left out. Most merges need less.
 
     Args:
         shape: (m, n) of the task matrices.
-        ranks: of every task, or upper bounds of them.
+        ranks: of every task, or their upper bounds.
         itemsize: bytes of one element of a task matrix, 4 or 8.
         solver: as for `tsv_merge`.
         workspace: as for `tsv_merge`.
         simulated: whether solver ``products`` runs on the references of its products, as on a CPU, rather than on
             kernels for tensor cores.
+
+    Example:
+        >>> tsv_merge_bytes((4096, 4096), [1365] * 3) / 2**30
+        4.99...
     """
     long, short = max(shape), min(shape)
     tasks, columns = len(ranks), min(sum(ranks), 2 * short)
     matrix, square, wide, inner = (8 * size for size in (long * short, short**2, short * columns, columns**2))
     height = min(long, max(256, workspace // (4 * 8 * max(short, 1))))
     tile, image = 8 * height * short, 8 * height * columns
-    # Where one tile holds all rows, every task keeps its float64 copy.
+    # If one tile holds all rows, every task keeps its float64 copy.
     copies = tasks * tile if height == long else 2 * tile
     images = max(min(8 * long * columns, workspace // 2), image) + 2 * image
-    # Where rows or columns are left out: what is touched of every task, the same of the result, its way back.
+    # If rows or columns are left out: the rest of every task and of the result, and a copy on the way back.
     dense = (tasks + 3) * matrix * itemsize // 8
-    # Measured: a task by LAPACK's SVD; the polar factors by SVD, and what is left of a route that was given up.
+    # Measured: a task by LAPACK's SVD; the polar factors by SVD, and leftovers of a route that was given up.
     solving, merging = 11 * square + 3 * wide, 11 * wide + 20 * inner
     eigen = dense + copies + images + max(solving, merging)
     if solver == "eigen":
@@ -49,7 +53,7 @@ def tsv_merge_bytes(
         # The task matrices in float64 twice and as planes; most square matrices are those of the simulation.
         products = dense + tasks * (8 + 8 + 16) * long * short + (2 * tasks + 64) * square
     else:
-        # Counted, rounded up: a stack of what is touched; in float64 once, with squares or bases and images, or twice.
+        # Counted, rounded up: a stack of the tasks; in float64 once, with squares or bases and images, or twice.
         least, tall = 8 * tasks * long * short, 8 * long * columns
         products = itemsize * tasks * long * short + max(2 * least, least + max(6 * tasks * square, 4 * tall))
         products += (itemsize * long * short + square) // 2
@@ -57,7 +61,16 @@ def tsv_merge_bytes(
 
 
 def tsv_merge_flops(shape: tuple[int, int], ranks: Sequence[int]) -> float:
-    """Return about how many operations `tsv_merge` takes; an eigenvalue decomposition counts as ``9 n^3``."""
+    """Estimate the floating-point operations of `tsv_merge`; an eigenvalue decomposition counts as ``9 n^3``.
+
+    Args:
+        shape: (m, n) of the task matrices.
+        ranks: of every task.
+
+    Example:
+        >>> f"{tsv_merge_flops((4096, 4096), [1365] * 3):.0e}"
+        '6e+12'
+    """
     long, short, columns = float(max(shape)), float(min(shape)), float(sum(ranks))
     grams = len(ranks) * (2 * long * short**2 + 9 * short**3)
     corrections = 12 * (long + short) * short * columns

@@ -25,29 +25,32 @@ def tsv_merge(
     task_matrices: Sequence[Tensor | Factored],
     ranks: Sequence[Rank] | Rank,
     weights: Sequence[float] | Tensor | float | None = None,
-    mode: Mode = "exact",
     *,
+    mode: Mode = "exact",
     solver: Solver = "eigen",
     workspace: int = WORKSPACE,
 ) -> TsvMerge:
-    """Merge task matrices by TSV-Merge (Gargiulo et al., "Task Singular Vectors", CVPR 2025).
+    """Merge task matrices by TSV-Merge (Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1).
 
-    The leading `ranks[t]` left and right subspaces of each task are concatenated to ``U`` and ``V``, both are replaced
-    by their canonical polar factor, and the weighted cores go in between:
-    ``polar(U) @ blockdiag(w_t * core_t) @ polar(V)^T``. Rows and columns in which every task matrix is zero are
-    exactly zero in the result.
+    Concatenates the leading `ranks[t]` left and right subspaces of each task to ``U`` and ``V``, replaces both by
+    their canonical polar factors, and puts the weighted cores between them:
+    ``polar(U) @ blockdiag(w_t * core_t) @ polar(V)^T``. Rows and columns in which every task matrix is zero stay
+    exactly zero.
 
     Args:
-        task_matrices: T matrices (m, n), float32 or float64, finite, on one device; or all `Factored`, such as LoRA
-            updates, which are merged without ever forming a task matrix.
-        ranks: T ranks >= 0, or functions of the singular values (see `choose_rank`); their sum should not exceed
-            min(m, n), or the bases cannot become orthonormal. One rank alone is for all tasks.
-        weights: T factors of the cores; one alone is for all tasks, None means 1.
+        task_matrices: T matrices (m, n), as a list or a tensor (T, m, n); float32 or float64, finite, on one device. Or
+            T `Factored` matrices, such as LoRA updates, which are merged without forming a task matrix.
+        ranks: rank >= 0, or a function of the singular values (see `choose_rank`): one for all tasks, or one for each.
+            Their sum should not exceed min(m, n), or the bases cannot become orthonormal.
+        weights: factor of the core: one for all tasks, or one for each; None means 1.
         mode: ``exact`` or ``fast``, see `Certificate`.
-        solver: ``eigen``: eigenvalue decompositions of Gram matrices; ``products``: matrix products on tensor cores
-            (see `products`), all tasks in one batch, simulated and slow on a CPU. Where its estimated error is too
-            large, where a rank is a rule or above the numerical rank, ``eigen`` takes over.
-        workspace: bytes for copies of matrix rows; beside them a few square matrices of the short side are needed.
+        solver: ``eigen``: eigenvalues of Gram matrices. ``products``: matrix products on tensor cores, all
+            tasks in one batch; simulated and slow on a CPU. ``products`` falls back to ``eigen`` if its estimated error
+            is too large, or if a rank is a rule or above the numerical rank.
+        workspace: bytes for copies of matrix rows, beside a few square matrices of the short side.
+
+    Returns:
+        The merged update (m, n), with the ranks, the captured energies and the certificate.
 
     Raises:
         ShapeError: the matrices, ranks and weights do not match, or a rank is negative.
@@ -56,6 +59,12 @@ def tsv_merge(
         ConfigError: an unknown mode or solver, a rank that is not a whole number, or a weight that is not finite.
         NonFiniteError: a matrix holds NaN or infinity, or the merged one goes beyond its dtype.
         ConvergenceError: no solver reached the tolerance of `mode`.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> tasks = [torch.randn(40, 30, generator=generator) for _ in range(3)]
+        >>> tsv_merge(tasks, 10)
+        TsvMerge(40x30 float32, ranks 10/10/10, error 5e-07 ok)
     """
     tolerance_of(mode)  # or an error
     if solver not in get_args(Solver):
@@ -103,29 +112,41 @@ def tsv_merge_layers(
     layers: Sequence[Sequence[Tensor | Factored]],
     ranks: Sequence[Sequence[Rank] | Rank],
     weights: Sequence[Sequence[float] | Tensor | float] | None = None,
-    mode: Mode = "exact",
     *,
+    mode: Mode = "exact",
     solver: Solver = "eigen",
     workspace: int = WORKSPACE,
 ) -> list[TsvMerge]:
-    """Merge several layers; with solver ``products`` those of one shape and number of tasks in one batch.
+    """Merge several layers; solver ``products`` merges layers of one shape and number of tasks in one batch.
 
-    A batch fills a GPU where a single small layer does not. What it does not suit (untouched rows or columns, rank
-    rules, a result that is not accurate enough) is merged on its own, and so is everything with solver ``eigen``.
+    A batch fills a GPU that a single small layer does not. Layers that suit no batch (rows or columns of zeros, rank
+    rules, a result that is not accurate enough) are merged one by one, as are all layers with solver ``eigen``.
 
     Args:
-        layers: for each layer its task matrices, see `tsv_merge`.
-        ranks: for each layer the ranks of its tasks.
-        weights: for each layer the factors of the cores; None means 1.
-        mode: see `tsv_merge`.
-        solver: see `tsv_merge`.
-        workspace: see `tsv_merge`.
+        layers: L lists of task matrices, see `tsv_merge`.
+        ranks: for each layer a rank for all tasks, or one for each.
+        weights: for each layer a factor for all cores, or one for each; None means 1.
+        mode: as for `tsv_merge`.
+        solver: as for `tsv_merge`.
+        workspace: as for `tsv_merge`.
+
+    Returns:
+        L merged layers.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, ConfigError, ConvergenceError: as `tsv_merge`.
+        ShapeError: another number of ranks or weights than layers, or as `tsv_merge`.
+        DTypeError, DeviceError, ConfigError, NonFiniteError, ConvergenceError: as `tsv_merge`.
+
+    Example:
+        >>> layers = torch.randn(2, 3, 40, 30, generator=torch.Generator().manual_seed(0))
+        >>> [merged.ranks for merged in tsv_merge_layers(layers, [10, 5])]
+        [(10, 10, 10), (5, 5, 5)]
     """
     if len(layers) != len(ranks) or (weights is not None and len(weights) != len(layers)):
-        raise ShapeError(f"tsv_merge_layers: {len(layers)} layers, ranks for {len(ranks)}, or weights for others")
+        others = "" if weights is None else f", weights for {len(weights)}"
+        raise ShapeError(
+            f"tsv_merge_layers: {len(layers)} layers, ranks for {len(ranks)}{others}; give each layer its own"
+        )
     op = "tsv_merge_layers"
     numbers = [given_ranks(own, len(layer), op) for own, layer in zip(ranks, layers, strict=True)]
     all_weights: Sequence[Any] = [None] * len(layers) if weights is None else weights
@@ -133,7 +154,7 @@ def tsv_merge_layers(
     results = merge_layers_by_products(layers, numbers, factors, mode) if solver == "products" else {}
     for i, layer in enumerate(layers):
         if i not in results:
-            results[i] = tsv_merge(layer, numbers[i], factors[i], mode, solver=solver, workspace=workspace)
+            results[i] = tsv_merge(layer, numbers[i], factors[i], mode=mode, solver=solver, workspace=workspace)
     return [results[i] for i in range(len(layers))]
 
 
@@ -147,7 +168,7 @@ def _pad_for_rule(rank: Rank, count: int) -> Rank:
 def _merge_factors(
     matrices: Sequence[Factored], ranks: Sequence[Rank], weights: Sequence[float], mode: Mode
 ) -> TsvMerge:
-    merged = merge_factored(matrices, ranks, weights, mode)
+    merged = merge_factored(matrices, ranks, weights, mode=mode)
     dtype = torch.float64 if any(matrix.left.dtype == torch.float64 for matrix in matrices) else torch.float32
     update = Factored(merged.update.left.to(dtype), merged.update.right.to(dtype))
     return TsvMerge(

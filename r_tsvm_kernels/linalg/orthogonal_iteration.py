@@ -1,4 +1,4 @@
-"""A few leading singular triplets of a matrix that a gap sets apart, by block iteration: no square decomposition."""
+"""A few leading singular triplets that a gap sets apart, by block iteration: no square decomposition."""
 
 from __future__ import annotations
 
@@ -9,31 +9,41 @@ from .arguments import given_matrices
 from .decompositions import svd
 
 OVERSAMPLING = 8
-# Steps of iteration before each look at the error. Each step is two thin products.
+# Steps of iteration before each measurement of the error. A step is two thin products.
 _STEPS = (6, 6, 12)
-# As large as an estimated error may be; that of a truncated SVD in fast mode.
+# Largest estimated error; that of a truncated SVD in fast mode.
 _TOLERANCE = 1e-5
-# The square decompositions of `truncated_svd` are as cheap for a larger share of the singular values.
+# For a larger share of the singular values the square decompositions of `truncated_svd` are as cheap.
 _LARGEST_SHARE = 8
 _TILE_BYTES = 64 << 20
 
 
 def subspace_iteration(matrix: Tensor, rank: int, dominant: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the leading singular triplets U (m, k), values (k,), Vh (k, n), float64, k = `rank`; None if not found.
+    """Compute the leading singular triplets, or return None if the iteration does not find them.
 
     Orthogonal iteration from a fixed random start (Halko, Martinsson and Tropp, SIAM Review 53(2), 2011, algorithm 4.4)
-    on a block of `dominant` and some more directions, in the matrix's dtype, then Rayleigh-Ritz in float64. What is
-    left is measured: ``norm(D^T U - V S) / (S[k-1] - sigma)``, with sigma an estimate of the singular values outside
-    the block, is the sine of the angle to the exact subspaces, to first order.
+    on a block of `dominant` directions and 8 more, in the matrix's dtype, then Rayleigh-Ritz in float64. To first
+    order ``norm(D^T U - V S) / (S[k-1] - sigma)`` is the sine of the angle to the exact subspaces, with sigma an
+    estimate of the singular values outside the block; it must be at most 1e-5.
 
     Args:
         matrix: (m, n), float32 or float64, finite.
         rank: k >= 1.
-        dominant: number of singular values that stand out, >= `rank`: after them there should be a gap.
+        dominant: number of singular values above the gap, >= `rank`.
+
+    Returns:
+        U (m, k), S (k,) and Vh (k, n), float64. None if there is no such gap, or if the block is so large that
+        `truncated_svd` is as cheap.
 
     Raises:
-        ShapeError, DTypeError: not a dense matrix of these dtypes.
+        ShapeError: the argument is not a matrix.
+        DTypeError: it is not a dense tensor of float32 or float64.
         ConvergenceError: the SVD of the small core failed.
+
+    Example:
+        >>> U, S, Vh = subspace_iteration(torch.diag(torch.tensor([5.0, 3.0] + [1e-6] * 98)), 2, 2)
+        >>> S.round(decimals=4)
+        tensor([5., 3.], dtype=torch.float64)
     """
     (matrix,) = given_matrices([matrix], "subspace_iteration")
     block = dominant + OVERSAMPLING

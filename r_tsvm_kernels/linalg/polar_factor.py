@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ConvergenceError
-from .arguments import finite_number, given_matrices
+from ..text import kind_of
+from .arguments import finite_number, given_batch
 from .certificate import Certificate, Mode, tolerance_of
 from .inverse_root import RANK_TOLERANCE, InverseRoot, root_of_factor, root_of_gram
 from .rounding import BACKWARD_ERROR
 from .tall_matrix import TallMatrix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PolarFactor:
     """The canonical polar factor of a matrix and what was measured on the way.
 
     Attributes:
-        matrix: float64, the input's shape; a partial isometry of rank `rank`.
+        matrix: (m, n) float64; a partial isometry of rank `rank`.
         rank: number of singular values above the tolerance.
         condition: largest over smallest kept singular value, 1.0 for a zero matrix.
         certificate: its error is the defect of orthonormality.
@@ -33,34 +35,58 @@ class PolarFactor:
     condition: float
     certificate: Certificate
 
+    def __repr__(self) -> str:
+        return f"PolarFactor({kind_of(self.matrix)}, rank {self.rank}, {self.certificate.verdict})"
 
-def polar(matrices: Sequence[Tensor] | Tensor, mode: Mode = "exact", rtol: float = RANK_TOLERANCE) -> list[PolarFactor]:
-    """Return the canonical polar factor ``P Q^T`` of each matrix ``P S Q^T``.
 
-    With full rank it is the nearest matrix with orthonormal columns (or rows), the solution of the orthogonal
-    Procrustes problem used by TSV-Merge (Gargiulo et al., CVPR 2025). Singular values up to ``rtol`` times the
-    largest count as zero, and their directions are left out: a partial isometry, whose range is the range of the
-    matrix. Completing it with null vectors would be arbitrary.
+# Type checkers do not see the number of dimensions: for them a tensor is one matrix. Unbind a batch to please them.
+@overload
+def polar(matrices: Tensor, *, mode: Mode = "exact", rtol: float = RANK_TOLERANCE) -> PolarFactor: ...
+@overload
+def polar(matrices: Sequence[Tensor], *, mode: Mode = "exact", rtol: float = RANK_TOLERANCE) -> list[PolarFactor]: ...
+def polar(
+    matrices: Sequence[Tensor] | Tensor, *, mode: Mode = "exact", rtol: float = RANK_TOLERANCE
+) -> PolarFactor | list[PolarFactor]:
+    """Compute the canonical polar factor ``P Q^T`` of a matrix ``P S Q^T``, or of each of several matrices.
+
+    At full rank it is the nearest matrix with orthonormal columns (or rows): the solution of the orthogonal Procrustes
+    problem in TSV-Merge (Gargiulo et al., CVPR 2025). Singular values up to `rtol` times the largest count as zero, and
+    their directions are left out. The factor is then a partial isometry with the range of the matrix; null vectors to
+    complete it would be arbitrary.
 
     Args:
-        matrices: matrices (m, n) of any shapes, or one stacked tensor (batch, m, n); float32 or float64, finite.
+        matrices: a matrix (m, n), or several: a list of matrices of any shapes, or a tensor (batch, m, n). float32 or
+            float64, finite.
         mode: ``exact`` or ``fast``, see `Certificate`.
         rtol: in [0, 1); relative tolerance up to which a singular value counts as zero.
 
+    Returns:
+        The factor of the matrix, or a list of factors for several.
+
     Raises:
-        ShapeError: not matrices.
+        ShapeError: an argument is not a matrix.
         DTypeError: a matrix is not a dense tensor of float32 or float64.
         ConfigError: an unknown mode, or `rtol` out of range.
         NonFiniteError: a matrix holds NaN or infinity.
-        ConvergenceError: no solver succeeded.
+        ConvergenceError: no solver was accurate enough.
+
+    Example:
+        >>> factor = polar(torch.tensor([[2.0, 0.0], [0.0, -3.0]]))
+        >>> factor.matrix
+        tensor([[ 1.,  0.],
+                [ 0., -1.]], dtype=torch.float64)
+        >>> len(polar(torch.randn(5, 4, 3)))
+        5
     """
     tolerance = tolerance_of(mode)
     if not 0 <= finite_number(rtol, "polar: rtol") < 1:
         raise ConfigError(f"polar: rtol must be in [0, 1), got {rtol}")
-    return [_polar(matrix, float(rtol), tolerance) for matrix in given_matrices(matrices, "polar")]
+    given, single = given_batch(matrices, "polar")
+    factors = [_factorize(matrix, float(rtol), tolerance) for matrix in given]
+    return factors[0] if single else factors
 
 
-def _polar(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:
+def _factorize(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:
     tall = TallMatrix(matrix)
     escalations: tuple[str, ...] = ()
     try:
@@ -86,10 +112,13 @@ def _polar(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:
 
 
 def isometry_defect(root: InverseRoot, gram: Tensor) -> float:
-    """Return ``norm(P^T P - I) / sqrt(rank)`` (Frobenius); for a partial isometry ``norm(P^T P P^T P - P^T P)`` in it.
+    """Return ``norm(P^T P - I) / sqrt(rank)`` (Frobenius), with ``P^T P P^T P - P^T P`` for a partial isometry.
 
-    `gram` is ``P^T P`` (k, k). As the inverse root is symmetric, the polar factor is no further from the exact one,
-    relatively, but for its null space.
+    The inverse root is symmetric, so that this bounds the relative error of the polar factor outside its null space.
+
+    Args:
+        root: of the matrix.
+        gram: ``P^T P`` (k, k).
     """
     if root.rank == 0:
         return 0.0

@@ -19,16 +19,16 @@ EPS = 2.0**-53
 BACKWARD_ERROR = 8 * EPS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cut:
-    """Where a matrix's singular directions were cut off, and how well they are known there.
+    """Where a matrix's singular directions were cut off, and how accurate they are there.
 
     Attributes:
         values: (n,) float64, all singular values, falling, in any unit.
         rank: k, the number of directions that were kept.
         measured: estimated sine of the angle to the exact subspace that backward errors do not explain.
         spread: backward error beyond that of an SVD, relative to the largest singular value.
-        inherent: what of that no other solver could avoid, for the matrix itself is not known better.
+        inherent: the part of `spread` that no other solver could avoid, because the matrix itself is only known so far.
         edge: whether rounding decided how many directions there are.
     """
 
@@ -38,6 +38,9 @@ class Cut:
     spread: float = 0.0
     inherent: float = 0.0
     edge: bool = False
+
+    def __repr__(self) -> str:
+        return f"Cut(rank {self.rank} of {len(self.values)}, gap {self.gap:.1g})"
 
     @property
     def gap(self) -> float:
@@ -58,13 +61,13 @@ class Cut:
     def error(self, allowed: float = 0.0, *, weights: Tensor | None = None, left: bool = False) -> tuple[float, bool]:
         """Estimate the sine of the angle between a subspace and the exact one, from the backward error of an SVD.
 
-        Pairs of directions on both sides of the cut count by their gap. Left directions count by their singular value,
-        too: what lies beyond the singular directions has the value 0.
+        Pairs of directions on both sides of the cut count by their gap. Left directions also count by their singular
+        value: directions beyond the singular ones have the value 0.
 
         Args:
-            allowed: what the caller can bear. Where an SVD in float64 would exceed it, too, the closest pairs are left
-                out: rounding, not the matrix, decides which of their directions are leading ones. 0 leaves out none.
-            weights: (k,) what the errors of the single directions are multiplied by; None means 1.
+            allowed: largest sine that the caller accepts. If an SVD in float64 would exceed it too, the closest pairs
+                are left out: rounding, not the matrix, decides which of their directions lead. 0 leaves out none.
+            weights: (k,) factors of the errors of the single directions; None means 1.
             left: whether the left subspace is meant.
 
         Returns:
@@ -94,8 +97,8 @@ class Cut:
 def _pair_noise(values: Tensor) -> Tensor:
     """Return by how much rounding mixes each direction with others, over the gap, in the unit of the values.
 
-    From what two SVDs by LAPACK differ by (matrices of 2 to 300 rows and many spectra, 99.9 % of them): entries of the
-    backward error are like rounding spread over all directions, and larger where the singular values are.
+    Fitted to the differences of two SVDs by LAPACK (matrices of 2 to 300 rows and many spectra, 99.9 % of them):
+    entries of the backward error are like rounding spread over all directions, and larger where singular values are.
     """
     relative = values / values[0]  # whose squares neither overflow nor vanish
     typical = values[0] * relative.square().mean() ** 0.25

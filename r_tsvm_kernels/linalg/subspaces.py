@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .arguments import finite, given_matrices, given_ranks
+from ..text import listed
+from .arguments import finite, given_batch, given_ranks
 from .certificate import Certificate, Mode, tolerance_of
 from .decompositions import svd
 from .leading_right_vectors import right_vectors
@@ -21,9 +23,11 @@ from .rounding import Cut
 from .tall_matrix import TallMatrix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Subspaces:
     """Leading singular subspaces and what the matrix does between them: ``D ~ U @ core @ Vh``.
+
+    Unpacks as ``U, core, Vh = leading_subspaces(D, k)``.
 
     Attributes:
         U: (m, k) float64, orthonormal columns.
@@ -46,6 +50,13 @@ class Subspaces:
     value_errors: Tensor
     certificate: Certificate
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.U, self.core, self.Vh))
+
+    def __repr__(self) -> str:
+        shape = f"{len(self.U)}x{self.Vh.shape[1]}"
+        return f"Subspaces({shape}, rank {self.rank}, {self.certificate.verdict})"
+
     @property
     def nuclear_norm(self) -> float:
         """Sum of all singular values but for those that may be zero."""
@@ -63,17 +74,19 @@ class Subspaces:
         return self.core.shape[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TruncatedSVD:
-    """Leading singular triplets of a batch of matrices, padded with zeros to the largest rank.
+    """Leading singular triplets of a matrix, or of a batch of matrices.
+
+    Unpacks as ``U, S, Vh = truncated_svd(D, k)``. A batch is padded with zeros to its largest rank.
 
     Attributes:
-        U: (batch, m, k) float64; the first ``ranks[b]`` columns of item b are orthonormal.
-        S: (batch, k) float64, falling.
-        Vh: (batch, k, n) float64; the first ``ranks[b]`` rows of item b are orthonormal.
-        ranks: of each item, at most what was asked for.
-        certificates: of each item.
-        cuts: of each item, how well the subspaces are known.
+        U: (m, k) or (batch, m, k) float64; the first ``ranks[b]`` columns of item b are orthonormal.
+        S: (k,) or (batch, k) float64, falling.
+        Vh: (k, n) or (batch, k, n) float64; the first ``ranks[b]`` rows of item b are orthonormal.
+        ranks: of each matrix, at most the rank asked for.
+        certificates: of each matrix.
+        cuts: of each matrix, how well the subspaces are known.
     """
 
     U: Tensor
@@ -83,69 +96,122 @@ class TruncatedSVD:
     certificates: tuple[Certificate, ...]
     cuts: tuple[Cut, ...]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.U, self.S, self.Vh))
 
+    def __repr__(self) -> str:
+        shape = f"{self.U.shape[-2]}x{self.Vh.shape[-1]}"
+        count = f"{len(self.ranks)} of " if self.U.ndim == 3 else ""
+        return f"TruncatedSVD({count}{shape}, {listed(self.ranks)}, {self.certificate.verdict})"
+
+    @property
+    def certificate(self) -> Certificate:
+        """The certificate of the matrix; the worst one of a batch."""
+        return Certificate.worst(self.certificates)
+
+
+# Type checkers do not see the number of dimensions: for them a tensor is one matrix. Unbind a batch to please them.
+@overload
+def leading_subspaces(
+    matrices: Tensor, ranks: Rank | Sequence[Rank], *, mode: Mode = "exact", routes: Sequence[str] | None = None
+) -> Subspaces: ...
+@overload
+def leading_subspaces(
+    matrices: Sequence[Tensor],
+    ranks: Rank | Sequence[Rank],
+    *,
+    mode: Mode = "exact",
+    routes: Sequence[str] | None = None,
+) -> list[Subspaces]: ...
 def leading_subspaces(
     matrices: Sequence[Tensor] | Tensor,
-    ranks: Sequence[Rank] | Rank,
-    mode: Mode = "exact",
+    ranks: Rank | Sequence[Rank],
     *,
+    mode: Mode = "exact",
     routes: Sequence[str] | None = None,
-) -> list[Subspaces]:
-    """Find the leading left and right singular subspaces of each matrix.
+) -> Subspaces | list[Subspaces]:
+    """Find the leading left and right singular subspaces of a matrix, or of each of several matrices.
 
-    The rank is clipped to the numerical rank: beyond it singular vectors are arbitrary, and arbitrary directions would
+    Ranks are clipped to the numerical rank: beyond it singular vectors are arbitrary, and arbitrary directions would
     reach rows and columns that the fine-tune never touched.
 
     Args:
-        matrices: matrices (m, n) of any shapes, or one stacked tensor (batch, m, n); float32 or float64, finite.
-        ranks: per matrix the dimension asked for, >= 0, or a function of its singular values (see `choose_rank`); one
-            alone is for all matrices.
+        matrices: a matrix (m, n), or several: a list of matrices of any shapes, or a tensor (batch, m, n). float32 or
+            float64, finite.
+        ranks: dimension of the subspaces, >= 0, or a function of the singular values (see `choose_rank`): one for all
+            matrices, or one for each.
         mode: ``exact`` or ``fast``, see `Certificate`.
-        routes: solvers to be tried, the cheapest first, of ``gram-float32``, ``gram-float64`` and ``svd-float64``; None
-            leaves the choice to the size of the matrices.
+        routes: solvers to try, the cheapest first, of ``gram-float32``, ``gram-float64`` and ``svd-float64``; None
+            chooses by the size of the matrices.
+
+    Returns:
+        The subspaces of the matrix, or a list of them for several.
 
     Raises:
-        ShapeError: not matrices, another number of ranks, or a negative one.
+        ShapeError: an argument is not a matrix, the number of ranks differs, or a rank is negative.
         DTypeError: a matrix is not a dense tensor of float32 or float64.
         ConfigError: an unknown mode, or a rank that is not a whole number.
         NonFiniteError: a matrix holds NaN or infinity, or a singular value goes beyond float64.
-        ConvergenceError: no solver succeeded.
+        ConvergenceError: no solver was accurate enough.
+
+    Example:
+        >>> matrix = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+        >>> U, core, Vh = leading_subspaces(matrix, 5)
+        >>> U.shape, core.shape, Vh.shape
+        (torch.Size([30, 5]), torch.Size([5, 5]), torch.Size([5, 20]))
     """
     tolerance = tolerance_of(mode)
-    given = given_matrices(matrices, "leading_subspaces")
+    given, single = given_batch(matrices, "leading_subspaces")
     numbers = given_ranks(ranks, len(given), "leading_subspaces")
     jobs = [
-        partial(_subspaces, matrix, rank, mode, tolerance, routes) for matrix, rank in zip(given, numbers, strict=True)
+        partial(_find_subspaces, matrix, rank, mode, tolerance, routes)
+        for matrix, rank in zip(given, numbers, strict=True)
     ]
-    return run_concurrently(jobs, max(map(_short, given), default=0), given[0].device) if jobs else []
+    if not jobs:
+        return []
+    found = run_concurrently(jobs, max(min(matrix.shape) for matrix in given), given[0].device)
+    return found[0] if single else found
 
 
 def truncated_svd(
-    matrices: Sequence[Tensor] | Tensor, ranks: Sequence[Rank] | Rank, mode: Mode = "exact"
+    matrices: Sequence[Tensor] | Tensor, ranks: Rank | Sequence[Rank], *, mode: Mode = "exact"
 ) -> TruncatedSVD:
-    """Compute the leading singular triplets of each matrix: `leading_subspaces` and the SVD of its core.
+    """Compute the leading singular triplets of a matrix, or of each of several matrices.
+
+    `leading_subspaces`, and the SVD of each core.
 
     Args:
-        matrices: matrices (m, n) of one shape, or one stacked tensor (batch, m, n); float32 or float64, finite.
-        ranks: per matrix the number of triplets, >= 0, or a function of its singular values (see `choose_rank`); one
-            alone is for all matrices.
+        matrices: a matrix (m, n), or several: a list of matrices of one shape, or a tensor (batch, m, n). float32 or
+            float64, finite.
+        ranks: number of triplets, >= 0, or a function of the singular values (see `choose_rank`): one for all
+            matrices, or one for each.
         mode: ``exact`` or ``fast``, see `Certificate`.
 
+    Returns:
+        U, S and Vh with the certificate; for several matrices each of them is a batch.
+
     Raises:
-        ShapeError: no matrices, matrices of several shapes, another number of ranks, or a negative one.
+        ShapeError: no matrices, several shapes, another number of ranks, or a negative rank.
         DTypeError: a matrix is not a dense tensor of float32 or float64.
         DeviceError: the matrices are not on one device.
         ConfigError: an unknown mode, or a rank that is not a whole number.
         NonFiniteError: a matrix holds NaN or infinity, or a singular value goes beyond float64.
-        ConvergenceError: no solver succeeded.
+        ConvergenceError: no solver was accurate enough.
+
+    Example:
+        >>> U, S, Vh = truncated_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
+        >>> S
+        tensor([3., 2.], dtype=torch.float64)
+        >>> truncated_svd(torch.ones(4, 6, 5), 1).U.shape
+        torch.Size([4, 6, 1])
     """
-    given = given_matrices(matrices, "truncated_svd", one_device=True)
+    given, single = given_batch(matrices, "truncated_svd", one_device=True)
     if len({matrix.shape for matrix in given}) != 1:
         raise ShapeError(
             f"truncated_svd: expected matrices of one shape, got {[tuple(matrix.shape) for matrix in given]}; "
             "call leading_subspaces for several shapes"
         )
-    parts = leading_subspaces(given, given_ranks(ranks, len(given), "truncated_svd"), mode)
+    parts = leading_subspaces(given, given_ranks(ranks, len(given), "truncated_svd"), mode=mode)
     (m, n), k = given[0].shape, max(part.rank for part in parts)
     U, S, Vh = (parts[0].U.new_zeros(len(parts), *shape) for shape in ((m, k), (k,), (k, n)))
     for item, part in enumerate(parts):
@@ -153,15 +219,13 @@ def truncated_svd(
         U[item, :, : part.rank] = part.U @ P
         S[item, : part.rank] = values
         Vh[item, : part.rank] = Qh @ part.Vh
+    if single:
+        U, S, Vh = U[0], S[0], Vh[0]
     numbers, certificates, cuts = zip(*((part.rank, part.certificate, part.cut) for part in parts), strict=True)
     return TruncatedSVD(U, S, Vh, numbers, certificates, cuts)
 
 
-def _short(matrix: Tensor) -> int:
-    return min(matrix.shape)
-
-
-def _subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float, routes: Sequence[str] | None) -> Subspaces:
+def _find_subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float, routes: Sequence[str] | None) -> Subspaces:
     tall = TallMatrix(matrix)
     found = right_vectors(tall, rank, mode, routes)
     V = found.V

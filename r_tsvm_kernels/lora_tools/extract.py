@@ -167,11 +167,11 @@ def _extracted(plan: MergePlan, name: str, rank: Any, device: torch.device) -> t
         raise _not_finite(name)
     # Where the cut falls among nearly equal singular values, which of their vectors are kept is ill-determined; any
     # choice holds the same energy, and the exact mode would compute a full SVD to settle it.
-    found = truncated_svd([delta], [rank], "fast")
-    update = from_triplets(found.U[0], found.S[0], found.Vh[0])
+    U, S, Vh = found = truncated_svd(delta, rank, mode="fast")
+    update = from_triplets(U, S, Vh)
     norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    energy = min(1.0, float(found.S[0].square().sum()) / norm**2) if norm else 1.0
-    return update, ModuleReport((m, n), found.ranks[0], norm, energy, found.certificates[0])
+    energy = min(1.0, float(S.square().sum()) / norm**2) if norm else 1.0
+    return update, ModuleReport((m, n), found.ranks[0], norm, energy, found.certificate)
 
 
 def _not_finite(name: str) -> NonFiniteError:

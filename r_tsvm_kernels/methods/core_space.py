@@ -91,10 +91,8 @@ def _merged(matrices: list[Factored], options: CoreSpaceParameters, report: Tens
 
 def _factored(matrix: Tensor, options: CoreSpaceParameters, report: TensorReport) -> Factored:
     """Return the SVD of a matrix as two factors that share its singular values."""
-    found = truncated_svd([matrix], [min(matrix.shape)], options.mode)
-    (certificate,) = found.certificates
-    report.certificate = (
-        certificate if report.certificate is None else Certificate.worst([certificate, report.certificate])
-    )
-    roots = found.S[0].sqrt()
-    return Factored(found.U[0] * roots, roots[:, None] * found.Vh[0])
+    U, S, Vh = found = truncated_svd(matrix, min(matrix.shape), mode=options.mode)
+    certificates = [found.certificate, *([report.certificate] if report.certificate else [])]
+    report.certificate = Certificate.worst(certificates)
+    roots = S.sqrt()
+    return Factored(U * roots, roots[:, None] * Vh)

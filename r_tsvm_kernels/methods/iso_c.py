@@ -59,7 +59,7 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
     core = total[rows][:, columns]
     report = TensorReport(weights=list(options.weight))
     with timed(report.stages, "spectral"):
-        (factor,) = polar([core], options.mode)
+        factor = polar(core, mode=options.mode)
     nuclear = float((core * factor.matrix).sum())
     lost = 0.0
     if factor.rank < min(core.shape):

@@ -99,9 +99,8 @@ def _triplets(matrix: Tensor, whole: Tensor, rank: int, mode: Mode, exact: bool,
         U, values, Vh = svd(matrix)
         cut, certificate = Cut(values, rank), None
     else:
-        found = truncated_svd([matrix], [rank], mode)
-        U, values, Vh = found.U[0], found.S[0], found.Vh[0]
-        cut, certificate = found.cuts[0], found.certificates[0]
+        U, values, Vh = found = truncated_svd(matrix, rank, mode=mode)
+        (cut,), certificate = found.cuts, found.certificate
     size = frobenius_norm(whole)
     noise = torch.finfo(torch.float32).eps * size
     k = min(rank, int((values > noise).sum()))

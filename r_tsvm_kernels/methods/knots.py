@@ -61,7 +61,7 @@ def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> Merge
     else:
         dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
         rows, columns = nonzero_support(dense)
-        found = joint_svd([matrix[rows[:, None], columns] for matrix in dense], options.mode)
+        found = joint_svd([matrix[rows[:, None], columns] for matrix in dense], mode=options.mode)
         total = torch.zeros_like(base, dtype=torch.float64)
         merged = merge_parts(found.parts, options.inner_method, options).weight
         total[rows[:, None], columns] = found.U @ merged

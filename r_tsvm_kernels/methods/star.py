@@ -117,9 +117,9 @@ def _add_dense(
 ) -> _Part:
     rows, columns = nonzero_support([matrix])
     core = matrix[rows[:, None], columns]
-    (part,) = leading_subspaces([core], [rule], mode, routes=routes)
+    part = leading_subspaces(core, rule, mode=mode, routes=routes)
     if part.value_error > NUCLEAR_SHARE * part.certificate.tolerance:
-        (part,) = leading_subspaces([core], [rule], mode, routes=EXACT)
+        part = leading_subspaces(core, rule, mode=mode, routes=EXACT)
     kept = part.cut.values[: part.rank].sum()
     rescale = float(part.nuclear_norm / kept) if part.rank else 1.0
     total[rows[:, None], columns] += ((part.U @ part.core) @ part.Vh).mul_(weight * rescale)

@@ -61,7 +61,14 @@ def spectral_cost(job: TensorJob, options: TsvmParameters, ranks: Sequence[int])
     shape = (job.shape[0], job.shape[1])
     matrices = job.tasks * job.itemsize * job.elements
     simulated = dispatch.by_reference(job.device_type, *PRODUCTS)
-    solving = tsv_merge_bytes(shape, ranks, job.itemsize, options.solver, options.workspace, simulated)
+    solving = tsv_merge_bytes(
+        shape,
+        ranks,
+        itemsize=job.itemsize,
+        solver=options.solver,
+        workspace=options.workspace,
+        simulated=simulated,
+    )
     forming, adding = 2 * job.itemsize * job.elements, (5 * job.itemsize + 1) * job.elements  # one after the other
     return Cost(matrices + max(forming, solving, adding), tsv_merge_flops(shape, ranks))
 
@@ -100,7 +107,7 @@ def merge_and_report(
     """Merge with the weights of the report, and note in it what was measured."""
     with timed(report.stages, "spectral"):
         merged = tsv_merge(
-            matrices, ranks, report.weights, options.mode, solver=options.solver, workspace=options.workspace
+            matrices, ranks, report.weights, mode=options.mode, solver=options.solver, workspace=options.workspace
         )
     report.ranks, report.captured_energy = list(merged.ranks), list(merged.captured_energy)
     report.certificate = merged.certificate

@@ -169,11 +169,11 @@ def judge_subspaces(problem: Problem, mode: str, svd: bool = False) -> Verdict:
     D = matrix.double().numpy()
     exact = [truth.leading(D, rank, single(matrix), route) for route in SVDS]
     if svd:
-        found = truncated_svd([matrix], [rank], mode)
-        k, certificate = found.ranks[0], found.certificates[0]
-        U, S, Vh = found.U[0].numpy(), found.S[0].numpy(), found.Vh[0].numpy()
+        found = truncated_svd(matrix, rank, mode=mode)
+        k, certificate = found.ranks[0], found.certificate
+        U, S, Vh = (part.numpy() for part in found)
     else:
-        (part,) = leading_subspaces([matrix], [rank], mode)
+        part = leading_subspaces(matrix, rank, mode=mode)
         k, certificate = part.rank, part.certificate
         U, Vh = part.U.numpy(), part.Vh.numpy()
         S = np.linalg.svd(part.core.numpy(), compute_uv=False)
@@ -206,9 +206,9 @@ def judge_tsv_merge(problem: Problem, mode: str, solver: str, layers: bool = Fal
     with recorded("tsv_merge", "right_vectors") as calls:
         if layers:
             call = ([problem.matrices] * 2, [problem.ranks] * 2, [problem.weights] * 2)
-            got = tsv_merge_layers(*call, mode, solver=solver)[1]
+            got = tsv_merge_layers(*call, mode=mode, solver=solver)[1]
         else:
-            got = tsv_merge(problem.matrices, problem.ranks, problem.weights, mode, solver=solver)
+            got = tsv_merge(problem.matrices, problem.ranks, problem.weights, mode=mode, solver=solver)
     kind = single(problem.matrices[0])
 
     def parts(svd: Svd) -> list[Triplets]:
@@ -257,7 +257,7 @@ def judge_polar(problem: Problem, mode: str) -> Verdict:
         pairs = zip(doubles(problem.matrices), problem.ranks, strict=True)
         parts = [truth.leading(D, k, False, truth.plain) for D, k in pairs]
         matrix = torch.from_numpy(np.hstack([part.U for part in parts])).to(matrix.dtype)
-    (got,) = polar([matrix], mode)
+    got = polar(matrix, mode=mode)
     D = matrix.double().numpy()
     rank = got.rank if got.certificate.arbitrary else None
     found = compared(
@@ -284,7 +284,7 @@ def judge_factored(problem: Problem, mode: str, rng: np.random.Generator) -> Ver
         )
     ranks = [int(rng.integers(0, 1 + min(m, n, 30))) for _ in tasks]
     with recorded("factored", "leading_triplets") as calls:
-        got = merge_factored(tasks, ranks, problem.weights, mode)
+        got = merge_factored(tasks, ranks, problem.weights, mode=mode)
     merged, label = got.update.dense().double().numpy(), f"{problem.label} {dtype}"
     dense = [task.scale * task.left.double().numpy() @ task.right.double().numpy() for task in tasks]
 
@@ -311,7 +311,7 @@ def judge_factored(problem: Problem, mode: str, rng: np.random.Generator) -> Ver
 
 def judge_joint(problem: Problem, mode: str) -> Verdict:
     """`joint_svd`: the basis of all columns, which must hold every task matrix."""
-    found = joint_svd(problem.matrices, mode)
+    found = joint_svd(problem.matrices, mode=mode)
     U = found.U.numpy()
     joined = np.hstack(doubles(problem.matrices))
     rebuilt = np.hstack([U @ part.numpy() for part in found.parts])

@@ -12,7 +12,7 @@ def random_orthogonal(n):
 @pytest.mark.parametrize("shape", [(30, 30), (50, 12), (12, 50), (1, 5), (1, 1)], ids=str)
 def test_nearest_matrix_with_orthonormal_columns(shape):
     matrix = torch.randn(shape, dtype=torch.float64)
-    (factor,) = polar([matrix])
+    factor = polar(matrix)
     Q = factor.matrix if shape[0] >= shape[1] else factor.matrix.mT
     X = matrix if shape[0] >= shape[1] else matrix.mT
     assert factor.rank == min(shape)
@@ -27,13 +27,24 @@ def test_nearest_matrix_with_orthonormal_columns(shape):
 def test_a_batch_of_several_shapes():
     matrices = [torch.randn(9, 4), torch.randn(3, 8)]
     for matrix, factor in zip(matrices, polar(matrices), strict=True):
-        assert torch.equal(factor.matrix, polar(matrix[None])[0].matrix)
+        assert torch.equal(factor.matrix, polar(matrix).matrix)
+
+
+def test_a_matrix_gives_a_factor_and_a_batch_a_list():
+    stack = torch.randn(3, 5, 4)
+    factors = polar(stack)
+    assert [factor.matrix.shape for factor in factors] == [(5, 4)] * 3
+    assert torch.equal(factors[1].matrix, polar(stack[1]).matrix)
+    assert repr(factors[1]) == f"PolarFactor(5x4 float64, rank 4, error {factors[1].certificate.error:.0e} ok)"
+    for shape in [(4,), (2, 3, 4, 5)]:
+        with pytest.raises(ShapeError, match="polar: expected a matrix"):
+            polar(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(("decades", "route"), [(3, "gram-float64"), (5.5, "svd-float64")])
 def test_ill_conditioned_basis_keeps_full_rank(decades, route):
     U, V = random_orthogonal(40), random_orthogonal(40)
-    (factor,) = polar([(U * torch.logspace(0, -decades, 40, dtype=torch.float64)) @ V])
+    factor = polar((U * torch.logspace(0, -decades, 40, dtype=torch.float64)) @ V)
     assert factor.rank == 40
     assert factor.condition == pytest.approx(10**decades, rel=1e-5)
     assert (factor.matrix - U @ V).abs().max() < 1e-8
@@ -43,7 +54,7 @@ def test_ill_conditioned_basis_keeps_full_rank(decades, route):
 
 def test_rank_deficient_gives_a_partial_isometry():
     Q = torch.linalg.qr(torch.randn(20, 5, dtype=torch.float64)).Q
-    (factor,) = polar([torch.cat([Q, Q], dim=1)])
+    factor = polar(torch.cat([Q, Q], dim=1))
     assert factor.rank == 5
     assert torch.allclose(factor.matrix, torch.cat([Q, Q], dim=1) / 2**0.5)
     values = torch.linalg.svdvals(factor.matrix)
@@ -53,7 +64,7 @@ def test_rank_deficient_gives_a_partial_isometry():
 
 def test_singular_values_below_the_tolerance_are_left_out():
     U, V = random_orthogonal(12), random_orthogonal(12)
-    (factor,) = polar([(U * torch.tensor([1.0] * 9 + [1e-7] * 3, dtype=torch.float64)) @ V])
+    factor = polar((U * torch.tensor([1.0] * 9 + [1e-7] * 3, dtype=torch.float64)) @ V)
     assert factor.rank == 9
     assert (factor.matrix - U[:, :9] @ V[:9]).abs().max() < 1e-8
 
@@ -62,7 +73,7 @@ def test_zero_rows_stay_zero():
     matrix = torch.randn(10, 4, dtype=torch.float64)
     matrix[3:7] = 0
     matrix[:, 3] = matrix[:, 0]
-    (factor,) = polar([matrix])
+    factor = polar(matrix)
     assert factor.rank == 3
     assert factor.matrix[3:7].abs().max() < 1e-14
 
@@ -70,12 +81,12 @@ def test_zero_rows_stay_zero():
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_badly_scaled(scale):
     matrix = torch.randn(20, 7)
-    assert torch.allclose(polar([matrix * scale])[0].matrix, polar([matrix])[0].matrix, atol=1e-5)
+    assert torch.allclose(polar(matrix * scale).matrix, polar(matrix).matrix, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(6, 0), (0, 6), (0, 0), (5, 3)], ids=str)
 def test_empty_and_zero(shape):
-    (factor,) = polar([torch.zeros(shape, dtype=torch.float64)])
+    factor = polar(torch.zeros(shape, dtype=torch.float64))
     assert (factor.matrix.shape, factor.rank, factor.condition) == (shape, 0, 1.0)
     assert not factor.matrix.any()
 
@@ -86,4 +97,4 @@ def test_what_it_refuses():
     with pytest.raises(DTypeError, match="float"):
         polar([torch.zeros(2, 3, dtype=torch.float16)])
     with pytest.raises(ConfigError, match="mode"):
-        polar([torch.zeros(2, 3)], "quick")
+        polar(torch.zeros(2, 3), mode="quick")

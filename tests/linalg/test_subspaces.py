@@ -8,7 +8,7 @@ from r_tsvm_kernels.linalg import energy_rank, leading_subspaces, truncated_svd
 
 
 def check(matrix, rank, expected_rank, residual=1e-11):
-    (parts,) = leading_subspaces([matrix], [rank])
+    parts = leading_subspaces(matrix, rank)
     exact = matrix.double()
     values = torch.from_numpy(np.linalg.svd(exact.numpy(), compute_uv=False))
     assert parts.rank == expected_rank
@@ -65,31 +65,31 @@ def test_matrices_large_enough_for_float32(kind, share):
 
 def test_a_row_tile_at_a_time():
     tall = torch.randn(3000, 12)
-    (parts,) = leading_subspaces([tall], [5])
-    (wide,) = leading_subspaces([tall.mT], [5])
+    parts = leading_subspaces(tall, 5)
+    wide = leading_subspaces(tall.mT, 5)
     assert torch.allclose(parts.U @ parts.core @ parts.Vh, (wide.U @ wide.core @ wide.Vh).mT, atol=1e-12)
 
 
 def test_fast_mode_says_how_far_off_it_may_be():
     matrix = spectrum("flat", 400, 400, 0)
-    (exact,), (fast,) = leading_subspaces([matrix], [50]), leading_subspaces([matrix], [50], "fast")
+    exact, fast = leading_subspaces(matrix, 50), leading_subspaces(matrix, 50, mode="fast")
     angle = torch.linalg.svdvals(fast.Vh - fast.Vh @ exact.Vh.mT @ exact.Vh).norm()
     assert angle <= 3 * fast.certificate.error <= 1e-2
     assert exact.certificate.error < 1e-7
 
 
 def test_zero_matrix_and_rank_zero():
-    (parts,) = leading_subspaces([torch.zeros(6, 4)], [3])
+    parts = leading_subspaces(torch.zeros(6, 4), 3)
     assert (parts.rank, parts.U.shape, parts.Vh.shape, parts.captured_energy) == (0, (6, 0), (0, 4), 1.0)
-    (parts,) = leading_subspaces([torch.randn(6, 4)], [0])
+    parts = leading_subspaces(torch.randn(6, 4), 0)
     assert (parts.rank, parts.captured_energy) == (0, 0.0)
-    (parts,) = leading_subspaces([torch.zeros(0, 4)], [3])
+    parts = leading_subspaces(torch.zeros(0, 4), 3)
     assert (parts.rank, parts.U.shape) == (0, (0, 0))
 
 
 def test_a_rule_sees_the_singular_values():
     matrix = spectrum("power 0.7", 40, 60, 3)
-    (parts,) = leading_subspaces([matrix], [lambda values: energy_rank(values, 0.8)])
+    parts = leading_subspaces(matrix, lambda values: energy_rank(values, 0.8))
     assert parts.rank == energy_rank(torch.linalg.svdvals(matrix.double()), 0.8)
 
 
@@ -106,6 +106,21 @@ def test_truncated_svd_pads_to_the_largest_rank():
         assert not result.U[item, :, k:].any() and not result.S[item, k:].any() and not result.Vh[item, k:].any()
 
 
+def test_a_matrix_gives_one_result_and_a_batch_one_for_each():
+    stack = torch.randn(3, 12, 9)
+    U, core, Vh = leading_subspaces(stack[1], 4)
+    assert (U.shape, core.shape, Vh.shape) == ((12, 4), (4, 4), (4, 9))
+    assert torch.equal(leading_subspaces(stack, 4)[1].core, core)
+    U, S, Vh = truncated_svd(stack[1], 4)
+    batch = truncated_svd(stack, 4)
+    for one, several in zip((U, S, Vh), batch, strict=True):
+        assert torch.equal(several[1], one)
+    assert batch.certificate.error == max(certificate.error for certificate in batch.certificates)
+    assert repr(leading_subspaces(stack[1], 4)).startswith("Subspaces(12x9, rank 4, error ")
+    assert repr(truncated_svd(stack[1], 4)).startswith("TruncatedSVD(12x9, rank 4, error ")
+    assert repr(batch).startswith("TruncatedSVD(3 of 12x9, ranks 4/4/4, error ")
+
+
 def test_what_it_refuses():
     with pytest.raises(ShapeError, match="expected matrices"):
         leading_subspaces([torch.zeros(2, 3, 4)], [1])
@@ -118,6 +133,6 @@ def test_what_it_refuses():
     with pytest.raises(NonFiniteError, match="NaN"):
         leading_subspaces([torch.full((8, 8), torch.nan)], [2])
     with pytest.raises(ConfigError, match="mode"):
-        leading_subspaces([torch.zeros(2, 3)], [1], "quick")
+        leading_subspaces([torch.zeros(2, 3)], [1], mode="quick")
     with pytest.raises(ShapeError, match="one shape"):
         truncated_svd([torch.zeros(2, 3), torch.zeros(3, 2)], [1, 1])

@@ -82,7 +82,7 @@ def test_row_tiles_give_the_same_merge(shape):
 def test_the_route_of_matrix_products(mode):
     matrices = [spectrum("power 0.3", 96, 80, seed) for seed in range(3)]
     matrices[0][:, 5] = matrices[1][:, 5] = matrices[2][:, 5] = 0
-    got = tsv_merge(matrices, [20, 25, 10], [1.0, 2.0, 0.5], mode, solver="products")
+    got = tsv_merge(matrices, [20, 25, 10], [1.0, 2.0, 0.5], mode=mode, solver="products")
     expected = tsv_merge(matrices, [20, 25, 10], [1.0, 2.0, 0.5])
     assert got.certificate.route == "products-fp16x3"
     assert relative_error(got.matrix, expected.matrix) <= got.certificate.error <= got.certificate.tolerance

@@ -83,7 +83,7 @@ def test_inexact_subspaces_are_found_again_by_svd(monkeypatch):
     plain = merge("iso_cts", base, tuned)
 
     def inexact(matrices, ranks, mode):
-        found = truncated_svd(matrices, ranks, mode)
+        found = truncated_svd(matrices, ranks, mode=mode)
         return replace(found, cuts=(replace(found.cuts[0], measured=1e-3),))
 
     monkeypatch.setattr(iso_cts, "truncated_svd", inexact)

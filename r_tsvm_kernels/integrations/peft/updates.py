@@ -75,8 +75,8 @@ def combined_triplets(
     if few is not None:
         return few
     # The fast mode's tolerance is that of a float32 SVD; see `extract_lora`.
-    svd = truncated_svd([merged], [limit], "fast")
-    return svd.U[0], svd.S[0], svd.Vh[0]
+    U, S, Vh = truncated_svd(merged, limit, mode="fast")
+    return U, S, Vh
 
 
 def _pruned_and_summed(
