@@ -70,7 +70,7 @@ class Certificate:
     @property
     def verdict(self) -> str:
         """The estimated error, and whether it is within the tolerance, in a few characters."""
-        return f"error {self.error:.0e} {'ok' if self.met else f'above {self.tolerance:.0e}'}"
+        return f"error {self.error:.1g} {'ok' if self.met else f'above {self.tolerance:.0e}'}"
 
     def __repr__(self) -> str:
         return f"Certificate({self.route}, {self.verdict})"

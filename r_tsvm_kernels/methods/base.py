@@ -125,7 +125,7 @@ def shown(report: TensorReport) -> str:
         parts.append(f"{words} ({report.reason})")
     parts += [listed(report.ranks)] if report.ranks else []
     if report.certificate is not None:
-        parts.append(f"error {report.certificate.error:.1g} {'ok' if report.certificate.met else 'NOT met'}")
+        parts.append(report.certificate.verdict)
     return ", ".join(part for part in parts if part)
 
 

@@ -22,12 +22,12 @@ def decompose(task: TaskVectorDecompositionTask, /, task_vector: Tensor) -> tupl
     matrix = task_vector.mT if task.transpose else task_vector
     limit = max(0, min(task.max_rank, *matrix.shape))
     try:
-        U, S, Vh = truncated_svd(matrix.float(), limit)
+        U, values, Vh = truncated_svd(matrix.float(), limit)
     except ConvergenceError:
         return None
     INSTALLATION.count("truncated_svd")
-    rank = limit if task.sv_epsilon <= 0 else int((S > task.sv_epsilon).sum())
-    values, A, B = S[:rank], Vh[:rank], U[:, :rank]
+    rank = limit if task.sv_epsilon <= 0 else int((values > task.sv_epsilon).sum())
+    values, A, B = values[:rank], Vh[:rank], U[:, :rank]
     missing = rank - len(values)
     if task.distribute_scale:
         A, B = values.sqrt()[:, None] * A, B * values.sqrt()
