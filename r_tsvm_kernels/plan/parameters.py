@@ -17,7 +17,7 @@ def common_parameters(config: MergeConfig) -> dict[str, Any]:
 
     Example:
         >>> common_parameters(MergeConfig("task_arithmetic", parameters={"lambda": [0.5, 1.0]}))
-        {'weight': 1.0, 'alpha': [0.5, 1.0]}
+        {'weight': 1.0, 'alpha': [0.5, 1.0], 'normalize': False, 'int8_mask': False}
     """
     schema = config.method.parameters
     defaults = schema().model_dump(mode="json")

@@ -35,7 +35,7 @@ def test_a_matrix_gives_a_factor_and_a_batch_a_list():
     factors = polar(stack)
     assert [factor.matrix.shape for factor in factors] == [(5, 4)] * 3
     assert torch.equal(factors[1].matrix, polar(stack[1]).matrix)
-    assert repr(factors[1]) == f"PolarFactor(5x4 float64, rank 4, error {factors[1].certificate.error:.0e} ok)"
+    assert repr(factors[1]) == f"PolarFactor(5x4 float64, rank 4, error {factors[1].certificate.error:.1g} ok)"
     for shape in [(4,), (2, 3, 4, 5)]:
         with pytest.raises(ShapeError, match="polar: expected a matrix"):
             polar(torch.zeros(shape))
