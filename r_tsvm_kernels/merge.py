@@ -271,7 +271,7 @@ def _checked_inputs(
 
     Unless `limit` is None, those that differ from the base by more than that, or than their dtype holds, are refused.
     """
-    check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=label)
+    check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=label, optional_base=True)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
 
     def loaded(tensor: Tensor, owner: str) -> tuple[Tensor, float]:

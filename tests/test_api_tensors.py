@@ -5,11 +5,12 @@ import pytest
 import torch
 from compare import same_bits
 from merging import group, tasks_of
+from tensor_kinds import REFUSED, TAKEN
 
 from r_tsvm_kernels import (
     BackendUnavailableError,
+    CheckpointError,
     ConfigError,
-    DeviceError,
     DTypeError,
     MergeConfig,
     merge_state_dicts,
@@ -23,41 +24,8 @@ from r_tsvm_kernels.ops import Planes, Sparsifier
 ALL = pytest.mark.parametrize("method", sorted(METHODS))
 
 
-class Tagged(torch.Tensor):
-    """A plain subclass, as libraries make them to carry metadata."""
-
-
-class Wrapper(torch.Tensor):
-    """Holds no values itself, as DTensor and quantised tensors do."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
-        raise AssertionError("must not be touched")
-
-
-def strided(x):
-    return x.new_zeros(2 * x.shape[0], 3 * x.shape[1])[::2, ::3].copy_(x)
-
-
-LAYOUTS = {
-    "parameter": lambda x: torch.nn.Parameter(x.clone()),
-    "graph": lambda x: torch.nn.Parameter(x.clone()) * 1.0,
-    "buffer": lambda x: torch.nn.Buffer(x.clone()),
-    "subclass": lambda x: x.clone().as_subclass(Tagged),
-    "transposed": lambda x: x.t().contiguous().t(),
-    "strided": strided,
-    "slice": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "negative view": lambda x: torch.complex(x, -x).conj().imag,
-    "inference": lambda x: torch.inference_mode()(torch.clone)(x),
-}
-
-
 @ALL
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("layout", TAKEN.values(), ids=TAKEN.keys())
 def test_every_layout_gives_the_same_bits_and_no_graph(method, layout):
     base, tuned = group(tasks=tasks_of(method, 3))
     want = merge_tensors(base, tuned, method).weight
@@ -93,22 +61,6 @@ def test_a_model_s_parameters(method):
     base.load_state_dict(merged.state_dict)
 
 
-def quantised(x):
-    return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
-
-
-REFUSED = {
-    "sparse": (lambda x: x.to_sparse(), DTypeError, "expected a dense tensor, got torch.sparse_coo; .*to_dense"),
-    "sparse rows": (lambda x: x.to_sparse_csr(), DTypeError, "expected a dense tensor, got torch.sparse_csr"),
-    "nested": (lambda x: torch.nested.nested_tensor([x, x[:3]]), DTypeError, "expected a dense tensor, got nested"),
-    "meta": (lambda x: x.to("meta"), DeviceError, "meta"),
-    "wrapper": (Wrapper, DTypeError, "expected a plain tensor, got Wrapper; .*full_tensor"),
-    "quantised": (quantised, DTypeError, "expected a plain tensor, got torch.qint8; .*dequantize"),
-    "complex": (lambda x: x.to(torch.complex64), DTypeError, "complex64"),
-    "NumPy": (lambda x: x.numpy(), DTypeError, "expected a torch.Tensor, got ndarray; use torch.as_tensor"),
-    "list": (lambda x: x.tolist(), DTypeError, "expected a torch.Tensor, got list"),
-    "None": (lambda x: None, DTypeError, "expected a torch.Tensor, got NoneType"),
-}
 EVERY_REFUSED = pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
 
 
@@ -167,7 +119,7 @@ def tensors_in(value):
 def test_ops_take_parameters_and_views_and_give_no_graph(op, layout, backend):
     x = torch.randn(24, 17)
     with use_backend(backend):
-        want, got = list(tensors_in(op(x))), list(tensors_in(op(LAYOUTS[layout](x))))
+        want, got = list(tensors_in(op(x))), list(tensors_in(op(TAKEN[layout](x))))
     assert len(want) == len(got) > 0
     for exact, found in zip(want, got, strict=True):
         assert not found.requires_grad and torch.equal(exact, found)
@@ -230,12 +182,13 @@ MISTAKES = {
     "no such method": (lambda b, t: merge_tensors(b, t, "tise"), ConfigError, "did you mean 'ties'"),
     "a dict": (lambda b, t: merge_tensors(b, t, {"merge_method": "ties"}), ConfigError, "expected the name of"),
     "one model": (lambda b, t: merge_tensors(b, t[0], "ties"), DTypeError, "expected a list of fine-tuned tensors"),
-    "a module": (lambda b, t: merge_state_dicts(torch.nn.Linear(2, 2), [], "ties"), DTypeError, "model.state_dict"),
-    "modules": (
+    "a module alone": (lambda b, t: merge_state_dicts(torch.nn.Linear(2, 2), [], "ties"), ConfigError, "at least one"),
+    "a module of other layers": (
         lambda b, t: merge_state_dicts({"w": b}, [torch.nn.Linear(2, 2)], "ties"),
-        DTypeError,
-        r"tuned\[0\]: expected a state dict, got Linear",
+        CheckpointError,
+        r"tuned\[0\]: its tensors are not the base's",
     ),
+    "no base": (lambda b, t: ops.task_spread(None, t), DTypeError, "task_spread: base: expected a torch.Tensor"),
     "one state dict": (lambda b, t: merge_state_dicts({"w": b}, {"w": b}, "ties"), DTypeError, "a list of state dicts"),
     "no such backend": (lambda b, t: use_backend("tritn").__enter__(), BackendUnavailableError, "no backend 'tritn'"),
 }  # fmt: skip

@@ -58,17 +58,19 @@ def check_list(values: object, what: str, label: str) -> None:
         raise DTypeError(f"{label}: expected a list of {what}, got {type(values).__name__}; put it in a list")
 
 
-def check_group(base: Tensor | None, tuned: Sequence[Tensor], op: str) -> None:
+def check_group(base: Tensor | None, tuned: Sequence[Tensor], op: str, *, optional_base: bool = False) -> None:
     """Require at least one tuned tensor, all of `base`'s shape, on its device, in a dtype of `FLOAT_DTYPES`.
 
-    Without a base the first tuned tensor takes its place.
+    Where the base is optional and there is none, the first tuned tensor takes its place.
     """
     check_list(tuned, "fine-tuned tensors", op)
     if not tuned:
         raise ShapeError(f"{op}: expected at least one fine-tuned tensor, got none")
-    base = tuned[0] if base is None else base
-    for index, tensor in enumerate([base, *tuned]):
-        label = "base" if index == 0 else f"tuned[{index - 1}]"
+    base = tuned[0] if base is None and optional_base else base
+    check_floating(base, f"{op}: base")
+    assert base is not None
+    for index, tensor in enumerate(tuned):
+        label = f"tuned[{index}]"
         check_floating(tensor, f"{op}: {label}")
         if tensor.shape != base.shape:
             raise ShapeError(f"{op}: {label} has shape {tuple(tensor.shape)}, the base has {tuple(base.shape)}")

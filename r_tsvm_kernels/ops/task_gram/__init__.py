@@ -37,7 +37,7 @@ def task_gram(
         ShapeError, DTypeError, DeviceError: the tensors do not match.
         BackendUnavailableError: `backend` cannot run here.
     """
-    check_group(base, tuned, op="task_gram")
+    check_group(base, tuned, op="task_gram", optional_base=True)
     if mask is not None:
         check_mask(mask, tuned[0], "task_gram: the mask")
     run = dispatch.select("task_gram", *([] if base is None else [base]), *tuned, backend=backend)
