@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from merging import tasks_of
 from safetensors.torch import save_file
 
@@ -17,6 +17,7 @@ from r_tsvm_kernels.engine.scheduling import make_schedule
 from r_tsvm_kernels.methods import METHODS, TensorJob
 from r_tsvm_kernels.plan import make_plan
 
+ROOT = Path(__file__).resolve().parents[2]
 TASKS = 3
 SLACK = 2 << 20  # threads, caches of libraries
 
