@@ -1,4 +1,4 @@
-"""What people read of a merge: the summary of its report, the page that shows it, and the model card."""
+"""What people read about a merge: the summary of its report, its page, and the model card."""
 
 from .card import inherited_terms, model_card, short_name
 from .page import report_page

@@ -1,4 +1,4 @@
-"""The model card of a merge: README.md with the front matter that the Hugging Face hub reads."""
+"""Write the model card of a merge: README.md, with the front matter that the Hugging Face hub reads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..files import open_regular
 from ..safe_yaml import load_yaml
 from ..text import printable
 
-# What is taken over from the base's card, if it says so: its terms hold for the merge too.
+# Copied from the base's card: its terms apply to the merge too.
 _INHERITED = ("license", "license_name", "license_link")
-# A card's front matter is short; more than this is not read.
+# Read no more than this of a card: its front matter is short.
 _HEAD_BYTES = 1 << 16
 _PROJECT = "r_tsvm_kernels"
 
@@ -31,17 +31,17 @@ def model_card(
     library: str | None = "transformers",
     inherited: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write the card, in the form of mergekit's; it says nothing that differs from one run of the merge to the next.
+    """Return the text of the card, in the form of mergekit's. Every run of one merge gives the same text.
 
     Args:
-        recipe: the YAML of the merge.
+        recipe: YAML of the merge.
         method: name of the method, as printed.
-        paper_url: where it is defined.
-        base: the model that the others are fine-tunes of; None for methods that need none.
-        models: those that were merged.
-        hub_ids: which of all these are ids on the Hugging Face hub; the front matter names no others.
-        library: that loads the merge, as the hub spells it; None if it is not known.
-        inherited: what `inherited_terms` found in the card of the base.
+        paper_url: where the method is defined.
+        base: the base of the fine-tunes; None for methods without a base.
+        models: the merged models.
+        hub_ids: the models that are ids on the Hugging Face hub; only these are in the front matter.
+        library: the library that loads the merge, as the hub spells it; None if unknown.
+        inherited: the terms that `inherited_terms` read from the card of the base.
     """
     front = {
         **({"base_model": list(dict.fromkeys(hub_ids))} if hub_ids else {}),
@@ -57,7 +57,7 @@ def model_card(
 ---
 # Merge of {_code(title)}
 
-This model was made by merging fine-tuned models with {_PROJECT}.
+This model is a merge of fine-tuned models, made with {_PROJECT}.
 
 ## Method
 
@@ -76,14 +76,14 @@ This model was made by merging fine-tuned models with {_PROJECT}.
 
 
 def short_name(model: str) -> str:
-    """Return the last part of a model's path or id, without the revision."""
+    """Return the last part of a model's path or id, without its revision."""
     is_id = "@" in model and not model.startswith(("/", "."))
     path = Path(model.partition("@")[0] if is_id else model)
     return path.name.removesuffix(".safetensors") or model
 
 
 def inherited_terms(card: Path) -> dict[str, Any]:
-    """Return the licence that a model card names in its front matter; nothing if there is none that can be read."""
+    """Return the licence in a model card's front matter; an empty dict if there is none or it cannot be read."""
     try:
         with open_regular(card) as file:
             text = file.read(_HEAD_BYTES).decode("utf-8", "ignore")
@@ -103,7 +103,7 @@ def _is_text(value: object) -> bool:
 
 
 def _code(text: str) -> str:
-    """Return text as inline code, whatever is in it."""
+    """Return text as inline code, with enough backticks for those in the text."""
     text = printable(" ".join(text.split()))
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"

@@ -3,7 +3,7 @@ const report = JSON.parse(document.getElementById("data").textContent);
 const rows = report.rows.map((row) => Object.fromEntries(report.fields.map((field, i) => [field, row[i]])));
 const $ = (id) => document.getElementById(id);
 
-// Everything reaches the document as text, never as markup.
+// All data reach the document as text, never as markup.
 function element(tag, properties, ...children) {
   const made = document.createElement(tag);
   for (const [key, value] of Object.entries(properties || {})) {
@@ -161,7 +161,7 @@ for (const [key, value] of Object.entries(facts)) {
 
 // --- heat maps
 
-// An error is a number of decimals: its colour follows the logarithm.
+// The colour of an error follows its logarithm.
 const same = (values) => values.every((value) => value === values[0]);
 const short = (model) => model.split("/").filter(Boolean).pop() || model;
 // Of each parameter that a gradient or a filter sets: one map, or one for each model where models have their own values.
@@ -232,7 +232,7 @@ function draw(map) {
   const scale = (x) => (map.logarithmic ? Math.log10(Math.max(x, 1e-17)) : x);
   let [low, high] = [Infinity, -Infinity];
   for (const spot of spots) { low = Math.min(low, spot.value); high = Math.max(high, spot.value); }
-  // What is the same in print has one colour.
+  // Values that print the same have one colour.
   const span = map.format(low) === map.format(high) ? 0 : scale(high) - scale(low);
   const svg = drawn("svg", { viewBox: `0 0 ${wideX} ${height}`, preserveAspectRatio: "none", role: "img",
     "aria-label": `${map.title} by layer and kind of matrix, from ${map.format(low)} to ${map.format(high)}; the table below has every value` });
@@ -300,7 +300,7 @@ const COLUMNS = [
   { title: "recomputed", width: 105, of: (r) => (r.route ? r.escalations.length : null), format: number },
   { title: "time", width: 90, of: (r) => (r.stages.merge || [null])[0], format: seconds },
 ];
-// Columns that no tensor fills are left out.
+// Leave out columns that no tensor fills.
 const columns = COLUMNS.filter((c) => rows.some((row) => ![null, undefined].includes(c.of(row))));
 const LINE = 34, SPARE = 12;
 const state = { found: rows, by: null, falling: false };
@@ -360,7 +360,7 @@ function refresh() {
   state.found = rows.filter((_, i) => words.every((word) => texts[i].includes(word)));
   if (state.by) {
     const sign = state.falling ? -1 : 1, { of } = state.by;
-    // What has no value comes last, either way.
+    // Rows without a value are last in either order.
     state.found.sort((a, b) => {
       const [x, y] = [of(a), of(b)];
       if (x === null || x === undefined) return y === null || y === undefined ? 0 : 1;
@@ -388,7 +388,7 @@ function sort(column) {
 $("search").addEventListener("input", refresh);
 $("table").addEventListener("scroll", scrolled, { passive: true });
 addEventListener("resize", scrolled);
-// The next row must be there before the next press of Tab.
+// Draw the next row before the next press of Tab.
 body.addEventListener("focusin", (event) => {
   event.target.closest("tr").scrollIntoView({ block: "nearest", inline: "nearest" });
   scrolled();

@@ -1,4 +1,4 @@
-"""The report of a merge as one HTML page, which needs nothing but itself: no network, no fonts, no other files."""
+"""Write the report of a merge as one self-contained HTML page: no network, no fonts, no other files."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ..parameters import split_layer
 from ..text import printable
 from .summaries import plain
 
-# Of each tensor, in this order; page.js names them too.
+# The fields of each tensor, in this order; page.js uses their names.
 FIELDS = (
     "name", "kind", "layer", "treatment", "reason", "shape", "dtype", "bytes", "ranks", "sparsities", "outlier_masses",
     "weights", "parameters", "captured_energy", "interference", "task_norms", "update_norm", "error", "tolerance",
     "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations", "stages",
 )  # fmt: skip
 _CERTIFICATE = ("error", "tolerance", "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations")
-# Digits of the page; the JSON beside it has all of them.
+# Digits in the page; the JSON beside it has all of them.
 _DIGITS = 5
 
 
 def report_page(report: Mapping[str, Any]) -> str:
-    """Write the page of a merge.
+    """Return the HTML page of a merge.
 
-    Whatever recipe and tensors are named, the page shows it as text: it is embedded as JSON without ``<`` and reaches
-    the document as text nodes only, and the page's own policy runs no script and applies no style but its own.
+    Names in recipes and tensors are untrusted. They are embedded as JSON without ``<`` and reach the document as text
+    nodes only; the page's content security policy allows no script and no style but its own.
 
     Args:
         report: the content of ``merge_report.json``.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not the report of a merge.
+        KeyError, TypeError, ValueError: `report` is not the report of a merge.
     """
     style, script = _part("page.css"), _part("page.js")
     parts = {
@@ -48,7 +48,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         "script": script,
         "data": _embedded(_page_data(report)),
     }
-    # In one pass: what is put in is not searched again.
+    # One pass, so that inserted text is not searched again.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("template.html"))
 
 
@@ -65,10 +65,10 @@ def _page_data(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kinds(names: Mapping[str, object]) -> dict[str, tuple[str, int]]:
-    """Map the names of tensors that belong to a layer to their kind and the layer's index.
+    """Map the name of each tensor in a layer to its kind and the index of the layer.
 
-    The kind is the rest of the name, later numbers (of experts) replaced by ``*``, and with the prefix of the layer if
-    there are several kinds of layer.
+    The kind is the rest of the name. Later numbers (of experts) become ``*``. The prefix of the layer is part of the
+    kind if there are several kinds of layer.
     """
     split = {name: parts for name in names if (parts := split_layer(name))}
     one_prefix = len({prefix for prefix, _, _ in split.values()}) == 1
@@ -79,7 +79,7 @@ def kinds(names: Mapping[str, object]) -> dict[str, tuple[str, int]]:
 
 
 def _embedded(data: object) -> str:
-    """Return JSON that HTML takes for text, wherever a tag, a comment or an entity might begin."""
+    """Return JSON in which no tag, comment or entity of HTML can begin."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -97,5 +97,5 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Return what a content security policy calls a script or a style by."""
+    """Return the hash that names a script or a style in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

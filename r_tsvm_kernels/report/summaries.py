@@ -1,4 +1,4 @@
-"""The report of a merge in a few numbers."""
+"""Summarise the report of a merge."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-# In the order in which a tensor goes through them; the parts of `merge` follow it.
+# In the order of processing; `statistics` and `spectral` are parts of `merge`.
 STAGES = ("read", "merge", "statistics", "spectral", "write")
 
 
 def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum the reports of all tensors up.
+    """Summarise the reports of all tensors.
 
     Args:
-        tensors: name to the entry of the report: a `TensorReport` as JSON.
+        tensors: name to its entry of the report: a `TensorReport` as JSON.
 
     Returns:
-        ``tensors``, ``elements``, and how many tensors there are of each ``treatment`` and ``route``; how many
-        ``escalated`` to a more exact route, and how many depend on an ``arbitrary`` choice among equal singular values;
-        the ``largest_error`` estimate, with its tensor and tolerance; mean and least ``captured_energy`` and mean
-        ``interference`` (0 as of independent tasks, 1 the same subspaces) of the matrices that have one; and the norms
-        of the whole model's task vectors and update. None where nothing was measured.
+        A dict; values are None where nothing was measured.
+
+        - ``tensors``, ``elements``: their numbers.
+        - ``treatments``, ``routes``: number of tensors of each treatment and of each solver.
+        - ``escalated``: tensors that a more exact solver recomputed.
+        - ``arbitrary``: tensors whose result depends on a choice among equal singular values.
+        - ``largest_error``: the largest error estimate, with its tensor and tolerance.
+        - ``captured_energy``: mean and least; ``interference``: mean (0: independent tasks, 1: the same subspaces).
+        - ``task_norms``, ``update_norm``: Frobenius norms over the whole model.
     """
     entries = tensors.values()
     certificates = {name: e["certificate"] for name, e in tensors.items() if e["certificate"]}
@@ -49,9 +53,9 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def time_per_stage(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the seconds of each stage, ``wall`` and ``cpu``, summed over the tensors: stages of several overlap.
+    """Return the seconds of each stage, ``wall`` and ``cpu``, summed over all tensors.
 
-    ``statistics`` and ``spectral`` are parts of ``merge``. Tensors that were merged before a stop count too.
+    Tensors overlap, so a sum may exceed the time of the merge. Tensors merged before an interruption are included.
     """
     total: dict[str, dict[str, float]] = {}
     for stage in STAGES:
@@ -62,7 +66,7 @@ def time_per_stage(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
 
 
 def plain(data: Any) -> Any:
-    """Return a copy of JSON data without NaN and infinity, which JSON does not have: they become null."""
+    """Return a copy of JSON data with null for NaN and infinity, which JSON lacks."""
     if isinstance(data, Mapping):
         return {key: plain(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
