@@ -2,11 +2,14 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 import r_tsvm_kernels
+from r_tsvm_kernels.cli import build_parser
 from r_tsvm_kernels.methods import METHODS
 from r_tsvm_kernels.sizes import parse_size
 
@@ -60,12 +63,41 @@ def test_the_python_example_runs(capsys):
 
 @pytest.mark.parametrize(("file", "alpha"), [("README.md", 0.9), ("docs/merging.md", 0.7)])
 def test_the_recipe_is_valid(file, alpha):
-    import yaml
-
     text = re.search(r"```yaml\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)[1]
     config = r_tsvm_kernels.MergeConfig.from_dict(yaml.safe_load(text))
     options = config.options(2, "layers.3.mlp.up", 1.0)
     assert (options.weight, options.density, options.alpha) == ((0.8, 1.0), (1.0, 1.0), alpha)
+
+
+def commands(text):
+    """The lines of all code blocks that call rtsvm, as words."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"(?:    )?rtsvm (?!=)", line)]
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_every_command_is_one_of_the_command_line(file, capsys):
+    for words in commands((ROOT / file).read_text()):
+        try:
+            build_parser().parse_args(words)
+        except SystemExit:
+            pytest.fail(f"rtsvm {shlex.join(words)}\n{capsys.readouterr().err}")
+
+
+def test_commands_are_found():
+    assert commands("    rtsvm info ties   # x\n    rtsvm merge \\\n  a b\nrtsvm = 3\n") == [
+        ["info", "ties"],
+        ["merge", "a", "b"],
+    ]
+    assert len([words for file in TEXTS for words in commands((ROOT / file).read_text())]) > 20
+
+
+@pytest.mark.parametrize("file", [file for file in TEXTS if "```yaml" in (ROOT / file).read_text()])
+def test_every_recipe_is_valid(file):
+    for block in re.findall(r"```yaml[^\n]*\n(.*?)```", (ROOT / file).read_text(), re.DOTALL):
+        recipe = {"merge_method": "task_arithmetic", "base_model": "base", "models": ["a", "b"]}
+        config = r_tsvm_kernels.MergeConfig.from_dict(recipe | yaml.safe_load(block))
+        config.options(len(config.models), "lm_head.weight")
 
 
 def test_the_comparison_with_fusion_bench_is_quoted_correctly():
