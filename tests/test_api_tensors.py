@@ -80,7 +80,6 @@ def test_merges_refuse_what_is_no_plain_tensor(method, position, make, error, me
 OPS = {
     "add_update": lambda x: ops.add_update(x, x),
     "elect_and_sum": lambda x: ops.elect_and_sum(x, [x], 1.0),
-    "elect_and_sum_many": lambda x: ops.elect_and_sum_many([(x, [x])], 1.0),
     "magnitude_ranks": lambda x: ops.magnitude_ranks(x),
     "magnitude_select": lambda x: ops.magnitude_select(x, 3),
     "ranked_mask": lambda x: ops.ranked_mask(x, torch.full((17,), 0.5, dtype=torch.float64), 0),

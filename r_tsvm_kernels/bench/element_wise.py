@@ -19,7 +19,6 @@ from .registry import benchmark
 SIGMA, EPS, DENSITY, SEED = 3.0, 0.1, 0.5, 1
 # Float32 results of float32 arithmetic on exact differences: a few roundings. One wrong element of millions is more.
 ROUNDING = 1e-6
-SMALL_TENSORS = 64  # norms and biases of a model, merged in one call
 
 
 def op_case(
@@ -301,23 +300,3 @@ def _(inputs: Inputs) -> Case:
         for t, tensor in enumerate(inputs.tuned)
     ]
     return _elect_and_sum(inputs, {"keep": rules})
-
-
-@benchmark("elect_and_sum_many", "ops")
-def _(inputs: Inputs) -> Case:
-    """Many vectors as long as a row."""
-    count = min(SMALL_TENSORS, inputs.shape[0])
-    weights = [1.0] * inputs.tasks
-
-    def groups(base: Tensor, tuned: Sequence[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
-        return [(base[row], [tensor[row] for tensor in tuned]) for row in range(count)]
-
-    small = groups(inputs.base, inputs.tuned)
-    return op_case(
-        inputs,
-        ["elect_and_sum"],
-        lambda: ops.elect_and_sum_many(small, weights),
-        lambda: ops.elect_and_sum_many(groups(*inputs.exact), weights),
-        (inputs.read_bytes + 4 * inputs.numel) * count // inputs.shape[0],
-        best=lambda: list(torch_best.sum_tasks(inputs.base[:count], *[tensor[:count] for tensor in inputs.tuned])),
-    )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -57,11 +59,12 @@ class Strict(BaseModel):
             raise ConfigError(_describe(error, self.names())) from None
 
     @classmethod
-    def names(cls) -> dict[str, str]:
+    @cache
+    def names(cls) -> Mapping[str, str]:
         """Map every accepted key (field names and aliases) to its field name."""
         keys = {name: name for name in cls.model_fields}
         keys.update({info.alias: name for name, info in cls.model_fields.items() if info.alias})
-        return keys
+        return MappingProxyType(keys)
 
 
 def _describe(error: ValidationError, known: Collection[str]) -> str:
@@ -336,6 +339,8 @@ def get_method(name: str) -> Method:
     Raises:
         ConfigError: there is no method of that name.
     """
+    if name in METHODS:
+        return METHODS[name]
     by_name = METHODS | {alias: method for method in METHODS.values() for alias in method.aliases}
     if name not in by_name:
         raise ConfigError(

@@ -4,7 +4,6 @@ from ._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group
 from ._planes import Planes, SymmetricProduct
 from .add_update import add_update
 from .elect_and_sum import Election, Sparsifier, elect_and_sum, normalized
-from .elect_and_sum.many import elect_and_sum_many
 from .elect_and_sum.ranked import RankedSparsifier, della_probabilities
 from .gemm3 import gemm3
 from .magnitude_ranks import magnitude_ranks
@@ -35,7 +34,6 @@ __all__ = [
     "check_group",
     "della_probabilities",
     "elect_and_sum",
-    "elect_and_sum_many",
     "gemm3",
     "kept_count",
     "magnitude_ranks",

@@ -18,7 +18,6 @@ from r_tsvm_kernels.ops import (
     Sparsifier,
     della_probabilities,
     elect_and_sum,
-    elect_and_sum_many,
     magnitude_ranks,
     random_mask,
     ranked_mask,
@@ -222,13 +221,6 @@ def test_ranked_sparsifiers(elect, rescale, mix):
         Sparsifier(),
     ]
     assert_merged(base, tuned, elect=elect, normalize=True, alpha=0.5, keep=keep)
-
-
-@pytest.mark.parametrize("elect", ["none", "sum"])
-def test_many_small_merges(elect):
-    groups = [pair((size,), mix, tasks=3) for size in (1, 5, 140) for mix in MIXES[:5:2]]
-    got, expected = (elect_and_sum_many(groups, WEIGHTS[:3], elect=elect, backend=b) for b in ("triton", "torch"))
-    assert all(same_bits(g, e) for g, e in zip(got, expected, strict=True))
 
 
 # --- task_gram
