@@ -47,8 +47,8 @@ def make_inputs(shape: tuple[int, int]) -> Inputs:
 
 def ours(base: Tensor, tuned: list[Tensor]) -> list[Tensor]:
     statistics = task_statistics(base, tuned)
-    pruned_sparsity(statistics, "clip", DENSITY)
-    return reweight_prune(base, tuned, statistics, "clip", DENSITY)
+    pruned_sparsity(statistics, density=DENSITY)
+    return reweight_prune(base, tuned, statistics, density=DENSITY)
 
 
 def eager(base: Tensor, tuned: list[Tensor]) -> list[Tensor]:
@@ -87,8 +87,8 @@ def sides_of(base: Tensor, tuned: list[Tensor]) -> dict[str, Side]:
         "eager": lambda: eager(base, tuned),
         "kthvalue": lambda: with_kthvalue(base, tuned),
         "task_statistics": lambda: task_statistics(base, tuned),
-        "reweight_prune": lambda: reweight_prune(base, tuned, statistics, "clip", DENSITY),
-        "reweight_prune, density 1": lambda: reweight_prune(base, tuned, statistics, "clip", 1.0),
+        "reweight_prune": lambda: reweight_prune(base, tuned, statistics, density=DENSITY),
+        "reweight_prune, density 1": lambda: reweight_prune(base, tuned, statistics),
         "magnitude_select, bfloat16": lambda: magnitude_select(tuned[0], keep),
         "magnitude_select, float32": lambda: magnitude_select(widened, keep),
         "magnitude_select, difference": lambda: magnitude_select(tuned[0], keep, base=base),

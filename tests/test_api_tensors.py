@@ -153,16 +153,16 @@ def test_numbers_of_numpy_and_torch_in_ops():
     for seven in (np.int64(7), torch.tensor(7)):
         assert torch.equal(ops.magnitude_select(base, seven).mask(base), keep.mask(base))
     assert len(ops.magnitude_select(base, np.array([7, 9]))) == 2
-    statistics = ops.task_statistics(base, tuned, np.float64(3), torch.tensor(0.1, dtype=torch.float64))
+    statistics = ops.task_statistics(base, tuned, sigma=np.float64(3), eps=torch.tensor(0.1, dtype=torch.float64))
     assert torch.equal(statistics.theta, ops.task_statistics(base, tuned).theta)
-    pruned = ops.reweight_prune(base, tuned, statistics, "clip", np.array([0.25, 0.5]))
+    pruned = ops.reweight_prune(base, tuned, statistics, density=np.array([0.25, 0.5]))
     assert [int(task.count_nonzero()) for task in pruned] == [102, 204]
     assert torch.equal(ops.random_mask((5,), np.float64(0.5), np.int64(3)), ops.random_mask((5,), 0.5, 3))
     assert torch.equal(ops.add_update(base, base, np.float64(2)), ops.add_update(base, base, 2.0))
 
 
 MISTAKES = {
-    "a fraction as a count": (lambda b, t: ops.magnitude_select(b, 0.1), ConfigError, "keep must be a whole number"),
+    "a fraction as a count": (lambda b, t: ops.magnitude_select(b, 0.1), ConfigError, "0.1; use kept_count"),
     "no seed": (lambda b, t: ops.random_mask((3,), 0.5, None), ConfigError, "seed must be a whole number, got None"),
     "no probability": (lambda b, t: ops.random_mask((3,), None, 1), ConfigError, "keep_probability: expected a number"),
     "the base first": (lambda b, t: ops.task_gram(b, t), DTypeError, "expected a list of fine-tuned tensors"),
@@ -177,7 +177,7 @@ MISTAKES = {
     ),
     "a huge alpha": (lambda b, t: ops.add_update(b, t[0], 1e39), ConfigError, "alpha .1e.39.: expected finite"),
     "NaN for alpha": (lambda b, t: ops.add_update(b, t[0], float("nan")), ConfigError, "alpha: expected finite"),
-    "NaN for sigma": (lambda b, t: ops.task_statistics(b, t, "3"), ConfigError, "sigma and eps must be >= 0"),
+    "NaN for sigma": (lambda b, t: ops.task_statistics(b, t, sigma="3"), ConfigError, "sigma and eps must be >= 0"),
     "no such method": (lambda b, t: merge_tensors(b, t, "tise"), ConfigError, "did you mean 'ties'"),
     "a dict": (lambda b, t: merge_tensors(b, t, {"merge_method": "ties"}), ConfigError, "expected the name of"),
     "one model": (lambda b, t: merge_tensors(b, t[0], "ties"), DTypeError, "expected a list of fine-tuned tensors"),

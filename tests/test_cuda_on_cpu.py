@@ -90,7 +90,7 @@ def same_selections(got, expected):
 @many
 @given(tensors=groups, sigma=st.sampled_from([0.0, 0.5, 3.0, math.inf]), eps=st.sampled_from([0.0, 0.1, 5.0]))
 def test_statistics(tensors, sigma, eps):
-    got, expected = both(task_statistics, *tensors, sigma, eps)
+    got, expected = both(task_statistics, *tensors, sigma=sigma, eps=eps)
     for field in ("mean", "sd", "max", "theta", "outlier_mass"):
         scale = float(expected.max.abs().max())
         torch.testing.assert_close(getattr(got, field), getattr(expected, field), rtol=1e-12, atol=1e-14 * scale)
@@ -177,8 +177,10 @@ def same_all(got, expected):
     density=st.lists(densities, min_size=5, max_size=5),
 )
 def test_pruning(tensors, sigma, weighting, density):
-    statistics = task_statistics(*tensors, sigma)
-    assert same_all(*both(reweight_prune, *tensors, statistics, weighting, density[: len(tensors[1])]))
+    statistics = task_statistics(*tensors, sigma=sigma)
+    assert same_all(
+        *both(reweight_prune, *tensors, statistics, outlier_weighting=weighting, density=density[: len(tensors[1])])
+    )
 
 
 @pytest.mark.parametrize("last", [torch.bfloat16, torch.float64], ids=str)
@@ -187,7 +189,7 @@ def test_pruning_of_many_tasks(last):
     base, tuned = group((37, 41), [*[torch.bfloat16] * 19, last], "ties", ["contiguous"] * 20, 0)
     density = [min(1.0, 0.06 * t) for t in range(19)]
     assert density[-1] == 1.0
-    assert same_all(*both(reweight_prune, base, tuned, task_statistics(base, tuned), "clip", density))
+    assert same_all(*both(reweight_prune, base, tuned, task_statistics(base, tuned), density=density))
 
 
 @pytest.mark.parametrize("ties", [0, 1, 1023, 1024, 1025, 20_000, 59_999, 60_000])
@@ -197,7 +199,12 @@ def test_the_first_ties_survive(ties):
     tuned[-1] = 3.0
     zero = torch.zeros_like(tuned)
     (got,) = reweight_prune(
-        zero, [tuned], task_statistics(zero, [tuned]), "none", (ties + 0.5) / 60_001, backend="cuda"
+        zero,
+        [tuned],
+        task_statistics(zero, [tuned]),
+        outlier_weighting="none",
+        density=(ties + 0.5) / 60_001,
+        backend="cuda",
     )
     expected = torch.where(torch.arange(60_001) < ties, tuned, 0)
     expected[-1] = 3.0
@@ -212,14 +219,14 @@ def test_pruning_refuses_what_is_not_finite(bad, density):
     statistics = task_statistics(torch.zeros(3000), deltas, sigma=math.inf)
     for some in ([1.0, 0.5, 0.5, 0.5, 0.5, density], density):
         with pytest.raises(NonFiniteError, match="1 of 3000"):
-            reweight_prune(torch.zeros(3000), deltas, statistics, "clip", some, backend="cuda")
+            reweight_prune(torch.zeros(3000), deltas, statistics, density=some, backend="cuda")
 
 
 @pytest.mark.parametrize("sigma", [3.0, math.inf])
 def test_without_pruning_nan_and_infinity_pass(sigma):
     base, tuned = torch.zeros(5), torch.tensor([1.0, math.nan, math.inf, -math.inf, 0.0])
-    statistics = task_statistics(base, [tuned], sigma)
-    (got,), (expected,) = both(reweight_prune, base, [tuned], statistics, "clip")
+    statistics = task_statistics(base, [tuned], sigma=sigma)
+    (got,), (expected,) = both(reweight_prune, base, [tuned], statistics)
     assert torch.equal(got.isnan(), expected.isnan()) and same_bits(got.nan_to_num(), expected.nan_to_num())
 
 

@@ -73,7 +73,7 @@ def test_statistics_and_pruning(launched):
     add_update(base, tuned[0].float(), 0.3, backend="triton")
     random_mask(SHAPE, 0.3, seed=2**63 + 5, stream=3, backend="triton")
     magnitude_select(tuned[0], [1, 2, 3], backend="triton")
-    reweight_prune(base, tuned, statistics, "clip", 1.0, backend="triton")
+    reweight_prune(base, tuned, statistics, backend="triton")
     assert names(launched) == {
         "moments_kernel", "tail_kernel", "add_update_kernel", "random_mask_kernel", "digit_kernel", "prune_kernel"
     }  # fmt: skip

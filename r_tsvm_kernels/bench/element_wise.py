@@ -91,8 +91,8 @@ def _(inputs: Inputs) -> Case:
     return op_case(
         inputs,
         ["task_statistics"],
-        lambda: ops.task_statistics(base, tuned, SIGMA, EPS),
-        lambda: ops.task_statistics(*inputs.exact, SIGMA, EPS),
+        lambda: ops.task_statistics(base, tuned, sigma=SIGMA, eps=EPS),
+        lambda: ops.task_statistics(*inputs.exact, sigma=SIGMA, eps=EPS),
         inputs.read_bytes,
         best=lambda: torch_best.statistics(base, tuned, SIGMA, EPS),
         values=_statistics,
@@ -215,13 +215,13 @@ def _(inputs: Inputs) -> Case:
 @benchmark("reweight_prune", "ops")
 def _(inputs: Inputs) -> Case:
     base, tuned = inputs.base, inputs.tuned
-    statistics = ops.task_statistics(base, tuned, SIGMA, EPS)
+    statistics = ops.task_statistics(base, tuned, sigma=SIGMA, eps=EPS)
     keep = ops.kept_count(DENSITY, inputs.numel)
     return op_case(
         inputs,
         ["reweight_prune"],
-        lambda: ops.reweight_prune(base, tuned, statistics, "clip", DENSITY),
-        lambda: ops.reweight_prune(*inputs.exact, statistics, "clip", DENSITY),
+        lambda: ops.reweight_prune(base, tuned, statistics, density=DENSITY),
+        lambda: ops.reweight_prune(*inputs.exact, statistics, density=DENSITY),
         inputs.read_bytes + 4 * inputs.numel * inputs.tasks,
         best=lambda: torch_best.prune(base, tuned, statistics.theta, keep),
     )

@@ -145,10 +145,10 @@ def _rtsvm(inputs: Inputs, density: float) -> Case:
 
     def by_svd(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
         statistics = task_statistics(base, tuned)
-        matrices = reweight_prune(base, tuned, statistics, "clip", density)
+        matrices = reweight_prune(base, tuned, statistics, density=density)
         return published.tsv_merge(matrices, ranks, outlier_weights(statistics, "clip"))
 
-    sparsities = pruned_sparsity(task_statistics(inputs.base, inputs.tuned), "clip", density)
+    sparsities = pruned_sparsity(task_statistics(inputs.base, inputs.tuned), density=density)
     rules = [choose_rank("sparsity", inputs.shape, inputs.tasks, sparsity=z) for z in sparsities]
     ranks = [rule for rule in rules if isinstance(rule, int)]
     return _spectral(inputs, "rtsvm", {"density": density}, by_svd, ranks)

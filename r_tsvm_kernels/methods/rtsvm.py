@@ -85,10 +85,13 @@ def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Merge
         task_matrices, sparsities = list(tuned), [0.0] * len(tuned)
     else:
         with timed(report.stages, "statistics"):
-            statistics = task_statistics(base, tuned, options.outlier_sigma, options.sparsity_eps)
+            statistics = task_statistics(base, tuned, sigma=options.outlier_sigma, eps=options.sparsity_eps)
             checked(statistics.sd)  # where it overflows, no outlier would be found
-            task_matrices = reweight_prune(base, tuned, statistics, options.outlier_weighting, options.density)
-            sparsities = pruned_sparsity(statistics, options.outlier_weighting, options.density, options.sparsity_eps)
+            weighting, density = options.outlier_weighting, options.density
+            task_matrices = reweight_prune(base, tuned, statistics, outlier_weighting=weighting, density=density)
+            sparsities = pruned_sparsity(
+                statistics, outlier_weighting=weighting, density=density, eps=options.sparsity_eps
+            )
         reweighting = outlier_weights(statistics, options.outlier_weighting)
         report.weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
         report.sparsities, report.outlier_masses = sparsities, statistics.outlier_mass.tolist()

@@ -75,7 +75,7 @@ def cases() -> Iterator[tuple[str, Callable[[], bool]]]:
         yield f"magnitude_ranks {name}", lambda t=tuned: same(magnitude_ranks, t[0].reshape(10, 210))
         yield (
             f"reweight_prune {name}",
-            lambda b=base, t=tuned, s=summary: same(reweight_prune, b, t, s, "clip", [0.4, 0.01]),
+            lambda b=base, t=tuned, s=summary: same(reweight_prune, b, t, s, density=[0.4, 0.01]),
         )
     yield "magnitude_select, differences", lambda: selected(tuned[0], [5, 700], base=base)
     yield "magnitude_select, many slices", lambda: selected(torch.randn(20_000), [700])

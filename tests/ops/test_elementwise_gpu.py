@@ -53,9 +53,9 @@ def test_stage_one(backend, shape, dtype):
         assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-12, equal_nan=True)
     assert torch.equal(got.zeros, expected.zeros)
     for weighting, density in (("clip", 0.3), ("none", 1.0)):
-        arguments = (base, tuned, expected, weighting, density)
-        pruned = reweight_prune(*arguments, backend="torch")
-        assert all(map(equal, reweight_prune(*arguments, backend=backend), pruned))
+        options = {"outlier_weighting": weighting, "density": density}
+        pruned = reweight_prune(base, tuned, expected, **options, backend="torch")
+        assert all(map(equal, reweight_prune(base, tuned, expected, **options, backend=backend), pruned))
 
 
 @every_backend
@@ -151,7 +151,9 @@ def test_more_elements_are_written_than_a_32_bit_index_counts(backend):
     tuned = base.clone()
     tuned[-3:] = torch.tensor([1.0, -2.0, 3.0])
     statistics = task_statistics(base, [tuned], backend=backend)
-    (pruned,) = reweight_prune(base, [tuned], statistics, "none", 1.5 / numel, backend=backend)  # two of them
+    (pruned,) = reweight_prune(
+        base, [tuned], statistics, outlier_weighting="none", density=1.5 / numel, backend=backend
+    )  # two of them
     assert pruned[-3:].tolist() == [0.0, -2.0, 3.0] and not pruned[:-3].any()
     merged = add_update(base, pruned, 2.0, backend=backend)
     assert merged[-3:].tolist() == [0.0, -4.0, 6.0] and not merged[:-3].any()
@@ -204,7 +206,7 @@ def test_on_another_stream_and_in_other_layouts(backend):
         statistics = task_statistics(base, [x], backend=backend)
         got = [
             statistics.mean,
-            *reweight_prune(base, [x], statistics, "clip", 0.3, backend=backend),
+            *reweight_prune(base, [x], statistics, density=0.3, backend=backend),
             magnitude_select(x, 777, base=base, backend=backend).threshold,
             magnitude_ranks(x, base=base, backend=backend),
             elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend=backend),
@@ -216,7 +218,7 @@ def test_on_another_stream_and_in_other_layouts(backend):
     stream.synchronize()
     base, x = (2 * wide)[:, ::2].mT, (2 * tuned)[:, ::2].mT
     expected = [
-        *reweight_prune(base, [x], statistics, "clip", 0.3, backend="torch"),
+        *reweight_prune(base, [x], statistics, density=0.3, backend="torch"),
         magnitude_select(x, 777, base=base, backend="torch").threshold,
         magnitude_ranks(x, base=base, backend="torch"),
         elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend="torch"),

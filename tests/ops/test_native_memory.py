@@ -60,7 +60,7 @@ def test_tensors_at_odd_addresses(backend, dtype):
         "gram": lambda b, t, _: task_gram(t, base=b, backend=backend),
         "spread": lambda b, t, _: task_spread(b, t, backend=backend),
         "ranked mask": lambda b, t, _: ranked_mask(t[0], probabilities, 1, 0, base=b, backend=backend),
-        "pruned": lambda b, t, _: reweight_prune(b, t, summary, "clip", 0.3, backend=backend)[1],
+        "pruned": lambda b, t, _: reweight_prune(b, t, summary, density=0.3, backend=backend)[1],
         "elected": lambda b, t, place: elect_and_sum(
             b, t, [1.0, 0.5], elect="sum", keep=ranked(place), backend=backend
         ),

@@ -19,13 +19,14 @@ DENSITIES = st.sampled_from([0.0, 1e-4, 0.1, 0.3, 0.5, 0.9, 0.9999, 1.0])
 
 
 def prepare(base, tuned, weighting="clip", density=1.0, sigma=3.0, backend=None):
-    return reweight_prune(base, tuned, task_statistics(base, tuned, sigma), weighting, density, backend=backend)
+    statistics = task_statistics(base, tuned, sigma=sigma)
+    return reweight_prune(base, tuned, statistics, outlier_weighting=weighting, density=density, backend=backend)
 
 
 def check(backend, base, tuned, weighting="clip", density=1.0, sigma=3.0):
-    statistics = task_statistics(base, tuned, sigma)
-    expected = reweight_prune(base, tuned, statistics, weighting, density, backend="torch")
-    got = reweight_prune(base, tuned, statistics, weighting, density, backend=backend)
+    statistics = task_statistics(base, tuned, sigma=sigma)
+    expected = reweight_prune(base, tuned, statistics, outlier_weighting=weighting, density=density, backend="torch")
+    got = reweight_prune(base, tuned, statistics, outlier_weighting=weighting, density=density, backend=backend)
     for mine, truth in zip(got, expected, strict=True):
         assert same_bits(mine, truth)
 
@@ -179,10 +180,10 @@ def test_values_that_are_not_finite_are_refused(backend, density, size, bad):
     tuned[1][2] = bad
     statistics = task_statistics(base, tuned, sigma=math.inf)
     with pytest.raises(NonFiniteError, match=f"1 of {size} values"):
-        reweight_prune(base, tuned, statistics, "clip", density, backend=backend)
+        reweight_prune(base, tuned, statistics, density=density, backend=backend)
     statistics = task_statistics(base, tuned)  # theta is NaN, and so is everything clipped at it
     with pytest.raises(NonFiniteError, match=f"{size} of {size} values"):
-        reweight_prune(base, tuned, statistics, "clip", density, backend=backend)
+        reweight_prune(base, tuned, statistics, density=density, backend=backend)
 
 
 @every_backend
@@ -204,10 +205,12 @@ def test_without_pruning_they_pass(backend):
 )
 def test_pruned_sparsity_is_the_share_of_small_elements(kind, weighting, density, sigma, eps, size):
     base, tuned = torch.zeros(size, dtype=torch.float64), [VALUES[kind]((size,)).double()]
-    statistics = task_statistics(base, tuned, sigma, eps)
-    (matrix,) = reweight_prune(base, tuned, statistics, weighting, density)
+    statistics = task_statistics(base, tuned, sigma=sigma, eps=eps)
+    (matrix,) = reweight_prune(base, tuned, statistics, outlier_weighting=weighting, density=density)
     small = int((matrix.abs() <= eps * float(statistics.mean)).sum())
-    assert pruned_sparsity(statistics, weighting, density, eps) == [small / size if size else 1.0]
+    assert pruned_sparsity(statistics, outlier_weighting=weighting, density=density, eps=eps) == [
+        small / size if size else 1.0
+    ]
 
 
 def test_what_it_refuses():

@@ -26,7 +26,7 @@ def measure(backend, base, tuned, sigma=3.0, eps=0.1):
     """Run one backend on CPU tensors; return its statistics as numpy arrays."""
     device = "cuda" if backend == "cuda" else "cpu"
     # .to() keeps the strides of dense tensors only; those of slices matter on the CPU.
-    result = task_statistics(base.to(device), [t.to(device) for t in tuned], sigma, eps, backend=backend)
+    result = task_statistics(base.to(device), [t.to(device) for t in tuned], sigma=sigma, eps=eps, backend=backend)
     assert result.numel == base.numel()
     for field in FIELDS:
         tensor = getattr(result, field)
@@ -306,7 +306,7 @@ def test_wrong_inputs_raise(backend):
         task_statistics(base, [tuned[0].int()], backend=backend)
     for sigma, eps in [(-1.0, 0.1), (math.nan, 0.1), (3.0, -0.1), (3.0, math.nan)]:
         with pytest.raises(ConfigError, match="must be >= 0"):
-            task_statistics(base, tuned, sigma, eps, backend=backend)
+            task_statistics(base, tuned, sigma=sigma, eps=eps, backend=backend)
 
 
 @pytest.mark.parametrize("backend", available("cpu"))

@@ -38,8 +38,8 @@ def test_by_name_it_runs():
 
 
 def assert_statistics(base, tuned, sigma=3.0, eps=0.1):
-    got = task_statistics(base, tuned, sigma, eps, backend="triton")
-    expected = task_statistics(base, tuned, sigma, eps, backend="torch")
+    got = task_statistics(base, tuned, sigma=sigma, eps=eps, backend="triton")
+    expected = task_statistics(base, tuned, sigma=sigma, eps=eps, backend="torch")
     assert got.numel == expected.numel
     for field in ("mean", "sd", "max", "theta", "outlier_mass", "zeros", "small"):
         torch.testing.assert_close(
@@ -237,7 +237,7 @@ def assert_pruned(base, tuned, density, name=""):
     statistics = task_statistics(base, tuned, sigma=1.0)
     for weighting in ("clip", "none"):
         got, expected = (
-            reweight_prune(base, tuned, statistics, weighting, density, backend=backend)
+            reweight_prune(base, tuned, statistics, outlier_weighting=weighting, density=density, backend=backend)
             for backend in ("triton", "torch")
         )
         assert len(got) == len(expected) == len(tuned)
@@ -276,7 +276,7 @@ def test_pruning_of_views():
     base, tuned = torch.randn(12, 30)[:, ::2], torch.randn(15, 12).mT
     statistics = task_statistics(base, [tuned])
     got, expected = (
-        reweight_prune(base, [tuned], statistics, "clip", 0.4, backend=backend)[0] for backend in ("triton", "torch")
+        reweight_prune(base, [tuned], statistics, density=0.4, backend=backend)[0] for backend in ("triton", "torch")
     )
     assert torch.equal(got, expected) and got.is_contiguous()
 
@@ -289,8 +289,8 @@ def test_nan_and_infinity_are_refused_where_something_is_pruned(bad, dtype):
     statistics = task_statistics(base, tuned)
     for density, weighting in [(0.5, "clip"), (0.0, "none")]:
         with pytest.raises(NonFiniteError, match="NaN or infinite"):
-            reweight_prune(base, tuned, statistics, weighting, density, backend="triton")
-    reweight_prune(base, tuned, statistics, "none", [0.5, 1.0], backend="triton")
+            reweight_prune(base, tuned, statistics, outlier_weighting=weighting, density=density, backend="triton")
+    reweight_prune(base, tuned, statistics, outlier_weighting="none", density=[0.5, 1.0], backend="triton")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -298,10 +298,11 @@ def test_nan_and_infinity_come_through_where_nothing_is_pruned(bad):
     base, tuned = pair((200,))
     tuned[1][150] = bad
     for sigma in (3.0, math.inf):
-        statistics = task_statistics(base, tuned, sigma)
+        statistics = task_statistics(base, tuned, sigma=sigma)
         for weighting in ("clip", "none"):
             got, expected = (
-                reweight_prune(base, tuned, statistics, weighting, backend=backend) for backend in ("triton", "torch")
+                reweight_prune(base, tuned, statistics, outlier_weighting=weighting, backend=backend)
+                for backend in ("triton", "torch")
             )
             for g, e in zip(got, expected, strict=True):
                 assert torch.equal(g.isnan(), e.isnan()) and same_bits(g.nan_to_num(), e.nan_to_num())

@@ -10,21 +10,29 @@ from .._checks import accumulation_dtype, check_factors, check_group, numbers_of
 
 @dispatch.op(cuda=("torch", "triton"), small={"BLOCK": 128})
 def add_update(base: Tensor, update: Tensor, alpha: float = 1.0, *, backend: str | None = None) -> Tensor:
-    """Return ``base + alpha * update``; where ``alpha * update`` is 0 the base comes back bit for bit, -0.0 included.
+    """Return ``base + alpha * update``; where ``alpha * update`` is 0, the bits of the base, of -0.0 too.
+
+    The last step of every merge: ``W = W_0 + alpha D`` with the merged task vector D.
 
     Args:
         base: any shape, float64, float32, float16 or bfloat16.
-        update: the same shape and device.
-        alpha: scale of the update.
+        update: the same shape and device; the dtype may differ.
+        alpha: scale of the update, a finite number.
         backend: run this implementation or raise; None takes the fastest one that is available.
 
     Returns:
-        A new tensor, float32 (float64 if any input is float64): rounding to the storage dtype is left to the caller.
+        A new tensor of the base's shape, float32 (float64 if any input is float64); the caller rounds it to the
+        storage dtype.
 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
         ConfigError: `alpha` is not finite, or does not fit the dtype of the result.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> add_update(torch.tensor([1.0, -0.0]), torch.tensor([2.0, 0.0]), 0.5)
+        tensor([2., -0.])
     """
     check_group(base, [update], op="add_update")
     (alpha,) = numbers_of(alpha, 1, "add_update: alpha")

@@ -15,13 +15,13 @@ from ... import dispatch
 from ...errors import ConfigError
 from .._checks import accumulation_dtype, check_finite, check_floating, check_group, plain_values, whole
 
-# Elements of which a mask is made at one time on a CPU: what fits into a core's cache, and is worth its overhead.
+# Elements of a mask made at one time on a CPU: they fit into a core's cache and repay the overhead.
 MASK_TILE = 1 << 17
 
 
 @dataclass(frozen=True)
 class MagnitudeSelection:
-    """Which elements survive: all above `threshold`, and the first `ties` (by flat index) of those equal to it.
+    """Which elements survive: all above `threshold`, and the first `ties`, by flat index, of those equal to it.
 
     Attributes:
         threshold: 0-D tensor in the dtype of the magnitudes; infinity when nothing is kept.
@@ -44,7 +44,7 @@ class MagnitudeSelection:
         return kept | (tied & first)
 
     def _mask_on_cpu(self, x: Tensor, threshold: Tensor) -> Tensor:
-        """Piece by piece, out of the cache. Ties are few; to count them would have to wait for a GPU."""
+        """Work piece by piece, within the cache. Ties are few; counting them would have to wait for a GPU."""
         mask = torch.empty(x.shape, dtype=torch.bool)
         flat, kept, ties = x.reshape(-1), mask.view(-1), int(self.ties)
         for first in range(0, len(flat), MASK_TILE):
@@ -59,7 +59,7 @@ class MagnitudeSelection:
     def rounded(self, dtype: torch.dtype) -> MagnitudeSelection:
         """Return the selection that makes the same masks of tensors of `dtype`, with its threshold in `dtype`.
 
-        A threshold that lies between two magnitudes of `dtype` goes down to the lower one, to which nothing is tied.
+        A threshold between two magnitudes of `dtype` becomes the lower one, to which nothing is tied.
 
         Args:
             dtype: float32 or float64.
@@ -74,13 +74,21 @@ class MagnitudeSelection:
 
 
 def kept_count(density: float, numel: int) -> int:
-    """Return ``ceil(density * numel)``, exact for the decimal number that was written (0.07 of 100 is 7, not 8).
+    """Return ``ceil(density * numel)``, exact for the decimal number as written: 0.07 of 100 is 7, not 8.
+
+    Args:
+        density: fraction kept, in [0, 1].
+        numel: number of elements.
 
     Raises:
         ConfigError: `density` is not in [0, 1].
+
+    Example:
+        >>> kept_count(0.07, 100)
+        7
     """
     if not 0.0 <= density <= 1.0:
-        raise ConfigError(f"density is the fraction that is kept: expected 0 <= density <= 1, got {density}")
+        raise ConfigError(f"density is the fraction kept: expected 0 <= density <= 1, got {density}")
     return math.ceil(Fraction(repr(float(density))) * numel)
 
 
@@ -100,33 +108,46 @@ def magnitude_select(
 def magnitude_select(
     x: Tensor, keep: int | Sequence[int], *, base: Tensor | None = None, backend: str | None = None
 ) -> MagnitudeSelection | tuple[MagnitudeSelection, ...]:
-    """Find the `keep` largest magnitudes of `x`, or of ``x - base``; of equal ones the lowest flat index goes first.
+    """Find the `keep` largest magnitudes of `x`, or of ``x - base``; among equal ones those of lowest flat index.
 
-    Exact: a mask made from the result has exactly `keep` elements set. -0.0 counts as 0.
+    Exact: a mask made from the result has exactly `keep` elements set. -0.0 counts as 0. TIES (arXiv 2306.01708),
+    Breadcrumbs and R-TSVM prune by it.
 
     Args:
         x: any shape, float64, float32, float16 or bfloat16.
-        keep: how many elements survive, 0 <= keep <= x.numel(); or several such numbers, whose selections are found
-            together, in shared passes over the data.
+        keep: how many elements survive, 0 <= keep <= x.numel(); `kept_count` gives it for a fraction. Several numbers
+            give several selections, found in shared passes over the data.
         base: of the shape and device of `x`; the dtype may differ. The differences are formed in float32 (float64 if
-            either input is float64), in which the threshold comes back too; the mask is then that of the differences.
-            The native kernel never stores them.
+            either input is float64), which is the dtype of the threshold, too; the mask applies to the differences.
+            The kernels never store them.
         backend: run this implementation or raise; None takes the fastest one that is available.
 
     Returns:
-        One selection, or a tuple of as many as there are numbers in `keep`.
+        One selection, or a tuple with one for each number in `keep`.
 
     Raises:
-        ConfigError: `keep` is no whole number, or out of range.
+        ConfigError: `keep` is not a whole number, or out of range.
         DTypeError: `x` or `base` is not floating point.
         ShapeError, DeviceError: `x` and `base` do not match.
-        NonFiniteError: a value is NaN or infinite: there is no order to select by.
+        NonFiniteError: a value is NaN or infinite, so there is no order to select by.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([1.0, -3.0, 2.0, 3.0])
+        >>> magnitude_select(x, kept_count(0.5, x.numel())).mask(x)
+        tensor([False,  True, False,  True])
     """
     check_floating(x, "magnitude_select: x")
     given = plain_values(keep)
     several = isinstance(given, Sequence)
-    counts = [whole(count, "magnitude_select: keep") for count in (given if several else [given])]
+    counts = []
+    for value in given if several else [given]:
+        if isinstance(value, float):
+            raise ConfigError(
+                f"magnitude_select: keep is a count, got {value!r}; use kept_count(density, x.numel()) for a fraction"
+            )
+        counts.append(whole(value, "magnitude_select: keep"))
     for count in counts:
         if not 0 <= count <= x.numel():
             raise ConfigError(f"magnitude_select: keep must lie in [0, {x.numel()}], got {count}")

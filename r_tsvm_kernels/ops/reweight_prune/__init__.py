@@ -11,7 +11,7 @@ from ... import dispatch
 from ...errors import ConfigError
 from .._checks import check_group, numbers_of
 from ..magnitude_select import kept_count
-from ..task_statistics import TaskStatistics
+from ..task_statistics import TaskStatistics, task_statistics
 
 OutlierWeighting = Literal["clip", "damp", "boost", "none"]
 
@@ -20,55 +20,67 @@ OutlierWeighting = Literal["clip", "damp", "boost", "none"]
 def reweight_prune(
     base: Tensor,
     tuned: Sequence[Tensor],
-    statistics: TaskStatistics,
+    statistics: TaskStatistics | None = None,
+    *,
     outlier_weighting: OutlierWeighting = "clip",
     density: Sequence[float] | float = 1.0,
-    *,
     backend: str | None = None,
 ) -> list[Tensor]:
     """Form the task vectors ``D_t = tuned[t] - base``, clip their outliers and prune them.
 
-    ``clip`` replaces D_t by ``sign(D_t) * min(|D_t|, theta_t)``; the other modes leave the elements alone, their scalar
-    weights come from `outlier_weights`. Then exactly ``ceil(density_t * numel)`` elements of largest magnitude are
-    kept, the lowest flat index first among equals, and the rest become 0.
+    ``clip`` replaces D_t by ``sign(D_t) * min(|D_t|, theta_t)``. The other modes leave the elements alone; their scalar
+    weights come from `outlier_weights`. Pruning keeps exactly ``ceil(density_t * numel)`` elements of largest
+    magnitude, the lowest flat index first among equals, and sets the rest to 0. R-TSVM prepares task matrices like
+    this (Yang et al., arXiv 2502.06876; the formulas are our reconstruction).
 
     Args:
         base: any shape, float64, float32, float16 or bfloat16.
-        tuned: T tensors of the same shape and device.
-        statistics: of these tensors, from `task_statistics`.
+        tuned: T tensors of the same shape and device; dtypes may differ.
+        statistics: of these tensors, from `task_statistics`; only its `theta` is used, by ``clip``. None measures the
+            tensors with the defaults of `task_statistics`.
         outlier_weighting: ``clip``, ``damp``, ``boost`` or ``none``.
         density: fraction kept, in [0, 1], one number or one per task.
         backend: run this implementation or raise; None takes the fastest one that is available.
 
     Returns:
-        T new tensors of the inputs' shape, float32 (float64 if any input is float64).
+        T new tensors of the inputs' shape, float32 (float64 if any input is float64), in weight units.
 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
-        ConfigError: an unknown mode, statistics of another number of tasks, or a density out of range or of the wrong
-            number.
+        ConfigError: an unknown mode, statistics of another number of tasks, a density out of range, or another number
+            of densities than tasks.
         NonFiniteError: a task vector that must be pruned holds NaN or infinity.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> tuned = torch.tensor([0.1, -0.4, 0.2, 8.0])
+        >>> reweight_prune(torch.zeros(4), [tuned], outlier_weighting="none", density=0.5)
+        [tensor([ 0.0000, -0.4000,  0.0000,  8.0000])]
     """
     check_group(base, tuned, op="reweight_prune")
     check_weighting(outlier_weighting, statistics, len(tuned))
     keep = kept_counts(density, len(tuned), base.numel(), op="reweight_prune")
     run = dispatch.select("reweight_prune", base, *tuned, backend=backend)
-    result: list[Tensor] = run(base, tuned, statistics, outlier_weighting, keep)
+    theta = None
+    if outlier_weighting == "clip":
+        theta = (statistics or task_statistics(base, tuned)).theta
+    result: list[Tensor] = run(base, tuned, theta, keep)
     return result
 
 
 def pruned_sparsity(
     statistics: TaskStatistics,
+    *,
     outlier_weighting: OutlierWeighting = "clip",
     density: Sequence[float] | float = 1.0,
     eps: float = 0.1,
 ) -> list[float]:
     """Return for each task the share of elements of ``reweight_prune``'s result with magnitude at most ``eps * mean``.
 
-    Nothing is read for it. If the smallest kept magnitude is larger than the limit, the small elements are those that
-    pruning dropped; if not, they are those that were small before it. So the count is the larger of the two, unless
-    clipping has made every element small.
+    Reads no tensor. If the smallest kept magnitude is above the limit, the small elements are those that pruning
+    dropped; otherwise they are those that were small before. So the count is the larger of the two, unless clipping
+    made every element small. R-TSVM chooses ranks by these shares (arXiv 2502.06876; our reconstruction).
 
     Args:
         statistics: from `task_statistics` with the same `eps`.
@@ -76,8 +88,17 @@ def pruned_sparsity(
         density: as for `reweight_prune`.
         eps: multiple of the mean magnitude up to which an element is small.
 
+    Returns:
+        One fraction in [0, 1] per task; 1 for empty tensors.
+
     Raises:
-        ConfigError: a density out of range or of the wrong number.
+        ConfigError: a density out of range, or another number of densities than tasks.
+
+    Example:
+        >>> import torch
+        >>> statistics = task_statistics(torch.zeros(4), [torch.tensor([0.0, -0.4, 0.2, 8.0])])
+        >>> pruned_sparsity(statistics, density=0.25)
+        [0.75]
     """
     numel = statistics.numel
     shares = []
@@ -89,11 +110,11 @@ def pruned_sparsity(
     return shares
 
 
-def check_weighting(outlier_weighting: str, statistics: TaskStatistics, tasks: int) -> None:
-    """Raise `ConfigError` if there is no such mode, or the statistics are not of so many tasks."""
+def check_weighting(outlier_weighting: str, statistics: TaskStatistics | None, tasks: int) -> None:
+    """Raise `ConfigError` if there is no such mode, or the statistics are of another number of tasks."""
     if outlier_weighting not in get_args(OutlierWeighting):
         raise ConfigError(f"outlier_weighting must be clip, damp, boost or none, got {outlier_weighting!r}")
-    if len(statistics.theta) != tasks:  # kernels look theta up by task
+    if statistics is not None and len(statistics.theta) != tasks:  # kernels look theta up by task
         raise ConfigError(f"expected statistics of the {tasks} tasks, got those of {len(statistics.theta)}")
 
 
@@ -101,7 +122,7 @@ def kept_counts(density: Sequence[float] | float, tasks: int, numel: int, op: st
     """Return how many elements of each task are kept.
 
     Raises:
-        ConfigError: a density out of range or of the wrong number.
+        ConfigError: a density out of range, or another number of densities than tasks.
     """
     return [kept_count(fraction, numel) for fraction in numbers_of(density, tasks, f"{op}: density")]
 
@@ -112,6 +133,17 @@ def outlier_weights(statistics: TaskStatistics, outlier_weighting: OutlierWeight
     ``damp``: ``T (1 - q_t) / sum(1 - q)``; ``boost``: ``T q_t / sum(q)``; ``clip`` and ``none``: 1. A sum of 0 gives 1
     everywhere. Our reconstruction of the outlier weighting of R-TSVM (arXiv 2502.06876), which leaves the direction
     open; equal tasks get equal weights.
+
+    Args:
+        statistics: from `task_statistics`; only its `outlier_mass` is used.
+        outlier_weighting: ``clip``, ``damp``, ``boost`` or ``none``.
+
+    Example:
+        >>> import torch
+        >>> tasks = [torch.ones(100), torch.cat([torch.ones(99), torch.tensor([50.0])])]
+        >>> statistics = task_statistics(torch.zeros(100), tasks)
+        >>> [round(weight, 2) for weight in outlier_weights(statistics, "damp")]
+        [1.2, 0.8]
     """
     masses: list[float] = statistics.outlier_mass.tolist()
     if outlier_weighting in ("clip", "none"):

@@ -11,16 +11,13 @@ from torch import Tensor
 from ... import backends
 from .._checks import accumulation_dtype, raise_not_finite
 from .._native import matrix, with_rows
-from ..task_statistics import TaskStatistics
 
 
-def run(
-    base: Tensor, tuned: Sequence[Tensor], statistics: TaskStatistics, outlier_weighting: str, counts: Sequence[int]
-) -> list[Tensor]:
+def run(base: Tensor, tuned: Sequence[Tensor], theta: Tensor | None, counts: Sequence[int]) -> list[Tensor]:
     """See `reweight_prune`. Usually reads the inputs once; never stores a task vector but the results."""
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     origin, *views = (matrix(tensor) for tensor in tensors)
-    thetas = statistics.theta.tolist() if outlier_weighting == "clip" else [math.inf] * len(tuned)
+    thetas = [math.inf] * len(tuned) if theta is None else theta.tolist()
     dtype = accumulation_dtype(*tensors)
     results = [torch.empty(base.shape, dtype=dtype) for _ in tuned]
     nonfinite = torch.zeros(len(tuned), dtype=torch.int64)

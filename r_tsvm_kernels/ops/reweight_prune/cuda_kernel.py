@@ -11,24 +11,21 @@ from ... import backends
 from .._checks import accumulation_dtype, raise_not_finite
 from .._cuda import flat, queue, workspace
 from .._native import matrix
-from ..task_statistics import TaskStatistics
 
 
-def run(
-    base: Tensor, tuned: Sequence[Tensor], statistics: TaskStatistics, outlier_weighting: str, counts: Sequence[int]
-) -> list[Tensor]:
+def run(base: Tensor, tuned: Sequence[Tensor], theta: Tensor | None, counts: Sequence[int]) -> list[Tensor]:
     """See `reweight_prune`. Waits for the device once if a task is pruned: to refuse NaN and infinity."""
     native = backends.native("cuda")
     device, numel, dtype = base.device, base.numel(), accumulation_dtype(base, *tuned)
     results = [torch.empty(base.shape, dtype=dtype, device=device) for _ in tuned]
     origin, *tensors = (flat(tensor) for tensor in (base, *tuned))
-    thetas = statistics.theta.to(device)
+    theta = None if theta is None else theta.to(device)
     pruned = [index for index, count in enumerate(counts) if count < numel]
     place = {index: place for place, index in enumerate(pruned)}
     tasks = [
         (
             matrix(tensor),
-            thetas[index].data_ptr() if outlier_weighting == "clip" else 0,
+            0 if theta is None else theta[index].data_ptr(),
             counts[index],
             results[index].data_ptr(),
             place.get(index, -1),

@@ -1,4 +1,4 @@
-"""Outlier clipping and magnitude pruning in Triton: the task vector is formed anew in each pass, stored once."""
+"""Outlier clipping and magnitude pruning in Triton: each pass forms the task vector again, the last one stores it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from .._checks import accumulation_dtype, raise_not_finite
 from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load_delta, selected, ties_in_block
 from ..magnitude_select import MagnitudeSelection
 from ..magnitude_select.triton_kernel import kth_magnitudes
-from ..task_statistics import TaskStatistics
 
 BLOCK = 2048
 
@@ -47,9 +46,7 @@ def prune_kernel(
     tl.store(out_ptr + offsets, delta, mask=inside)
 
 
-def run(
-    base: Tensor, tuned: Sequence[Tensor], statistics: TaskStatistics, outlier_weighting: str, counts: Sequence[int]
-) -> list[Tensor]:
+def run(base: Tensor, tuned: Sequence[Tensor], theta: Tensor | None, counts: Sequence[int]) -> list[Tensor]:
     """See `reweight_prune`. Waits for the device once if anything is pruned: to refuse NaN and infinity."""
     dtype, numel = accumulation_dtype(base, *tuned), base.numel()
     results = [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in tuned]
@@ -57,7 +54,7 @@ def run(
         return results
     real, grid = REAL[dtype], (triton.cdiv(numel, BLOCK),)
     origin, *tensors = (flat(tensor) for tensor in (base, *tuned))
-    limits = statistics.theta.unbind() if outlier_weighting == "clip" else [None] * len(tuned)
+    limits = [None] * len(tuned) if theta is None else theta.unbind()
     with device_of(base):
         selections: dict[int, MagnitudeSelection] = {}
         bad = {}

@@ -39,14 +39,13 @@ class TaskStatistics:
 
 @dispatch.op(cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), accuracy=1e-12, small={"BLOCK": 128})
 def task_statistics(
-    base: Tensor, tuned: Sequence[Tensor], sigma: float = 3.0, eps: float = 0.1, *, backend: str | None = None
+    base: Tensor, tuned: Sequence[Tensor], *, sigma: float = 3.0, eps: float = 0.1, backend: str | None = None
 ) -> TaskStatistics:
     """Measure the magnitudes of the task vectors ``tuned[t] - base``.
 
-    Task vectors are formed element by element in float32 (float64 if any input is float64) and never stored by the
-    native kernels; every sum is accumulated in float64, in an order that depends on the shape alone. R-TSVM's
-    outlier weighting and sparsity are functions of these numbers (Yang et al., arXiv 2502.06876; the formulas are our
-    reconstruction).
+    Forms task vectors in float32 (float64 if any input is float64); the kernels never store them. Accumulates every
+    sum in float64, in an order that depends on the shape alone. R-TSVM's outlier weighting and sparsity are functions
+    of these numbers (Yang et al., arXiv 2502.06876; the formulas are our reconstruction).
 
     Args:
         base: any shape, float64, float32, float16 or bfloat16.
@@ -57,12 +56,18 @@ def task_statistics(
 
     Returns:
         TaskStatistics. Empty tensors give zeros everywhere. NaN or infinity in a task makes its statistics NaN or
-        infinite; nothing is raised for it here.
+        infinite, and is no error here.
 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
-        ConfigError: `sigma` or `eps` is no number, negative or NaN.
+        ConfigError: `sigma` or `eps` is not a number, negative or NaN.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> statistics = task_statistics(torch.zeros(4), [torch.tensor([0.0, -1.0, 1.0, 6.0])], sigma=1.0)
+        >>> statistics.mean.item(), statistics.zeros.item(), statistics.outlier_mass.item()
+        (2.0, 1, 0.75)
     """
     check_group(base, tuned, op="task_statistics")
     sigma, eps = given = [plain_values(sigma), plain_values(eps)]
