@@ -52,7 +52,7 @@ class ModelEntry(Strict):
             None to merge tensors in memory.
         parameters: values of this model for per-model parameters, such as ``weight``.
 
-    Example:
+    Examples:
         >>> ModelEntry(model="org/code", parameters={"weight": 0.5})
         ModelEntry(model='org/code', parameters={'weight': 0.5})
     """
@@ -105,7 +105,7 @@ class MergeConfig(Strict):
     Raises:
         ConfigError: an unknown keyword, method or parameter (the message names the nearest), or a value out of range.
 
-    Example:
+    Examples:
         >>> MergeConfig("ties", weight=[1.0, 0.5], density=0.2)
         MergeConfig('ties', weight=[1.0, 0.5], density=0.2)
         >>> MergeConfig("rtsvm", base_model="org/base", models=["org/math", "org/code"], out_dtype="bfloat16")
@@ -160,7 +160,7 @@ class MergeConfig(Strict):
         Raises:
             ConfigError: not a valid recipe.
 
-        Example:
+        Examples:
             >>> MergeConfig.from_dict({"merge_method": "ties", "parameters": {"density": [0.1, 0.3]}})
             MergeConfig('ties', parameters={'density': [0.1, 0.3]})
         """

@@ -134,7 +134,7 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
     Raises:
         BackendUnavailableError: an op or a backend of that name does not exist.
 
-    Example:
+    Examples:
         >>> with use_backend("cpu", elect_and_sum="torch"):
         ...     chosen("elect_and_sum", "cpu")
         'torch'

@@ -86,7 +86,7 @@ def merge_tensors(
             tensors, or a weight that overflows the dtype of the computation.
         ConvergenceError: a decomposition failed or missed its certificate.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(4, 3)
         >>> result = merge_tensors(base, [base + 1.0, base + 3.0], "ties", weight=[1.0, 1.0], density=1.0)
         >>> result.weight[0]

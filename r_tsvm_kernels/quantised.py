@@ -78,7 +78,7 @@ def refuse_quantised(
     Raises:
         QuantisedRefusedError: it is; the message names the format, or the tensor, or the key.
 
-    Example:
+    Examples:
         >>> refuse_quantised("model", {"q.weight": torch.ones(4, 4), "q.scales": torch.ones(4)})  # floats: fine
     """
     reason = _by_tensors(tensors) or _by_config(config or {})

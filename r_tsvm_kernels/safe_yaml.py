@@ -62,7 +62,7 @@ def load_yaml(text: str) -> Any:
     Raises:
         ValueError: not YAML, a key given twice, or beyond the bounds; the message is one line that names the place.
 
-    Example:
+    Examples:
         >>> load_yaml("weight: 1e-1")
         {'weight': 0.1}
     """

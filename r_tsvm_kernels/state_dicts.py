@@ -37,7 +37,7 @@ class StateDictResult:
         state_dict: name to merged tensor, in the order of the base.
         reports: name to report, in the same order.
 
-    Example:
+    Examples:
         >>> merge_state_dicts({"w": torch.zeros(2)}, [{"w": torch.ones(2)}], "linear")
         StateDictResult(1 tensors, linear)
     """
@@ -94,7 +94,7 @@ def merge_state_dicts(
         QuantisedRefusedError: a model is quantised.
         ShapeError: shapes differ; other errors as for `merge_tensors`, with the tensor's name in the message.
 
-    Example:
+    Examples:
         >>> base, math, code = (torch.nn.Linear(3, 2) for _ in range(3))
         >>> merged = merge_state_dicts(base, [math, code], "ties", weight=[1.0, 0.5], density=0.2)
         >>> base.load_state_dict(merged.state_dict)
@@ -170,7 +170,7 @@ def merge_models(
             share it or the config treats the names differently; or the base builds its state dict itself.
         CheckpointError: the names differ; other errors as for `merge_state_dicts`.
 
-    Example:
+    Examples:
         >>> base, math, code = (torch.nn.Linear(3, 2) for _ in range(3))
         >>> merged = merge_models(base, [math, code], "task_arithmetic", alpha=0.5)
         >>> merged.weight.requires_grad

@@ -15,7 +15,7 @@ def printable(text: object) -> str:
     Args:
         text: anything; an object is shown as `str` shows it.
 
-    Example:
+    Examples:
         >>> printable("a\x1b[2Jb")
         'a\\x1b[2Jb'
     """
@@ -32,7 +32,7 @@ def _escaped(char: str) -> str:
 def dtype_name(dtype: object) -> str:
     """Return ``bfloat16`` for `torch.bfloat16`, or for a text that names it.
 
-    Example:
+    Examples:
         >>> dtype_name("torch.bfloat16")
         'bfloat16'
     """
@@ -53,7 +53,7 @@ def kind_of(tensor: Any) -> str:
 def listed(ranks: Sequence[int]) -> str:
     """Return the ranks of the tasks in a few characters.
 
-    Example:
+    Examples:
         >>> listed([10, 10, 9]), listed(range(40))
         ('ranks 10/10/9', '40 ranks from 0 to 39')
     """

@@ -40,7 +40,7 @@ def tied_names(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]
         The name of each copy, with that of its tensor: of all its names the last in the alphabet, whatever the order of
         the state dicts. Only floating-point tensors with elements are looked at.
 
-    Example:
+    Examples:
         ``tied_names({"head": E, "model.embed": E}, [{"head": F, "model.embed": F.clone()}])`` is
         ``{"head": "model.embed"}``.
     """

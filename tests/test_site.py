@@ -44,6 +44,7 @@ def test_it_builds_without_a_warning(site):
     pages = "".join(path.read_text() for path in site.rglob("*.html"))
     assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', pages), "needs the network"
     assert not re.findall(r"^:::|--8<--", pages, re.MULTILINE)  # what nobody replaced
+    assert 'class="example"' not in pages, "a docstring has a section `Example:`; only `Examples:` is set as code"
 
 
 @pytest.mark.parametrize("mistake", ["[nowhere](nowhere.md)", "[no heading](#nothing)", "::: r_tsvm_kernels.nothing"])

@@ -40,7 +40,7 @@ def is_sidecar_file(name: str) -> bool:
 
     Weights in any format, their indexes, and what adapters, quantisation, training and earlier merges leave do not.
 
-    Example:
+    Examples:
         >>> [is_sidecar_file(name) for name in ("tokenizer.json", "adapter_config.json", "LICENSE.safetensors")]
         [True, False, False]
     """

@@ -65,7 +65,7 @@ def nonzero_support(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Returns:
         Two rising int64 tensors of indices.
 
-    Example:
+    Examples:
         >>> rows, columns = nonzero_support([torch.tensor([[0.0, 1.0], [0.0, 0.0]])])
         >>> rows.tolist(), columns.tolist()
         ([0], [1])

@@ -36,7 +36,7 @@ class Factored:
         DeviceError: the factors are not on one device.
         ConfigError: `scale` is not a finite number.
 
-    Example:
+    Examples:
         >>> Factored(torch.ones(6, 2), torch.ones(2, 4), scale=0.5)
         Factored(6x4 of rank 2, float32, scale 0.5)
         >>> Factored(torch.ones(6, 2), torch.ones(2, 4), scale=0.5).dense()[0]
@@ -138,7 +138,7 @@ def merge_factored(
         NonFiniteError: a factor holds NaN or infinity, or the result goes beyond float64.
         ConvergenceError: a decomposition failed.
 
-    Example:
+    Examples:
         >>> generator = torch.Generator().manual_seed(0)
         >>> adapters = [
         ...     Factored(torch.randn(40, 4, generator=generator), torch.randn(4, 30, generator=generator))
@@ -191,7 +191,7 @@ def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Fact
         matrices: T factored matrices of one shape.
         weights: T weights.
 
-    Example:
+    Examples:
         >>> weighted_sum([Factored(torch.ones(6, 2), torch.ones(2, 4))] * 3, [0.5, 0.3, 0.2])
         Factored(6x4 of rank 6, float64, scale 1)
     """
@@ -262,7 +262,7 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
         NonFiniteError: a factor holds NaN or infinity, or the product goes beyond float64.
         ConvergenceError: the SVD failed.
 
-    Example:
+    Examples:
         >>> U, S, Vh = leading_triplets(Factored(torch.eye(6)[:, :2], torch.eye(4)[:2], 3.0), 1)
         >>> S
         tensor([3.], dtype=torch.float64)

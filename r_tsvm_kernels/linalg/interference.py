@@ -27,7 +27,7 @@ def interference_of_gram(gram: Tensor, ranks: Sequence[int]) -> float:
     Returns:
         A number in [0, 1]; 0 if fewer than two tasks have a rank.
 
-    Example:
+    Examples:
         >>> interference_of_gram(torch.eye(4), [2, 2])
         0.0
     """
@@ -42,7 +42,7 @@ def interference_of_bases(bases: Sequence[Tensor]) -> float:
     Args:
         bases: T matrices (n, k_t) with orthonormal columns.
 
-    Example:
+    Examples:
         >>> interference_of_bases([torch.eye(4)[:, :2], torch.eye(4)[:, 1:3]])  # one of two directions is shared
         0.707...
     """
@@ -70,7 +70,7 @@ def interference_above_chance(interference: float, ranks: Sequence[int], size: i
         less than that, ``-chance / (1 - chance)`` if they are orthogonal. None if there is nothing to compare: fewer
         than two tasks have a rank, or one subspace of each pair is the whole space.
 
-    Example:
+    Examples:
         >>> interference_above_chance(0.5, [16, 16], 64)  # sqrt(16 / 64)
         0.0
     """

@@ -86,7 +86,7 @@ def joint_svd(matrices: Sequence[Tensor] | Sequence[Factored] | Tensor, *, mode:
         NonFiniteError: a matrix holds NaN or infinity.
         ConvergenceError: no solver was accurate enough.
 
-    Example:
+    Examples:
         >>> generator = torch.Generator().manual_seed(0)
         >>> found = joint_svd([torch.randn(6, 4, generator=generator) for _ in range(2)])
         >>> found.U.shape, found.parts[0].shape
@@ -162,7 +162,7 @@ def core_space(matrices: Sequence[Factored]) -> CoreSpace:
         NonFiniteError: a factor holds NaN or infinity.
         ConvergenceError: an SVD failed.
 
-    Example:
+    Examples:
         >>> core_space([Factored(torch.randn(6, 1), torch.randn(1, 4)) for _ in range(3)])
         CoreSpace(3 cores 3x3 of 6x4, error ...)
     """

@@ -30,7 +30,7 @@ def tsv_merge_bytes(
         simulated: whether solver ``products`` runs on the references of its products, as on a CPU, rather than on
             kernels for tensor cores.
 
-    Example:
+    Examples:
         >>> tsv_merge_bytes((4096, 4096), [1365] * 3) / 2**30
         4.99...
     """
@@ -67,7 +67,7 @@ def tsv_merge_flops(shape: tuple[int, int], ranks: Sequence[int]) -> float:
         shape: (m, n) of the task matrices.
         ranks: of every task.
 
-    Example:
+    Examples:
         >>> f"{tsv_merge_flops((4096, 4096), [1365] * 3):.0e}"
         '6e+12'
     """

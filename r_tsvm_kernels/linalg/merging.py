@@ -60,7 +60,7 @@ def tsv_merge(
         NonFiniteError: a matrix holds NaN or infinity, or the merged one goes beyond its dtype.
         ConvergenceError: no solver reached the tolerance of `mode`.
 
-    Example:
+    Examples:
         >>> generator = torch.Generator().manual_seed(0)
         >>> tasks = [torch.randn(40, 30, generator=generator) for _ in range(3)]
         >>> tsv_merge(tasks, 10)
@@ -137,7 +137,7 @@ def tsv_merge_layers(
         ShapeError: another number of ranks or weights than layers, or as `tsv_merge`.
         DTypeError, DeviceError, ConfigError, NonFiniteError, ConvergenceError: as `tsv_merge`.
 
-    Example:
+    Examples:
         >>> layers = torch.randn(2, 3, 40, 30, generator=torch.Generator().manual_seed(0))
         >>> [merged.ranks for merged in tsv_merge_layers(layers, [10, 5])]
         [(10, 10, 10), (5, 5, 5)]

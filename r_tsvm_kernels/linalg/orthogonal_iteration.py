@@ -40,7 +40,7 @@ def subspace_iteration(matrix: Tensor, rank: int, dominant: int) -> tuple[Tensor
         DTypeError: it is not a dense tensor of float32 or float64.
         ConvergenceError: the SVD of the small core failed.
 
-    Example:
+    Examples:
         >>> U, S, Vh = subspace_iteration(torch.diag(torch.tensor([5.0, 3.0] + [1e-6] * 98)), 2, 2)
         >>> S.round(decimals=4)
         tensor([5., 3.], dtype=torch.float64)

@@ -70,7 +70,7 @@ def polar(
         NonFiniteError: a matrix holds NaN or infinity.
         ConvergenceError: no solver was accurate enough.
 
-    Example:
+    Examples:
         >>> factor = polar(torch.tensor([[2.0, 0.0], [0.0, -3.0]]))
         >>> factor.matrix
         tensor([[ 1.,  0.],

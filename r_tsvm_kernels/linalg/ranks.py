@@ -31,7 +31,7 @@ def fixed_rank(shape: tuple[int, int], tasks: int) -> int:
         shape: (m, n) of the task matrix.
         tasks: T.
 
-    Example:
+    Examples:
         >>> fixed_rank((512, 128), 3)
         42
     """
@@ -49,7 +49,7 @@ def sparsity_rank(shape: tuple[int, int], tasks: int, sparsity: float, rho: floa
         sparsity: z in [0, 1], fraction of small elements.
         rho: exponent, >= 0.
 
-    Example:
+    Examples:
         >>> sparsity_rank((512, 128), 3, 0.5, 1.0)
         21
     """
@@ -63,7 +63,7 @@ def energy_rank(singular_values: Tensor, energy: float) -> int:
         singular_values: (r,), falling, in any unit.
         energy: fraction in (0, 1].
 
-    Example:
+    Examples:
         >>> energy_rank(torch.tensor([3.0, 2.0, 1.0]), 0.9)  # (9 + 4) / 14 = 0.93
         2
     """
@@ -81,7 +81,7 @@ def noise_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
         singular_values: (r,), falling, in any unit.
         shape: (m, n) of their matrix.
 
-    Example:
+    Examples:
         >>> noise_rank(torch.tensor([9.0, 1.0, 1.0, 1.0]), (4, 4))
         1
     """
@@ -118,7 +118,7 @@ def choose_rank(
     Raises:
         ConfigError: an unknown rule or a rank below 1.
 
-    Example:
+    Examples:
         >>> choose_rank("sparsity", (512, 128), 3, sparsity=0.5), choose_rank(100, (512, 128), 3)
         (21, 42)
     """

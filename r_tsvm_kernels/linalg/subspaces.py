@@ -154,7 +154,7 @@ def leading_subspaces(
         NonFiniteError: a matrix holds NaN or infinity, or a singular value goes beyond float64.
         ConvergenceError: no solver was accurate enough.
 
-    Example:
+    Examples:
         >>> matrix = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
         >>> U, core, Vh = leading_subspaces(matrix, 5)
         >>> U.shape, core.shape, Vh.shape
@@ -198,7 +198,7 @@ def truncated_svd(
         NonFiniteError: a matrix holds NaN or infinity, or a singular value goes beyond float64.
         ConvergenceError: no solver was accurate enough.
 
-    Example:
+    Examples:
         >>> U, S, Vh = truncated_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
         >>> S
         tensor([3., 2.], dtype=torch.float64)

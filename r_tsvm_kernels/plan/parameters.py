@@ -15,7 +15,7 @@ def common_parameters(config: MergeConfig) -> dict[str, Any]:
 
     Gradients and filters stay as they are written. Names are those of the method's fields, not their aliases.
 
-    Example:
+    Examples:
         >>> common_parameters(MergeConfig("task_arithmetic", parameters={"lambda": [0.5, 1.0]}))
         {'weight': 1.0, 'alpha': [0.5, 1.0], 'normalize': False, 'int8_mask': False}
     """

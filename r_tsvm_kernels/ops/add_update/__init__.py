@@ -29,7 +29,7 @@ def add_update(base: Tensor, update: Tensor, alpha: float = 1.0, *, backend: str
         ConfigError: `alpha` is not finite, or does not fit the dtype of the result.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> add_update(torch.tensor([1.0, -0.0]), torch.tensor([2.0, 0.0]), 0.5)
         tensor([2., -0.])

@@ -83,7 +83,7 @@ def kept_count(density: float, numel: int) -> int:
     Raises:
         ConfigError: `density` is not in [0, 1].
 
-    Example:
+    Examples:
         >>> kept_count(0.07, 100)
         7
     """
@@ -132,7 +132,7 @@ def magnitude_select(
         NonFiniteError: a value is NaN or infinite, so there is no order to select by.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.tensor([1.0, -3.0, 2.0, 3.0])
         >>> magnitude_select(x, kept_count(0.5, x.numel())).mask(x)

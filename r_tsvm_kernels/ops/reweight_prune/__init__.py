@@ -52,7 +52,7 @@ def reweight_prune(
         NonFiniteError: a task vector that must be pruned holds NaN or infinity.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tuned = torch.tensor([0.1, -0.4, 0.2, 8.0])
         >>> reweight_prune(torch.zeros(4), [tuned], outlier_weighting="none", density=0.5)
@@ -94,7 +94,7 @@ def pruned_sparsity(
     Raises:
         ConfigError: a density out of range, or another number of densities than tasks.
 
-    Example:
+    Examples:
         >>> import torch
         >>> statistics = task_statistics(torch.zeros(4), [torch.tensor([0.0, -0.4, 0.2, 8.0])])
         >>> pruned_sparsity(statistics, density=0.25)
@@ -138,7 +138,7 @@ def outlier_weights(statistics: TaskStatistics, outlier_weighting: OutlierWeight
         statistics: from `task_statistics`; only its `outlier_mass` is used.
         outlier_weighting: ``clip``, ``damp``, ``boost`` or ``none``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tasks = [torch.ones(100), torch.cat([torch.ones(99), torch.tensor([50.0])])]
         >>> statistics = task_statistics(torch.zeros(100), tasks)

@@ -63,7 +63,7 @@ def task_statistics(
         ConfigError: `sigma` or `eps` is not a number, negative or NaN.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> statistics = task_statistics(torch.zeros(4), [torch.tensor([0.0, -1.0, 1.0, 6.0])], sigma=1.0)
         >>> statistics.mean.item(), statistics.zeros.item(), statistics.outlier_mass.item()
