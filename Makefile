@@ -26,10 +26,10 @@ test-integrations: $(VENV)/.dev ## test our backend inside other libraries, each
 	  PYTHON=$(abspath $(BIN)/python) tests/integrations/run_suite.sh $$host || exit; done
 
 bench: $(VENV)/.dev ## rtsvm bench, about two minutes; BASE=<commit>: compared with that commit, in turns; ARGS="--full ..."
-	$(if $(BASE),$(BIN)/python benchmarks/against.py $(BASE),$(BIN)/rtsvm bench) $(ARGS)
+	$(if $(BASE),$(BIN)/python -m benchmarks.against $(BASE),$(BIN)/rtsvm bench) $(ARGS)
 
 fuzz: $(VENV)/.dev ## judge certificates of random spectral calls against numpy; MINUTES=10
-	$(BIN)/python benchmarks/honesty.py --minutes $(or $(MINUTES),10) $(ARGS)
+	$(BIN)/python -m benchmarks.honesty --minutes $(or $(MINUTES),10) $(ARGS)
 
 lint: $(VENV)/.dev ## format, lint and type checks
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure

@@ -1,18 +1,20 @@
 """Measure what torch and a GPU can do: the rates and baselines that the kernels of the package are compared with.
 
-    python benchmarks/ceilings.py [--out DIR] [--dry-run]
+    python -m benchmarks.ceilings [--out DIR] [--dry-run]
 
 Copy bandwidth; matrix products in each format; torch's own eigh, svd and qr; selection by topk, kthvalue and sort;
-TSV-Merge as published, by SVDs with driver gesvd, of the matrices of one layer of Mistral-7B (`layer_merge.py` has it
-with the driver that torch chooses). What takes more than five seconds is timed once. Writes `ceilings.json`, one row as
-soon as it is measured. With --dry-run sizes are tiny and a CPU will do; such figures mean nothing and are marked.
+TSV-Merge as published, by SVDs with driver gesvd, of the matrices of one layer of Mistral-7B (`layer_merge` has it with
+the driver that torch chooses). Calls of more than five seconds are timed once. Writes `ceilings.json`, row by row. With
+`--dry-run` sizes are tiny and a CPU will do; such figures mean nothing and are marked.
 """
 
 from __future__ import annotations
 
-import torch
-from gpu import MISTRAL_LAYER, TASKS, Suite, suite_of
+import sys
 
+import torch
+
+from benchmarks.gpu import MISTRAL_LAYER, TASKS, Suite, arguments_of, suite_of
 from r_tsvm_kernels.bench import matrix as shape_of
 from r_tsvm_kernels.bench import published
 
@@ -20,7 +22,7 @@ from r_tsvm_kernels.bench import published
 def bandwidth(suite: Suite) -> None:
     source = suite.random(16384, 16384)
     target = torch.empty_like(source)
-    suite.measure("copy float32", lambda: target.copy_(source), gigabytes=2 * source.numel() * 4 / 1e9)
+    suite.measure("copy", "torch", lambda: target.copy_(source), bytes=2 * source.nbytes)
 
 
 def products(suite: Suite) -> None:
@@ -34,16 +36,16 @@ def products(suite: Suite) -> None:
         ]:
             a, b = suite.random(n, n, dtype=dtype), suite.random(n, n, dtype=dtype)
             torch.backends.cuda.matmul.allow_tf32 = tf32
-            suite.measure(f"matmul {name} {n}", lambda a=a, b=b: a @ b, teraflop=2 * n**3 / 1e12)
+            suite.measure("matmul", "torch", lambda a=a, b=b: a @ b, flops=2 * n**3, format=name, n=n)
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def selection(suite: Suite) -> None:
     flat = suite.random(14336, 4096).abs().flatten()
-    keep, gigabytes = flat.numel() // 5, flat.numel() * 4 / 1e9
-    suite.measure("topk 20 %", lambda: flat.topk(keep), repeats=3, gigabytes=gigabytes)
-    suite.measure("kthvalue", lambda: flat.kthvalue(flat.numel() - keep), repeats=3, gigabytes=gigabytes)
-    suite.measure("sort", lambda: flat.sort(), repeats=3, gigabytes=gigabytes)
+    keep = flat.numel() // 5
+    suite.measure("topk", "torch", lambda: flat.topk(keep), rounds=3, bytes=flat.nbytes)
+    suite.measure("kthvalue", "torch", lambda: flat.kthvalue(flat.numel() - keep), rounds=3, bytes=flat.nbytes)
+    suite.measure("sort", "torch", lambda: flat.sort(), rounds=3, bytes=flat.nbytes)
 
 
 def decompositions(suite: Suite) -> None:
@@ -51,14 +53,16 @@ def decompositions(suite: Suite) -> None:
         for dtype in (torch.float32, torch.float64):
             matrix = suite.random(n, n, dtype=dtype)
             gram = matrix.mT @ matrix
-            kind = str(dtype).removeprefix("torch.")
-            suite.measure(f"eigh {kind} {n}", lambda gram=gram: torch.linalg.eigh(gram), repeats=2)
-            suite.measure(f"qr {kind} {n}", lambda matrix=matrix: torch.linalg.qr(matrix), repeats=3)
+            case = {"format": str(dtype).removeprefix("torch."), "n": n}
+            suite.measure("eigh", "torch", lambda gram=gram: torch.linalg.eigh(gram), rounds=2, **case)
+            suite.measure("qr", "torch", lambda matrix=matrix: torch.linalg.qr(matrix), rounds=3, **case)
             for driver in ("gesvd", "gesvdj") if suite.device.type == "cuda" else (None,):
                 suite.measure(
-                    f"svd {driver} {kind} {n}",
+                    "svd",
+                    driver or "torch",
                     lambda matrix=matrix, driver=driver: torch.linalg.svd(matrix, full_matrices=False, driver=driver),
-                    repeats=1,
+                    rounds=1,
+                    **case,
                 )
 
 
@@ -68,17 +72,19 @@ def published_merges(suite: Suite) -> None:
         matrices = [1e-3 * suite.random(*shape_of(f"Mistral-7B {name}")) for _ in range(TASKS)]
         ranks = [min(matrices[0].shape) // TASKS] * TASKS
         suite.measure(
-            f"published TSV-Merge {driver} {name}",
+            "tsv_merge as published",
+            driver or "torch",
             lambda matrices=matrices, ranks=ranks: published.tsv_merge(matrices, ranks, driver=driver),
-            repeats=1,
+            rounds=1,
+            matrix=f"Mistral-7B {name}",
         )
 
 
 def main() -> None:
-    suite = suite_of("ceilings.json", "Measure what torch can do on this GPU.")
+    suite, _ = suite_of("ceilings.json", arguments_of(__doc__))
     for part in (bandwidth, products, selection, decompositions, published_merges):
         part(suite)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

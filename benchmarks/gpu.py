@@ -1,22 +1,21 @@
-"""What the programs for a machine with a GPU share: their command line, and a file of rows that grows."""
+"""What the programs for a machine with a GPU share: their command line, and results that grow row by row."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from r_tsvm_kernels.bench import Stopwatch, provenance, quartiles
-from r_tsvm_kernels.bench.record import replace_json
-from r_tsvm_kernels.bench.suite import SLOW
+from r_tsvm_kernels.bench import Results, Row, Stopwatch, row
+from r_tsvm_kernels.bench.table import cell
 
-# q, k, v, o, gate, up, down of one layer of Mistral-7B, with how often each shape comes.
+# q, k, v, o, gate, up, down of one layer of Mistral-7B, with how often each shape occurs.
 MISTRAL_LAYER = {"q_proj": 2, "k_proj": 2, "gate_proj": 2, "down_proj": 1}
 TASKS = 3
+SLOW = 5.0  # seconds; a call that takes longer is timed once
 
 
 class Suite:
@@ -25,12 +24,10 @@ class Suite:
     def __init__(self, file: Path, dry: bool) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not dry else "cpu")
         self.dry = dry
-        self.file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
         if dry:
             torch.set_num_threads(1)
         self.stopwatch = Stopwatch(self.device)
-        self.result: dict[str, Any] = provenance() | {"device": self.device.type, "dry_run": dry, "rows": []}
+        self.results = Results(file, replace=True)
 
     def size(self, full: int) -> int:
         """Return `full`, or something tiny in a dry run."""
@@ -43,58 +40,54 @@ class Suite:
     def measure(
         self,
         name: str,
+        provider: str,
         run: Callable[[], Any],
         *,
-        repeats: int = 10,
-        gigabytes: float = 0.0,
-        teraflop: float = 0.0,
-        **more: Any,
-    ) -> float | None:
-        """Time `run` after a first call, keep the row, return the median; an error becomes the row's text.
+        rounds: int = 10,
+        bytes: float = 0.0,
+        flops: float = 0.0,
+        role: str = "torch",
+        **options: Any,
+    ) -> None:
+        """Time `run` after a first call and keep its rows; a failure becomes the reason of a missing time.
 
-        A call that is slow is its own first one.
+        A slow call is its own first one. `bytes` and `flops` are the work of a call, for its rate.
         """
-        row: dict[str, Any] = {"name": name, **more}
-        median = None
+        case: dict[str, Any] = {"role": role, "options": options}
         try:
             first = self.stopwatch.seconds(run)
-            rounds = 2 if self.dry else repeats
-            times = [first] if first > SLOW else [self.stopwatch.seconds(run) for _ in range(rounds)]
-            row["seconds"] = quartiles(times)
-            median = row["seconds"]["median"]
-            if gigabytes and not self.dry:
-                row["gb_per_s"] = gigabytes / median
-            if teraflop and not self.dry:
-                row["tflop_per_s"] = teraflop / median
+            times = [first] if first > SLOW else [self.stopwatch.seconds(run) for _ in range(2 if self.dry else rounds)]
         except Exception as error:  # a loss is a result, whatever the compilers and libraries raise
-            row["error"] = f"{type(error).__name__}: {str(error)[:500]}"
-        self.add(row)
-        return median
+            reason = f"{type(error).__name__}: {str(error)[:500]}"
+            self.add([row(name, provider, "time", None, notes={"status": "failed", "reason": reason}, **case)])
+            return
+        rows = [row(name, provider, "time", times, **case)]
+        if bytes and not self.dry:
+            rows.append(row(name, provider, "rate", [bytes / value for value in times], **case))
+        if flops and not self.dry:
+            rows.append(row(name, provider, "arithmetic", [flops / value for value in times], **case))
+        self.add(rows)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a row."""
-        self.result["rows"].append(row)
-        self.save()
-        print(json.dumps(row), flush=True)
-
-    def save(self) -> None:
-        """Write what there is."""
-        replace_json(self.file, self.result)
+    def add(self, rows: list[Row]) -> None:
+        """Keep rows."""
+        options = {"dry_run": True} if self.dry else {}
+        self.results.add(found | {"options": found["options"] | options} for found in rows)
+        for found in rows:
+            print(found["name"], found["provider"], found["options"], found["metric"], cell(found), flush=True)
 
 
-def arguments_of(description: str) -> argparse.ArgumentParser:
+def arguments_of(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of a program of the GPU suite."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/local"))
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/local"), help="folder for the results")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     return parser
 
 
-def suite_of(file: str, description: str, parser: argparse.ArgumentParser | None = None) -> Suite:
-    """Read the command line of a program that needs a GPU, but for a dry run."""
-    parser = parser or arguments_of(description)
+def suite_of(file: str, parser: argparse.ArgumentParser) -> tuple[Suite, argparse.Namespace]:
+    """Read the command line of a program that needs a GPU, except in a dry run."""
     options = parser.parse_args()
     suite = Suite(options.out / file, options.dry_run)
     if suite.device.type != "cuda" and not options.dry_run:
         parser.error("torch sees no CUDA device; --dry-run shows that the program works")
-    return suite
+    return suite, options

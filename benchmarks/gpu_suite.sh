@@ -5,23 +5,23 @@
 #   benchmarks/gpu_suite.sh --dry-run     # the same path on a CPU with tiny sizes: shows that the script works
 #   STAGES="build tests" benchmarks/gpu_suite.sh           # only these
 #
-# It has not run on a GPU yet; half an hour is allowed for, less than half of that for what answers most. A machine that
-# takes commands of ten minutes only wants calls like these, one right after the other, with the same OUT (BUDGET: seconds
-# for the whole call, from which the last stages get what is left):
+# It has not run on a GPU yet. All stages take at most half an hour, the most valuable ones less than half of that. On a
+# machine that limits commands to ten minutes, make these calls one after the other with the same OUT (BUDGET: seconds for
+# the whole call; the last stages get what is left):
 #
 #   BUDGET=580 STAGES="wheels machine build info tests products" benchmarks/gpu_suite.sh
 #   BUDGET=580 STAGES="kernels dispatch layer" benchmarks/gpu_suite.sh
 #   BUDGET=580 STAGES="ceilings model memcheck racecheck" benchmarks/gpu_suite.sh
-#   BUDGET=580 STAGES="growth merges" benchmarks/gpu_suite.sh
+#   BUDGET=580 STAGES="merges" benchmarks/gpu_suite.sh
 #
-# kernels.json holds every op on every backend, checked against float64; dispatch_order.json the table that follows from
-# it, with which model.json merges a whole model. LAYERS (default "2 12"), MODEL_FOLDER (default $TMPDIR) and
-# OUTPUT_FOLDER (default the same) say how much of Mistral-7B that is, and where it lies: 12 layers take 29 GB, 6 GB of
+# kernels.json has every op on every backend, checked against float64; dispatch_order.json the dispatch table that follows
+# from it; model.json merges of a whole model with that table. LAYERS (default "2 12") is how much of Mistral-7B is merged,
+# MODEL_FOLDER (default $TMPDIR) and OUTPUT_FOLDER (default the same) where it is stored: 12 layers take 29 GB, 6 GB of
 # them the output; all 32 take 58 GB, in /dev/shm if it is that large, and 15 GB for the output.
 #
 # Needs Python with torch and, on PATH, nvcc; installs nothing from the network. WHEELS=DIR: a folder of wheels for what
-# else is missing (pydantic, safetensors, rich, PyYAML, xxhash, hypothesis, pytest). Each stage has its own time limit
-# and writes its results as it goes, so that a run that is cut off keeps what it has. Exit code 1 if a stage failed.
+# else is missing (pydantic, safetensors, rich, PyYAML, xxhash, hypothesis, pytest). Each stage has its own time limit and
+# writes its results as it goes, so a stopped run keeps them. Exit code 1 if a stage failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -75,16 +75,16 @@ stage info 60 "$PYTHON" -m r_tsvm_kernels info
 processes=$("$PYTHON" -c "import xdist; print('${dry:+0}' or 8)" 2> /dev/null)
 tests=("$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu)
 stage tests 360 "${tests[@]}" ${processes:+-n "$processes" --dist loadgroup} tests/ops tests/linalg tests/engine
-stage products 150 "$PYTHON" benchmarks/products.py --out "$OUT" $dry
+stage products 150 "$PYTHON" -m benchmarks.products --out "$OUT" $dry
 bench kernels 420 --only ops
-stage dispatch 30 "$PYTHON" benchmarks/dispatch_order.py "$OUT/kernels.json" "$OUT/dispatch_order.json"
-stage layer 420 "$PYTHON" benchmarks/layer_merge.py --out "$OUT" $dry
-stage ceilings 240 "$PYTHON" benchmarks/ceilings.py --out "$OUT" $dry
+stage dispatch 30 "$PYTHON" -m benchmarks.dispatch_order "$OUT/kernels.json" "$OUT/dispatch_order.json"
+stage layer 420 "$PYTHON" -m benchmarks.layer_merge --out "$OUT" $dry
+stage ceilings 240 "$PYTHON" -m benchmarks.ceilings --out "$OUT" $dry
 order=("--order" "$OUT/dispatch_order.json")
 [ -f "${order[1]}" ] || order=() # then the references merge
 folder=${MODEL_FOLDER:-${TMPDIR:-/tmp}}
 # shellcheck disable=SC2086 # LAYERS is a list
-stage model 540 "$PYTHON" benchmarks/model_merge.py --layers ${LAYERS:-2 12} --folder "$folder" \
+stage model 540 "$PYTHON" -m benchmarks.model_merge --layers ${LAYERS:-2 12} --folder "$folder" \
   --output "${OUTPUT_FOLDER:-$folder}" "${order[@]}" --out "$OUT" $dry
 if [ -z "$dry" ] && command -v compute-sanitizer > /dev/null; then
   # Tensors side by side in one block of memory would hide a step over the end of one.
@@ -95,6 +95,5 @@ if [ -z "$dry" ] && command -v compute-sanitizer > /dev/null; then
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
-stage growth 300 "$PYTHON" benchmarks/growth.py --out "$OUT" $dry
 bench merges 580 --only linalg --only merges
 exit $failed

@@ -1,19 +1,19 @@
 """Merge a whole model of Mistral-7B's shapes with `rtsvm merge` on a GPU: seconds, device memory, host memory.
 
-    python benchmarks/model_merge.py [--layers 2 12] [--folder DIR] [--output DIR] [--order FILE] [--out DIR]
-                                     [--dry-run]
+    python -m benchmarks.model_merge [--layers 2 12] [--folder DIR] [--output DIR] [--order FILE]
+                                     [--out DIR] [--dry-run]
 
 A base and three fine-tunes in bfloat16 are written to `--folder`, what they are merged into to `--output`, and all is
 deleted at the end. One layer is 0.44 GB, embedding and head 0.52 GB: 12 of the 32 layers are 5.8 GB a model, 29 GB with
 the output; all 32 take 58 GB, which a folder in memory such as /dev/shm may hold where the disk does not, and 14.5 GB
 for the output. Each number of `--layers` is merged by task arithmetic,
 with and without `--device-memory`, and by R-TSVM (density 0.3, embedding and head by mean), with solver `products`
-likewise and with solver `eigen` within the limit. `--order` runs the kernels that `dispatch_order.py` has found to be
-the fastest; without it the references are what runs on a GPU.
+likewise and with solver `eigen` within the limit. `--order` takes the fastest kernels from `dispatch_order`; without it
+the references run on a GPU.
 
-Writes `model.json`, row by row: wall time of the command; of the merge alone, as its report states it; the sum of the
-computing times of all tensors; peak host memory of all processes, mapped files included; peak device memory in use,
-as the driver sees it, beside what was in use before. With --dry-run tiny models on the CPU; figures mean nothing.
+Writes `model.json`: wall time of the command; of the merge alone, as its report states it; the sum of the computing
+times of all tensors; peak host memory of all processes, mapped files included; peak device memory in use, as the driver
+sees it, minus what was in use before. With `--dry-run` tiny models on the CPU; such figures mean nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from gpu import TASKS, Suite, arguments_of, suite_of
-from memory import run_measured
-from models import Family, checkpoint_bytes, family_of_shapes, mistral_shapes, warm
 
-HERE = Path(__file__).resolve().parent
+from benchmarks.gpu import TASKS, Suite, arguments_of, suite_of
+from benchmarks.program import run_measured
+from benchmarks.synthetic_checkpoints import Family, checkpoint_bytes, family_of_shapes, mistral_shapes, warm
+from r_tsvm_kernels.bench import Row, row
+
 RTSVM = ["--method", "rtsvm", "--set", "density=0.3", "--set", 'exclude_keys=["*embed_tokens*", "lm_head*"]']
 METHODS = {
     "task_arithmetic": ["--method", "task_arithmetic", "--set", "alpha=0.4"],
@@ -48,7 +48,7 @@ SAMPLE_SECONDS = 0.02
 
 
 class DevicePeak:
-    """The largest memory in use on the device while a block runs, beside what was in use before it; in `bytes`."""
+    """The largest memory in use on the device while a block runs, minus what was in use before; in `bytes`."""
 
     bytes: int | None = None
 
@@ -77,58 +77,67 @@ def device_peak(device: torch.device) -> Iterator[DevicePeak]:
         found.bytes = free - lowest[0]
 
 
-def command(models: Family, method: str, out: Path, device: str, budget: str | None, order: Path | None) -> list[str]:
-    program = ["-m", "r_tsvm_kernels"] if order is None else [str(HERE / "with_order.py"), str(order)]
+def command(models: Family, method: str, out: Path, device: str, budget: str | None, backends: list[str]) -> list[str]:
     inputs = ["--base", str(models.base), *(word for model in models.tuned for word in ("--model", str(model)))]
     limit = [] if budget is None else ["--device-memory", budget]
     return [
-        sys.executable, *program, "merge", *inputs, *METHODS[method], "--device", device, *limit, "--quiet", str(out)
+        sys.executable, "-m", "r_tsvm_kernels", "merge", *inputs, *METHODS[method], *backends, "--device", device,
+        *limit, "--quiet", str(out),
     ]  # fmt: skip
+
+
+def chosen_backends(order: Path | None) -> list[str]:
+    """Return the options that run the first backend of every op in a dispatch order."""
+    if order is None:
+        return []
+    first = {op: backends[0] for op, backends in json.loads(order.read_text())["order"].items()}
+    return [word for op, backend in first.items() for word in ("--backend", f"{op}={backend}")]
 
 
 def measure(
     suite: Suite, models: Family, output: Path, layers: int, method: str, budget: str | None, order: Path | None
-) -> dict[str, Any]:
+) -> list[Row]:
     out = output / "rtsvm-merged"
     shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
     warm(models.files)
-    row: dict[str, Any] = {
-        "name": f"merge {method}", "layers": layers, "method": method, "device_memory": budget,
-        "checkpoint_bytes": models.checkpoint_bytes, "tasks": TASKS, "own_order": order is not None,
+    options = {
+        "layers": layers, "device_memory": budget, "checkpoint": f"{models.checkpoint_bytes / 1e9:.1f} GB",
+        "tasks": TASKS, "own_order": order is not None,
     }  # fmt: skip
+    name, case = f"merge {method}", {"dtype": "bfloat16", "options": options}
     try:
         with device_peak(suite.device) as device:
-            run = run_measured(command(models, method, out, suite.device.type, budget, order))
+            run = run_measured(command(models, method, out, suite.device.type, budget, chosen_backends(order)))
         report = json.loads((out / "merge_report.json").read_text())
-        tensors = report["tensors"].values()
-        row |= {
-            "seconds": run.seconds,
-            "seconds_in_the_merge": report["seconds"],
-            "seconds_starting": run.seconds - report["seconds"],
-            "seconds_computing": sum(tensor["seconds"] for tensor in tensors),
-            "gb_per_s": (report["bytes_read"] + report["bytes_written"]) / report["seconds"] / 1e9,
-            "peak_host_bytes": run.peak_bytes,
-            "peak_device_bytes": device.bytes,
-            "escalated": sum(bool((tensor["certificate"] or {}).get("escalations")) for tensor in tensors),
-        }
     except RuntimeError as error:  # a loss is a result
-        row["error"] = str(error)[-600:]
-    shutil.rmtree(out, ignore_errors=True)
-    return row
+        reason = str(error)[-600:]
+        return [row(name, "rtsvm merge", "time", None, notes={"status": "failed", "reason": reason}, **case)]
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    tensors = report["tensors"].values()
+    moved = report["bytes_read"] + report["bytes_written"]
+    escalated = sum(bool((tensor["certificate"] or {}).get("escalations")) for tensor in tensors)
+    computing = sum(tensor["seconds"] for tensor in tensors)
+    return [
+        row(name, "rtsvm merge", "time", run.seconds, notes={"escalated": escalated}, **case),
+        row(name, "rtsvm merge, started", "time", report["seconds"], **case),
+        row(name, "rtsvm merge, computing", "time", computing, **case),
+        row(name, "rtsvm merge, started", "rate", moved / report["seconds"], **case),
+        row(name, "rtsvm merge", "memory", run.peak_bytes, **case),
+        row(name, "rtsvm merge", "device memory", device.bytes, unit="B", **case),
+    ]
 
 
 def main() -> None:
-    parser = arguments_of("Merge a whole model on this GPU.")
+    parser = arguments_of(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 12])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models are written")
     parser.add_argument("--output", type=Path, help="where the merged models are written; by default beside the others")
     parser.add_argument("--device-memory", default="6GB", help="of the merges that are bounded")
-    parser.add_argument("--order", type=Path, help="dispatch order of `dispatch_order.py`")
-    suite = suite_of("model.json", "", parser)
-    options = parser.parse_args()
+    parser.add_argument("--order", type=Path, help="what `dispatch_order` wrote")
+    suite, options = suite_of("model.json", parser)
     shapes = mistral_shapes(shrink=128 if suite.dry else 1)
     output = options.output or options.folder
-    suite.result |= {"folder": str(options.folder), "output": str(output)}
     beside = output.stat().st_dev == options.folder.stat().st_dev
     for layers in [1] if suite.dry else options.layers:
         start = time.perf_counter()
@@ -143,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The plots under docs/plots, by `tables.py`: SVG that is the same for the same data, and says which data that was."""
+"""The plots under docs/plots: SVG that is the same for the same data, and names the data that it was drawn from."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ import hashlib
 import math
 import re
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cells import ROOT, read
-
-from r_tsvm_kernels.bench.table import draw, require_matplotlib
-
-sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
-from study import TABLE, label, rtsvm_defaults
-from table import Seed, load, merged
+from benchmarks.quality.study import TABLE, label, rtsvm_defaults
+from benchmarks.quality.table import Seed, load, merged
+from r_tsvm_kernels.bench import exponent, read_rows
+from r_tsvm_kernels.bench.plot import draw, require_matplotlib
 
 DEFAULT, TUNED = "#ee7733", "#4477aa"
 
 
 def bench(data: Sequence[Path]) -> Any:
-    return draw(read(data[0]))
+    return draw(read_rows(data[0]))
 
 
 def growth(data: Sequence[Path]) -> Any:
     """Time of TSV-Merge against n and T, ours and FusionBench's."""
-    report = read(data[0])
+    rows = [row for row in read_rows(data[0]) if row["metric"] == "time"]
     figure = new_figure(9, 3.6)
-    for axes, (axis, found) in zip(figure.subplots(1, 2), report["growth"].items(), strict=True):
-        for side, name in (("peer", "FusionBench"), ("ours", "r_tsvm_kernels")):
-            x, y = [row[axis] for row in found["rows"]], [row[side]["median"] for row in found["rows"]]
-            axes.loglog(x, y, "o-", label=f"{name}, {axis}^{found['exponent'][side]:.2f}")
+    for axes, axis in zip(figure.subplots(1, 2), "nT", strict=True):
+        for provider, name in (("FusionBench", "FusionBench"), ("eigen", "r_tsvm_kernels")):
+            found = [row for row in rows
+                     if (row["options"]["series"], row["provider"]) == (f"growth with {axis}", provider)]  # fmt: skip
+            x = [row["shape"][0] if axis == "n" else row["options"]["tasks"] for row in found]
+            y = [row["median"] for row in found]
+            axes.loglog(x, y, "o-", label=f"{name}, {axis}^{exponent(x, y):.2f}")
         axes.set_xticks(x, list(map(str, x)), fontsize=8)
         axes.set_xticks([], minor=True)
-        axes.set_xlabel("n (T = 3)" if axis == "n" else "T (n = 768)")
+        axes.set_xlabel("n (T = 3)" if axis == "n" else f"T (n = {found[0]['shape'][0]})")
         axes.set_ylabel("seconds")
         axes.grid(True, alpha=0.3)
         axes.legend()
-    figure.suptitle(f"TSV-Merge at k = n // T, {report['cpu']}, {report['threads']} threads", fontsize=9)
+    machine = rows[0]["machine"]
+    figure.suptitle(f"TSV-Merge at k = n // T, {machine['cpu']}, {machine['threads']} threads", fontsize=9)
     return figure
 
 
@@ -99,7 +99,7 @@ def source(data: Sequence[Path]) -> str:
 
 
 def stale(results: Path, pictures: Path) -> list[str]:
-    """The names of the plots that are missing or were drawn from other data; those without data are not missed."""
+    """Return the plots that are missing or were drawn from other data; those without data do not count."""
     return [
         name for name, plot in PLOTS.items()
         if all((results / file).exists() for file in plot.data)
@@ -108,7 +108,7 @@ def stale(results: Path, pictures: Path) -> list[str]:
 
 
 def drawn_from(picture: Path) -> str | None:
-    """The data of a plot, as the plot itself says."""
+    """Return the data that a plot names as its source."""
     found = re.search(r"<dc:source>([^<]*)</dc:source>", picture.read_text()) if picture.exists() else None
     return found[1] if found else None
 

@@ -1,29 +1,25 @@
 """Error of the usual shortcuts in TSV-Merge, against float64 SVDs: why none of them is a solver here.
 
-    python benchmarks/shortcuts.py [--n 512] [--json FILE]
+    python -m benchmarks.shortcuts [--n 512] [--json FILE]
 
-Three tasks at k = r // T, as published, and at a quarter of it, as adaptive ranks often are. A shortcut in finding
-the subspaces leaves the rest in float64; the others are whole computations in float32. Formats are simulated by
-rounding, so that the figures hold on any machine; times are not told.
+Three tasks at k = r // T, as published, and at a quarter of it, which adaptive ranks often choose. A shortcut in
+finding the subspaces leaves the rest in float64; the others are whole computations in float32. Formats are simulated by
+rounding, so the errors hold on any machine. Nothing is timed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from record import ROOT, provenance
-from spectral_accuracy import merge_by_svd, polar_by_svd, relative, svds, whitened
 from torch import Tensor
 
+from benchmarks.program import Program, finish
+from benchmarks.spectral_accuracy import merge_by_svd, whitened
+from r_tsvm_kernels.bench import Results, published, row, worst_error
 from r_tsvm_kernels.linalg import tsv_merge
-
-sys.path.insert(0, str(ROOT / "tests"))
-from spectra import spectrum
+from tests.spectra import spectrum
 
 TASKS = 3
 SPECTRA = ("flat", "power 0.7")
@@ -39,7 +35,7 @@ def merged(matrices: Tensor, rank: int, subspaces: Callable[[Tensor, int], tuple
     """TSV-Merge in float64 with the leading subspaces found in another way."""
     parts = [subspaces(matrix, rank) for matrix in matrices]
     left, core, right = (torch.cat([part[i].double() for part in parts], -1) for i in range(3))
-    return (polar_by_svd(left) * core) @ polar_by_svd(right).mT
+    return (published.polar(left) * core) @ published.polar(right).mT
 
 
 def randomised(iterations: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
@@ -65,38 +61,36 @@ def by_gram(bits: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 def shortcuts(matrices: Tensor, rank: int) -> dict[str, Tensor]:
     """The merged matrix by each shortcut; `matrices` are (T, m, n) float32."""
-    exact = matrices.double()
+    exact, in_float32 = matrices.double(), [published.svd(matrix) for matrix in matrices]
     return {
         "randomised SVD, 2 power iterations": merged(exact, rank, randomised(2)),
         "randomised SVD, 8 power iterations": merged(exact, rank, randomised(8)),
         "Gram matrix of bfloat16 factors": merged(exact, rank, by_gram(8)),
         "Gram matrix of tf32 or fp16 factors": merged(exact, rank, by_gram(11)),
-        "bases whitened by float32 eigenvalues": merge_by_svd(svds(matrices), rank, whitened).nan_to_num(),
-        "float32 SVDs throughout": merge_by_svd(svds(matrices), rank, polar_by_svd),
+        "bases whitened by float32 eigenvalues": merge_by_svd(in_float32, rank, whitened).nan_to_num(),
+        "float32 SVDs throughout": merge_by_svd(in_float32, rank, published.polar),
         "ours, exact, solver eigen": tsv_merge(matrices, [rank] * TASKS).matrix,
         "ours, exact, solver products (simulated)": tsv_merge(matrices, [rank] * TASKS, solver="products").matrix,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=512, help="columns; rows are a quarter more (%(default)s)")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    report = provenance() | {"simulated": True, "tasks": TASKS, "rows": []}
-    n = arguments.n
+def main() -> int:
+    program = Program(__doc__, "shortcuts.json")
+    program.parser.add_argument("--n", type=int, default=512, help="columns; rows are a quarter more (%(default)s)")
+    arguments = program.arguments()
+    results, n = Results(arguments.json, replace=True), arguments.n
     for kind in SPECTRA:
         matrices = torch.stack([spectrum(kind, n + n // 4, n, seed) for seed in range(TASKS)])
         for label, rank in (("k = r // T", n // TASKS), ("k = r // 4T", n // TASKS // 4)):
-            exact = merge_by_svd(svds(matrices.double()), rank, polar_by_svd)
-            for name, found in shortcuts(matrices, rank).items():
-                row = {"shortcut": name, "spectrum": kind, "ranks": label, "rank": rank, "shape": [n + n // 4, n],
-                       "error": relative(found, exact)}  # fmt: skip
-                report["rows"].append(row)
-                print(f"{kind}, {label}: {name}: {row['error']:.1e}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+            exact = merge_by_svd([published.svd(matrix) for matrix in matrices.double()], rank, published.polar)
+            results.add(
+                row("tsv_merge", name, "error", worst_error([found], [exact]), shape=matrices.shape[1:],
+                    dtype="float32", role="ours" if name.startswith("ours") else "reference",
+                    options={"spectrum": kind, "ranks": label, "tasks": TASKS})
+                for name, found in shortcuts(matrices, rank).items()
+            )  # fmt: skip
+    return finish(results)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,11 @@
 """Error of TSV-Merge on every route, against float64 SVDs, beside float32 SVDs and the peers.
 
-    python benchmarks/spectral_accuracy.py [--sizes 192 512] [--peer-python PATH] [--checkpoints BASE MODEL ...]
+    python -m benchmarks.spectral_accuracy [--sizes 192 512] [--peer-python PATH] [--checkpoints BASE MODEL ...]
                                            [--json FILE]
-    python benchmarks/spectral_accuracy.py --sizes 1024 --solvers eigen [...]
+    python -m benchmarks.spectral_accuracy --sizes 1024 --solvers eigen --json .../spectral_accuracy_1024.json
 
-A row is one set of task matrices at k = r // T or a quarter of it; its columns are relative Frobenius errors of the
-merged matrix:
+Task matrices are merged at k = r // T and at a quarter of it; the errors are Frobenius norms of the merged matrix,
+relative to float64:
 
 * float32 SVD: SVDs of task matrices and bases in float32, as the method is usually written.
 * whitening: the published eigenvalue variant: float32 SVDs of the task matrices, bases whitened by the float32
@@ -15,15 +15,12 @@ merged matrix:
   off, "fp16" takes one fp16 plane instead of two: both are not offered, and show why. From 768 columns on the eigen
   solver whitens in float32; simulated products take long there, --solvers eigen leaves them out.
 
-Formats of tensor cores are simulated by rounding: errors are meaningful on any machine (but for the rounding towards
-zero inside tensor cores), times are not, and none are told.
+Formats of tensor cores are simulated by rounding, so the errors hold on any machine, except for the rounding towards
+zero inside tensor cores. Nothing is timed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -32,17 +29,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from record import ROOT, provenance
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks import ROOT
+from benchmarks.program import Program, finish
+from r_tsvm_kernels.bench import Results, Row, published, row, worst_error
 from r_tsvm_kernels.linalg import Mode, Solver, TsvMerge, tsv_merge
 from r_tsvm_kernels.linalg.products.merge import ProductsMerge, products_tsv_merge
+from tests.spectra import KINDS, rank_of, spectrum
 
-sys.path.insert(0, str(ROOT / "tests"))
-from spectra import KINDS, rank_of, spectrum
-
-PEER = ROOT / "benchmarks" / "peers" / "fusion_bench_tsvm.py"
+PEER = "benchmarks.peers.fusion_bench_tsvm"
 SHARES = {"k = r // T": 1, "k = r // 4T": 4}
 # Name, format, largest error estimate at which the spectrum is not compressed.
 FORMATS = [
@@ -58,14 +55,11 @@ SOLVERS: list[tuple[str, Mode, Solver]] = [
 ]
 
 
-Decomposed = list[tuple[Tensor, Tensor, Tensor]]
+Svd = tuple[Tensor, Tensor, Tensor]
+ROLES = {"float32 SVD": "reference", "whitening": "reference", "FusionBench": "peer"}
 
 
-def svds(matrices: Tensor) -> Decomposed:
-    return [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
-
-
-def merge_by_svd(tasks: Decomposed, rank: int, polar: Callable[[Tensor], Tensor]) -> Tensor:
+def merge_by_svd(tasks: Sequence[Svd], rank: int, polar: Callable[[Tensor], Tensor]) -> Tensor:
     """TSV-Merge as published, in the dtype of the tasks; ranks clipped to the numerical rank of float32."""
     left, core, right = [], [], []
     for U, s, Vh in tasks:
@@ -76,66 +70,58 @@ def merge_by_svd(tasks: Decomposed, rank: int, polar: Callable[[Tensor], Tensor]
     return (polar(torch.cat(left, 1)) * torch.cat(core)) @ polar(torch.cat(right, 0).mT).mT
 
 
-def polar_by_svd(basis: Tensor) -> Tensor:
-    P, s, Qh = torch.linalg.svd(basis, full_matrices=False)
-    kept = int((s > 1e-6 * s[0]).sum())
-    return P[:, :kept] @ Qh[:kept]
-
-
 def whitened(basis: Tensor) -> Tensor:
     values, Q = torch.linalg.eigh(basis.mT @ basis)
     return basis @ (Q / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()) @ Q.mT
 
 
-def relative(matrix: Tensor, exact: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix.double() - exact) / torch.linalg.vector_norm(exact))
-
-
-def of_solver(merge: TsvMerge, exact: Tensor) -> dict[str, Any]:
+def of_solver(merge: TsvMerge) -> dict[str, Any]:
     certificate = merge.certificate
-    told = {"estimate": certificate.error, "route": certificate.route, "escalations": list(certificate.escalations)}
-    return {"error": relative(merge.matrix, exact), **told}
+    return {"estimate": certificate.error, "route": certificate.route, "escalations": list(certificate.escalations)}
 
 
-def of_format(merge: ProductsMerge, exact: Tensor) -> dict[str, Any]:
-    """The error, and the largest of each measured number over the tasks."""
+def of_format(merge: ProductsMerge) -> dict[str, Any]:
+    """The largest of each measured number over the tasks."""
     names = ("error_estimate", "residual", "invariance", "rank_defect", "ratio", "outer_steps", "inner_steps")
     worst = {name: max(getattr(part, name) for part in merge.parts) for name in names}
     compressed = sum(part.compressed for part in merge.parts)
     polar = {"polar_orthogonality": merge.orthogonality, "polar_steps": merge.polar_steps}
-    return {"error": relative(merge.matrix, exact), "estimate": worst.pop("error_estimate"), **worst, **polar,
-            "compressed": compressed}  # fmt: skip
+    return {"estimate": worst.pop("error_estimate"), **worst, **polar, "compressed": compressed}
 
 
 def measure(
-    matrices: Tensor, decomposed: tuple[Decomposed, Decomposed], rank: int, peer: Tensor | None,
-    solvers: Sequence[str], full_rank: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """One row, from the matrices and their SVDs in float64 and float32.
-
-    Formats on their own only where no row or column is untouched, which the solvers take care of.
-    """
+    name: str, matrices: Tensor, label: str, rank: int, peer: Tensor | None, solvers: Sequence[str], full_rank: bool
+) -> list[Row]:
+    """The rows of one case. Formats on their own only where no row or column is untouched: the solvers handle that."""
     tasks = len(matrices)
-    in_float64, in_float32 = decomposed
-    exact = merge_by_svd(in_float64, rank, polar_by_svd)
-    routes: dict[str, Any] = {
-        "float32 SVD": {"error": relative(merge_by_svd(in_float32, rank, polar_by_svd), exact)},
-        "whitening": {"error": relative(merge_by_svd(in_float32, rank, whitened).nan_to_num(), exact)},
+    exact = merge_by_svd([published.svd(matrix.double()) for matrix in matrices], rank, published.polar)
+    in_float32 = [published.svd(matrix) for matrix in matrices]
+    merged: dict[str, tuple[Tensor, dict[str, Any]]] = {
+        "float32 SVD": (merge_by_svd(in_float32, rank, published.polar), {}),
+        "whitening": (merge_by_svd(in_float32, rank, whitened).nan_to_num(), {}),
     }
     if peer is not None:
-        routes["FusionBench"] = {"error": relative(peer, exact)}
+        merged["FusionBench"] = peer, {}
     conditions = []
-    for name, mode, solver in SOLVERS:
-        if solver not in solvers:
-            continue
-        merge = tsv_merge(matrices, [rank] * tasks, mode=mode, solver=solver)
-        routes[name] = of_solver(merge, exact)
-        conditions += [c for c in merge.certificate.basis_condition if c == c]
-    for name, precision, limit in FORMATS if "products" in solvers and full_rank else []:
-        routes[name] = of_format(products_tsv_merge(matrices, [rank] * tasks, None, precision, limit), exact)
-    condition = max(conditions, default=None)
-    return {"tasks": tasks, "shape": list(matrices.shape[1:]), "rank": rank, "basis_condition": condition,
-            "routes": routes}  # fmt: skip
+    for route, mode, solver in SOLVERS:
+        if solver in solvers:
+            found = tsv_merge(matrices, [rank] * tasks, mode=mode, solver=solver)
+            merged[route] = found.matrix, of_solver(found)
+            conditions += [c for c in found.certificate.basis_condition if c == c]
+    for route, precision, limit in FORMATS if "products" in solvers and full_rank else []:
+        simulated = products_tsv_merge(matrices, [rank] * tasks, None, precision, limit)
+        merged[route] = simulated.matrix, of_format(simulated)
+    case: dict[str, Any] = {"shape": matrices.shape[1:], "dtype": "float32",
+                            "options": {"matrices": name, "ranks": label, "tasks": tasks}}  # fmt: skip
+    rows = [
+        row("tsv_merge", route, "error", worst_error([matrix], [exact]), role=ROLES.get(route, "ours"),
+            notes={"rank": rank, **notes}, **case)
+        for route, (matrix, notes) in merged.items()
+    ]  # fmt: skip
+    if conditions:
+        condition = row("tsv_merge", "bases", "condition", max(conditions), unit="condition number", **case)
+        rows.insert(0, condition)
+    return rows
 
 
 def cases(sizes: list[int], tasks: list[int], kinds: list[str]) -> dict[str, Tensor]:
@@ -159,41 +145,34 @@ def peer_merges(found: dict[str, Tensor], python: Path) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in.safetensors"), Path(folder, "out.safetensors")
         save_file({f"{name}/{t}": m.contiguous() for name, ms in found.items() for t, m in enumerate(ms)}, source)
-        subprocess.run([python, PEER, source, target], check=True)
+        subprocess.run([python, "-m", PEER, source, target], cwd=ROOT, check=True)
         return load_file(target)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    program = Program(__doc__, "spectral_accuracy.json")
+    parser = program.parser
     parser.add_argument("--sizes", type=int, nargs="+", default=[192, 512])
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 3, 8])
     parser.add_argument("--spectra", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--solvers", nargs="+", choices=get_args(Solver), default=get_args(Solver))
     parser.add_argument("--peer-python", type=Path, help="Python of FusionBench's environment")
     parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], metavar="FOLDER", help="a base, then models")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = program.arguments()
     found = cases(arguments.sizes, arguments.tasks, arguments.spectra)
     real = trained(arguments.checkpoints[0], arguments.checkpoints[1:]) if arguments.checkpoints else {}
     found |= real
     peers = peer_merges(found, arguments.peer_python) if arguments.peer_python else {}
-    report = provenance("numpy", "safetensors") | {"simulated": True, "rows": []}
+    results = Results(arguments.json, ("numpy", "safetensors"), replace=True)
     for name, matrices in found.items():
         tasks, short = len(matrices), min(matrices.shape[1:])
-        decomposed = svds(matrices.double()), svds(matrices)
         for label, share in SHARES.items():
-            kind = name.partition(",")[0]
-            rank = max(1, rank_of(kind, short, tasks) // share)
+            rank = max(1, rank_of(name.partition(",")[0], short, tasks) // share)
             peer = peers.get(name) if share == 1 else None
-            measured = measure(matrices, decomposed, rank, peer, arguments.solvers, name not in real)
-            row = {"case": name, "ranks": label, **measured}
-            report["rows"].append(row)
-            errors = "  ".join(f"{route} {values['error']:.1e}" for route, values in row["routes"].items())
-            print(f"{name}, {label}: condition {row['basis_condition'] or math.nan:.0f}; {errors}", flush=True)
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+            results.add(measure(name, matrices, label, rank, peer, arguments.solvers, name not in real))
+            print(f"{name}, {label}: done", file=sys.stderr, flush=True)
+    return finish(results)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,7 +31,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from r_tsvm_kernels.bench.record import provenance
+from r_tsvm_kernels.bench import Results, row
 
 MARKER = "made_by_digits_demo"  # this file marks a folder that the demo may remove
 TEST_DIGITS = 500  # of 1797
@@ -208,9 +208,14 @@ def main() -> None:
         rows.append((label, [accuracy(model, task(images[test]), labels[test]) for task in TASKS.values()]))
     Console().print(results_table(rows, section_ends, options.seed))
     seconds = time.perf_counter() - start
-    results = {"seed": options.seed, "quick": options.quick, "seconds": round(seconds, 1)}
-    results |= {"tasks": list(TASKS), "accuracy": dict(rows)}
-    (options.out / "results.json").write_text(json.dumps(provenance() | results, indent=1) + "\n", encoding="utf-8")
+    run = {"seed": options.seed, "quick": options.quick}
+    results = Results(options.out / "results.json", replace=True)
+    results.add([row("demo", "digits_demo", "time", round(seconds, 1), options=run)])
+    results.add(
+        row(label, "digits_demo", "accuracy", value, unit="%", dtype="float32", options=run | {"task": task})
+        for label, values in rows
+        for task, value in zip(TASKS, values, strict=True)
+    )
     print("Merged models:")
     for name, _, _ in MERGES:
         print(f"  {name:<16} {options.out / name}")

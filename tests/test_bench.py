@@ -1,10 +1,6 @@
 """`rtsvm bench`: every op has a row, wrong results are found and not timed, results are kept and compared."""
 
-import importlib.util
 import inspect
-import json
-import math
-import statistics
 import sys
 import time
 from dataclasses import replace
@@ -13,14 +9,13 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from bench_rows import outcomes
 from compare import relative_error
 
 from r_tsvm_kernels import bench, dispatch, linalg
-from r_tsvm_kernels.bench import PLANS, REGISTRY, Inputs, Provider, ResultFile, Stopwatch, published
-from r_tsvm_kernels.bench.measure import plan_rounds
-from r_tsvm_kernels.bench.record import exponent
+from r_tsvm_kernels.bench import PLANS, REGISTRY, Inputs, Provider, Results, Stopwatch, published, results
+from r_tsvm_kernels.bench.measure import LONGEST, plan_rounds
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.errors import ConfigError, OutputExistsError
 from r_tsvm_kernels.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +29,8 @@ def tiny(shape=(24, 16), dtype="bfloat16"):
     return Inputs("tiny", shape, dtype, 3, CPU)
 
 
-def run_case(name, case):
-    return {row["provider"]: row for row in bench.run_case(name, case, Stopwatch(CPU), CEILINGS, DRY_RUN)}
+def run_case(name, case, plan=DRY_RUN):
+    return outcomes(bench.run_case(name, case, Stopwatch(CPU), CEILINGS, plan))
 
 
 def command(capsys, *arguments):
@@ -50,7 +45,7 @@ def only(names=SOME):
 
 @pytest.fixture(scope="module")
 def report():
-    return bench.run_suite(bench.chosen(SOME), PLANS["dry-run"], CPU)
+    return bench.run_suite(bench.chosen(SOME), PLANS["dry-run"], CPU, Results())
 
 
 def test_everything_public_has_a_benchmark():
@@ -93,8 +88,8 @@ def test_task_vectors_are_exact(dtype):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_best_of_torch_is_right(name, dtype):
     rows = run_case(name, REGISTRY[name].make(tiny((96, 130), dtype)))
-    assert {row["status"] for row in rows.values()} <= {"timed", "unavailable"}
-    assert rows["torch, best"]["error"] <= 1e-6
+    assert {row.status for row in rows.values()} <= {"timed", "unavailable"}
+    assert rows["torch, best"].error <= 1e-6
 
 
 def test_a_wrong_provider_is_named_and_not_timed():
@@ -116,12 +111,12 @@ def test_a_wrong_provider_is_named_and_not_timed():
 
     bad = [Provider("almost", almost), Provider("fails", fails), Provider("nan", nothing)]
     rows = run_case("reweight_prune", replace(case, providers=[*case.providers, *bad]))
-    assert rows["almost"]["status"] == "wrong" and 1e-6 < rows["almost"]["error"] < 1e-2
-    assert rows["fails"]["status"] == "failed" and rows["fails"]["reason"] == "RuntimeError: no such kernel"
-    assert rows["nan"]["status"] == "wrong" and rows["nan"]["error"] == float("inf")
-    assert not any("seconds" in rows[name] for name in ("almost", "fails", "nan"))
+    assert rows["almost"].status == "wrong" and 1e-6 < rows["almost"].error < 1e-2
+    assert rows["fails"].status == "failed" and rows["fails"].reason == "RuntimeError: no such kernel"
+    assert rows["nan"].status == "wrong" and rows["nan"].error == float("inf")
+    assert not any(rows[name].timed for name in ("almost", "fails", "nan"))
     assert len(calls) == 2  # to be checked, not to be timed
-    assert rows["reference"]["status"] == "timed"
+    assert rows["reference"].status == "timed"
 
 
 @pytest.mark.parametrize("name", ["linear", "polar"])  # of fine-tunes, and of task vectors
@@ -136,8 +131,8 @@ def test_a_provider_that_changes_its_inputs_is_refused(name):
         return found
 
     rows = run_case(name, replace(case, providers=[*case.providers, Provider("subtracts", subtracts)]))
-    assert rows["subtracts"]["status"] == "failed" and "changes its inputs" in rows["subtracts"]["reason"]
-    assert "seconds" not in rows["subtracts"] and rows[case.providers[0].name]["status"] == "timed"
+    assert rows["subtracts"].status == "failed" and "changes its inputs" in rows["subtracts"].reason
+    assert not rows["subtracts"].timed and rows[case.providers[0].name].status == "timed"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -147,7 +142,7 @@ def test_every_benchmark_is_right_and_leaves_its_inputs_alone(dtype):
     before = [tensor.clone() for tensor in given]
     for name, entry in REGISTRY.items():
         rows = run_case(name, entry.make(inputs))
-        assert {row["status"] for row in rows.values()} <= {"timed", "unavailable"}, name
+        assert {row.status for row in rows.values()} <= {"timed", "unavailable"}, name
         # kernels outside torch, too, which torch's own count of changes does not see
         assert all(map(torch.equal, before, given)), name
 
@@ -161,11 +156,8 @@ def test_compiling_is_not_timed():
 
     compiling = replace(case, providers=[*case.providers, Provider("compiling", compiles_first, compiles=True)])
     assert "compiling" not in run_case("linear", compiling) and calls == []  # a short plan on a CPU does without
-    (row,) = (
-        row for row in bench.run_case("linear", compiling, Stopwatch(CPU), CEILINGS, replace(DRY_RUN, compile=True))
-        if row["provider"] == "compiling"
-    )  # fmt: skip
-    assert row["status"] == "timed" and row["seconds"]["median"] < 0.25 and len(calls) > 2
+    row = run_case("linear", compiling, replace(DRY_RUN, compile=True))["compiling"]
+    assert row.status == "timed" and row.metrics["time"]["median"] < 0.25 and len(calls) > 2
 
 
 @pytest.mark.parametrize("name", ["add_update", "elect_and_sum: sum", "elect_and_sum: election"])
@@ -175,9 +167,8 @@ def test_what_is_for_the_compiler_can_be_traced(name, dtype, monkeypatch):
     # Traced as always, then run without generating code, which would take half a minute.
     monkeypatch.setattr(torch, "compile", lambda call: compile_(call, backend="eager", fullgraph=True))
     case = REGISTRY[name].make(tiny(dtype=dtype))
-    rows = bench.run_case(name, case, Stopwatch(CPU), CEILINGS, replace(DRY_RUN, compile=True))
-    (row,) = (row for row in rows if row["provider"] == "torch.compile")
-    assert row["status"] == "timed" and row["error"] <= row["limit"], row
+    row = run_case(name, case, replace(DRY_RUN, compile=True))["torch.compile"]
+    assert row.status == "timed" and row.error <= row.limit, row
 
 
 def test_what_cannot_be_made_does_not_stop_the_others(monkeypatch):
@@ -192,12 +183,12 @@ def test_what_cannot_be_made_does_not_stop_the_others(monkeypatch):
         return replace(case, providers=[Provider("ours", lambda: fails(inputs)), *case.providers])
 
     entries = [replace(REGISTRY["linear"], make=make) for make in (fails, refused, REGISTRY["linear"].make)]
-    rows = bench.run_suite(entries, PLANS["dry-run"], CPU)["rows"]
-    failed = [row for row in rows if row["status"] == "failed"]
-    assert [(row["provider"], row["reason"]) for row in failed] == [
+    rows = bench.run_suite(entries, PLANS["dry-run"], CPU, Results())
+    failed = [row for row in rows if row["notes"].get("status") == "failed"]
+    assert [(row["provider"], row["notes"]["reason"]) for row in failed] == [
         ("inputs", "Unknown: no inputs"), ("ours", "Unknown: no inputs")
     ]  # fmt: skip
-    assert sum(row["status"] == "timed" for row in rows) > 2
+    assert sum(row["metric"] == "time" and row["median"] is not None for row in rows) > 2
 
 
 def test_a_group_is_chosen_by_its_name():
@@ -214,24 +205,31 @@ def test_one_wrong_integer_is_seen():
         return mask
 
     rows = run_case("random_mask", replace(case, providers=[Provider("flipped", flipped)]))
-    assert rows["flipped"]["status"] == "wrong"
+    assert rows["flipped"].status == "wrong"
 
 
 def test_rows_say_all_there_is(report):
-    assert report["complete"] and report["ceilings"].keys() >= {"copy", "matmul"}
-    assert report.keys() >= {"date_utc", "commit", "cpu", "threads", "versions", "suite", "device"}
-    assert {row["name"].partition(":")[0] for row in report["rows"]} == set(SOME)
-    for row in report["rows"]:
-        if row["status"] == "unavailable":
-            continue
-        assert row["status"] == "timed", row
-        assert row["error"] <= row["limit"]
-        spread = row["seconds"]
-        assert 0 < spread["q1"] <= spread["median"] <= spread["q3"] and spread["rounds"] >= 3
-        assert row["gb_per_s"] == pytest.approx(row["bytes"] / spread["median"] / 1e9)
-        assert row["share"] > 0 and row["speedup"]["median"] > 0
-    (reference,) = [r for r in report["rows"] if r["name"] == "linear" and r["role"] == "reference"]
-    assert reference["speedup"]["median"] == 1.0
+    assert all(row.keys() == set(results.FIELDS) for row in report)
+    assert {row["name"] for row in report if row["role"] == "ceiling"} >= {"copy", "matmul"}
+    assert {row["name"].partition(":")[0] for row in report if row["role"] != "ceiling"} == set(SOME)
+    assert all(row["sources"] == bench.source_hash() for row in report)
+    for name in SOME:
+        found = outcomes(row for row in report if row["name"] == name)
+        (reference,) = (row for row in found.values() if row.role == "reference")
+        for row in found.values():
+            if row.status == "unavailable":
+                continue
+            assert row.status == "timed" and row.error <= row.limit
+            spread = row.metrics["time"]
+            assert 0 < spread["q1"] <= spread["median"] <= spread["q3"] and spread["rounds"] >= 3
+            # what is in one line comes from the same rounds
+            assert spread["rounds"] == reference.metrics["time"]["rounds"]
+            if row is not reference:
+                assert row.metrics["speed-up"]["median"] > 0
+                assert row.metrics["speed-up"]["rounds"] == spread["rounds"]
+            if row.role == "ours":
+                share = row.metrics["share"]
+                assert share["median"] > 0 and share["notes"]["of"] in ("copy", "matmul")
 
 
 def test_bytes_are_those_that_must_move():
@@ -274,41 +272,50 @@ def test_the_svd_of_gpus_is_one(shape):
 def test_interleaved_rounds():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    times = bench.interleaved(calls, {"a": 3, "b": 1})
-    assert order == ["a", "b", "a", "a"] and {name: len(values) for name, values in times.items()} == {"a": 3, "b": 1}
-    assert plan_rounds(10.0, 1.0) == (3, 1) and plan_rounds(0.01, 1.0) == (15, 1) and plan_rounds(1e-4, 0.0) == (3, 20)
-    assert plan_rounds(10.0, 1.0, least=2) == (2, 1)
+    times = bench.interleaved(calls, 2)
+    assert order == ["a", "b", "a", "b"] and {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
 
 
-def test_exponent():
-    assert exponent([1, 2, 4], [5, 40, 320]) == pytest.approx(3)
-    assert math.isnan(exponent([1], [5]))
+@pytest.mark.parametrize(
+    ("seconds", "budget", "rounds"),
+    [
+        ({"a": 0.01, "b": 0.01}, 1.0, 15),
+        ({"a": 0.01, "b": 5.0}, 1.0, 5),  # the slowest has as many as the others
+        ({"a": 0.01, "b": 0.3}, 2.0, 12),
+        ({"a": LONGEST / 3}, 1.0, 2),  # the least would take too long
+        ({"a": 2 * LONGEST}, 1.0, 1),
+    ],
+)
+def test_all_providers_get_the_same_rounds(seconds, budget, rounds):
+    assert plan_rounds(seconds, budget, least=5) == (rounds, dict.fromkeys(seconds, 1))
 
 
-def test_results_are_never_overwritten(tmp_path):
-    file = ResultFile(tmp_path / "new" / "a.json")
-    file.write({"rows": [1]})
-    file.write({"rows": [1, 2]})
-    assert json.loads(file.path.read_text()) == {"rows": [1, 2]}
-    with pytest.raises(OutputExistsError, match="not overwritten"):
-        ResultFile(file.path)
-    assert json.loads(file.path.read_text()) == {"rows": [1, 2]}
+def test_short_calls_are_repeated_in_a_sample():
+    assert plan_rounds({"a": 1e-4, "b": 1.0}, 0.0, least=3) == (3, {"a": 20, "b": 1})
 
 
 def test_the_command(tmp_path, capsys):
     file = tmp_path / "a.json"
     code, out, _ = command(capsys, "--dry-run", *only(), "--json", file)
     assert code == 0
-    for text in (*SOME, "speed-up", "best torch", "these figures mean nothing"):
+    for text in (*SOME, "speed-up", "best torch", "the figures mean nothing"):
         assert text in out
-    written = json.loads(file.read_text())
-    assert written["complete"] and written["suite"] == "dry-run"
+    written = bench.read_rows(file)
+    assert {row["name"] for row in written} >= set(SOME)
     before = file.read_bytes()
     code, _, err = command(capsys, "--dry-run", *only(), "--json", file)
     assert code == 2 and "not overwritten" in err and file.read_bytes() == before
 
     code, out, _ = command(capsys, "--dry-run", *only(["linear"]), "--compare", file)
-    assert code == 0 and "after / before" in out and "2 rows in both" in out
+    assert code == 0 and "after / before" in out and "2 times in both; of 1 of ours:" in out
+    assert "both runs measured the same sources" in out
+
+
+def test_a_narrow_terminal(report, capsys, monkeypatch):
+    monkeypatch.setattr("r_tsvm_kernels.cli.bench.WIDTH", 80)
+    code, out, _ = command(capsys, "--dry-run", *only())
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert "speed-up" in out and "rounds" in out and "memory" not in out
 
 
 def test_the_command_refuses(tmp_path, capsys, monkeypatch):
@@ -341,98 +348,7 @@ def test_exit_code_of_a_wrong_result(capsys, monkeypatch, role, expected):
 
 def test_plot(report, tmp_path):
     pytest.importorskip("matplotlib")
-    from r_tsvm_kernels.bench.table import plot
+    from r_tsvm_kernels.bench.plot import plot
 
     plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def timed(seconds, spread=0.01, rounds=5, **more):
-    low, high = seconds * (1 - spread), seconds * (1 + spread)
-    row = {"name": "op", "matrix": "m", "dtype": "d", "tasks": 3, "provider": "cpu", "status": "timed", "role": "ours"}
-    return row | {"seconds": {"median": seconds, "q1": low, "q3": high, "rounds": rounds}} | more
-
-
-def results(*rows):
-    return {"schema": 1, "rows": list(rows)}
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "verdict"),
-    [
-        (timed(1.0), timed(1.2), "slower"),
-        (timed(1.0), timed(0.8), "faster"),
-        (timed(1.0), timed(1.03), ""),  # apart, but by too little
-        (timed(1.0, 0.3), timed(1.2, 0.3), ""),  # within the spread
-        (timed(1.0, rounds=1), timed(2.0), ""),  # a single run has no spread
-    ],
-)
-def test_changes_beyond_noise(before, after, verdict):
-    (change,) = bench.compare(results(before), results(after))
-    assert change.verdict == verdict and change.ratio == pytest.approx(
-        after["seconds"]["median"] / before["seconds"]["median"]
-    )
-
-
-def test_only_what_is_in_both_is_compared():
-    wrong = timed(1.0, name="wrong") | {"status": "wrong"}
-    assert bench.compare(results(timed(1.0), wrong), results(timed(1.0, dtype="other"), wrong)) == []
-
-
-def test_turns():
-    def verdict(*ratios, others=(1.02,) * 3, role="ours"):
-        turns = []
-        for speed, ratio, other in zip((1, 3, 2), ratios, others, strict=True):
-            pairs = [(timed(speed) | {"role": role}, timed(speed * ratio) | {"role": role})]
-            pairs += [(timed(speed, provider="eager") | {"role": "torch"},
-                       timed(speed * other, provider="eager") | {"role": "torch"})]  # fmt: skip
-            turns.append(tuple(results(*side) for side in zip(*pairs, strict=True)))
-        (change, other), noise = bench.compare_turns(turns)
-        assert change.ratio == pytest.approx(statistics.median(ratios)) and other.verdict == ""
-        yardsticks = [statistics.median(others), statistics.median(ratios) if role != "ours" else 1.0]
-        assert noise == pytest.approx(max(0.05, max(yardsticks) - 1))
-        return change.verdict
-
-    assert verdict(1.2, 1.3, 1.25) == "slower"
-    assert verdict(0.8, 0.7, 0.8) == "faster"
-    assert verdict(0.7, 1.4, 1.1) == ""  # the turns do not agree
-    assert verdict(1.04, 1.03, 1.04) == ""  # too little to be told
-    assert verdict(1.2, 1.3, 1.25, others=(1.4, 1.3, 1.2)) == ""  # no more than torch's
-    assert verdict(0.7, 0.7, 0.7, others=(1.4, 1.3, 1.2)) == "faster"
-    assert verdict(1.2, 1.3, 1.25, role="peer") == ""
-
-
-def test_read_report_refuses_another_schema(tmp_path):
-    file = tmp_path / "a.json"
-    file.write_text(json.dumps({"schema": 99, "rows": []}))
-    with pytest.raises(ConfigError, match="schema 1"):
-        bench.read_report(file)
-
-
-def test_the_suggested_dispatch_table():
-    spec = importlib.util.spec_from_file_location("dispatch_order", ROOT / "benchmarks" / "dispatch_order.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def row(name, provider, times, status="timed"):
-        role = "reference" if provider == "reference" else "ours"
-        return {"name": name, "provider": provider, "role": role, "status": status, "speedup": {"median": times}}
-
-    suggested = module.suggest(
-        {
-            "device": "cuda",
-            "rows": [
-                row("magnitude_ranks", "cuda", 10.0), row("magnitude_ranks", "triton", 20.0),
-                row("magnitude_ranks", "reference", 1.0),
-                row("elect_and_sum: sum", "cuda", 2.0), row("elect_and_sum: TIES", "cuda", 8.0),
-                row("elect_and_sum: sum", "triton", 9.0), row("elect_and_sum: TIES", "triton", 9.0, "wrong"),
-                row("elect_and_sum: sum", "reference", 1.0), row("elect_and_sum: TIES", "reference", 1.0),
-                row("reweight_prune", "cuda", 0.5), row("reweight_prune", "reference", 1.0),
-            ],
-        }
-    )  # fmt: skip
-    order, times = suggested["order"], suggested["time_by_reference"]
-    assert order["magnitude_ranks"] == ["triton", "cuda", "torch"]
-    assert order["elect_and_sum"] == ["cuda", "torch"] and times["elect_and_sum"]["cuda"] == pytest.approx(1 / 4)
-    assert order["reweight_prune"] == ["torch", "cuda"]
-    assert order["gemm3"] == list(dispatch.ops()["gemm3"].order["cuda"])  # not measured

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
+from bench_rows import outcomes
 
 from r_tsvm_kernels import MergeConfig, bench, merge_tensors
-from r_tsvm_kernels.bench import PLANS, REGISTRY, Inputs, Stopwatch, peers
+from r_tsvm_kernels.bench import PLANS, REGISTRY, Inputs, Results, Stopwatch, peers
 from r_tsvm_kernels.bench.measure import worst_error
 from r_tsvm_kernels.bench.table import LEGEND, legend
 from r_tsvm_kernels.cli import main
@@ -57,7 +58,7 @@ def inputs(shape=(24, 16), dtype="bfloat16"):
 
 def rows_of(name):
     case = peers.with_peers(name, REGISTRY[name].make(inputs()))
-    return {row["provider"]: row for row in bench.run_case(name, case, Stopwatch(CPU), CEILINGS, DRY_RUN)}
+    return outcomes(bench.run_case(name, case, Stopwatch(CPU), CEILINGS, DRY_RUN))
 
 
 def imported():
@@ -77,13 +78,19 @@ def test_a_peer_is_found_checked_and_timed(fake, capsys, tmp_path):
     file = tmp_path / "a.json"
     code, out, err = command(capsys, "--only", "linear", "--json", file)
     assert code == 0 and ": wrong" not in err and "noise" not in out + err
-    assert LABEL in out and "by its own function" in out
-    report = bench.read_report(file)
-    assert report["versions"]["mergekit"] == "9.9"
-    (row,) = [row for row in report["rows"] if row["role"] == "peer"]
-    assert (row["provider"], row["status"], row["compared"]) == (LABEL, "timed", "all elements")
-    assert 0 < row["error"] <= row["limit"] and row["seconds"]["rounds"] >= 3 and row["speedup"]["median"] > 0
-    assert LABEL in {change.key[-1] for change in bench.compare(report, report)}
+    assert LABEL.partition(" ")[0] in out and "through its own function" in out and "over peer" in out
+    rows = bench.read_rows(file)
+    assert rows[0]["versions"]["mergekit"] == "9.9"
+    found = outcomes(rows)
+    peer = found[LABEL]
+    assert peer.role == "peer" and peer.status == "timed"
+    assert peer.metrics["error"]["notes"]["compared"] == "all elements"
+    assert 0 < peer.error <= peer.limit and peer.metrics["time"]["rounds"] >= 3
+    assert peer.metrics["speed-up"]["median"] > 0
+    against = {row["notes"]["against"] for row in rows if (row["provider"], row["metric"]) == ("cpu", "speed-up")}
+    assert against == {"reference", LABEL}
+    changes, _ = bench.compare([(rows, rows)])
+    assert LABEL in {change.row["provider"] for change in changes}
 
 
 @pytest.mark.usefixtures("no_others")
@@ -101,7 +108,7 @@ def test_a_peer_is_found_checked_and_timed(fake, capsys, tmp_path):
 def test_a_peer_that_is_wrong_or_fails(fake, capsys, source, status, reason):
     fake(source)
     row = rows_of("linear")[LABEL]
-    assert row["status"] == status and reason in row["reason"] and "seconds" not in row
+    assert row.status == status and reason in row.reason and not row.timed
     code, out, err = command(capsys, "--only", "linear")
     assert code == 0  # it is not ours
     assert f"{LABEL} {status.upper()}" in " ".join(out.split()) and f"by {LABEL}: {status}" in err
@@ -110,9 +117,9 @@ def test_a_peer_that_is_wrong_or_fails(fake, capsys, source, status, reason):
 @pytest.mark.usefixtures("no_others")
 def test_nothing_is_imported_for_benchmarks_without_peers(fake):
     fake("raise AssertionError")
-    report = bench.run_suite(bench.chosen(["task_statistics", "star"]), PLANS["dry-run"], CPU)
-    assert not imported() and "mergekit" not in report["versions"]
-    assert {row["role"] for row in report["rows"]} <= {"ours", "reference", "torch"}
+    rows = bench.run_suite(bench.chosen(["task_statistics", "star"]), PLANS["dry-run"], CPU, Results())
+    assert not imported() and peers.taking_part(bench.chosen(["task_statistics", "star"])) == []
+    assert {row["role"] for row in rows} <= {"ours", "reference", "torch", "ceiling"}
 
 
 def test_without_peers_nothing_changes(monkeypatch, capsys):
@@ -123,7 +130,8 @@ def test_without_peers_nothing_changes(monkeypatch, capsys):
     assert code == 0 and "peer" not in out
     assert set(looked_for) == {"mergekit", "fusion_bench", "peft"}
     assert before == {name for name in sys.modules if name.partition(".")[0] in ("mergekit", "fusion_bench", "peft")}
-    assert len(legend({"rows": []}).splitlines()) == len(LEGEND.splitlines()) - 2
+    told = legend([], 200)
+    assert len(told.splitlines()) == len(LEGEND) - 3 and "peer" not in told  # nor the best of torch
 
 
 def test_a_folder_is_no_package(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Check that PEFT and we read the same numbers out of the same adapters, whoever wrote them.
 
     benchmarks/peers/peft_env.sh
-    .venv-peft/bin/python benchmarks/peers/check_peft.py
+    .venv-peft/bin/python -m benchmarks.peers.check_peft
 
 A tiny Llama and a tiny GPT-2 (whose weights are stored transposed) are the bases. Every line compares weights that
 PEFT computes with float64: an error is the largest distance of a weight's update, relative to its Frobenius norm.
@@ -19,8 +19,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.utils.logging import disable_progress_bar
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from r_tsvm_kernels.linalg import tsv_merge
 from r_tsvm_kernels.lora import Adapter

@@ -1,17 +1,17 @@
-"""Time mergekit's commands with and without our backend: wall time and peak memory side by side.
+"""Time mergekit's commands with and without our backend: wall time and peak memory.
 
-    python benchmarks/peers/compare_mergekit_cli.py [--peer-python PATH] [--size 0.25] [--rounds 3] [--folder DIR]
-                                                    [--out DIR] [--cases NAME ...]
+    python -m benchmarks.peers.compare_mergekit_cli [--peer-python PATH] [--size 0.25] [--rounds 5] [--folder DIR]
+                                                    [--json FILE] [--cases NAME ...]
 
 `mergekit-yaml` and `rtsvm mergekit-yaml` run in the peer's environment on the same recipe (dtype bfloat16), base and
-two fine-tunes of `--size` GB each, in turn, with the inputs in the page cache; `mergekit-extract-lora` runs on a pair
-of small models, as full SVDs take long. The time is that of the whole command. Our backend must be built for the Python
-of that environment. `--size 0.25` wants 2 GB of free disk.
+two fine-tunes of `--size` GB each, in interleaved rounds, with the inputs in the page cache; `mergekit-extract-lora`
+runs on a pair of small models, because full SVDs take long. The time is that of the whole command. Our backend must be
+built for the Python of that environment. `--size 0.25` needs 2 GB of disk.
 
-A deterministic case is right when every element of our result is the merge in float64 rounded to bfloat16, but for the
-last place of float32 sums; elements tied at a threshold are left out, as mergekit keeps any of them. Where masks are
-random, other ones on the two sides, the norms of both updates must agree within a percent. An adapter is right when it
-is as near to the change as the best one of its rank, but for a thousandth, as its factors are in bfloat16.
+A deterministic case is right when every element of our result is the merge in float64 rounded to bfloat16, except for
+the last place of float32 sums; elements tied at a threshold are left out, because mergekit keeps any of them. Random
+masks differ on the two sides, so the norms of both updates must agree within a percent. An adapter is right when it is
+as close to the change as the best one of its rank, except for a thousandth, because its factors are in bfloat16.
 """
 
 from __future__ import annotations
@@ -27,19 +27,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_engine import ROUNDING, SUMMING, TASKS, peer_command, peer_versions, read
-from compare_ties import DENSITY, GAMMA, METHODS, tied, truth
-from comparing import Program, Turns, spread, verdict, wide_console, write
-from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from memory import run_measured
-from models import Family, family, warm
-from record import ROOT, provenance
+from benchmarks import ROOT
+from benchmarks.engine import TASKS, allowed_error, gigabytes, mergekit_command, read, tensor_names
+from benchmarks.program import Program, Turns, finish, judged, run_measured, versions_of
+from benchmarks.synthetic_checkpoints import Family, family, warm
+from r_tsvm_kernels.bench import Results, Row, row
+from r_tsvm_kernels.dispatch import use_backend
+from r_tsvm_kernels.ops import MagnitudeSelection, Sparsifier, elect_and_sum, magnitude_select
 
+WITH, WITHOUT = "mergekit on our kernels", "mergekit"
+DENSITY, GAMMA = 0.3, 0.01
+# mergekit's name: its parameters, then our election and whether we normalize.
+SHARED = {"weight": 1.0, "density": DENSITY}
+METHODS: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "ties": (SHARED, "sum", True),
+    "breadcrumbs_ties": (SHARED | {"gamma": GAMMA}, "sum", False),
+    "breadcrumbs": (SHARED | {"gamma": GAMMA}, "none", False),
+    "dare_ties": (SHARED, "sum", False),
+    "dare_linear": (SHARED, "none", False),
+}
 RANDOM = {"dare_ties", "dare_linear", "della", "della_linear"}
 SELECTED = 0.5
 PARAMETERS = {name: parameters for name, (parameters, _, _) in METHODS.items()} | {
@@ -76,11 +85,44 @@ def write_recipe(models: Family, method: str) -> Path:
 
 
 def checked_tensors(models: Family) -> list[str]:
-    names = json.loads((models.base / "model.safetensors.index.json").read_text())["weight_map"]
-    return [name for name in names if CHECKED in name and "norm" not in name]
+    return [name for name in tensor_names(models, CHECKED) if "norm" not in name]
 
 
 # --- what is right ---------------------------------------------------------------------------------------------------
+
+
+def sparsifiers(method: str, base: Tensor, tuned: list[Tensor]) -> list[Sparsifier]:
+    # As many elements as mergekit keeps: it rounds down.
+    kept, dropped = int(DENSITY * base.numel()), int(GAMMA * base.numel())
+    if method.startswith("dare"):
+        return [Sparsifier(probability=DENSITY, rescale=1 / DENSITY, stream=task) for task in range(len(tuned))]
+    if method == "ties":
+        return [Sparsifier(largest=magnitude_select(weight, kept, base=base)) for weight in tuned]
+    return [
+        Sparsifier(
+            largest=magnitude_select(weight, kept + dropped, base=base),
+            outliers=magnitude_select(weight, dropped, base=base),
+        )
+        for weight in tuned
+    ]
+
+
+def truth(method: str, base: Tensor, tuned: list[Tensor]) -> Tensor:
+    """Return the update of a float64 merge, by our references."""
+    _, election, normalize = METHODS[method]
+    with use_backend(magnitude_select="torch", elect_and_sum="torch"):
+        keep = sparsifiers(method, base, tuned)
+        return elect_and_sum(base, tuned, [1.0] * len(tuned), elect=election, normalize=normalize, keep=keep) - base
+
+
+def tied(method: str, base: Tensor, tuned: list[Tensor]) -> Tensor:
+    """Mask of the elements whose magnitude equals a threshold of a task."""
+    mask = torch.zeros(base.shape, dtype=torch.bool)
+    for weight, keep in zip(tuned, sparsifiers(method, base, tuned), strict=True):
+        for selection in (keep.largest, keep.outliers):
+            if isinstance(selection, MagnitudeSelection):
+                mask |= (weight - base).abs() == selection.threshold
+    return mask
 
 
 def expected(method: str, base: Tensor, tuned: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -116,13 +158,12 @@ def expected_sce(base: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest_error(models: Family, method: str, merged: Path) -> float:
-    """Largest error of an element, as a multiple of what is allowed."""
+    """Return the largest error of an element, as a multiple of what is allowed."""
     largest = 0.0
     for name in checked_tensors(models):
         base, tuned = read(models.base, name), [read(model, name) for model in models.tuned]
         right, ties = expected(method, base, tuned)
-        allowed = ROUNDING * right.abs() + SUMMING * (base.abs() + sum(weight.abs() for weight in tuned))
-        gap = (read(merged, name) - right).abs() / allowed.clamp_min(1e-300)
+        gap = (read(merged, name) - right).abs() / allowed_error(right, base, tuned)
         largest = max(largest, float(gap.max() if ties is None else gap.masked_fill(ties, 0).max()))
     return largest
 
@@ -154,7 +195,7 @@ def environment() -> dict[str, str]:
 
 def both_sides(python: Path, peer: list[str]) -> dict[str, list[str]]:
     """Return the commands: the peer's own, and ours that runs it."""
-    return {"with": [str(python), "-m", "r_tsvm_kernels", Path(peer[0]).name, *peer[1:]], "without": peer}
+    return {WITH: [str(python), "-m", "r_tsvm_kernels", Path(peer[0]).name, *peer[1:]], WITHOUT: peer}
 
 
 def compile_python(python: Path, *names: str) -> None:
@@ -164,10 +205,11 @@ def compile_python(python: Path, *names: str) -> None:
             subprocess.run(call, check=True, env=environment(), capture_output=True)
 
 
-def compare(models: Family, commands: dict[str, list[str]], out: Path, check: Check, rounds: int) -> dict[str, Any]:
-    """Run both sides in turn; check what the first round gave."""
-    turns = Turns(list(commands))
-    found: dict[str, float] = {}
+def compare(
+    models: Family, name: str, commands: dict[str, list[str]], out: Path, check: Check, unit: str, rounds: int
+) -> list[Row]:
+    """Run both sides in turn; check what the first round gave. The last two rows are what was checked."""
+    turns, found = Turns(), {}
     for round_ in range(rounds):
         for side, command in commands.items():
             warm(models.files)
@@ -176,86 +218,65 @@ def compare(models: Family, commands: dict[str, list[str]], out: Path, check: Ch
             if round_ == 0:
                 found[side] = check(out)
             shutil.rmtree(out)
-    return {"checked": found, **turns.summary("without", "with")}
+    case: dict[str, Any] = {
+        "dtype": "bfloat16", "options": {"checkpoint": gigabytes(models.checkpoint_bytes), "tasks": len(models.tuned)}
+    }  # fmt: skip
+    rows = turns.rows(name, [WITHOUT], [WITH], **case)
+    roles = {WITH: "ours", WITHOUT: "peer"}
+    return rows + [row(name, side, "checked", found[side], unit=unit, role=roles[side], **case) for side in roles]
 
 
-def compare_merge(models: Family, method: str, python: Path, rounds: int) -> dict[str, Any]:
+def compare_merge(models: Family, method: str, python: Path, rounds: int) -> list[Row]:
     out = models.base.parent / "out"
-    commands = both_sides(python, peer_command(python, write_recipe(models, method), out))
-    random = method in RANDOM
+    commands = both_sides(python, mergekit_command(python, write_recipe(models, method), out))
+    if method in RANDOM:
+        unit = "norm of the update"
+        *rows, ours, theirs = compare(
+            models, method, commands, out, lambda merged: update_norm(models, merged), unit, rounds
+        )
+        return [*rows, judged(ours, abs(ours["median"] / theirs["median"] - 1) <= NORMS), theirs]
+    unit = "of the allowed rounding"
+    *rows, ours, theirs = compare(
+        models, method, commands, out, lambda merged: largest_error(models, method, merged), unit, rounds
+    )
+    return [*rows, judged(ours, ours["median"] <= 1), theirs]
 
-    def check(merged: Path) -> float:
-        return update_norm(models, merged) if random else largest_error(models, method, merged)
 
-    row = compare(models, commands, out, check, rounds)
-    ours, theirs = (row["checked"][side] for side in ("with", "without"))
-    return row | {"right": abs(ours / theirs - 1) <= NORMS if random else ours <= 1}
-
-
-def compare_extraction(models: Family, python: Path, rounds: int, rank: int) -> dict[str, Any]:
+def compare_extraction(models: Family, python: Path, rounds: int, rank: int) -> list[Row]:
     out = models.base.parent / "out"
     arguments = ["--base-model", str(models.base), "--model", str(models.tuned[0]), "--out-path", str(out)]
     arguments += ["--max-rank", str(rank), "--no-cuda", "--quiet"]
     commands = both_sides(python, [str(python.with_name("mergekit-extract-lora")), *arguments])
-    row = compare(models, commands, out, lambda adapter: excess_error(models, adapter, rank), rounds)
-    return row | {"right": row["checked"]["with"] <= 1}
-
-
-def print_table(rows: dict[str, dict[str, Any]], title: str, console: Console) -> None:
-    table = Table("case", "verdict", "with", "without", "ratio", "quartiles", "peak with", "without", title=title)
-    for case, row in rows.items():
-        table.add_row(
-            case,
-            verdict(row["right"]),
-            *(f"{row['seconds'][side]['median']:.1f} s" for side in ("with", "without")),
-            *spread(row["ratio"]),
-            *(f"{row['peak_bytes'][side] / 1e6:.0f} MB" for side in ("with", "without")),
-        )
-    console.print(table)
+    *rows, ours, theirs = compare(
+        models, EXTRACTION, commands, out, lambda adapter: excess_error(models, adapter, rank), "of the least error",
+        rounds,
+    )  # fmt: skip
+    return [*rows, judged(ours, ours["median"] <= 1), theirs]
 
 
 def main() -> int:
-    program = Program(__doc__, "mergekit", rounds=3)
+    program = Program(__doc__, "mergekit_cli.json", "mergekit", rounds=5)
     parser = program.parser
     parser.add_argument("--size", type=float, default=0.25, metavar="GB", help="per model (default 0.25)")
     parser.add_argument("--extracted-size", type=float, default=0.08, metavar="GB", help="of the small models")
-    parser.add_argument("--hidden", type=int, default=1024, help="width (default 1024, as of the small models)")
+    parser.add_argument("--hidden", type=int, default=1024, help="width (default 1024)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(DEFAULT_CASES), metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models are written")
     args = program.arguments()
 
-    results: dict[str, dict[str, Any]] = {}
+    results = Results(args.json, ("safetensors",), replace=True)
+    results.circumstances["versions"] |= versions_of(args.peer_python, "mergekit")
     methods = [case for case in args.cases if case != EXTRACTION]
-    sizes: dict[str, int] = {}
     if methods:
         compile_python(args.peer_python, "mergekit-yaml")
         with family(args.folder, args.size, TASKS, args.hidden) as models:
-            results = {method: compare_merge(models, method, args.peer_python, args.rounds) for method in methods}
-            sizes["merged"] = models.checkpoint_bytes
-    width = args.hidden
+            for method in methods:
+                results.add(compare_merge(models, method, args.peer_python, args.rounds))
     if EXTRACTION in args.cases:
         compile_python(args.peer_python, "mergekit-extract-lora")
-        with family(args.folder, args.extracted_size, 1, width) as models:
-            results[EXTRACTION] = compare_extraction(models, args.peer_python, args.rounds, width // RANK_SHARE)
-            sizes["extracted"] = models.checkpoint_bytes
-    console = wide_console(120)
-    described = ", ".join(f"{what}: {size / 1e9:.2f} GB each" for what, size in sizes.items())
-    print_table(results, f"mergekit's commands, base and fine-tunes in bfloat16; {described}", console)
-
-    report = provenance("safetensors") | {
-        "peer_versions": peer_versions(args.peer_python),
-        "tasks": TASKS,
-        "hidden": args.hidden,
-        "checkpoint_bytes": sizes,
-        "density": DENSITY,
-        "gamma": GAMMA,
-        "select_topk": SELECTED,
-        "rank": width // RANK_SHARE,
-        "limits": {"element_rounding": ROUNDING, "element_summing": SUMMING, "norms": NORMS, "adapter": EXCESS},
-        "cases": results,
-    }
-    write(report, args.out / "mergekit_cli.json", console)
-    return 0 if all(row["right"] for row in results.values()) else 1
+        with family(args.folder, args.extracted_size, 1, args.hidden) as models:
+            results.add(compare_extraction(models, args.peer_python, args.rounds, args.hidden // RANK_SHARE))
+    return finish(results)
 
 
 if __name__ == "__main__":

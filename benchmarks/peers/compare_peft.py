@@ -1,14 +1,13 @@
-"""PEFT's add_weighted_adapter without and with our backend, our function on state dicts, and PEFT's conversion to LoRA.
+"""PEFT's add_weighted_adapter with and without our backend, our function on state dicts, and PEFT's conversion to LoRA.
 
     benchmarks/peers/peft_env.sh
-    .venv-peft/bin/python benchmarks/peers/compare_peft.py [--shapes 1024x4096 4096x4096] [--rounds 2] [--out DIR]
+    .venv-peft/bin/python -m benchmarks.peers.compare_peft [--shapes 1024x4096 4096x4096] [--rounds 5] [--json FILE]
 
-Three rank-16 adapters of one linear layer are combined to rank 16, by every side in turn: wall time of the call, and
-peak memory beyond what was in use before it. Nearly all of the time of the defaults is PEFT's: some minutes.
+Three rank-16 adapters of one linear layer are combined to rank 16 by every side in interleaved rounds: wall time of the
+call, and peak memory beyond what was in use before it. Nearly all of the time of the defaults is PEFT's: some minutes.
 
-A case is right if our result is as near to the uncut update, formed in float64, as PEFT's; `gap` is the distance
-between the two results. Both distances are relative to the norm of the update. Signs are elected and elements pruned
-by PEFT's own functions for that update.
+A side is right if its result is as close to the uncut update, formed in float64, as PEFT's. Distances are relative to
+the norm of the update. PEFT's own functions elect signs and prune elements of the uncut update.
 
 `extract` is a layer changed by a LoHa adapter of rank 8: PEFT's `convert_to_lora` on the model in memory against
 `rtsvm extract-lora`'s function on two files, with reading and writing.
@@ -25,23 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparing import Program, Turns, spread, verdict, wide_console, write
 from peft import LoHaConfig, LoraConfig, convert_to_lora, get_peft_model, get_peft_model_state_dict
 from peft.utils.merge_utils import task_arithmetic, ties
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from memory import peak_of
-from record import provenance
-
+from benchmarks.program import Program, Turns, finish, judged
+from r_tsvm_kernels.bench import Results, Row, peak_of, row
 from r_tsvm_kernels.integrations import peft as integration
 from r_tsvm_kernels.lora import Adapter
 from r_tsvm_kernels.lora_tools import extract_lora
 
+PEFT, PATCHED, STATE_DICTS, EXTRACT = "PEFT", "PEFT on our kernels", "combine_adapters", "extract_lora"
 RANK, DENSITY = 16, 0.3
 NAMES, WEIGHTS = ["one", "two", "three"], [0.5, 0.8, -0.3]
 KINDS = ("svd", "ties_svd")
@@ -78,7 +72,7 @@ def lora_model(shape: Shape) -> Any:
 
 
 def combination(model: Any, kind: str) -> dict[str, Callable[[], Any]]:
-    """What each side calls; `ours` and `peft` leave an adapter in the model."""
+    """What each side calls; all but `STATE_DICTS` leave an adapter in the model."""
     options = {"combination_type": kind, "density": DENSITY if kind != "svd" else None}
 
     def in_model() -> None:
@@ -87,9 +81,9 @@ def combination(model: Any, kind: str) -> dict[str, Callable[[], Any]]:
     states = [get_peft_model_state_dict(model, adapter_name=name) for name in NAMES]
     configs = [model.peft_config[name].to_dict() for name in NAMES]
     return {
-        "peft": in_model,
-        "ours": in_model,
-        "state dicts": lambda: integration.combine_adapters(states, configs, WEIGHTS, rank=RANK, **options)[0],
+        PEFT: in_model,
+        PATCHED: in_model,
+        STATE_DICTS: lambda: integration.combine_adapters(states, configs, WEIGHTS, rank=RANK, **options)[0],
     }
 
 
@@ -112,32 +106,29 @@ def uncut(model: Any, kind: str) -> Tensor:
     return ties(updates, torch.tensor(WEIGHTS), DENSITY).double()
 
 
-def compare(shape: Shape, kind: str, rounds: int) -> dict[str, Any]:
+def compare(shape: Shape, kind: str, rounds: int) -> list[Row]:
     model = lora_model(shape)
     calls, target = combination(model, kind), uncut(model, kind)
-    norm = float(target.norm())
-    turns = Turns(list(calls))
-    updates: dict[str, Tensor] = {}
+    turns, updates = Turns(), {}
     for round_ in range(-1, rounds):  # in round -1 our side warms up
         for side, call in calls.items():
-            if round_ == -1 and side == "peft":
+            if round_ == -1 and side == PEFT:
                 continue
-            if side == "ours":
+            if side == PATCHED:
                 integration.install()
             elapsed, peak, result = measured(call)
             integration.uninstall()
             updates[side] = taken_out(model, result)
             if round_ >= 0:
                 turns.add(side, elapsed, peak)
-    distances = {side: float((update - target).norm()) / norm for side, update in updates.items()}
-    return summary(turns, distances, float((updates["ours"] - updates["peft"]).norm()) / norm)
+    return summary(turns, kind, shape, updates, target)
 
 
-def compare_extraction(shape: Shape, rounds: int) -> dict[str, Any]:
+def compare_extraction(shape: Shape, rounds: int) -> list[Row]:
     model = get_peft_model(Layer(shape), LoHaConfig(r=8, target_modules=["layer"], init_weights=False))
     layer = model.base_model.model.layer
     base, delta = layer.get_base_layer().weight.detach(), layer.get_delta_weight("default").detach()
-    turns, updates = Turns(("peft", "ours")), {}
+    turns, updates = Turns(), {}
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("base.safetensors", "tuned.safetensors")]
         # The change itself is stored, so that both sides cut the same matrix.
@@ -145,78 +136,44 @@ def compare_extraction(shape: Shape, rounds: int) -> dict[str, Any]:
         save_file({"layer.weight": delta.contiguous()}, files[1])
         for round_ in range(rounds):
             elapsed, peak, (_, state) = measured(lambda: convert_to_lora(model, RANK))
-            turns.add("peft", elapsed, peak)
+            turns.add(PEFT, elapsed, peak)
             A, B = (next(t for name, t in state.items() if f"lora_{factor}" in name) for factor in "AB")
-            updates["peft"] = B.double() @ A.double()
+            updates[PEFT] = B.double() @ A.double()
             out = Path(folder) / f"out{round_}"
             elapsed, peak, _ = measured(lambda out=out: extract_lora(str(files[0]), str(files[1]), out, rank=RANK))
-            turns.add("ours", elapsed, peak)
-            updates["ours"] = Adapter(out).load("layer").dense().double()
-    norm = float(delta.double().norm())
-    distances = {side: float((update - delta.double()).norm()) / norm for side, update in updates.items()}
-    return summary(turns, distances, float((updates["ours"] - updates["peft"]).norm()) / norm)
+            turns.add(EXTRACT, elapsed, peak)
+            updates[EXTRACT] = Adapter(out).load("layer").dense().double()
+    return summary(turns, "extract", shape, updates, delta.double())
 
 
-def summary(turns: Turns, distances: dict[str, float], gap: float) -> dict[str, Any]:
-    return {
-        "right": all(distance <= distances["peft"] + SLACK for distance in distances.values()),
-        **turns.summary("peft"),
-        "distance": distances,
-        "gap": gap,
-    }
-
-
-def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    columns = (
-        "shape",
-        "case",
-        "side",
-        "verdict",
-        "PEFT",
-        "seconds",
-        "ratio",
-        "quartiles",
-        "PEFT's peak",
-        "peak",
-        "gap",
-    )
-    table = Table(*columns)
-    for row in rows:
-        for side, ratio in row["ratio"].items():
-            table.add_row(
-                row["shape"],
-                row["case"],
-                side,
-                verdict(row["right"]),
-                *(f"{row['seconds'][which]['median']:.3f}" for which in ("peft", side)),
-                *spread(ratio),
-                *(f"{row['peak_bytes'][which] / 1e6:.0f} MB" for which in ("peft", side)),
-                f"{row['gap']:.0e}",
-            )
-    console.print(table)
+def summary(turns: Turns, name: str, shape: Shape, updates: dict[str, Tensor], target: Tensor) -> list[Row]:
+    case: dict[str, Any] = {"shape": shape, "dtype": "float32", "options": {"rank": RANK}}
+    distances = {side: float((update - target).norm() / target.norm()) for side, update in updates.items()}
+    rows = turns.rows(name, [PEFT], [side for side in updates if side != PEFT], **case)
+    return rows + [
+        judged(
+            row(name, side, "distance to the uncut update", distance, unit="relative",
+                role="peer" if side == PEFT else "ours", **case),
+            distance <= distances[PEFT] + SLACK,
+        )
+        for side, distance in distances.items()
+    ]  # fmt: skip
 
 
 def main() -> int:
-    program = Program(__doc__, None, rounds=2)
+    program = Program(__doc__, "peft.json", rounds=5)
     parser = program.parser
     parser.add_argument("--shapes", nargs="+", default=["1024x4096", "4096x4096"], metavar="ROWSxCOLUMNS")
     parser.add_argument("--extract", default="1024x4096", metavar="ROWSxCOLUMNS", help="shape of the case `extract`")
     args = program.arguments()
     warnings.filterwarnings("ignore", message=".*(should not be contained in the prefix|quantization|already).*")
-
     torch.manual_seed(0)
-    rows = []
+    results = Results(args.json, ("peft", "safetensors"), replace=True)
     for text in args.shapes:
-        rows += [{"shape": text, "case": kind, **compare(parsed(text), kind, args.rounds)} for kind in KINDS]
-    rows.append({"shape": args.extract, "case": "extract", **compare_extraction(parsed(args.extract), args.rounds)})
-    console = wide_console(140)
-    print_table(rows, console)
-
-    report = provenance("peft", "safetensors") | {
-        "rank": RANK, "density": DENSITY, "weights": WEIGHTS, "slack": SLACK, "cases": rows,
-    }  # fmt: skip
-    write(report, args.out / "peft.json", console)
-    return 0 if all(row["right"] for row in rows) else 1
+        for kind in KINDS:
+            results.add(compare(parsed(text), kind, args.rounds))
+    results.add(compare_extraction(parsed(args.extract), args.rounds))
+    return finish(results)
 
 
 def parsed(text: str) -> Shape:

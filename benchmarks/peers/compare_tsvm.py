@@ -1,16 +1,16 @@
 """Measure `tsvm` and FusionBench's TSV-Merge against a float64 SVD, on the same task matrices.
 
-    python benchmarks/peers/compare_tsvm.py [--peer-python PATH] [--out DIR] [--checkpoints BASE MODEL ...]
+    python -m benchmarks.peers.compare_tsvm [--peer-python PATH] [--json FILE] [--checkpoints BASE MODEL ...]
 
 Errors are Frobenius norms relative to the float64 result. A case is right when
 
 * error(ours) <= 1e-4,
 * distance(ours, peer) <= 2 error(peer) + error(ours) + 1e-6,
-* the peer, run in float64, confirms our float64 result to 1e-8. The second condition cannot do this: it is met
-  whenever ours is close to the float64 result, right or wrong.
+* the peer, run in float64, confirms our float64 result to 1e-8. The second condition cannot do this: it holds whenever
+  ours is close to the float64 result, right or wrong.
 
-Where a basis is rank deficient the peer completes it with arbitrary null vectors. Such cases are not judged: the
-table tells how much of the update lies in rows that no expert touched.
+Where a basis is rank deficient the peer completes it with arbitrary null vectors. Such cases are not judged; they
+report how much of the update's energy is in rows that no expert touched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,19 +32,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from comparing import Program, verdict, wide_console, write
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Column, Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import provenance
-
+from benchmarks import ROOT
+from benchmarks.program import Program, finish, judged
 from r_tsvm_kernels import MergeConfig, merge_tensors
+from r_tsvm_kernels.bench import Results, Row, row
 
-PEER = Path(__file__).with_name("fusion_bench_tsvm.py")
+PEER, PEER_PROGRAM = "FusionBench", "benchmarks.peers.fusion_bench_tsvm"
 
 SEED = 0
 ERROR_LIMIT = 1e-4  # ours against float64
@@ -63,26 +60,6 @@ class Truth:
     rank: int  # k, singular vectors per task
     condition: float  # of the worse of the two concatenated bases
     deficient: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    """The outcome of one case."""
-
-    case: str
-    shape: list[int]
-    tasks: int
-    rank: int
-    condition: float
-    error_ours: float
-    error_peer: float
-    distance: float
-    error_peer_float64: float
-    rank_deficient: bool
-    untouched_rows: int
-    untouched_energy_ours: float
-    untouched_energy_peer: float
-    right: bool | None  # None: not judged
 
 
 # --- the cases -------------------------------------------------------------------------------------------------
@@ -196,7 +173,7 @@ def peer_of(cases: Cases, python: Path) -> tuple[dict[str, Matrix], dict[str, Ma
                 tensors[f"float32/{case}/{t}"] = delta.contiguous()
                 tensors[f"float64/{case}/{t}"] = delta.double().contiguous()
         save_file(tensors, source)
-        subprocess.run([python, PEER, source, target], check=True)
+        subprocess.run([python, "-m", PEER_PROGRAM, source, target], cwd=ROOT, check=True)
         merged = {name: tensor.double().numpy() for name, tensor in load_file(target).items()}
         versions = json.loads(Path(f"{target}.json").read_text())
     single, double = ({case: merged[f"{dtype}/{case}"] for case in cases} for dtype in ("float32", "float64"))
@@ -206,7 +183,7 @@ def peer_of(cases: Cases, python: Path) -> tuple[dict[str, Matrix], dict[str, Ma
 # --- the comparison --------------------------------------------------------------------------------------------
 
 
-def compare(case: str, deltas: list[Tensor], peer: Matrix, peer_float64: Matrix) -> Row:
+def compare(case: str, deltas: list[Tensor], peer: Matrix, peer_float64: Matrix) -> list[Row]:
     truth = truth_of(deltas)
     ours = ours_of(deltas)
     norm = float(np.linalg.norm(truth.merged)) or 1.0
@@ -216,88 +193,47 @@ def compare(case: str, deltas: list[Tensor], peer: Matrix, peer_float64: Matrix)
 
     error_ours, error_peer, distance = gap(ours, truth.merged), gap(peer, truth.merged), gap(ours, peer)
     error_peer_float64 = gap(peer_float64, truth.merged)
-    right = (
+    right = truth.deficient or (
         error_ours <= ERROR_LIMIT
         and distance <= 2 * error_peer + error_ours + DISTANCE_FLOOR
         and error_peer_float64 <= CONFIRMED_LIMIT
     )
-
     untouched = np.all([(delta == 0).reshape(delta.shape[0], -1).all(1).numpy() for delta in deltas], axis=0)
 
     def untouched_energy(merged: Matrix) -> float:
-        return float(np.sum(merged[untouched] ** 2) / (np.sum(merged**2) or 1.0))
+        return 100 * float(np.sum(merged[untouched] ** 2) / (np.sum(merged**2) or 1.0))
 
-    return Row(
-        case=case,
-        shape=list(deltas[0].shape),
-        tasks=len(deltas),
-        rank=truth.rank,
-        condition=float(truth.condition),
-        error_ours=error_ours,
-        error_peer=error_peer,
-        distance=distance,
-        error_peer_float64=error_peer_float64,
-        rank_deficient=truth.deficient,
-        untouched_rows=int(untouched.sum()),
-        untouched_energy_ours=untouched_energy(ours),
-        untouched_energy_peer=untouched_energy(peer),
-        right=None if truth.deficient else bool(right),
-    )
-
-
-def print_tables(rows: list[Row], console: Console) -> None:
-    judged = Table(Column("case", no_wrap=True), "k", "cond", "ours", "peer", "distance", "peer f64", "verdict")
-    apart = Table(
-        *(Column("rank deficient: not judged", no_wrap=True), "ours", "peer"),
-        *("untouched rows", "energy there: ours", "peer"),
-    )
-    for row in rows:
-        error = [f"{row.error_ours:.1e}", f"{row.error_peer:.1e}"]
-        if row.right is None:
-            share = [f"{100 * s:.3g} %" for s in (row.untouched_energy_ours, row.untouched_energy_peer)]
-            apart.add_row(row.case, *error, str(row.untouched_rows), *share)
-        else:
-            distances = [f"{row.distance:.1e}", f"{row.error_peer_float64:.1e}"]
-            judged.add_row(row.case, str(row.rank), f"{row.condition:.0f}", *error, *distances, verdict(row.right))
-    console.print(judged)
-    if apart.row_count:
-        console.print(apart)
+    labels = {"shape": deltas[0].shape, "dtype": "float32", "options": {"matrices": case, "tasks": len(deltas)}}
+    notes = {"rank": truth.rank, "condition": float(truth.condition), "rank_deficient": truth.deficient,
+             "untouched_rows": int(untouched.sum()), "judged": not truth.deficient}  # fmt: skip
+    rows = [
+        judged(row("tsvm", "tsvm", "error", error_ours, notes=notes, **labels), right),
+        row("tsvm", PEER, "error", error_peer, role="peer", **labels),
+        row("tsvm", f"{PEER}, float64", "error", error_peer_float64, role="peer", **labels),
+        row("tsvm", "tsvm", "distance", distance, unit="relative", notes={"against": PEER}, **labels),
+    ]
+    if untouched.any():
+        energy = {"metric": "energy in untouched rows", "unit": "%", **labels}
+        rows += [row("tsvm", "tsvm", values=untouched_energy(ours), **energy),
+                 row("tsvm", PEER, values=untouched_energy(peer), role="peer", **energy)]  # fmt: skip
+    return rows
 
 
 def main() -> int:
-    program = Program(__doc__, "fusion-bench", rounds=None)
+    program = Program(__doc__, "tsvm_vs_fusion_bench.json", "fusion-bench")
     program.parser.add_argument(
         "--checkpoints", type=Path, nargs="+", metavar="FOLDER", help="more cases: a base, then models"
     )
     args = program.arguments()
-
     cases = make_cases()
     if args.checkpoints:
         cases |= checkpoint_cases(args.checkpoints[0], args.checkpoints[1:])
-    peer, peer_float64, peer_versions = peer_of(cases, args.peer_python)
-    report = provenance("numpy", "safetensors") | {
-        "peer_versions": peer_versions,
-        "seed": SEED,
-        "limits": {
-            "error_ours": ERROR_LIMIT,
-            "distance": f"2 * error_peer + error_ours + {DISTANCE_FLOOR:g}",
-            "error_peer_float64": CONFIRMED_LIMIT,
-        },
-    }
-    rows = [compare(case, deltas, peer[case], peer_float64[case]) for case, deltas in cases.items()]
-
-    console = wide_console(110)
-    print_tables(rows, console)
-    judged = [row for row in rows if row.right is not None]
-    wrong = [row.case for row in judged if not row.right]
-    for side in ("ours", "peer"):
-        errors = sorted(getattr(row, f"error_{side}") for row in judged)
-        console.print(f"error of {side}: median {errors[len(errors) // 2]:.1e}, largest {errors[-1]:.1e}")
-    console.print(f"{len(judged) - len(wrong)} of {len(judged)} judged cases right")
-
-    report |= {"right": not wrong, "wrong_cases": wrong, "rows": [asdict(row) for row in rows]}
-    write(report, args.out / "tsvm_vs_fusion_bench.json", console)
-    return 1 if wrong else 0
+    peer, peer_float64, versions = peer_of(cases, args.peer_python)
+    results = Results(args.json, ("numpy", "safetensors"), replace=True)
+    results.circumstances["versions"] |= {"fusion-bench": versions["fusion_bench"]}
+    for case, deltas in cases.items():
+        results.add(compare(case, deltas, peer[case], peer_float64[case]))
+    return finish(results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write CLIP vision models, and merge them inside FusionBench; belongs to its virtual environment.
 
-    python fusion_bench_clip.py write FOLDER WIDTH LAYERS TASKS
-    python fusion_bench_clip.py merge FOLDER SIDE OUT
+    python -m benchmarks.peers.fusion_bench_clip write FOLDER WIDTH LAYERS TASKS
+    python -m benchmarks.peers.fusion_bench_clip merge FOLDER SIDE OUT
 
 `write` saves a base and fine-tunes; ViT-B/32 has the width 768. `merge` takes one SIDE: `theirs`, FusionBench's TSVM;
 `accelerated`, the same with our solver under it; `ours`, our `tsvm` as FusionBench's algorithm. It saves the merged
@@ -27,9 +27,7 @@ from fusion_bench.modelpool import CLIPVisionModelPool
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from memory import peak_of
-
+from r_tsvm_kernels.bench import peak_of
 from r_tsvm_kernels.integrations import fusion_bench as integration
 
 SEED = 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make a virtual environment that holds FusionBench, the peer that `compare_tsvm.py` measures against.
+# Make a virtual environment that holds FusionBench, the peer of `compare_tsvm` and `compare_fusion_bench`.
 #
 #   benchmarks/peers/fusion_bench_env.sh [DIR]      DIR: .venv-fusion-bench at the repository root unless given
 #   PYTHON=python3.11 benchmarks/peers/fusion_bench_env.sh

@@ -1,7 +1,7 @@
 """Run FusionBench's own TSV-Merge function on a file of task matrices; belongs to its virtual environment.
 
-    python fusion_bench_tsvm.py INPUT.safetensors OUTPUT.safetensors
-    python fusion_bench_tsvm.py --serve
+    python -m benchmarks.peers.fusion_bench_tsvm INPUT.safetensors OUTPUT.safetensors
+    python -m benchmarks.peers.fusion_bench_tsvm --serve
 
 INPUT holds `<case>/<t>` for t = 0..T-1, float32 or float64. OUTPUT holds `<case>`, in the dtype of the input;
 `OUTPUT.safetensors.json` says which versions made it. With --serve it takes turns with another program that times it:

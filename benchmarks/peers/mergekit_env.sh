@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make a virtual environment that holds mergekit, the peer that `compare_ties.py` measures against.
+# Make a virtual environment that holds mergekit, the peer of `compare_mergekit_cli`.
 #
 #   benchmarks/peers/mergekit_env.sh [DIR]      DIR: .venv-mergekit at the repository root unless given
 #   PYTHON=python3.11 benchmarks/peers/mergekit_env.sh

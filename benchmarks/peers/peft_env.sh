@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make a virtual environment that holds PEFT, in which `check_peft.py` runs.
+# Make a virtual environment that holds PEFT, in which `compare_peft` and `check_peft` run.
 #
 #   benchmarks/peers/peft_env.sh [DIR]      DIR: .venv-peft at the repository root unless given
 #   PYTHON=python3.11 benchmarks/peers/peft_env.sh

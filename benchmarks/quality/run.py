@@ -1,9 +1,9 @@
 """Train small models, merge them in every way the package knows, and write down how good the merges are.
 
-    python benchmarks/quality/run.py                       # everything that is missing; then the table in README.md
-    python benchmarks/quality/run.py --suites digits --seeds 0 10
-    python benchmarks/quality/run.py --restart             # throw earlier results away
-    python benchmarks/quality/run.py --quick --out DIR     # a few steps of training, for tests
+    python -m benchmarks.quality.run                       # everything that is missing; then the table in README.md
+    python -m benchmarks.quality.run --suites digits --seeds 0 10
+    python -m benchmarks.quality.run --restart             # throw earlier results away
+    python -m benchmarks.quality.run --quick --out DIR     # a few steps of training, for tests
 
 One process per worker (`--workers`, 2), each with one thread. A suite's results are one JSON file, which is replaced
 whenever a seed is done; what is there already is not run again. README.md tells the protocol. Needs scikit-learn.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
 from pathlib import Path
@@ -22,10 +21,11 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import table
-from record import ROOT, provenance
-from study import ALPHAS, START, TABLE, label, rtsvm_defaults, run_seed, variants
+from benchmarks import ROOT
+from benchmarks.quality import table
+from benchmarks.quality.records import Record, records_of, rows_of, settings_row
+from benchmarks.quality.study import ALPHAS, START, TABLE, label, rtsvm_defaults, run_seed, variants
+from r_tsvm_kernels.bench import Results, read_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 SUITES = ("digits", "language", "tables")
@@ -42,27 +42,31 @@ def settings(quick: bool) -> dict[str, Any]:
     return as_json
 
 
-def run(suite: str, seed: int, quick: bool) -> tuple[str, int, dict[str, Any]]:
+def run(suite: str, seed: int, quick: bool) -> tuple[str, int, Record]:
     torch.set_num_threads(1)
-    return suite, seed, run_seed(import_module(f"suite_{suite}").build, seed, seed in CHOICE_SEEDS, quick)
+    return (
+        suite,
+        seed,
+        run_seed(import_module(f"benchmarks.quality.suite_{suite}").build, seed, seed in CHOICE_SEEDS, quick),
+    )
 
 
-def load(path: Path, quick: bool, restart: bool) -> dict[str, Any]:
-    """Return earlier results, to be continued, or none."""
+def load(path: Path, quick: bool, restart: bool) -> dict[str, Record]:
+    """Return earlier records by seed, to be continued, or none."""
     if restart or not path.exists():
-        return {"settings": settings(quick), "seeds": {}}
-    results: dict[str, Any] = json.loads(path.read_text())
-    if results["settings"] != settings(quick):
+        return {}
+    rows = read_rows(path)
+    if rows[0]["notes"] != settings(quick):
         raise SystemExit(f"{path} is of a study with other settings: use --restart, or another folder with --out")
-    return results
+    return records_of(rows)
 
 
-def save(path: Path, results: dict[str, Any]) -> None:
-    results["seeds"] = dict(sorted(results["seeds"].items(), key=lambda item: int(item[0])))
-    results["provenance"] = provenance("scikit-learn")
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(path)
+def save(path: Path, records: dict[str, Record], quick: bool) -> None:
+    """Write all records; the circumstances are those of the last run."""
+    rows = [settings_row(settings(quick))]
+    for seed, record in sorted(records.items(), key=lambda item: int(item[0])):
+        rows += rows_of(int(seed), record)
+    Results(path, ("scikit-learn",), replace=True).add(rows)
 
 
 def main() -> None:
@@ -81,14 +85,14 @@ def main() -> None:
     files = {suite: options.out / f"{suite}.json" for suite in options.suites}
     results = {suite: load(path, options.quick, options.restart) for suite, path in files.items()}
     jobs = [(suite, seed) for seed in options.seeds for suite in options.suites
-            if label(rtsvm_defaults()) not in results[suite]["seeds"].get(str(seed), {}).get("rtsvm", {})]  # fmt: skip
+            if label(rtsvm_defaults()) not in results[suite].get(str(seed), {}).get("rtsvm", {})]  # fmt: skip
     # A worker imports torch afresh: threads of a forked one may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         for job in as_completed([pool.submit(run, suite, seed, options.quick) for suite, seed in jobs]):
             suite, seed, record = job.result()
-            results[suite]["seeds"][str(seed)] = record
-            save(files[suite], results[suite])
+            results[suite][str(seed)] = record
+            save(files[suite], results[suite], options.quick)
             print(f"{suite}, seed {seed}: {record['seconds']:.0f} s of processor time", flush=True)
     if options.out == RESULTS:
         table.write()

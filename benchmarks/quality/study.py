@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from training import Batch, Scores, StateDict, Suite, score, train_family
 
+from benchmarks.quality.training import Batch, Scores, StateDict, Suite, score, train_family
 from r_tsvm_kernels import MergeConfig, merge_state_dicts
 from r_tsvm_kernels.methods import METHODS
 

@@ -6,17 +6,14 @@ rotated, mirrored and negative ones. The 1797 images are split anew for each see
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from training import Batch, Suite
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from digits_demo import CONFIG, TASKS, DigitsMLP
+from benchmarks.quality.training import Batch, Suite
+from examples.digits_demo import CONFIG, TASKS, DigitsMLP
 
 VALIDATION, TEST = 300, 500  # of 1797
 

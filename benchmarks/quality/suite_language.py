@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from training import Batch, Suite, Transformer
+
+from benchmarks.quality.training import Batch, Suite, Transformer
 
 LENGTH, WIDTH, LAYERS, VOCABULARY = 64, 64, 2, 128
 SPLITS = ("training", "validation", "test")

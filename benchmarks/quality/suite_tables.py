@@ -6,16 +6,13 @@ its own, whose outputs are standardised so that classes are about equally freque
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from training import Batch, Suite
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from digits_demo import DigitsMLP
+from benchmarks.quality.training import Batch, Suite
+from examples.digits_demo import DigitsMLP
 
 FEATURES, CLASSES, SOURCES, TASKS = 32, 10, 6, 4
 CONFIG: dict[str, str | int] = {

@@ -1,21 +1,21 @@
 """Write the tables of README.md from the results of the study; a test compares the two.
 
-python benchmarks/quality/table.py            # into README.md
-python benchmarks/quality/table.py --check    # exit code 1 if README.md says something else
+python -m benchmarks.quality.table            # into README.md
+python -m benchmarks.quality.table --check    # exit code 1 if README.md says something else
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from study import START, TABLE, label, mean, rtsvm_defaults
+from benchmarks.quality.records import Record, records_of
+from benchmarks.quality.study import START, TABLE, label, mean, rtsvm_defaults
+from r_tsvm_kernels.bench import read_rows
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "quality"
@@ -26,7 +26,7 @@ PART = re.compile(r"(<!-- results -->\n).*(\n<!-- end of results -->)", re.DOTAL
 GROUPS = ("choice", "held_out")
 GOAL = 1.0  # points above `tsvm`
 
-Seed = dict[str, Any]  # what `run_seed` returns
+Seed = Record
 Results = dict[str, dict[str, list[Seed]]]  # by suite and group
 Value = Callable[[Seed], float]
 
@@ -34,16 +34,17 @@ Value = Callable[[Seed], float]
 def load(results: Path = RESULTS) -> Results:
     """Return for each suite the records of the choice seeds and of the held-out seeds that every suite has."""
     files = [results / f"{suite}.json" for suite in SUITES]
-    data = [json.loads(path.read_text()) if path.exists() else {"settings": {}, "seeds": {}} for path in files]
+    rows = [read_rows(path) if path.exists() else [] for path in files]
+    data = [records_of(found) for found in rows]
+    settings = rows[0][0]["notes"] if rows[0] else {}
     default = label(rtsvm_defaults())
     groups = {}
     for group in GROUPS:
-        seeds = data[0]["settings"].get(f"{group}_seeds", [])
-        groups[group] = [str(seed) for seed in seeds
-                         if all(default in d["seeds"].get(str(seed), {}).get("rtsvm", {}) for d in data)]  # fmt: skip
+        groups[group] = [str(seed) for seed in settings.get(f"{group}_seeds", [])
+                         if all(default in found.get(str(seed), {}).get("rtsvm", {}) for found in data)]  # fmt: skip
     return {
-        suite: {group: [d["seeds"][seed] for seed in seeds] for group, seeds in groups.items()}
-        for suite, d in zip(SUITES, data, strict=True)
+        suite: {group: [records[seed] for seed in seeds] for group, seeds in groups.items()}
+        for suite, records in zip(SUITES, data, strict=True)
     }
 
 
@@ -194,7 +195,7 @@ def text() -> str:
     """Return the generated part of README.md."""
     results, default = load(), label(rtsvm_defaults())
     if not complete(results):
-        return "The results are not complete: run `benchmarks/quality/run.py`."
+        return "The results are not complete: run `python -m benchmarks.quality.run`."
     lines = ["### The choice of defaults (choice seeds, validation data)", "", *choice(results, label(START)), ""]
     lines += ["### The verdict (held-out seeds, test data)", "", *verdict(results, default), ""]
     for suite in SUITES:
@@ -212,7 +213,7 @@ def main() -> None:
     if "--check" not in sys.argv[1:]:
         write()
     elif text() not in README.read_text():
-        sys.exit("benchmarks/quality/README.md is not that of the results: run benchmarks/quality/table.py")
+        sys.exit("benchmarks/quality/README.md is not that of the results: run python -m benchmarks.quality.table")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from . import element_wise, merges, spectral
 from .case import Case, Inputs, Provider
-from .comparison import Change, compare, compare_turns, different_circumstances, read_report
-from .measure import Stopwatch, interleaved, leaves, peak_extra_bytes, worst_error
-from .record import ResultFile, provenance, quartiles, ratios
+from .comparison import Change, compare, different_circumstances
+from .measure import Stopwatch, interleaved, leaves, peak_extra_bytes, peak_of, worst_error
 from .registry import REGISTRY, Benchmark, chosen
+from .results import Results, Row, exponent, quartiles, ratios, read_rows, row, source_hash, write_rows
 from .shapes import MODELS, matrix
 from .suite import PLANS, Plan, run_case, run_suite
 
@@ -19,24 +19,28 @@ __all__ = [
     "Inputs",
     "Plan",
     "Provider",
-    "ResultFile",
+    "Results",
+    "Row",
     "Stopwatch",
     "chosen",
     "compare",
-    "compare_turns",
     "different_circumstances",
     "element_wise",
+    "exponent",
     "interleaved",
     "leaves",
     "matrix",
     "merges",
     "peak_extra_bytes",
-    "provenance",
+    "peak_of",
     "quartiles",
     "ratios",
-    "read_report",
+    "read_rows",
+    "row",
     "run_case",
     "run_suite",
+    "source_hash",
     "spectral",
     "worst_error",
+    "write_rows",
 ]

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from .measure import Call, Stopwatch, interleaved
-from .record import quartiles
+from .results import Row, row
 
 # A GPU holds both copies; a CPU's caches do not.
 COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -16,11 +16,11 @@ ROUNDS = 5
 FP16_PRODUCTS = 3  # that make one of float32 accuracy
 
 
-def measure_ceilings(device: torch.device, dry_run: bool = False) -> dict[str, float]:
-    """Return ``copy``, bytes per second of a copy (read and written), and ``matmul``, flops per second.
+def measure_ceilings(device: torch.device, dry_run: bool = False) -> list[Row]:
+    """Return rows of the ceilings: ``copy``, bytes read and written per second, and ``matmul``, flops per second.
 
-    The latter is that of float32 products on a CPU; on a GPU a third of that of float16, from which products of
-    float32 accuracy are made; there ``matmul float32``, torch's own, is told, too.
+    ``matmul`` is the rate of float32 products on a CPU. On a GPU it is a third of the float16 rate, because three
+    float16 products make one of float32 accuracy; ``matmul float32`` is torch's own there.
     """
     size = (1 << 16) if dry_run else COPIED_BYTES[device.type]
     n = 32 if dry_run else PRODUCT_SIZE[device.type]
@@ -36,9 +36,13 @@ def measure_ceilings(device: torch.device, dry_run: bool = False) -> dict[str, f
     for call in calls.values():
         call()
     times = interleaved(calls, ROUNDS, Stopwatch(device))
-    medians = {name: quartiles(values)["median"] for name, values in times.items()}
-    rate = 2.0 * n**3 / medians["float32"]
-    found = {"copy": 2 * size / medians["copy"], "matmul": rate}
-    if "float16" in medians:
-        found |= {"matmul": 2.0 * n**3 / medians["float16"] / FP16_PRODUCTS, "matmul float32": rate}
-    return found
+    done = {"copy": 2 * size} | dict.fromkeys(matrices, 2.0 * n**3)
+    rates = {name: [done[name] / value for value in values] for name, values in times.items()}
+    found = {"copy": rates["copy"], "matmul": rates["float32"]}
+    if "float16" in rates:
+        found |= {"matmul": [rate / FP16_PRODUCTS for rate in rates["float16"]], "matmul float32": rates["float32"]}
+    return [
+        row(name, "torch", "rate" if name == "copy" else "arithmetic", values, role="ceiling",
+            options={"dry_run": True} if dry_run else None)
+        for name, values in found.items()
+    ]  # fmt: skip

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .memory import peak_of
+T = TypeVar("T")
 
 FLUSH_BYTES = 256 << 20  # more than the second-level cache of any GPU
 SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
+MOST_ROUNDS = 15
+LONGEST = 120.0  # seconds for all rounds of a case
 
 Call = Callable[[], Any]
 
@@ -50,41 +53,64 @@ class Stopwatch:
 
 def interleaved(
     calls: Mapping[str, Call],
-    rounds: int | Mapping[str, int],
+    rounds: int,
     stopwatch: Stopwatch | None = None,
     repeats: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Time the calls in turn, round by round, so that whatever else the machine does hits all alike.
+    """Time the calls in turn, round by round, so that other load on the machine affects all of them alike.
 
     Args:
         calls: by name; the caller has run each once already.
-        rounds: for all, or by name; slow ones may take part in the first rounds only.
+        rounds: number of rounds; every call takes part in all of them.
         stopwatch: by default one of the CPU.
-        repeats: by name, calls per sample; 1 by default.
+        repeats: calls per sample by name; 1 by default.
 
     Returns:
         Seconds by name, one per round.
     """
     stopwatch = stopwatch or Stopwatch(torch.device("cpu"))
-    wanted = dict.fromkeys(calls, rounds) if isinstance(rounds, int) else rounds
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(max(wanted.values(), default=0)):
+    for _ in range(rounds):
         for name, call in calls.items():
-            if index < wanted[name]:
-                times[name].append(stopwatch.seconds(call, (repeats or {}).get(name, 1)))
+            times[name].append(stopwatch.seconds(call, (repeats or {}).get(name, 1)))
     return times
 
 
-def plan_rounds(seconds: float, budget: float, least: int = 3) -> tuple[int, int]:
-    """Return how many rounds, and calls per sample, a call of so many seconds gets in about `budget` seconds."""
-    repeats = max(1, round(SHORTEST_SAMPLE / max(seconds, 1e-9)))
-    return min(15, max(least, int(budget / (repeats * seconds + 1e-9)))), repeats
+def plan_rounds(seconds: Mapping[str, float], budget: float, least: int) -> tuple[int, dict[str, int]]:
+    """Return the number of rounds, the same for all calls, and the calls per sample of each.
+
+    Args:
+        seconds: of one call, by name.
+        budget: seconds per call to be measured, on average.
+        least: number of rounds, unless they would take more than `LONGEST` seconds.
+    """
+    repeats = {name: max(1, round(SHORTEST_SAMPLE / max(value, 1e-9))) for name, value in seconds.items()}
+    one_round = sum(repeats[name] * value for name, value in seconds.items()) + 1e-9
+    rounds = min(MOST_ROUNDS, max(least, int(budget * len(seconds) / one_round)))
+    return max(1, min(rounds, int(LONGEST / one_round))), repeats
+
+
+def peak_of(call: Callable[[], T]) -> tuple[T, int]:
+    """Return the result of a call and the largest growth of resident memory during it, in bytes (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("self", "VmRSS")
+    result = call()
+    return result, max(0, resident("self", "VmHWM") - before)
+
+
+def resident(process: str, field: str) -> int:
+    """Return a field of the memory status of a process in bytes; 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field)), 0)
 
 
 def peak_extra_bytes(call: Call, device: torch.device) -> tuple[Any, int | None]:
-    """Return the result and the peak memory of a call beside what was there before and its result.
+    """Return the result of a call and its peak memory without inputs and result.
 
-    On a CPU that is resident memory, to within a megabyte or two; None where the system does not tell.
+    On a CPU that is resident memory, to within a megabyte or two; None where the system does not report it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -103,7 +129,7 @@ def peak_extra_bytes(call: Call, device: torch.device) -> tuple[Any, int | None]
 
 
 def _return_free_memory() -> None:
-    """Give freed memory back to the system, or a call that takes it up again would seem to need none."""
+    """Return freed memory to the system: a call that reuses it would seem to need none."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,14 +12,12 @@ import torch
 from .case import Case, Inputs, Provider
 from .ceilings import measure_ceilings
 from .measure import Call, Stopwatch, interleaved, leaves, peak_extra_bytes, plan_rounds
-from .peers import taking_part, with_peers
+from .peers import with_peers
 from .published import exact_svd
-from .record import provenance, quartiles, ratios
 from .registry import Benchmark, Kind
+from .results import Results, Row, ratios, row
 from .shapes import matrix
 
-SCHEMA = 1
-SLOW = 5.0  # seconds; a call that takes longer is timed once
 HEAVY = 0.3  # seconds; loading libraries does not matter in a call that takes longer
 
 
@@ -31,10 +29,10 @@ class Plan:
         name: ``quick``, ``full`` or ``dry-run``.
         matrices: labels of the shapes, by kind of benchmark.
         dtypes: of the first matrix of each kind; all others are bfloat16.
-        seconds: for which a provider is timed, about;
-        rounds: but so often at least.
+        seconds: target timing budget per provider.
         tasks: number of fine-tunes.
-        compile: whether torch.compile takes part on a CPU, where it takes half a minute to begin with.
+        rounds: minimum number of rounds, unless a case is very slow (`measure.LONGEST`).
+        compile: whether to run torch.compile on a CPU, where compiling takes half a minute.
     """
 
     name: str
@@ -42,7 +40,7 @@ class Plan:
     dtypes: tuple[str, ...]
     seconds: float
     tasks: int = 3
-    rounds: int = 3
+    rounds: int = 5
     compile: bool = False
 
 
@@ -54,7 +52,6 @@ PLANS = {
             {"element-wise": ("Qwen2.5-7B k_proj",), "spectral": ("ViT-B/32 attention",)},
             ("bfloat16",),
             seconds=0.2,
-            rounds=2,
         ),
         Plan(
             "full",
@@ -72,7 +69,7 @@ PLANS = {
             seconds=2.0,
             compile=True,
         ),
-        Plan("dry-run", {"element-wise": ("tiny",), "spectral": ("tiny",)}, ("bfloat16",), seconds=0.0),
+        Plan("dry-run", {"element-wise": ("tiny",), "spectral": ("tiny",)}, ("bfloat16",), seconds=0.0, rounds=3),
     )
 }
 TINY = (24, 16)
@@ -89,32 +86,25 @@ def run_suite(
     benchmarks: Sequence[Benchmark],
     plan: Plan,
     device: torch.device,
-    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+    results: Results,
     progress: Callable[[str], None] = lambda what: None,
-) -> dict[str, Any]:
-    """Run benchmarks and return the report.
+) -> list[Row]:
+    """Run benchmarks and return their rows.
 
     Args:
         benchmarks: to be run.
         plan: on what, and for how long.
         device: where.
-        keep: called with the report after every benchmark, so that a run that is cut off keeps what it has.
+        results: where rows are added after every benchmark, so that a run that is stopped keeps them in its file.
         progress: called with what comes next.
 
     Returns:
-        Where and when, the ceilings, and one row per benchmark, input and provider (see `run_case`).
+        The ceilings, then the rows of every case (see `run_case`), complete with their circumstances.
     """
-    progress("what the machine can do at most")
-    dry_run = plan.name == "dry-run"
-    report = provenance(*taking_part(benchmarks)) | {
-        "schema": SCHEMA,
-        "suite": plan.name,
-        "device": device.type,
-        "complete": False,
-        "ceilings": measure_ceilings(device, dry_run),
-        "rows": [],
-    }
-    keep(report)
+    progress("copies and matrix products")
+    ceilings = measure_ceilings(device, plan.name == "dry-run")
+    results.add(ceilings)
+    bounds = {found["name"]: found["median"] for found in ceilings}
     stopwatch = Stopwatch(device)
     for kind in plan.matrices:
         for inputs in inputs_of(plan, kind, device):
@@ -122,20 +112,14 @@ def run_suite(
                 progress(f"{entry.name}, {inputs.matrix}, {inputs.dtype}")
                 try:
                     case = with_peers(entry.name, entry.make(inputs))
-                    rows = run_case(entry.name, case, stopwatch, report["ceilings"], plan)
+                    rows = run_case(entry.name, case, stopwatch, bounds, plan)
                     del case
                 except Exception as failure:  # of the inputs or of the truth: the other benchmarks still count
-                    rows = [
-                        _described(entry.name, inputs)
-                        | {"provider": "inputs", "role": "ours", "status": "failed", "reason": _reason(failure)}
-                    ]
-                report["rows"] += rows
-                keep(report)
+                    rows = [_without_time(_described(entry.name, inputs), "inputs", "ours", "failed", _reason(failure))]
+                results.add(rows)
                 gc.collect()  # a case holds closures over its tensors
             exact_svd.cache_clear()
-    report["complete"] = True
-    keep(report)
-    return report
+    return results.rows
 
 
 class _Checked(NamedTuple):
@@ -145,50 +129,56 @@ class _Checked(NamedTuple):
     failure: str | None
 
 
-def run_case(
-    name: str, case: Case, stopwatch: Stopwatch, ceilings: dict[str, float], plan: Plan
-) -> list[dict[str, Any]]:
+def run_case(name: str, case: Case, stopwatch: Stopwatch, ceilings: Mapping[str, float], plan: Plan) -> list[Row]:
     """Check and time all providers of a case.
 
     Returns:
-        One row per provider. ``status`` is ``timed``; ``wrong``: too far from float64, and not timed for that;
-        ``failed``: an exception; or ``unavailable``: it cannot run here; ``reason`` says why. Times are in
-        ``seconds`` (median, quartiles, rounds), ``speedup`` is that over the reference by rounds, ``share`` the part of
-        the ceiling that is reached.
+        By provider, rows of the metrics ``time``, ``speed-up`` (time of the reference, and of peers, / time, by
+        rounds), ``share`` of the ceiling, ``memory`` besides inputs and result, and ``error``. All providers are timed
+        in the same rounds. A time that was not measured has notes: ``status`` is ``wrong``: too far from float64;
+        ``failed``: an exception; or ``unavailable``: it cannot run here; ``reason`` says why.
     """
     common = _described(name, case.inputs)
     providers = [p for p in case.providers if plan.compile or not p.compiles or case.inputs.device.type == "cuda"]
     truth = case.truth()
-    rows: dict[str, dict[str, Any]] = {}
-    checked: dict[str, _Checked] = {}
-    for provider in providers:
-        limit = _limit(provider, case, truth)
-        found = _check(provider, case, truth, stopwatch)
-        rows[provider.name] = common | {
-            "provider": provider.name, "role": provider.role, "status": "timed", "error": found.error, "limit": limit,
-            "compared": provider.compared,
-        }  # fmt: skip
-        if found.failure is not None:
-            rows[provider.name] |= {"status": "failed", "reason": found.failure}
-        elif not found.error <= limit:
-            rows[provider.name] |= {"status": "wrong", "reason": f"error {found.error:.1e}, allowed {limit:.0e}"}
-        else:
-            checked[provider.name] = found
-            rows[provider.name]["peak_extra_bytes"] = found.peak_extra_bytes
+    checked = {provider.name: _check(provider, case, truth, stopwatch) for provider in providers}
+    limits = {provider.name: _limit(provider, case, truth) for provider in providers}
     del truth
-
-    calls = {provider.name: provider.run for provider in providers if provider.name in checked}
-    times = _timed(calls, checked, stopwatch, plan)
-    reference = next((p.name for p in providers if p.role == "reference" and p.name in checked), None)
-    for runner, values in times.items():
-        rows[runner] |= _speed(case, values, ceilings)
-        if reference is not None:
-            rows[runner]["speedup"] = ratios(times[reference], values)
-    unavailable = [
-        common | {"provider": backend, "role": "ours", "status": "unavailable", "reason": reason}
-        for backend, reason in case.unavailable.items()
-    ]
-    return [*rows.values(), *unavailable]
+    right = {
+        provider.name: provider.run
+        for provider in providers
+        if checked[provider.name].failure is None and checked[provider.name].error <= limits[provider.name]
+    }
+    times = _timed(right, checked, stopwatch, plan)
+    compared = [p.name for role in ("reference", "peer") for p in providers if p.role == role and p.name in right]
+    rows = []
+    for provider in providers:
+        found, limit = checked[provider.name], limits[provider.name]
+        own = common | {"role": provider.role}
+        if found.failure is not None:
+            rows.append(_without_time(common, provider.name, provider.role, "failed", found.failure))
+            continue
+        rows.append(row(provider=provider.name, metric="error", values=found.error, **own,
+                        notes={"limit": limit, "compared": provider.compared}))  # fmt: skip
+        if provider.name not in right:
+            reason = f"error {found.error:.1e}, allowed {limit:.0e}"
+            rows.append(_without_time(common, provider.name, provider.role, "wrong", reason))
+            continue
+        samples = times[provider.name]
+        work = {"bytes": case.bytes} | ({"flops": case.flops} if case.ceiling == "matmul" else {})
+        rows.append(row(provider=provider.name, metric="time", values=samples, **own, notes=work))
+        for other in compared if provider.role == "ours" else compared[:1]:
+            if other != provider.name:
+                rows.append(row(provider=provider.name, metric="speed-up", values=ratios(times[other], samples), **own,
+                                notes={"against": other}))  # fmt: skip
+        if provider.role == "ours":
+            done = case.flops if case.ceiling == "matmul" else float(case.bytes)
+            shares = [done / value / ceilings[case.ceiling] for value in samples]
+            rows.append(row(provider=provider.name, metric="share", values=shares, **own, notes={"of": case.ceiling}))
+        if found.peak_extra_bytes is not None:
+            rows.append(row(provider=provider.name, metric="memory", values=found.peak_extra_bytes, **own))
+    missing = [_without_time(common, name, "ours", "unavailable", reason) for name, reason in case.unavailable.items()]
+    return rows + missing
 
 
 def _limit(provider: Provider, case: Case, truth: Sequence[torch.Tensor]) -> float:
@@ -221,11 +211,14 @@ def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwa
 
 
 def _described(name: str, inputs: Inputs) -> dict[str, Any]:
-    """Return what every row of a case begins with."""
-    return {
-        "name": name, "matrix": inputs.matrix, "shape": list(inputs.shape), "dtype": inputs.dtype,
-        "tasks": inputs.tasks,
-    }  # fmt: skip
+    """Return what all rows of a case have in common."""
+    options = {"matrix": inputs.matrix, "tasks": inputs.tasks, "device": inputs.device.type}
+    return {"name": name, "shape": inputs.shape, "dtype": inputs.dtype, "options": options}
+
+
+def _without_time(common: Mapping[str, Any], provider: str, role: str, status: str, reason: str) -> Row:
+    return row(provider=provider, metric="time", values=None, role=role, notes={"status": status, "reason": reason},
+               **common)  # fmt: skip
 
 
 def _reason(failure: Exception) -> str:
@@ -236,21 +229,11 @@ def _reason(failure: Exception) -> str:
 def _timed(
     calls: dict[str, Call], checked: dict[str, _Checked], stopwatch: Stopwatch, plan: Plan
 ) -> dict[str, list[float]]:
-    fast = {name: call for name, call in calls.items() if checked[name].seconds < SLOW}
-    rounds, repeats = {}, {}
-    for name, call in fast.items():
-        first = checked[name].seconds  # with what it took to see the memory, and to load libraries
-        one = first if first > HEAVY else stopwatch.seconds(call)
-        rounds[name], repeats[name] = plan_rounds(one, plan.seconds, plan.rounds)
-    times = interleaved(fast, rounds, stopwatch, repeats)
-    return {name: times[name] if name in fast else [checked[name].seconds] for name in calls}
-
-
-def _speed(case: Case, times: list[float], ceilings: dict[str, float]) -> dict[str, Any]:
-    spread = quartiles(times)
-    found: dict[str, Any] = {"seconds": spread, "bytes": case.bytes, "gb_per_s": case.bytes / spread["median"] / 1e9}
-    done = float(case.bytes)
-    if case.ceiling == "matmul":
-        found |= {"flops": case.flops, "tflop_per_s": case.flops / spread["median"] / 1e12}
-        done = case.flops
-    return found | {"ceiling": case.ceiling, "share": done / spread["median"] / ceilings[case.ceiling]}
+    """Return the seconds of all calls, in the same rounds."""
+    # The first call includes looking at its memory, and loading libraries.
+    one = {
+        name: checked[name].seconds if checked[name].seconds > HEAVY else stopwatch.seconds(call)
+        for name, call in calls.items()
+    }
+    rounds, repeats = plan_rounds(one, plan.seconds, plan.rounds)
+    return interleaved(calls, rounds, stopwatch, repeats)

@@ -1,180 +1,311 @@
-"""Reports and comparisons as tables and plots."""
+"""The one printer of results: rows as tables, for the terminal and for the pages of the documentation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import IntegrationError
 from .comparison import Change
+from .results import Row, case_of
 
-LEGEND = """\
-ours          time of our fastest version (median), and which that is
-eager torch   the same, written down in plain torch; of decompositions: by float32 SVDs
-best torch    the same in torch by somebody who took pains, or by torch.compile, if there is a way
-peer          time of the fastest other library that is installed, by its own function for the same merge of one weight;
-              in brackets, by how many times ours is faster
-speed-up      time of eager torch / ours (quartiles over rounds in which both ran); above 1 ours is faster
-speed         rate of ours, and what part that is of a plain copy's or of a matrix product's, measured now; a copy in a
-              cache may be faster than 100 %
-memory        what ours needs beside inputs and result
-error         of ours against float64, relative; what is further off than it may be is WRONG and has no time"""
-
-
-# Columns of times beside ours.
-ROLES = {"reference": "eager torch", "torch": "best torch", "peer": "peer"}
-
-
-def legend(report: dict[str, Any]) -> str:
-    """Return what the columns of the table mean."""
-    lines = LEGEND.splitlines(keepends=True)
-    if "peer" not in _roles(report):
-        first = next(index for index, line in enumerate(lines) if line.startswith("peer"))
-        del lines[first : first + 2]
-    return "".join(lines)
-
-
-def _roles(report: dict[str, Any]) -> list[str]:
-    """Return the roles that have a column; peers have one only where there are any."""
-    peers = any(row["role"] == "peer" for row in report["rows"])
-    return [role for role in ROLES if role != "peer" or peers]
+# Headings of the times by role.
+ROLES = {"ours": "ours", "reference": "eager torch", "torch": "best torch", "peer": "peer"}
+LEGEND = {
+    "ours": "median time of our fastest version, and what ran: kernels on the cpu, in cuda or triton; the solver eigen "
+    "or products; or LoRA factors, without forming their product",
+    "eager torch": "the same computation in plain PyTorch; decompositions by float32 SVDs",
+    "best torch": "a hand-optimised PyTorch version or torch.compile, whichever is faster",
+    "peer": "the fastest other library that is installed, through its own function for the same merge of one weight",
+    "speed-up": "time of eager torch / time of ours in interleaved runs; quartiles from 4 rounds on; `as fast` where "
+    "they include 1",
+    "over peer": "the same with the time of the peer",
+    "rounds": "number of interleaved runs; a range where the times of a line come from different ones",
+    "share": "rate of ours relative to a plain copy or a float32 matrix product on this machine; a copy within a cache "
+    "can exceed 100 %",
+    "memory": "peak memory besides inputs and result",
+    "error": "relative error of ours against float64; a result beyond its limit is reported as WRONG and not timed",
+}
+QUARTILES_FROM = 4  # rounds
+MOST_COLUMNS = 9  # of a table that has fewer lines than that
+WIDE = 120  # columns of a terminal that shows everything
+MARK = "†"
+OF_OURS = ("speed-up", "share", "memory", "error")
 
 
-def result_table(report: dict[str, Any]) -> Table:
-    """Return one line per benchmark and input."""
-    roles = _roles(report)
-    times = ["ours", *(ROLES[role] for role in roles)]
-    columns = ("benchmark", "matrix", *times, "speed-up", "speed", "memory", "error")
-    table = Table(title=_title(report))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
-    for group in _by_input(report["rows"]):
-        table.add_row(*_line(group, roles))
+class Sheet(NamedTuple):
+    """A table of text: a title, which says what all lines have in common, columns, and lines of cells."""
+
+    title: str
+    columns: list[str]
+    lines: list[list[str]]
+
+
+# --- cells ---------------------------------------------------------------------------------------------------------
+
+
+def cell(row: Row, short: bool = False) -> str:
+    """Return the value of a row in the unit that fits; `short` leaves quartiles out."""
+    value = row["median"]
+    if value is None:
+        return str(row["notes"].get("status", "")).upper()
+    if row["unit"] == "x":
+        return factor(row, short)
+    form: Callable[[float], str] = {
+        "s": seconds, "B": size, "relative": error, "of the ceiling": share, "%": lambda x: f"{x:.1f}"
+    }.get(row["unit"], lambda x: f"{x:.4g}")  # fmt: skip
+    return form(value)
+
+
+def factor(ratio: Row, short: bool = False) -> str:
+    """Return the time of the other side / ours in words: faster, slower, or as fast if its quartiles include 1."""
+    median, low, high, rounds = (ratio[name] for name in ("median", "q1", "q3", "rounds"))
+    if low is not None and low <= 1 <= high and (low, high) != (median, median):
+        return "as fast"
+    word = "faster"
+    if median < 1:
+        median, word = 1 / median, "slower"
+        low, high = (None, None) if low is None else (1 / high, 1 / low)
+    digits = 0 if median >= 100 else 1 if median >= 10 else 2
+    if digits == 2 and f"{median:.2f}" == "1.00":
+        return "as fast"
+    spread = f" ({low:.{digits}f} - {high:.{digits}f})" if low is not None and rounds >= QUARTILES_FROM else ""
+    return f"{median:.{digits}f} x {word}{'' if short else spread}"
+
+
+def seconds(value: float) -> str:
+    """Return a time with three digits."""
+    for unit, name in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
+        if value * unit >= 1 or name == "us":
+            break
+    scaled = value * unit
+    return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f} {name}"
+
+
+def size(count: float) -> str:
+    """Return bytes in decimal units."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def error(value: float) -> str:
+    """Return an error as 4.2e-7."""
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def share(value: float) -> str:
+    """Return a share in percent."""
+    return f"{value:.0%}"
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def sheets(
+    rows: Sequence[Row],
+    by: Literal["role", "provider"],
+    metrics: Sequence[str] | None = None,
+    split: Sequence[str] = (),
+    short: bool = False,
+    current: str | None = None,
+) -> list[Sheet]:
+    """Return rows as tables, one line per case.
+
+    Args:
+        rows: of any number of cases; ceilings are left out.
+        by: columns of times per ``role``, where the fastest of a role is shown, and other metrics of the fastest of
+            ours; or columns for every ``provider`` and metric.
+        metrics: to be shown, in this order; by default all but times in the order of `OF_OURS`, or as they come.
+        split: labels (``shape``, ``dtype``, or an option) for whose values there are tables of their own.
+        short: leave quartiles out.
+        current: hash of the sources; lines of other sources are marked, unless all are.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in (row for row in rows if row["role"] != "ceiling"):
+        groups.setdefault(json.dumps([_labels(row).get(name) for name in split]), []).append(row)
+    return [_sheet(group, by, metrics, short, current) for group in groups.values()]
+
+
+def _labels(row: Row) -> dict[str, Any]:
+    """Return what tells cases apart besides their name."""
+    shape = "x".join(map(str, row["shape"])) if row["shape"] else None
+    found = {"matrix": None, "shape": shape, "dtype": row["dtype"]} | row["options"]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _sheet(rows: Sequence[Row], by: str, metrics: Sequence[str] | None, short: bool, current: str | None) -> Sheet:
+    lines: dict[Any, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(case_of(row), []).append(row)
+    labels = [_labels(line[0]) for line in lines.values()]
+    names = list(dict.fromkeys(name for found in labels for name in found))
+    values = {name: {str(found.get(name, "")) for found in labels} for name in names}
+    varying = [name for name in names if len(values[name]) > 1]
+    title = ", ".join(_label(name, labels[0][name]) for name in names if name not in varying)
+    columns = _by_role(rows, metrics, short) if by == "role" else _by_provider(rows, metrics, short)
+    rounds = any(_rounds(line) for line in lines.values())
+    cells = []
+    for line, found in zip(lines.values(), labels, strict=True):
+        bad = [f"{row['provider']} {cell(row)}" for row in line if row["notes"].get("status") in ("wrong", "failed")]
+        mark = f" {MARK}" if current is not None and older(line, current) and not older(rows, current) else ""
+        cells.append([
+            "; ".join([str(line[0]["name"]) + mark, *bad]), *(str(found.get(name, "")) for name in varying),
+            *(make(line) for _, make in columns), *([_rounds(line)] if rounds else []),
+        ])  # fmt: skip
+    return Sheet(title, ["case", *varying, *(name for name, _ in columns), *(["rounds"] if rounds else [])], cells)
+
+
+def _label(name: str, value: Any) -> str:
+    return str(value) if name in ("matrix", "shape", "dtype") else f"{name} {value}"
+
+
+Column = tuple[str, Callable[[Sequence[Row]], str]]
+
+
+def _by_role(rows: Sequence[Row], metrics: Sequence[str] | None, short: bool) -> list[Column]:
+    roles = {row["role"] for row in rows} | {"ours", "reference"}
+
+    def time_of(role: str) -> Callable[[Sequence[Row]], str]:
+        def make(line: Sequence[Row]) -> str:
+            row = fastest(line, role)
+            if row is None:
+                return "no kernel" if role == "ours" else ""
+            return cell(row) + (f" {row['provider']}" if role in ("ours", "peer") else "")
+
+        return make
+
+    def metric_of(metric: str, role: str = "reference") -> Callable[[Sequence[Row]], str]:
+        def make(line: Sequence[Row]) -> str:
+            ours, other = fastest(line, "ours"), fastest(line, role)
+            against = {None, other["provider"]} if other else {None}
+            found = [row for row in line if ours and (row["metric"], row["provider"]) == (metric, ours["provider"])
+                     and row["notes"].get("against") in against]  # fmt: skip
+            return cell(found[0], short) if found else ""
+
+        return make
+
+    columns = [(heading, time_of(role)) for role, heading in ROLES.items() if role in roles]
+    for metric in OF_OURS if metrics is None else metrics:
+        columns.append((metric, metric_of(metric)))
+        if metric == "speed-up" and "peer" in roles:
+            columns.append(("over peer", metric_of(metric, "peer")))
+    return columns
+
+
+def _by_provider(rows: Sequence[Row], metrics: Sequence[str] | None, short: bool) -> list[Column]:
+    def key(row: Row) -> tuple[str, str, str]:
+        return row["metric"], row["provider"], row["notes"].get("against", "")
+
+    def make(wanted: tuple[str, str, str]) -> Callable[[Sequence[Row]], str]:
+        return lambda line: next((cell(row, short) for row in line if key(row) == wanted), "")
+
+    shown = dict.fromkeys(row["metric"] for row in rows) if metrics is None else metrics
+    keys = [found for metric in shown for found in dict.fromkeys(map(key, rows)) if found[0] == metric]
+    return [(_heading(*found), make(found)) for found in keys]
+
+
+def _heading(metric: str, provider: str, against: str) -> str:
+    if metric == "time":
+        return provider
+    return f"{provider} against {against}" if against else f"{provider}: {metric}"
+
+
+def _rounds(line: Sequence[Row]) -> str:
+    found = sorted({row["rounds"] for row in line if row["unit"] in ("s", "x") and row["median"] is not None})
+    return "" if not found else str(found[0]) if len(found) == 1 else f"{found[0]} - {found[-1]}"
+
+
+def fastest(rows: Iterable[Row], role: str) -> Row | None:
+    """Return the time of the fastest provider of a role."""
+    timed = [row for row in rows if row["role"] == role and row["metric"] == "time" and row["median"] is not None]
+    return min(timed, key=lambda row: row["median"], default=None)
+
+
+def older(rows: Iterable[Row], current: str) -> bool:
+    """Return whether rows were measured on other sources than `current`, or on unknown ones."""
+    return all(row["sources"] != current for row in rows)
+
+
+def fitting(sheet: Sheet) -> Sheet:
+    """Return the table with lines and columns swapped where it is wide and short."""
+    if len(sheet.columns) <= MOST_COLUMNS or len(sheet.lines) >= MOST_COLUMNS:
+        return sheet
+    first, *others = zip(sheet.columns, *sheet.lines, strict=True)
+    return Sheet(sheet.title, list(first), list(map(list, others)))
+
+
+def markdown(sheet: Sheet) -> list[str]:
+    """Return the lines of a table in Markdown, without its title."""
+    lines = ["| " + " | ".join(sheet.columns) + " |", "|" + "---|" * len(sheet.columns)]
+    return lines + ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in sheet.lines]
+
+
+# --- the terminal --------------------------------------------------------------------------------------------------
+
+
+def where(rows: Sequence[Row]) -> str:
+    """Return on what machine rows were measured, and its ceilings."""
+    machine = rows[0]["machine"]
+    found = {row["name"]: row for row in rows if row["role"] == "ceiling"}
+    name = machine["gpu"] if any(row["options"].get("device") == "cuda" for row in rows) else machine["cpu"]
+    text = f"{name}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    if found:
+        copy, matmul = found["copy"]["median"] / 1e9, found["matmul"]["median"] / 1e12
+        text += f": copies {copy:.1f} GB/s, multiplies {matmul:.2f} TFLOP/s"
+        if found["copy"]["options"].get("dry_run"):
+            text += "; tiny sizes, the figures mean nothing"
+    return text
+
+
+def result_tables(rows: Sequence[Row], width: int, by: Literal["role", "provider"] = "role") -> list[Table]:
+    """Return one table per matrix and dtype; a narrow terminal gets fewer columns."""
+    narrow = width < WIDE
+    split = ("matrix", "shape", "dtype") if by == "role" else ()
+    metrics = ("speed-up",) if narrow and by == "role" else None
+    return [rich_table(sheet) for sheet in sheets(rows, by, metrics, split, narrow)]
+
+
+def rich_table(sheet: Sheet) -> Table:
+    """Return a table for the terminal."""
+    table = Table(title=sheet.title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, column in enumerate(sheet.columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for line in sheet.lines:
+        bad = any(word in line[0] for word in ("WRONG", "FAILED"))
+        table.add_row(Text(line[0], "bold red" if bad else ""), *map(Text, line[1:]))
     return table
 
 
-def _title(report: dict[str, Any]) -> str:
-    where = report["gpu"] if report["device"] == "cuda" else f"{report['cpu']}, {report['threads']} threads"
-    copy, matmul = report["ceilings"]["copy"] / 1e9, report["ceilings"]["matmul"] / 1e12
-    warning = "; tiny sizes: these figures mean nothing" if report["suite"] == "dry-run" else ""
-    return f"{where}: copies {copy:.1f} GB/s, multiplies {matmul:.2f} TFLOP/s{warning}"
-
-
-def _by_input(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["name"], row["matrix"], row["dtype"]), []).append(row)
-    return list(groups.values())
-
-
-def _line(group: list[dict[str, Any]], roles: Sequence[str]) -> list[str | Text]:
-    ours = _fastest(group, "ours")
-    first = group[0]
-    line = [first["name"], f"{first['matrix']} {'x'.join(map(str, first['shape']))} {first['dtype']}"]
-    line.append("no kernel here" if ours is None else f"{_time(ours)} {ours['provider']}")
-    line += [_other(_fastest(group, role), ours) for role in roles]
-    line += ["", "", "", ""] if ours is None else _measures(ours)
-    bad = [f"{row['provider']} {row['status'].upper()}" for row in group if row["status"] in ("wrong", "failed")]
-    last = [*([Text(line[-1])] if line[-1] else []), *(Text(words, "bold red") for words in bad)]
-    return [*line[:-1], Text(", ").join(last)]
-
-
-def _other(row: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
-    """Return a time beside ours; of a peer with its name, and by how many times ours is faster."""
-    if row is None:
-        return ""
-    if row["role"] != "peer":
-        return _time(row)
-    factor = "" if ours is None else f" ({row['seconds']['median'] / ours['seconds']['median']:.1f})"
-    return f"{_time(row)} {row['provider']}{factor}"
-
-
-def _measures(row: dict[str, Any]) -> list[str]:
-    speedup = row.get("speedup")
-    factor = "" if speedup is None else f"{speedup['median']:.1f} ({speedup['q1']:.1f} - {speedup['q3']:.1f})"
-    rate = f"{row['gb_per_s']:.1f} GB/s" if row["ceiling"] == "copy" else f"{row['tflop_per_s']:.3f} TFLOP/s"
-    extra = row["peak_extra_bytes"]
-    memory = "" if extra is None else f"{extra / 1e6:.0f} MB"
-    return [factor, f"{rate} {row['share']:.0%}", memory, f"{row['error']:.0e}"]
-
-
-def _fastest(group: list[dict[str, Any]], role: str) -> dict[str, Any] | None:
-    timed = [row for row in group if row["role"] == role and row["status"] == "timed"]
-    return min(timed, key=lambda row: row["seconds"]["median"], default=None)
-
-
-def _time(row: dict[str, Any]) -> str:
-    milliseconds = 1e3 * float(row["seconds"]["median"])
-    return f"{milliseconds:.2f} ms" if milliseconds < 1000 else f"{milliseconds / 1e3:.2f} s"
+def legend(rows: Sequence[Row], width: int) -> str:
+    """Return what the columns mean that a terminal of this width shows."""
+    roles = {row["role"] for row in rows}
+    hidden = {ROLES[role] for role in ("torch", "peer") if role not in roles}
+    hidden |= {"over peer"} if "peer" not in roles else set()
+    if width < WIDE:
+        hidden |= {"share", "memory", "error"}
+    return "\n".join(
+        textwrap.fill(text.replace("`", ""), width, initial_indent=f"{name:12}", subsequent_indent=" " * 12)
+        for name, text in LEGEND.items()
+        if name not in hidden
+    )
 
 
 def change_table(changes: Sequence[Change]) -> Table:
-    """Return one line per row that is in both reports."""
-    table = Table("benchmark", "matrix", "run by", "before", "after", "after / before", "")
+    """Return one line per time of ours."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("case", "matrix", "ran", "before", "after", "after / before", ""):
+        table.add_column(column, overflow="fold")
     for change in changes:
-        name, matrix, dtype, _, provider = change.key
-        style = {"slower": "bold red", "faster": "green"}.get(change.verdict, "")
-        table.add_row(
-            name,
-            f"{matrix} {dtype}",
-            provider,
-            f"{1e3 * change.before:.2f} ms",
-            f"{1e3 * change.after:.2f} ms",
-            f"{change.ratio:.2f}",
-            Text(change.verdict, style),
-        )
+        row = change.row
+        if row["role"] == "ours":
+            style = {"slower": "bold red", "faster": "green"}.get(change.verdict, "")
+            times = seconds(change.before), seconds(change.after), f"{change.ratio:.2f}"
+            matrix = f"{row['options'].get('matrix', '')} {row['dtype']}"
+            table.add_row(row["name"], matrix, row["provider"], *times, Text(change.verdict, style))
     return table
-
-
-def require_matplotlib() -> None:
-    """Raise `IntegrationError` unless plots can be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise IntegrationError(
-            f"plots need matplotlib, which does not load ({error}): pip install 'r-tsvm-kernels[bench]'"
-        ) from error
-
-
-def draw(report: dict[str, Any]) -> Any:
-    """Return a matplotlib figure of by how much each benchmark is faster than eager torch.
-
-    Raises:
-        IntegrationError: matplotlib is missing.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    bars = []
-    for group in _by_input(report["rows"]):
-        row = _fastest(group, "ours")
-        if row is not None and "speedup" in row:
-            bars.append((f"{row['name']}, {row['matrix']} {row['dtype']}", row["speedup"]))
-    figure = Figure(figsize=(8, 1.2 + 0.22 * max(len(bars), 1)), layout="constrained")
-    axes = figure.subplots()
-    medians = [speedup["median"] for _, speedup in bars]
-    spread = [[s["median"] - s["q1"] for _, s in bars], [s["q3"] - s["median"] for _, s in bars]]
-    colors = ["#4477aa" if median >= 1 else "#ee7733" for median in medians]
-    widths = [median - 1 for median in medians]  # a bar starts at "as fast", to the left if ours is slower
-    axes.barh(range(len(bars)), widths, left=1.0, xerr=spread, color=colors, ecolor="0.3", height=0.7)
-    axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.axvline(1.0, color="0.3", linewidth=1)
-    axes.set_xlabel("times faster than eager torch (float32 SVDs for decompositions)")
-    axes.set_title(_title(report), fontsize=8)
-    return figure
-
-
-def plot(report: dict[str, Any], path: str | Path) -> None:
-    """Write `draw`'s figure to a file, in the format that its name says.
-
-    Raises:
-        IntegrationError: matplotlib is missing.
-    """
-    draw(report).savefig(path, dpi=140)

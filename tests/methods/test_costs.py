@@ -43,7 +43,7 @@ CHOICES = {
 
 PROGRAM = """
 import json, sys
-sys.path[:0] = ["benchmarks", "tests"]
+sys.path[:0] = ["tests"]
 import torch
 from memory import peak_of
 from merging import group, tasks_of

@@ -1,0 +1,1 @@
+"""Comparisons with mergekit, FusionBench and PEFT, each in an environment of its own."""

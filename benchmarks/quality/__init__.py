@@ -1,0 +1,1 @@
+"""The study of how good merges of small trained models are."""
