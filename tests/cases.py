@@ -19,3 +19,22 @@ def check(op, backend):
             assert difference(op, got, expected) is None, case.label
         count += 1
     assert count > 20
+
+
+def check_on_another_stream(op, backend, run):
+    """Compare ``run(base, x, backend)`` with the reference where a GPU makes the inputs late, on a stream of its own.
+
+    Nothing but the order on that stream makes the kernels wait for them.
+    """
+    wide, tuned = torch.randn(2, 300, 1030).bfloat16().unbind()
+
+    def inputs():
+        return [(2 * tensor)[:, ::2].mT for tensor in (wide, tuned)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        got = run(*inputs(), backend)
+    stream.synchronize()
+    assert difference(op, got, run(*inputs(), "torch")) is None

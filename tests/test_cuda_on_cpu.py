@@ -20,7 +20,6 @@ from r_tsvm_kernels.ops import (
     RankedSparsifier,
     Sparsifier,
     accumulation_dtype,
-    add_update,
     della_probabilities,
     elect_and_sum,
     kept_count,
@@ -230,7 +229,7 @@ def test_without_pruning_nan_and_infinity_pass(sigma):
     assert torch.equal(got.isnan(), expected.isnan()) and same_bits(got.nan_to_num(), expected.nan_to_num())
 
 
-# --- random_mask, add_update
+# --- random_mask
 
 
 @many
@@ -242,15 +241,6 @@ def test_without_pruning_nan_and_infinity_pass(sigma):
 )
 def test_random_masks(numel, probability, seed, stream):
     assert same_bits(*both(random_mask, (numel,), probability, seed, stream))
-
-
-@many
-@given(tensors=groups, alpha=st.sampled_from([1.0, 0.7, -1e-30, 0.0]))
-def test_add_update(tensors, alpha):
-    base, (update, *_) = tensors
-    update[::3] = 0
-    assert same_bits(*both(add_update, base, update, alpha))
-    assert same_bits(*both(add_update, -torch.zeros_like(base), update, alpha))
 
 
 # --- elect_and_sum
@@ -336,7 +326,6 @@ def test_tensors_that_begin_anywhere(dtype):
     base, x, y = torch.randn(3, 3001).to(dtype).unbind()
     for offset in (1, 2, 3):
         tensors = [t[offset:] for t in (base, x, y)]
-        assert same_bits(*both(add_update, *tensors[:2], 0.3))
         assert same_bits(*both(elect_and_sum, tensors[0], tensors[1:], [1.0, 2.0], elect="sum"))
         assert same_selections(*both(magnitude_select, tensors[1], [1000, 7], base=tensors[0]))
 

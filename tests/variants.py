@@ -1,5 +1,6 @@
 """What the tests of every op vary: backends, dtypes, shapes, layouts in memory, kinds of values, threads."""
 
+import math
 from contextlib import contextmanager
 
 import emulated_cuda
@@ -8,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from r_tsvm_kernels import backends
+from r_tsvm_kernels.ops import _cases
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -36,8 +38,40 @@ def every_backend(op, *, reference=True):
         ways += ["triton interpreted", "triton device"]
     if "cuda" in op.backends:
         ways += [*(f"cuda {order}" for order in emulated_cuda.ORDERS), "cuda device"]
+    return some_backends(op, *ways)
+
+
+def some_backends(op, *ways):
+    """Parametrise `backend` over these ways to run the op: see `every_backend`."""
     parameters = [pytest.param((op, way), id=way, marks=_marks(way)) for way in ways]
     return pytest.mark.parametrize("backend", parameters, indirect=True)
+
+
+def on_devices(op):
+    """Parametrise `backend` over the kernels of the op on a GPU."""
+    return some_backends(op, *(f"{name} device" for name in ("triton", "cuda") if name in op.backends))
+
+
+def simulated(backend):
+    """Whether an interpreter or an emulator runs this backend: it is slow, so tensors must be small."""
+    return backend in ("triton", "cuda") and torch.get_default_device().type == "cpu"
+
+
+def shapes(backend):
+    """Shapes for a backend: around its blocks, and few elements where it is simulated."""
+    if not simulated(backend):
+        return SHAPES
+    sizes = {"triton": [127, 128, 129, 257, 400], "cuda": [1023, 1024, 1025, 2048, 4099, 9001]}[backend]
+    return st.one_of(
+        st.one_of(st.integers(0, 70), st.sampled_from(sizes)).map(lambda n: (n,)),
+        st.lists(st.integers(1, 15), min_size=2, max_size=3).filter(lambda s: math.prod(s) < 400).map(tuple),
+    )
+
+
+# For tests on a GPU. More than 2^31 elements take tens of GB: one after the other.
+MODEL_SHAPES = [(1, 1), (3, 5), (129, 1031), (4096, 4096), (14336, 4096)]
+BEYOND_32_BITS = 2**31 + 5003
+large = pytest.mark.xdist_group("large")
 
 
 def _marks(way):
@@ -54,29 +88,8 @@ def _marks(way):
     return [skip, pytest.mark.gpu] if where == "device" else [skip]
 
 
-# How a tensor can lie in memory: each takes a tensor and returns one with the same values.
-def _every_second_column(t):
-    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), 7.0)
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-def _slice_of_wider_rows(t):
-    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), 7.0)
-    wide[..., 2:-3] = t
-    return wide[..., 2:-3]
-
-
-def _transposed(t):
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "every second column": _every_second_column,
-    "slice of wider rows": _slice_of_wider_rows,
-    "transposed": _transposed,
-}
+# How a tensor can be stored: each takes a tensor and returns one with the same values.
+LAYOUTS = {"contiguous": lambda t: t, **_cases.LAYOUTS}
 layout_names = st.sampled_from(sorted(LAYOUTS))
 
 # Around the block (2048) and the chunk (32768) of the kernels, and on both sides of the size from which they sample.

@@ -165,6 +165,16 @@ def hard_values(dtype: torch.dtype, random: torch.Generator) -> Iterator[tuple[s
     yield "one", torch.tensor([-2.0], dtype=dtype, device=device)
 
 
+def unaligned(device: torch.device | str, tasks: int = 2) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    """Yield labelled groups of 1100 elements that begin 1, 2 or 3 elements into their memory."""
+    random = seeded(device)
+    for dtype in FLOAT_DTYPES:
+        base, tuned = group((1103,), [dtype] * (tasks + 1), random)
+        for offset in (1, 2, 3):
+            name = f"{dtype} from element {offset}".replace("torch.", "")
+            yield name, base[offset:], [tensor[offset:] for tensor in tuned]
+
+
 def spoiled(device: torch.device | str, dtype: torch.dtype = FLOAT32, tasks: int = 3) -> tuple[Tensor, list[Tensor]]:
     """Return a base and fine-tuned tensors of 300 elements with NaN and infinity at a few places."""
     base, tuned = group((300,), [dtype] * (tasks + 1), seeded(device))
@@ -188,8 +198,13 @@ def _transposed(x: Tensor) -> Tensor:
     return x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
+def _from_the_second_element(x: Tensor) -> Tensor:
+    return torch.cat([x.new_full((1,), 7.0), x.flatten()])[1:].view(x.shape)
+
+
 # How a tensor can be stored: each takes a tensor and returns one with the same values.
 LAYOUTS = {
+    "from the second element": _from_the_second_element,
     "every second column": _every_second_column,
     "slice of wider rows": _slice_of_wider_rows,
     "transposed": _transposed,

@@ -8,7 +8,6 @@ from test_random_mask import word
 from r_tsvm_kernels.ops import (
     RankedSparsifier,
     Sparsifier,
-    add_update,
     della_probabilities,
     elect_and_sum,
     kept_count,
@@ -99,12 +98,6 @@ def test_merging(backend, shape, dtype, elect):
         assert equal(
             *(elect_and_sum(base, tuned, [1.0, 0.5, -2.0], backend=which, **options) for which in (backend, "torch"))
         )
-    assert equal(
-        *(
-            add_update(base, tuned[0].to(torch.promote_types(dtype, torch.float32)), 0.3, backend=which)
-            for which in (backend, "torch")
-        )
-    )
 
 
 @every_shape
@@ -155,9 +148,7 @@ def test_more_elements_are_written_than_a_32_bit_index_counts(backend):
         base, [tuned], statistics, outlier_weighting="none", density=1.5 / numel, backend=backend
     )  # two of them
     assert pruned[-3:].tolist() == [0.0, -2.0, 3.0] and not pruned[:-3].any()
-    merged = add_update(base, pruned, 2.0, backend=backend)
-    assert merged[-3:].tolist() == [0.0, -4.0, 6.0] and not merged[:-3].any()
-    del tuned, base, pruned, merged
+    del tuned, base, pruned
     mask = random_mask((numel,), 0.5, seed=77, stream=3, device="cuda", backend=backend)
     last = range(numel - 9, numel)
     assert mask[-9:].tolist() == [word(77, 3, index) < 2**31 for index in last]
@@ -210,7 +201,6 @@ def test_on_another_stream_and_in_other_layouts(backend):
             magnitude_select(x, 777, base=base, backend=backend).threshold,
             magnitude_ranks(x, base=base, backend=backend),
             elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend=backend),
-            add_update(base, x.float(), 0.5, backend=backend),
             task_spread(base, [x, base], backend="triton"),
             ranked_mask(x, probabilities, 5, base=base, backend="triton"),
             task_gram([x, 2 * x], base, mask=x > 0, backend="triton"),
@@ -222,7 +212,6 @@ def test_on_another_stream_and_in_other_layouts(backend):
         magnitude_select(x, 777, base=base, backend="torch").threshold,
         magnitude_ranks(x, base=base, backend="torch"),
         elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend="torch"),
-        add_update(base, x.float(), 0.5, backend="torch"),
         task_spread(base, [x, base], backend="torch"),
         ranked_mask(x, probabilities, 5, base=base, backend="torch"),
     ]

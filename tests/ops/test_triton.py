@@ -7,31 +7,12 @@ import torch
 from compare import same_bits
 from interpreted import TINY, every_dtype, every_mix, interpreted, kernel, nasty, pair, small_blocks, some_counts
 
-from r_tsvm_kernels import dispatch
-from r_tsvm_kernels.errors import BackendUnavailableError, NonFiniteError
-from r_tsvm_kernels.ops import add_update, magnitude_select, reweight_prune, task_statistics
+from r_tsvm_kernels.errors import NonFiniteError
+from r_tsvm_kernels.ops import magnitude_select, reweight_prune, task_statistics
 
 pytestmark = [*interpreted, pytest.mark.usefixtures(small_blocks.__name__)]
 
 SIZES = [1, 2, 128, 129, 500]
-
-
-# --- dispatch
-
-
-def test_it_is_never_chosen_on_the_cpu():
-    assert all("triton" not in order.get("cpu", ()) for order in (op.order for op in dispatch.ops().values()))
-    assert dispatch.select("add_update", torch.zeros(1)).__module__.endswith("reference")
-
-
-def test_by_name_it_runs():
-    for op, found in dispatch.ops().items():
-        if "triton" in found.backends:
-            assert dispatch.select(op, torch.zeros(1), backend="triton").__module__.endswith(f"{op}.triton_kernel")
-    with dispatch.use_backend(add_update="triton"):
-        assert dispatch.select("add_update", torch.zeros(1)).__module__.endswith("triton_kernel")
-    with pytest.raises(BackendUnavailableError):
-        dispatch.select("add_update", torch.zeros(1), backend="cuda")
 
 
 # --- task_statistics
@@ -112,32 +93,6 @@ def test_statistics_of_views():
         for b, t in [(base, tuned), (base.contiguous(), [tuned[0].contiguous()])]
     )
     assert same_bits(got.mean, dense.mean) and same_bits(got.sd, dense.sd)
-
-
-# --- add_update
-
-
-@every_mix
-@pytest.mark.parametrize("size", [0, *SIZES])
-def test_add_update(mix, size):
-    base, (update, _) = pair((size,), mix)
-    update[::3] = 0
-    for alpha in (0.7, -1e-30, 0.0):
-        assert same_bits(add_update(base, update, alpha, backend="triton"), add_update(base, update, alpha))
-
-
-@every_dtype
-def test_add_update_of_nasty_values(dtype):
-    for name, base in nasty(dtype):
-        for update in (torch.zeros_like(base), -base, base.flip(0)):
-            for alpha in (1.0, -0.3):
-                got, expected = (add_update(base, update, alpha, backend=b) for b in ("triton", "torch"))
-                assert same_bits(got, expected), (name, alpha)
-
-
-def test_add_update_of_views():
-    base, update = torch.randn(12, 30)[:, ::2], torch.randn(15, 12).mT
-    assert same_bits(add_update(base, update, 0.3, backend="triton"), add_update(base, update, 0.3))
 
 
 # --- magnitude_select
