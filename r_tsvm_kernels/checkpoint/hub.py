@@ -58,7 +58,7 @@ def _fetch(model: str, repo: str, revision: str | None, wanted: list[str], unwan
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ConfigError(
-            f"{model}: no such folder or file; to fetch models by id, pip install r-tsvm-kernels[hub]"
+            f"{model}: no such folder or file; to fetch models by their id, run: pip install huggingface_hub"
         ) from error
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))

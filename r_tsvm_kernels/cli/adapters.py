@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 from .recipe import DTYPES
@@ -28,10 +29,25 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def print_result(result: AdapterResult) -> None:
-    """Say how large the adapter is, how much it holds and where it lies."""
+    """Print the size of the adapter, how much of the change it retains, what is left out, and the paths."""
     ranks = [module.rank for module in result.modules.values() if module.rank]
+    rank = f"rank {ranks[0]}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
     say(
-        f"{len(ranks)} modules of rank {min(ranks)} to {max(ranks)}, {100 * result.captured_energy:.2f} % of the "
-        f"energy, in {result.seconds:.1f} s -> {result.path}"
+        f"{len(ranks)} modules of {rank}, at least {_percent(result.least_captured_energy)} of the energy of each, "
+        f"in {result.seconds:.1f} s -> {result.path}"
     )
+    lost: dict[str, list[float]] = {}
+    for tensor in result.left_out.values():
+        if tensor.norm:
+            lost.setdefault(tensor.reason, []).append(tensor.norm**2)
+    if lost:
+        say(f"left out: {_percent(result.left_out_energy)} of the energy of the whole change")
+        total = sum(map(sum, lost.values()))
+        for reason, squares in lost.items():
+            share = _percent(result.left_out_energy * sum(squares) / total)
+            say(f"  {share} in {len(squares)} tensor{'s' if len(squares) > 1 else ''}: {reason}")
     say(f"report: {result.report_path}")
+
+
+def _percent(share: float) -> str:
+    return f"{math.floor(1000 * share) / 10} %"

@@ -14,7 +14,6 @@ import argparse
 
 from .adapters import add_output_arguments, print_result
 from .progress import shown_progress
-from .terminal import say
 
 HELP = "turn a fine-tuned model into a LoRA adapter"
 
@@ -63,7 +62,4 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not arguments.quiet:
         print_result(result)
-        lost = {name: tensor for name, tensor in result.left_out.items() if tensor.norm}
-        for name, tensor in lost.items():
-            say(f"left out: {name} (change {tensor.norm:.3g}): {tensor.reason}")
     return 0

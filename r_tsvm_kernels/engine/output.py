@@ -157,7 +157,16 @@ def refuse_existing(out: Path) -> None:
     if single and out in taken and out.is_dir():
         raise OutputExistsError(f"{out}: a folder; an output that ends in .safetensors is a file")
     if taken:
-        raise OutputExistsError(f"{taken[0]}: already in use; remove it or choose another output")
+        finished = _finished(out)
+        found = f"{out}: a finished {finished} is there" if finished else f"{taken[0]}: already in use"
+        raise OutputExistsError(f"{found}; remove it or choose another output")
+
+
+def _finished(out: Path) -> str:
+    """Return what is complete at `out`, a merge or an adapter; empty for anything else."""
+    if out.exists() and journal_path(out).is_file() and report_path(out).is_file():
+        return "merge"
+    return "adapter" if (out / "adapter_config.json").is_file() else ""
 
 
 def _is_taken(place: Path) -> bool:

@@ -181,7 +181,7 @@ def _import_ray() -> Any:
         import ray
     except ImportError as error:
         raise BackendUnavailableError(
-            "the ray engine needs Ray, which is not installed: pip install 'r-tsvm-kernels[ray]'; or use engine local"
+            "the ray engine needs Ray, which is not installed; run: pip install ray, or use the local engine"
         ) from error
     return ray
 

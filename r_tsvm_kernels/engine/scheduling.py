@@ -172,22 +172,27 @@ def _fits(peak: int, budget: int | None) -> bool:
 
 
 def _too_small(plan: MergePlan, smallest: Schedule, memory: int | None, device_memory: int | None) -> MemoryBudgetError:
-    refused = [
-        f"this merge needs a {label} budget of at least {format_size(peak)} ({peak} bytes), got {format_size(budget)}"
-        for label, budget, peak in (
-            ("memory", memory, smallest.peak_host_bytes),
-            ("device memory", device_memory, smallest.peak_device_bytes),
-        )
-        if budget is not None and budget < peak
-    ]
+    """Say what the smallest schedule takes, of what that is the sum, and what would help."""
+    program = PROGRAM_BYTES + smallest.workers * WORKER_BYTES
     largest = max(smallest.tensors, key=lambda name: smallest.tensors[name].inputs + smallest.tensors[name].work)
-    needs = smallest.tensors[largest].inputs + smallest.tensors[largest].work
-    advice = (
-        "tiles of one row were tried"
-        if plan.row_wise(largest)
-        else "its rows cannot be merged apart; `exclude` it, or set a smaller `workspace` in the recipe"
-    )
-    return MemoryBudgetError(
-        f"{'; '.join(refused)}. The largest tensor, {largest}, takes {format_size(needs)}, the program itself "
-        f"{format_size(PROGRAM_BYTES)}: {advice}"
-    )
+    refused = []
+    if memory is not None and memory < (peak := smallest.peak_host_bytes):
+        refused.append(
+            f"this merge needs a memory budget of at least {format_size(peak)} ({peak} bytes), got "
+            f"{format_size(memory)}: {format_size(program)} for Python, torch and one thread, "
+            f"{format_size(peak - program)} for tensors, above all {largest}"
+        )
+    if device_memory is not None and device_memory < (peak := smallest.peak_device_bytes):
+        refused.append(
+            f"this merge needs a device memory budget of at least {format_size(peak)} ({peak} bytes) for tensors, "
+            f"above all {largest}, got {format_size(device_memory)}"
+        )
+    if memory is not None and memory <= program:
+        advice = "no recipe fits this budget, raise it"
+    elif plan.row_wise(largest):
+        advice = f"rows of {largest} are merged one at a time already: raise the budget, or exclude the tensor"
+    elif "workspace" in plan.config.method.parameters.model_fields:
+        advice = f"raise the budget, set a smaller `workspace` in the recipe, or exclude {largest}"
+    else:
+        advice = f"raise the budget, or exclude {largest}, whose rows cannot be merged apart"
+    return MemoryBudgetError(f"{'; '.join(refused)}; {advice}")

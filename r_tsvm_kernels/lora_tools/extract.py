@@ -145,7 +145,7 @@ def _not_expressible(tensor: TensorPlan, embed_lora: bool, tied: bool) -> str:
     if not name.endswith(".weight"):
         return "not the weight of a module"
     if not embed_lora and (module in _EMBEDDINGS or is_head(module)):
-        return "embedding or output head; embed_lora adapts them"
+        return "embedding or output head; adapted with --embed-lora (embed_lora=True)"
     if tied and module in _TOKEN_EMBEDDINGS:
         return "embedding tied to the output head: PEFT would adapt one of the two"
     return ""

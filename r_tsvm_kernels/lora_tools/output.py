@@ -31,12 +31,12 @@ class ModuleReport:
 
     Attributes:
         shape: of the weight for an extraction, else of ``B @ A``.
-        rank: of the update that was written; 0 if it is zero, then the module is not in the adapter.
+        rank: of the update in the adapter; 0 for an update of zero, whose module is not in the adapter.
         norm: Frobenius norm of the update before it was cut to that rank.
-        captured_energy: share of the squared norm that the rank holds.
-        certificate: accuracy of the spectral solve; None where QR and a small SVD did it all.
-        ranks: of a TSV-Merge, rank kept of each adapter that has the module.
-        energies: of a TSV-Merge, captured energy of each.
+        captured_energy: share of the squared norm that the rank retains.
+        certificate: accuracy of the spectral solve; None if QR and a small SVD sufficed.
+        ranks: for a TSV-Merge, the rank kept of each adapter that has the module.
+        energies: for a TSV-Merge, the captured energy of each.
     """
 
     shape: tuple[int, int]
@@ -50,11 +50,11 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A tensor that an adapter cannot express, or was not asked to.
+    """A tensor that is left out of an adapter: LoRA cannot express its change, or it was not asked for.
 
     Attributes:
-        reason: why.
-        norm: Frobenius norm of its change; 0.0 if nothing is lost.
+        reason: why it is left out.
+        norm: Frobenius norm of its change; 0.0 if it did not change.
     """
 
     reason: str
@@ -66,10 +66,10 @@ class AdapterResult:
     """A finished adapter.
 
     Attributes:
-        path: its folder.
-        report_path: the JSON report in it.
+        path: folder of the adapter.
+        report_path: the JSON report in that folder.
         modules: by name.
-        left_out: by name of the tensor; only an extraction leaves any out.
+        left_out: tensors that are left out, by name; only an extraction has any.
         seconds: wall time.
     """
 
@@ -81,8 +81,18 @@ class AdapterResult:
 
     @property
     def captured_energy(self) -> float:
-        """Share of the squared norm of the whole change, of what was left out too, that the adapter holds."""
-        return _captured(self.modules, self.left_out)
+        """Share of the squared norm of the whole change, left-out tensors included, that the adapter retains."""
+        return _energies(self.modules, self.left_out)["captured_energy"]
+
+    @property
+    def least_captured_energy(self) -> float:
+        """Share of the squared norm of its change that the worst module retains."""
+        return _energies(self.modules, self.left_out)["least_captured_energy"]
+
+    @property
+    def left_out_energy(self) -> float:
+        """Share of the squared norm of the whole change in tensors that are left out."""
+        return _energies(self.modules, self.left_out)["left_out_energy"]
 
     def __repr__(self) -> str:
         held = f"{len(self.modules)} modules, {100 * self.captured_energy:.4g} % of the energy"
@@ -157,7 +167,7 @@ def finish(output: AdapterOutput, out: Path, command: str, request: dict[str, An
             "r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version(),
         },
         "seconds": seconds,
-        "captured_energy": _captured(output.modules, output.left_out),
+        **_energies(output.modules, output.left_out),
         "modules": {name: asdict(module) for name, module in output.modules.items()},
         "left_out": {name: asdict(tensor) for name, tensor in output.left_out.items()},
     }  # fmt: skip
@@ -165,7 +175,13 @@ def finish(output: AdapterOutput, out: Path, command: str, request: dict[str, An
     return AdapterResult(out, out / REPORT, output.modules, output.left_out, seconds)
 
 
-def _captured(modules: dict[str, ModuleReport], left_out: dict[str, LeftOut]) -> float:
-    whole = sum(m.norm**2 for m in modules.values()) + sum(tensor.norm**2 for tensor in left_out.values())
-    kept = sum(module.captured_energy * module.norm**2 for module in modules.values())
-    return kept / whole if whole else 1.0
+def _energies(modules: dict[str, ModuleReport], left_out: dict[str, LeftOut]) -> dict[str, float]:
+    """Return the properties of `AdapterResult` of these names."""
+    lost = sum(tensor.norm**2 for tensor in left_out.values())
+    whole = sum(module.norm**2 for module in modules.values()) + lost
+    captured = sum(module.captured_energy * module.norm**2 for module in modules.values())
+    return {
+        "captured_energy": captured / whole if whole else 1.0,
+        "least_captured_energy": min((module.captured_energy for module in modules.values()), default=1.0),
+        "left_out_energy": lost / whole if whole else 0.0,
+    }

@@ -76,7 +76,7 @@ def test_not_in_the_cache(cache, tmp_path, model):
 
 def test_without_the_library(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match=r"pip install r-tsvm-kernels\[hub\]"):
+    with pytest.raises(ConfigError, match="pip install huggingface_hub"):
         hub.resolve("org/name")
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from checkpoints import family, save
@@ -6,6 +8,7 @@ from compare import same_bits
 from r_tsvm_kernels import ConfigError, MemoryBudgetError, MergeConfig, merge_tensors
 from r_tsvm_kernels.engine.scheduling import PROGRAM_BYTES, TILE_ELEMENTS, make_schedule, smallest_schedule
 from r_tsvm_kernels.plan import make_plan
+from r_tsvm_kernels.sizes import parse_size
 
 METHODS = ("linear", "task_arithmetic", "tsvm", "rtsvm")
 
@@ -106,11 +109,25 @@ def test_a_smaller_workspace_in_the_recipe_needs_less(tmp_path):
     assert small.peak_host_bytes < default.peak_host_bytes
 
 
-def test_refusal_names_the_tensor_and_says_what_to_do(paths):
-    with pytest.raises(MemoryBudgetError, match=r"got 1\.000MB\. The largest tensor, t1, .*workspace"):
-        make_schedule(plan_for(paths, "tsvm"), 1, 10**6)
-    with pytest.raises(MemoryBudgetError, match="tiles of one row were tried"):
-        make_schedule(plan_for(paths, "linear"), 1, 10**6)
+def test_refusal_adds_up_names_the_tensor_and_says_what_to_do(paths):
+    def refusal(method, budget, **options):
+        with pytest.raises(MemoryBudgetError) as caught:
+            make_schedule(plan_for(paths, method), 1, budget, **options)
+        return str(caught.value)
+
+    host = smallest_schedule(plan_for(paths, "tsvm")).peak_host_bytes
+    assert "got 1.000MB" in refusal("tsvm", 10**6) and "no recipe fits" in refusal("tsvm", 10**6)
+    message = refusal("tsvm", host - 1)
+    assert message.endswith("raise the budget, set a smaller `workspace` in the recipe, or exclude t1")
+    program, tensors = (parse_size(re.search(rf"(\S+) for {what}", message)[1]) for what in ("Python", "tensors"))
+    assert program + tensors == pytest.approx(host, rel=1e-4)
+    host = smallest_schedule(plan_for(paths, "linear")).peak_host_bytes
+    assert "rows of t1 are merged one at a time already" in refusal("linear", host - 1)
+    host = smallest_schedule(plan_for(paths, "iso_c")).peak_host_bytes
+    assert refusal("iso_c", host - 1).endswith("or exclude t1, whose rows cannot be merged apart")
+    device = smallest_schedule(plan_for(paths, "tsvm"), on_gpu=True).peak_device_bytes
+    message = refusal("tsvm", None, device_memory=device - 1, on_gpu=True)
+    assert "device memory budget" in message and "for Python" not in message and "raise the budget" in message
     with pytest.raises(ConfigError, match="at least one worker"):
         make_schedule(plan_for(paths, "linear"), 0)
 

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -183,7 +184,19 @@ def test_command(models, capsys):
     command = ["extract-lora", "--base", str(folder / "base"), "--model", str(folder / "tuned"), "--rank", "3"]
     assert main([*command, str(folder / "out")]) == 0
     captured = capsys.readouterr()
-    assert "2 modules of rank 3 to 3" in captured.out and "left out: model.norm.weight (change 4)" in captured.out
+    report = json.loads((folder / "out" / "lora_report.json").read_text())
+    least = min(module["captured_energy"] for module in report["modules"].values())
+    assert least == report["least_captured_energy"] > 0.999
+    assert "2 modules of rank 3, at least 99.9 % of the energy of each, in " in captured.out
+    norms = {name: tensor["norm"] ** 2 for name, tensor in report["left_out"].items()}
+    whole = sum(norms.values()) + sum(module["norm"] ** 2 for module in report["modules"].values())
+    assert report["left_out_energy"] == pytest.approx(sum(norms.values()) / whole)
+    heads = [norms[name] for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    shares = [100 * sum(x) / whole for x in (norms.values(), heads)]
+    found = re.findall(r"(\d+\.\d) %", captured.out)
+    assert [float(found[1]), float(found[2])] == pytest.approx(shares, abs=0.1)
+    assert "in 2 tensors: embedding or output head; adapted with --embed-lora" in captured.out
+    assert "in 1 tensor: 1-D: LoRA adapts matrices" in captured.out and "same" not in captured.out
     assert "8/8 tensors" in captured.err
     assert main([*command, str(folder / "out")]) == 2
-    assert "already in use" in capsys.readouterr().err
+    assert "a finished adapter is there" in capsys.readouterr().err

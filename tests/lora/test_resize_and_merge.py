@@ -184,7 +184,7 @@ def test_an_adapter_that_changes_meanwhile(tmp_path):
 def test_commands(tmp_path, capsys):
     first, second = (str(random_adapter(tmp_path / name, seed)) for seed, name in enumerate("ab"))
     assert main(["merge-lora", "--adapter", first, "--adapter", second, "--rank", "5", str(tmp_path / "m")]) == 0
-    assert "3 modules of rank 5 to 5" in capsys.readouterr().out
+    assert "3 modules of rank 5, at least " in capsys.readouterr().out
     assert main(["resize-lora", str(tmp_path / "m"), "--energy", "0.5", str(tmp_path / "r"), "--quiet"]) == 0
     assert capsys.readouterr().out == ""
     report = json.loads((tmp_path / "r" / "lora_report.json").read_text())
