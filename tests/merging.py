@@ -48,4 +48,6 @@ def update_error(got, base, exact):
 def drawn(shape, probability, seed, task, name="w"):
     """The random mask of a task, from the documented seed of the tensor; `random_mask` has tests of its own."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    return random_mask(shape, probability, int.from_bytes(digest, "little"), task, backend="torch").numpy()
+    return random_mask(
+        shape, probability, seed=int.from_bytes(digest, "little"), substream=task, backend="torch"
+    ).numpy()

@@ -82,7 +82,7 @@ OPS = {
     "elect_and_sum": lambda x: ops.elect_and_sum(x, [x], 1.0),
     "magnitude_ranks": lambda x: ops.magnitude_ranks(x),
     "magnitude_select": lambda x: ops.magnitude_select(x, 3),
-    "ranked_mask": lambda x: ops.ranked_mask(x, torch.full((17,), 0.5, dtype=torch.float64), 0),
+    "ranked_mask": lambda x: ops.ranked_mask(x, torch.full((17,), 0.5, dtype=torch.float64), seed=0),
     "reweight_prune": lambda x: ops.reweight_prune(x, [x], STATISTICS, density=0.5),
     "split_planes": lambda x: ops.split_planes(x),
     "task_gram": lambda x: ops.task_gram([x], x),
@@ -157,21 +157,27 @@ def test_numbers_of_numpy_and_torch_in_ops():
     assert torch.equal(statistics.theta, ops.task_statistics(base, tuned).theta)
     pruned = ops.reweight_prune(base, tuned, statistics, density=np.array([0.25, 0.5]))
     assert [int(task.count_nonzero()) for task in pruned] == [102, 204]
-    assert torch.equal(ops.random_mask((5,), np.float64(0.5), np.int64(3)), ops.random_mask((5,), 0.5, 3))
+    assert torch.equal(ops.random_mask((5,), np.float64(0.5), seed=np.int64(3)), ops.random_mask((5,), 0.5, seed=3))
     assert torch.equal(ops.add_update(base, base, np.float64(2)), ops.add_update(base, base, 2.0))
 
 
 MISTAKES = {
     "a fraction as a count": (lambda b, t: ops.magnitude_select(b, 0.1), ConfigError, "0.1; use kept_count"),
-    "no seed": (lambda b, t: ops.random_mask((3,), 0.5, None), ConfigError, "seed must be a whole number, got None"),
-    "no probability": (lambda b, t: ops.random_mask((3,), None, 1), ConfigError, "keep_probability: expected a number"),
+    "no seed": (lambda b, t: ops.random_mask((3,), 0.5, seed=None), ConfigError, "seed must be a whole number"),
+    "no probability": (lambda b, t: ops.random_mask((3,), None, seed=1), ConfigError, "keep_probability: expected"),
     "the base first": (lambda b, t: ops.task_gram(b, t), DTypeError, "expected a list of fine-tuned tensors"),
     "one tensor": (lambda b, t: ops.task_spread(b, t[0]), DTypeError, "expected a list of fine-tuned tensors"),
+    "one sparsifier": (
+        lambda b, t: ops.elect_and_sum(b, t, 1.0, sparsifiers=Sparsifier()), ConfigError, "one for each task"
+    ),
+    "a count as a selection": (lambda b, t: Sparsifier(largest=5), ConfigError, "largest must be a MagnitudeSelection"),
+    "text for a probability": (lambda b, t: Sparsifier(keep_probability="half"), ConfigError, "expected a number"),
+    "a list of booleans": (lambda b, t: Sparsifier(mask=[True]), DTypeError, "Sparsifier: mask"),
     "text for weights": (lambda b, t: ops.elect_and_sum(b, t, "ab"), ConfigError, "weights: expected a number"),
     "NaN for weights": (lambda b, t: ops.elect_and_sum(b, t, np.nan), ConfigError, "weights: expected finite numbers"),
     "huge weights": (lambda b, t: ops.elect_and_sum(b, t, [3e38, 3e38]), ConfigError, "that fit float32"),
     "a huge rescale": (
-        lambda b, t: ops.elect_and_sum(b, t, 1.0, keep=[Sparsifier(rescale=1e39), Sparsifier()]),
+        lambda b, t: ops.elect_and_sum(b, t, 1.0, sparsifiers=[Sparsifier(rescale=1e39), Sparsifier()]),
         ConfigError,
         "weights times rescale .1e.39, 1.: expected finite numbers that fit float32",
     ),

@@ -235,12 +235,12 @@ def test_without_pruning_nan_and_infinity_pass(sigma):
 @many
 @given(
     numel=st.one_of(st.integers(0, 70), st.sampled_from([1023, 1025, 4100])),
-    probability=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 1 - 2.0**-32])),
+    keep_probability=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 1 - 2.0**-32])),
     seed=st.integers(0, 2**64 - 1),
-    stream=st.integers(0, 2**32 - 1),
+    substream=st.integers(0, 2**32 - 1),
 )
-def test_random_masks(numel, probability, seed, stream):
-    assert same_bits(*both(random_mask, (numel,), probability, seed, stream))
+def test_random_masks(numel, keep_probability, seed, substream):
+    assert same_bits(*both(random_mask, (numel,), keep_probability, seed=seed, substream=substream))
 
 
 # --- elect_and_sum
@@ -254,7 +254,7 @@ def sparsifier(difference, kind, task):
         "all": Sparsifier(),
         "ties": Sparsifier(largest=top(0.4)),
         "breadcrumbs": Sparsifier(largest=top(0.5), outliers=top(0.1)),
-        "dare": Sparsifier(probability=0.4, seed=7, stream=task, rescale=2.5),
+        "dare": Sparsifier(keep_probability=0.4, seed=7, substream=task, rescale=2.5),
         "della": Sparsifier(
             ranked=RankedSparsifier(
                 magnitude_ranks(difference, backend="torch"),
@@ -262,11 +262,11 @@ def sparsifier(difference, kind, task):
                 rescale=task % 2 == 0,
             ),
             seed=11,
-            stream=task,
+            substream=task,
         ),
         "mask": Sparsifier(mask=torch.rand(difference.shape) < 0.4, rescale=1.5),
         "everything": Sparsifier(
-            largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3,
+            largest=top(0.9), outliers=top(0.05), keep_probability=0.7, seed=2**63, rescale=0.3,
             mask=torch.rand(difference.shape) < 0.8,
         ),
     }[kind]  # fmt: skip
@@ -291,7 +291,7 @@ def test_merging(tensors, kinds, elect, normalize, alpha, weights):
         kinds = ["mask" if kind == "della" else kind for kind in kinds]
     keep = [sparsifier(d, kind, task) for task, (d, kind) in enumerate(zip(differences, kinds, strict=False))]
     weights = weights[: len(tuned)]
-    options = {"elect": elect, "normalize": normalize, "alpha": alpha, "keep": keep}
+    options = {"elect": elect, "normalize": normalize, "alpha": alpha, "sparsifiers": keep}
     assert same_bits(*both(elect_and_sum, base, tuned, weights, **options))
 
 
@@ -301,7 +301,7 @@ def test_merging_many_tasks_with_ties_in_every_slice(elect):
     tuned = [base + torch.randint(-2, 3, base.shape) for _ in range(40)]
     keep = [sparsifier(t - base, ["breadcrumbs", "dare", "ties"][task % 3], task) for task, t in enumerate(tuned)]
     weights = [(1 + task % 7) / 10 for task in range(40)]  # many votes cancel but for rounding
-    assert same_bits(*both(elect_and_sum, base, tuned, weights, elect=elect, normalize=True, keep=keep))
+    assert same_bits(*both(elect_and_sum, base, tuned, weights, elect=elect, normalize=True, sparsifiers=keep))
 
 
 @pytest.mark.parametrize("ties", [0, 1, 1024, 1025, 30_000, 69_999, 70_000])
@@ -310,14 +310,14 @@ def test_merging_takes_the_first_ties(ties, field):
     base, tuned = torch.zeros(70_001), torch.full((70_001,), 0.5)
     tuned[-1] = 3.0
     keep = [Sparsifier(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})]
-    assert same_bits(*both(elect_and_sum, base, [tuned], [1.0], keep=keep))
+    assert same_bits(*both(elect_and_sum, base, [tuned], [1.0], sparsifiers=keep))
 
 
 def test_the_ties_of_more_slices_than_are_summed_at_once():
     size = 2**23 + 5000
     base, tuned = torch.zeros(size, dtype=torch.bfloat16), torch.ones(size, dtype=torch.bfloat16)
     keep = [Sparsifier(largest=MagnitudeSelection(torch.tensor(1.0), torch.tensor(2**23 + 1500)))]
-    got = elect_and_sum(base, [tuned], [1.0], keep=keep, backend="cuda")
+    got = elect_and_sum(base, [tuned], [1.0], sparsifiers=keep, backend="cuda")
     assert got[: 2**23 + 1500].all() and not got[2**23 + 1500 :].any()
 
 

@@ -71,7 +71,7 @@ def test_statistics_and_pruning(launched):
     statistics = task_statistics(base, tuned, backend="torch")
     task_statistics(base, tuned, backend="triton")
     add_update(base, tuned[0].float(), 0.3, backend="triton")
-    random_mask(SHAPE, 0.3, seed=2**63 + 5, stream=3, backend="triton")
+    random_mask(SHAPE, 0.3, seed=2**63 + 5, substream=3, backend="triton")
     magnitude_select(tuned[0], [1, 2, 3], backend="triton")
     reweight_prune(base, tuned, statistics, backend="triton")
     assert names(launched) == {
@@ -86,7 +86,7 @@ def test_merging_of_tasks_that_are_sparsified_differently(launched):
     masked = Sparsifier(mask=base > 0)
     keep = [Sparsifier(largest=top, outliers=top), Sparsifier(seed=7, ranked=ranked), masked]
     for elect, some in (("sum", [Sparsifier()] * 3), ("sum", keep), ("unweighted", [masked, Sparsifier(), masked])):
-        elect_and_sum(base, tuned, [1.0, 0.5, -2.0], elect=elect, normalize=True, keep=some, backend="triton")
+        elect_and_sum(base, tuned, [1.0, 0.5, -2.0], elect=elect, normalize=True, sparsifiers=some, backend="triton")
     assert names(launched) == {"tie_kernel", "elect_and_sum_kernel"}
 
 

@@ -95,7 +95,7 @@ def sparsifiers(method: str, base: Tensor, tuned: list[Tensor]) -> list[Sparsifi
     # As many elements as mergekit keeps: it rounds down.
     kept, dropped = int(DENSITY * base.numel()), int(GAMMA * base.numel())
     if method.startswith("dare"):
-        return [Sparsifier(probability=DENSITY, rescale=1 / DENSITY, stream=task) for task in range(len(tuned))]
+        return [Sparsifier(keep_probability=DENSITY, rescale=1 / DENSITY, substream=t) for t in range(len(tuned))]
     if method == "ties":
         return [Sparsifier(largest=magnitude_select(weight, kept, base=base)) for weight in tuned]
     return [
@@ -112,7 +112,9 @@ def truth(method: str, base: Tensor, tuned: list[Tensor]) -> Tensor:
     _, election, normalize = METHODS[method]
     with use_backend(magnitude_select="torch", elect_and_sum="torch"):
         keep = sparsifiers(method, base, tuned)
-        return elect_and_sum(base, tuned, [1.0] * len(tuned), elect=election, normalize=normalize, keep=keep) - base
+        return (
+            elect_and_sum(base, tuned, [1.0] * len(tuned), elect=election, normalize=normalize, sparsifiers=keep) - base
+        )
 
 
 def tied(method: str, base: Tensor, tuned: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ using namespace r_tsvm;
 
 namespace {
 
-// threshold, seed, stream
+// threshold, seed, substream
 using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
 
 // addresses of ranks (0 for none), thresholds and factors
@@ -23,8 +23,8 @@ using ElectTaskArgument = std::tuple<double, double, std::tuple<double, int64_t>
                                      RandomMaskArgument, RankedArgument, std::uintptr_t>;
 
 RandomMask random_mask(const RandomMaskArgument& argument) {
-  const auto [threshold, seed, stream] = argument;
-  return RandomMask{threshold, seed, stream};
+  const auto [threshold, seed, substream] = argument;
+  return RandomMask{threshold, seed, substream};
 }
 
 ElectTask elect_task(const ElectTaskArgument& argument) {
@@ -137,11 +137,11 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         const MatrixView view = bindings::matrix(x, "ranked_mask");
         const std::vector<MatrixView> bases = optional_matrix(base, view, "ranked_mask");
         const auto [thresholds, cols] = table;
-        const auto [seed, stream] = drawn;
+        const auto [seed, substream] = drawn;
         if (cols < 1 || element_count(view) % cols != 0) throw std::runtime_error("ranked_mask: not whole rows");
         const auto [mask, nonfinite] = output;
         ranked_mask_cpu(view, bases.empty() ? nullptr : &bases[0], bindings::pointer<const int64_t>(thresholds), cols,
-                        RandomMask{0, seed, stream},
+                        RandomMask{0, seed, substream},
                         RankedMaskOutput{bindings::pointer<uint8_t>(mask), bindings::pointer<int64_t>(nonfinite)},
                         threads);
       },

@@ -13,7 +13,7 @@ using PruneArgument = std::tuple<bindings::MatrixArgument, std::uintptr_t, int64
 // threshold, ties, tied, nonfinite
 using PruneAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
-// threshold, seed, stream
+// threshold, seed, substream
 using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
 
 // weight, factor; indices of what is kept and of what is dropped again, or -1; random mask; addresses of ranks,
@@ -46,8 +46,8 @@ std::vector<MatrixView> optional_base(const std::optional<bindings::MatrixArgume
 }
 
 RandomMask random_mask(const RandomMaskArgument& argument) {
-  const auto [threshold, seed, stream] = argument;
-  return RandomMask{threshold, seed, stream};
+  const auto [threshold, seed, substream] = argument;
+  return RandomMask{threshold, seed, substream};
 }
 
 ElectTaskCuda elect_task(const ElectTaskArgument& argument) {

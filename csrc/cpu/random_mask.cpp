@@ -29,7 +29,7 @@ RTSVM_ISA_CLONES void random_words(const RandomMask& mask, int64_t first, int64_
     for (int i = 0; i < kCounters; ++i) {
       x0[i] = static_cast<uint32_t>(counter + i);
       x1[i] = static_cast<uint32_t>((counter + i) >> 32);
-      x2[i] = mask.stream;
+      x2[i] = mask.substream;
       x3[i] = 0;
     }
     PhiloxKey key = philox_key(mask.seed);

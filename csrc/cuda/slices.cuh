@@ -172,7 +172,7 @@ __device__ inline void random_words(const RandomMask& mask, int64_t index, uint3
   const uint64_t counter = static_cast<uint64_t>(index) / kItems;
   words[0] = static_cast<uint32_t>(counter);
   words[1] = static_cast<uint32_t>(counter >> 32);
-  words[2] = mask.stream;
+  words[2] = mask.substream;
   words[3] = 0;
   philox(philox_key(mask.seed), words[0], words[1], words[2], words[3]);
 }

@@ -160,7 +160,7 @@ def _(inputs: Inputs) -> Case:
     return op_case(
         inputs,
         ["ranked_mask"],
-        lambda: ops.ranked_mask(x, chances, SEED, base=base),
+        lambda: ops.ranked_mask(x, chances, seed=SEED, base=base),
         exact,
         2 * x.nbytes + inputs.numel,
     )
@@ -175,7 +175,7 @@ def _(inputs: Inputs) -> Case:
     return op_case(
         inputs,
         ["random_mask"],
-        lambda: ops.random_mask(inputs.shape, DENSITY, SEED, device=inputs.device),
+        lambda: ops.random_mask(inputs.shape, DENSITY, seed=SEED, device=inputs.device),
         exact,
         inputs.numel,
     )
@@ -275,7 +275,7 @@ def _(inputs: Inputs) -> Case:
     spread = ops.task_spread(inputs.base, inputs.tuned)
     chosen = ops.magnitude_select(spread, inputs.numel // 2).mask(spread)
     return _elect_and_sum(
-        inputs, {"elect": "unweighted", "normalize": True, "keep": [Sparsifier(mask=chosen)] * inputs.tasks}
+        inputs, {"elect": "unweighted", "normalize": True, "sparsifiers": [Sparsifier(mask=chosen)] * inputs.tasks}
     )
 
 
@@ -283,20 +283,20 @@ def _(inputs: Inputs) -> Case:
 def _(inputs: Inputs) -> Case:
     keep = ops.kept_count(0.2, inputs.numel)
     rules = [Sparsifier(largest=ops.magnitude_select(tensor, keep, base=inputs.base)) for tensor in inputs.tuned]
-    return _elect_and_sum(inputs, {"elect": "sum", "normalize": True, "keep": rules})
+    return _elect_and_sum(inputs, {"elect": "sum", "normalize": True, "sparsifiers": rules})
 
 
 @benchmark("elect_and_sum: DARE", "ops")
 def _(inputs: Inputs) -> Case:
-    rules = [Sparsifier(probability=DENSITY, rescale=1 / DENSITY, seed=SEED, stream=t) for t in range(inputs.tasks)]
-    return _elect_and_sum(inputs, {"keep": rules})
+    rules = [
+        Sparsifier(keep_probability=DENSITY, rescale=1 / DENSITY, seed=SEED, substream=t) for t in range(inputs.tasks)
+    ]
+    return _elect_and_sum(inputs, {"sparsifiers": rules})
 
 
 @benchmark("elect_and_sum: DELLA", "ops")
 def _(inputs: Inputs) -> Case:
     chances = ops.della_probabilities(inputs.shape[1], DENSITY, 0.1)
-    rules = [
-        Sparsifier(seed=SEED, stream=t, ranked=RankedSparsifier(ops.magnitude_ranks(tensor, base=inputs.base), chances))
-        for t, tensor in enumerate(inputs.tuned)
-    ]
-    return _elect_and_sum(inputs, {"keep": rules})
+    ranks = [ops.magnitude_ranks(tensor, base=inputs.base) for tensor in inputs.tuned]
+    rules = [Sparsifier(seed=SEED, substream=t, ranked=RankedSparsifier(r, chances)) for t, r in enumerate(ranks)]
+    return _elect_and_sum(inputs, {"sparsifiers": rules})

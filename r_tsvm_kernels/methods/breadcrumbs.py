@@ -25,12 +25,12 @@ def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: Breadcrumb
 
     Where both do not fit, density counts: fewer of the largest are dropped.
     """
-    numel, keep = base.numel(), []
+    numel, sparsifiers = base.numel(), []
     for tensor, density, gamma in zip(tuned, options.density, options.gamma, strict=True):
         dropped = min(math.floor(Fraction(repr(gamma)) * numel), numel - kept_count(density, numel))
-        rule = largest_kept(base, tensor, density, outliers=dropped)
-        keep.append(rescaled(base, tensor, rule) if options.rescale else rule)
-    return keep
+        sparsifier = largest_kept(base, tensor, density, outliers=dropped)
+        sparsifiers.append(rescaled(base, tensor, sparsifier) if options.rescale else sparsifier)
+    return sparsifiers
 
 
 @register(

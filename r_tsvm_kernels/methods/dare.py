@@ -14,8 +14,8 @@ from .sparsify import RandomParameters, merge_kept, sparse_cost
 def dare_masks(options: RandomParameters) -> list[Sparsifier]:
     """Keep each element with probability `density`, and multiply it by ``1 / density``: the mean stays what it was."""
     return [
-        Sparsifier(probability=density, rescale=1 / density if options.rescale and density else 1.0,
-             seed=options.seed, stream=task)
+        Sparsifier(keep_probability=density, rescale=1 / density if options.rescale and density else 1.0,
+             seed=options.seed, substream=task)
         for task, density in enumerate(options.density)
     ]  # fmt: skip
 

@@ -36,18 +36,19 @@ class DellaParameters(DellaLinearParameters):
 
 def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> list[Sparsifier]:
     """MAGPRUNE: in each row the probability of being kept rises linearly with the rank of the magnitude."""
-    keep = []
+    sparsifiers = []
     for task, (tensor, density, epsilon) in enumerate(zip(tuned, options.density, options.epsilon, strict=True)):
         if not 0 < density < 1:
-            keep.append(Sparsifier(probability=density))
+            sparsifiers.append(Sparsifier(keep_probability=density))
             continue
         probabilities = della_probabilities(base.shape[-1], density, epsilon)
         if options.rescale:
             ranked = RankedSparsifier(magnitude_ranks(tensor, base=base), probabilities)
-            keep.append(Sparsifier(ranked=ranked, seed=options.seed, stream=task))
+            sparsifiers.append(Sparsifier(ranked=ranked, seed=options.seed, substream=task))
         else:
-            keep.append(Sparsifier(mask=ranked_mask(tensor, probabilities, options.seed, task, base=base)))
-    return keep
+            mask = ranked_mask(tensor, probabilities, seed=options.seed, substream=task, base=base)
+            sparsifiers.append(Sparsifier(mask=mask))
+    return sparsifiers
 
 
 def della_cost(job: TensorJob, options: DellaLinearParameters) -> Cost:

@@ -66,5 +66,5 @@ def squared_norms(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None
 
 def add_erased_mean(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None, weights: Sequence[float]) -> Tensor:
     """Add the weighted mean of the selected elements that have the sign of their sum over the tasks."""
-    keep = [Sparsifier(mask=selected)] * len(tuned)
-    return elect_and_sum(base, tuned, weights, elect="unweighted", normalize=True, keep=keep)
+    sparsifiers = [Sparsifier(mask=selected)] * len(tuned)
+    return elect_and_sum(base, tuned, weights, elect="unweighted", normalize=True, sparsifiers=sparsifiers)

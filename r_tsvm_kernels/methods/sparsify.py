@@ -51,15 +51,15 @@ def largest_kept(base: Tensor, tensor: Tensor, density: float, outliers: int = 0
     return Sparsifier(largest=kept, outliers=dropped if outliers else None)
 
 
-def rescaled(base: Tensor, tensor: Tensor, keep: Sparsifier) -> Sparsifier:
+def rescaled(base: Tensor, tensor: Tensor, sparsifier: Sparsifier) -> Sparsifier:
     """Scale the survivors so that their L1 norm is that of the whole ``tensor - base``."""
-    before, after = l1_norm(base, tensor), l1_norm(base, kept_model(base, tensor, keep))
-    return replace(keep, rescale=before / after) if after > 0 else keep
+    before, after = l1_norm(base, tensor), l1_norm(base, kept_model(base, tensor, sparsifier))
+    return replace(sparsifier, rescale=before / after) if after > 0 else sparsifier
 
 
-def kept_model(base: Tensor, tensor: Tensor, keep: Sparsifier) -> Tensor:
+def kept_model(base: Tensor, tensor: Tensor, sparsifier: Sparsifier) -> Tensor:
     """Return the base with the surviving differences, which where they are exact is the fine-tune's own value."""
-    return elect_and_sum(base, [tensor], [1.0], keep=[keep])
+    return elect_and_sum(base, [tensor], [1.0], sparsifiers=[sparsifier])
 
 
 def l1_norm(base: Tensor, tensor: Tensor) -> float:
@@ -69,14 +69,20 @@ def l1_norm(base: Tensor, tensor: Tensor) -> float:
 
 
 def merge_kept(
-    base: Tensor, tuned: Sequence[Tensor], options: SparseParameters, keep: Sequence[Sparsifier], elect: Election
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    options: SparseParameters,
+    sparsifiers: Sequence[Sparsifier],
+    elect: Election,
 ) -> MergeResult:
     """Sum the sparsified task vectors, after the election of a sign if there is one, and add them to the base."""
     weights = list(options.weight)
     if options.normalize and elect == "none":
         weights = normalized(weights)
     normalize = options.normalize and elect != "none"
-    merged = elect_and_sum(base, tuned, weights, elect=elect, normalize=normalize, alpha=options.alpha, keep=keep)
+    merged = elect_and_sum(
+        base, tuned, weights, elect=elect, normalize=normalize, alpha=options.alpha, sparsifiers=sparsifiers
+    )
     return MergeResult(merged, TensorReport(weights=weights))
 
 

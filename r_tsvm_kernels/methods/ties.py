@@ -30,7 +30,7 @@ def ties(base: Tensor, tuned: Sequence[Tensor], options: TiesParameters) -> Merg
 
     The sign of an element is that of the weighted sum of the trimmed task vectors (Yadav et al., NeurIPS 2023).
     """
-    keep = [largest_kept(base, tensor, density) for tensor, density in zip(tuned, options.density, strict=True)]
+    sparsifiers = [largest_kept(base, tensor, density) for tensor, density in zip(tuned, options.density, strict=True)]
     if options.rescale:
-        keep = [rescaled(base, tensor, rule) for tensor, rule in zip(tuned, keep, strict=True)]
-    return merge_kept(base, tuned, options, keep, "sum")
+        sparsifiers = [rescaled(base, tensor, own) for tensor, own in zip(tuned, sparsifiers, strict=True)]
+    return merge_kept(base, tuned, options, sparsifiers, "sum")

@@ -106,7 +106,7 @@ def draw_like_us(probabilities):
     seed, mask = int(torch.randint(2**63 - 1, ())), torch.zeros(probabilities.shape, dtype=torch.bool)
     for probability in probabilities.unique():
         where = probabilities == probability
-        mask[where] = random_mask(mask.shape, float(probability), seed)[where]
+        mask[where] = random_mask(mask.shape, float(probability), seed=seed)[where]
     return mask.to(probabilities.dtype)
 
 

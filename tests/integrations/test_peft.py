@@ -99,7 +99,7 @@ def test_the_combined_update_is_that_of_the_formula(tmp_path, folders, kind, wei
     for position, module in enumerate(inputs[0]):
         own = [(update[module], weight) for update, weight in zip(inputs, weights, strict=True) if module in update]
         shape = own[0][0].shape
-        masks = [random_mask(shape, 0.6, SEED + position, stream) for stream in range(len(own))]
+        masks = [random_mask(shape, 0.6, seed=SEED + position, substream=task) for task in range(len(own))]
         updates, shares = zip(*own, strict=True)
         expected = cut(merged_densely(updates, shares, kind, 0.6, majority, masks), 5)
         assert relative_error(found[module], expected) < 2e-6
@@ -110,7 +110,7 @@ def test_larger_layers_need_no_full_decomposition(tmp_path, monkeypatch, kind):
     monkeypatch.delattr("r_tsvm_kernels.integrations.peft.updates.truncated_svd")
     folders = [random_adapter(tmp_path / str(task), task, 2, shapes={"q": (200, 240)}) for task in range(2)]
     state_dict, config = combine_adapters(*opened(folders), [1.0, 0.7], kind, rank=3, density=0.6, seed=SEED)
-    masks = [random_mask((200, 240), 0.6, SEED, stream) for stream in range(2)]
+    masks = [random_mask((200, 240), 0.6, seed=SEED, substream=task) for task in range(2)]
     updates = [dense_updates(folder)["q"] for folder in folders]
     expected = cut(merged_densely(updates, [1.0, 0.7], kind, 0.6, masks=masks), 3)
     assert relative_error(updates_of(tmp_path, state_dict, config)["q"], expected) < 1e-5

@@ -61,11 +61,13 @@ def sparsifiers(base, tuned, kind, density=0.4, gamma=0.1):
             "all": Sparsifier(),
             "ties": Sparsifier(largest=top(density)),
             "breadcrumbs": Sparsifier(largest=top(density + gamma), outliers=top(gamma)),
-            "dare": Sparsifier(probability=density, seed=7, stream=task, rescale=1 / density),
-            "mask": Sparsifier(mask=random_mask(delta.shape, density, 5, task, device=delta.device), rescale=-1.5),
+            "dare": Sparsifier(keep_probability=density, seed=7, substream=task, rescale=1 / density),
+            "mask": Sparsifier(
+                mask=random_mask(delta.shape, density, seed=5, substream=task, device=delta.device), rescale=-1.5
+            ),
             "everything": Sparsifier(
-                largest=top(0.9), outliers=top(0.05), probability=0.7, seed=2**63, rescale=0.3,
-                mask=random_mask(delta.shape, 0.8, 6, task, device=delta.device),
+                largest=top(0.9), outliers=top(0.05), keep_probability=0.7, seed=2**63, rescale=0.3,
+                mask=random_mask(delta.shape, 0.8, seed=6, substream=task, device=delta.device),
             ),
         }  # fmt: skip
         rules.append(choices[list(choices)[(task + 1) % 6] if kind == "mixture" else kind])
@@ -75,12 +77,12 @@ def sparsifiers(base, tuned, kind, density=0.4, gamma=0.1):
 KINDS = ["all", "ties", "breadcrumbs", "dare", "mask", "everything", "mixture"]
 
 
-def formula(base, tuned, weights, elect, normalize, alpha, keep):
+def formula(base, tuned, weights, elect, normalize, alpha, sparsifiers):
     """Straight from the papers, all tasks in one array."""
     origin = base.double().numpy()
     weights = np.array(weights).reshape(-1, *[1] * origin.ndim)
     v = np.stack([t.double().numpy() - origin for t in tuned])
-    for task, rule in enumerate(keep):
+    for task, rule in enumerate(sparsifiers):
         order = np.argsort(-np.abs(v[task]), axis=None, kind="stable")
         rank = np.empty(order.size, dtype=np.int64)
         rank[order] = np.arange(order.size)
@@ -90,12 +92,12 @@ def formula(base, tuned, weights, elect, normalize, alpha, keep):
             survives &= rank < int(rule.largest.mask(torch.from_numpy(v[task])).sum())
         if rule.outliers is not None:
             survives &= rank >= int(rule.outliers.mask(torch.from_numpy(v[task])).sum())
-        survives &= random_mask(origin.shape, rule.probability, rule.seed, rule.stream).numpy()
+        survives &= random_mask(origin.shape, rule.keep_probability, seed=rule.seed, substream=rule.substream).numpy()
         if rule.mask is not None:
             survives &= rule.mask.numpy()
         v[task] *= survives
     voters = v
-    v = v * np.array([rule.rescale for rule in keep]).reshape(weights.shape) * weights
+    v = v * np.array([rule.rescale for rule in sparsifiers]).reshape(weights.shape) * weights
     voters = voters if elect == "unweighted" else v
     if elect == "none":
         divisor = weights.sum()
@@ -117,7 +119,7 @@ def test_equals_the_formula(backend, elect, normalize, kind):
         x.double() if torch.is_tensor(x) else [t.double() for t in x] for x in whole_numbers(31, 17, tasks=5)
     )
     keep = sparsifiers(base, tuned, kind)
-    options = {"elect": elect, "normalize": normalize, "alpha": 0.5, "keep": keep}
+    options = {"elect": elect, "normalize": normalize, "alpha": 0.5, "sparsifiers": keep}
     got = elect_and_sum(base, tuned, WEIGHTS[:5], backend=backend, **options)
     assert got.dtype == torch.float64
     assert relative_error(got, formula(base, tuned, WEIGHTS[:5], **options)) < 1e-14
@@ -129,7 +131,7 @@ def test_equals_the_formula(backend, elect, normalize, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whole_numbers_are_exact_in_every_dtype(backend, elect, normalize, dtype):
     base, tuned = whole_numbers(1, 613, tasks=4)
-    options = {"elect": elect, "normalize": normalize, "alpha": 2.0, "keep": sparsifiers(base, tuned, "ties")}
+    options = {"elect": elect, "normalize": normalize, "alpha": 2.0, "sparsifiers": sparsifiers(base, tuned, "ties")}
     weights = [1.0, 2.0, 1.0, 4.0]
     got = elect_and_sum(base.to(dtype), [t.to(dtype) for t in tuned], weights, backend=backend, **options)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -157,7 +159,7 @@ def test_same_bits_as_the_reference(backend, shape, dtypes, layouts, elect, norm
     values = [origin, *(origin + 0.1 * torch.randn(shape) for _ in dtypes[1:])]
     tensors = [LAYOUTS[how](v.to(dtype)) for v, dtype, how in zip(values, dtypes, layouts, strict=False)]
     base, tuned = tensors[0], tensors[1:]
-    options = {"elect": elect, "normalize": normalize, "alpha": alpha, "keep": sparsifiers(base, tuned, kind)}
+    options = {"elect": elect, "normalize": normalize, "alpha": alpha, "sparsifiers": sparsifiers(base, tuned, kind)}
     got, expected = (
         elect_and_sum(base, tuned, WEIGHTS[: len(tuned)], backend=b, **options) for b in (backend, "torch")
     )
@@ -171,7 +173,7 @@ def test_same_bits_as_the_reference(backend, shape, dtypes, layouts, elect, norm
 @pytest.mark.parametrize("tasks", [1, 2, 8])
 def test_same_bits_for_any_number_of_threads(backend, elect, kind, tasks):
     base, tuned = whole_numbers(331, 401, tasks=tasks)  # tied magnitudes in every chunk
-    options = {"elect": elect, "normalize": True, "keep": sparsifiers(base, tuned, kind)}
+    options = {"elect": elect, "normalize": True, "sparsifiers": sparsifiers(base, tuned, kind)}
     expected = elect_and_sum(base, tuned, WEIGHTS[:tasks], backend="torch", **options)
     before = torch.get_num_threads()
     try:
@@ -189,10 +191,8 @@ def test_the_first_ties_go_by_index(backend, ties, field):
     base, tuned = torch.zeros(70_001), torch.full((70_001,), 0.5)
     tuned[::2] = -0.5
     tuned[-1] = 3.0
-    got = elect_and_sum(
-        base, [tuned], [1.0], keep=[Sparsifier(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})],
-        backend=backend,
-    )  # fmt: skip
+    rule = Sparsifier(**{field: MagnitudeSelection(torch.tensor(0.5), torch.tensor(ties))})
+    got = elect_and_sum(base, [tuned], [1.0], sparsifiers=[rule], backend=backend)
     selected = torch.arange(70_001) < ties
     selected[-1] = True
     assert same_bits(got, torch.where(selected == (field == "largest"), tuned, 0))
@@ -290,8 +290,13 @@ def test_base_comes_back_bit_for_bit(backend, elect, normalize):
         got = elect_and_sum(base, tuned, WEIGHTS[: len(tuned)], elect=elect, normalize=normalize, backend=backend)
         assert same_bits(got.half(), base)
     changed = [base + 1, base - 1]
-    nothing = [Sparsifier(probability=0.0), Sparsifier(largest=magnitude_select(changed[1].float() - base.float(), 0))]
-    got = elect_and_sum(base, changed, [1.0, 1.0], elect=elect, normalize=normalize, keep=nothing, backend=backend)
+    nothing = [
+        Sparsifier(keep_probability=0.0),
+        Sparsifier(largest=magnitude_select(changed[1].float() - base.float(), 0)),
+    ]
+    got = elect_and_sum(
+        base, changed, [1.0, 1.0], elect=elect, normalize=normalize, sparsifiers=nothing, backend=backend
+    )
     assert same_bits(got.half(), base)
     got = elect_and_sum(base, changed, [1.0, 1.0], elect=elect, normalize=normalize, alpha=0.0, backend=backend)
     assert same_bits(got.half(), base)
@@ -310,7 +315,9 @@ def test_equal_experts_average_to_themselves(backend, elect):
 def test_nothing_and_single_elements(backend, elect):
     for shape in [(0,), (3, 0, 5), (), (1,), (1, 1, 1)]:
         base, tuned = group(*shape)
-        got = elect_and_sum(base, tuned, [1.0] * 3, elect=elect, keep=sparsifiers(base, tuned, "ties"), backend=backend)
+        got = elect_and_sum(
+            base, tuned, [1.0] * 3, elect=elect, sparsifiers=sparsifiers(base, tuned, "ties"), backend=backend
+        )
         assert got.shape == shape
 
 
@@ -332,8 +339,8 @@ def test_nan_and_infinity_reach_the_result(backend, elect, normalize):
 @every_backend
 def test_dare_keeps_the_mean(backend):
     base, tuned = torch.zeros(500, 400), [torch.ones(500, 400), -torch.ones(500, 400)]
-    keep = [Sparsifier(probability=0.1, seed=3, stream=task, rescale=10.0) for task in range(2)]
-    got = elect_and_sum(base, tuned, [1.0, 1.0], keep=keep, backend=backend)
+    keep = [Sparsifier(keep_probability=0.1, seed=3, substream=task, rescale=10.0) for task in range(2)]
+    got = elect_and_sum(base, tuned, [1.0, 1.0], sparsifiers=keep, backend=backend)
     assert set(got.unique().tolist()) == {-10.0, 0.0, 10.0}
     for value, share in [(10.0, 0.09), (-10.0, 0.09), (0.0, 0.82)]:
         assert float((got == value).double().mean()) == pytest.approx(share, abs=5 * math.sqrt(0.25 / 200_000))
@@ -342,7 +349,7 @@ def test_dare_keeps_the_mean(backend):
 def test_inputs_are_left_alone():
     base, tuned = group(40, 30)
     copies = [t.clone() for t in (base, *tuned)]
-    elect_and_sum(base, tuned, [1.0] * 3, elect="sum", normalize=True, keep=sparsifiers(base, tuned, "mixture"))
+    elect_and_sum(base, tuned, [1.0] * 3, elect="sum", normalize=True, sparsifiers=sparsifiers(base, tuned, "mixture"))
     assert all(same_bits(t, copy) for t, copy in zip((base, *tuned), copies, strict=True))
 
 
@@ -366,13 +373,13 @@ def test_what_it_refuses(backend):
     with pytest.raises(ConfigError, match="weights: 2 tasks but 3 numbers"):
         merge(weights=[1.0] * 3)
     with pytest.raises(ConfigError, match="2 tasks but 1 sparsifiers"):
-        merge(keep=[Sparsifier()])
+        merge(sparsifiers=[Sparsifier()])
     for mask, error in ((base.T > 0, ShapeError), ((base > 0).to("meta"), DeviceError), (base, DTypeError)):
         with pytest.raises(error, match="mask of task 1"):
-            merge(keep=[Sparsifier(), Sparsifier(mask=mask)])
+            merge(sparsifiers=[Sparsifier(), Sparsifier(mask=mask)])
     ranked = RankedSparsifier(magnitude_ranks(base), torch.ones(5, dtype=torch.float64))
     with pytest.raises(ConfigError, match="task 1 is selected by ranks"):
-        merge(keep=[Sparsifier(), Sparsifier(ranked=ranked)], elect="unweighted")
+        merge(sparsifiers=[Sparsifier(), Sparsifier(ranked=ranked)], elect="unweighted")
     with pytest.raises(ConfigError, match="sum to 0"):
         merge(weights=[1.0, -1.0], normalize=True)
     for options in ({"weights": [1.0, math.nan]}, {"alpha": math.inf}):
@@ -383,10 +390,17 @@ def test_what_it_refuses(backend):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"probability": 1.5}, {"seed": -1}, {"stream": 2**32}, {"rescale": math.inf}, {"probability": math.nan}]
+    "fields",
+    [
+        {"keep_probability": 1.5},
+        {"seed": -1},
+        {"substream": 2**32},
+        {"rescale": math.inf},
+        {"keep_probability": math.nan},
+    ],
 )
 def test_sparsifiers_that_are_refused(fields):
-    with pytest.raises(ConfigError, match="elect_and_sum"):
+    with pytest.raises(ConfigError, match="Sparsifier"):
         Sparsifier(**fields)
 
 

@@ -30,7 +30,7 @@ def ranked(base, tuned, probabilities, divide=True, **options):
     """One sparsifier per task."""
     return [
         Sparsifier(
-            ranked=RankedSparsifier(magnitude_ranks(t, base=base), probabilities, divide), stream=task, **options
+            ranked=RankedSparsifier(magnitude_ranks(t, base=base), probabilities, divide), substream=task, **options
         )
         for task, t in enumerate(tuned)
     ]
@@ -53,10 +53,10 @@ def test_equals_the_formula(backend, elect, normalize, rescale):
     expected = [torch.zeros_like(base) for _ in tuned]
     for task, (t, rule) in enumerate(zip(tuned, keep, strict=True)):
         for rank, p in enumerate(probabilities.tolist()):
-            survivors = (rule.ranked.ranks == rank) & random_mask(base.shape, p, 11, task)
+            survivors = (rule.ranked.ranks == rank) & random_mask(base.shape, p, seed=11, substream=task)
             expected[task] += torch.where(survivors, (t - base) * 0.75 / (p if rescale else 1.0), 0)
     options = {"elect": elect, "normalize": normalize, "alpha": 0.5}
-    got = elect_and_sum(base, tuned, weights, keep=keep, backend=backend, **options)
+    got = elect_and_sum(base, tuned, weights, sparsifiers=keep, backend=backend, **options)
     truth = elect_and_sum(torch.zeros_like(base), expected, weights, backend="torch", **options)
     assert relative_error(got, base + truth) < 1e-14
 
@@ -86,13 +86,13 @@ def test_same_bits_as_the_reference(backend, shape, dtypes, layouts, elect, norm
             largest=selection, outliers=selection if seed % 2 else None, ranked=keep[0].ranked, seed=seed
         )
     if kind == "one task of two":
-        keep[::2] = [Sparsifier(probability=0.3, seed=seed, rescale=2.0)] * len(keep[::2])
+        keep[::2] = [Sparsifier(keep_probability=0.3, seed=seed, rescale=2.0)] * len(keep[::2])
     base, *tuned = (LAYOUTS[how](t) for how, t in zip(layouts, (base, *tuned), strict=False))
     if keep[-1].ranked is not None:
         ranks = LAYOUTS[layouts[-1]](keep[-1].ranked.ranks)
         keep[-1] = Sparsifier(ranked=RankedSparsifier(ranks, probabilities, rescale), seed=seed)
     weights = [0.75, -0.25, 1.5][: len(tuned)]
-    options = {"elect": elect, "normalize": normalize and elect != "none", "alpha": 0.3, "keep": keep}
+    options = {"elect": elect, "normalize": normalize and elect != "none", "alpha": 0.3, "sparsifiers": keep}
     got, expected = (elect_and_sum(base, tuned, weights, backend=name, **options) for name in (backend, "torch"))
     assert same_bits(got, expected)
 
@@ -103,10 +103,10 @@ def test_same_bits_as_the_reference(backend, shape, dtypes, layouts, elect, norm
 def test_same_bits_for_any_number_of_threads(backend, elect, dtype):
     base, tuned = group((331, 401), (dtype,) * 4)
     keep = ranked(base, tuned, della_probabilities(401, 0.5, 0.4), seed=5)
-    expected = elect_and_sum(base, tuned, [1.0, 2.0, 0.5], elect=elect, keep=keep, backend="torch")
+    expected = elect_and_sum(base, tuned, [1.0, 2.0, 0.5], elect=elect, sparsifiers=keep, backend="torch")
     for threads in (1, 2, 3):
         with torch_threads(threads):
-            got = elect_and_sum(base, tuned, [1.0, 2.0, 0.5], elect=elect, keep=keep, backend=backend)
+            got = elect_and_sum(base, tuned, [1.0, 2.0, 0.5], elect=elect, sparsifiers=keep, backend=backend)
             assert same_bits(got, expected)
 
 
@@ -115,9 +115,9 @@ def test_same_bits_for_any_number_of_threads(backend, elect, dtype):
 def test_the_same_probability_for_every_rank_is_dare(backend, dtype):
     base, tuned = group((40, 30), (dtype,) * 3)
     p = torch.full((30,), 0.25, dtype=torch.float64)
-    dare = [Sparsifier(probability=0.25, rescale=4.0, seed=9, stream=task) for task in range(2)]
-    got = elect_and_sum(base, tuned, [1.0, 3.0], keep=ranked(base, tuned, p, seed=9), backend=backend)
-    assert same_bits(got, elect_and_sum(base, tuned, [1.0, 3.0], keep=dare, backend=backend))
+    dare = [Sparsifier(keep_probability=0.25, rescale=4.0, seed=9, substream=task) for task in range(2)]
+    got = elect_and_sum(base, tuned, [1.0, 3.0], sparsifiers=ranked(base, tuned, p, seed=9), backend=backend)
+    assert same_bits(got, elect_and_sum(base, tuned, [1.0, 3.0], sparsifiers=dare, backend=backend))
 
 
 @every_backend
@@ -125,7 +125,7 @@ def test_probability_one_keeps_and_zero_drops_whatever_is_drawn(backend):
     base, tuned = group((200, 50))
     probabilities = (torch.arange(50) >= 30).double()
     keep = ranked(base, tuned[:1], probabilities, seed=1)
-    got = elect_and_sum(torch.zeros_like(base), [tuned[0] - base], [1.0], keep=keep, backend=backend)
+    got = elect_and_sum(torch.zeros_like(base), [tuned[0] - base], [1.0], sparsifiers=keep, backend=backend)
     survivors = keep[0].ranked.ranks >= 30
     assert same_bits(got, torch.where(survivors, tuned[0] - base, 0))
 
@@ -135,7 +135,7 @@ def test_the_mean_is_the_task_vector_and_survivors_are_as_many_as_drawn(backend)
     base, tuned = torch.zeros(4000, 8), [torch.randn(1, 8).expand(4000, 8)]
     probabilities = della_probabilities(8, 0.5, 0.3)
     keep = ranked(base, tuned, probabilities, seed=2)
-    got = elect_and_sum(base, tuned, [1.0], keep=keep, backend=backend)
+    got = elect_and_sum(base, tuned, [1.0], sparsifiers=keep, backend=backend)
     p = probabilities[keep[0].ranked.ranks[0].long()]
     deviation = (p * (1 - p) / 4000).sqrt()
     assert (((got != 0).double().mean(0) - p).abs() < 5 * deviation).all()
@@ -148,7 +148,9 @@ def test_dropped_infinity_and_nan_disappear_and_surviving_ones_do_not(backend):
     ranks = torch.arange(4, dtype=torch.int32).expand(2, 4)
     for survivor in range(4):
         p = (torch.arange(4) == survivor).double()
-        got = elect_and_sum(base, tuned, [1.0], keep=[Sparsifier(ranked=RankedSparsifier(ranks, p))], backend=backend)
+        got = elect_and_sum(
+            base, tuned, [1.0], sparsifiers=[Sparsifier(ranked=RankedSparsifier(ranks, p))], backend=backend
+        )
         assert torch.equal(got.nan_to_num(7.0, 8.0), torch.where(p.bool(), tuned[0], 0.0).nan_to_num(7.0, 8.0))
 
 
@@ -157,7 +159,7 @@ def test_dropped_infinity_and_nan_disappear_and_surviving_ones_do_not(backend):
 def test_nothing_and_single_elements(backend, shape):
     base, tuned = group(shape)
     keep = ranked(base, tuned, della_probabilities(shape[-1], 1.0, 0.0))
-    got = elect_and_sum(base, tuned, [1.0] * 3, keep=keep, backend=backend)
+    got = elect_and_sum(base, tuned, [1.0] * 3, sparsifiers=keep, backend=backend)
     assert same_bits(got, elect_and_sum(base, tuned, [1.0] * 3, backend=backend))
 
 
@@ -209,16 +211,16 @@ def test_what_is_refused():
         with pytest.raises(ConfigError, match=r"in \[0, 1\]"):
             RankedSparsifier(ranks, torch.tensor([0.5, wrong, 0.5], dtype=torch.float64))
     for wrong in (-1, 3):
-        with pytest.raises(ConfigError, match="ranks must lie in"):
+        with pytest.raises(ConfigError, match="ranks must be in"):
             RankedSparsifier(torch.full_like(ranks, wrong), p)
     with pytest.raises(ConfigError, match="probability must be 1"):
-        Sparsifier(ranked=RankedSparsifier(ranks, p), probability=0.5)
+        Sparsifier(ranked=RankedSparsifier(ranks, p), keep_probability=0.5)
     base = torch.zeros(3, 2)
     with pytest.raises(ShapeError, match="ranks of task 0"):
-        elect_and_sum(base, [base], [1.0], keep=[Sparsifier(ranked=RankedSparsifier(ranks, p))])
+        elect_and_sum(base, [base], [1.0], sparsifiers=[Sparsifier(ranked=RankedSparsifier(ranks, p))])
     base = torch.zeros(2, 3, device="meta")
     with pytest.raises(DeviceError, match="ranks of task 0"):
-        elect_and_sum(base, [base], [1.0], keep=[Sparsifier(ranked=RankedSparsifier(ranks, p))])
+        elect_and_sum(base, [base], [1.0], sparsifiers=[Sparsifier(ranked=RankedSparsifier(ranks, p))])
 
 
 def test_differences_are_ranked_as_they_are_merged():

@@ -79,13 +79,13 @@ def test_merging(backend, shape, dtype, elect):
     cols = shape[-1]
     rules = {
         "all": [Sparsifier()] * 3,
-        "mask": [Sparsifier(mask=random_mask(shape, 0.3, seed=5, stream=t, device="cuda")) for t in range(3)],
+        "mask": [Sparsifier(mask=random_mask(shape, 0.3, seed=5, substream=t, device="cuda")) for t in range(3)],
         "ties": [Sparsifier(largest=magnitude_select(t, kept_count(0.3, t.numel()), base=base)) for t in tuned],
-        "dare": [Sparsifier(probability=0.3, rescale=1 / 0.3, seed=7, stream=t) for t in range(3)],
+        "dare": [Sparsifier(keep_probability=0.3, rescale=1 / 0.3, seed=7, substream=t) for t in range(3)],
         "della": [
             Sparsifier(
                 seed=7,
-                stream=t,
+                substream=t,
                 ranked=RankedSparsifier(magnitude_ranks(x, base=base), della_probabilities(cols, 0.4, 0.2)),
             )
             for t, x in enumerate(tuned)
@@ -94,7 +94,7 @@ def test_merging(backend, shape, dtype, elect):
     if elect == "unweighted":
         del rules["della"]
     for keep in rules.values():
-        options = {"elect": elect, "normalize": True, "alpha": 0.7, "keep": keep}
+        options = {"elect": elect, "normalize": True, "alpha": 0.7, "sparsifiers": keep}
         assert equal(
             *(elect_and_sum(base, tuned, [1.0, 0.5, -2.0], backend=which, **options) for which in (backend, "torch"))
         )
@@ -111,15 +111,17 @@ def test_masks_by_rank_and_coefficients(shape, dtype):
             assert relative_error(got, expected) < 1e-13 and equal(got, got.T)
             assert equal(got, task_gram(tuned[:number], backend="triton", **options))
         assert equal(*(task_spread(base, tuned[:number], backend=which) for which in ("triton", "torch")))
-    drawn = (della_probabilities(shape[-1], 0.4, 0.3), 2**40 + 5, 3)
+    chances, drawn = della_probabilities(shape[-1], 0.4, 0.3), {"seed": 2**40 + 5, "substream": 3}
     for origin in (None, base):
-        assert equal(*(ranked_mask(tuned[0], *drawn, base=origin, backend=which) for which in ("triton", "torch")))
+        assert equal(
+            *(ranked_mask(tuned[0], chances, **drawn, base=origin, backend=which) for which in ("triton", "torch"))
+        )
 
 
 @every_backend
 def test_masks_have_the_same_bits_everywhere(backend):
-    mask = random_mask((4097, 1025), 0.3, seed=2**40 + 5, stream=3, device="cuda", backend=backend)
-    assert torch.equal(mask.cpu(), random_mask((4097, 1025), 0.3, seed=2**40 + 5, stream=3, backend="torch"))
+    mask = random_mask((4097, 1025), 0.3, seed=2**40 + 5, substream=3, device="cuda", backend=backend)
+    assert torch.equal(mask.cpu(), random_mask((4097, 1025), 0.3, seed=2**40 + 5, substream=3, backend="torch"))
 
 
 @large
@@ -132,7 +134,9 @@ def test_more_elements_than_a_32_bit_index_counts(backend):
     assert (float(selection.threshold), int(selection.ties)) == (2.0, 1)
     statistics = task_statistics(torch.zeros_like(x), [x], backend=backend)
     assert (int(statistics.zeros), float(statistics.max)) == (numel - 3, 3.0)
-    merged = elect_and_sum(torch.zeros_like(x), [x], [1.0], keep=[Sparsifier(largest=selection)], backend=backend)
+    merged = elect_and_sum(
+        torch.zeros_like(x), [x], [1.0], sparsifiers=[Sparsifier(largest=selection)], backend=backend
+    )
     assert merged[-3:].tolist() == [0.0, -2.0, 3.0] and not merged[:-3].any()
 
 
@@ -149,7 +153,7 @@ def test_more_elements_are_written_than_a_32_bit_index_counts(backend):
     )  # two of them
     assert pruned[-3:].tolist() == [0.0, -2.0, 3.0] and not pruned[:-3].any()
     del tuned, base, pruned
-    mask = random_mask((numel,), 0.5, seed=77, stream=3, device="cuda", backend=backend)
+    mask = random_mask((numel,), 0.5, seed=77, substream=3, device="cuda", backend=backend)
     last = range(numel - 9, numel)
     assert mask[-9:].tolist() == [word(77, 3, index) < 2**31 for index in last]
 
@@ -176,7 +180,7 @@ def test_more_elements_have_masks_and_coefficients_than_a_32_bit_index_counts():
     del mask, spread
     x[-1] = torch.randn(4096)
     probabilities = della_probabilities(4096, 0.5, 0.5)
-    got = ranked_mask(x, probabilities, 77, 3, base=base, backend="triton")[-1, -9:]
+    got = ranked_mask(x, probabilities, seed=77, substream=3, base=base, backend="triton")[-1, -9:]
     chances = probabilities[magnitude_ranks(x[-1:].cpu())[0, -9:].long()].tolist()
     words = [word(77, 3, index) for index in range(numel - 9, numel)]
     assert got.tolist() == [w < round(chance * 2**32) for w, chance in zip(words, chances, strict=True)]
@@ -202,7 +206,7 @@ def test_on_another_stream_and_in_other_layouts(backend):
             magnitude_ranks(x, base=base, backend=backend),
             elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend=backend),
             task_spread(base, [x, base], backend="triton"),
-            ranked_mask(x, probabilities, 5, base=base, backend="triton"),
+            ranked_mask(x, probabilities, seed=5, base=base, backend="triton"),
             task_gram([x, 2 * x], base, mask=x > 0, backend="triton"),
         ]
     stream.synchronize()
@@ -213,7 +217,7 @@ def test_on_another_stream_and_in_other_layouts(backend):
         magnitude_ranks(x, base=base, backend="torch"),
         elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend="torch"),
         task_spread(base, [x, base], backend="torch"),
-        ranked_mask(x, probabilities, 5, base=base, backend="torch"),
+        ranked_mask(x, probabilities, seed=5, base=base, backend="torch"),
     ]
     assert torch.allclose(got[0], task_statistics(base, [x], backend="torch").mean, rtol=1e-12)
     assert all(map(equal, got[1:-1], expected))

@@ -50,7 +50,8 @@ def test_tensors_at_odd_addresses(backend, dtype):
 
     def ranked(place):
         return [
-            Sparsifier(ranked=RankedSparsifier(place(r), probabilities), seed=1, stream=t) for t, r in enumerate(ranks)
+            Sparsifier(ranked=RankedSparsifier(place(r), probabilities), seed=1, substream=t)
+            for t, r in enumerate(ranks)
         ]
 
     ops = {
@@ -59,10 +60,10 @@ def test_tensors_at_odd_addresses(backend, dtype):
         "threshold": lambda b, t, _: magnitude_select(t[0], 100, backend=backend).threshold,
         "gram": lambda b, t, _: task_gram(t, base=b, backend=backend),
         "spread": lambda b, t, _: task_spread(b, t, backend=backend),
-        "ranked mask": lambda b, t, _: ranked_mask(t[0], probabilities, 1, 0, base=b, backend=backend),
+        "ranked mask": lambda b, t, _: ranked_mask(t[0], probabilities, seed=1, base=b, backend=backend),
         "pruned": lambda b, t, _: reweight_prune(b, t, summary, density=0.3, backend=backend)[1],
         "elected": lambda b, t, place: elect_and_sum(
-            b, t, [1.0, 0.5], elect="sum", keep=ranked(place), backend=backend
+            b, t, [1.0, 0.5], elect="sum", sparsifiers=ranked(place), backend=backend
         ),
     }
     for name, op in ops.items():

@@ -55,50 +55,50 @@ def test_published_vectors_in_native_code(backend, counter, key, expected):
 @every_backend
 @given(
     numel=st.one_of(st.integers(0, 70), st.sampled_from([2047, 2049, 4100])),
-    probability=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0, 1 - 2.0**-32, 1e-12])),
+    keep_probability=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0, 1 - 2.0**-32, 1e-12])),
     seed=st.integers(0, 2**64 - 1),
-    stream=st.integers(0, 2**32 - 1),
+    substream=st.integers(0, 2**32 - 1),
 )
-def test_bits_depend_on_seed_stream_and_index(backend, numel, probability, seed, stream):
-    got = random_mask((numel,), probability, seed, stream, backend=backend)
-    limit = round(probability * 2**32)
+def test_bits_depend_on_seed_substream_and_index(backend, numel, keep_probability, seed, substream):
+    got = random_mask((numel,), keep_probability, seed=seed, substream=substream, backend=backend)
+    limit = round(keep_probability * 2**32)
     assert got.dtype == torch.bool
-    assert got.tolist() == [word(seed, stream, index) < limit for index in range(numel)]
+    assert got.tolist() == [word(seed, substream, index) < limit for index in range(numel)]
 
 
 @every_backend
 def test_the_shape_does_not_change_a_bit(backend):
-    flat = random_mask((60,), 0.4, 11, 2, backend=backend)
-    assert torch.equal(random_mask((3, 4, 5), 0.4, 11, 2, backend=backend), flat.view(3, 4, 5))
-    assert torch.equal(random_mask((37,), 0.4, 11, 2, backend=backend), flat[:37])
-    assert random_mask((), 1.0, 11, backend=backend).shape == ()
-    assert random_mask((3, 0), 0.5, 11, backend=backend).shape == (3, 0)
+    flat = random_mask((60,), 0.4, seed=11, substream=2, backend=backend)
+    assert torch.equal(random_mask((3, 4, 5), 0.4, seed=11, substream=2, backend=backend), flat.view(3, 4, 5))
+    assert torch.equal(random_mask((37,), 0.4, seed=11, substream=2, backend=backend), flat[:37])
+    assert random_mask((), 1.0, seed=11, backend=backend).shape == ()
+    assert random_mask((3, 0), 0.5, seed=11, backend=backend).shape == (3, 0)
 
 
 @native_backend
 def test_number_of_threads_does_not_change_a_bit(backend):
-    expected = random_mask((200_003,), 0.3, 5, 1, backend="torch")
+    expected = random_mask((200_003,), 0.3, seed=5, substream=1, backend="torch")
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(random_mask((200_003,), 0.3, 5, 1, backend=backend), expected)
+            assert torch.equal(random_mask((200_003,), 0.3, seed=5, substream=1, backend=backend), expected)
     finally:
         torch.set_num_threads(before)
 
 
 @every_backend
 def test_zero_and_one_are_exact(backend):
-    assert not random_mask((100_000,), 0.0, 3, backend=backend).any()
-    assert random_mask((100_000,), 1.0, 3, backend=backend).all()
+    assert not random_mask((100_000,), 0.0, seed=3, backend=backend).any()
+    assert random_mask((100_000,), 1.0, seed=3, backend=backend).all()
 
 
 @every_backend
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_looks_random(backend, probability):
     n = 400_000
-    first, second = (random_mask((n,), probability, 42, stream, backend=backend) for stream in (0, 1))
-    other = random_mask((n,), probability, 43, 0, backend=backend)
+    first, second = (random_mask((n,), probability, seed=42, substream=s, backend=backend) for s in (0, 1))
+    other = random_mask((n,), probability, seed=43, backend=backend)
 
     def check(hits, expected, count):
         assert abs(int(hits.sum()) - expected * count) < 5 * math.sqrt(expected * (1 - expected) * count)
@@ -113,14 +113,14 @@ def test_looks_random(backend, probability):
 def test_what_it_refuses():
     for probability in (-0.1, 1.1, math.nan):
         with pytest.raises(ConfigError, match="probability"):
-            random_mask((4,), probability, 0)
+            random_mask((4,), probability, seed=0)
     for seed in (-1, 2**64):
         with pytest.raises(ConfigError, match="seed"):
-            random_mask((4,), 0.5, seed)
-    for stream in (-1, 2**32):
-        with pytest.raises(ConfigError, match="stream"):
-            random_mask((4,), 0.5, 0, stream)
+            random_mask((4,), 0.5, seed=seed)
+    for substream in (-1, 2**32):
+        with pytest.raises(ConfigError, match="substream"):
+            random_mask((4,), 0.5, seed=0, substream=substream)
     with pytest.raises(DeviceError):
-        random_mask((4,), 0.5, 0, device="meta")
+        random_mask((4,), 0.5, seed=0, device="meta")
     with pytest.raises(BackendUnavailableError, match="random_mask"):
-        random_mask((4,), 0.5, 0, backend="abacus")
+        random_mask((4,), 0.5, seed=0, backend="abacus")

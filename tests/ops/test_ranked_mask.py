@@ -59,9 +59,9 @@ def test_equals_the_reference(backend, kind, table, shape, dtypes, layouts, with
     x = LAYOUTS[layouts[0]]((base + VALUES[kind](shape)).to(dtypes[0]))
     base = LAYOUTS[layouts[1]](base.to(dtypes[1])) if with_base else None
     probabilities = tables(shape[-1], table, seed % 1000)
-    got = ranked_mask(x, probabilities, seed, seed % 2**32, base=base, backend=backend)
+    got = ranked_mask(x, probabilities, seed=seed, substream=seed % 2**32, base=base, backend=backend)
     assert got.is_contiguous()
-    assert same_bits(got, ranked_mask(x, probabilities, seed, seed % 2**32, base=base, backend="torch"))
+    assert same_bits(got, ranked_mask(x, probabilities, seed=seed, substream=seed % 2**32, base=base, backend="torch"))
 
 
 @native_backend
@@ -70,8 +70,8 @@ def test_equals_the_reference(backend, kind, table, shape, dtypes, layouts, with
 @pytest.mark.parametrize("cols", [257, 4096, 14336])
 def test_long_rows(backend, cols, kind, table):
     x, probabilities = VALUES[kind]((5, cols)), tables(cols, table)
-    got = ranked_mask(x, probabilities, 11, 3, backend=backend)
-    assert same_bits(got, ranked_mask(x, probabilities, 11, 3, backend="torch"))
+    got = ranked_mask(x, probabilities, seed=11, substream=3, backend=backend)
+    assert same_bits(got, ranked_mask(x, probabilities, seed=11, substream=3, backend="torch"))
 
 
 @every_backend
@@ -81,15 +81,15 @@ def test_is_the_mask_of_ranked_keep(backend, dtype):
     x = (base.double() + 0.01 * torch.randn(31, 301)).to(dtype)
     probabilities = della_probabilities(301, 0.3, 0.2)
     ranked = RankedSparsifier(magnitude_ranks(x, base=base), probabilities, rescale=False)
-    mask = ranked_mask(x, probabilities, 5, 1, base=base, backend=backend)
-    by_ranks = elect_and_sum(base, [x], [1.0], keep=[Sparsifier(ranked=ranked, seed=5, stream=1)])
-    assert same_bits(elect_and_sum(base, [x], [1.0], keep=[Sparsifier(mask=mask)]), by_ranks)
+    mask = ranked_mask(x, probabilities, seed=5, substream=1, base=base, backend=backend)
+    by_ranks = elect_and_sum(base, [x], [1.0], sparsifiers=[Sparsifier(ranked=ranked, seed=5, substream=1)])
+    assert same_bits(elect_and_sum(base, [x], [1.0], sparsifiers=[Sparsifier(mask=mask)]), by_ranks)
 
 
 @every_backend
 def test_each_rank_survives_as_often_as_its_probability_says(backend):
     x, probabilities = torch.tensor([3.0, -1.0, 0.5, 8.0, 0.0]).expand(20_000, 5), della_probabilities(5, 0.5, 0.4)
-    share = ranked_mask(x, probabilities, 1, backend=backend).double().mean(0)
+    share = ranked_mask(x, probabilities, seed=1, backend=backend).double().mean(0)
     expected = probabilities[[3, 2, 1, 4, 0]]
     assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
 
@@ -98,16 +98,16 @@ def test_each_rank_survives_as_often_as_its_probability_says(backend):
 @pytest.mark.parametrize("shape", [(300, 1001), (100_000, 3), (2, 70_001), (299, 65)], ids=str)
 def test_number_of_threads_does_not_matter(backend, shape):
     x, probabilities = torch.randn(shape).bfloat16(), della_probabilities(shape[1], 0.5, 0.3)
-    expected = ranked_mask(x, probabilities, 9, backend="torch")
+    expected = ranked_mask(x, probabilities, seed=9, backend="torch")
     for threads in (1, 2, 3):
         with torch_threads(threads):
-            assert same_bits(ranked_mask(x, probabilities, 9, backend=backend), expected)
+            assert same_bits(ranked_mask(x, probabilities, seed=9, backend=backend), expected)
 
 
 @every_backend
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), (1,), (1, 1)], ids=str)
 def test_nothing_and_single_elements(backend, shape):
-    mask = ranked_mask(torch.ones(shape), torch.ones(shape[-1], dtype=torch.float64), 0, backend=backend)
+    mask = ranked_mask(torch.ones(shape), torch.ones(shape[-1], dtype=torch.float64), seed=0, backend=backend)
     assert same_bits(mask, torch.ones(shape, dtype=torch.bool))
 
 
@@ -119,33 +119,33 @@ def test_values_that_are_not_finite_are_refused(backend, cols, bad):
     x[1, 2] = x[2, 0] = bad
     for tensor, base in ((x, None), (torch.zeros(3, cols), x)):
         with pytest.raises(NonFiniteError, match=f"2 of {3 * cols}"):
-            ranked_mask(tensor, probabilities, 0, base=base, backend=backend)
+            ranked_mask(tensor, probabilities, seed=0, base=base, backend=backend)
 
 
 def test_what_it_refuses():
     x, p = torch.ones(2, 4), della_probabilities(4, 0.5, 0.1)
     for wrong in (p[:3], p[None], torch.ones((), dtype=torch.float64)):
         with pytest.raises(ShapeError, match="one probability per column"):
-            ranked_mask(x, wrong, 0)
+            ranked_mask(x, wrong, seed=0)
     with pytest.raises(ShapeError, match="rows of less"):
-        ranked_mask(torch.tensor(1.0), p, 0)
+        ranked_mask(torch.tensor(1.0), p, seed=0)
     with pytest.raises(DTypeError, match="int64"):
-        ranked_mask(x.long(), p, 0)
-    with pytest.raises(DTypeError, match="float64 probabilities"):
-        ranked_mask(x, p.float(), 0)
+        ranked_mask(x.long(), p, seed=0)
+    with pytest.raises(DTypeError, match="must be float64"):
+        ranked_mask(x, p.float(), seed=0)
     for wrong in (p + 1, p - 1, p * math.nan):
         with pytest.raises(ConfigError, match=r"ranked_mask: .*\[0, 1\]"):
-            ranked_mask(x, wrong, 0)
+            ranked_mask(x, wrong, seed=0)
     with pytest.raises(ConfigError, match=r"\.cpu\(\)"):
-        ranked_mask(x, p.to("meta"), 0)
+        ranked_mask(x, p.to("meta"), seed=0)
     with pytest.raises(ConfigError, match="ranked_mask: seed"):
-        ranked_mask(x, p, -1)
-    with pytest.raises(ConfigError, match="ranked_mask: stream"):
-        ranked_mask(x, p, 0, 2**32)
+        ranked_mask(x, p, seed=-1)
+    with pytest.raises(ConfigError, match="ranked_mask: substream"):
+        ranked_mask(x, p, seed=0, substream=2**32)
     with pytest.raises(ShapeError):
-        ranked_mask(x, p, 0, base=torch.ones(4, 2))
+        ranked_mask(x, p, seed=0, base=torch.ones(4, 2))
     with pytest.raises(BackendUnavailableError, match="ranked_mask"):
-        ranked_mask(x, p, 0, backend="abacus")
+        ranked_mask(x, p, seed=0, backend="abacus")
 
 
 @native_backend

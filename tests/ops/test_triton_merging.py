@@ -38,7 +38,7 @@ normalized_or_not = pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("seed", "stream"), [(0, 0), (1, 7), (2**32, 2**31), (2**63 + 5, 1), (2**64 - 1, 2**32 - 1)])
 def test_mask(numel, seed, stream):
     for probability in (0.0, 0.3, 1 - 2.0**-32, 1.0):
-        got = random_mask((numel,), probability, seed, stream, backend="triton")
+        got = random_mask((numel,), probability, seed=seed, substream=stream, backend="triton")
         assert got.dtype == torch.bool
         assert got.tolist() == [word(seed, stream, i) < round(probability * 2**32) for i in range(numel)]
 
@@ -99,13 +99,15 @@ def assert_merged(base, tuned, weights=WEIGHTS, **options):
 def test_merging(elect, normalize, kind):
     for mix in MIXES[2:5:2]:
         base, tuned = pair((11, 13), mix, tasks=3)
-        assert_merged(base, tuned, elect=elect, normalize=normalize, alpha=0.3, keep=sparsifiers(base, tuned, kind))
+        assert_merged(
+            base, tuned, elect=elect, normalize=normalize, alpha=0.3, sparsifiers=sparsifiers(base, tuned, kind)
+        )
 
 
 @every_mix
 def test_merging_mixed_dtypes(mix):
     base, tuned = pair((300,), mix, tasks=4)
-    assert_merged(base, tuned, elect="sum", normalize=True, keep=sparsifiers(base, tuned, "mixture"))
+    assert_merged(base, tuned, elect="sum", normalize=True, sparsifiers=sparsifiers(base, tuned, "mixture"))
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 8])
@@ -114,7 +116,9 @@ def test_merging_ties_and_drawn_elections(tasks, kind):
     base, tuned = whole_numbers(17, 31, tasks=tasks)
     for elect in ELECTIONS:
         for weights in (WEIGHTS, CANCELLING):
-            assert_merged(base, tuned, weights, elect=elect, normalize=tasks < 8, keep=sparsifiers(base, tuned, kind))
+            assert_merged(
+                base, tuned, weights, elect=elect, normalize=tasks < 8, sparsifiers=sparsifiers(base, tuned, kind)
+            )
 
 
 @every_election
@@ -132,7 +136,7 @@ def test_the_first_ties_go_by_index(field, threshold):
     tuned[::2] = -0.5
     for ties in (0, 1, 127, 128, 129, 500):
         keep = [Sparsifier(**{field: MagnitudeSelection(threshold, torch.tensor(ties))})]
-        got = elect_and_sum(base, [tuned], [1.0], keep=keep, backend="triton")
+        got = elect_and_sum(base, [tuned], [1.0], sparsifiers=keep, backend="triton")
         assert same_bits(got, torch.where((torch.arange(500) < ties) == (field == "largest"), tuned, 0))
 
 
@@ -140,15 +144,15 @@ def test_a_threshold_between_two_float32():
     tuned = torch.tensor([1.0, 1 + 2.0**-23, 1 + 2.0**-22])
     selection = MagnitudeSelection(torch.tensor(1 + 2.0**-24, dtype=torch.float64), torch.tensor(0))
     for keep in (Sparsifier(largest=selection), Sparsifier(outliers=selection)):
-        assert_merged(torch.zeros(3), [tuned], keep=[keep])
+        assert_merged(torch.zeros(3), [tuned], sparsifiers=[keep])
 
 
 @every_election
 @normalized_or_not
 def test_base_comes_back_bit_for_bit(elect, normalize):
     base = torch.tensor([-0.0, 0.0, 1.0, -2.0, 5e-8], dtype=torch.float16).repeat(50)
-    for keep, alpha in ((None, 0.0), ([Sparsifier(probability=0.0)] * 2, 1.0)):
-        options = {"elect": elect, "normalize": normalize, "alpha": alpha, "keep": keep, "backend": "triton"}
+    for keep, alpha in ((None, 0.0), ([Sparsifier(keep_probability=0.0)] * 2, 1.0)):
+        options = {"elect": elect, "normalize": normalize, "alpha": alpha, "sparsifiers": keep, "backend": "triton"}
         assert same_bits(elect_and_sum(base, [base + 1, base - 1], [1.0, 0.5], **options).half(), base)
 
 
@@ -167,18 +171,18 @@ def test_nan_and_infinity_reach_the_result(elect, normalize):
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1, 1)])
 def test_merging_nothing_and_one_element(shape):
     base, tuned = pair(shape, tasks=3)
-    assert_merged(base, tuned, elect="sum", keep=sparsifiers(base, tuned, "everything"))
+    assert_merged(base, tuned, elect="sum", sparsifiers=sparsifiers(base, tuned, "everything"))
 
 
 def test_the_default_block_merges_too(monkeypatch):
     monkeypatch.undo()
     base, tuned = whole_numbers(3000)
-    assert_merged(base, tuned, elect="sum", normalize=True, keep=sparsifiers(base, tuned, "mixture"))
+    assert_merged(base, tuned, elect="sum", normalize=True, sparsifiers=sparsifiers(base, tuned, "mixture"))
 
 
 def test_merging_views():
     base, tuned = torch.randn(12, 30)[:, ::2], [torch.randn(15, 12).mT]
-    assert_merged(base, tuned, elect="count", keep=sparsifiers(base, tuned, "everything"))
+    assert_merged(base, tuned, elect="count", sparsifiers=sparsifiers(base, tuned, "everything"))
 
 
 @every_election
@@ -190,7 +194,7 @@ def test_masks_beside_other_selections_under_weights_of_both_signs(elect, normal
     keep = [
         Sparsifier(mask=some),
         Sparsifier(mask=some, rescale=-2.5),
-        Sparsifier(mask=some, probability=0.7, seed=2**63 + 5, stream=2, rescale=1 / 0.7),
+        Sparsifier(mask=some, keep_probability=0.7, seed=2**63 + 5, substream=2, rescale=1 / 0.7),
         Sparsifier(mask=torch.zeros_like(some)),
         Sparsifier(mask=~some, largest=selections[4].largest, outliers=selections[4].outliers),
         Sparsifier(),
@@ -201,7 +205,7 @@ def test_masks_beside_other_selections_under_weights_of_both_signs(elect, normal
         )
         keep[5] = Sparsifier(mask=some, ranked=ranked, seed=3)
     for rules in (keep, [Sparsifier(mask=some)] * 6):
-        assert_merged(base, tuned, weights, elect=elect, normalize=normalize, alpha=0.3, keep=rules)
+        assert_merged(base, tuned, weights, elect=elect, normalize=normalize, alpha=0.3, sparsifiers=rules)
 
 
 @pytest.mark.parametrize("elect", [elect for elect in ELECTIONS if elect != "unweighted"])
@@ -216,11 +220,11 @@ def test_ranked_sparsifiers(elect, rescale, mix):
     selection = sparsifiers(base, tuned[1:2], "ties")[0].largest
     keep = [
         Sparsifier(ranked=ranked[0], seed=5),
-        Sparsifier(ranked=ranked[1], seed=2**63 + 1, stream=1, rescale=0.7, largest=selection),
-        Sparsifier(probability=0.3, rescale=3.0, stream=2),
+        Sparsifier(ranked=ranked[1], seed=2**63 + 1, substream=1, rescale=0.7, largest=selection),
+        Sparsifier(keep_probability=0.3, rescale=3.0, substream=2),
         Sparsifier(),
     ]
-    assert_merged(base, tuned, elect=elect, normalize=True, alpha=0.5, keep=keep)
+    assert_merged(base, tuned, elect=elect, normalize=True, alpha=0.5, sparsifiers=keep)
 
 
 # --- task_gram
@@ -333,9 +337,10 @@ def test_spread_of_views_and_by_the_default_block(monkeypatch):
 # --- ranked_mask
 
 
-def assert_ranked_mask(x, probabilities, seed=2**63 + 5, stream=3, base=None):
+def assert_ranked_mask(x, probabilities, seed=2**63 + 5, substream=3, base=None):
     got, expected = (
-        ranked_mask(x, probabilities, seed, stream, base=base, backend=backend) for backend in ("triton", "torch")
+        ranked_mask(x, probabilities, seed=seed, substream=substream, base=base, backend=backend)
+        for backend in ("triton", "torch")
     )
     assert got.is_contiguous() and same_bits(got, expected)
 
@@ -344,7 +349,7 @@ def assert_ranked_mask(x, probabilities, seed=2**63 + 5, stream=3, base=None):
 @pytest.mark.parametrize("shape", [(1,), (2, 1), (3, 43), (1, 9, 33)], ids=str)
 def test_ranked_masks(mix, shape):
     base, (x, _) = pair(shape, mix)
-    assert_ranked_mask(x, della_probabilities(shape[-1], 0.4, 0.25), seed=0, stream=0)
+    assert_ranked_mask(x, della_probabilities(shape[-1], 0.4, 0.25), seed=0, substream=0)
     turned = [t.mT if t.ndim > 1 else t for t in (base, x)]
     assert_ranked_mask(turned[1], della_probabilities(turned[1].shape[-1], 0.5, 0.5), base=turned[0])
 
@@ -352,7 +357,7 @@ def test_ranked_masks(mix, shape):
 @pytest.mark.parametrize("table", TABLES)
 def test_ranked_masks_of_any_probabilities(table):
     assert_ranked_mask(torch.randint(-9, 9, (7, 61)).half(), tables(61, table))
-    assert_ranked_mask(torch.randn(7, 61), tables(122, table)[::2], seed=2**64 - 1, stream=2**32 - 1)
+    assert_ranked_mask(torch.randn(7, 61), tables(122, table)[::2], seed=2**64 - 1, substream=2**32 - 1)
 
 
 @every_dtype
@@ -374,4 +379,4 @@ def test_ranked_masks_of_nan_and_infinity_are_refused():
     x = torch.randn(3, 20)
     x[1, 7], x[2, 0] = math.nan, -math.inf
     with pytest.raises(NonFiniteError, match="2 of 60"):
-        ranked_mask(x, della_probabilities(20, 0.5, 0.1), 0, backend="triton")
+        ranked_mask(x, della_probabilities(20, 0.5, 0.1), seed=0, backend="triton")

@@ -41,13 +41,13 @@ RTSVM_HOST_DEVICE inline void philox(PhiloxKey key, uint32_t& x0, uint32_t& x1, 
   }
 }
 
-// Which element has which word: element i of a tensor has word i % 4 of the counter (i / 4, stream, 0), whose first
+// Which element has which word: element i of a tensor has word i % 4 of the counter (i / 4, substream, 0), whose first
 // entry takes two words, low one first, under the key `seed`. It is kept iff the word is below this threshold, a
 // number from 0 (never) to 2^32 (always).
 struct RandomMask {
   uint64_t threshold;
   uint64_t seed;
-  uint32_t stream;
+  uint32_t substream;
 };
 
 }  // namespace r_tsvm

@@ -21,8 +21,8 @@ struct RankedMaskOutput {
   int64_t* nonfinite;
 };
 
-// `base` may be null; `drawn` gives seed and stream. Uses at most `threads` threads, one for small tensors. Each thread
-// takes memory for a few copies of a row. Reads the inputs once.
+// `base` may be null; `drawn` gives seed and substream. Uses at most `threads` threads, one for small tensors. Each
+// thread takes memory for a few copies of a row. Reads the inputs once.
 void ranked_mask_cpu(const MatrixView& x, const MatrixView* base, const int64_t* thresholds, int64_t cols,
                      const RandomMask& drawn, const RankedMaskOutput& output, int threads);
 

@@ -120,16 +120,16 @@ def ties_merging(
     except NonFiniteError:
         return leave()
     all_ties = torch.tensor(size, device=flat_task_checks.device)
-    keep = [Sparsifier(largest=MagnitudeSelection(threshold, all_ties)) for threshold in thresholds]
+    sparsifiers = [Sparsifier(largest=MagnitudeSelection(threshold, all_ties)) for threshold in thresholds]
     zeros = flat_task_checks.new_zeros(size)
-    total = elect_and_sum(zeros, tasks, [1.0] * len(tasks), keep=keep)
+    total = elect_and_sum(zeros, tasks, 1.0, sparsifiers=sparsifiers)
     # Our kernel elects + where the sum is 0: where that is to be -, all task vectors change their sign.
     sign = 1.0 if float(total.sign_().sum(dtype=torch.float64)) > 0 else -1.0
     del total
     mean = how == "mean"
     INSTALLATION.count("elect_and_sum")
     merged = elect_and_sum(
-        zeros, tasks, [sign] * len(tasks), elect="sum", normalize=mean, alpha=1.0 if mean else sign, keep=keep
+        zeros, tasks, sign, elect="sum", normalize=mean, alpha=1.0 if mean else sign, sparsifiers=sparsifiers
     )
     return merged if mean else merged.to(flat_task_checks.dtype)  # their mean, too, is float32
 

@@ -54,7 +54,7 @@ def _between(x: Tensor, base: Tensor | None, reach: int, drop: int) -> Sparsifie
 
 
 def _keep_random(x: Tensor, base: Tensor | None, density: float) -> Sparsifier | None:
-    return Sparsifier(probability=density, seed=_seed()) if density >= 0 else None
+    return Sparsifier(keep_probability=density, seed=_seed()) if density >= 0 else None
 
 
 def _keep_by_rank(x: Tensor, base: Tensor | None, density: float, epsilon: float) -> Sparsifier | None:
@@ -63,7 +63,7 @@ def _keep_by_rank(x: Tensor, base: Tensor | None, density: float, epsilon: float
     if x.ndim not in (1, 2) or not (epsilon >= 0 and density + epsilon < 1 and density - epsilon > 0):
         return None  # mergekit ranks along dimension 1, and says what is wrong with epsilon
     INSTALLATION.count("ranked_mask")
-    return Sparsifier(mask=ranked_mask(x, della_probabilities(x.shape[-1], density, epsilon), _seed(), base=base))
+    return Sparsifier(mask=ranked_mask(x, della_probabilities(x.shape[-1], density, epsilon), seed=_seed(), base=base))
 
 
 def _seed() -> int:
@@ -109,17 +109,17 @@ def _sparsified(tensor: Tensor, density: float, rule: Rule, norm: str | None) ->
         return tensor
     if not accepted(tensor):
         return None
-    keep = rule(tensor, None)
-    if keep is None:
+    sparsifier = rule(tensor, None)
+    if sparsifier is None:
         return None
-    masked = _masked(tensor, keep)
+    masked = _masked(tensor, sparsifier)
     factor = _rescale(tensor, masked, norm)
     return None if factor is None else (masked * factor).to(tensor.dtype)
 
 
-def _masked(delta: Tensor, keep: Sparsifier) -> Tensor:
+def _masked(delta: Tensor, sparsifier: Sparsifier) -> Tensor:
     INSTALLATION.count("elect_and_sum")
-    return elect_and_sum(zeros_like(delta), [delta], [1.0], keep=[keep])
+    return elect_and_sum(zeros_like(delta), [delta], [1.0], sparsifiers=[sparsifier])
 
 
 def _rescale(delta: Tensor, masked: Tensor, norm: str | None) -> float | None:
@@ -151,13 +151,13 @@ def merge_group(method: GeneralizedTaskArithmeticMerge, group: TensorGroup, /, *
     alpha = float(parameters["lambda"])
     if not all(math.isfinite(number) for number in (*weights, alpha)):
         return None
-    keep: list[Sparsifier] = []
+    sparsifiers: list[Sparsifier] = []
     for entry in entries if method.sparsification_method else ():
         own = {name: parameters[name][entry.id] for name in RULE_PARAMETERS if name in parameters}
-        rule = _task_keep(entry.tensor, base, method.sparsification_method.value, own, parameters["rescale"])
-        if rule is None:
+        sparsifier = _sparsifier(entry.tensor, base, method.sparsification_method.value, own, parameters["rescale"])
+        if sparsifier is None:
             return None
-        keep.append(rule)
+        sparsifiers.append(sparsifier)
 
     elect, normalize = method.consensus_method, parameters["normalize"]
     if normalize and not elect:
@@ -166,20 +166,20 @@ def merge_group(method: GeneralizedTaskArithmeticMerge, group: TensorGroup, /, *
     INSTALLATION.count("elect_and_sum")
     merged = elect_and_sum(
         base, tuned, weights,
-        elect=elect.value if elect else "none", normalize=normalize, alpha=alpha, keep=keep or None,
+        elect=elect.value if elect else "none", normalize=normalize, alpha=alpha, sparsifiers=sparsifiers or None,
     )  # fmt: skip
     return merged.to(base.dtype)
 
 
-def _task_keep(x: Tensor, base: Tensor, method: str, own: dict[str, float], rescale: bool) -> Sparsifier | None:
+def _sparsifier(x: Tensor, base: Tensor, method: str, own: dict[str, float], rescale: bool) -> Sparsifier | None:
     if own["density"] >= 1:
         return Sparsifier()
-    keep = RULES[method](x, base, **own)
-    if keep is None or not rescale:
-        return keep
+    sparsifier = RULES[method](x, base, **own)
+    if sparsifier is None or not rescale:
+        return sparsifier
     INSTALLATION.count("elect_and_sum")
-    factor = _factor(l1_norm(base, x), l1_norm(base, kept_model(base, x, keep)))
-    return None if factor is None else replace(keep, rescale=factor)
+    factor = _factor(l1_norm(base, x), l1_norm(base, kept_model(base, x, sparsifier)))
+    return None if factor is None else replace(sparsifier, rescale=factor)
 
 
 def zeros_like(tensor: Tensor) -> Tensor:

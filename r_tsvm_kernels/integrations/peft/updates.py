@@ -82,25 +82,26 @@ def combined_triplets(
 def _pruned_and_summed(
     updates: Sequence[Tensor], weights: Sequence[float], rule: Rule, density: float, majority: MajoritySign, seed: int
 ) -> Tensor:
-    keep = [_keep(update, rule, density, seed, stream) for stream, update in enumerate(updates)]
+    sparsifiers = [_sparsifier(update, rule, density, seed, task) for task, update in enumerate(updates)]
     zeros = updates[0].new_zeros(updates[0].shape[-1:]).expand_as(updates[0])  # one row stands for all
     if not rule.elect:
-        return elect_and_sum(zeros, updates, weights, keep=keep)
+        return elect_and_sum(zeros, updates, weights, sparsifiers=sparsifiers)
     if len(set(weights)) == 1:
         ones = [1.0] * len(updates)
         return elect_and_sum(
-            zeros, updates, ones, elect=_ELECTIONS[majority], normalize=True, alpha=weights[0], keep=keep
+            zeros, updates, ones, elect=_ELECTIONS[majority], normalize=True, alpha=weights[0], sparsifiers=sparsifiers
         )
-    pruned = [elect_and_sum(zeros, [update], [1.0], keep=[own]) for update, own in zip(updates, keep, strict=True)]
+    pairs = zip(updates, sparsifiers, strict=True)
+    pruned = [elect_and_sum(zeros, [update], [1.0], sparsifiers=[own]) for update, own in pairs]
     return _disjoint_mean(pruned, weights, majority)
 
 
-def _keep(update: Tensor, rule: Rule, density: float, seed: int, stream: int) -> Sparsifier:
+def _sparsifier(update: Tensor, rule: Rule, density: float, seed: int, task: int) -> Sparsifier:
     if density >= 1:
         return Sparsifier()
     if rule.prune == "magnitude":
         return Sparsifier(largest=magnitude_select(update, int(density * update.numel())))
-    return Sparsifier(probability=density, rescale=1 / density, seed=seed, stream=stream)
+    return Sparsifier(keep_probability=density, rescale=1 / density, seed=seed, substream=task)
 
 
 def _disjoint_mean(updates: Sequence[Tensor], weights: Sequence[float], majority: MajoritySign) -> Tensor:

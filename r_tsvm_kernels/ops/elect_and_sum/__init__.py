@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import ConfigError
-from .._checks import accumulation_dtype, check_factors, check_group, check_like, check_mask, numbers_of
+from .._checks import accumulation_dtype, check_factors, check_group, check_like, check_mask, check_plain, numbers_of
 from ..magnitude_select import MagnitudeSelection
-from ..random_mask import check_random
+from ..random_mask import checked_draw
 from .ranked import RankedSparsifier
 
 Election = Literal["none", "sum", "count", "unweighted"]
@@ -26,40 +26,60 @@ class Sparsifier:
 
     An element survives if all conditions hold. With n elements, density d and k(d) = `kept_count(d, n)`:
 
-    - TIES (Yadav et al., arXiv 2306.01708), trimming: ``largest`` selects k(d) magnitudes.
-    - Model Breadcrumbs (Davari, Belilovsky, arXiv 2312.06795): the fraction gamma of the largest magnitudes goes too:
+    - TIES trims (Yadav et al., arXiv 2306.01708): ``largest`` selects k(d) magnitudes.
+    - Model Breadcrumbs (Davari, Belilovsky, arXiv 2312.06795) also drops the fraction gamma of the largest magnitudes:
       ``largest`` selects k(d + gamma), ``outliers`` k(gamma).
-    - DARE (Yu et al., arXiv 2311.03099): ``probability = d``, ``rescale = 1 / d``, one ``stream`` per task.
-    - DELLA (Deep et al., arXiv 2406.11617), without its election: ``ranked``, one ``stream`` per task.
-    - SCE (Wan et al., arXiv 2408.07990), selecting: the same ``mask`` for all tasks.
+    - DARE (Yu et al., arXiv 2311.03099): ``keep_probability = d``, ``rescale = 1 / d``, one ``substream`` per task.
+    - DELLA drops by rank (Deep et al., arXiv 2406.11617): ``ranked``, one ``substream`` per task.
+    - SCE selects (Wan et al., arXiv 2408.07990): the same ``mask`` for all tasks.
 
     Attributes:
-        largest: survivors by magnitude, selected on ``tuned[t] - base`` in the accumulation dtype; None for all.
-        outliers: elements that do not survive, selected likewise; None for none.
-        probability: of surviving, see `random_mask`; 1 draws nothing.
+        largest: survivors, selected by ``|tuned[t] - base|`` in the accumulation dtype; None for all.
+        outliers: elements that do not survive, selected in the same way; None for none.
+        keep_probability: of surviving, see `random_mask`; 1 draws nothing.
         seed: of the random mask, 0 <= seed < 2**64.
-        stream: of the random mask, 0 <= stream < 2**32.
-        rescale: factor of the survivors.
-        ranked: survivors by chance, more likely the larger their magnitude is in the row; in place of `probability`,
-            drawn from the words of the same random mask; None for all.
+        substream: of the random mask, 0 <= substream < 2**32.
+        rescale: factor of the survivors, finite.
+        ranked: survivors by chance, with a probability by rank instead of one for all; drawn from the words of the same
+            random mask. None for all.
         mask: bool, of the tensors' shape and device: survivors are True; None for all.
+
+    Raises:
+        ConfigError: a number out of range, a field of another type, or `keep_probability` beside `ranked`.
+        DTypeError: `mask` is not a plain tensor.
+
+    Example:
+        >>> Sparsifier(keep_probability=0.25, rescale=4.0, seed=7).keep_probability  # DARE
+        0.25
     """
 
     largest: MagnitudeSelection | None = None
     outliers: MagnitudeSelection | None = None
-    probability: float = 1.0
+    keep_probability: float = 1.0
     seed: int = 0
-    stream: int = 0
+    substream: int = 0
     rescale: float = 1.0
     ranked: RankedSparsifier | None = None
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_random(self.probability, self.seed, self.stream, op="elect_and_sum")
-        if not math.isfinite(self.rescale):
-            raise ConfigError(f"elect_and_sum: rescale must be finite, got {self.rescale}")
-        if self.ranked is not None and self.probability != 1:
-            raise ConfigError(f"elect_and_sum: with ranked, probability must be 1, got {self.probability}")
+        draw = checked_draw(self.keep_probability, self.seed, self.substream, "Sparsifier")
+        (rescale,) = numbers_of(self.rescale, 1, "Sparsifier: rescale")
+        names = ("keep_probability", "seed", "substream", "rescale")
+        for name, value in zip(names, (*draw, rescale), strict=True):
+            object.__setattr__(self, name, value)
+        for name, kind in (
+            ("largest", MagnitudeSelection),
+            ("outliers", MagnitudeSelection),
+            ("ranked", RankedSparsifier),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind | None):
+                raise ConfigError(f"Sparsifier: {name} must be a {kind.__name__} or None, got {type(value).__name__}")
+        if self.ranked is not None and self.keep_probability != 1:
+            raise ConfigError(f"Sparsifier: with ranked, keep_probability must be 1, got {self.keep_probability}")
+        if self.mask is not None:
+            check_plain(self.mask, "Sparsifier: mask")
 
 
 @dispatch.op(cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"BLOCK": 128})
@@ -71,13 +91,13 @@ def elect_and_sum(
     elect: Election = "none",
     normalize: bool = False,
     alpha: float = 1.0,
-    keep: Sequence[Sparsifier] | None = None,
+    sparsifiers: Sequence[Sparsifier] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return ``base + alpha * combined``, where `combined` merges the sparsified, weighted task vectors.
 
-    With ``v_t = w_t * rescale_t * (tuned[t] - base)`` where `keep` lets an element survive and 0 elsewhere, for each
-    element on its own:
+    With ``v_t = w_t * rescale_t * (tuned[t] - base)`` where an element survives `sparsifiers` and 0 elsewhere, for
+    each element on its own:
 
     - ``elect="none"``: combined = sum(v_t). `normalize` divides the weights by their sum (of all tasks). This is task
       arithmetic (Ilharco et al., arXiv 2212.04089), and the weighted average of models where the base is 0.
@@ -101,14 +121,14 @@ def elect_and_sum(
         elect: ``none``, ``sum``, ``count`` or ``unweighted``.
         normalize: divide by weights, as above.
         alpha: scale of the merged task vector.
-        keep: T sparsifiers; None keeps every element.
+        sparsifiers: one for each task; None keeps every element.
         backend: run this implementation or raise; None takes the fastest one that is available.
 
     Returns:
         A new tensor, float32 (float64 if any input is float64): rounding to the storage dtype is left to the caller.
 
     Raises:
-        ShapeError, DTypeError, DeviceError: the tensors do not match, ranks and masks included.
+        ShapeError, DTypeError, DeviceError: the tensors do not match; ranks and masks are checked, too.
         ConfigError: an unknown election, a wrong number of weights or sparsifiers, a number that is not finite or does
             not fit the accumulation dtype, weights that sum to 0 and are to be normalized without an election, or
             ranks in an unweighted election.
@@ -119,11 +139,9 @@ def elect_and_sum(
         raise ConfigError(f"elect must be {', '.join(get_args(Election))}, got {elect!r}")
     weights = numbers_of(weights, len(tuned), "elect_and_sum: weights")
     (alpha,) = numbers_of(alpha, 1, "elect_and_sum: alpha")
-    if keep is not None and len(keep) != len(tuned):
-        raise ConfigError(f"elect_and_sum: {len(tuned)} tasks but {len(keep)} sparsifiers")
+    rules = _one_per_task(sparsifiers, len(tuned))
     if normalize and elect == "none":
         weights = normalized(weights)
-    rules = list(keep) if keep is not None else [Sparsifier()] * len(tuned)
     dtype = accumulation_dtype(base, *tuned)
     factors = [weight * rule.rescale for weight, rule in zip(weights, rules, strict=True)]
     for label, values in (("weights", weights), ("weights times rescale", factors), ("alpha", [alpha])):
@@ -138,6 +156,18 @@ def elect_and_sum(
     run = dispatch.select("elect_and_sum", base, *tuned, backend=backend)
     result: Tensor = run(base, tuned, weights, rules, elect, normalize, alpha)
     return result
+
+
+def _one_per_task(sparsifiers: Sequence[Sparsifier] | None, tasks: int) -> list[Sparsifier]:
+    if sparsifiers is None:
+        return [Sparsifier()] * tasks
+    if not isinstance(sparsifiers, Sequence) or not all(isinstance(own, Sparsifier) for own in sparsifiers):
+        raise ConfigError(
+            f"elect_and_sum: sparsifiers must be a list of Sparsifier, one for each task, got {sparsifiers!r}"
+        )
+    if len(sparsifiers) != tasks:
+        raise ConfigError(f"elect_and_sum: {tasks} tasks but {len(sparsifiers)} sparsifiers; give one for each task")
+    return list(sparsifiers)
 
 
 def least_divisor(weights: Sequence[float], dtype: torch.dtype) -> float:

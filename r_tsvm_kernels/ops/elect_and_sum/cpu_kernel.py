@@ -23,7 +23,7 @@ def run(
     base: Tensor,
     tuned: Sequence[Tensor],
     weights: Sequence[float],
-    keep: Sequence[Sparsifier],
+    sparsifiers: Sequence[Sparsifier],
     elect: str,
     normalize: bool,
     alpha: float,
@@ -32,19 +32,19 @@ def run(
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     views = [matrix(tensor) for tensor in tensors]
     dtype = accumulation_dtype(base, *tuned)
-    ranked = [_ranked(rule, weight) for weight, rule in zip(weights, keep, strict=True)]
-    masks = [None if rule.mask is None else rule.mask.contiguous() for rule in keep]
+    ranked = [_ranked(rule, weight) for weight, rule in zip(weights, sparsifiers, strict=True)]
+    masks = [None if rule.mask is None else rule.mask.contiguous() for rule in sparsifiers]
     tasks = [
         (
             weight,
             weight * rule.rescale,
             _selection(rule.largest, dtype),
             _selection(rule.outliers, dtype),
-            (mask_threshold(rule.probability), rule.seed, rule.stream),
+            (mask_threshold(rule.keep_probability), rule.seed, rule.substream),
             tuple(tensor.data_ptr() for tensor in tables) or (0, 0, 0),
             0 if mask is None else mask.data_ptr(),
         )
-        for weight, rule, tables, mask in zip(weights, keep, ranked, masks, strict=True)
+        for weight, rule, tables, mask in zip(weights, sparsifiers, ranked, masks, strict=True)
     ]
     output = torch.empty(base.shape, dtype=dtype, device=base.device)
     threads = torch.get_num_threads()

@@ -22,7 +22,7 @@ def run(
     base: Tensor,
     tuned: Sequence[Tensor],
     weights: Sequence[float],
-    keep: Sequence[Sparsifier],
+    sparsifiers: Sequence[Sparsifier],
     elect: str,
     normalize: bool,
     alpha: float,
@@ -61,11 +61,11 @@ def run(
             weight * rule.rescale,
             index(rule.largest),
             index(rule.outliers),
-            (mask_threshold(rule.probability), rule.seed, rule.stream),
+            (mask_threshold(rule.keep_probability), rule.seed, rule.substream),
             tables(rule, weight),
             mask(rule),
         )
-        for weight, rule in zip(weights, keep, strict=True)
+        for weight, rule in zip(weights, sparsifiers, strict=True)
     ]
     thresholds = _stacked([selection.threshold for selection in selections], torch.float64, base)
     ties = _stacked([selection.ties for selection in selections], torch.int64, base)

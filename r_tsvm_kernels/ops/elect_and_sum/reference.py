@@ -22,7 +22,7 @@ def run(
     base: Tensor,
     tuned: Sequence[Tensor],
     weights: Sequence[float],
-    keep: Sequence[Sparsifier],
+    sparsifiers: Sequence[Sparsifier],
     elect: str,
     normalize: bool,
     alpha: float,
@@ -33,7 +33,7 @@ def run(
     # A generator: without an election, one task vector at a time is in memory.
     pairs = (
         _sparsified(tensor.to(dtype) - start, weight, rule)
-        for tensor, weight, rule in zip(tuned, weights, keep, strict=True)
+        for tensor, weight, rule in zip(tuned, weights, sparsifiers, strict=True)
     )
     combined = torch.zeros_like(start)
     if elect == "none":
@@ -74,14 +74,16 @@ def _sparsified(difference: Tensor, weight: float, rule: Sparsifier) -> tuple[Te
         survives &= ~rule.outliers.mask(difference)
     if rule.mask is not None:
         survives &= rule.mask
-    if rule.probability < 1:
-        drawn = (rule.probability, rule.seed, rule.stream)
-        survives &= random_mask(difference.shape, *drawn, device=difference.device, backend="torch")
+    if rule.keep_probability < 1:
+        survives &= random_mask(
+            difference.shape, rule.keep_probability, seed=rule.seed, substream=rule.substream,
+            device=difference.device, backend="torch",
+        )  # fmt: skip
     factor: float | Tensor = weight * rule.rescale
     if rule.ranked is not None:
         tables = rank_tables(rule.ranked, weight * rule.rescale)
         ranks = rule.ranked.ranks.long()
-        words = random_words(difference.numel(), rule.seed, rule.stream, difference.device).view(difference.shape)
+        words = random_words(difference.numel(), rule.seed, rule.substream, difference.device).view(difference.shape)
         survives &= words < tables.thresholds.to(difference.device)[ranks]
         factor = tables.factors.to(difference.device)[ranks]
     return torch.where(survives, difference, 0), factor

@@ -54,7 +54,7 @@ def elect_and_sum_kernel(
     in it is more than some versions of Triton take):
     `thresholds_ptr` and `ties_ptr` hold one number for each, `ties_before_ptr` (selections, blocks) how many magnitudes
     tie in earlier blocks. DRAWN: for each task whether its elements survive at random; `draws_ptr` has threshold, seed
-    and stream of each task, in place of which threshold and factor go by rank where there are `ranks_ptrs`.
+    and substream of each task, in place of which threshold and factor go by rank where there are `ranks_ptrs`.
     `mask_ptrs`: of each task, uint8, or None.
     """
     block = tl.program_id(0)
@@ -134,7 +134,7 @@ def run(
     base: Tensor,
     tuned: Sequence[Tensor],
     weights: Sequence[float],
-    keep: Sequence[Sparsifier],
+    sparsifiers: Sequence[Sparsifier],
     elect: str,
     normalize: bool,
     alpha: float,
@@ -147,17 +147,19 @@ def run(
         return out
     origin, tensors = flat(base), tuple(flat(tensor) for tensor in tuned)
     numbers = [alpha, least_divisor(weights, dtype)]
-    for weight, rule in zip(weights, keep, strict=True):
+    for weight, rule in zip(weights, sparsifiers, strict=True):
         numbers += [weight * rule.rescale, weight]
     # In memory: Triton would pass a Python float as float32.
     scalars = torch.tensor(numbers, dtype=torch.float64, device=base.device)
-    drawn = tuple(rule.probability < 1 or rule.ranked is not None for rule in keep)
+    drawn = tuple(rule.keep_probability < 1 or rule.ranked is not None for rule in sparsifiers)
     sampled = thresholds = ties = ties_before = None
     if any(drawn):
-        sampled = draws([(mask_threshold(rule.probability), rule.seed, rule.stream) for rule in keep], base.device)
-    ranked = _ranked(weights, keep)
-    masks = tuple(None if rule.mask is None else flat(rule.mask).view(torch.uint8) for rule in keep)
-    places, selections = _selections(keep)
+        sampled = draws(
+            [(mask_threshold(rule.keep_probability), rule.seed, rule.substream) for rule in sparsifiers], base.device
+        )
+    ranked = _ranked(weights, sparsifiers)
+    masks = tuple(None if rule.mask is None else flat(rule.mask).view(torch.uint8) for rule in sparsifiers)
+    places, selections = _selections(sparsifiers)
     with device_of(base):
         if selections:
             thresholds = torch.stack([selection.rounded(dtype).threshold for selection in selections])
@@ -172,10 +174,10 @@ def run(
     return out
 
 
-def _ranked(weights: Sequence[float], keep: Sequence[Sparsifier]) -> tuple[tuple[Tensor | None, ...], ...]:
+def _ranked(weights: Sequence[float], sparsifiers: Sequence[Sparsifier]) -> tuple[tuple[Tensor | None, ...], ...]:
     """Return for each task its ranks, thresholds by rank and factors by rank, or None."""
     rows: list[tuple[Tensor | None, ...]] = []
-    for weight, rule in zip(weights, keep, strict=True):
+    for weight, rule in zip(weights, sparsifiers, strict=True):
         row: tuple[Tensor | None, ...] = (None, None, None)
         if rule.ranked is not None:
             ranks = flat(rule.ranked.ranks)
@@ -185,7 +187,7 @@ def _ranked(weights: Sequence[float], keep: Sequence[Sparsifier]) -> tuple[tuple
     return tuple(zip(*rows, strict=True))
 
 
-def _selections(keep: Sequence[Sparsifier]) -> tuple[tuple[tuple[int, int], ...], list[MagnitudeSelection]]:
+def _selections(sparsifiers: Sequence[Sparsifier]) -> tuple[tuple[tuple[int, int], ...], list[MagnitudeSelection]]:
     """Return the selections of all tasks, and for each task the places of its two among them, -1 for none."""
     selections: list[MagnitudeSelection] = []
 
@@ -195,4 +197,4 @@ def _selections(keep: Sequence[Sparsifier]) -> tuple[tuple[tuple[int, int], ...]
         selections.append(selection)
         return len(selections) - 1
 
-    return tuple((place(rule.largest), place(rule.outliers)) for rule in keep), selections
+    return tuple((place(rule.largest), place(rule.outliers)) for rule in sparsifiers), selections

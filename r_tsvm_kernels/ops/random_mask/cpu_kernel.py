@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import backends
 
 
-def run(mask: Tensor, threshold: int, seed: int, stream: int) -> None:
+def run(mask: Tensor, threshold: int, seed: int, substream: int) -> None:
     """See `random_mask`; fills `mask`, a contiguous tensor."""
-    argument = (threshold, seed, stream)
+    argument = (threshold, seed, substream)
     backends.native("cpu").random_mask(mask.data_ptr(), mask.numel(), argument, torch.get_num_threads())

@@ -11,15 +11,15 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
-def run(mask: Tensor, threshold: int, seed: int, stream: int) -> None:
+def run(mask: Tensor, threshold: int, seed: int, substream: int) -> None:
     """See `random_mask`; fills `mask`, a contiguous tensor."""
-    mask.copy_((random_words(mask.numel(), seed, stream, mask.device) < threshold).view(mask.shape))
+    mask.copy_((random_words(mask.numel(), seed, substream, mask.device) < threshold).view(mask.shape))
 
 
-def random_words(numel: int, seed: int, stream: int, device: torch.device) -> Tensor:
+def random_words(numel: int, seed: int, substream: int, device: torch.device) -> Tensor:
     """Return the 32-bit words of elements 0 to numel - 1, as int64."""
     group = torch.arange((numel + 3) // 4, device=device)
-    counter = (group & WORD, group >> 32, torch.full_like(group, stream), torch.zeros_like(group))
+    counter = (group & WORD, group >> 32, torch.full_like(group, substream), torch.zeros_like(group))
     return torch.stack(philox(counter, (seed & WORD, seed >> 32)), dim=1).flatten()[:numel]
 
 

@@ -21,12 +21,12 @@ def random_mask_kernel(draw_ptr, out_ptr, numel, BLOCK: tl.constexpr):
     tl.store(out_ptr + offsets, (words.to(tl.int64) < tl.load(draw_ptr)).to(tl.uint8), mask=inside)
 
 
-def run(mask: Tensor, threshold: int, seed: int, stream: int) -> None:
+def run(mask: Tensor, threshold: int, seed: int, substream: int) -> None:
     """See `random_mask`; fills `mask`, a contiguous tensor."""
     if mask.numel() == 0:
         return
     # In memory: Triton would compile a kernel for each kind of integer.
-    draw = draws([(threshold, seed, stream)], mask.device)
+    draw = draws([(threshold, seed, substream)], mask.device)
     with device_of(mask):
         random_mask_kernel[(triton.cdiv(mask.numel(), BLOCK),)](
             draw, mask.view(torch.uint8), mask.numel(), BLOCK, **LAUNCH
@@ -34,6 +34,6 @@ def run(mask: Tensor, threshold: int, seed: int, stream: int) -> None:
 
 
 def draws(rows: list[tuple[int, int, int]], device: torch.device) -> Tensor:
-    """Return threshold, seed and stream of each mask, int64 (masks, 3); the seed keeps its 64 bits."""
-    signed = [(threshold, seed - 2**64 if seed >= 2**63 else seed, stream) for threshold, seed, stream in rows]
+    """Return threshold, seed and substream of each mask, int64 (masks, 3); the seed keeps its 64 bits."""
+    signed = [(threshold, seed - 2**64 if seed >= 2**63 else seed, substream) for threshold, seed, substream in rows]
     return torch.tensor(signed, dtype=torch.int64, device=device)

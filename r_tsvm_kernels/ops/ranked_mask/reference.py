@@ -8,8 +8,8 @@ from ..magnitude_ranks import magnitude_ranks
 from ..random_mask.reference import random_words
 
 
-def run(x: Tensor, base: Tensor | None, thresholds: Tensor, seed: int, stream: int) -> Tensor:
+def run(x: Tensor, base: Tensor | None, thresholds: Tensor, seed: int, substream: int) -> Tensor:
     """See `ranked_mask`; `x` has elements."""
     ranks = magnitude_ranks(x, base=base, backend="torch").long()
-    words = random_words(x.numel(), seed, stream, x.device).view(x.shape)
+    words = random_words(x.numel(), seed, substream, x.device).view(x.shape)
     return words < thresholds.to(x.device)[ranks]

@@ -18,7 +18,7 @@ BLOCK = 1024
 def ranked_mask_kernel(ranks_ptr, thresholds_ptr, draw_ptr, out_ptr, numel, BLOCK: tl.constexpr):
     """``out_i = 1`` where the random word of element i lies below the threshold of its rank, 0 elsewhere.
 
-    `draw_ptr` points to a number that is not used, seed and stream.
+    `draw_ptr` points to a number that is not used, seed and substream.
     """
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
@@ -28,11 +28,11 @@ def ranked_mask_kernel(ranks_ptr, thresholds_ptr, draw_ptr, out_ptr, numel, BLOC
     tl.store(out_ptr + offsets, survives.to(tl.uint8), mask=inside)
 
 
-def run(x: Tensor, base: Tensor | None, thresholds: Tensor, seed: int, stream: int) -> Tensor:
+def run(x: Tensor, base: Tensor | None, thresholds: Tensor, seed: int, substream: int) -> Tensor:
     """See `ranked_mask`; `x` has elements. Waits for the device once, to refuse NaN and infinity."""
     ranks = magnitude_ranks(x, base)
     mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    numel, draw = x.numel(), draws([(0, seed, stream)], x.device)
+    numel, draw = x.numel(), draws([(0, seed, substream)], x.device)
     table = flat(thresholds.to(x.device))
     with device_of(x):
         ranked_mask_kernel[(triton.cdiv(numel, BLOCK),)](
