@@ -38,6 +38,8 @@ def test_the_map_shows_what_is_there():
 def test_every_method_is_in_the_table():
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\]\((https://[^)]+)\) \|$", METHODS_PAGE, re.MULTILINE))
     assert rows == {name: method.paper_url for name, method in METHODS.items()}
+    for file in ("README.md", "docs/index.md"):
+        assert f" {len(METHODS)} methods, " in (ROOT / file).read_text()
 
 
 def test_every_option_of_rtsvm_is_in_the_table():

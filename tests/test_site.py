@@ -105,7 +105,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
         exec(compile(code, "tutorial.md", "exec"), {})  # our own text
 
 
-@pytest.mark.parametrize(("page", "count"), [("tools.md", 3), ("lora.md", 1)])
+@pytest.mark.parametrize(("page", "count"), [("tools.md", 4), ("lora.md", 1)])
 def test_the_examples_in_python_run(page, count):
     codes = blocks(page, "python")
     assert len(codes) >= count
