@@ -1,4 +1,4 @@
-"""Checkpoints of a stated size for the benchmarks of the engine: Llama's shapes and names, in shards of about 1 GB."""
+"""Synthetic checkpoints of a given size: Llama's shapes and names, in shards of about 1 GB."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def family_of_shapes(
 
     There must be room for them and for `outputs` merged models.
 
-    Every layer holds the same values: to a merge that streams they are different tensors all the same, and the
-    checkpoints are written as fast as the disk allows.
+    Every layer holds the same values. A merge that streams cannot tell, and the checkpoints are written as fast as the
+    disk allows.
     """
     need = (tasks + 1 + outputs) * checkpoint_bytes(shapes, layers)
     free = shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""What a benchmark is: inputs, providers of one result, its true value, and what must move and be computed."""
+"""A benchmark case: inputs, providers of one result, its true value, and the bytes and flops that it needs."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .measure import Call, leaves, worst_error
 
 Role = Literal["ours", "reference", "torch", "peer"]
 Ceiling = Literal["copy", "matmul"]
-# Returns the error of what was found (first) against the truth.
+# Returns the error of a result (first) against the truth (second).
 Judge = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
 
-# All values are multiples of GRID and at most LARGEST: then differences are exact in float32, and float64 selects the
-# same elements, ties included.
+# All values are multiples of GRID and at most LARGEST, so differences are exact in float32 and float64 selects the same
+# elements, ties included.
 GRID, LARGEST = 2.0**-26, 2.0**-3
 TIMED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A weight and fine-tunes of it, the same for the same fields.
+    """A weight and fine-tunes of it; the same fields give the same values.
 
     Attributes:
-        matrix: what the shape is, e.g. ``Mistral-7B q_proj``.
+        matrix: label of the shape, e.g. ``Mistral-7B q_proj``.
         shape: (rows, columns).
         dtype: of the weights, a key of `TIMED_DTYPES`.
         tasks: number of fine-tunes.
-        device: where they lie.
+        device: where the tensors are.
     """
 
     matrix: str
@@ -51,7 +51,7 @@ class Inputs:
 
     @cached_property
     def tuned(self) -> list[Tensor]:
-        """The fine-tunes, at a distance of a twentieth of the weight."""
+        """The fine-tunes; their distance from the weight is a twentieth of its norm."""
         return [self._random(1e-3, 1 + task, self.base) for task in range(self.tasks)]
 
     @cached_property
@@ -87,14 +87,14 @@ class Provider:
     """One way to the result.
 
     Attributes:
-        name: backend or solver of ours, or what else it is.
+        name: our backend or solver, a library, or a version in torch.
         run: computes the result.
-        role: ``ours``; ``reference``: eager torch, as one writes it down; ``torch``: the best of torch otherwise;
-            ``peer``: another library.
-        limit: largest error, where it is not that of the case; or computes it from the truth.
-        error: finds the error.
-        compared: what of the result is compared with the truth by `error`.
-        compiles: whether the first run compiles what all others run.
+        role: ``ours``; ``reference``: plain eager torch; ``torch``: hand-optimised or compiled torch; ``peer``: another
+            library.
+        limit: largest error, if it differs from that of the case; or computes it from the truth.
+        error: computes the error.
+        compared: the part of the result that `error` compares with the truth.
+        compiles: whether the first run compiles the code.
     """
 
     name: str
@@ -114,10 +114,10 @@ class Case:
         inputs: the input.
         providers: all that can run here.
         truth: computes the true values in float64, or integers.
-        values: of a result, what is compared with the truth.
+        values: takes from a result the tensors that are compared with the truth.
         limit: largest relative error of a right result.
-        bytes: that must be read and written at least.
-        flops: that must be computed at least; 0 where they do not count.
+        bytes: fewest bytes that can be read and written.
+        flops: fewest operations; 0 where bytes bound the speed.
         ceiling: what bounds the speed.
         unavailable: backends that cannot run here, and why.
     """
@@ -135,14 +135,14 @@ class Case:
 
 @contextmanager
 def all_on(backend: str, device_type: str) -> Iterator[None]:
-    """Run every op on `backend`, where it has the op and can run, and on the reference elsewhere."""
+    """Run every op on `backend` if it has the op and can run; on the reference otherwise."""
     choice = {op: backend if dict(explain(op, device_type)).get(backend) == backends.READY else "torch" for op in ops()}
     with use_backend(**choice):
         yield
 
 
 def by_backend(ops: Sequence[str], call: Call, device: torch.device) -> tuple[list[Provider], dict[str, str]]:
-    """Return a provider for each backend that has one of the ops and can run; and why others cannot."""
+    """Return a provider for each backend that has one of the ops and can run, and why the others cannot."""
     found, unavailable = [], {}
     for backend in ("cpu", "cuda", "triton"):
         states = [dict(explain(op, device.type)).get(backend) for op in ops]

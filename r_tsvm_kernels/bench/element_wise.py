@@ -1,4 +1,4 @@
-"""Benchmarks of the element-wise ops: bound by memory, so bytes are what counts."""
+"""Benchmarks of the element-wise ops, which are bound by memory: bytes count."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def op_case(
         truth: the same in float64, run on the references; or the true values.
         moved: bytes that must move.
         best: the best of torch.
-        compiled: whether torch.compile is to make something of that, too.
+        compiled: whether torch.compile runs the best of torch, too.
         limit: largest relative error.
         more: other fields of `Case`.
     """
@@ -62,11 +62,11 @@ def op_case(
 
 
 def _compiled(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Return what torch.compile makes of a call; it is asked at the first one, its import takes seconds."""
+    """Return a call compiled by torch.compile, at the first use: its import takes seconds."""
 
     @cache
     def ready() -> Callable[[], Any]:
-        torch.compiler.reset()  # after a handful of other inputs it would give up and run the call as it is
+        torch.compiler.reset()  # after a handful of other inputs it would fall back to eager
         return torch.compile(call)
 
     return lambda: ready()()

@@ -1,12 +1,12 @@
 """Other libraries' own functions for the same merges: providers of role ``peer``, where they are installed.
 
-A library is looked for without being imported, and imported when a case is made in which it takes part. mergekit gets
-the weights in their dtype, in which it computes; FusionBench and PEFT get task vectors in float32, the forming of which
-is timed, as it is part of ours.
+Libraries are found without an import, and imported when they take part in a case. mergekit gets the weights in their
+dtype, in which it computes; FusionBench and PEFT get task vectors in float32, and forming them is timed, because it is
+part of ours.
 
-A peer is where its parameters mean what ours mean. mergekit's DELLA is none: it rescales all elements that survive by
-one factor, ours, as published, each by its own chance; nor is PEFT's DARE-TIES, a mean where ours is a sum. mergekit's
-SCE in float16 is found wrong, and is: the variances by which it selects are subnormal numbers there.
+A function is a peer only if its parameters mean the same as ours. mergekit's DELLA is none: it rescales all surviving
+elements by one factor; ours, as published, rescales each by its own probability. PEFT's DARE-TIES is none: it takes a
+mean, ours a sum. mergekit's SCE in float16 fails our check, rightly: the variances by which it selects are subnormal.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Maker = Callable[[str, Case], Provider]
 ROUNDINGS = 2.0
 # Its norms and cosines are float32 sums of millions; an angle between almost parallel weights loses more (2e-4 seen).
 ANGLE, OF_ANGLES = 1e-3, {"model_stock", "slerp", "multislerp", "karcher"}
-# Norms and projections of two draws of one merge agree to a percent, and to some standard deviations of a few elements.
+# Norms and projections of two draws of one merge agree to a percent, plus a few standard deviations for small tensors.
 DRAWS, DEVIATIONS = 0.01, 6.0
 UNTIED = "elements that are tied neither at a threshold nor in their votes"
 STATISTICS = "norm, and projection on the sum of the task vectors: other random masks"
@@ -71,9 +71,9 @@ def taking_part(benchmarks: Sequence[Benchmark]) -> list[str]:
 
 
 def with_peers(name: str, case: Case) -> Case:
-    """Return the case of this benchmark with the peers that are installed.
+    """Return the case of this benchmark with the installed peers.
 
-    One that does not load, or is not built as expected, becomes a provider that fails and says why.
+    A peer that does not load or has another interface becomes a provider that fails with the reason.
     """
     found: list[Provider] = []
     for package, makers in PEERS.items():
@@ -85,7 +85,7 @@ def with_peers(name: str, case: Case) -> Case:
             with _quiet():
                 provider = makers[name](label, case)
             found.append(replace(provider, run=partial(_run, provider.run)))
-        except Exception as error:  # whatever goes wrong in it, the benchmark goes on
+        except Exception as error:  # a broken peer does not stop the benchmark
             found.append(Provider(label, partial(_fail, f"does not load: {type(error).__name__}: {error}"), "peer"))
     return replace(case, providers=[*case.providers, *found])
 
@@ -114,7 +114,7 @@ def _quiet() -> Iterator[None]:
 
 
 def rounding_limit(least: float, base: Tensor) -> Callable[[Sequence[Tensor]], float]:
-    """Return what computes, from the true update, the error allowed in the dtype of the base; at least `least`."""
+    """Return a function from the true update to the error allowed in the dtype of the base, at least `least`."""
 
     def limit(truth: Sequence[Tensor]) -> float:
         (update,) = truth
@@ -126,16 +126,16 @@ def rounding_limit(least: float, base: Tensor) -> Callable[[Sequence[Tensor]], f
 
 
 def apart_from_ties(base: Tensor, tuned: Sequence[Tensor], counts: Sequence[int], dtype: torch.dtype) -> Judge:
-    """Judge all elements but those that libraries treat each in its way.
+    """Return a judge of all elements except those that libraries treat differently.
 
-    These are within a rounding of a threshold of a task, where any may be kept, or their votes cancel but for
-    rounding, where either sign may be elected.
+    Those are within a rounding of a threshold of a task, where any may be kept, or their votes cancel up to rounding,
+    where either sign may be elected.
 
     Args:
         base: the weight.
         tuned: its fine-tunes.
-        counts: how many of the largest elements of a task vector lie above the threshold, and above that of outliers
-            if there is one; rounded down, some round up.
+        counts: numbers of elements of a task vector above the threshold, and above that of outliers if there is one;
+            rounded down, although some libraries round up.
         dtype: in which task vectors are formed and compared.
     """
 
@@ -162,7 +162,7 @@ def apart_from_ties(base: Tensor, tuned: Sequence[Tensor], counts: Sequence[int]
 
 
 def by_statistics(inputs: Inputs) -> Judge:
-    """Judge a merge with other random masks by numbers in which all draws agree."""
+    """Return a judge of a merge with other random masks, by statistics in which all draws agree."""
 
     def error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
         (x,), (y,) = found, truth

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..methods.base import nearest
 from .case import Case, Inputs
 
-# What decides how large the inputs may be: memory, or decompositions.
+# Decides how large the inputs may be: bound by memory, or by decompositions.
 Kind = Literal["element-wise", "spectral"]
 
 
@@ -21,7 +21,7 @@ class Benchmark:
 
     Attributes:
         name: of the op, the function or the merge method, with a variant behind a colon.
-        kind: what it is made of.
+        kind: chooses the inputs.
         group: ``ops``, ``linalg`` or ``merges``.
         make: builds the case of an input.
     """

@@ -1,4 +1,4 @@
-"""Benchmarks of products and decompositions: bound by arithmetic, so flops are what counts."""
+"""Benchmarks of products and decompositions, which are bound by arithmetic: flops count."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .case import Case, Inputs, Provider
 from .element_wise import op_case
 from .registry import benchmark
 
-# What fp16x3 products and float32 sums may lose; what exact mode promises of a merged matrix; and what float32 SVDs
-# lose at most on the inputs here, without being called wrong for it.
+# Errors allowed: of fp16x3 products and float32 sums; of a merged matrix in exact mode; and of float32 SVDs on these
+# inputs, which are not wrong for it.
 PRODUCT, PROMISED, FLOAT32_SVD = 2e-6, 1e-4, 1e-2
 LORA_RANK = 16
 
@@ -167,7 +167,7 @@ def _tsv_merge(inputs: Inputs, share: int) -> Case:
     deltas, ranks = inputs.deltas, [_rank(inputs, share)] * inputs.tasks
     solvers: tuple[Solver, ...] = ("eigen", "products")
     if inputs.device.type == "cpu":
-        solvers = ("eigen",)  # a CPU only simulates the products
+        solvers = ("eigen",)  # a CPU only simulates products
     return solver_case(
         inputs,
         {solver: partial(linalg.tsv_merge, deltas, ranks, solver=solver) for solver in solvers},

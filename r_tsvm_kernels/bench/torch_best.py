@@ -1,4 +1,4 @@
-"""Ops in plain torch as well as we know how: what a user gets without this package, after some thought.
+"""Ops in hand-optimised PyTorch: the best that a user gets without this package.
 
 The references are written to be read; these are written to be fast, and give the same exact results.
 """
