@@ -95,7 +95,7 @@ def assert_free_of_torch(module: Path) -> None:
             listing = subprocess.run([*tool, str(module)], check=True, capture_output=True, text=True).stdout
             assert not [line for line in listing.splitlines() if any(word in line for word in ("torch", "c10", "at::"))]
     name = module.name.split(".")[0]
-    program = f"import sys, {name}; assert 'torch' not in sys.modules; {name}.task_statistics"
+    program = f"import sys, {name}; assert 'torch' not in sys.modules; {name}.magnitude_select"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=module.parent, timeout=60)
 
 
@@ -117,9 +117,9 @@ def test_the_sdist_builds_both_modules_or_the_one_that_compiles(tree):
     for module in package.glob("*.so"):
         assert_free_of_torch(module)
     if not torch.cuda.is_available():
-        program = "import _cuda; _cuda.task_statistics((0, 1, 0, 0, 1), [(0, 1, 0, 0, 1)], 3.0, 0.1, (0,) * 7, 0, 0, 0)"
+        program = "import _cuda; _cuda.magnitude_select((0, 1, 1, 1, 1), None, [1], (0, 0, 0), 0, 0, 0)"
         done = subprocess.run([sys.executable, "-c", program], cwd=package, capture_output=True, text=True, timeout=60)
-        assert "RuntimeError: task_statistics: " in done.stderr
+        assert "RuntimeError: magnitude_select: " in done.stderr
         assert "CUDA" in done.stderr  # its own words
 
     # A CUDA file that does not compile does not take the CPU module along.

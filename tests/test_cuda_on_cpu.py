@@ -83,22 +83,6 @@ def same_selections(got, expected):
     )
 
 
-# --- task_statistics
-
-
-@many
-@given(tensors=groups, sigma=st.sampled_from([0.0, 0.5, 3.0, math.inf]), eps=st.sampled_from([0.0, 0.1, 5.0]))
-def test_statistics(tensors, sigma, eps):
-    got, expected = both(task_statistics, *tensors, sigma=sigma, eps=eps)
-    for field in ("mean", "sd", "max", "theta", "outlier_mass"):
-        scale = float(expected.max.abs().max())
-        torch.testing.assert_close(getattr(got, field), getattr(expected, field), rtol=1e-12, atol=1e-14 * scale)
-    a = [(t.to(dtype) - tensors[0].to(dtype)).abs().double() for dtype in [accumulation_dtype(tensors[0], *tensors[1])]
-         for t in tensors[1]]  # fmt: skip
-    assert got.zeros.tolist() == expected.zeros.tolist()
-    assert got.small.tolist() == [int((x <= eps * mean).sum()) for x, mean in zip(a, got.mean, strict=True)]
-
-
 # --- magnitude_select
 
 

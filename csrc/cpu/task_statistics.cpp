@@ -14,8 +14,8 @@
 #include "isa.h"
 #include "keep.h"
 #include "lanes.h"
+#include "moments.h"
 #include "parallel.h"
-#include "r_tsvm/moments.h"
 #include "sample.h"
 
 namespace r_tsvm {

@@ -10,13 +10,6 @@ struct Add {
   }
 };
 
-struct Larger {
-  template <class T>
-  __device__ T operator()(T a, T b) const {
-    return a > b ? a : b;
-  }
-};
-
 // Returns the reduction of every thread's `value` to every thread. All kThreads threads must call it.
 template <int kThreads, class T, class Operation>
 __device__ inline T block_reduce(T value, Operation operation) {
@@ -63,24 +56,6 @@ __device__ inline T block_scan(T value, T& total) {
     total += of_warp[w];
   }
   return before;
-}
-
-// Merges parts[0 ... count - 1]; the result is thread 0's. Each thread takes every kThreads-th part in order, then
-// the threads are merged pairwise.
-template <int kThreads, class Part>
-__device__ inline Part block_merge(const Part* parts, int64_t count) {
-  static_assert((kThreads & (kThreads - 1)) == 0, "a power of two");
-  __shared__ Part of_thread[kThreads];
-  Part merged{};
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) merged = merge(merged, parts[i]);
-  of_thread[threadIdx.x] = merged;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) >= width) continue;
-    merged = merge(merged, of_thread[threadIdx.x + width]);
-    of_thread[threadIdx.x] = merged;
-  }
-  return merged;
 }
 
 }  // namespace r_tsvm

@@ -1,11 +1,8 @@
-// Arithmetic of task statistics that the CPU and the CUDA kernels share, so that what is tested on one holds on the
-// other. Magnitudes are never negative, which the shortcuts below rely on.
+// Arithmetic of task statistics. Magnitudes are never negative, which the shortcuts below rely on.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-
-#include "r_tsvm/host_device.h"
 
 namespace r_tsvm {
 
@@ -20,7 +17,7 @@ struct Moments {
 };
 
 // Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
-RTSVM_HOST_DEVICE inline Moments merge(const Moments& a, const Moments& b) {
+inline Moments merge(const Moments& a, const Moments& b) {
   if (a.count == 0) return b;
   if (b.count == 0) return a;
   const double na = static_cast<double>(a.count);
@@ -45,7 +42,7 @@ struct Summary {
   double total;        // sum of magnitudes
 };
 
-RTSVM_HOST_DEVICE inline Summary finish(const Moments& moments, double sigma, double eps) {
+inline Summary finish(const Moments& moments, double sigma, double eps) {
   if (moments.count == 0) return Summary{0, 0, 0, 0, 0, 0};
   const double n = static_cast<double>(moments.count);
   Summary summary;
@@ -69,17 +66,15 @@ struct Tail {
   int64_t small;
 };
 
-RTSVM_HOST_DEVICE inline Tail merge(const Tail& a, const Tail& b) {
-  return Tail{a.outlier_sum + b.outlier_sum, a.small + b.small};
-}
+inline Tail merge(const Tail& a, const Tail& b) { return Tail{a.outlier_sum + b.outlier_sum, a.small + b.small}; }
 
-RTSVM_HOST_DEVICE inline double outlier_mass(const Summary& summary, const Tail& tail) {
+inline double outlier_mass(const Summary& summary, const Tail& tail) {
   return summary.total > 0 ? tail.outlier_sum / summary.total : summary.total;
 }
 
 // The largest Real that is not above `limit`, so that `a > limit` can be decided in Real for every Real a.
 template <class Real>
-RTSVM_HOST_DEVICE inline Real round_down(double limit) {
+inline Real round_down(double limit) {
   const Real nearest = static_cast<Real>(limit);
   return static_cast<double>(nearest) > limit ? std::nextafter(nearest, static_cast<Real>(-INFINITY)) : nearest;
 }
