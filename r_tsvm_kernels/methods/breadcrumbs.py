@@ -1,4 +1,14 @@
-"""Model Breadcrumbs: drop the small elements of the task vectors, and the few largest."""
+"""Model Breadcrumbs: drop the small elements of the task vectors, and the few largest.
+
+Of the N elements of ``D_t = W_t - W_0``, by magnitude, mask_t drops the ``floor(gamma * N)`` largest and keeps the next
+``ceil(density * N)``::
+
+    breadcrumbs:  W = W_0 + alpha * sum_t(w_t mask_t D_t)
+
+`breadcrumbs_ties` elects a sign for each element of ``mask_t D_t`` and sums as `ties` does.
+
+Source: Davari and Belilovsky, "Model Breadcrumbs", ECCV 2024.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +33,7 @@ class BreadcrumbsParameters(SparseParameters):
 def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> list[Sparsifier]:
     """Drop the ``floor(gamma * n)`` largest magnitudes, keep the next ``ceil(density * n)``.
 
-    Where both do not fit, density counts: fewer of the largest are dropped.
+    If both do not fit, fewer of the largest are dropped.
     """
     numel, sparsifiers = base.numel(), []
     for tensor, density, gamma in zip(tuned, options.density, options.gamma, strict=True):
@@ -41,7 +51,7 @@ def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: Breadcrumb
     cost=sparse_cost,
 )
 def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:
-    """Return ``W_0 + alpha * sum(w_t mask_t D_t)`` (Davari, Belilovsky, ECCV 2024)."""
+    """Return ``W_0 + alpha * sum(w_t mask_t D_t)``."""
     return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "none")
 
 
@@ -53,5 +63,5 @@ def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParam
     cost=sparse_cost,
 )
 def breadcrumbs_ties(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:
-    """Mask as `breadcrumbs`, then elect signs and sum as TIES (Davari, Belilovsky, ECCV 2024)."""
+    """Mask as `breadcrumbs`, then elect signs and sum as `ties`."""
     return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "sum")

@@ -1,4 +1,13 @@
-"""DARE: drop elements of the task vectors at random and rescale the others."""
+"""DARE: drop elements of the task vectors at random and rescale the others.
+
+Each element of ``D_t = W_t - W_0`` is kept with probability `density` (mask 1, or 0) and divided by it::
+
+    dare_linear:  W = W_0 + alpha * sum_t(w_t mask_t D_t / density_t)
+
+`dare_ties` elects a sign for each element of ``mask_t D_t / density_t`` and sums as `ties` does.
+
+Source: Yu et al., "Language Models are Super Mario", ICML 2024.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +21,7 @@ from .sparsify import RandomParameters, merge_kept, sparse_cost
 
 
 def dare_masks(options: RandomParameters) -> list[Sparsifier]:
-    """Keep each element with probability `density`, and multiply it by ``1 / density``: the mean stays what it was."""
+    """Keep each element with probability `density`, and multiply it by ``1 / density``: the mean does not change."""
     return [
         Sparsifier(keep_probability=density, rescale=1 / density if options.rescale and density else 1.0,
              seed=options.seed, substream=task)
@@ -29,7 +38,7 @@ def dare_masks(options: RandomParameters) -> list[Sparsifier]:
     cost=sparse_cost,
 )
 def dare_linear(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters) -> MergeResult:
-    """Return ``W_0 + alpha * sum(w_t mask_t D_t / density_t)`` (Yu et al., ICML 2024)."""
+    """Return ``W_0 + alpha * sum(w_t mask_t D_t / density_t)``."""
     return merge_kept(base, tuned, options, dare_masks(options), "none")
 
 
@@ -42,5 +51,5 @@ def dare_linear(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters
     cost=sparse_cost,
 )
 def dare_ties(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters) -> MergeResult:
-    """Drop and rescale as `dare_linear`, then elect signs and sum as TIES (Yu et al., ICML 2024)."""
+    """Drop and rescale as `dare_linear`, then elect signs and sum as `ties`."""
     return merge_kept(base, tuned, options, dare_masks(options), "sum")

@@ -1,4 +1,14 @@
-"""DELLA: drop elements at random, small magnitudes more likely than large ones."""
+"""DELLA: drop elements at random, small magnitudes more likely than large ones.
+
+In each row of ``D_t = W_t - W_0``, the probability p of keeping an element rises linearly with the rank of its
+magnitude, from ``density - epsilon`` to ``density + epsilon`` (MAGPRUNE). What is kept is divided by p::
+
+    della_linear:  W = W_0 + alpha * sum_t(w_t mask_t D_t / p_t)
+
+`della` elects a sign for each element of ``mask_t D_t / p_t`` and averages as `ties` does.
+
+Source: Deep et al., "DELLA-Merging", arXiv 2406.11617.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +31,7 @@ class DellaLinearParameters(RandomParameters):
     )
 
     def for_tensor(self, name: str) -> MethodParameters:
-        """As every random method; and refuse probabilities out of range before anything is read."""
+        """Set the seed as every random method, and refuse probabilities out of range before tensors are read."""
         for density, epsilon in zip(self.density, self.epsilon, strict=True):
             if 0 < density < 1:
                 della_probabilities(1, density, epsilon)
@@ -31,11 +41,11 @@ class DellaLinearParameters(RandomParameters):
 class DellaParameters(DellaLinearParameters):
     """Parameters of `della`."""
 
-    normalize: bool = Field(default=True, description="divide by the weights of those that have the elected sign")
+    normalize: bool = Field(default=True, description="divide by the weights of the tasks with the elected sign")
 
 
 def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> list[Sparsifier]:
-    """MAGPRUNE: in each row the probability of being kept rises linearly with the rank of the magnitude."""
+    """Drop elements by MAGPRUNE: in each row the probability of being kept rises with the rank of the magnitude."""
     sparsifiers = []
     for task, (tensor, density, epsilon) in enumerate(zip(tuned, options.density, options.epsilon, strict=True)):
         if not 0 < density < 1:
@@ -52,13 +62,15 @@ def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParam
 
 
 def della_cost(job: TensorJob, options: DellaLinearParameters) -> Cost:
-    """Return what DELLA takes: besides all else the ranks of every task."""
+    """Return the cost of DELLA: that of sparsifying, and the ranks of every task."""
     common = sparse_cost(job, options)
     sorting = 80 if dispatch.by_reference(job.device_type, "magnitude_ranks", "ranked_mask") else 1
     return Cost(common.bytes + (4 * job.tasks + sorting) * job.elements, common.flops + 60.0 * job.tasks * job.elements)
 
 
-def _della(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters, elect: Election) -> MergeResult:
+def _merge_ranked(
+    base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters, elect: Election
+) -> MergeResult:
     shape = base.shape or (1,)  # a scalar is a row
     rows, tuned_rows = base.view(shape), [tensor.view(shape) for tensor in tuned]
     result = merge_kept(rows, tuned_rows, options, della_masks(rows, tuned_rows, options), elect)
@@ -74,8 +86,8 @@ def _della(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters
     cost=della_cost,
 )
 def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> MergeResult:
-    """Return ``W_0 + alpha * sum(w_t mask_t D_t / p_t)``, p_t by rank (Deep et al., 2024, without election)."""
-    return _della(base, tuned, options, "none")
+    """Return ``W_0 + alpha * sum(w_t mask_t D_t / p_t)``."""
+    return _merge_ranked(base, tuned, options, "none")
 
 
 @register(
@@ -87,5 +99,5 @@ def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearPara
     cost=della_cost,
 )
 def della(base: Tensor, tuned: Sequence[Tensor], options: DellaParameters) -> MergeResult:
-    """Drop by rank and rescale, elect signs, average those that have it (Deep et al., 2024)."""
-    return _della(base, tuned, options, "sum")
+    """Drop and rescale as `della_linear`, then elect signs and average as `ties`."""
+    return _merge_ranked(base, tuned, options, "sum")

@@ -1,4 +1,4 @@
-"""Angles and lengths of tensors: Gram matrices, from which geometric methods take the factors of one linear sum."""
+"""Gram matrices of tensors: geometric methods take the factors of one linear sum from their lengths and angles."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .base import Cost, TensorJob, elementwise_cost
 
 
 def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-    """Return the products ``<X_i, X_j>`` of all tensors, or of what they differ from `base`; (T, T) float64, CPU."""
+    """Return the products ``<X_i, X_j>`` of all tensors, or of their differences from `base`; (T, T) float64, CPU."""
     return checked(task_gram(tensors, base)).cpu()
 
 
 def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
-    """Return a Gram matrix of the differences from `base` for each row (along the last dimension); (rows, T, T)."""
+    """Return a Gram matrix of the differences from `base` for each row along the last dimension: (rows, T, T)."""
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (base, *tensors)]
     height = max(1, tile_elements(base.device.type) // rows[0].shape[1])
     grams = []
@@ -32,7 +32,7 @@ def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
 
 
 def checked(gram: Tensor) -> Tensor:
-    """Return the products, if all are finite.
+    """Return the products; check that they are finite.
 
     Raises:
         NonFiniteError: squares of finite elements overflow float64.
@@ -43,18 +43,18 @@ def checked(gram: Tensor) -> Tensor:
 
 
 def cosines(gram: Tensor) -> Tensor:
-    """Return the cosines of the angles, 0 where a tensor is zero and has no direction."""
+    """Return the cosines of the angles, 0 for a tensor of zeros, which has no direction."""
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     lengths = norms.unsqueeze(-1) * norms.unsqueeze(-2)
     return torch.where(lengths > 0, gram / lengths, 0).clamp(-1, 1)
 
 
 def gram_bytes(job: TensorJob) -> int:
-    """Return the memory that a Gram matrix takes: task vectors of a piece, by rows those of some of them."""
+    """Return the bytes of a Gram matrix: one tile of all task vectors, or some of their rows."""
     return 2 * (job.tasks + 2) * 8 * min(tile_elements(job.device_type), job.elements)
 
 
 def geometric_cost(job: TensorJob, options: Any) -> Cost:
-    """Return what a Gram matrix and a linear sum take."""
+    """Return the cost of a Gram matrix and a linear sum."""
     summing = elementwise_cost(job, options)
     return Cost(max(summing.bytes, gram_bytes(job)), summing.flops + float(job.elements) * (job.tasks + 1) ** 2)

@@ -1,4 +1,12 @@
-"""Iso-C: the sum of the task matrices, with all its singular values made equal."""
+"""Iso-C: the sum of the task matrices with equal singular values.
+
+With the SVD ``sum_t(w_t D_t) = U diag(s) V^T`` of the task matrices ``D_t = W_t - W_0``::
+
+    W = W_0 + alpha * mean(s) * U V^T
+
+Source: Marczak et al., "No Task Left Behind", ICML 2025.
+``U V^T`` is the polar factor, which needs no SVD, and ``sum(s)`` is the inner product of it with the sum.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +40,7 @@ class IsoCParameters(MethodParameters):
 
 
 def iso_c_cost(job: TensorJob, options: IsoCParameters) -> Cost:
-    """Return what `iso_c` takes: the sum in float64, and its polar factor."""
+    """Return the cost of `iso_c`: the sum in float64, and its polar factor."""
     short, elements = min(job.shape), job.elements
     flops = (2.0 * job.tasks + 4.0 * short) * elements + 9.0 * short**3
     return Cost(8 * (8 * elements + 14 * short**2), flops)
@@ -48,13 +56,19 @@ def iso_c_cost(job: TensorJob, options: IsoCParameters) -> Cost:
     cost=iso_c_cost,
 )
 def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeResult:
-    """Return ``W_0 + alpha * mean(s) * U V^T`` with ``U diag(s) V^T = sum(w_t D_t)`` (Marczak et al., ICML 2025).
+    """Merge by Iso-C: the formula at the top of this module.
 
-    ``U V^T`` is the polar factor, which needs no SVD, and the sum of the singular values its product with the sum.
-    Where the sum has no full rank it is a partial isometry: rows and columns that no task touched stay the base's.
+    If the sum has no full rank, ``U V^T`` is a partial isometry: rows and columns that no task touched stay the base's.
+
+    Example:
+        >>> base = torch.zeros(2, 2)
+        >>> tuned = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])]
+        >>> iso_c(base, tuned, IsoCParameters(weight=[1.0] * 2)).weight
+        tensor([[2., 0.],
+                [0., 2.]])
     """
     if isinstance(tuned[0], Factored):
-        return _iso_c_of_factors(base, tuned, options)
+        return _merge_factors(base, tuned, options)
     total, rows, columns, rounding = sum_of_tasks(base, tuned, options.weight)
     core = total[rows][:, columns]
     report = TensorReport(weights=list(options.weight))
@@ -63,7 +77,7 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
     nuclear = float((core * factor.matrix).sum())
     lost = 0.0
     if factor.rank < min(core.shape):
-        left_out, lost = _left_out(core, factor.matrix, LOST * factor.certificate.tolerance * nuclear)
+        left_out, lost = _sum_left_out(core, factor.matrix, LOST * factor.certificate.tolerance * nuclear)
         nuclear += left_out
     total[rows.unsqueeze(1), columns] = factor.matrix.mul_(nuclear / min(base.shape))
     dtype = accumulation_dtype(base, *tuned)
@@ -77,10 +91,10 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
     return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
 
 
-def _left_out(matrix: Tensor, factor: Tensor, negligible: float) -> tuple[float, float]:
+def _sum_left_out(matrix: Tensor, factor: Tensor, negligible: float) -> tuple[float, float]:
     """Return the sum of the singular values that the polar factor counts as zero, and a bound of its error.
 
-    They are not computed if their sum is negligible.
+    A negligible sum is not computed.
     """
     wide = matrix.shape[0] < matrix.shape[1]
     A, P = (matrix.mT, factor.mT) if wide else (matrix, factor)
@@ -92,8 +106,8 @@ def _left_out(matrix: Tensor, factor: Tensor, negligible: float) -> tuple[float,
     return float(values.sum()), len(values) * BACKWARD_ERROR * frobenius_norm(A)
 
 
-def _iso_c_of_factors(base: Tensor, updates: Sequence[Factored], options: IsoCParameters) -> MergeResult:
-    """Take the polar factor from the singular vectors of the sum, which is of low rank and is not formed."""
+def _merge_factors(base: Tensor, updates: Sequence[Factored], options: IsoCParameters) -> MergeResult:
+    """Take the polar factor from the singular vectors of the sum, which has low rank and is not formed."""
     total = weighted_sum(updates, options.weight)
     found = leading_triplets(total, lambda values: int((values > RANK_TOLERANCE * values[0]).sum()))
     dtype = accumulation_dtype(base, *(update.left for update in updates))
@@ -107,9 +121,9 @@ def _iso_c_of_factors(base: Tensor, updates: Sequence[Factored], options: IsoCPa
 def sum_of_tasks(
     base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return ``sum(w_t D_t)`` in float64, the rows and columns that some task touched, and the norm of rounding errors.
+    """Return ``sum(w_t D_t)`` in float64, the rows and columns that some task changed, and the norm of rounding errors.
 
-    No other rows and columns may change.
+    Only these rows and columns may change.
     """
     start = base.double()
     total, touched, added = torch.zeros_like(start), torch.zeros_like(start, dtype=torch.bool), 0.0

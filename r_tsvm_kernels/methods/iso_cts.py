@@ -1,4 +1,13 @@
-"""Iso-CTS: Iso-C in a subspace that all tasks share, joined by directions of the single tasks."""
+"""Iso-CTS: Iso-C in a common subspace of all tasks, joined by directions of the single tasks.
+
+1. Common part: the leading ``r_0`` singular triplets ``U_0, s_0, V_0`` of the sum ``sum_t(w_t D_t)``.
+2. Own part of each task: the leading ``r_1`` singular triplets ``U_t, s_t, V_t`` of ``w_t D_t - U_0 U_0^T w_t D_t``.
+3. With ``r_0 + T r_1 = min(m, n)``, and polar the orthogonal factor of the polar decomposition::
+
+       W = W_0 + alpha * mean(s_0, s_1 .. s_T) * polar([U_0, U_1 .. U_T]) polar([V_0, V_1 .. V_T])^T
+
+Source: Marczak et al., "No Task Left Behind", ICML 2025, algorithm 2.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +37,14 @@ class IsoCtsParameters(IsoCParameters):
 
 
 def iso_cts_cost(job: TensorJob, options: IsoCtsParameters) -> Cost:
-    """Return what `iso_cts` takes: the leading subspaces of the sum and of each task, and two polar factors."""
+    """Return the cost of `iso_cts`: the leading subspaces of the sum and of each task, and two polar factors."""
     short, elements = min(job.shape), job.elements
     flops = (job.tasks + 1) * (6.0 * short * elements + 9.0 * short**3)
     return Cost(8 * (14 * elements + 24 * short**2), flops)
 
 
 def common_and_own_ranks(short: int, tasks: int, fraction: float) -> tuple[int, int]:
-    """Share the rank `short` out: common directions, and own ones of each task, as many for all; none is left over."""
+    """Return ``r_0`` and ``r_1``: the common directions and the own ones of each task share out the rank `short`."""
     own = round((short - int(short * fraction)) / tasks)
     own = min(own, short // tasks)  # rounding up may ask for more than there is
     return short - own * tasks, own
@@ -50,32 +59,38 @@ def common_and_own_ranks(short: int, tasks: int, fraction: float) -> tuple[int, 
     cost=iso_cts_cost,
 )
 def iso_cts(base: Tensor, tuned: Sequence[Tensor], options: IsoCtsParameters) -> MergeResult:
-    """As `iso_c`, but the last directions of the sum make room for directions of the single tasks.
+    """Merge by Iso-CTS: the steps at the top of this module.
 
-    Singular vectors of the sum, then of what each task has outside their left subspace, are put side by side and
-    orthogonalised; all get the mean of their singular values (Marczak et al., ICML 2025).
+    Example:
+        >>> base = torch.zeros(30, 20)
+        >>> tuned = [base + torch.randn(30, 20, generator=torch.Generator().manual_seed(t)) for t in range(2)]
+        >>> merged = iso_cts(base, tuned, IsoCtsParameters(weight=[1.0] * 2)).weight
+        >>> bool((torch.linalg.svdvals(merged).std() < 1e-5))
+        True
     """
     total, rows, columns, rounding = sum_of_tasks(base, tuned, options.weight)
     core = total[rows][:, columns]
     size = frobenius_norm(core)
 
-    def parts(exact: bool) -> Iterator[_Triplets]:
+    def find_parts(exact: bool) -> Iterator[_Triplets]:
         common_rank, own_rank = common_and_own_ranks(min(base.shape), len(tuned), options.common_space_fraction)
-        common = _triplets(core, core, common_rank, options.mode, exact, rounding / size if size else 0.0)
+        common = _find_triplets(core, core, common_rank, options.mode, exact, rounding / size if size else 0.0)
         yield common
         turned, _ = common.cut.error(left=True)
         for weight, tensor in zip(options.weight, tuned, strict=True):
             delta = ((tensor.double() - base.double()) * weight)[rows][:, columns]
             rest = delta - common.U @ (common.U.mT @ delta)
-            yield _triplets(rest, delta, own_rank, options.mode, exact, turned)
+            yield _find_triplets(rest, delta, own_rank, options.mode, exact, turned)
 
     dtype = accumulation_dtype(base, *tuned)
     report = TensorReport(weights=list(options.weight))
     with timed(report.stages, "spectral"):
         try:
-            bases, values = _join(list(parts(exact=False)), options.mode, dtype, exact=False)
+            bases, values = _join(list(find_parts(exact=False)), options.mode, dtype, exact=False)
         except ConvergenceError as failure:
-            bases, values = _join(list(parts(exact=True)), options.mode, dtype, exact=True, escalations=(str(failure),))
+            bases, values = _join(
+                list(find_parts(exact=True)), options.mode, dtype, exact=True, escalations=(str(failure),)
+            )
     report.certificate = bases.certificate
     mean = float(values.sum()) / min(base.shape)
     total[rows.unsqueeze(1), columns] = mean * (bases.left @ bases.right.mT)
@@ -90,10 +105,16 @@ class _Triplets(NamedTuple):
     certificate: Certificate | None  # None for the SVD of LAPACK, the definition of exact
 
 
-def _triplets(matrix: Tensor, whole: Tensor, rank: int, mode: Mode, exact: bool, turned: float) -> _Triplets:
-    """Return leading singular triplets, without those that are rounding of the matrix this one is a part of.
+def _find_triplets(matrix: Tensor, whole: Tensor, rank: int, mode: Mode, exact: bool, turned: float) -> _Triplets:
+    """Return leading singular triplets of `matrix`, without those that are rounding of `whole`.
 
-    `turned` is the sine by which the part of `whole` that `matrix` is may have been turned.
+    Args:
+        matrix: a part of `whole`.
+        whole: the sum, or a task matrix.
+        rank: number of triplets.
+        mode: ``exact`` or ``fast``.
+        exact: whether LAPACK's SVD computes them.
+        turned: sine of the angle by which the part may be turned.
     """
     if exact:
         U, values, Vh = svd(matrix)

@@ -1,4 +1,11 @@
-"""Karcher mean: the point of the sphere with the least squared distances to all models along great circles."""
+"""Karcher mean: the point of the sphere with the least sum of squared distances to all models along great circles.
+
+With the directions ``u_t = W_t / norm(W_t)`` of the models and weights of sum 1::
+
+    W = sum_t(w_t norm(W_t)) * argmin_u sum_t(w_t arccos(<u, u_t>)^2),   norm(u) = 1
+
+Source: Wang et al., arXiv 2603.04972. The iterates are combinations of the models: all steps are on T numbers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,7 @@ from ..ops import elect_and_sum, normalized
 from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
 from .gram import cosines, geometric_cost, gram_matrix
 
-# Cosines up to it are -1 but for rounding.
+# Cosines up to this one are -1 up to rounding.
 OPPOSITE = -1 + 1e-12
 
 
@@ -24,20 +31,20 @@ class KarcherParameters(MethodParameters):
 
 
 def karcher_coefficients(directions: Tensor, w: Tensor, max_iter: int, tol: float) -> Tensor:
-    """Return the c for which ``sum(c_t U_t)`` is the Karcher mean of unit vectors, from their products (T, T)."""
+    """Return the c for which ``sum(c_t u_t)`` is the Karcher mean of unit vectors, from their products (T, T)."""
 
     def length(c: Tensor) -> Tensor:
         return (c @ directions @ c).clamp(min=0).sqrt()
 
     c = w.clone()
-    if length(c) < tol:  # they cancel: start from the first that is there
+    if length(c) < tol:  # they cancel: start from the first with a weight
         c = torch.zeros_like(w)
         c[int(w.nonzero()[0])] = 1
     c /= length(c)
     for _ in range(max_iter):
         cosine = (directions @ c).clamp(-1, 1)
         angle = cosine.acos()
-        # From the opposite point every direction is as good as any: none is taken.
+        # From the opposite point all directions are equal: it pulls in none.
         pull = w * torch.where(cosine < 1, angle / angle.sin(), 1) * (cosine > OPPOSITE)
         step = pull - (pull @ cosine) * c
         size = length(step)
@@ -57,10 +64,14 @@ def karcher_coefficients(directions: Tensor, w: Tensor, max_iter: int, tol: floa
     cost=geometric_cost,
 )
 def karcher(base: Tensor, tuned: Sequence[Tensor], options: KarcherParameters) -> MergeResult:
-    """Return the Karcher mean of the directions of all models, times the mean of their norms (Wang et al., 2026).
+    """Merge by the Karcher mean: the formula at the top of this module.
 
-    The iterates are combinations of the models, so that all iterations are on T numbers. Tensors that are zero have no
-    direction; they count in the mean of the norms.
+    Tensors of zeros have no direction; they count in the mean of the norms.
+
+    Example:
+        >>> tuned = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
+        >>> karcher(torch.zeros(2), tuned, KarcherParameters(weight=[1.0, 1.0])).weight
+        tensor([0.7071, 0.7071])
     """
     w = torch.tensor(normalized(options.weight), dtype=torch.float64)
     weights = karcher_weights(gram_matrix(tuned), w, options.max_iter, options.tol)
@@ -69,7 +80,7 @@ def karcher(base: Tensor, tuned: Sequence[Tensor], options: KarcherParameters) -
 
 
 def karcher_weights(gram: Tensor, w: Tensor, max_iter: int, tol: float, shortest: float = 0.0) -> list[float]:
-    """Return the factors with which the models sum to their Karcher mean.
+    """Return the weights of the models in their Karcher mean.
 
     Args:
         gram: products of the models (T, T) float64.

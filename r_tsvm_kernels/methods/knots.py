@@ -1,4 +1,14 @@
-"""KnOTS: task matrices aligned by the SVD of all of them side by side, then merged in that basis."""
+"""KnOTS: align the task matrices by one SVD of all of them side by side, then merge them in its basis.
+
+With the SVD of the task matrices ``D_t = W_t - W_0`` side by side, ``[D_1 .. D_T] = U S [V_1^T .. V_T^T]``::
+
+    W = W_0 + alpha * U merge(S V_1^T .. S V_T^T)
+
+The merge of `inner_method` is TIES (its disjoint mean), DARE and TIES, the weighted mean or the weighted sum.
+
+Source: Stoica et al., "Model merging with SVD to tie the Knots", ICLR 2025, section 4.2; S is with the parts, as in the
+published code.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +26,10 @@ from ..linalg.decompositions import frobenius_norm
 from ..linalg.eigenspaces import MEASURED, PROBES
 from ..ops import add_update
 from .base import Cost, MergeResult, TensorJob, TensorReport, always, register, task_matrices
-from .common_basis import InnerParameters, merge_parts, part_norms
+from .common_basis import CommonBasisParameters, merge_parts, part_norms
 
 
-class KnotsParameters(InnerParameters):
+class KnotsParameters(CommonBasisParameters):
     """Parameters of `knots`."""
 
     inner_method: Literal["ties", "dare_ties", "linear", "task_arithmetic"] = Field(
@@ -28,7 +38,7 @@ class KnotsParameters(InnerParameters):
 
 
 def knots_cost(job: TensorJob, options: KnotsParameters) -> Cost:
-    """Return what `knots` takes: all task matrices side by side, and their singular vectors."""
+    """Return the cost of `knots`: all task matrices side by side, and their singular vectors."""
     (m, n), T = job.shape, job.tasks
     short = min(m, T * n)
     elements = T * job.elements
@@ -48,10 +58,13 @@ def knots_cost(job: TensorJob, options: KnotsParameters) -> Cost:
     cost=knots_cost,
 )
 def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> MergeResult:
-    """Return ``W_0 + alpha * U merge(S V_1 .. S V_T)`` with ``[D_1 .. D_T] = U S [V_1 .. V_T]``.
+    """Merge by KnOTS: the formula at the top of this module.
 
-    The parts ``S V_t`` are merged by TIES (its disjoint mean), by DARE and TIES, by their weighted mean or their
-    weighted sum (Stoica et al., ICLR 2025, section 4.2; merged as in the published code, which has S with the parts).
+    Example:
+        >>> base = torch.zeros(30, 20)
+        >>> updates = [Factored(torch.randn(30, 2), torch.randn(2, 20)) for _ in range(2)]
+        >>> knots(base, updates, KnotsParameters(weight=[1.0] * 2, density=[1.0] * 2)).report.ranks
+        [4, 4]
     """
     matrices, dtype = task_matrices(base, tuned)
     if isinstance(tuned[0], Factored):
@@ -65,18 +78,18 @@ def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> Merge
         total = torch.zeros_like(base, dtype=torch.float64)
         merged = merge_parts(found.parts, options.inner_method, options).weight
         total[rows[:, None], columns] = found.U @ merged
-    certificate = _certificate(found, merged, options).rounded(dtype)
+    certificate = _certify(found, merged, options).rounded(dtype)
     certificate.require()
     report = TensorReport(ranks=[found.U.shape[1]] * len(tuned), weights=list(options.weight), certificate=certificate)
     return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
 
 
-def _certificate(found: JointSvd, merged: Tensor, options: KnotsParameters) -> Certificate:
+def _certify(found: JointSvd, merged: Tensor, options: KnotsParameters) -> Certificate:
     """Return the certificate of the merged parts in the common basis."""
     norms = part_norms(found.parts, options.inner_method, options)
     if options.inner_method not in ("linear", "task_arithmetic"):
         return Certificate.of_sum([found.certificate] * len(norms), norms, merged)
-    # Sums do not depend on the basis but for what it lacks, which may cancel, too: its sum is measured.
+    # A sum depends on the basis only through the parts outside of it. These may cancel, too: their sum is measured.
     lacking = merge_parts(found.rest, options.inner_method, options).weight
     rounding = replace(found.certificate, error=BACKWARD_ERROR + found.certificate.orthogonality, arbitrary=False)
     summands = [rounding] * len(norms) + [replace(rounding, error=MEASURED)]

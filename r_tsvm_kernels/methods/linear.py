@@ -1,4 +1,11 @@
-"""Weighted average of models (model soups)."""
+"""Weighted average of the models W_t (model soups).
+
+::
+
+    W = sum_t(w_t W_t) / sum_t(w_t)
+
+Source: Wortsman et al., "Model soups", ICML 2022.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +38,17 @@ class LinearParameters(MethodParameters):
     factored=always,
 )
 def linear(base: Tensor, tuned: Sequence[Any], options: LinearParameters) -> MergeResult:
-    """Return ``sum(w_t W_t) / sum(w)``, or the plain sum without `normalize` (Wortsman et al., ICML 2022)."""
+    """Return the weighted average, or the weighted sum without `normalize`.
+
+    Example:
+        >>> tuned = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])]
+        >>> linear(torch.zeros(2), tuned, LinearParameters(weight=[1.0, 3.0])).weight
+        tensor([2.5000, 2.0000])
+    """
     weights = normalized(options.weight) if options.normalize else list(options.weight)
     if isinstance(tuned[0], Factored):
         update = sum_of_updates(base, tuned, weights)
-        if not options.normalize:  # then the base is there as often as the weights say
+        if not options.normalize:  # then the base counts as often as the weights say
             update.add_(base, alpha=sum(weights) - 1)
         return MergeResult(add_update(base, update), TensorReport(weights=weights))
     zeros = base.new_zeros(base.shape[-1:]).expand_as(base)  # one row stands for all

@@ -1,4 +1,11 @@
-"""Model Stock: the average of few fine-tunes, moved towards the base by the angle between them."""
+"""Model Stock: the mean of few fine-tunes, moved towards the base by the angle between them.
+
+With the mean cosine c of all pairs of the T task vectors ``D_t = W_t - W_0``, at least 0::
+
+    W = t * mean_t(W_t) + (1 - t) * W_0,   t = T c / (1 + (T - 1) c)
+
+Source: Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024. `weight` weights the mean.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +27,14 @@ class ModelStockParameters(MethodParameters):
 
 
 def interpolation_ratio(gram: Tensor) -> Tensor:
-    """Return ``t = T cos / (1 + (T - 1) cos)``, with the mean cosine of all pairs of the T task vectors.
+    """Return ``t = T c / (1 + (T - 1) c)`` from the Gram matrix (..., T, T) of the task vectors.
 
-    Between 0 and 1: task vectors that point away from each other have nothing in common, and near opposite ones the
-    formula would go to minus infinity. One task vector is in full agreement with itself.
+    It is between 0 and 1: a negative mean cosine counts as 0, because the formula has a pole there. A single task
+    vector has t = 1.
+
+    Example:
+        >>> interpolation_ratio(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+        tensor(0.6667)
     """
     tasks = gram.shape[-1]
     first, second = torch.triu_indices(tasks, tasks, offset=1)
@@ -34,7 +45,7 @@ def interpolation_ratio(gram: Tensor) -> Tensor:
 
 
 def model_stock_cost(job: TensorJob, options: ModelStockParameters) -> Cost:
-    """Return what `model_stock` takes; the sum by rows stores the update."""
+    """Return the cost of `model_stock`; the row-wise sum stores the update."""
     whole = geometric_cost(job, options)
     return Cost(whole.bytes + 6 * job.itemsize * job.elements, whole.flops) if options.filter_wise else whole
 
@@ -47,7 +58,7 @@ def model_stock_cost(job: TensorJob, options: ModelStockParameters) -> Cost:
     cost=model_stock_cost,
 )
 def model_stock(base: Tensor, tuned: Sequence[Tensor], options: ModelStockParameters) -> MergeResult:
-    """Return ``t * mean(W_t) + (1 - t) * W_0`` (Jang et al., ECCV 2024); `weight` weights the mean."""
+    """Merge by Model Stock: the formula at the top of this module, for the tensor or for each of its rows."""
     weights = normalized(options.weight)
     if not options.filter_wise or base.ndim < 2:
         ratio = float(interpolation_ratio(gram_matrix(tuned, base)))

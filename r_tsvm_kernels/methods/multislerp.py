@@ -1,4 +1,13 @@
-"""Multi-SLERP: a weighted mean of directions, with the mean of the lengths."""
+"""Multi-SLERP: the weighted mean direction of the task vectors, with their weighted mean length.
+
+With the task vectors ``D_t = W_t - W_0`` and weights of sum 1::
+
+    W = W_0 + sum_t(w_t norm(D_t)) * m / norm(m),   m = sum_t(w_t D_t / norm(D_t))
+
+Source: Goddard, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea, 2025. Its steps also average in the tangent
+space at m. There the weighted tangent vectors, projections on the complement of m, sum to 0 by definition of m: the
+result is m itself.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +38,14 @@ class MultiSlerpParameters(MethodParameters):
     cost=geometric_cost,
 )
 def multislerp(base: Tensor, tuned: Sequence[Tensor], options: MultiSlerpParameters) -> MergeResult:
-    """Return ``W_0 + sum(w_t norm(D_t)) * m / norm(m)`` with ``m = sum(w_t D_t / norm(D_t))`` (Goddard, 2025).
+    """Merge by Multi-SLERP: the formula at the top of this module.
 
-    The published steps go on to average in the tangent space at m; the weighted tangent vectors, projections on the
-    complement of m, sum to 0 there by definition of m, so that the result is m itself. Where the directions cancel
-    (all task vectors zero, or balanced), the sum is linear.
+    The sum is linear if the directions cancel: all task vectors are zero, or they balance each other.
+
+    Example:
+        >>> tuned = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 1.0])]
+        >>> multislerp(torch.zeros(2), tuned, MultiSlerpParameters(weight=[1.0, 1.0])).weight  # length 2
+        tensor([1.4142, 1.4142])
     """
     weights = normalized(options.weight) if options.normalize_weights else list(options.weight)
     gram, w = gram_matrix(tuned, base), torch.tensor(weights, dtype=torch.float64)

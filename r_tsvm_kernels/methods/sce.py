@@ -1,4 +1,14 @@
-"""SCE: select by variance over the tasks, weight by the size of what is selected, erase minority signs."""
+"""SCE: select elements by variance over the tasks, calculate weights from them, erase minority signs.
+
+1. Select: D'_t are the elements of ``D_t = W_t - W_0`` with the largest ``sum_t (D_t - mean_t(D_t))^2``: the share
+   `select_topk` of the elements in which the tasks differ.
+2. Calculate: ``c_t = w_t * norm(D'_t)^2``.
+3. Erase: with the sign ``s = sign(sum_t D'_t)`` of each element::
+
+       W = W_0 + sum_t(c_t [sign(D'_t) = s] D'_t) / sum_t(c_t [sign(D'_t) = s])
+
+Source: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +32,7 @@ class SceParameters(MethodParameters):
 
 
 def sce_cost(job: TensorJob, options: SceParameters) -> Cost:
-    """Return what `sce` takes: variances in float64 and their selection, then the election."""
+    """Return the cost of `sce`: variances in float64 and their selection, then the election."""
     per_element = 48 + 4 * job.itemsize
     if dispatch.by_reference(job.device_type, "elect_and_sum", "magnitude_select", "task_spread", "task_gram"):
         per_element = max(per_element, (2 * job.tasks + 8) * job.itemsize + 81)
@@ -37,11 +47,7 @@ def sce_cost(job: TensorJob, options: SceParameters) -> Cost:
     cost=sce_cost,
 )
 def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeResult:
-    """Select, calculate, erase (FuseChat, Wan et al., 2024), element by element.
-
-    Of the elements on which the tasks differ, those of the largest variance stay. A task weighs as much as its squares
-    there, times its `weight`. Elements against the sign of the sum over the tasks are erased; the rest is averaged.
-    """
+    """Merge by SCE: the steps at the top of this module."""
     selected = None
     if options.select_topk < 1 and len(tuned) > 1:  # one task has no variance to select by
         spread = task_spread(base, tuned)

@@ -1,4 +1,11 @@
-"""SLERP: from the base to a model along the great circle."""
+"""SLERP: from the base to a model along the great circle.
+
+With the angle a between the base W_0 and the model W_1::
+
+    W = (sin((1 - t) a) W_0 + sin(t a) W_1) / sin(a)
+
+Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +27,7 @@ class SlerpParameters(MethodParameters):
     t: FiniteFloat = Field(default=0.5, description="0 is the base, 1 the model")
 
     def for_tensor(self, name: str) -> MethodParameters:
-        """Refuse weights: `t` is all there is.
+        """Refuse weights: `t` is the only parameter.
 
         Raises:
             ConfigError: there is a weight.
@@ -39,9 +46,13 @@ class SlerpParameters(MethodParameters):
     cost=geometric_cost,
 )
 def slerp(base: Tensor, tuned: Sequence[Tensor], options: SlerpParameters) -> MergeResult:
-    """Return ``(sin((1 - t) a) W_0 + sin(t a) W_1) / sin(a)``, a the angle between both (Shoemake, SIGGRAPH 1985).
+    """Merge by SLERP: the formula at the top of this module.
 
-    Where a tensor is zero, or the other one's multiple, there is no great circle, and the interpolation is linear.
+    The interpolation is linear if there is no great circle: one tensor is zero, or a multiple of the other.
+
+    Example:
+        >>> slerp(torch.tensor([1.0, 0.0]), [torch.tensor([0.0, 1.0])], SlerpParameters(t=0.5)).weight
+        tensor([0.7071, 0.7071])
     """
     gram = gram_matrix([base, tuned[0]])
     angle = math.acos(float(cosines(gram)[0, 1]))
@@ -50,7 +61,7 @@ def slerp(base: Tensor, tuned: Sequence[Tensor], options: SlerpParameters) -> Me
         second = math.sin(options.t * angle) / math.sin(angle)
     else:
         first, second = 1 - options.t, options.t
-    # As an update of the base, so that small differences are not lost: the distance to 0 is the base itself.
+    # As an update of the base, so that small differences are not lost; the task vector of 0 is minus the base.
     zero = base.new_zeros(base.shape[-1:]).expand_as(base)
     merged = elect_and_sum(base, [tuned[0], zero], [second, 1 - first - second])
     return MergeResult(merged, TensorReport(weights=[second]))

@@ -1,4 +1,4 @@
-"""What the methods that sparsify task vectors share: parameters, selections, seeds of random masks, cost."""
+"""What methods that sparsify task vectors share: parameters, selections, seeds of random masks, cost."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class SparseParameters(TaskArithmeticParameters):
-    """Parameters of methods that keep a part of each task vector."""
+    """Parameters of methods that keep some elements of each task vector."""
 
     density: PerModel[Share] = Field(default=(1.0,), description="fraction of each task vector that is kept")
-    rescale: bool = Field(default=False, description="scale what is kept to the L1 norm of the task vector")
+    rescale: bool = Field(default=False, description="scale the kept elements to the L1 norm of the task vector")
     int8_mask: bool = Field(default=False, description="accepted in recipes; changes nothing, masks are not stored")
 
 
 class RandomParameters(SparseParameters):
     """Parameters of methods that drop elements at random."""
 
-    rescale: bool = Field(default=True, description="divide what is kept by the probability of being kept")
+    rescale: bool = Field(default=True, description="divide kept elements by the probability of being kept")
     seed: int = Field(default=0, ge=0, lt=2**64, description="of the random masks; the same seed, the same merge")
 
     def for_tensor(self, name: str) -> MethodParameters:
-        """Give the tensor a seed of its own, so that masks depend on neither order nor threads."""
+        """Give the tensor its own seed, so that masks depend neither on the order of tensors nor on threads."""
         return self.model_copy(update={"seed": tensor_seed(self.seed, name)}) if name else self
 
 
@@ -43,7 +43,7 @@ def tensor_seed(seed: int, name: str) -> int:
 
 
 def largest_kept(base: Tensor, tensor: Tensor, density: float, outliers: int = 0) -> Sparsifier:
-    """Keep ``kept_count(density)`` largest magnitudes of ``tensor - base`` below the `outliers` largest ones."""
+    """Keep the ``kept_count(density)`` largest magnitudes of ``tensor - base`` below the `outliers` largest."""
     count = kept_count(density, base.numel())
     if count == base.numel():
         return Sparsifier()
@@ -52,18 +52,18 @@ def largest_kept(base: Tensor, tensor: Tensor, density: float, outliers: int = 0
 
 
 def rescaled(base: Tensor, tensor: Tensor, sparsifier: Sparsifier) -> Sparsifier:
-    """Scale the survivors so that their L1 norm is that of the whole ``tensor - base``."""
+    """Scale the kept elements so that their L1 norm is that of ``tensor - base``."""
     before, after = l1_norm(base, tensor), l1_norm(base, kept_model(base, tensor, sparsifier))
     return replace(sparsifier, rescale=before / after) if after > 0 else sparsifier
 
 
 def kept_model(base: Tensor, tensor: Tensor, sparsifier: Sparsifier) -> Tensor:
-    """Return the base with the surviving differences, which where they are exact is the fine-tune's own value."""
+    """Return the base plus the kept differences: where these are exact, the value of the fine-tune."""
     return elect_and_sum(base, [tensor], [1.0], sparsifiers=[sparsifier])
 
 
 def l1_norm(base: Tensor, tensor: Tensor) -> float:
-    """Return the sum of ``|tensor - base|``, summed in float64; NaN or infinite where one of them is."""
+    """Return the sum of ``|tensor - base|`` in float64; NaN or infinite if an element is."""
     statistics = task_statistics(base, [tensor])
     return float(statistics.mean[0]) * statistics.numel
 
@@ -75,7 +75,7 @@ def merge_kept(
     sparsifiers: Sequence[Sparsifier],
     elect: Election,
 ) -> MergeResult:
-    """Sum the sparsified task vectors, after the election of a sign if there is one, and add them to the base."""
+    """Add the sparsified task vectors to the base, after the election of a sign if the method has one."""
     weights = list(options.weight)
     if options.normalize and elect == "none":
         weights = normalized(weights)
@@ -87,7 +87,7 @@ def merge_kept(
 
 
 def sparse_cost(job: TensorJob, options: Any) -> Cost:
-    """Return what sparsifying, electing and summing takes."""
+    """Return the cost of sparsifying, electing and summing."""
     per_element = job.itemsize
     if dispatch.by_reference(job.device_type, "elect_and_sum", "magnitude_select", "random_mask", "task_statistics"):
         per_element = (job.tasks + 8) * job.itemsize + 80

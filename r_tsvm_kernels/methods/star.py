@@ -1,4 +1,12 @@
-"""STAR: each task matrix cut to its leading singular directions, its nuclear norm restored, then the average."""
+"""STAR: cut each task matrix to its leading singular directions, restore its nuclear norm, average.
+
+With the singular values s of ``D_t = W_t - W_0`` and the smallest k whose leading values hold `eta` percent of the
+nuclear norm ``sum(s)``::
+
+    W = W_0 + alpha / T * sum_t(w_t D'_t),   D'_t = sum(s) / sum(s[:k]) * U_k diag(s[:k]) V_k^T
+
+Source: Lee et al., "STAR: Spectral Truncation and Rescale for Model Merging", NAACL 2025, sections 3.1 and 3.2.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +34,8 @@ from .base import (
     task_matrices,
 )
 
-# What the nuclear norm may add to the error, as a share of the tolerance, before all singular values are computed by an
-# SVD: the roots of thousands of eigenvalues that are zero but for rounding sum up.
+# Largest error of the nuclear norm, as a share of the tolerance; above it all singular values come from an SVD. The
+# roots of thousands of eigenvalues that are zero up to rounding add up.
 NUCLEAR_SHARE = 0.1
 
 
@@ -43,7 +51,7 @@ class StarParameters(MethodParameters):
 
 
 def star_cost(job: TensorJob, options: StarParameters) -> Cost:
-    """Return what `star` takes: the task matrices, and the leading subspaces of one after the other."""
+    """Return the cost of `star`: the task matrices, and the leading subspaces of one after the other."""
     short, elements = min(job.shape), job.elements
     flops = job.tasks * (8.0 * short * elements + 9.0 * short**3)
     return Cost(job.tasks * job.itemsize * elements + 8 * (9 * elements + 16 * short**2), flops)
@@ -60,22 +68,24 @@ def star_cost(job: TensorJob, options: StarParameters) -> Cost:
     cost=star_cost,
 )
 def star(base: Tensor, tuned: Sequence[Tensor | Factored], options: StarParameters) -> MergeResult:
-    """Return ``W_0 + alpha * mean(w_t D'_t)``, with ``D'_t`` the truncated and rescaled task matrix.
+    """Merge by STAR: the formula at the top of this module.
 
-    ``D'_t = (sum(s) / sum(s[:k])) U_k diag(s_k) V_k^T`` with the smallest k for which the leading singular values hold
-    `eta` percent of the nuclear norm ``sum(s)``; so ``D'_t`` has the nuclear norm of ``D_t`` (Lee et al., NAACL 2025,
-    sections 3.1 and 3.2).
+    Example:
+        >>> base = torch.zeros(30, 20)
+        >>> tuned = [base + torch.randn(30, 20, generator=torch.Generator().manual_seed(t)) for t in range(2)]
+        >>> star(base, tuned, StarParameters(weight=[1.0] * 2, eta=50)).report.ranks
+        [7, 7]
     """
     matrices, dtype = task_matrices(base, tuned)
-    total, certificate, report = _sum(matrices, options, None)
-    if not certificate.rounded(dtype).met:  # tasks cancel each other, and what is left is to be known as well
-        total, certificate, report = _sum(matrices, options, EXACT)
+    total, certificate, report = _sum_truncated(matrices, options, None)
+    if not certificate.rounded(dtype).met:  # tasks cancel each other; the small sum must be accurate, too
+        total, certificate, report = _sum_truncated(matrices, options, EXACT)
     report.certificate = certificate.rounded(dtype)
     report.certificate.require()
     return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
 
 
-def _sum(
+def _sum_truncated(
     matrices: Sequence[Tensor | Factored], options: StarParameters, routes: Sequence[str] | None
 ) -> tuple[Tensor, Certificate, TensorReport]:
     """Return the mean of the weighted ``D'_t``, float64, its certificate, and the rest of the report."""
@@ -129,7 +139,7 @@ def _add_dense(
 
 
 def _nuclear_rank(share: float) -> Rank:
-    """Return the rule of the smallest rank that holds a share of the nuclear norm."""
+    """Return the rank rule for a share of the nuclear norm: the smallest rank that holds it."""
 
     def rank(singular_values: Tensor) -> int:
         sums = singular_values.cumsum(0)

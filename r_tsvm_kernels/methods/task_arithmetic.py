@@ -1,4 +1,12 @@
-"""Task arithmetic, and the mean task vector that spectral methods use where there is no matrix."""
+"""Task arithmetic: the weighted sum of the task vectors ``D_t = W_t - W_0``.
+
+::
+
+    W = W_0 + alpha * sum_t(w_t D_t)
+
+Source: Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023. `mean_task_vector` is the fallback of spectral
+methods for tensors that are not matrices.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +38,13 @@ class TaskArithmeticParameters(MethodParameters):
     factored=always,
 )
 def task_arithmetic(base: Tensor, tuned: Sequence[Any], options: TaskArithmeticParameters) -> MergeResult:
-    """Return ``W_0 + alpha * sum(w_t D_t)`` with ``D_t = W_t - W_0`` (Ilharco et al., ICLR 2023)."""
+    """Return ``W_0 + alpha * sum(w_t D_t)``.
+
+    Example:
+        >>> base, tuned = torch.ones(2), [torch.tensor([2.0, 1.0]), torch.tensor([1.0, 3.0])]
+        >>> task_arithmetic(base, tuned, TaskArithmeticParameters(weight=[1.0, 1.0], alpha=0.5)).weight
+        tensor([1.5000, 2.0000])
+    """
     weights = normalized(options.weight) if options.normalize else list(options.weight)
     if isinstance(tuned[0], Factored):
         merged = add_update(base, sum_of_updates(base, tuned, weights), options.alpha)
@@ -40,7 +54,7 @@ def task_arithmetic(base: Tensor, tuned: Sequence[Any], options: TaskArithmeticP
 
 
 def sum_of_updates(base: Tensor, updates: Sequence[Factored], weights: Sequence[float]) -> Tensor:
-    """Return ``sum(w_t D_t)``, one product of all factors put side by side."""
+    """Return ``sum(w_t D_t)`` as one product of all factors side by side."""
     total = weighted_sum(updates, weights)
     dtype = accumulation_dtype(base, *(update.left for update in updates))
     return total.left.to(dtype) @ total.right.to(dtype)

@@ -1,4 +1,15 @@
-"""TIES-Merging: trim, elect a sign, average those that have it."""
+"""TIES-Merging: trim, elect a sign, average the values of that sign.
+
+1. Trim: D'_t holds the ``ceil(density * N)`` largest magnitudes of the N elements of ``D_t = W_t - W_0``.
+2. Elect: ``s = sign(sum_t(w_t D'_t))``, element by element.
+3. Merge::
+
+       W = W_0 + alpha * sum_t(w_t [sign(D'_t) = s] D'_t) / sum_t(w_t [sign(D'_t) = s])
+
+   Without `normalize` the numerator alone.
+
+Source: Yadav et al., "TIES-Merging", NeurIPS 2023.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +25,7 @@ from .sparsify import SparseParameters, largest_kept, merge_kept, rescaled, spar
 class TiesParameters(SparseParameters):
     """Parameters of `ties`."""
 
-    normalize: bool = Field(default=True, description="divide by the weights of those that have the elected sign")
+    normalize: bool = Field(default=True, description="divide by the weights of the tasks with the elected sign")
 
 
 @register(
@@ -26,9 +37,12 @@ class TiesParameters(SparseParameters):
     cost=sparse_cost,
 )
 def ties(base: Tensor, tuned: Sequence[Tensor], options: TiesParameters) -> MergeResult:
-    """Trim each task vector to its largest magnitudes, then take the disjoint mean of those of the elected sign.
+    """Merge by TIES: the steps at the top of this module.
 
-    The sign of an element is that of the weighted sum of the trimmed task vectors (Yadav et al., NeurIPS 2023).
+    Example:
+        >>> tuned = [torch.tensor([4.0, 1.0]), torch.tensor([-1.0, 3.0])]
+        >>> ties(torch.zeros(2), tuned, TiesParameters(weight=[1.0, 1.0], density=[1.0, 0.5])).weight
+        tensor([4., 2.])
     """
     sparsifiers = [largest_kept(base, tensor, density) for tensor, density in zip(tuned, options.density, strict=True)]
     if options.rescale:

@@ -1,0 +1,57 @@
+"""Memory and operations of `tsvm` and `rtsvm`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .. import dispatch
+from ..linalg import choose_rank, fixed_rank, tsv_merge_bytes, tsv_merge_flops
+from ..linalg.products.cuda_graph import PRODUCTS
+from ..ops import kept_count
+from .base import Cost, TensorJob
+
+if TYPE_CHECKING:
+    from .rtsvm import RtsvmParameters
+    from .tsvm import TsvmParameters
+
+
+def spectral_cost(job: TensorJob, options: TsvmParameters, ranks: Sequence[int]) -> Cost:
+    """Return the cost of TSV-Merge with its task matrices, at these ranks or smaller ones."""
+    shape = (job.shape[0], job.shape[1])
+    matrices = job.tasks * job.itemsize * job.elements
+    simulated = dispatch.by_reference(job.device_type, *PRODUCTS)
+    solving = tsv_merge_bytes(
+        shape,
+        ranks,
+        itemsize=job.itemsize,
+        solver=options.solver,
+        workspace=options.workspace,
+        simulated=simulated,
+    )
+    forming, adding = 2 * job.itemsize * job.elements, (5 * job.itemsize + 1) * job.elements  # one after the other
+    return Cost(matrices + max(forming, solving, adding), tsv_merge_flops(shape, ranks))
+
+
+def tsvm_cost(job: TensorJob, options: TsvmParameters) -> Cost:
+    """Return the cost of `tsvm`."""
+    return spectral_cost(job, options, [fixed_rank((job.shape[0], job.shape[1]), job.tasks)] * job.tasks)
+
+
+def rtsvm_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
+    """Return the cost of `rtsvm`: statistics and pruning of one task after the other, then TSV-Merge."""
+    statistics = (3 * job.itemsize + 28) * job.elements
+    pruning = ((job.tasks + 5) * job.itemsize + 2) * job.elements
+    merging = spectral_cost(job, options, _largest_ranks(job, options))
+    return Cost(max(statistics, pruning, merging.bytes), merging.flops + 40.0 * job.tasks * job.elements)
+
+
+def _largest_ranks(job: TensorJob, options: RtsvmParameters) -> list[int]:
+    """Return upper bounds of the ranks: pruned elements are small, whatever the values."""
+    shape = (job.shape[0], job.shape[1])
+    bounds = []
+    for density in options.density:
+        dropped = 1 - kept_count(density, job.elements) / job.elements
+        rank = choose_rank(options.rank, shape, job.tasks, sparsity=dropped, rho=options.rank_rho)
+        bounds.append(rank if isinstance(rank, int) else fixed_rank(shape, job.tasks))
+    return bounds
