@@ -45,7 +45,7 @@ PROGRAM = """
 import json, sys
 sys.path[:0] = ["tests"]
 import torch
-from memory import peak_of
+from r_tsvm_kernels.bench.measure import peak_of
 from merging import group, tasks_of
 from r_tsvm_kernels import MergeConfig
 from r_tsvm_kernels.dispatch import use_backend
