@@ -1,4 +1,4 @@
-"""How long a merge will take, from a few samples measured on this machine."""
+"""Estimate the time of a merge from samples measured on this machine."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ SAMPLE_SIDE = 768
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds a merge will take, if nothing else runs.
+    """Estimated seconds of a merge on an idle machine.
 
     Attributes:
-        reading: of all inputs.
-        computing: of all tensors, shared by the workers.
-        writing: of the output, at the rate of reading.
-        total: the longer of input and output together and of computing, for they overlap.
+        reading: for all inputs.
+        computing: for all tensors, divided by the number of workers.
+        writing: for the output, at the rate of reading.
     """
 
     reading: float
@@ -39,20 +38,20 @@ class TimeEstimate:
 
     @property
     def total(self) -> float:
-        """Wall time: reading and writing share a disk, computing goes on beside them."""
+        """Wall time: reading and writing share a disk, computing overlaps with both."""
         return max(self.reading + self.writing, self.computing)
 
 
 def estimate_time(plan: MergePlan, workers: int, device: torch.device) -> TimeEstimate:
-    """Estimate the time of a merge: reads a part of one input, merges random samples of each kind of work.
+    """Estimate the time of a merge: read part of one input and merge random samples of each kind of work.
 
-    Takes a few seconds. Expect it to be right within a factor of two: a disk may be faster for what it has read lately,
-    and decompositions do not scale quite like matrix products.
+    This takes a few seconds. The estimate is right within a factor of about two: disks cache what was read lately, and
+    decompositions do not scale exactly like matrix products.
 
     Args:
-        plan: the merge.
-        workers: that merge at the same time.
-        device: where they merge.
+        plan: the plan of the merge.
+        workers: number of merging threads.
+        device: the device that merges.
 
     Raises:
         CheckpointError: the input cannot be read.
@@ -80,7 +79,7 @@ def estimate_time(plan: MergePlan, workers: int, device: torch.device) -> TimeEs
 
 
 def _sample(plan: MergePlan, names: Sequence[str], shape: tuple[int, int], device: torch.device) -> float:
-    """Return the seconds that random tensors of `shape` take, treated like the first of `names`; the better of two."""
+    """Return the seconds, the better of two, to merge random tensors of `shape` treated like the first of `names`."""
     tensor = plan.tensors[names[0]]
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(shape, generator=generator)
@@ -102,7 +101,7 @@ def _sample(plan: MergePlan, names: Sequence[str], shape: tuple[int, int], devic
 
 
 def _read_rate(file: Path) -> float:
-    """Return bytes per second of reading the start of a file, from the disk if the system lets go of its cache."""
+    """Return the bytes per second of reading the start of a file, from disk if the system drops its cached pages."""
     buffer = bytearray(8 << 20)
     try:
         with open_regular(file) as opened:

@@ -1,4 +1,4 @@
-"""What makes two merges the same: everything that their bytes depend on, and the state of every input file."""
+"""The fingerprint of a merge: everything that its bytes depend on, and the state of every input file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..checkpoint import checksum
 from ..plan import MergePlan
 from .shards import layouts
 
-# Raised when journals of older versions cannot be continued.
+# Increased when journals of older versions cannot be resumed.
 _FORMAT = 1
 
 
 def fingerprint(plan: MergePlan, device: torch.device) -> dict[str, Any]:
-    """Return the fingerprint of a merge, as JSON: two merges with the same one give the same bytes."""
+    """Return the fingerprint of a merge, as JSON. Merges with equal fingerprints give the same bytes."""
     inputs = {
         str(state.path): {**asdict(state), "path": str(state.path)} for model in plan.inputs for state in model.files()
     }
@@ -36,7 +36,7 @@ def fingerprint(plan: MergePlan, device: torch.device) -> dict[str, Any]:
 
 
 def software(device: torch.device) -> dict[str, Any]:
-    """Return what of this machine the bytes depend on, as JSON."""
+    """Return the facts of this machine that the bytes depend on, as JSON."""
     return {
         "versions": {"r_tsvm_kernels": __version__, "torch": torch.__version__},
         "device": device.type,
@@ -45,7 +45,7 @@ def software(device: torch.device) -> dict[str, Any]:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Say in words what differs between two fingerprints; None if nothing does."""
+    """Describe the first difference between two fingerprints; None if they are equal."""
     for key in {**now, **before}:
         old, new = before.get(key), now.get(key)
         if old == new:

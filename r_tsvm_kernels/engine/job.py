@@ -1,11 +1,12 @@
-"""A merge as its driver sees it: what is left to do, where finished tensors go, and how it ends.
+"""Start, resume, commit and stop a merge.
 
-Engines differ in how they carry the work out. All of them take `MergeJob.pending`, put each tensor into
-`MergeJob.shards` and call `MergeJob.record`; starting, resuming, committing and giving up are here.
+Engines differ in how they do the work. All of them take `MergeJob.pending`, write each tensor into `MergeJob.shards`
+and call `MergeJob.record`.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -22,22 +23,23 @@ from .journal import Finished, Journal, as_report
 from .output import Stage, writing
 from .shards import Shards, layouts
 
-# Finished tensors are put on disk together: so many bytes of them, or after so many seconds.
+_LOG = logging.getLogger(__name__)
+
+# Finished tensors are synced together: at this many bytes, or after this many seconds.
 COMMIT_BYTES = 256 << 20
 COMMIT_SECONDS = 2.0
 
 
 class MergeJob:
-    """A merge that is under way; made by `open_job`.
+    """A running merge, made by `open_job`.
 
     Attributes:
-        plan: what is to be done.
-        device: where tensors are merged.
+        plan: the plan of the merge.
+        device: the device that merges.
         measure_norms: see `merge_tensors`.
-        shards: where they are written.
-        finished: journal entries of the tensors that are done, by name.
-        resumed: how many of them were done before this job began: those that the journal has, and that are still in
-            the shards as the journal says.
+        shards: the shards of the output.
+        finished: journal entries of finished tensors, by name.
+        resumed: number of tensors that were finished before: those in the journal whose values are in the shards.
     """
 
     measure_norms: bool | None = None
@@ -59,11 +61,11 @@ class MergeJob:
 
     @property
     def pending(self) -> list[str]:
-        """Names of the tensors that are left to do, in the order of the plan."""
+        """Names of the tensors that are not finished, in the order of the plan."""
         return [name for name in self.plan.tensors if name not in self.finished]
 
     def record(self, entry: Finished) -> None:
-        """Take note of a tensor that was written to its shard; it is journaled with the next `commit`, soon."""
+        """Record a tensor that was written to its shard; the next `commit` adds it to the journal."""
         with self._lock:
             self.finished[entry.name] = entry
             self._batch.append(entry)
@@ -74,18 +76,18 @@ class MergeJob:
             self.commit_if_due()
 
     def commit_if_due(self) -> None:
-        """Commit if the last time was a while ago."""
+        """Commit if the last commit is `COMMIT_SECONDS` old."""
         if time.monotonic() - self._committed >= COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
-        """Put the shards on disk, then the journal lines of the tensors recorded since the last time.
+        """Sync the shards, then add the tensors recorded since the last commit to the journal.
 
         Raises:
-            DiskFullError, CheckpointError: the disk refused; these tensors are not journaled.
+            DiskFullError, CheckpointError: writing failed; these tensors are not in the journal.
         """
         with self._lock:
-            # Taken out first: after a failed sync the kernel forgets what it could not write, and a second try lies.
+            # Removed first: after a failed sync the system forgets what it could not write, and a second sync succeeds.
             batch, self._batch, self._batch_bytes = self._batch, [], 0
             if batch:
                 self.shards.sync()
@@ -97,20 +99,20 @@ class MergeJob:
 def open_job(
     plan: MergePlan, stage: Stage, device: torch.device, *, resume: bool = False, restart: bool = False
 ) -> Iterator[MergeJob]:
-    """Yield a job inside a locked stage; what is finished when the ``with`` block fails is kept for a resumption.
+    """Yield a job inside a locked stage. If the ``with`` block fails, finished tensors are kept for resuming.
 
     Args:
-        plan: what is to be done.
-        stage: of the output.
-        device: where tensors will be merged.
-        resume: continue the merge that was stopped, if there is one.
-        restart: throw away what such a merge has left.
+        plan: the plan of the merge.
+        stage: stage of the output.
+        device: the device that merges.
+        resume: continue a stopped merge, if there is one.
+        restart: discard a stopped merge.
 
     Raises:
-        OutputUnfinishedError: there is such a merge, and neither `resume` nor `restart` was asked for.
-        ResumeRefusedError: that merge is not this one; the message says what differs.
-        JournalError: its journal is damaged.
-        DiskFullError, CheckpointError: the disk refused.
+        OutputUnfinishedError: there is a stopped merge, and neither `resume` nor `restart` is set.
+        ResumeRefusedError: the stopped merge differs from this one; the message says how.
+        JournalError: the journal is damaged.
+        DiskFullError, CheckpointError: writing failed.
     """
     with writing(stage.out):
         journal = _open_journal(stage, plan, device, resume, restart)
@@ -129,7 +131,7 @@ def open_job(
                 stage.remove()
             elif isinstance(error, RtsvmError) or not isinstance(error, Exception):
                 done = f"{len(journal.finished)} of {len(plan.tensors)} tensors are finished"
-                hint = f"{done}: run again with --resume (resume=True) to go on from there"
+                hint = f"{done}: run again with --resume (resume=True) to continue"
                 if stage.published:
                     hint = f"{stage.out} is complete"
                 error.args = (f"{error}; {hint}" if str(error) else hint,)
@@ -137,33 +139,34 @@ def open_job(
 
 
 def _written(entry: Finished) -> tuple[object, ...]:
-    """Return where a journal says that a tensor is, and what it says of its form."""
+    """Return place, dtype and shape of a tensor according to a journal."""
     return entry.shard, entry.offset, entry.nbytes, entry.dtype, as_report(entry.report).shape
 
 
 def _laid_out(layout: ShardLayout, name: str) -> tuple[object, ...]:
-    """Return the same of a tensor of a plan."""
+    """Return the same facts according to a plan."""
     spec = layout.specs[name]
     return layout.file_name, layout.offsets[name], spec.nbytes, dtype_name(spec.dtype), spec.shape
 
 
 def _check_entries(journal: Journal, plan: MergePlan) -> None:
-    """Raise `JournalError` unless every tensor of a journal is one of the plan, of its form and at its place."""
+    """Raise `JournalError` unless every tensor of a journal has the place, dtype and shape of the plan."""
     layout_of = {name: layout for layout in layouts(plan) for name in layout.specs}
     for name, entry in journal.finished.items():
         layout = layout_of.get(name)
         if layout is None or _written(entry) != _laid_out(layout, name):
             raise JournalError(
-                f"{journal.file}: {name[:80]!a} is not in this merge, or not of that form at that place; start "
+                f"{journal.file}: {name[:80]!a} is not in this merge, or has another place, dtype or shape; start "
                 "over with --restart (restart=True)"
             )
 
 
 def _open_journal(stage: Stage, plan: MergePlan, device: torch.device, resume: bool, restart: bool) -> Journal:
-    """Open the journal of the merge that was stopped, or make a new one in an empty stage."""
+    """Open the journal of a stopped merge, or make a new one in an empty stage."""
     identity = fingerprint(plan, device)
     stage.refuse_foreign()
     if restart:
+        _LOG.info("restart: %s is discarded", stage.folder)
         stage.remove()
     journal = Journal.open(stage.journal)
     if journal is not None and journal.finished:
@@ -182,8 +185,8 @@ def _open_journal(stage: Stage, plan: MergePlan, device: torch.device, resume: b
                 "--resume (resume=True) continues it, --restart (restart=True) starts over"
             )
         raise ResumeRefusedError(
-            f"{stage.folder}: cannot be continued, because it is not the same merge ({what}); "
-            "undo that, or start over with --restart (restart=True)"
+            f"{stage.folder}: cannot be resumed, because the merge has changed ({what}); "
+            "undo the change, or start over with --restart (restart=True)"
         )
     if journal is not None:
         journal.close()

@@ -1,8 +1,8 @@
-"""The journal of a merge: what was to be done, and each tensor that is done, safely on disk before it is noted.
+"""The journal of a merge: its fingerprint, and an entry for each tensor whose values are safely on disk.
 
-One JSON object per line, each with a checksum of itself as its last key. The first line is the fingerprint of the merge
-(`engine.fingerprint`), every other one a `Finished` tensor. A line that was being written when the machine stopped
-is cut off when the journal is opened again; damage anywhere else is an error.
+Each line is a JSON object with a checksum of the line as its last key. The first line is the fingerprint of the merge
+(`engine.fingerprint`), every other line a `Finished` tensor. Opening a journal cuts off an incomplete last line, which
+a crash leaves; damage anywhere else is an error.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ..methods import TensorReport
 
 @dataclass(frozen=True)
 class Finished:
-    """One tensor of the output whose values are in their shard.
+    """A tensor whose values are in their shard.
 
     Attributes:
         name: of the tensor.
         shard: file name of its shard.
         offset: of its first byte in that file.
-        nbytes: its size.
+        nbytes: size in bytes.
         dtype: of its values, e.g. ``bfloat16``; the shape is in the report.
         checksum: of its bytes (`checkpoint.checksum`).
-        inputs: checksums of what it was made from: the base's tensor, then that of each other input; of an adapter the
-            factors, or nothing where it does not change the tensor; only the base's where that keeps its value.
+        inputs: one checksum per input, the base first. That of an adapter covers both factors, and is empty if the
+            adapter does not change the tensor. A tensor that keeps the base's value has the base's checksum only.
         report: its `TensorReport`, as JSON.
     """
 
@@ -53,7 +53,7 @@ class Journal:
 
     Attributes:
         fingerprint: of the merge.
-        finished: the tensors noted in it, by name.
+        finished: entries of finished tensors, by name.
     """
 
     def __init__(self, file: Path, fingerprint: Mapping[str, Any], finished: Mapping[str, Finished], end: int) -> None:
@@ -62,7 +62,7 @@ class Journal:
         self.finished = dict(finished)
         self._end = end
         self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        # What lies behind the last good line was being written when the merge stopped.
+        # Bytes after the last complete line were being written when the merge stopped.
         os.ftruncate(self._descriptor, end)
 
     @classmethod
@@ -74,16 +74,16 @@ class Journal:
 
     @classmethod
     def open(cls, file: Path) -> Journal | None:
-        """Open a journal to go on writing, or return None if it never came to hold its first line.
+        """Open a journal for more entries, or return None if it has no complete first line.
 
         Raises:
-            JournalError: damaged.
+            JournalError: the journal is damaged.
         """
         content = _read(file)
         return None if content is None else cls(file, *content)
 
     def append(self, finished: Sequence[Finished]) -> None:
-        """Note tensors whose values are safely on disk already; so is the note, on return."""
+        """Add tensors whose values are on disk; on return the entries are on disk, too."""
         self._append(b"".join(_line(asdict(entry)) for entry in finished))
         self.finished.update((entry.name, entry) for entry in finished)
 
@@ -101,7 +101,7 @@ class Journal:
 
 
 class _Models(BaseModel):
-    """What everybody relies on in a fingerprint; the rest is only compared."""
+    """The part of a fingerprint that is read; the rest is only compared."""
 
     models: list[str] = Field(min_length=1)
 
@@ -111,19 +111,19 @@ _REPORT = TypeAdapter(TensorReport)
 
 
 def as_report(data: Mapping[str, Any]) -> TensorReport:
-    """Turn the JSON form of a report back into one.
+    """Return the report of its JSON form.
 
     Raises:
-        ValidationError: it is none.
+        ValidationError: `data` is no report.
     """
     return _REPORT.validate_python(data)
 
 
 def read_journal(file: Path) -> tuple[dict[str, Any], dict[str, Finished]]:
-    """Read fingerprint and finished tensors of a journal.
+    """Read the fingerprint and the finished tensors of a journal.
 
     Raises:
-        JournalError: missing or damaged.
+        JournalError: the journal is missing or damaged.
     """
     content = _read(file)
     if content is None:
@@ -132,7 +132,7 @@ def read_journal(file: Path) -> tuple[dict[str, Any], dict[str, Finished]]:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Finished], int] | None:
-    """Return fingerprint, finished tensors and the end of the last good line; None without a first line."""
+    """Return fingerprint, finished tensors and the end of the last complete line; None without a first line."""
     try:
         with open_regular(file) as opened:
             text = opened.read()
@@ -163,7 +163,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Finished], int] | None:
         wrong = error.errors()[0]
         reason = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
         raise JournalError(
-            f"{file}: written by another version of this package, or by nobody ({reason}); merge again (--restart)"
+            f"{file}: not a journal of this version ({reason}); merge again from the start (--restart)"
         ) from error
     return fingerprint, {entry.name: entry for entry in finished}, end
 
@@ -174,7 +174,7 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the object of a line, or None unless it is whole and fits its checksum."""
+    """Return the object of a line, or None if the line is incomplete or its checksum is wrong."""
     try:
         content = json.loads(line)
         del content["line"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from .scheduling import make_schedule
 from .shards import layouts, write_indexes
 from .sidecar_files import copy_sidecar_files
 from .tiles import check_copies
+
+_LOG = logging.getLogger(__name__)
 
 # On a GPU a second worker copies while the first computes.
 _GPU_WORKERS = 2
@@ -52,8 +55,8 @@ class CheckpointResult:
         path: the output folder or file.
         report_path: the JSON report.
         reports: one per tensor, in the order of the plan.
-        resumed: how many tensors were taken over from a merge that was stopped.
-        seconds: wall time of the whole merge; of the last part of it, if it was resumed.
+        resumed: number of tensors that an earlier, stopped merge had finished.
+        seconds: wall time; after a resumption, that of the last part.
     """
 
     path: Path
@@ -85,44 +88,56 @@ def merge_checkpoints(
 ) -> CheckpointResult:
     """Merge the checkpoints a recipe names and write the result.
 
-    Tensors stream through memory of a fixed size. The output grows in ``.OUT.partial`` beside its final place and is
-    moved there when it is complete. If the merge is stopped, by an error, a signal or a power cut, the tensors that
-    are finished stay there for a resumption, which gives the same bytes. The result does not depend on `threads`,
-    `memory`, the engine or where a merge was resumed.
+    Tensors stream through memory of a fixed size. The output is written to ``.OUT.partial`` beside `out` and moved to
+    `out` when it is complete. If an error, a signal or a power cut stops the merge, finished tensors stay there, and
+    resuming gives the same bytes. The result does not depend on `threads`, `memory`, the engine, or on whether and
+    where the merge was resumed. The logger ``r_tsvm_kernels`` records decisions (INFO) and tensors (DEBUG).
 
     Args:
         config: recipe, or the path of its YAML file, with ``models``, and ``base_model`` where the method needs one.
-        out: a folder that does not exist yet or is empty (Hugging Face layout, with the base's configuration and
-            tokenizer files), or a path ending in .safetensors for one bare file.
+        out: a folder that does not exist or is empty (Hugging Face layout, with the base's configuration and tokenizer
+            files), or a path ending in .safetensors for a single file.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
-        threads: how many tensors are merged at a time, each by one thread; None means one per core on a CPU. Fewer
-            are used where `memory` does not suffice.
-        memory: most memory of the whole process, e.g. ``8GB``; None means as much as the threads need.
-        device_memory: most GPU memory of tensors.
-        shard_size: largest output shard, e.g. ``5GB``; ignored for a single file.
-        allow_pickle: read models that exist only as pickle; nothing but tensors is unpickled.
-        resume: continue the merge into `out` that was stopped, if there is one.
-        restart: throw away what a merge that was stopped has left.
-        engine: ``local``, or ``ray`` for several GPUs or machines with a shared file system; there `threads` is the
-            most tasks at a time, and each task has a process and a memory budget of its own.
-        ray_address: of a running Ray cluster, e.g. ``10.0.0.1:6379``; None starts Ray on this machine alone.
-        measure_norms: report the norms of task vectors and updates; None means for spectral methods only, because
-            element-wise ones hardly compute longer than that takes.
-        progress: called after each tensor, in the thread of the caller.
+        threads: number of tensors that are merged at a time, each by one thread; None means one per core on a CPU.
+            Fewer are used if `memory` does not suffice.
+        memory: memory limit of the whole process, e.g. ``8GB``; None means as much as the threads need.
+        device_memory: limit of the GPU memory of tensors.
+        shard_size: size limit of output shards, e.g. ``5GB``; ignored for a single file.
+        allow_pickle: read models that exist only as pickle; only tensors are unpickled.
+        resume: continue a stopped merge into `out`, if there is one.
+        restart: discard a stopped merge into `out`.
+        engine: ``local``, or ``ray`` for several GPUs or machines with a shared file system. With Ray, `threads` limits
+            the number of concurrent tasks; each task has its own process and memory budget.
+        ray_address: address of a running Ray cluster, e.g. ``10.0.0.1:6379``; None starts Ray on this machine alone.
+        measure_norms: report the norms of task vectors and updates, which takes one more pass over the tensors; None
+            means for spectral methods only, where that costs little.
+        progress: called after each tensor, in the calling thread.
 
     Returns:
         CheckpointResult with the path and a report per tensor.
 
     Raises:
-        ConfigError, DeviceError, OutputExistsError, MemoryBudgetError: the request cannot be carried out as written.
-        BackendUnavailableError, ClusterError: Ray is not installed, or the cluster cannot carry out the merge.
+        ConfigError, DeviceError, OutputExistsError, MemoryBudgetError: the request is invalid, or does not fit here.
+        BackendUnavailableError, ClusterError: Ray is not installed, or the cluster failed.
         OutputBusyError: another merge into `out` is running.
-        OutputUnfinishedError: a merge into `out` was stopped, and neither `resume` nor `restart` was asked for.
-        ResumeRefusedError, JournalError: it cannot be continued; the message says what changed.
+        OutputUnfinishedError: a merge into `out` was stopped, and neither `resume` nor `restart` is set.
+        ResumeRefusedError, JournalError: the stopped merge cannot be resumed; the message says what changed.
         CheckpointError, ShapeError, DTypeError, NonFiniteError, ConvergenceError: an input is damaged, or the inputs
-            do not fit together; the message names file and tensor.
-        InputChangedError: an input was changed during the merge.
-        DiskFullError: there is no room for the output.
+            do not match; the message names file and tensor.
+        InputChangedError: an input changed during the merge.
+        DiskFullError: there is no space for the output.
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> for name, value in (("base", 0.0), ("math", 1.0), ("code", 3.0)):
+        ...     save_file({"w": torch.full((2, 2), value)}, f"{name}.safetensors")
+        >>> config = MergeConfig("task_arithmetic", base_model="base.safetensors",
+        ...                      models=["math.safetensors", "code.safetensors"], alpha=0.5)
+        >>> merge_checkpoints(config, "merged").reports["w"].weights
+        [1.0, 1.0]
+        >>> from r_tsvm_kernels import verify_output
+        >>> verify_output("merged").ok
+        True
     """
     start = time.perf_counter()
     config, out = config if isinstance(config, MergeConfig) else MergeConfig.from_yaml(config), Path(out)
@@ -137,12 +152,18 @@ def merge_checkpoints(
     shard_bytes, stem = (2**63, out.stem) if single else (parse_size(shard_size), None)
     plan = make_plan(config, shard_bytes, stem, allow_pickle=allow_pickle)
     limits = [None if size is None else parse_size(size) for size in (memory, device_memory)]
+    _LOG.info(
+        "%s of %d models into %s: %d tensors, %d bytes to read, on %s with the %s engine",
+        *(config.merge_method, len(plan.tuned), out, len(plan.tensors), plan.bytes_read, target, engine),
+    )
     schedule = make_schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
     check_copies(plan)
     with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
         job.measure_norms = measure_norms
-        if not single:  # at first, because one that cannot be read is better known before the work
+        if not single:  # first: an unreadable file should stop the merge before the work
             copy_sidecar_files(plan.base, stage.folder, config.out_dtype or config.dtype)
+        if job.resumed:
+            _LOG.info("resumed: %d of %d tensors are finished already", job.resumed, len(plan.tensors))
         tensor_done = _reporter(job, progress)
         if engine == "ray":
             run_ray(job, schedule, tensor_done, tasks=threads, address=ray_address)
@@ -153,12 +174,13 @@ def merge_checkpoints(
         run = {"engine": engine, "threads": schedule.workers, "seconds": seconds, "resumed_tensors": job.resumed}
         write_report(job, run)
         stage.publish()
+    _LOG.info("merged %d tensors into %s in %.1f s", len(plan.tensors) - job.resumed, out, seconds)
     reports = {name: as_report(job.finished[name].report) for name in plan.tensors}
     return CheckpointResult(out, report_path(out), reports, job.resumed, seconds)
 
 
 def choose_device(device: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that is there.
+    """Return the device of this machine that ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` names.
 
     Raises:
         DeviceError: an unknown name, or no such device on this machine.
@@ -177,7 +199,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_workers(threads: int | None, device: torch.device, engine: str = "local") -> int:
-    """Return how many threads shall merge in one process, if memory allows: `threads`, or what suits the device.
+    """Return the number of merging threads of one process, if memory allows: `threads`, or a default of the device.
 
     Raises:
         ConfigError: fewer than one, or an unknown engine.
@@ -192,7 +214,7 @@ def choose_workers(threads: int | None, device: torch.device, engine: str = "loc
 
 
 def _reporter(job: MergeJob, progress: Callable[[Progress], None] | None) -> Callable[[str], None]:
-    """Return the function that turns finished tensors into `Progress`."""
+    """Return a function that reports a finished tensor, given its name, as `Progress`."""
     plan = job.plan
     done = [name for name in plan.tensors if name in job.finished]
     bytes_done = sum(plan.tensors[name].bytes_read for name in done)
@@ -201,6 +223,7 @@ def _reporter(job: MergeJob, progress: Callable[[Progress], None] | None) -> Cal
         nonlocal bytes_done
         done.append(name)
         bytes_done += plan.tensors[name].bytes_read
+        _LOG.debug("%d of %d: %s", len(done), len(plan.tensors), name)
         if progress:
             progress(Progress(name, len(done), len(plan.tensors), bytes_done, plan.bytes_read))
 
@@ -208,7 +231,7 @@ def _reporter(job: MergeJob, progress: Callable[[Progress], None] | None) -> Cal
 
 
 def _complete(job: MergeJob) -> None:
-    """Write what lies beside the weights, after a last look at the inputs."""
+    """Check the inputs for changes and write the files beside the weights."""
     plan, stage = job.plan, job.stage
     for checkpoint in plan.inputs:
         checkpoint.check_unchanged()

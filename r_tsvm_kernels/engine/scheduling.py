@@ -1,12 +1,13 @@
-"""How a plan is worked through in a given memory: workers, row tiles, and how much may be in memory at one time.
+"""Fit a plan into a memory budget: number of workers, row tiles, and how many bytes may be in memory at a time.
 
-What is computed never depends on it. Only tensors whose rows may be merged apart to the bit are cut into tiles; the
-working memory of a decomposition changes its rounding, so it follows from the recipe and the shape alone, and a budget
-that is too small for it is refused.
+Results never depend on the schedule. Only tensors whose rows can be merged separately with the same bits are cut into
+tiles. The working memory of a decomposition changes its rounding: it depends on the recipe and the shape alone, and a
+budget that is too small for it is refused.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,25 +17,27 @@ from ..errors import ConfigError, MemoryBudgetError
 from ..plan import MergePlan, footprint
 from ..sizes import format_size
 
-# Python, torch and this package; and for each worker its stack, buffers of BLAS and what malloc holds back: measured,
+_LOG = logging.getLogger(__name__)
+
+# Python, torch and this package; and for each worker its stack, BLAS buffers and memory that malloc retains: measured,
 # rounded up.
 PROGRAM_BYTES, WORKER_BYTES = 288 << 20, 32 << 20
 
-# Elements of a row tile. Larger ones were no faster on a CPU, and malloc keeps a multiple of them; a GPU wants more.
+# Elements of a row tile. Larger tiles were no faster on a CPU, and malloc retains a multiple of them; a GPU needs more.
 TILE_ELEMENTS = (1 << 20, 1 << 18, 1 << 16)
 GPU_FACTOR = 16
 
 
 @dataclass(frozen=True)
 class TensorSchedule:
-    """How one tensor is worked through.
+    """Tiles of one tensor, and the memory of one tile.
 
     Attributes:
-        rows: size of its leading dimension.
-        tile_rows: rows merged at a time; all of them unless they may be merged apart.
+        rows: size of the leading dimension.
+        tile_rows: rows merged at a time; all rows unless they can be merged separately.
         inputs: bytes of the inputs of a tile.
-        work: upper bound of the bytes in use beside the inputs while a tile is merged; its output is part of it.
-        output: bytes of the merged tile, which stay in use until it is written.
+        work: upper bound of the bytes in use beside the inputs while a tile is merged, output included.
+        output: bytes of the merged tile, which are in use until it is written.
     """
 
     rows: int
@@ -50,25 +53,25 @@ class TensorSchedule:
 
     @property
     def tiles(self) -> list[tuple[int, int]]:
-        """First and last (exclusive) row of every tile, in order; one empty tile if there are no rows."""
+        """First and last (exclusive) row of each tile, in order; one empty tile if there are no rows."""
         firsts = [index * self.tile_rows for index in range(self.count)]
         return [(first, min(first + self.tile_rows, self.rows)) for first in firsts]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a plan is worked through, and in how much memory.
+    """How an engine carries out a plan: workers, tiles and memory limits.
 
-    Whoever follows it starts to read a tile when its `inputs` fit into `read_bytes` with those of all tiles that are
-    not merged yet, and to merge it when its `work` fits into `work_bytes` with that of all tiles being merged and the
-    `output` of all that wait to be written. Tiles start in the order of the plan. On a GPU `device_bytes` holds inputs
-    and work together, and of the host's `work_bytes` only the output is needed.
+    Tiles start in the order of the plan. Reading a tile starts when its `inputs` and those of all tiles that are not
+    merged yet fit into `read_bytes`. Merging it starts when its `work`, that of all tiles being merged and the `output`
+    of all tiles waiting to be written fit into `work_bytes`. On a GPU, inputs and work count against `device_bytes`,
+    and only the output counts against `work_bytes`.
 
     Attributes:
-        workers: threads that merge.
-        read_bytes: most bytes of inputs in host memory.
-        work_bytes: most bytes in host memory beside them.
-        device_bytes: most bytes of tensors on the GPU; 0 without one.
+        workers: number of merging threads.
+        read_bytes: limit of the bytes of inputs in host memory.
+        work_bytes: limit of the other bytes of tensors in host memory.
+        device_bytes: limit of the bytes of tensors on the GPU; 0 without one.
         tensors: by name, in the order of the plan.
     """
 
@@ -99,25 +102,32 @@ def make_schedule(
 ) -> Schedule:
     """Choose workers, row tiles and limits so that the estimated peak stays within the budgets.
 
-    The most workers that fit are taken, with the largest tiles and, before anything else is given up, with the inputs
-    of one more tile read ahead.
+    The choice has as many workers as fit, then the largest tiles. The inputs of one more tile are read ahead unless
+    only the smallest schedules fit.
 
     Args:
         plan: the merge.
-        workers: most threads that merge.
-        memory: budget of the whole process in host memory, in bytes; None takes what the workers need.
-        device_memory: budget of tensors on the GPU, in bytes; None takes what the workers need.
+        workers: largest number of merging threads.
+        memory: budget of the whole process in host memory, in bytes; None means no limit.
+        device_memory: budget of tensors on the GPU, in bytes; None means no limit.
         on_gpu: whether tensors are merged on a GPU.
+
+    Returns:
+        The first schedule that fits.
 
     Raises:
         ConfigError: fewer than one worker.
-        MemoryBudgetError: not even one worker with the smallest tiles fits; the message names the smallest budget
-            that works.
+        MemoryBudgetError: one worker with the smallest tiles does not fit; the message names the smallest budget.
     """
     if workers < 1:
         raise ConfigError(f"a merge needs at least one worker, got {workers}")
     for candidate in _candidates(plan, workers, on_gpu):
         if _fits(candidate.peak_host_bytes, memory) and _fits(candidate.peak_device_bytes, device_memory):
+            _LOG.info(
+                "%d of %d threads, tiles of at most %d rows, at most %s of memory",
+                *(candidate.workers, workers, max((t.tile_rows for t in candidate.tensors.values()), default=0)),
+                format_size(candidate.peak_host_bytes),
+            )
             return candidate
     raise _too_small(plan, candidate, memory, device_memory)
 
@@ -128,7 +138,7 @@ def smallest_schedule(plan: MergePlan, on_gpu: bool = False) -> Schedule:
 
 
 def _candidates(plan: MergePlan, workers: int, on_gpu: bool) -> Iterator[Schedule]:
-    """Yield schedules, the most desirable first and the smallest last."""
+    """Yield schedules, the best first and the smallest last."""
     factor = GPU_FACTOR if on_gpu else 1
     tiled = [_tensor_schedules(plan, factor * elements, on_gpu) for elements in TILE_ELEMENTS]
     for count in range(workers, 0, -1):
@@ -139,7 +149,7 @@ def _candidates(plan: MergePlan, workers: int, on_gpu: bool) -> Iterator[Schedul
 
 
 def _tensor_schedules(plan: MergePlan, elements: int, on_gpu: bool) -> dict[str, TensorSchedule]:
-    """Cut what may be cut into tiles of about so many elements, at least a row."""
+    """Cut tensors into tiles of about so many elements and at least one row, if their rows are merged separately."""
     found = {}
     for name, tensor in plan.tensors.items():
         rows = tile_rows = tensor.rows
@@ -152,7 +162,7 @@ def _tensor_schedules(plan: MergePlan, elements: int, on_gpu: bool) -> dict[str,
 
 
 def _limited(tensors: dict[str, TensorSchedule], workers: int, ahead: int, on_gpu: bool) -> Schedule:
-    """Allow what so many tiles in a row need: as many as there are workers, and inputs of some read ahead."""
+    """Return a schedule whose limits admit as many successive tiles as workers, and the inputs of `ahead` more."""
     values = list(tensors.values())
     inputs = _largest_run([(t.inputs, t.count) for t in values], workers + ahead)
     work = _largest_run([(t.output if on_gpu else t.work, t.count) for t in values], workers)
@@ -161,7 +171,7 @@ def _limited(tensors: dict[str, TensorSchedule], workers: int, ahead: int, on_gp
 
 
 def _largest_run(sizes: Sequence[tuple[int, int]], length: int) -> int:
-    """Return the largest sum of `length` neighbours among sizes that are each repeated so many times."""
+    """Return the largest sum of `length` neighbours among sizes, each repeated by its count."""
     repeated = [size for size, count in sizes for _ in range(min(count, length))]
     sums = [0, *accumulate(repeated)]
     return max(end - start for start, end in zip(sums, sums[min(length, len(repeated)) :], strict=False))
@@ -172,7 +182,7 @@ def _fits(peak: int, budget: int | None) -> bool:
 
 
 def _too_small(plan: MergePlan, smallest: Schedule, memory: int | None, device_memory: int | None) -> MemoryBudgetError:
-    """Say what the smallest schedule takes, of what that is the sum, and what would help."""
+    """Make the error that says how much the smallest schedule needs, for what, and what helps."""
     program = PROGRAM_BYTES + smallest.workers * WORKER_BYTES
     largest = max(smallest.tensors, key=lambda name: smallest.tensors[name].inputs + smallest.tensors[name].work)
     refused = []

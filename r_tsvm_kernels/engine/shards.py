@@ -1,4 +1,4 @@
-"""The shards of an output, all of them on disk at their full size from the start."""
+"""The shards of an output, all on disk at their full size from the start."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def write_indexes(folder: Path, layouts: list[ShardLayout]) -> None:
 
 
 class Shards:
-    """Open shards; tensors come in any order, from any thread.
+    """Open shards. Tensors are written in any order, by any thread.
 
     Args:
-        folder: where they lie.
-        layouts: of all of them.
-        create: make those that are missing or not as the layout says; the values of their tensors are then undefined.
+        folder: folder of the shards.
+        layouts: layouts of all shards.
+        create: create shards that are missing or do not match their layout; values of their tensors are undefined.
 
     Raises:
-        DiskFullError: there is no room for all of them.
-        CheckpointError: the disk refused; or, without `create`, a shard is missing or not as the layout says.
+        DiskFullError: there is no space for all shards.
+        CheckpointError: writing failed; or, without `create`, a shard is missing or does not match its layout.
     """
 
     def __init__(self, folder: Path, layouts: list[ShardLayout], *, create: bool = False) -> None:
@@ -68,28 +68,28 @@ class Shards:
             raise
 
     def layout(self, name: str) -> ShardLayout:
-        """Return the layout of the shard in which a tensor lies."""
+        """Return the layout of the shard that holds a tensor."""
         return self._file_of[name].layout
 
     def write(self, name: str, tensor: Tensor, first_row: int | None = None) -> None:
-        """Write a tensor, or the rows of it that begin with `first_row`, to its place.
+        """Write a tensor, or its rows from `first_row` on.
 
         Raises:
-            DiskFullError, CheckpointError: the disk refused.
+            DiskFullError, CheckpointError: writing failed.
         """
         file = self._file_of[name]
         file.write(name, tensor, first_row)
         self._unsynced.add(file.layout.file_name)
 
     def checksum(self, name: str) -> str:
-        """Return the checksum of what lies at the place of a tensor."""
+        """Return the checksum of the bytes on disk of a tensor."""
         return self._file_of[name].read_checksum(name)
 
     def sync(self) -> None:
-        """Return when everything written so far would survive a power cut.
+        """Put everything written so far safely on disk.
 
         Raises:
-            DiskFullError, CheckpointError: the disk refused.
+            DiskFullError, CheckpointError: writing failed.
         """
         while self._unsynced:
             self._files[self._unsynced.pop()].sync()
@@ -109,7 +109,7 @@ def _open_or_create(path: Path, layout: ShardLayout) -> ShardFile:
 
 
 def _check_space(folder: Path, layouts: list[ShardLayout]) -> None:
-    """Refuse to start what cannot be finished."""
+    """Raise `DiskFullError` unless the disk has space for the shards."""
     here = [folder / layout.file_name for layout in layouts]
     reserved = sum(file.stat().st_blocks * 512 for file in here if file.exists())
     needed = sum(layout.size for layout in layouts) - reserved

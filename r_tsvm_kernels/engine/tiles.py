@@ -1,12 +1,13 @@
-"""The unit of work that every engine shares: some rows of one tensor are read and merged.
+"""Read and merge one tile, some rows of one tensor: the unit of work of every engine.
 
-Most tensors are one tile; those whose rows may be merged apart are cut into several (`schedule`). A tile is merged with
-one thread of torch, because BLAS and LAPACK round differently with more: the result is then the same to the bit
-whatever runs beside it, in which order, on how many workers.
+Most tensors are one tile; those whose rows can be merged separately are cut into several (`scheduling`). A tile is
+merged with one torch thread, because BLAS and LAPACK round differently with more. The result then has the same bits
+whatever runs beside it, in any order, on any number of workers.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -27,13 +28,15 @@ from .journal import Finished
 from .scheduling import TensorSchedule
 from .shards import Shards
 
+_LOG = logging.getLogger(__name__)
+
 # Rows of tied heads and embeddings are compared in pieces of about this size.
 _PIECE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows `first` to `last` (exclusive) of a tensor; all of them in the only tile of a tensor that is not cut."""
+    """Rows `first` to `last` (exclusive) of a tensor; all rows if the tensor is not cut."""
 
     name: str
     index: int
@@ -43,7 +46,7 @@ class Tile:
 
     @property
     def is_last(self) -> bool:
-        """Whether no tile of the tensor comes after this one."""
+        """Whether this is the last tile of the tensor."""
         return self.index + 1 == self.count
 
 
@@ -54,10 +57,10 @@ def tiles_of(name: str, schedule: TensorSchedule) -> Iterator[Tile]:
 
 
 def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor | Factored]:
-    """Read a tile of every input that has a part of the tensor, the base's first; of an adapter the factors.
+    """Read a tile of every input that has a part of the tensor, the base first. Adapters give their factors.
 
     Raises:
-        InputChangedError, CheckpointError: an input cannot be read, or is not what it was.
+        InputChangedError, CheckpointError: an input cannot be read, or has changed.
     """
     rows = None if tile.count == 1 else (tile.first, tile.last)
     sources = [plan.inputs[part.source] for part in plan.tensors[tile.name].parts]
@@ -70,13 +73,13 @@ def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor 
 
 
 def update_checksum(checksum: Checksum, values: Tensor | Factored) -> None:
-    """Add what was read to a checksum: of an update both factors."""
+    """Add a tensor, or both factors of an update, to a checksum."""
     for tensor in (values.left, values.right) if isinstance(values, Factored) else (values,):
         checksum.update(tensor.contiguous())
 
 
 def checksums_by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]) -> list[str]:
-    """Return the checksums of what was read of each input, up to the last one that has a part of the tensor."""
+    """Return one checksum per input, up to the last input that has a part of the tensor; empty for those without."""
     found = {part.source: sums.hexdigest() for part, sums in zip(plan.tensors[name].parts, checksums, strict=True)}
     return [found.get(source, "") for source in range(max(found) + 1)]
 
@@ -88,11 +91,14 @@ def merge_tile(
     device: torch.device,
     measure_norms: bool | None = None,
 ) -> MergeResult:
-    """Merge what `read_tile` read; the weight of the result lies on the CPU. For `measure_norms` see `merge_tensors`.
+    """Merge the inputs that `read_tile` returned. For `measure_norms` see `merge_tensors`.
+
+    Returns:
+        The merged rows, on the CPU, and their report.
 
     Raises:
         NonFiniteError, ConvergenceError: the values cannot be merged; the message names the tensor.
-        MemoryBudgetError: the GPU has no memory left.
+        MemoryBudgetError: the GPU is out of memory.
     """
     tensor = plan.tensors[tile.name]
     if tensor.treatment.kind == "base":
@@ -118,17 +124,20 @@ def merge_tile(
         result.weight = result.weight.cpu()
     except torch.cuda.OutOfMemoryError as error:
         raise MemoryBudgetError(
-            f"{tile.name}: {device} has no memory left for it ({error}); set --threads 1 or a smaller --device-memory, "
+            f"{tile.name}: {device} is out of memory ({error}); set --threads 1 or a smaller --device-memory, "
             "end other programs on the GPU, or use --device cpu"
         ) from error
     result.report.shape = tensor.spec.shape
+    certificate = result.report.certificate
+    if certificate is not None and certificate.escalations:
+        _LOG.info("%s: solved by %s after %s", tile.name, certificate.route, "; ".join(certificate.escalations))
     return result
 
 
 def _model(
     plan: MergePlan, model: Checkpoint | AdaptedModel, loaded: Mapping[Checkpoint | Adapter, Tensor | Factored]
 ) -> Tensor | Factored:
-    """Return what a model has for a tensor: its values, or what they differ from the base by."""
+    """Return the values that a model has for a tensor, or the update that it adds to the base."""
     origin = model.base if isinstance(model, AdaptedModel) else model
     base = _whole(loaded[origin])
     update = loaded.get(model.adapter) if isinstance(model, AdaptedModel) else None
@@ -145,14 +154,14 @@ def _whole(values: Tensor | Factored) -> Tensor:
 
 
 class Assembly:
-    """What is known of a tensor whose tiles are written, in order: the checksum and the report so far."""
+    """Checksum and report of a tensor, so far, while its tiles are written in order."""
 
     def __init__(self) -> None:
         self._checksum = Checksum()
         self._report: TensorReport | None = None
 
     def write(self, tile: Tile, result: MergeResult, shards: Shards) -> None:
-        """Write the next tile to its place."""
+        """Write the next tile to its shard."""
         with timed(result.report.stages, "write"):
             shards.write(tile.name, result.weight, None if tile.count == 1 else tile.first)
             self._checksum.update(result.weight)
@@ -162,12 +171,12 @@ class Assembly:
             self._report.add_rows(result.report)
 
     def finish(self, name: str, inputs: Sequence[str], shards: Shards) -> Finished:
-        """Return the journal's entry, when all tiles are written.
+        """Return the journal entry, once all tiles are written.
 
         Args:
             name: of the tensor.
             inputs: checksums of the inputs.
-            shards: where it was written.
+            shards: the shards that it was written to.
         """
         assert self._report is not None
         layout = shards.layout(name)
@@ -185,10 +194,10 @@ class Assembly:
 
 
 def check_tables(plan: MergePlan) -> None:
-    """Compare the integers and 8-bit floats that are kept only if all models have the same: see `must_agree`.
+    """Compare the integers and 8-bit floats that must be the same in all models: see `must_agree`.
 
     Raises:
-        QuantisedRefusedError: they differ; the message names the tensor and the model.
+        QuantisedRefusedError: a tensor differs; the message names the tensor and the model.
     """
     others = [source for source in plan.inputs[1:] if isinstance(source, Checkpoint)]
     for name, tensor in plan.tensors.items():
@@ -204,10 +213,10 @@ def check_tables(plan: MergePlan) -> None:
 
 
 def check_copies(plan: MergePlan) -> None:
-    """Compare what is stored twice: tied output heads, which are not written, weights of the base in adapters, tables.
+    """Compare values that are stored twice: tied output heads, weights of the base in adapters, tables.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: two copies differ.
         QuantisedRefusedError: as `check_tables`.
     """
     check_tables(plan)
@@ -227,13 +236,13 @@ def check_copies(plan: MergePlan) -> None:
         for name, module in model.modules.items():
             if module in model.adapter.base_layers and not _holds_the_base(model, name, module):
                 raise CheckpointError(
-                    f"{model.path}: the weight of the base that it holds for {name} is not that of {model.base.path}; "
-                    "was it trained too, or a vocabulary resized?"
+                    f"{model.path}: its copy of the base weight {name} differs from {model.base.path}; was the weight "
+                    "trained too, or the vocabulary resized?"
                 )
 
 
 def _holds_the_base(model: AdaptedModel, name: str, module: str) -> bool:
-    """Whether the weight that PEFT stored in an adapter is the checkpoint's, rounded to the dtype of either."""
+    """Whether the base weight that PEFT stored in an adapter equals the checkpoint's, rounded to either dtype."""
     header = model.adapter.base_layer_header(module)
     if header.shape != model.base.tensors[name].shape:
         return False
@@ -245,7 +254,7 @@ def _holds_the_base(model: AdaptedModel, name: str, module: str) -> bool:
 
 
 def _pieces(header: TensorHeader) -> Iterator[tuple[int, int]]:
-    """Yield first and last (exclusive) row of pieces of a matrix."""
+    """Yield the first and last (exclusive) row of each piece of a matrix."""
     step = max(1, _PIECE_BYTES * header.shape[0] // max(1, header.nbytes)) if header.shape else 1
     for first in range(0, header.shape[0] if header.shape else 0, step):
         yield first, min(first + step, header.shape[0])

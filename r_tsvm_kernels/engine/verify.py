@@ -1,4 +1,4 @@
-"""Compare an output, and the inputs it was made from, with the checksums in its journal."""
+"""Compare an output, and its inputs, with the checksums in its journal."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PIECE_BYTES = 64 << 20
 
 @dataclass(repr=False)
 class Verification:
-    """What a check of an output found; every list is empty if all is well.
+    """Result of a verification; every list is empty if the output is intact.
 
     Attributes:
-        tensors: how many the journal has.
+        tensors: number of tensors in the journal.
         missing: tensors of the journal that are not in the output.
         extra: tensors of the output that are not in the journal.
-        changed: tensors whose place, dtype, shape or values are not what was written.
-        inputs_changed: ``FILE: tensor`` for every input tensor that is not what was read, where inputs were checked.
+        changed: tensors whose place, dtype, shape or values have changed.
+        inputs_changed: ``FILE: tensor`` for every input tensor that has changed, if inputs were checked.
     """
 
     tensors: int
@@ -38,7 +38,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as the journal says."""
+        """Whether everything matches the journal."""
         return not (self.missing or self.extra or self.changed or self.inputs_changed)
 
     def __repr__(self) -> str:
@@ -54,17 +54,20 @@ def verify_output(
     allow_pickle: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Read a finished output again and compare it with its journal.
+    """Read a finished output and compare it with its journal.
 
     Args:
-        out: folder or .safetensors file that `merge_checkpoints` wrote; it may have been moved or copied since.
-        inputs: also compare the models it was made from, where they were then.
+        out: folder or .safetensors file that `merge_checkpoints` wrote; it may have been moved or copied.
+        inputs: also compare the input models, at the paths they had during the merge.
         allow_pickle: read inputs that are pickled.
-        progress: called with the number of tensors checked and their total.
+        progress: called with the number of tensors checked and the total.
+
+    Returns:
+        The differences that were found.
 
     Raises:
         JournalError: the journal is missing or damaged.
-        CheckpointError: the output, or an input, cannot be read at all.
+        CheckpointError: the output, or an input, cannot be read.
     """
     out = Path(out)
     fingerprint, finished = read_journal(journal_path(out))
@@ -94,7 +97,7 @@ def verify_output(
 
 
 def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | AdaptedModel]:
-    """Open the inputs of a merge, the base first; an adapter names its modules as the base names their weights."""
+    """Open the inputs of a merge, the base first."""
     base = Checkpoint(paths[0], allow_pickle=allow_pickle)
     yield base
     for path in paths[1:]:
@@ -105,7 +108,7 @@ def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | A
 
 
 def _checksum_of_input(model: Checkpoint | AdaptedModel, name: str) -> str | None:
-    """Return the checksum of what an input has of a tensor; None if it has nothing."""
+    """Return the checksum of the part of a tensor that an input has; None if it has none."""
     if isinstance(model, Checkpoint):
         return checksum_of(model, name) if name in model.tensors else None
     if name not in model.modules:
@@ -116,7 +119,7 @@ def _checksum_of_input(model: Checkpoint | AdaptedModel, name: str) -> str | Non
 
 
 def checksum_of(checkpoint: Checkpoint, name: str) -> str:
-    """Return the checksum of a tensor on disk, reading some rows at a time."""
+    """Return the checksum of a tensor on disk, read some rows at a time."""
     header = checkpoint.tensors[name]
     state = Checksum()
     if not header.shape or header.nbytes <= _PIECE_BYTES:

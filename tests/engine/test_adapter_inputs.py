@@ -317,7 +317,7 @@ def test_copies_of_the_base_in_an_adapter(tmp_path, dtype):
     (update,) = dense_updates(adapter).values()
     assert relative_error(got["embed.weight"] - weight, update.mT) < 1e-5
     for other in (weight.to(dtype) + 1, weight[:40].to(dtype)):
-        with pytest.raises(CheckpointError, match=r"holds for embed.weight is not that of \S+base"):
+        with pytest.raises(CheckpointError, match=r"copy of the base weight embed.weight differs from \S+base"):
             merge_checkpoints(config_for(base, [adapter_with(f"other{len(other)}", other)]), tmp_path / "no")
 
 

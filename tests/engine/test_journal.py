@@ -81,7 +81,7 @@ def test_a_journal_of_another_version(tmp_path):
     journal = Journal.create(tmp_path / "journal", FINGERPRINT)
     journal._append(_line({"name": "w", "colour": "red", "inputs": []}))
     journal.close()
-    with pytest.raises(JournalError, match="another version"):
+    with pytest.raises(JournalError, match="not a journal of this version"):
         read_journal(tmp_path / "journal")
 
 
