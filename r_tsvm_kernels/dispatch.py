@@ -36,6 +36,7 @@ class Op(Generic[Arguments, Result]):
 
     Attributes:
         name: of the op, its folder, its kernels, its test and its benchmark.
+        topic: under which the reference lists it.
         order: device type -> backends in order of preference, fastest first. "torch", the reference, is always one.
         accuracy: None if every backend gives the bits of the reference; or the largest distance of a floating-point
             result from the reference's, relative to its largest element.
@@ -46,6 +47,7 @@ class Op(Generic[Arguments, Result]):
     def __init__(
         self,
         function: Callable[Arguments, Result],
+        topic: str,
         order: dict[str, tuple[str, ...]],
         accuracy: float | None,
         small: Mapping[str, int],
@@ -53,6 +55,7 @@ class Op(Generic[Arguments, Result]):
         update_wrapper(self, function)
         self._function = function
         self.name = function.__name__
+        self.topic = topic
         self.order = order
         self.accuracy = accuracy
         self.small = small
@@ -93,6 +96,7 @@ _OPS: dict[str, Op[..., Any]] = {}
 
 
 def op(
+    topic: str,
     *,
     cpu: tuple[str, ...] = ("torch",),
     cuda: tuple[str, ...] = ("torch",),
@@ -102,6 +106,7 @@ def op(
     """Make the decorated function an `Op`, registered under its name.
 
     Args:
+        topic: see `Op`.
         cpu: backends for tensors on a CPU, fastest first.
         cuda: backends for tensors on a CUDA device. The reference comes first until the kernels have run on a GPU: a
             kernel that was only compiled must be asked for by name.
@@ -110,7 +115,7 @@ def op(
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Op[Arguments, Result]:
-        found = Op(function, {"cpu": cpu, "cuda": cuda}, accuracy, small or {})
+        found = Op(function, topic, {"cpu": cpu, "cuda": cuda}, accuracy, small or {})
         _OPS[found.name] = found
         return found
 

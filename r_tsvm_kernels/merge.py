@@ -17,8 +17,8 @@ from .config import MergeConfig, as_config, as_dtype
 from .errors import CheckpointError, ConfigError, DeviceError, DTypeError, NonFiniteError, RtsvmError, ShapeError
 from .linalg import Factored
 from .methods import METHODS, MergeResult, MethodParameters, TensorReport, mean_task_vector, timed
-from .ops import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, task_statistics
-from .ops._checks import check_list, check_plain, is_finite
+from .ops import task_statistics
+from .ops._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, check_list, check_plain, is_finite
 from .quantised import differing_error, must_agree, same_values
 from .text import dtype_name
 

@@ -16,8 +16,7 @@ from .config import MergeConfig, as_config, as_dtype
 from .errors import ConfigError, DTypeError
 from .merge import base_or_first, check_same_names, detached, merge_tensors, treatment
 from .methods import MethodParameters, TensorReport
-from .ops import FLOAT_DTYPES
-from .ops._checks import check_list
+from .ops._checks import FLOAT_DTYPES, check_list
 from .parameters import layer_positions
 from .quantised import refuse_quantised
 from .text import dtype_name

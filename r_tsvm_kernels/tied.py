@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .ops import FLOAT_DTYPES
+from .ops._checks import FLOAT_DTYPES
 
 # Elements by which tensors are told apart before they are compared whole.
 _SAMPLE = 16

@@ -19,7 +19,6 @@ from r_tsvm_kernels.ops import (
     MagnitudeSelection,
     RankedSparsifier,
     Sparsifier,
-    accumulation_dtype,
     della_probabilities,
     elect_and_sum,
     kept_count,
@@ -29,6 +28,7 @@ from r_tsvm_kernels.ops import (
     reweight_prune,
     task_statistics,
 )
+from r_tsvm_kernels.ops._checks import accumulation_dtype
 
 pytestmark = [
     pytest.mark.slow,

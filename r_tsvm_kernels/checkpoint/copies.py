@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops import FLOAT_DTYPES
+from ..ops._checks import FLOAT_DTYPES
 from ..parameters import split_layer
 from .reader import Checkpoint
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..ops import FLOAT_DTYPES
+from ..ops._checks import FLOAT_DTYPES
 from ..text import listed
 from .arguments import dense, finite, finite_number, given_ranks, given_weights, whole_number
 from .certificate import Certificate, Mode, tolerance_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, ConfigError, DTypeError, ShapeError
 from ..files import exists
-from ..ops import FLOAT_DTYPES
+from ..ops._checks import FLOAT_DTYPES
 from .adapter import WEIGHTS_FILE, Adapter
 from .adapter_config import CONFIG_FILE
 

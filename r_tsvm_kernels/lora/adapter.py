@@ -18,8 +18,7 @@ from ..checkpoint.reader import require_unchanged
 from ..errors import AdapterRefusedError, CheckpointError, NonFiniteError, PickleRefusedError, ShapeError
 from ..files import write_json
 from ..linalg import Factored
-from ..ops import FLOAT_DTYPES, check_finite
-from ..ops._checks import is_finite
+from ..ops._checks import FLOAT_DTYPES, check_finite, is_finite
 from ..text import dtype_name
 from .adapter_config import CONFIG_FILE, make_config, read_config
 

@@ -14,8 +14,8 @@ from ..engine import Progress, choose_device
 from ..errors import ConfigError
 from ..linalg import fixed_rank, merge_factored, weighted_sum
 from ..lora import Adapter, common_modules, rank_of
-from ..ops import normalized
 from ..ops._checks import numbers_of
+from ..ops.elect_and_sum import normalized
 from ..text import dtype_name
 from .output import AdapterResult, adapter_output, finish, finish_like
 from .resize import bytes_per_module, cut

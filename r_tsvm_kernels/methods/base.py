@@ -19,8 +19,7 @@ from torch import Tensor
 from .. import dispatch
 from ..errors import ConfigError
 from ..linalg import Certificate, Factored
-from ..ops import accumulation_dtype
-from ..ops._checks import plain_values
+from ..ops._checks import accumulation_dtype, plain_values
 from ..text import dtype_name, listed, shortened
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]

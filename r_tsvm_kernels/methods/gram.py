@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..ops import task_gram, tile_elements
-from ..ops._checks import is_finite
+from ..ops import task_gram
+from ..ops._checks import is_finite, tile_elements
 from .base import Cost, TensorJob, elementwise_cost
 
 

@@ -22,7 +22,8 @@ from ..linalg import BACKWARD_ERROR, Factored, Mode, leading_triplets, polar, we
 from ..linalg.decompositions import frobenius_norm, svd
 from ..linalg.inverse_root import RANK_TOLERANCE
 from ..linalg.rounding import EPS
-from ..ops import accumulation_dtype, add_update
+from ..ops import add_update
+from ..ops._checks import accumulation_dtype
 from .base import Cost, FiniteFloat, MergeResult, MethodParameters, TensorJob, TensorReport, always, register, timed
 
 # Singular values that count as zero are left out of the mean if their sum is at most this share of the tolerance.

@@ -25,7 +25,8 @@ from ..linalg.certificate import tolerance_of
 from ..linalg.decompositions import frobenius_norm, svd
 from ..linalg.leading_right_vectors import ROUTES
 from ..linalg.merge_accuracy import PolarPair, WeightedCores, polar_pair
-from ..ops import accumulation_dtype, add_update
+from ..ops import add_update
+from ..ops._checks import accumulation_dtype
 from .base import Cost, MergeResult, TensorJob, TensorReport, register, timed
 from .iso_c import IsoCParameters, sum_of_tasks
 

@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import Factored
-from ..ops import add_update, elect_and_sum, normalized
+from ..ops import add_update, elect_and_sum
+from ..ops.elect_and_sum import normalized
 from .base import MergeResult, MethodParameters, TensorReport, always, register
 from .task_arithmetic import sum_of_updates
 

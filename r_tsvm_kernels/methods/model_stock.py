@@ -15,7 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..ops import accumulation_dtype, add_update, elect_and_sum, normalized
+from ..ops import add_update, elect_and_sum
+from ..ops._checks import accumulation_dtype
+from ..ops.elect_and_sum import normalized
 from .base import Cost, MergeResult, MethodParameters, TensorJob, TensorReport, register
 from .gram import cosines, geometric_cost, gram_matrix, row_grams
 

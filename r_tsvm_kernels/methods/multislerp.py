@@ -17,7 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..ops import elect_and_sum, normalized
+from ..ops import elect_and_sum
+from ..ops.elect_and_sum import normalized
 from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
 from .gram import cosines, geometric_cost, gram_matrix
 

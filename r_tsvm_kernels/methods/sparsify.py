@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import dispatch
-from ..ops import Election, Sparsifier, elect_and_sum, kept_count, magnitude_select, normalized, task_statistics
+from ..ops import Election, Sparsifier, elect_and_sum, kept_count, magnitude_select, task_statistics
+from ..ops.elect_and_sum import normalized
 from .base import Cost, MergeResult, MethodParameters, PerModel, TensorJob, TensorReport
 from .task_arithmetic import TaskArithmeticParameters
 

@@ -17,7 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import Factored, weighted_sum
-from ..ops import accumulation_dtype, add_update, elect_and_sum, normalized
+from ..ops import add_update, elect_and_sum
+from ..ops._checks import accumulation_dtype
+from ..ops.elect_and_sum import normalized
 from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, always, register
 
 

@@ -1,9 +1,8 @@
 """Operations on task vectors and matrices: one folder each, the reference beside its kernels."""
 
-from ._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, tile_elements
 from ._planes import Planes, SymmetricProduct
 from .add_update import add_update
-from .elect_and_sum import Election, Sparsifier, elect_and_sum, normalized
+from .elect_and_sum import Election, Sparsifier, elect_and_sum
 from .elect_and_sum.ranked import RankedSparsifier, della_probabilities
 from .gemm3 import gemm3
 from .magnitude_ranks import magnitude_ranks
@@ -19,7 +18,6 @@ from .task_spread import task_spread
 from .task_statistics import TaskStatistics, task_statistics
 
 __all__ = [
-    "FLOAT_DTYPES",
     "Election",
     "MagnitudeSelection",
     "OutlierWeighting",
@@ -28,17 +26,13 @@ __all__ = [
     "Sparsifier",
     "SymmetricProduct",
     "TaskStatistics",
-    "accumulation_dtype",
     "add_update",
-    "check_finite",
-    "check_group",
     "della_probabilities",
     "elect_and_sum",
     "gemm3",
     "kept_count",
     "magnitude_ranks",
     "magnitude_select",
-    "normalized",
     "outlier_weights",
     "pruned_sparsity",
     "random_mask",
@@ -50,5 +44,4 @@ __all__ = [
     "task_gram",
     "task_spread",
     "task_statistics",
-    "tile_elements",
 ]

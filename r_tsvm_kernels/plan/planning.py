@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError, QuantisedRefusedError, ShapeE
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
 from ..merge import Treatment, check_options, check_same_names, stored_dtype, treatment
-from ..ops import FLOAT_DTYPES
+from ..ops._checks import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
 from .inputs import open_inputs, sources
 from .merge_plan import MergePlan, Part, TensorPlan

@@ -17,13 +17,13 @@ from r_tsvm_kernels.ops import (
     MagnitudeSelection,
     RankedSparsifier,
     Sparsifier,
-    accumulation_dtype,
     elect_and_sum,
     kept_count,
     magnitude_ranks,
     magnitude_select,
     random_mask,
 )
+from r_tsvm_kernels.ops._checks import accumulation_dtype
 from r_tsvm_kernels.ops._native import matrix
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -13,13 +13,13 @@ from r_tsvm_kernels.errors import ConfigError, DeviceError, DTypeError, ShapeErr
 from r_tsvm_kernels.ops import (
     RankedSparsifier,
     Sparsifier,
-    accumulation_dtype,
     della_probabilities,
     elect_and_sum,
     magnitude_ranks,
     magnitude_select,
     random_mask,
 )
+from r_tsvm_kernels.ops._checks import accumulation_dtype
 
 every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 native_backend = pytest.mark.parametrize("backend", available("cpu"))

@@ -17,7 +17,8 @@ from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, TensorGroup
 from torch import Tensor
 
 from ...methods.sparsify import kept_model, l1_norm
-from ...ops import FLOAT_DTYPES, Sparsifier, della_probabilities, elect_and_sum, magnitude_select, ranked_mask
+from ...ops import Sparsifier, della_probabilities, elect_and_sum, magnitude_select, ranked_mask
+from ...ops._checks import FLOAT_DTYPES
 from . import INSTALLATION
 
 # Makes the Sparsifier of a difference x - base; None for parameters that are left to mergekit.

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import ConfigError, ConvergenceError, NonFiniteError
 from ...linalg import Factored
 from ...lora import parse_config
-from ...ops import FLOAT_DTYPES, check_finite
+from ...ops._checks import FLOAT_DTYPES, check_finite
 from ..installation import Replacements, falling_back
 from . import INSTALLATION
 from .updates import RULES, combined_triplets

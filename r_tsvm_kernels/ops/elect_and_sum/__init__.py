@@ -82,7 +82,9 @@ class Sparsifier:
             check_plain(self.mask, "Sparsifier: mask")
 
 
-@dispatch.op(cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"BLOCK": 128})
+@dispatch.op(
+    "Sparse task vectors and elections", cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"BLOCK": 128}
+)
 def elect_and_sum(
     base: Tensor,
     tuned: Sequence[Tensor],

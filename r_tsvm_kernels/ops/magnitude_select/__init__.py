@@ -104,7 +104,12 @@ def magnitude_select(
 ) -> tuple[MagnitudeSelection, ...]: ...
 
 
-@dispatch.op(cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"BLOCK": 128, "PROGRAMS": 2})
+@dispatch.op(
+    "Selection by magnitude",
+    cpu=("cpu", "torch"),
+    cuda=("torch", "cuda", "triton"),
+    small={"BLOCK": 128, "PROGRAMS": 2},
+)
 def magnitude_select(
     x: Tensor, keep: int | Sequence[int], *, base: Tensor | None = None, backend: str | None = None
 ) -> MagnitudeSelection | tuple[MagnitudeSelection, ...]:

@@ -11,7 +11,7 @@ from ...errors import ConfigError
 from .._planes import Output, Planes, SymmetricProduct, check_planes, factor
 
 
-@dispatch.op(cuda=("torch", "triton"), accuracy=1e-6)
+@dispatch.op("Products for tensor cores", cuda=("torch", "triton"), accuracy=1e-6)
 def symm_gram(
     planes: Planes,
     side: Literal["left", "right"] = "right",

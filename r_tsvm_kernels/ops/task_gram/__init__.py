@@ -10,7 +10,13 @@ from ... import dispatch
 from .._checks import check_group, check_mask
 
 
-@dispatch.op(cpu=("cpu", "torch"), cuda=("torch", "triton"), accuracy=1e-13, small={"BLOCK": 128, "STEPS": 2})
+@dispatch.op(
+    "Statistics of task vectors",
+    cpu=("cpu", "torch"),
+    cuda=("torch", "triton"),
+    accuracy=1e-13,
+    small={"BLOCK": 128, "STEPS": 2},
+)
 def task_gram(
     tuned: Sequence[Tensor],
     base: Tensor | None = None,

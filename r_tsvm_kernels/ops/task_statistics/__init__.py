@@ -37,7 +37,13 @@ class TaskStatistics:
     small: Tensor
 
 
-@dispatch.op(cpu=("cpu", "torch"), cuda=("torch", "triton"), accuracy=1e-12, small={"BLOCK": 128})
+@dispatch.op(
+    "Statistics of task vectors",
+    cpu=("cpu", "torch"),
+    cuda=("torch", "triton"),
+    accuracy=1e-12,
+    small={"BLOCK": 128},
+)
 def task_statistics(
     base: Tensor, tuned: Sequence[Tensor], *, sigma: float = 3.0, eps: float = 0.1, backend: str | None = None
 ) -> TaskStatistics:
