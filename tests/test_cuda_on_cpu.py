@@ -77,46 +77,6 @@ def both(op, *arguments, **options):
     return (op(*arguments, **options, backend=backend) for backend in ("cuda", "torch"))
 
 
-def same_selections(got, expected):
-    return all(
-        same_bits(g.threshold, e.threshold) and same_bits(g.ties, e.ties) for g, e in zip(got, expected, strict=True)
-    )
-
-
-# --- magnitude_select
-
-
-@many
-@given(tensors=groups, density=st.lists(densities, min_size=1, max_size=6))
-def test_selection(tensors, density):
-    base, (x, *_) = tensors
-    keep = [kept_count(d, x.numel()) for d in density]
-    for origin in (base, None):
-        got, expected = both(magnitude_select, x, keep, base=origin)
-        assert same_selections(got, expected)
-
-
-@pytest.mark.parametrize("shared", [227 * 1024, 99 * 1024])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_selection_from_every_16_bit_value(dtype, shared, monkeypatch):
-    """By all bits at once, or by digits where a block has too little shared memory for that."""
-    monkeypatch.setenv("CUDA_ON_CPU_SHARED", str(shared))
-    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    values = values[values.isfinite()]
-    values = values[torch.randperm(values.numel())]
-    for x in (values, values[1:]):
-        assert same_selections(*both(magnitude_select, x, [1, 777, 20_001, x.numel() - 1, x.numel(), 0]))
-
-
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_selection_refuses_what_is_not_finite(dtype, bad):
-    x = torch.randn(3000).to(dtype)
-    x[[7, 2999]] = bad
-    with pytest.raises(NonFiniteError, match="2 of 3000"):
-        magnitude_select(x, [5, 10], base=torch.zeros(3000), backend="cuda")
-
-
 # --- magnitude_histogram, magnitude_ranks
 
 
@@ -311,7 +271,6 @@ def test_tensors_that_begin_anywhere(dtype):
     for offset in (1, 2, 3):
         tensors = [t[offset:] for t in (base, x, y)]
         assert same_bits(*both(elect_and_sum, tensors[0], tensors[1:], [1.0, 2.0], elect="sum"))
-        assert same_selections(*both(magnitude_select, tensors[1], [1000, 7], base=tensors[0]))
 
 
 @pytest.mark.parametrize("elect", ["none", "sum", "count", "unweighted"])

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from compare import same_bits
-from interpreted import TINY, every_dtype, every_mix, interpreted, kernel, nasty, pair, small_blocks, some_counts
+from interpreted import TINY, every_dtype, every_mix, interpreted, nasty, pair, small_blocks
 
 from r_tsvm_kernels.errors import NonFiniteError
-from r_tsvm_kernels.ops import magnitude_select, reweight_prune, task_statistics
+from r_tsvm_kernels.ops import reweight_prune, task_statistics
 
 pytestmark = [*interpreted, pytest.mark.usefixtures(small_blocks.__name__)]
 
@@ -93,96 +93,6 @@ def test_statistics_of_views():
         for b, t in [(base, tuned), (base.contiguous(), [tuned[0].contiguous()])]
     )
     assert same_bits(got.mean, dense.mean) and same_bits(got.sd, dense.sd)
-
-
-# --- magnitude_select
-
-
-def assert_same_selections(got, expected, *what):
-    assert len(got) == len(expected)
-    for g, e in zip(got, expected, strict=True):
-        assert same_bits(g.threshold, e.threshold) and same_bits(g.ties, e.ties), (*what, g, e)
-
-
-def assert_selection(x, keep, name=""):
-    got, expected = (magnitude_select(x, keep, backend=backend) for backend in ("triton", "torch"))
-    assert_same_selections([got], [expected], name, keep)
-    assert int(got.mask(x).sum()) == keep
-
-
-@every_dtype
-@pytest.mark.parametrize("size", SIZES)
-def test_selection(dtype, size):
-    x = torch.randn(size).to(dtype)
-    for keep in some_counts(size):
-        assert_selection(x, keep)
-
-
-@every_dtype
-def test_selection_from_nasty_values(dtype):
-    for name, x in nasty(dtype):
-        for keep in some_counts(x.numel()):
-            assert_selection(x, keep, name)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_selection_from_every_16_bit_value(dtype, monkeypatch):
-    monkeypatch.setattr(kernel("magnitude_select"), "BLOCK", 16384)
-    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    values = values[values.isfinite()]
-    values = values[torch.randperm(values.numel())]
-    for keep in (1, 777, 20_001, values.numel() - 1, values.numel()):
-        assert_selection(values, keep)
-
-
-def test_selection_from_views_and_shapes():
-    x = torch.randn(9, 20)[:, ::2]
-    assert_selection(x, 31)
-    assert_selection(x.mT, 31)
-    assert_selection(torch.tensor(3.0), 1)
-    assert magnitude_select(torch.empty(0, 4), 0, backend="triton").ties == 0
-
-
-@every_mix
-def test_selection_from_differences(mix):
-    base, (x, _) = pair((300,), mix)
-    for keep in (1, 150, 300):
-        got, expected = (magnitude_select(x, keep, base=base, backend=backend) for backend in ("triton", "torch"))
-        assert_same_selections([got], [expected], keep)
-    x[7] = math.nan
-    with pytest.raises(NonFiniteError, match="1 of 300"):
-        magnitude_select(x, 5, base=base, backend="triton")
-
-
-def test_large_blocks_and_the_defaults_agree(monkeypatch):
-    x = torch.randn(9000)
-    small = magnitude_select(x, 1234, backend="triton")
-    monkeypatch.undo()
-    default = magnitude_select(x, 1234, backend="triton")
-    assert_same_selections([small], [default])
-
-
-@every_dtype
-@pytest.mark.parametrize("some", [[60, 3], [1, 50, 50, 49, 51, 2, 70]], ids=len)
-def test_several_selections_at_once(dtype, some):
-    for name, x in nasty(dtype):
-        counts = [min(count, x.numel()) for count in some]
-        got, expected = (magnitude_select(x, counts, backend=backend) for backend in ("triton", "torch"))
-        assert_same_selections(got, expected, name, counts)
-
-
-@pytest.mark.parametrize(("count", "passes_expected"), [(1, 3), (2, 3), (3, 6), (5, 9)])
-def test_selections_share_the_passes(count, passes_expected, monkeypatch):
-    passes = []
-    whole = kernel("magnitude_select").count_digits
-    monkeypatch.setattr(
-        kernel("magnitude_select"), "count_digits", lambda *arguments: passes.append(1) or whole(*arguments)
-    )
-    base, (x, _) = pair((300,))
-    counts = [3, 100, 100, 299, 7][:count]
-    got, expected = (magnitude_select(x, counts, base=base, backend=backend) for backend in ("triton", "torch"))
-    assert_same_selections(got, expected)
-    assert len(passes) == passes_expected
 
 
 # --- reweight_prune
