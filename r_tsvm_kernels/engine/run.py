@@ -127,7 +127,7 @@ def merge_checkpoints(
         InputChangedError: an input changed during the merge.
         DiskFullError: there is no space for the output.
 
-    Example:
+    Examples:
         >>> from safetensors.torch import save_file
         >>> for name, value in (("base", 0.0), ("math", 1.0), ("code", 3.0)):
         ...     save_file({"w": torch.full((2, 2), value)}, f"{name}.safetensors")

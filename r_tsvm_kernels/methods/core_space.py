@@ -58,7 +58,7 @@ def core_space_cost(job: TensorJob, options: CoreSpaceParameters) -> Cost:
 def core_space_merge(base: Tensor, tuned: Sequence[Any], options: CoreSpaceParameters) -> MergeResult:
     """Merge by Core Space: the formula at the top of this module.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(30, 20)
         >>> updates = [Factored(torch.randn(30, 2), torch.randn(2, 20)) for _ in range(2)]
         >>> core_space_merge(base, updates, CoreSpaceParameters(weight=[1.0] * 2, density=[1.0] * 2)).report.ranks

@@ -61,7 +61,7 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
 
     If the sum has no full rank, ``U V^T`` is a partial isometry: rows and columns that no task touched stay the base's.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(2, 2)
         >>> tuned = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])]
         >>> iso_c(base, tuned, IsoCParameters(weight=[1.0] * 2)).weight

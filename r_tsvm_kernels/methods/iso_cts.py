@@ -62,7 +62,7 @@ def common_and_own_ranks(short: int, tasks: int, fraction: float) -> tuple[int, 
 def iso_cts(base: Tensor, tuned: Sequence[Tensor], options: IsoCtsParameters) -> MergeResult:
     """Merge by Iso-CTS: the steps at the top of this module.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(30, 20)
         >>> tuned = [base + torch.randn(30, 20, generator=torch.Generator().manual_seed(t)) for t in range(2)]
         >>> merged = iso_cts(base, tuned, IsoCtsParameters(weight=[1.0] * 2)).weight

@@ -69,7 +69,7 @@ def karcher(base: Tensor, tuned: Sequence[Tensor], options: KarcherParameters) -
 
     Tensors of zeros have no direction; they count in the mean of the norms.
 
-    Example:
+    Examples:
         >>> tuned = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
         >>> karcher(torch.zeros(2), tuned, KarcherParameters(weight=[1.0, 1.0])).weight
         tensor([0.7071, 0.7071])

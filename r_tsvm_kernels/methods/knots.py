@@ -60,7 +60,7 @@ def knots_cost(job: TensorJob, options: KnotsParameters) -> Cost:
 def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> MergeResult:
     """Merge by KnOTS: the formula at the top of this module.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(30, 20)
         >>> updates = [Factored(torch.randn(30, 2), torch.randn(2, 20)) for _ in range(2)]
         >>> knots(base, updates, KnotsParameters(weight=[1.0] * 2, density=[1.0] * 2)).report.ranks

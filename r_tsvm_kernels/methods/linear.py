@@ -41,7 +41,7 @@ class LinearParameters(MethodParameters):
 def linear(base: Tensor, tuned: Sequence[Any], options: LinearParameters) -> MergeResult:
     """Return the weighted average, or the weighted sum without `normalize`.
 
-    Example:
+    Examples:
         >>> tuned = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])]
         >>> linear(torch.zeros(2), tuned, LinearParameters(weight=[1.0, 3.0])).weight
         tensor([2.5000, 2.0000])

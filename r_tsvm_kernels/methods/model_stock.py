@@ -34,7 +34,7 @@ def interpolation_ratio(gram: Tensor) -> Tensor:
     It is between 0 and 1: a negative mean cosine counts as 0, because the formula has a pole there. A single task
     vector has t = 1.
 
-    Example:
+    Examples:
         >>> interpolation_ratio(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
         tensor(0.6667)
     """

@@ -43,7 +43,7 @@ def multislerp(base: Tensor, tuned: Sequence[Tensor], options: MultiSlerpParamet
 
     The sum is linear if the directions cancel: all task vectors are zero, or they balance each other.
 
-    Example:
+    Examples:
         >>> tuned = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 1.0])]
         >>> multislerp(torch.zeros(2), tuned, MultiSlerpParameters(weight=[1.0, 1.0])).weight  # length 2
         tensor([1.4142, 1.4142])

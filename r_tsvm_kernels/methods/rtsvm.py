@@ -79,7 +79,7 @@ def keeps_factors(options: RtsvmParameters) -> bool:
 def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> MergeResult:
     """Merge by R-TSVM: the steps at the top of this module.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(30, 20)
         >>> tuned = [base + torch.randn(30, 20, generator=torch.Generator().manual_seed(t)) for t in range(3)]
         >>> options = RtsvmParameters(weight=[1.0] * 3, density=[1.0] * 3)

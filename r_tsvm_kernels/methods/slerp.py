@@ -50,7 +50,7 @@ def slerp(base: Tensor, tuned: Sequence[Tensor], options: SlerpParameters) -> Me
 
     The interpolation is linear if there is no great circle: one tensor is zero, or a multiple of the other.
 
-    Example:
+    Examples:
         >>> slerp(torch.tensor([1.0, 0.0]), [torch.tensor([0.0, 1.0])], SlerpParameters(t=0.5)).weight
         tensor([0.7071, 0.7071])
     """

@@ -70,7 +70,7 @@ def star_cost(job: TensorJob, options: StarParameters) -> Cost:
 def star(base: Tensor, tuned: Sequence[Tensor | Factored], options: StarParameters) -> MergeResult:
     """Merge by STAR: the formula at the top of this module.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(30, 20)
         >>> tuned = [base + torch.randn(30, 20, generator=torch.Generator().manual_seed(t)) for t in range(2)]
         >>> star(base, tuned, StarParameters(weight=[1.0] * 2, eta=50)).report.ranks

@@ -42,7 +42,7 @@ class TaskArithmeticParameters(MethodParameters):
 def task_arithmetic(base: Tensor, tuned: Sequence[Any], options: TaskArithmeticParameters) -> MergeResult:
     """Return ``W_0 + alpha * sum(w_t D_t)``.
 
-    Example:
+    Examples:
         >>> base, tuned = torch.ones(2), [torch.tensor([2.0, 1.0]), torch.tensor([1.0, 3.0])]
         >>> task_arithmetic(base, tuned, TaskArithmeticParameters(weight=[1.0, 1.0], alpha=0.5)).weight
         tensor([1.5000, 2.0000])

@@ -39,7 +39,7 @@ class TiesParameters(SparseParameters):
 def ties(base: Tensor, tuned: Sequence[Tensor], options: TiesParameters) -> MergeResult:
     """Merge by TIES: the steps at the top of this module.
 
-    Example:
+    Examples:
         >>> tuned = [torch.tensor([4.0, 1.0]), torch.tensor([-1.0, 3.0])]
         >>> ties(torch.zeros(2), tuned, TiesParameters(weight=[1.0, 1.0], density=[1.0, 0.5])).weight
         tensor([4., 2.])

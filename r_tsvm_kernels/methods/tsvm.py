@@ -76,7 +76,7 @@ def tsvm(base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParamete
 
     A matrix with fewer rows or columns than tasks has no rank to share: it stays the base's, as in the published code.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(30, 20)
         >>> tuned = [base + torch.randn(30, 20, generator=torch.Generator().manual_seed(t)) for t in range(3)]
         >>> tsvm(base, tuned, TsvmParameters(weight=[1.0] * 3)).report.ranks

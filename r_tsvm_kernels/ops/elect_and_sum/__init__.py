@@ -48,7 +48,7 @@ class Sparsifier:
         ConfigError: a number out of range, a field of another type, or `keep_probability` beside `ranked`.
         DTypeError: `mask` is not a plain tensor.
 
-    Example:
+    Examples:
         >>> Sparsifier(keep_probability=0.25, rescale=4.0, seed=7).keep_probability  # DARE
         0.25
     """

@@ -47,7 +47,7 @@ def random_mask(
         DeviceError: no implementation supports the device.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> random_mask((2, 4), 0.5, seed=1)
         tensor([[False, False, False, False],
                 [False, False,  True, False]])
