@@ -75,17 +75,17 @@ def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[st
         empty = matrix.matrix.new_zeros(n, 0, dtype=torch.float64)
         zeros = empty.new_zeros(n)
         return RightVectors(empty, Cut(zeros, 0), zeros, routes[0])
-    failures: list[str] = []
+    escalations: list[str] = []
     for route in routes:
         try:
             found = _solve(matrix, rank, mode, route)
         except ConvergenceError as failure:
-            failures.append(str(failure))
+            escalations.append(str(failure))
             continue
         finally:
             matrix.forget()
-        return replace(found, escalations=tuple(failures))
-    raise ConvergenceError("; ".join(failures))
+        return replace(found, escalations=tuple(escalations))
+    raise ConvergenceError("; ".join(escalations))
 
 
 def first_routes(n: int, rank: Rank) -> Sequence[str]:

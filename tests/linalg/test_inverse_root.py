@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from r_tsvm_kernels.bench import published
 from r_tsvm_kernels.errors import ConvergenceError
 from r_tsvm_kernels.linalg.inverse_root import (
     FEW,
@@ -30,11 +31,6 @@ def concatenated(n, ranks, seed=0):
     )
 
 
-def polar_by_svd(X):
-    P, _, Qh = torch.linalg.svd(X, full_matrices=False)
-    return P @ Qh
-
-
 def distance(got, exact):
     return float((got.double() - exact).norm() / exact.norm())
 
@@ -44,7 +40,7 @@ def distance(got, exact):
 def test_polar_factor(route, ranks):
     X = concatenated(300, ranks)
     root = ROUTES[route](X)
-    error = distance(root.matrix.after(X), polar_by_svd(X))
+    error = distance(root.matrix.after(X), published.polar(X))
     assert error < (4e-6 if route == 0 else 1e-9)
     values = torch.linalg.svdvals(X)
     assert root.rank == sum(ranks)
@@ -95,7 +91,7 @@ def test_the_defect_of_an_ill_conditioned_basis_needs_its_factor():
     X = (X * torch.logspace(0, -5.5, 60, dtype=torch.float64)) @ concatenated(60, [60], seed=1)
     R = torch.linalg.qr(X, mode="r").R
     root = root_of_factor(R)
-    assert distance(root.matrix.after(X), polar_by_svd(X)) < 1e-9
+    assert distance(root.matrix.after(X), published.polar(X)) < 1e-9
     assert root.defect(R.mT, R) < 1e-8 < root.defect(X.mT @ X)
 
 

@@ -5,8 +5,9 @@ import torch
 from compare import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from spectra import KINDS, spectrum
+from spectra import KINDS, rank_of, spectrum
 
+from r_tsvm_kernels.bench import published
 from r_tsvm_kernels.errors import ConfigError, ConvergenceError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.linalg import Certificate, tsv_merge
 
@@ -39,28 +40,14 @@ def test_a_rank_per_task(ranks, seed):
     assert got.ranks == tuple(ranks)
 
 
-def merge_in(dtype, matrices, rank):
-    """TSV-Merge as published: SVDs of task matrices and bases, in `dtype`."""
-    U, H, V = [], [], []
-    for matrix in matrices:
-        P, s, Qh = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
-        k = min(rank, int((s > torch.finfo(torch.float32).eps * s.norm()).sum()))
-        U.append(P[:, :k]), H.append(torch.diag(s[:k])), V.append(Qh[:k])
-    polar = []
-    for basis in (torch.cat(U, dim=1), torch.cat(V)):
-        P, s, Qh = torch.linalg.svd(basis, full_matrices=False)
-        kept = int((s > 1e-6 * s[0]).sum())
-        polar.append(P[:, :kept] @ Qh[:kept])
-    return polar[0] @ torch.block_diag(*H) @ polar[1]
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("tasks", [2, 3, 8])
 @pytest.mark.parametrize("share", [1, 4], ids=["k = r / T", "k = r / 4T"])
 def test_large_enough_for_the_float32_route(kind, tasks, share):
     matrices = [spectrum(kind, 288, 256, seed) for seed in range(tasks)]
     rank = 256 // tasks // share
-    exact, single = merge_in(torch.float64, matrices, rank), merge_in(torch.float32, matrices, rank)
+    kept = [min(rank, rank_of(kind, 256, 1))] * tasks  # the published method does not clip to the numerical rank
+    exact, single = published.tsv_merge([m.double() for m in matrices], kept), published.tsv_merge(matrices, kept)
     got = tsv_merge(matrices, [rank] * tasks)
     error = relative_error(got.matrix, exact.numpy())
     assert error <= 2 * relative_error(single, exact.numpy())
@@ -228,13 +215,4 @@ def test_large_bases_are_whitened_by_float32_eigenvectors():
     assert exact.certificate.error < 1e-6
     assert 4e-7 < error < 5e-6
     assert error < 2 * merged.certificate.error < 1e-4
-    parts = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
-    left = polar_by_svd(torch.cat([U[:, :266] for U, _, _ in parts], dim=1))
-    right = polar_by_svd(torch.cat([Vh[:266] for _, _, Vh in parts]))
-    single = (left * torch.cat([s[:266] for _, s, _ in parts])) @ right
-    assert error < relative_error(single, exact.matrix)
-
-
-def polar_by_svd(basis):
-    P, _, Qh = torch.linalg.svd(basis, full_matrices=False)
-    return P @ Qh
+    assert error < relative_error(published.tsv_merge(matrices, [266] * 3), exact.matrix)
