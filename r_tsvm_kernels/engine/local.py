@@ -3,8 +3,8 @@
     files -> reader -> [tiles that were read] -> workers -> [tiles that were merged] -> writer -> shards, journal
 
 Tiles start in the order of the plan, so every input file is read from front to back. The `Schedule` bounds the bytes
-between the stages. The calling thread only reports progress and waits; what stops it (Ctrl-C, an error in its callback)
-stops all others, and what is merged by then is still written and journaled.
+between the stages. The calling thread only reports progress and waits. Whatever stops it (Ctrl-C, an error in its
+callback) stops the other threads; tiles merged by then are still written and journaled.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .scheduling import Schedule
 from .shards import Shards
 from .tiles import Assembly, Tile, checksums_by_input, merge_tile, read_tile, tiles_of, update_checksum
 
-# How long a merge that is stopped waits for the tiles that are being merged.
+# Seconds that a stopped merge waits for tiles that are being merged.
 GRACE_SECONDS = 2.0
 
-# By this name the command line knows a thread that is still at work when all else has ended.
+# The command line recognises by this name a thread that still works when everything else has ended.
 THREAD_NAME = "rtsvm-merge"
 
 
 class EngineJob(Protocol):
-    """What the engine needs of a `MergeJob`; a worker of Ray has a part of one instead."""
+    """The part of a `MergeJob` that the engine needs; a worker of Ray has a group of tensors instead."""
 
     plan: MergePlan
     device: torch.device
@@ -51,25 +51,24 @@ class EngineJob(Protocol):
         """Names of the tensors to merge."""
 
     def record(self, entry: Finished) -> None:
-        """Take note of a tensor that was written."""
+        """Record a tensor that was written."""
 
     def commit_if_due(self) -> None:
-        """Commit from time to time."""
+        """Commit if the last commit is long ago."""
 
     def commit(self) -> None:
-        """Put on disk what was recorded."""
+        """Put recorded tensors safely on disk."""
 
 
 def run_local(job: EngineJob, schedule: Schedule, tensor_done: Callable[[str], None]) -> None:
-    """Merge everything that is pending, and return when it is written and journaled.
+    """Merge all pending tensors; on return they are written and journaled.
 
     Args:
-        job: what is to be done, and where the results go.
+        job: the merge.
         schedule: workers, tiles and limits.
-        tensor_done: called in this thread with the name of each tensor that is written.
+        tensor_done: called in this thread with the name of each tensor after it was written.
 
-    Raises:
-        Whatever reading, merging, writing or `tensor_done` raises.
+    Errors of reading, merging, writing and `tensor_done` are raised here.
     """
     pipeline = _Pipeline(job, schedule)
     threads_before = torch.get_num_threads()
@@ -79,14 +78,14 @@ def run_local(job: EngineJob, schedule: Schedule, tensor_done: Callable[[str], N
             tensor_done(name)
     finally:
         pipeline.stop()
-        # Workers set the number that new threads of torch begin with.
+        # Workers changed the default for new torch threads.
         torch.set_num_threads(threads_before)
     if pipeline.error is not None:
         raise pipeline.error
 
 
 class _Budget:
-    """Bytes that are in use at one time. Something larger than the limit may use it alone."""
+    """A limit of the bytes in use at a time. A single size above the limit may use it alone."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -95,7 +94,7 @@ class _Budget:
         self._changed = threading.Condition()
 
     def take(self, size: int) -> bool:
-        """Wait until there is room; False if the pipeline stops instead."""
+        """Wait until `size` bytes are free; False if the pipeline stops instead."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or not self._used or self._used + size <= self._limit)
             if not self._stopped:
@@ -108,7 +107,7 @@ class _Budget:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Let nobody wait any more."""
+        """Wake all waiting threads."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -116,7 +115,7 @@ class _Budget:
 
 @dataclass
 class _Read:
-    """A tile on its way: its inputs, with the last tile of a tensor their checksums, and the time of reading."""
+    """A tile that was read: its inputs, the time of reading and, with the last tile of a tensor, all checksums."""
 
     tile: Tile
     inputs: list[Tensor | Factored]
@@ -133,7 +132,7 @@ class _Merged:
 
 @dataclass
 class _Output:
-    """A tensor some of whose tiles are written; those that came too early wait."""
+    """A tensor with some tiles written; tiles that finish out of order wait."""
 
     assembly: Assembly = field(default_factory=Assembly)
     written: int = 0
@@ -141,7 +140,7 @@ class _Output:
 
 
 class _Pipeline:
-    """The threads and what lies between them. The queues have no limit; the budgets have."""
+    """The threads, and the queues and budgets between them. Budgets bound the queues."""
 
     def __init__(self, job: EngineJob, schedule: Schedule) -> None:
         self.job = job
@@ -165,16 +164,16 @@ class _Pipeline:
             thread.start()
 
     def stop(self) -> None:
-        """Read and begin nothing more, and return when all that was merged is written.
+        """Start nothing more, and return when all merged tiles are written.
 
-        What is being merged gets a little time; a decomposition may take minutes, and nobody can interrupt one. Such a
-        thread is left to itself: it ends after its tile, which is then lost.
+        Tiles that are being merged get `GRACE_SECONDS`. A decomposition may take minutes and cannot be interrupted: its
+        thread ends after its tile, which is lost.
         """
         self._stop_early()
         deadline = time.monotonic() + GRACE_SECONDS
         try:
             for thread in self._working:
-                if thread.ident is not None:  # an interrupt may have come before it was started
+                if thread.ident is not None:  # an interrupt may precede its start
                     thread.join(max(0.0, deadline - time.monotonic()))
         finally:
             for _ in range(self.schedule.workers):
@@ -193,7 +192,7 @@ class _Pipeline:
             budget.stop()
 
     def _guarded(self, body: Callable[[], None]) -> None:
-        """Run a thread; the first error stops the others."""
+        """Run the body of a thread; the first error stops the other threads."""
         try:
             body()
         except BaseException as error:
@@ -236,12 +235,12 @@ class _Pipeline:
             self._merged.put(None)
 
     def _own_stream(self) -> AbstractContextManager[object]:
-        """On a GPU every worker queues its copies and kernels for itself, so that those of one hide the other's."""
+        """Return the CUDA stream of a worker: copies of one worker overlap with kernels of another."""
         return torch.cuda.stream(torch.cuda.Stream(self.job.device)) if self._on_gpu else nullcontext()  # type: ignore[no-untyped-call]
 
     def _merge_next(self) -> bool:
-        """Merge the next tile; False if there is none. In a function, so that nothing is held while waiting."""
-        # One at a time, so that tiles start in order: a later one must not take the memory an earlier one waits for.
+        """Merge the next tile; False if there is none. A function, so that no tensor is held while waiting."""
+        # One at a time, so that tiles start in order: a later tile must not take the memory that an earlier one needs.
         with self._turn:
             read = self._read.get()
             if read is None or not self._begin(read.tile):
@@ -258,7 +257,7 @@ class _Pipeline:
         return True
 
     def _begin(self, tile: Tile) -> bool:
-        """Wait for the memory that merging a tile takes; False if the pipeline stops instead."""
+        """Wait for the memory to merge a tile; False if the pipeline stops instead."""
         needs = self.schedule.tensors[tile.name]
         if self._stopping.is_set():
             return False
@@ -287,7 +286,7 @@ class _Pipeline:
             self.written.put(None)
 
     def _write_in_order(self, merged: _Merged) -> None:
-        """Write the tiles of a tensor in order, as their checksum needs it."""
+        """Write the tiles of a tensor in order, which its checksum needs."""
         name = merged.tile.name
         output = self._outputs.setdefault(name, _Output())
         output.waiting[merged.tile.index] = merged

@@ -1,4 +1,4 @@
-"""Where the output of a merge grows: a folder beside its final place, locked, and moved there when it is complete."""
+"""The stage of an output: a locked folder beside the final place, moved there when the output is complete."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _NAME_MAX = 255
 
 
 class Stage:
-    """The folder in which an output grows, ``.OUT.partial`` beside OUT.
+    """The folder that an output is written to, ``.OUT.partial`` beside OUT.
 
     Attributes:
         out: the final place.
         folder: the stage.
-        journal: where the journal of the merge lies in it.
-        published: whether the output is complete and in its place; nothing that fails later can change that.
+        journal: path of the journal in the stage.
+        published: whether the output is complete and in its final place. Later failures do not change that.
     """
 
     published = False
@@ -44,17 +44,17 @@ class Stage:
         self.journal = self.folder / journal_path(out).name
 
     def remove(self) -> None:
-        """Remove the folder and all that is in it."""
+        """Remove the folder and its contents."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def refuse_foreign(self, ours: Collection[str] = ()) -> None:
-        """Raise unless the folder may be emptied: it is not there, it is empty, or a command of ours left it.
+        """Raise unless the folder may be emptied: it does not exist, is empty, or one of our commands left it.
 
         Args:
             ours: names of the files of a command that keeps no journal.
 
         Raises:
-            OutputUnfinishedError: it holds neither a journal nor `ours` alone, or it is no folder.
+            OutputUnfinishedError: the folder holds no journal and other files than `ours`, or is no folder.
         """
         if not _is_taken(self.folder):
             return
@@ -62,15 +62,15 @@ class Stage:
         found = {path.name for path in self.folder.iterdir()} if is_folder else {""}
         if self.journal.name not in found and not found <= {*ours, *map(part_name, ours)}:
             raise OutputUnfinishedError(
-                f"{self.folder}: no merge left it, it holds no journal; remove it, or choose another output"
+                f"{self.folder}: not left by a merge, because it holds no journal; remove it, or choose another output"
             )
 
     def publish(self) -> None:
-        """Move what is in the folder to its final place after all of it is safely on disk: all of it, or nothing.
+        """Sync the folder and move its contents to the final place: everything, or nothing.
 
         Raises:
-            OutputExistsError: the place was taken in the meantime.
-            OSError: the disk refused.
+            OutputExistsError: the final place is taken now.
+            OSError: writing failed.
         """
         refuse_existing(self.out)
         for file in self.folder.rglob("*"):
@@ -94,7 +94,7 @@ class Stage:
         self.remove()
 
     def settle(self) -> None:
-        """End a publication that was killed: it is undone, or, if all is in its place, the folder goes."""
+        """Finish a publication that was killed: undo it, or remove the stage if everything is in its place."""
         if same_file(self.folder / self.out.name, self.out):
             self.remove()
         for source, place in _places(self.out).items():
@@ -104,10 +104,10 @@ class Stage:
 
 @contextmanager
 def locked_stage(out: Path) -> Iterator[Stage]:
-    """Yield the stage of `out`, which no other merge can enter inside the ``with`` block.
+    """Yield the stage of `out`, locked against other merges for the ``with`` block.
 
     Raises:
-        OutputBusyError: another merge is in it.
+        OutputBusyError: another merge has locked it.
         ConfigError, OutputExistsError: see `refuse_existing`.
         CheckpointError: the folder of `out` cannot be written.
     """
@@ -124,24 +124,24 @@ def locked_stage(out: Path) -> Iterator[Stage]:
         refuse_existing(place)
         yield stage
     finally:
-        with suppress(OSError):  # the file alone, without its lock, keeps nobody out
+        with suppress(OSError):  # a lock file without its lock stops no other merge
             lock_file.unlink()
         os.close(lock)
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise unless `out` is free or an empty folder; if it is a single file, also what goes beside it must be free.
+    """Raise unless `out` is free or an empty folder. For a single file, the files beside it must be free, too.
 
     Raises:
         ConfigError: `out` cannot be the name of an output.
-        OutputExistsError: something is there, be it a link to nowhere.
+        OutputExistsError: the place is taken, possibly by a dangling link.
     """
     single = is_single_file(out)
     try:
         if out.name in ("", ".."):
-            raise ValueError("no name is at its end")
+            raise ValueError("it ends without a name")
         longest = _lock_file(out)
-        if len(os.fsencode(longest.name)) > _NAME_MAX:  # the system says so only where there is a folder already
+        if len(os.fsencode(longest.name)) > _NAME_MAX:  # the system reports it only if the folder exists
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         _is_taken(longest)
         if single:
@@ -170,7 +170,7 @@ def _finished(out: Path) -> str:
 
 
 def _is_taken(place: Path) -> bool:
-    """Whether something has a name, be it a link to nowhere."""
+    """Whether a path exists, possibly as a dangling link."""
     try:
         place.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -179,7 +179,7 @@ def _is_taken(place: Path) -> bool:
 
 
 def _places(out: Path) -> dict[Path, Path]:
-    """Map the files in the stage of a single file to their places; the weights, which complete it, come last."""
+    """Map the files in the stage of a single file to their places; the weights, which complete the output, are last."""
     folder = Stage(out).folder
     return {folder / place.name: place for place in (report_path(out), page_path(out), journal_path(out), out)}
 
@@ -194,17 +194,17 @@ def is_single_file(out: Path) -> bool:
 
 
 def report_path(out: Path) -> Path:
-    """Return where the report of a merge into `out` lies."""
+    """Return the path of the report of a merge into `out`."""
     return _beside(out, "merge_report.json")
 
 
 def page_path(out: Path) -> Path:
-    """Return where the page that shows the report of a merge into `out` lies."""
+    """Return the path of the report page of a merge into `out`."""
     return _beside(out, "merge_report.html")
 
 
 def journal_path(out: Path) -> Path:
-    """Return where the journal of a merge into `out` lies."""
+    """Return the path of the journal of a merge into `out`."""
     return _beside(out, "merge_journal.jsonl")
 
 
@@ -229,7 +229,7 @@ def _lock(file: Path) -> int:
             raise OutputExistsError(
                 f"{file}: not the lock of a merge, which is an empty file; remove it or choose another output"
             )
-        # The merge that held the lock removes the file when it ends; the lock of a removed file keeps nobody out.
+        # The merge that held the lock removes the file when it ends; the lock of a removed file stops no other merge.
         with suppress(FileNotFoundError):
             if os.path.samestat(found, file.stat()):
                 return lock
@@ -238,10 +238,11 @@ def _lock(file: Path) -> int:
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Say which output could not be written when the system refuses.
+    """Turn an OSError of the ``with`` block into an error that names the output.
 
     Raises:
-        DiskFullError, CheckpointError: instead of any other OSError.
+        DiskFullError: the disk is full.
+        CheckpointError: any other OSError.
     """
     try:
         yield
@@ -253,7 +254,7 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Return when a file, or the entries of a folder, would survive a power cut."""
+    """Put a file, or the entries of a folder, safely on disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

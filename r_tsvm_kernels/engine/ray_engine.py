@@ -1,10 +1,10 @@
-"""The engine of several GPUs and machines: Ray runs the local engine on groups of tensors, wherever there is room.
+"""The engine for several GPUs and machines: Ray runs the local engine on groups of tensors.
 
     driver: groups of tensors -> Ray -> workers: read, merge, write into the shards -> driver: journal
 
-Inputs and output lie on a file system that all machines share under the same paths. A worker writes its tensors to
-their places in the shards and syncs them; what it reports back is small. A group whose worker was lost is merged again
-by another one: the same bytes at the same place, so it does no harm if the first one was still writing.
+All machines see inputs and output under the same paths of a shared file system. A worker writes its tensors into the
+shards, syncs them and returns journal entries. If a worker is lost, another one merges its group again: it writes the
+same bytes to the same place, so the first one may still be writing.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from .local import run_local
 from .scheduling import Schedule
 from .shards import Shards, layouts
 
-# Inputs of a group: large enough that starting a task does not count, small enough that little is lost with a worker.
+# Bytes of inputs of a group: large compared with the cost of a task, small enough to lose little with a worker.
 GROUP_BYTES = 512 << 20
-# Groups per task slot, so that none waits long for the last one.
+# Groups per task slot, so that slots do not wait long for the last group.
 GROUPS_PER_SLOT = 4
-# How often a group is tried again after its worker was lost.
+# Number of retries of a group after its worker was lost.
 RETRIES = 3
-# Tensors do not travel through Ray's object store, so a Ray of our own gets about the smallest it allows.
+# Tensors do not pass through Ray's object store: a Ray that we start gets about the smallest store it allows.
 OBJECT_STORE_BYTES = 100 << 20
-# How long to wait for an answer of a cluster.
+# Seconds to wait for a cluster to answer.
 CONNECT_SECONDS = 10.0
-# How long to wait for workers that were told to end.
+# Seconds to wait for cancelled workers to end.
 GOODBYE_SECONDS = 10.0
-# A process that has begun to use a GPU cannot be shown another one, so Ray would start a new process for every task:
-# seconds each. Instead every worker sees all GPUs of its machine, and takes the one that Ray gives the task.
+# A process that has initialised CUDA cannot switch to another visible GPU, so Ray would start a new process for every
+# task, which takes seconds. Instead every worker sees all GPUs of its machine and uses the one that Ray assigns.
 GPU_OPTIONS = {
     "num_gpus": 1,
     "max_calls": 0,
@@ -58,7 +58,7 @@ GPU_OPTIONS = {
 
 @dataclass(frozen=True)
 class _Order:
-    """What all groups of a merge have in common, sent to the workers once."""
+    """The facts that all groups of a merge share, sent to the workers once."""
 
     plan: MergePlan
     schedule: Schedule
@@ -77,30 +77,31 @@ def run_ray(
     tasks: int | None = None,
     address: str | None = None,
 ) -> None:
-    """Merge everything that is pending, and return when it is written and journaled.
+    """Merge all pending tensors; on return they are written and journaled.
 
-    Without an address, a connection to Ray that the program has already is used; else one is made, and closed again.
+    Without an address, an existing connection of the program to Ray is used; otherwise one is opened and closed.
 
     Args:
-        job: what is to be done, and where the results go.
-        schedule: of one task: its threads, tiles and limits.
-        tensor_done: called in this thread with the name of each tensor that is written.
-        tasks: most tasks at a time; None means as many as the cluster has room for.
-        address: of a running cluster, e.g. ``10.0.0.1:6379``; None starts Ray on this machine alone.
+        job: the merge.
+        schedule: threads, tiles and limits of one task.
+        tensor_done: called in this thread with the name of each tensor after it was written.
+        tasks: limit of concurrent tasks; None means as many as the cluster has resources for.
+        address: address of a running cluster, e.g. ``10.0.0.1:6379``; None starts Ray on this machine alone.
 
     Raises:
         BackendUnavailableError: Ray is not installed.
         ClusterError: the cluster cannot be reached, its machines differ in software, or workers were lost repeatedly.
-        DeviceError, MemoryBudgetError: no machine has the GPU or the memory that a task takes.
-        Whatever reading, merging, writing or `tensor_done` raises.
+        DeviceError, MemoryBudgetError: no machine has the GPU or the memory that a task needs.
+
+    Errors of reading, merging, writing and `tensor_done` are raised here.
     """
     ray = _import_ray()
-    # A signal breaks into the main thread, which therefore must not be the one that writes the journal.
+    # Signals interrupt the main thread, so another thread writes the journal.
     with _signals_as_raised(), _connected(ray, address, tasks), ThreadPoolExecutor(1) as journal:
         options = _task_options(ray, job, schedule)
         slots = tasks or max(1, int(ray.cluster_resources().get("GPU" if "num_gpus" in options else "CPU", 1)))
         waiting = deque(_groups(job, slots))
-        most = tasks or len(waiting)  # Ray queues what there is no room for
+        most = tasks or len(waiting)  # Ray queues tasks that lack resources
         task = ray.remote(**options)(merge_group)
         here = (job.device.type, job.measure_norms, software(job.device), Path.cwd())
         order = ray.put(_Order(job.plan, schedule, job.stage.folder, *here))
@@ -124,8 +125,9 @@ def merge_group(order: _Order, names: list[str]) -> list[Finished]:
     """Merge some tensors from their files into their shards; runs in a worker of Ray.
 
     Raises:
-        ClusterError: this machine would compute other bytes than the driver's.
-        Whatever reading, merging and writing raises.
+        ClusterError: this machine's software differs from the driver's, so its bytes might differ.
+
+    Errors of reading, merging and writing are raised here.
     """
     device = own_gpu() if order.device_type == "cuda" else torch.device("cpu")
     here = software(device)
@@ -134,27 +136,27 @@ def merge_group(order: _Order, names: list[str]) -> list[Finished]:
             f"{platform.node()}: its software differs from the driver's, {here} here and {order.software} there; "
             "install the same versions everywhere, or start Ray on this machine alone"
         )
-    with suppress(OSError):  # only paths that are not absolute need it
+    with suppress(OSError):  # only relative paths need it
         os.chdir(order.folder)
     group = [layout for layout in layouts(order.plan) if not layout.specs.keys().isdisjoint(names)]
-    # Opened anew for each group: a worker that outlives its driver must not find the shards of the next one.
+    # Opened for each group: a worker that outlives its driver must not find the shards of the next merge.
     with closing(Shards(order.stage, group)) as shards:
         part = _Part(order.plan, device, order.measure_norms, shards, names)
         run_local(part, order.schedule, lambda name: None)
     if order.device_type == "cuda":
-        torch.cuda.empty_cache()  # the next task of this process may be given another GPU
+        torch.cuda.empty_cache()  # the next task of this process may use another GPU
     return part.finished
 
 
 def own_gpu() -> torch.device:
-    """Return the GPU that Ray has given to the task that calls this."""
+    """Return the GPU that Ray assigned to the calling task."""
     gpu = str(_import_ray().get_gpu_ids()[0])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return torch.device("cuda", visible.split(",").index(gpu) if visible else int(gpu))
 
 
 class _Part:
-    """A group as the local engine sees it: a job whose journal is kept by somebody else."""
+    """A group as a job of the local engine; the driver keeps the journal."""
 
     def __init__(
         self, plan: MergePlan, device: torch.device, measure_norms: bool | None, shards: Shards, names: list[str]
@@ -188,7 +190,7 @@ def _import_ray() -> Any:
 
 @contextmanager
 def _signals_as_raised() -> Iterator[None]:
-    """Raise what a signal handler raised, where the compiled part of Ray makes a SystemError of it."""
+    """Raise the error of a signal handler that the compiled part of Ray turned into a SystemError."""
     try:
         yield
     except SystemError as error:
@@ -205,11 +207,11 @@ def _connected(ray: Any, address: str | None, tasks: int | None) -> Iterator[Non
         return
     if address:
         _require_listener(address)
-    # Ray reports its usage to its makers unless it is told not to, and talks a lot.
+    # By default Ray reports its usage to its makers and prints a lot.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     own = {} if address else {"num_cpus": tasks, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    # Ray takes SIGTERM for itself; whoever called us knows better what to do with it.
+    # Ray replaces the handler of SIGTERM; the caller's is restored.
     on_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -226,7 +228,7 @@ def _connected(ray: Any, address: str | None, tasks: int | None) -> Iterator[Non
 
 
 def _require_listener(address: str) -> None:
-    """Refuse an address where nobody answers; Ray itself would try for minutes."""
+    """Raise `ClusterError` if nothing answers at an address; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
         return  # "auto"
@@ -234,12 +236,12 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ClusterError(
-            f"no Ray cluster answers at {address} ({error}); `ray start --head` begins one and tells its address"
+            f"no Ray cluster answers at {address} ({error}); `ray start --head` starts one and prints its address"
         ) from error
 
 
 def _task_options(ray: Any, job: MergeJob, schedule: Schedule) -> dict[str, Any]:
-    """Return what Ray has to know of a task, after a look at whether any machine of the cluster can run it."""
+    """Return the resources of a task, after checking that some machine of the cluster has them."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     options: dict[str, Any] = {"num_cpus": 1, "memory": schedule.peak_host_bytes, "max_retries": RETRIES}
     if str(job.device) not in ("cpu", "cuda"):
@@ -252,14 +254,14 @@ def _task_options(ray: Any, job: MergeJob, schedule: Schedule) -> dict[str, Any]
     largest = max((int(resources.get("memory", 0)) for resources in machines), default=0)
     if largest < schedule.peak_host_bytes:
         raise MemoryBudgetError(
-            f"a task takes up to {format_size(schedule.peak_host_bytes)} of memory, and Ray gives out at most "
+            f"a task needs up to {format_size(schedule.peak_host_bytes)} of memory, and Ray offers at most "
             f"{format_size(largest)} on a machine; set a smaller memory budget (--memory), or start Ray with more"
         )
     return options
 
 
 def _groups(job: MergeJob, slots: int) -> Iterator[list[str]]:
-    """Cut what is pending into groups of neighbours, so that a worker reads files front to back."""
+    """Cut pending tensors into groups of neighbours, so that a worker reads files front to back."""
     sizes = {name: job.plan.tensors[name].bytes_read for name in job.pending}
     limit = min(GROUP_BYTES, sum(sizes.values()) // (slots * GROUPS_PER_SLOT))
     group: list[str] = []
@@ -275,7 +277,7 @@ def _groups(job: MergeJob, slots: int) -> Iterator[list[str]]:
 
 
 def _finished(ray: Any, result: Any) -> list[Finished]:
-    """Return what a task reports; if it failed, raise what it raised."""
+    """Return the entries of a task, or raise its error."""
     try:
         entries: list[Finished] = ray.get(result)
         return entries
@@ -288,13 +290,13 @@ def _finished(ray: Any, result: Any) -> list[Finished]:
         ) from error
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ClusterError(f"a task of Ray was lost, and {RETRIES} retries were of no use: {reason}") from error
+        raise ClusterError(f"a task of Ray was lost, and {RETRIES} retries failed: {reason}") from error
 
 
 def _stop(ray: Any, running: list[Any]) -> None:
-    """End what still runs, and wait for it: nobody should write into the stage when we return.
+    """Cancel running tasks and wait for them, so that none writes into the stage after the return.
 
-    Tasks are interrupted first. Ray ends the whole program if a task that it was forced to give up finishes after all.
+    Tasks are interrupted before they are killed: Ray ends the whole program if a killed task finishes after all.
     """
     for force in (False, True):
         for result in running:

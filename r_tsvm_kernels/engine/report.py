@@ -24,16 +24,16 @@ from .journal import Finished, as_report
 from .output import page_path, report_path, writing
 
 CARD = "README.md"
-# Of a report that is read again; that of a hundred thousand tensors is far smaller.
+# Largest report that is read; the report of a hundred thousand tensors is far smaller.
 _MOST_BYTES = 1 << 30
 
 
 def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
-    """Write the report of a merge that is complete into its stage; what was merged before a stop is in the journal.
+    """Write the report of a merge into its stage, as JSON and as a page.
 
     Args:
-        job: with all tensors finished.
-        run: what is known of this run: engine, threads, seconds, how many tensors were resumed.
+        job: the merge, with all tensors finished; reports of tensors merged before a resumption are in its journal.
+        run: facts of this run: engine, threads, seconds, number of resumed tensors.
     """
     plan, stage = job.plan, job.stage
     config, tensors = plan.config, {name: _entry(plan, job.finished[name]) for name in plan.tensors}
@@ -68,10 +68,16 @@ def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
 
 
 def write_page(out: str | Path) -> Path:
-    """Write the page of a finished merge again, from its JSON report; return its path.
+    """Write the page of a finished merge again, from its JSON report.
+
+    Args:
+        out: the output of the merge.
+
+    Returns:
+        The path of the page.
 
     Raises:
-        CheckpointError: the report is missing or is none, or the page cannot be written.
+        CheckpointError: the report is missing or invalid, or the page cannot be written.
     """
     out = Path(out)
     source, target = report_path(out), page_path(out)
@@ -90,7 +96,7 @@ def write_page(out: str | Path) -> Path:
 
 
 def write_card(plan: MergePlan, folder: Path) -> None:
-    """Write the model card; that of the base is not copied, but the licence it names is taken over."""
+    """Write the model card. It inherits the licence that the base's card names."""
     config = plan.config
     models = [str(entry.model) for entry in config.models]
     everything = [*([config.base_model] if config.base_model else []), *models]
@@ -109,7 +115,7 @@ def write_card(plan: MergePlan, folder: Path) -> None:
 
 
 def _library(base: Checkpoint) -> str | None:
-    """Return the library that loads a model, as far as its files tell."""
+    """Return the library that loads a model, judging by its files; None if unknown."""
     if base.folder and (base.folder / "modules.json").is_file():
         return "sentence-transformers"
     if "_diffusers_version" in base.config or (base.folder and (base.folder / "model_index.json").is_file()):
@@ -118,7 +124,7 @@ def _library(base: Checkpoint) -> str | None:
 
 
 def _entry(plan: MergePlan, finished: Finished) -> dict[str, Any]:
-    """Return what the report says of a tensor."""
+    """Return the report's entry of a tensor."""
     tensor = plan.tensors[finished.name]
     merged = tensor.treatment.kind != "base"
     return asdict(as_report(finished.report)) | {

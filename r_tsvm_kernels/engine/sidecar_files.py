@@ -12,12 +12,12 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None) -> None:
-    """Copy what belongs to the base beside its weights; record a changed dtype in ``config.json``.
+    """Copy the sidecar files of the base; record a changed dtype in ``config.json``.
 
     Args:
-        base: nothing is copied of a bare file.
+        base: the base; a single file has no sidecar files.
         stage: an existing folder; files of the same names are replaced.
-        dtype: of the merged tensors, where it is not each tensor's own.
+        dtype: dtype of the merged tensors; None if each tensor keeps its own.
 
     Raises:
         CheckpointError: a file of the base cannot be read.
@@ -34,7 +34,7 @@ def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None) -> None
 
 
 def _record_dtype(file: Path, dtype: str, add: bool) -> None:
-    """Change the dtype in a configuration, if it is there; `add` it to one that has none."""
+    """Change the dtype in a configuration file, if the file exists; `add` it if the configuration has none."""
     if file.is_file():
         config = _with_dtype(read_json(file)[0], dtype)
         if add and not any(key in config for key in _DTYPE_KEYS):
@@ -43,11 +43,11 @@ def _record_dtype(file: Path, dtype: str, add: bool) -> None:
 
 
 def _copy_files(source: Path, target: Path) -> None:
-    """Copy what belongs to a model from one of its folders, if it is there."""
+    """Copy the sidecar files of one folder of a model, if the folder exists."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.iterdir()):
-            # Links that lead nowhere are not left out in silence.
+            # Dangling links raise an error instead of being skipped.
             if is_sidecar_file(file.name) and (file.is_file() or not file.exists()):
                 copy_file(file, target / file.name)
 

@@ -1,4 +1,4 @@
-"""Models given as a checkpoint and a LoRA adapter, ``model+adapter``: the sum is never written anywhere."""
+"""Models given as ``model+adapter``, a checkpoint and a LoRA adapter; their sum is never written to disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AdaptedModel:
     Attributes:
         base: the checkpoint.
         adapter: the adapter.
-        modules: names of the weights it changes, as the checkpoint has them, to names of its modules.
+        modules: maps the checkpoint's names of changed weights to the names of the adapter's modules.
     """
 
     base: Checkpoint
@@ -29,17 +29,24 @@ class AdaptedModel:
 
     @property
     def path(self) -> Path:
-        """Of the adapter, by which messages name the model."""
+        """Path of the adapter, which names the model in messages."""
         return self.adapter.path
 
 
 def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
     """Find the weight that each module of an adapter changes.
 
+    Args:
+        base: the checkpoint.
+        adapter: the adapter.
+
+    Returns:
+        Both, with the names of the changed weights.
+
     Raises:
-        CheckpointError: the checkpoint has no such weight.
-        ShapeError: it has another shape than the update.
-        DTypeError: it is not floating, as that of a quantised model.
+        CheckpointError: the checkpoint lacks such a weight.
+        ShapeError: a weight and its update differ in shape.
+        DTypeError: a weight is not floating-point, as in quantised models.
     """
     modules = {}
     for module in adapter.modules.values():
@@ -49,7 +56,7 @@ def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
         if header.shape != shape:
             raise ShapeError(
                 f"{adapter.path}: the update of {name} has shape {shape}, the weight in {base.path} "
-                f"{header.shape}; the adapter was made for another model, or a vocabulary was resized"
+                f"{header.shape}; the adapter belongs to another model, or a vocabulary was resized"
             )
         if header.dtype not in FLOAT_DTYPES:
             raise DTypeError(f"{adapter.path}: changes {name}, which is {header.dtype} in {base.path}; dequantise it")
@@ -58,10 +65,17 @@ def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
 
 
 def split_reference(model: str) -> tuple[str, str | None]:
-    """Split mergekit's ``model+adapter``; a path that exists goes first, whatever is in its name.
+    """Split mergekit's ``model+adapter``. An existing path is taken whole, even if its name contains a ``+``.
+
+    Returns:
+        The model, and the adapter or None.
 
     Raises:
-        ConfigError: it cannot be told which ``+`` divides the two.
+        ConfigError: it is ambiguous which ``+`` separates the two.
+
+    Example:
+        >>> split_reference("org/base+org/adapter")
+        ('org/base', 'org/adapter')
     """
     if "+" not in model or exists(model):
         return model, None
@@ -74,14 +88,14 @@ def split_reference(model: str) -> tuple[str, str | None]:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter, and no model beside it."""
+    """Whether a folder holds an adapter and no model."""
     files = (CONFIG_FILE, WEIGHTS_FILE)
     weights = ("model.safetensors", "model.safetensors.index.json")
     return any((path / file).is_file() for file in files) and not any((path / file).exists() for file in weights)
 
 
 def _weight_name(base: Checkpoint, adapter: Adapter, name: str) -> str:
-    """Return the name that the checkpoint has for a weight: it may lack the prefix of the model class, or have one."""
+    """Return the checkpoint's name of a weight. One of the two names may have a prefix of the model class."""
     if name in base.tensors:
         return name
     similar = [other for other in base.tensors if name.endswith(f".{other}") or other.endswith(f".{name}")]
@@ -90,5 +104,5 @@ def _weight_name(base: Checkpoint, adapter: Adapter, name: str) -> str:
     hint = "; it is tied to the embedding" if name.endswith("lm_head.weight") else ""
     raise CheckpointError(
         f"{adapter.path}: changes {name}, which {base.path} does not have{hint}; "
-        f"the adapter says that it was trained on {adapter.config.base_model_name_or_path}"
+        f"according to its config the adapter was trained on {adapter.config.base_model_name_or_path}"
     )

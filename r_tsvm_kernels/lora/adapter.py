@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters on disk: read one module at a time as `Factored`, and write."""
+"""Read and write PEFT LoRA adapters on disk, one module at a time, as `Factored`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _PREFIX = "base_model.model."
 # Endings of the names of A and B: of a linear module, of an embedding.
 _LINEAR = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-# The weight of the base itself, which PEFT stores beside the factors of embeddings and heads.
+# Copy of the base weight, which PEFT stores beside the factors of embeddings and heads.
 _BASE_LAYER = ".base_layer.weight"
 
 
 class Weights(Protocol):
-    """What an `Adapter` reads from: a checkpoint, or tensors in memory."""
+    """Source of an `Adapter`: a checkpoint, or tensors in memory."""
 
     @property
     def tensors(self) -> Mapping[str, TensorHeader | Tensor]:
@@ -49,9 +49,9 @@ class LoraModule:
     Attributes:
         name: in the base model, e.g. ``model.layers.0.self_attn.q_proj``.
         rank: inner dimension of the factors.
-        scale: what ``B @ A`` is multiplied by.
+        scale: factor of ``B @ A``.
         shape: of ``B @ A``.
-        embedding: whether it is an embedding, which PEFT names and orients in another way.
+        embedding: whether it is an embedding, which PEFT names and orients differently.
         transposed: whether the weight is stored as the transpose of ``B @ A``.
         nbytes: size of the factors.
     """
@@ -71,21 +71,21 @@ class LoraModule:
 
 
 class Adapter:
-    """A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; headers only until `load`.
+    """A folder with ``adapter_config.json`` and ``adapter_model.safetensors``. Only headers are read before `load`.
 
     Args:
         path: the folder, or the Hugging Face id of the adapter.
 
     Attributes:
         path: the folder.
-        config: what of the config matters here.
+        config: the settings that decide the update.
         modules: the adapted modules, by name.
-        base_layers: those of them, embeddings and heads, whose weight in the base is stored here too.
+        base_layers: names of the modules, embeddings and heads, whose base weight is stored in the adapter, too.
 
     Raises:
-        CheckpointError: missing or damaged files; the message names the file.
+        CheckpointError: a file is missing or damaged; the message names it.
         AdapterRefusedError: the adapter does more than add a low-rank matrix to weights.
-        PickleRefusedError: its weights exist only as pickle.
+        PickleRefusedError: the weights exist only as pickle.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -101,10 +101,10 @@ class Adapter:
         self._open(self._file, str(weights))
 
     def load(self, module: str, device: str | torch.device = "cpu", *, pin: bool = False) -> Factored:
-        """Read the update of a module as PEFT orients it, ``scale * B @ A``, (out, in).
+        """Read the update of a module in PEFT's orientation, ``scale * B @ A``, (out, in).
 
         Raises:
-            InputChangedError, CheckpointError: the file cannot be read, or is not what it was.
+            InputChangedError, CheckpointError: the file cannot be read, or has changed.
             NonFiniteError: a factor holds NaN or infinity.
         """
         A, B = (self._weights.load(name, device, pin=pin) for name in self._names(module))
@@ -124,10 +124,10 @@ class Adapter:
         return transposed(matrix) if self.modules[module].transposed else matrix
 
     def load_base_layer(self, module: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """Read the weight of the base that is stored here for a module of `base_layers`, or some of its rows.
+        """Read the base weight, or some of its rows, that the adapter stores for a module of `base_layers`.
 
         Raises:
-            InputChangedError, CheckpointError: the file cannot be read, or is not what it was.
+            InputChangedError, CheckpointError: the file cannot be read, or has changed.
         """
         name = base_layer_name(module)
         return self._weights.load(name) if rows is None else self._file.load(name, rows=rows)
@@ -142,14 +142,14 @@ class Adapter:
         return A, B
 
     def files(self) -> tuple[FileState, ...]:
-        """Return the files of this adapter, as they were when it was opened."""
+        """Return the files of the adapter, with their state at opening."""
         return (self._config_state, *self._file.files())
 
     def check_unchanged(self) -> None:
-        """Compare size and times of both files with what they were.
+        """Compare size and times of both files with their state at opening.
 
         Raises:
-            InputChangedError: one differs, or is gone.
+            InputChangedError: a file has changed or is missing.
         """
         require_unchanged(self._config_state.path, self._config_state)
         self._file.check_unchanged()
@@ -201,11 +201,11 @@ class Adapter:
 class AdapterWriter:
     """Write an adapter one module at a time; a context manager.
 
-    The factors wait in an unnamed file, since the header, which goes first, needs the ranks of all of them.
+    Factors are kept in an unnamed file until the end, because the header precedes them and needs all ranks.
 
     Args:
-        folder: exists.
-        dtype: of the factors in the file.
+        folder: an existing folder.
+        dtype: dtype of the stored factors.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
@@ -217,11 +217,11 @@ class AdapterWriter:
         self._waiting = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by __exit__
 
     def add(self, module: str, matrix: Factored, *, embedding: bool = False) -> None:
-        """Add the update of a module, oriented as PEFT does: (out, in). Updates of rank 0 are left out: PEFT has none.
+        """Add the update of a module in PEFT's orientation, (out, in). PEFT has no rank 0: such updates are left out.
 
         Raises:
             NonFiniteError: a factor does not fit `dtype`.
-            OSError: the disk refused.
+            OSError: writing failed.
         """
         rank = matrix.left.shape[1]
         if not rank:
@@ -231,10 +231,10 @@ class AdapterWriter:
         self.ranks[module], self._scales[module] = rank, matrix.scale
 
     def add_base_layer(self, module: str, weight: Tensor) -> None:
-        """Store the weight of the base beside the factors of a module; see `Adapter.base_layers`.
+        """Store the base weight beside the factors of a module; see `Adapter.base_layers`.
 
         Raises:
-            OSError: the disk refused.
+            OSError: writing failed.
         """
         if module in self.ranks:
             self._store(base_layer_name(module), weight)
@@ -244,15 +244,15 @@ class AdapterWriter:
 
         Args:
             base: ``base_model_name_or_path`` of the config.
-            task_type: as PEFT names it.
-            fan_in_fan_out: weights of the base are stored (in, out).
+            task_type: PEFT's name of the task, e.g. ``CAUSAL_LM``.
+            fan_in_fan_out: whether weights of the base are stored (in, out).
 
         Raises:
-            CheckpointError: no module was added, or the disk refused.
+            CheckpointError: no module was added, or writing failed.
         """
         if not self.ranks:
             raise CheckpointError("nothing to write: no module is changed at all")
-        # Wide dtypes first, which keeps every tensor aligned to its own size.
+        # Wide dtypes first, which keeps every tensor aligned to its element size.
         places = dict(sorted(self._places.items(), key=lambda item: -item[1][1].dtype.itemsize))
         layout = ShardLayout(WEIGHTS_FILE, {name: spec for name, (_, spec) in places.items()})
         with ShardFile.create(self.folder / WEIGHTS_FILE, layout) as file:
@@ -276,7 +276,7 @@ class AdapterWriter:
 
 
 def stored_factors(module: str, matrix: Factored, dtype: torch.dtype, *, embedding: bool = False) -> dict[str, Tensor]:
-    """Return lora_A and lora_B of a module under the names they have in PEFT's files; the scale is left to the config.
+    """Return lora_A and lora_B of a module by their names in PEFT's files; the scale belongs into the config.
 
     Raises:
         NonFiniteError: a factor does not fit `dtype`.
@@ -295,12 +295,12 @@ def stored_factors(module: str, matrix: Factored, dtype: torch.dtype, *, embeddi
 
 
 def base_layer_name(module: str) -> str:
-    """Return the name under which the weight of the base is stored beside the factors of a module."""
+    """Return the name of the base weight that is stored beside the factors of a module."""
     return _PREFIX + module + _BASE_LAYER
 
 
 def common_modules(sources: Sequence[Adapter]) -> list[str]:
-    """Return the names of all modules, in the order of the adapters.
+    """Return the names of the modules of all adapters, in the order of the adapters.
 
     Raises:
         ShapeError: the adapters do not belong to one base.
@@ -318,10 +318,10 @@ def common_modules(sources: Sequence[Adapter]) -> list[str]:
 
 
 def common_base_layers(sources: Sequence[Adapter]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every module for which an adapter stores the weight of the base, and that weight.
+    """Yield name and base weight of every module whose base weight an adapter stores.
 
     Raises:
-        CheckpointError: the adapters hold different weights, so they do not belong to one base.
+        CheckpointError: adapters store different base weights, so they do not belong to one base.
     """
     for name in dict.fromkeys(name for source in sources for name in source.base_layers):
         first, *others = (source for source in sources if name in source.base_layers)
@@ -329,19 +329,19 @@ def common_base_layers(sources: Sequence[Adapter]) -> Iterator[tuple[str, Tensor
         for other in others:
             if not torch.equal(weight, other.load_base_layer(name)):
                 raise CheckpointError(
-                    f"{other.path}: the weight of the base that it holds for {name} is not that of {first.path}; "
-                    "was a vocabulary resized? All adapters must belong to one base"
+                    f"{other.path}: its base weight of {name} differs from that of {first.path}; was a vocabulary "
+                    "resized? All adapters must belong to one base"
                 )
         yield name, weight
 
 
 def transposed(matrix: Factored) -> Factored:
-    """Return the transpose."""
+    """Return the transpose of a factored matrix."""
     return Factored(matrix.right.mT, matrix.left.mT, matrix.scale)
 
 
 def is_head(module: str) -> bool:
-    """Whether a module is an output head, which is a linear module even where all others are stored transposed."""
+    """Whether a module is an output head, which is never stored transposed."""
     return module.rpartition(".")[2] in ("lm_head", "embed_out")
 
 

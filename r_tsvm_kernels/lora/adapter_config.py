@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: what of it we understand, what we refuse, and what we write."""
+"""Read, check and make the adapter_config.json of PEFT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Number = TypeVar("Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
 
-# Settings under which the update of a weight is not `scale * B @ A`, or is not the whole of the adapter.
+# Settings with which an adapter is more than `scale * B @ A`, with the reason.
 _REFUSED = {
     "use_dora": "DoRA also rescales the columns of the weight",
     "use_qalora": "QALoRA pools the inputs of the adapter",
@@ -32,23 +32,23 @@ _REFUSED = {
     "velora_config": "VeLoRA is not plain LoRA",
     "monteclora_config": "MonteCLoRA samples its factors",
 }
-# Other initialisations change the weights of the base: the update would belong to a base that is nowhere stored.
+# Other initialisations change the base weights: the update belongs to a base that is not stored anywhere.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class AdapterConfig(BaseModel):
-    """The settings that decide what an adapter adds to the weights; all others are ignored.
+    """The settings that decide what an adapter adds to the weights; other settings are ignored.
 
     Attributes:
         peft_type: ``LORA``.
-        task_type: e.g. ``CAUSAL_LM``; decides the class in which PEFT wraps the model.
+        task_type: e.g. ``CAUSAL_LM``; decides the class that PEFT wraps the model in.
         base_model_name_or_path: the model that the adapter was trained on.
-        r: rank, where `rank_pattern` has no other.
-        lora_alpha: numerator of the scale, where `alpha_pattern` has no other.
+        r: rank of modules that match no `rank_pattern`.
+        lora_alpha: numerator of the scale of modules that match no `alpha_pattern`.
         rank_pattern: ranks of modules, by regular expression.
         alpha_pattern: numerators of modules, by regular expression.
         use_rslora: divide by the square root of the rank.
-        fan_in_fan_out: weights are stored (in, out), as those of GPT-2.
+        fan_in_fan_out: whether weights are stored (in, out), as in GPT-2.
         init_lora_weights: how the factors were initialised.
         bias: ``none``.
     """
@@ -68,21 +68,24 @@ class AdapterConfig(BaseModel):
     bias: str = "none"
 
     def rank(self, module: str) -> int:
-        """Return the rank that the config gives to a module."""
+        """Return the rank of a module."""
         return _lookup(self.rank_pattern, module, self.r)
 
     def scale(self, module: str, rank: int) -> float:
-        """Return what ``B @ A`` of a module is multiplied by."""
+        """Return the factor of ``B @ A`` of a module."""
         alpha = _lookup(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
 
 def read_config(folder: Path) -> tuple[AdapterConfig, FileState]:
-    """Read and judge the ``adapter_config.json`` of a folder; also return what the file was then.
+    """Read and check the ``adapter_config.json`` of a folder.
+
+    Returns:
+        The config, and the state of the file.
 
     Raises:
-        CheckpointError: missing, damaged, or not an adapter's.
-        AdapterRefusedError: not LoRA, or LoRA of a kind that is more than a low-rank update; the setting is named.
+        CheckpointError: the file is missing or damaged, or no config of an adapter.
+        AdapterRefusedError: not LoRA, or more than a low-rank update; the message names the setting.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -92,15 +95,22 @@ def read_config(folder: Path) -> tuple[AdapterConfig, FileState]:
 
 
 def parse_config(data: Mapping[str, Any], source: str) -> AdapterConfig:
-    """Judge the content of an ``adapter_config.json``, or PEFT's ``LoraConfig.to_dict()``.
+    """Check the content of an ``adapter_config.json``, or PEFT's ``LoraConfig.to_dict()``.
 
     Args:
         data: settings by name.
-        source: where they come from, for messages.
+        source: origin of the settings, for messages.
+
+    Returns:
+        The settings that decide the update.
 
     Raises:
         CheckpointError: not a valid configuration.
-        AdapterRefusedError: not LoRA, or LoRA of a kind that is more than a low-rank update; the setting is named.
+        AdapterRefusedError: not LoRA, or more than a low-rank update; the message names the setting.
+
+    Example:
+        >>> parse_config({"peft_type": "LORA", "r": 16, "lora_alpha": 32}, "example").scale("model.q_proj", 16)
+        2.0
     """
     if data.get("peft_type") != "LORA":
         raise AdapterRefusedError(f"{source}: peft_type is {str(data.get('peft_type'))[:40]!a}; only LORA is supported")
@@ -139,12 +149,12 @@ def make_config(
 ) -> dict[str, Any]:
     """Return the config of an adapter whose modules have these ranks and scales.
 
-    Modules are named in full: that is what every version of PEFT takes, as target and as pattern.
+    Modules are named in full, which every version of PEFT accepts as targets and as patterns.
     """
     alphas = {module: _plain(scales[module] * rank) for module, rank in ranks.items()}
     most = max(ranks, key=lambda module: ranks[module])
     alike = len(set(ranks.values())) == len(set(alphas.values())) == 1
-    # Patterns match from the end of a name, and the first counts: longer names go first.
+    # Patterns match the end of a name, and the first match counts: longer names come first.
     patterned = [] if alike else sorted(ranks, key=len, reverse=True)
     return {
         "peft_type": "LORA",
@@ -167,7 +177,7 @@ def make_config(
 
 
 def _lookup(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
-    """Return the value of the first pattern that is the module's name or, as a regular expression, the end of it."""
+    """Return the value of the first pattern that matches the module's name, or its end after a dot."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

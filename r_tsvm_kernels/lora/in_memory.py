@@ -17,8 +17,8 @@ class InMemoryAdapter(Adapter):
     """An adapter whose tensors are in memory, named as in PEFT's files.
 
     Args:
-        tensors: what ``adapter_model.safetensors`` holds, or ``peft.get_peft_model_state_dict`` returns.
-        config: what ``adapter_config.json`` holds, or PEFT's ``LoraConfig.to_dict()`` returns.
+        tensors: content of ``adapter_model.safetensors``, or the result of ``peft.get_peft_model_state_dict``.
+        config: content of ``adapter_config.json``, or the result of PEFT's ``LoraConfig.to_dict()``.
         name: of the adapter, for messages.
 
     Raises:
@@ -31,7 +31,7 @@ class InMemoryAdapter(Adapter):
         self._open(_StateDict(tensors), name)
 
     def check_unchanged(self) -> None:
-        """Tensors in memory are taken to be what they were."""
+        """Do nothing: tensors in memory are not watched."""
 
 
 class _StateDict:

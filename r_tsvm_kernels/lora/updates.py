@@ -1,4 +1,4 @@
-"""Low-rank updates: from singular triplets, and cut to a smaller rank; never formed."""
+"""Low-rank updates from singular triplets, or cut to a smaller rank; no dense matrix is formed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,36 @@ from ..linalg import Factored, Rank, choose_rank, leading_triplets
 
 
 def from_triplets(U: Tensor, values: Tensor, Vh: Tensor) -> Factored:
-    """Return ``U @ diag(values) @ Vh`` with the singular values shared equally: rounding hurts both factors alike."""
+    """Return ``U @ diag(values) @ Vh`` with the roots of the singular values in both factors.
+
+    Rounding then has the same effect on both.
+
+    Args:
+        U: (m, k).
+        values: (k,), not negative.
+        Vh: (k, n).
+
+    Returns:
+        Factors (m, k) and (k, n).
+
+    Example:
+        >>> from_triplets(torch.ones(2, 1), torch.tensor([4.0]), torch.ones(1, 2)).left
+        tensor([[2.],
+                [2.]])
+    """
     roots = values.sqrt()
     return Factored(U * roots, roots[:, None] * Vh)
 
 
 def truncated(matrix: Factored, rank: Rank) -> tuple[Factored, float]:
-    """Return the best approximation of that rank, and its share of the squared Frobenius norm; exact, in float64.
+    """Return the best approximation of a rank, computed in float64 by QR and a small SVD.
+
+    Args:
+        matrix: the update.
+        rank: a number, or a rule that takes the singular values.
+
+    Returns:
+        The approximation, and its share of the squared Frobenius norm.
 
     Raises:
         ConvergenceError: the SVD failed.
@@ -25,16 +48,23 @@ def truncated(matrix: Factored, rank: Rank) -> tuple[Factored, float]:
 
 
 def rank_of(shape: tuple[int, int], rank: int | None, energy: float | None = None, noise: bool = False) -> Rank:
-    """Return the rank of an update of this shape: a number, a rule, or a rule that a number limits.
+    """Return the rank of an update: a number, a rule, or a rule that a number limits.
 
     Args:
-        shape: of the update.
+        shape: shape of the update.
         rank: the number; None means no limit.
-        energy: the smallest rank that holds this share of the squared Frobenius norm.
-        noise: count the singular values above the noise edge (`noise_rank`).
+        energy: take the smallest rank that retains this share of the squared Frobenius norm.
+        noise: take the number of singular values above the noise edge (`noise_rank`).
+
+    Returns:
+        A number, or a function of the singular values.
 
     Raises:
-        ConfigError: a number out of range, or both rules.
+        ConfigError: a number is out of range, or both rules are given.
+
+    Example:
+        >>> rank_of((64, 32), 128)
+        32
     """
     if energy is not None and noise:
         raise ConfigError("the rank follows either energy or noise, not both")
