@@ -34,7 +34,7 @@ SPEED = (
             "Whole commands with a base and two fine-tunes; `cp` of two models reads and writes as many bytes. "
             "`started` leaves out starting Python and importing torch. `worst element` is the largest error as a "
             "multiple of what rounding to bfloat16 and float32 sums allow; mergekit's `task_arithmetic` sums in "
-            "bfloat16."),
+            "bfloat16.", split=("inputs",)),
     Section("spectral.json", "TSV-Merge against FusionBench's function", "python -m benchmarks.spectral",
             "FusionBench's function has one rank, r // T; our smaller ranks are compared with it too, because adaptive "
             "ranks replace that run. Errors are relative to float64 SVDs.",

@@ -184,8 +184,8 @@ def shortcuts(results: Path) -> list[str]:
     """Return the error of every shortcut."""
     rows = read_rows(results / "cpu" / "shortcuts.json")
     (sheet,) = sheets(rows, "provider")
-    cases = [f"{row[1]}, {row[2]}" for row in sheet.lines]
-    found = zip(sheet.columns[3:], *(cells[3:] for cells in sheet.lines), strict=True)
+    cases = [f"{cells[0]}, {cells[1]}" for cells in sheet.lines]
+    found = zip(sheet.columns[2:], *(cells[2:] for cells in sheet.lines), strict=True)
     lines = [[heading.removesuffix(": error"), *cells] for heading, *cells in found]
     return markdown(Sheet("", ["shortcut", *cases], lines))
 

@@ -147,22 +147,29 @@ def _sheet(rows: Sequence[Row], by: str, metrics: Sequence[str] | None, short: b
     names = list(dict.fromkeys(name for found in labels for name in found))
     values = {name: {str(found.get(name, "")) for found in labels} for name in names}
     varying = [name for name in names if len(values[name]) > 1]
-    title = ", ".join(_label(name, labels[0][name]) for name in names if name not in varying)
     columns = _by_role(rows, metrics, short) if by == "role" else _by_provider(rows, metrics, short)
     rounds = any(_rounds(line) for line in lines.values())
+    # A name that all lines share is no column if something else tells them apart.
+    named = by == "role" or not varying or len({line[0]["name"] for line in lines.values()}) > 1
+    common = [_label(name, labels[0][name]) for name in names if name not in varying]
+    title = ", ".join(common if named else [rows[0]["name"], *common])
     cells = []
     for line, found in zip(lines.values(), labels, strict=True):
+        labelled = [*([line[0]["name"]] if named else []), *(str(found.get(name, "")) for name in varying)]
         bad = [f"{row['provider']} {cell(row)}" for row in line if row["notes"].get("status") in ("wrong", "failed")]
         mark = f" {MARK}" if current is not None and older(line, current) and not older(rows, current) else ""
         cells.append([
-            "; ".join([str(line[0]["name"]) + mark, *bad]), *(str(found.get(name, "")) for name in varying),
-            *(make(line) for _, make in columns), *([_rounds(line)] if rounds else []),
+            "; ".join([labelled[0] + mark, *bad]), *labelled[1:], *(make(line) for _, make in columns),
+            *([_rounds(line)] if rounds else []),
         ])  # fmt: skip
-    return Sheet(title, ["case", *varying, *(name for name, _ in columns), *(["rounds"] if rounds else [])], cells)
+    leading = [*(["case"] if named else []), *varying]
+    return Sheet(title, [*leading, *(name for name, _ in columns), *(["rounds"] if rounds else [])], cells)
 
 
 def _label(name: str, value: Any) -> str:
-    return str(value) if name in ("matrix", "shape", "dtype") else f"{name} {value}"
+    if name == "tasks":
+        return f"{value} tasks"
+    return str(value) if name in ("matrix", "shape", "dtype", "device", "checkpoint", "inputs") else f"{name} {value}"
 
 
 Column = tuple[str, Callable[[Sequence[Row]], str]]
@@ -207,13 +214,16 @@ def _by_provider(rows: Sequence[Row], metrics: Sequence[str] | None, short: bool
 
     shown = dict.fromkeys(row["metric"] for row in rows) if metrics is None else metrics
     keys = [found for metric in shown for found in dict.fromkeys(map(key, rows)) if found[0] == metric]
-    return [(_heading(*found), make(found)) for found in keys]
+    sole = {metric for metric in shown if len({found for found in keys if found[0] == metric}) == 1}
+    return [(_heading(*found, found[0] in sole), make(found)) for found in keys]
 
 
-def _heading(metric: str, provider: str, against: str) -> str:
+def _heading(metric: str, provider: str, against: str, sole: bool) -> str:
     if metric == "time":
         return provider
-    return f"{provider} against {against}" if against else f"{provider}: {metric}"
+    if metric == "speed-up":
+        return f"{provider} against {against}"
+    return metric if sole else f"{provider}: {metric}"
 
 
 def _rounds(line: Sequence[Row]) -> str:
