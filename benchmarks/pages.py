@@ -41,7 +41,7 @@ SPEED = (
             split=("series",), picture="plots/growth.svg"),
     Section("mergekit_cli.json", "mergekit's commands on our kernels",
             "python -m benchmarks.peers.compare_mergekit_cli",
-            "`rtsvm mergekit-yaml` against `mergekit-yaml`, whole commands. `checked` is the largest error of an "
+            "`rtsvm mergekit yaml` against `mergekit-yaml`, whole commands. `checked` is the largest error of an "
             "element as a multiple of what is allowed; for random masks the norm of the update; for `extract-lora` the "
             "error as a multiple of the best of that rank. Compilations at low priority disturbed the first half of "
             "the run."),

@@ -160,6 +160,11 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_backends() -> dict[str, str]:
+    """Return the backend of each op that `use_backend` forces now, to force the same in another process."""
+    return dict(_forced.get({}))
+
+
 def explain(name: str, device_type: str) -> list[tuple[str, str]]:
     """List the candidates of an op on a device type, each with ``"ready"`` or the reason why it cannot run."""
     return [(backend, backends.state(backend)) for backend in ops()[name].order.get(device_type, ())]

@@ -3,7 +3,7 @@
     python -m benchmarks.peers.compare_mergekit_cli [--peer-python PATH] [--size 0.25] [--rounds 5] [--folder DIR]
                                                     [--json FILE] [--cases NAME ...]
 
-`mergekit-yaml` and `rtsvm mergekit-yaml` run in the peer's environment on the same recipe (dtype bfloat16), base and
+`mergekit-yaml` and `rtsvm mergekit yaml` run in the peer's environment on the same recipe (dtype bfloat16), base and
 two fine-tunes of `--size` GB each, in interleaved rounds, with the inputs in the page cache; `mergekit-extract-lora`
 runs on a pair of small models, because full SVDs take long. The time is that of the whole command. Our backend must be
 built for the Python of that environment. `--size 0.25` needs 2 GB of disk.
@@ -197,7 +197,7 @@ def environment() -> dict[str, str]:
 
 def both_sides(python: Path, peer: list[str]) -> dict[str, list[str]]:
     """Return the commands: the peer's own, and ours that runs it."""
-    return {WITH: [str(python), "-m", "r_tsvm_kernels", Path(peer[0]).name, *peer[1:]], WITHOUT: peer}
+    return {WITH: [str(python), "-m", "r_tsvm_kernels", *Path(peer[0]).name.split("-", 1), *peer[1:]], WITHOUT: peer}
 
 
 def compile_python(python: Path, *names: str) -> None:

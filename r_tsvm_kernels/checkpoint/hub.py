@@ -11,7 +11,7 @@ from ..files import exists, usable_path
 from .modules import named_folders
 from .sidecar_files import SIDECAR_FILES, SIDECAR_FOLDERS
 
-_MODEL_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_MODEL_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
 
@@ -66,6 +66,6 @@ def _fetch(model: str, repo: str, revision: str | None, wanted: list[str], unwan
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{model}: no such folder or file here, and not to be had from the Hugging Face hub "
-            f"({type(error).__name__}): {reason}"
+            f"{model}: no such folder or file, and fetching it from the Hugging Face hub failed: {reason} "
+            f"({type(error).__name__})"
         ) from error

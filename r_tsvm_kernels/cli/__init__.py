@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import RtsvmError
@@ -33,37 +34,85 @@ _PRINTING = ("inspect", "verify", "info", "bench")
 _EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
 
 
+# Titles of the overview, with the modules of their commands.
+_GROUPS: dict[str, tuple[Any, ...]] = {
+    "merging": (merge, inspect, verify, report),
+    "LoRA adapters": (extract_lora, resize_lora, merge_lora),
+    "inside other tools": (mergekit, fusion_bench),
+    "this machine": (info, bench),
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
 
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """End with the usage of the command and the option that may be meant by the first unknown argument."""
+        option = unknown[0].partition("=")[0]
+        similar = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser() -> _Parser:
     """Build the parser of the whole command line."""
-    parser: argparse.ArgumentParser = _Parser(prog="rtsvm", description="Merge fine-tuned models, exactly and fast.")
-    parser.add_argument("--version", action="version", version=f"rtsvm {__version__}")
-    commands: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND"
+    parser = _Parser(
+        prog="rtsvm",
+        usage="rtsvm COMMAND ...",
+        description="Merge fine-tuned models, exactly and fast.",
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for module in (merge, inspect, verify, report, info, bench, extract_lora, resize_lora, merge_lora):
-        name = module.__name__.rpartition(".")[2].replace("_", "-")
-        command = commands.add_parser(
-            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    mergekit.add_commands(commands)
-    fusion_bench.add_commands(commands)
+    parser.add_argument("--version", action="version", version=f"rtsvm {__version__}")
+    commands = parser.add_subparsers(dest="command", prog="rtsvm", metavar="COMMAND", help=argparse.SUPPRESS)
+    for modules in _GROUPS.values():
+        for module in modules:
+            if hasattr(module, "add_command"):  # passes everything on to another library
+                module.add_command(commands)
+            else:
+                _add_command(commands, module)
     return parser
+
+
+def _add_command(commands: argparse._SubParsersAction[_Parser], module: Any) -> None:
+    command = commands.add_parser(
+        _name(module),
+        usage=getattr(module, "USAGE", None),
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(command)
+    command.set_defaults(run=module.run, parser=command)
+
+
+def _name(module: Any) -> str:
+    name: str = module.__name__.rpartition(".")[2]
+    return name.replace("_", "-")
+
+
+def _overview() -> str:
+    """Return the commands by what they are for."""
+    lines = []
+    for title, modules in _GROUPS.items():
+        lines += [f"{title}:", *(f"  {_name(module):<14}{module.HELP}" for module in modules), ""]
+    return "\n".join([*lines, "rtsvm COMMAND --help explains a command."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 (done), 2 (wrong use), 1 (failed), 130 (SIGINT) or 143 (SIGTERM).
 
-    A stream that takes no more output stops no command. Those whose result is what they print then return 1.
+    A closed stream stops no command; those whose result is what they print then return 1.
     """
     with standard_streams() as (out, _):
-        arguments = build_parser().parse_args(argv)
+        parser = build_parser()
+        arguments, unknown = parser.parse_known_args(argv)
+        if unknown:
+            command: _Parser = getattr(arguments, "parser", parser)
+            command.refuse(unknown)
+        if arguments.command is None:
+            parser.print_help()
+            return 0
         code = _run(arguments)
         out.flush()
         if out.error is not None and arguments.command in _PRINTING:

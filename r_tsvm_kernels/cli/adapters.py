@@ -4,28 +4,55 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+from .progress import shown_progress
 from .recipe import DTYPES
+from .resources import add_device_argument
 from .terminal import say
 
 if TYPE_CHECKING:
     from ..lora_tools import AdapterResult
 
 
-def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how the rank of an update is chosen."""
+def add_rank_arguments(parser: argparse.ArgumentParser, default: str = "no limit") -> argparse._ArgumentGroup:
+    """Declare how the rank of an update is chosen; more may be added to the group that is returned."""
     group = parser.add_argument_group("rank of each module")
-    group.add_argument("--rank", metavar="N", type=int, help="the rank, or the most that --energy may choose")
-    group.add_argument("--energy", metavar="E", type=float, help="as much as holds this share of the energy, e.g. 0.99")
+    group.add_argument("--rank", metavar="N", type=int, help=f"the rank, the largest with a rule (default: {default})")
+    group.add_argument(
+        "--energy", metavar="E", type=float, help="smallest rank that keeps this fraction of the energy, e.g. 0.95"
+    )
+    return group
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what all commands that write an adapter share."""
+    parser.add_argument("out", metavar="OUT", help="folder of the adapter; must not exist yet")
     group = parser.add_argument_group("how to run")
-    group.add_argument("--out-dtype", choices=DTYPES, default="float32", help="of the factors (default %(default)s)")
-    group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:INDEX (default auto)")
+    group.add_argument("--out-dtype", choices=DTYPES, default="float32", help="dtype of the factors (default float32)")
+    add_device_argument(group)
     group.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def write_adapter(
+    make: Callable[..., AdapterResult], arguments: argparse.Namespace, *inputs: Any, **options: Any
+) -> int:
+    """Write an adapter with `make`, print its size and how much it keeps, and return the exit code."""
+    with shown_progress(arguments.quiet) as show:
+        result = make(
+            *inputs,
+            arguments.out,
+            rank=arguments.rank,
+            energy=arguments.energy,
+            out_dtype=arguments.out_dtype,
+            device=arguments.device,
+            progress=show,
+            **options,
+        )
+    if not arguments.quiet:
+        print_result(result)
+    return 0
 
 
 def print_result(result: AdapterResult) -> None:

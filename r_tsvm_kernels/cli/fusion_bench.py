@@ -7,15 +7,16 @@ import sys
 from importlib import import_module
 
 from ..integrations import fusion_bench
-from .mergekit import NO_ACCELERATE, add_command, exit_code
+from .mergekit import NO_ACCELERATE, add_passing_command, exit_code
 
+HELP = "FusionBench's own command, with our configurations and solvers"
 NAME = "fusion-bench"
 SEARCH = "hydra.searchpath=["
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command; all its arguments are passed on."""
-    add_command(commands, NAME, "fusion_bench", run)
+    add_passing_command(commands, NAME, run)
 
 
 def run(arguments: argparse.Namespace) -> int:

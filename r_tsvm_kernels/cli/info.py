@@ -1,27 +1,44 @@
-"""Show versions, which kernels run on this machine and why others do not, and the merge methods."""
+"""Show versions, which kernels run on this machine and why others do not, and the merge methods.
+
+rtsvm info
+rtsvm info rtsvm      # a method: its parameters with defaults, formula and paper
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
-from typing import Any
+import textwrap
+from typing import TYPE_CHECKING, Any
 
-from .terminal import console, say
+from .terminal import say
+
+if TYPE_CHECKING:
+    from ..methods import Method
 
 HELP = "show versions, backends and merge methods"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.add_argument("method", metavar="METHOD", nargs="?", help="show this merge method")
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what is here."""
-    facts = _collect()
+    """Print what is here, or a method."""
+    if arguments.method is not None:
+        from ..methods import get_method
+
+        method = get_method(arguments.method)
+        facts = _method_facts(method)
+    else:
+        facts = _collect()
     if arguments.json:
         print(json.dumps(facts, indent=2))
+    elif arguments.method is not None:
+        _print_method(method.name, facts)
     else:
         _print(facts)
     return 0
@@ -48,17 +65,26 @@ def _collect() -> dict[str, Any]:
             device: {op: dispatch.chosen(op, device) for op in dispatch.ops()}
             for device in ("cpu", *(["cuda"] if gpus else []))
         },
-        "methods": {
-            name: {
-                "pretty_name": method.pretty_name,
-                "aliases": list(method.aliases),
-                "paper": method.paper_url,
-                "parameters": {
-                    key: {"default": _default(info.default), "help": info.description}
-                    for key, info in method.parameters.model_fields.items()
-                },
+        "methods": {name: _method_facts(method) for name, method in sorted(METHODS.items())},
+    }
+
+
+def _method_facts(method: Method) -> dict[str, Any]:
+    doc = (method.run.__doc__ or "").partition("\n\n")[0]
+    return {
+        "pretty_name": method.pretty_name,
+        "aliases": list(method.aliases),
+        "paper": method.paper_url,
+        "formula": " ".join(doc.split()).replace("``", ""),
+        "tasks": method.tasks,
+        "parameters": {
+            key: {
+                "default": _default(info.default),
+                "help": info.description,
+                "aliases": [alias for alias, field in method.parameters.names().items() if field == key != alias],
+                "per_model": method.parameters.is_per_model(key),
             }
-            for name, method in sorted(METHODS.items())
+            for key, info in method.parameters.model_fields.items()
         },
     }
 
@@ -68,29 +94,40 @@ def _default(value: Any) -> Any:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     say(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     say(f"GPUs: {', '.join(facts['gpus']) or 'none that torch sees'}; CPU threads: {facts['threads']}")
-
-    backends = Table(title="Backends")
-    for heading in ("backend", "state", "ops it has kernels for", *(f"runs on {device}" for device in facts["chosen"])):
-        backends.add_column(heading)
+    say("")
+    say("Backends")
     for name, state in facts["backends"].items():
-        ops = [op for op, devices in facts["ops"].items() if any(name in order for order in devices.values())]
-        runs = [
-            ", ".join(op for op, backend in chosen.items() if backend == name) or "none"
-            for chosen in facts["chosen"].values()
-        ]
-        backends.add_row(name, state, "all (the reference)" if name == "torch" else ", ".join(ops), *runs)
-    shown = console()
-    shown.print(backends)
+        say(f"  {name:<8}{state}")
+    devices = list(facts["chosen"])
+    say("")
+    say("Kernels of each op, in order of preference; * runs here")
+    for op, orders in sorted(facts["ops"].items()):
+        cells = []
+        for device, names in orders.items():
+            chosen = facts["chosen"].get(device, {}).get(op)
+            cells.append(f"{device}: {', '.join(name + '*' * (name == chosen) for name in names)}")
+        say(f"  {op:<20}{cells[0]:<20}{'  '.join(cells[1:])}".rstrip())
+    if "cuda" in devices:
+        say("  The reference in torch precedes kernels that have not run on a GPU yet; --backend chooses others.")
+    say("")
+    say("Merge methods; `rtsvm info METHOD` has parameters, formula and paper")
+    for line in textwrap.wrap(", ".join(facts["methods"]), 76):
+        say(f"  {line}")
 
-    shown.print("\nMerge methods, with their parameters and defaults")
-    for name, method in facts["methods"].items():
-        also = f" (also {', '.join(method['aliases'])})" if method["aliases"] else ""
-        shown.print(Text.assemble("\n", (name, "bold"), f"{also}  {method['pretty_name']}, {method['paper']}"))
-        for key, value in method["parameters"].items():
-            line = Text.assemble(f"    {key} = {value['default']} ", (value["help"], "dim"))
-            shown.print(line, soft_wrap=True)
+
+def _print_method(name: str, facts: dict[str, Any]) -> None:
+    also = f", also {', '.join(facts['aliases'])}" if facts["aliases"] else ""
+    say(f"{name}{also}: {facts['pretty_name']}, {facts['paper']}")
+    say(facts["formula"])
+    say("")
+    say("parameters, with their defaults; * may differ between the models of a recipe")
+    for key, value in facts["parameters"].items():
+        first = f"  {'/'.join([key, *value['aliases']])}{'*' * value['per_model']} = {value['default']}".ljust(28)
+        for line in textwrap.wrap(value["help"] or "", 79, initial_indent=f"{first} ", subsequent_indent=" " * 29):
+            say(line)
+    say("")
+    say("example")
+    say(f"  rtsvm merge --base B --model A{'' if facts['tasks'] == 1 else ' --model C'} --method {name} OUT")
+    say(f'  merge_tensors(base, tuned, "{name}")  # in Python')

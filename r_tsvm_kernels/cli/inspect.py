@@ -1,19 +1,26 @@
-"""Show what a merge would do to each tensor, why, and in how much memory. It reads no values but tables of integers.
+"""Show what a merge would do to each kind of tensor, why, with which parameters, and in how much memory.
 
-rtsvm inspect recipe.yaml
-rtsvm inspect --base B --model A --model C --method rtsvm --memory 8GB
+No values are read except tables of integers. A row stands for the tensors of all layers that are treated alike; below
+it are the values of parameters that gradients and filters set. Columns: number of tensors; names, without ".weight";
+shape; by: the method, "mean" (of the task vectors) or "base" (the base's value); the largest rank of a task; memory
+for one of the tensors.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..sizes import format_size
-from ..text import printable
+from ..text import dtype_name
+from .kinds import Kind, common_values, dtypes_of, kinds_of
 from .recipe import add_recipe_arguments, make_config
-from .resources import add_resource_arguments
+from .resources import add_resource_arguments, chosen_backends
 from .terminal import console, say
 
 if TYPE_CHECKING:
@@ -22,6 +29,9 @@ if TYPE_CHECKING:
     from ..plan import MergePlan
 
 HELP = "show the plan of a merge without computing"
+USAGE = """\\
+rtsvm inspect [options] RECIPE.yaml
+       rtsvm inspect [options] --base B --model A [--model C ...]"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml", nargs="?", help="recipe file (if any)")
     add_recipe_arguments(parser)
     add_resource_arguments(parser).add_argument(
-        "--estimate-time", action="store_true", help="also read and merge samples, for some seconds, to estimate time"
+        "--estimate-time", action="store_true", help="read and merge samples for some seconds to estimate the time"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.add_argument("--all", action="store_true", help="show each tensor in a row of its own")
+    parser.add_argument("--json", action="store_true", help="print JSON for machines, with each tensor")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,29 +56,32 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..engine import choose_device, choose_workers, make_schedule, smallest_schedule
     from ..engine.calibrate import estimate_time
+    from ..engine.fingerprint import software
     from ..engine.tiles import check_tables
     from ..plan import make_plan
     from ..sizes import parse_size
 
-    plan = make_plan(config, parse_size(arguments.shard_size), allow_pickle=arguments.allow_pickle)
-    check_tables(plan)
     device = choose_device(arguments.device)
     on_gpu = device.type == "cuda"
     budgets = [None if size is None else parse_size(size) for size in (arguments.memory, arguments.device_memory)]
-    chosen = make_schedule(plan, choose_workers(arguments.threads, device), *budgets, on_gpu=on_gpu)
-    seconds = estimate_time(plan, chosen.workers, device) if arguments.estimate_time else None
-    facts = _as_dict(plan, chosen, smallest_schedule(plan, on_gpu), str(device), seconds)
+    with chosen_backends(arguments.backend, device):
+        plan = make_plan(config, parse_size(arguments.shard_size), allow_pickle=arguments.allow_pickle)
+        check_tables(plan)
+        chosen = make_schedule(plan, choose_workers(arguments.threads, device), *budgets, on_gpu=on_gpu)
+        seconds = estimate_time(plan, chosen.workers, device) if arguments.estimate_time else None
+        smallest, kernels = smallest_schedule(plan, on_gpu), software(device)["kernels"]
+        facts = _as_dict(plan, chosen, smallest, str(device), seconds) | {"kernels": kernels}
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
-        _print_table(plan, facts)
+        _print_kinds(plan, facts, each=arguments.all)
     return 0
 
 
 def _as_dict(
     plan: MergePlan, chosen: Schedule, smallest: Schedule, device: str, seconds: TimeEstimate | None
 ) -> dict[str, Any]:
-    from ..plan import tensor_cost, total_flops
+    from ..plan import common_parameters, model_parameters, tensor_cost, total_flops, varying_parameters
 
     return {
         "method": plan.config.merge_method,
@@ -99,13 +113,17 @@ def _as_dict(
             "writing": seconds.writing,
             "total": seconds.total,
         },
+        "parameters": common_parameters(plan.config),
+        "model_parameters": model_parameters(plan.config),
         "groups": plan.groups(),
+        "kinds": {kind.label: list(kind.names) for kind in kinds_of(plan)},
         "tensors": {
             name: {
                 "treatment": tensor.treatment.kind,
                 "reason": tensor.treatment.reason,
+                "parameters": varying_parameters(plan.config, tensor.options),
                 "shape": list(tensor.spec.shape),
-                "dtype": _dtype_name(tensor.spec.dtype),
+                "dtype": dtype_name(tensor.spec.dtype),
                 "rank_limit": _rank_limit(plan, name),
                 "bytes_read": tensor.bytes_read,
                 "bytes_written": tensor.spec.nbytes,
@@ -119,55 +137,100 @@ def _as_dict(
     }
 
 
-def _print_table(plan: MergePlan, facts: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    title = f"{plan.config.method.pretty_name}: {len(plan.tuned)} models into {plan.base.path}"
-    table = Table(title=printable(title))
-    for heading in ("tensor", "shape", "dtype", "treatment", "rank <=", "rows at once", "memory MB", "why"):
-        table.add_column(heading, overflow="fold")
-    words = {"merge": plan.config.merge_method, "mean": "mean of task vectors", "base": "keep the base's"}
-    for name, tensor in facts["tensors"].items():
-        rows = tensor["shape"][0] if tensor["shape"] else 1
-        cells = (
-            name,
-            "x".join(map(str, tensor["shape"])) or "scalar",
-            tensor["dtype"],
-            words[tensor["treatment"]],
-            "" if tensor["rank_limit"] is None else str(tensor["rank_limit"]),
-            str(tensor["tile_rows"]) if tensor["tile_rows"] < rows else "all",
-            f"{(tensor['tile_input_bytes'] + tensor['tile_work_bytes']) / 1e6:,.1f}",
-            tensor["reason"],
-        )
-        table.add_row(*map(printable, cells))
-    console().print(table)
-    for line in _summary(facts):
+def _print_kinds(plan: MergePlan, facts: dict[str, Any], *, each: bool) -> None:
+    """Print one row for each kind of tensor, with what its parameters are below it."""
+    width = shutil.get_terminal_size((console().width, 24)).columns
+    say(f"{plan.config.method.pretty_name}: {len(plan.tuned)} models into {plan.base.path}, {dtypes_of(plan)}")
+    common = ", ".join(f"{key} {value}" for key, value in common_values(plan).items() if value != "[]")
+    for line in textwrap.wrap(common, width - 2, initial_indent="with ", subsequent_indent="     "):
         say(line)
+    rows = [_row(plan, facts, kind, each) for kind in kinds_of(plan, each=each)]
+    heading = ("n", "tensors", "shape", "by", "rank", "memory")
+    widths = [max(len(row[0][column]) for row in [(heading, ""), *rows]) for column in range(len(heading))]
+    widths[1] = min(widths[1], width - sum(widths) + widths[1] - 2 * (len(widths) - 1))
+    say("")
+    for cells, note in [(heading, ""), *rows]:
+        first, *more = _name_lines(cells[1], max(widths[1], 20))
+        say("  ".join(_aligned((cells[0], first, *cells[2:]), widths)).rstrip())
+        for line in more:
+            say(f"{'':{widths[0]}}  {line}")
+        for line in textwrap.wrap(note, width - widths[0] - 4):
+            say(f"{'':{widths[0]}}    {line}")
+    say("")
+    for line in _summary(facts):
+        for part in textwrap.wrap(line, width - 1, subsequent_indent="  "):
+            say(part)
+
+
+def _name_lines(name: str, width: int) -> list[str]:
+    """Break a name behind its dots, and anywhere if it must be."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.?", name):
+        if len(lines[-1]) + len(part) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return [line[start : start + width] for line in lines for start in range(0, max(len(line), 1), width)]
+
+
+def _short_size(size: int) -> str:
+    """Return a size in three characters or so: ``8.7GB``."""
+    return f"{size / 1e9:.1f}GB" if size >= 1e8 else f"{size / 1e6:.1f}MB"
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Return cells as wide as their columns: numbers to the right, text to the left."""
+    right = (0, 4, 5)
+    return [
+        cell.rjust(size) if column in right else cell.ljust(size)
+        for column, (cell, size) in enumerate(zip(cells, widths, strict=True))
+    ]
+
+
+def _row(plan: MergePlan, facts: dict[str, Any], kind: Kind, each: bool) -> tuple[tuple[str, ...], str]:
+    """Return the cells of a kind, and the note below them."""
+    tensor, count = facts["tensors"][kind.names[0]], len(kind.names)
+    words = {"merge": plan.config.merge_method, "mean": "mean", "base": "base"}
+    rows = tensor["shape"][0] if tensor["shape"] else 1
+    notes = [tensor["reason"]] if tensor["reason"] else []
+    if tensor["tile_rows"] < rows:
+        notes.append(f"{tensor['tile_rows']} rows at a time")
+    notes += [f"{key} {value}" for key, value in kind.parameters.items()]
+    cells = (
+        str(count),
+        kind.label if each else kind.label.removesuffix(".weight"),
+        "x".join(map(str, tensor["shape"])) or "scalar",
+        words[tensor["treatment"]],
+        "" if tensor["rank_limit"] is None else str(tensor["rank_limit"]),
+        _short_size(tensor["tile_input_bytes"] + tensor["tile_work_bytes"]),
+    )
+    return cells, "; ".join(notes)
 
 
 def _summary(facts: dict[str, Any]) -> list[str]:
     """Return the lines below the table."""
-    limits, seconds = facts["schedule"], facts["seconds"]
-    files = facts["input_files"]
+    limits, seconds, files = facts["schedule"], facts["seconds"], facts["input_files"]
     most = max(file["passes"] for file in files)
-    order = "each once, front to back" if most == 1 else f"in up to {most} passes: not all are split like the base"
+    order = "once, front to back" if most == 1 else f"in up to {most} passes, because models are split differently"
     lines = [
-        f"{len(facts['tensors'])} tensors of {len(facts['groups'])} kinds, {facts['flops'] / 1e12:,.3f} Tflop, "
-        f"{format_size(facts['bytes_read'])} to read, {format_size(facts['bytes_written'])} to write in "
-        f"{len(facts['shards'])} file(s)",
-        f"{len(files)} input file(s) read {order}",
-        f"memory at most {format_size(limits['peak_host_bytes'])} with {limits['workers']} worker(s); "
-        f"--memory can go down to {format_size(limits['smallest_host_bytes'])}",
+        f"{len(facts['tensors'])} tensors, {facts['flops'] / 1e12:,.3f} Tflop",
+        f"read: {format_size(facts['bytes_read'])} from {_counted(len(files), 'file')}, {order}",
+        f"write: {format_size(facts['bytes_written'])} to {_counted(len(facts['shards']), 'file')}",
+        f"memory: at most {format_size(limits['peak_host_bytes'])} with {_counted(limits['workers'], 'thread')}; "
+        f"--memory can be as low as {format_size(limits['smallest_host_bytes'])}",
     ]
     if limits["peak_device_bytes"]:
         lines.append(
-            f"tensors on {limits['device']} at most {format_size(limits['peak_device_bytes'])}; "
-            f"--device-memory can go down to {format_size(limits['smallest_device_bytes'])}"
+            f"GPU memory for tensors on {limits['device']}: at most {format_size(limits['peak_device_bytes'])}; "
+            f"--device-memory can be as low as {format_size(limits['smallest_device_bytes'])}"
         )
     if seconds is not None:
-        parts = ", ".join(f"{seconds[part]:,.1f} s {part}" for part in ("reading", "computing", "writing"))
-        lines.append(f"about {seconds['total']:,.1f} s in all: {parts}, side by side as far as they can")
+        parts = ", ".join(f"{part} {seconds[part]:,.1f} s" for part in ("reading", "computing", "writing"))
+        lines.append(f"time: about {seconds['total']:,.1f} s ({parts}, overlapping where possible)")
     return lines
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _rank_limit(plan: MergePlan, name: str) -> int | None:
@@ -179,7 +242,3 @@ def _rank_limit(plan: MergePlan, name: str) -> int | None:
         return None
     rows, columns = tensor.spec.shape
     return fixed_rank((rows, columns), len(plan.tuned))
-
-
-def _dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,12 +1,9 @@
 """Merge fine-tuned models into one.
 
-  rtsvm merge recipe.yaml OUT
-  rtsvm merge --base B --model A --model C --method rtsvm --set density=0.3 OUT
-
 Models are Hugging Face folders (one file or sharded), .safetensors files or Hugging Face ids (org/name@revision); also
 PEFT LoRA adapters: of the base, or of another model, written model+adapter. OUT is a folder that does not exist yet, or
-a path ending in .safetensors. The recipe is mergekit's YAML. A merge that was stopped, whatever stopped it, is
-continued by the same command with --resume.
+a path ending in .safetensors. The recipe is mergekit's YAML. The same command with --resume continues a merge that was
+stopped.
 """
 
 from __future__ import annotations
@@ -15,10 +12,13 @@ import argparse
 
 from .progress import shown_progress
 from .recipe import add_recipe_arguments, make_config
-from .resources import add_resource_arguments
+from .resources import add_resource_arguments, chosen_backends
 from .terminal import say
 
 HELP = "merge models into one"
+USAGE = """\
+rtsvm merge [options] RECIPE.yaml OUT
+       rtsvm merge [options] --base B --model A [--model C ...] OUT"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,19 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", metavar="[RECIPE.yaml] OUT", nargs="+", help="recipe file (if any) and output")
     add_recipe_arguments(parser)
     group = add_resource_arguments(parser)
-    group.add_argument("--engine", default="local", metavar="E", help="local, or ray for several GPUs or machines")
+    group.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="ray: several GPUs or machines (default local)"
+    )
     group.add_argument("--ray-address", metavar="A", help="a running Ray cluster (default: Ray on this machine alone)")
     stopped = group.add_mutually_exclusive_group()
     stopped.add_argument("--resume", action="store_true", help="continue a merge into OUT that was stopped")
-    stopped.add_argument("--restart", action="store_true", help="throw away what such a merge has left, start over")
+    stopped.add_argument("--restart", action="store_true", help="delete what such a merge has left, and start over")
     group.add_argument(
-        "--norms", action="store_true", help="report norms for element-wise methods too, which takes longer"
+        "--norms", action="store_true", help="report norms for element-wise methods too, which is slower"
     )
     group.add_argument("--quiet", action="store_true", help="print errors only")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Merge and say where the result lies."""
+    """Merge and print where the result is."""
     from ..errors import ConfigError
 
     if len(arguments.paths) > 2:
@@ -46,9 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     recipe, out = (None, *arguments.paths) if len(arguments.paths) == 1 else arguments.paths
     config = make_config(arguments, recipe)
 
-    from ..engine import merge_checkpoints
+    from ..engine import choose_device, merge_checkpoints
+    from ..engine.output import page_path
 
-    with shown_progress(arguments.quiet) as show:
+    backends = chosen_backends(arguments.backend, choose_device(arguments.device))
+    with shown_progress(arguments.quiet) as show, backends:
         result = merge_checkpoints(
             config,
             out,
@@ -76,5 +80,5 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = sum(bool(entry.certificate and entry.certificate.arbitrary) for entry in result.reports.values())
         if chosen:
             say(f"arbitrary choice among equal singular values in {chosen} tensors: see the report")
-        say(f"report: {result.report_path}")
+        say(f"report: {page_path(result.path)}; to check the files later: rtsvm verify {result.path}")
     return 0

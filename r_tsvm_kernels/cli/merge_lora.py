@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import argparse
 
-from .adapters import add_output_arguments, add_rank_arguments, print_result
-from .progress import shown_progress
+from .adapters import add_output_arguments, add_rank_arguments, write_adapter
+from .recipe import one_weight_each
 
 HELP = "merge LoRA adapters into one adapter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("out", metavar="OUT", help="folder of the new adapter; must not exist yet")
     parser.add_argument(
         "--adapter", metavar="A", action="append", required=True, help="PEFT adapter: folder or hub id; repeat"
     )
     parser.add_argument(
-        "--weight", metavar="W", action="append", type=float, help="weight of an adapter (default 1); one per --adapter"
+        "--weight",
+        metavar="W",
+        action="append",
+        type=float,
+        default=[],
+        help="weight of an adapter (default 1); one for each --adapter",
     )
     parser.add_argument(
         "--method",
@@ -36,21 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Merge and say what was kept."""
+    """Merge and print what was kept."""
+    one_weight_each(arguments.weight, arguments.adapter, "--adapter")
+
     from ..lora_tools import merge_lora
 
-    with shown_progress(arguments.quiet) as show:
-        result = merge_lora(
-            arguments.adapter,
-            arguments.out,
-            method=arguments.method,
-            weight=arguments.weight or 1.0,
-            rank=arguments.rank,
-            energy=arguments.energy,
-            out_dtype=arguments.out_dtype,
-            device=arguments.device,
-            progress=show,
-        )
-    if not arguments.quiet:
-        print_result(result)
-    return 0
+    return write_adapter(
+        merge_lora, arguments, arguments.adapter, method=arguments.method, weight=arguments.weight or 1.0
+    )

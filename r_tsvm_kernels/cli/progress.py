@@ -81,10 +81,12 @@ class _Bar:
             TextColumn("{task.description}", style="dim", markup=False),
             console=Console(stderr=True),
         )
+        self._bar.live.transient = True  # until there is progress: above an error, a bar says nothing
         self._task = self._bar.add_task("reading headers", total=None, done=0, count="?")
         self._bar.start()
 
     def show(self, state: Progress) -> None:
+        self._bar.live.transient = False
         self._bar.update(
             self._task,
             description=printable(state.tensor),

@@ -1,9 +1,12 @@
-"""Arguments that describe a merge, shared by the subcommands, and the MergeConfig they stand for."""
+"""Arguments that describe a merge, shared by the subcommands, and the MergeConfig that they make."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .resources import size
 
 if TYPE_CHECKING:
     from ..config import MergeConfig
@@ -14,7 +17,7 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that, with or without a recipe file, say what to merge and how."""
     group = parser.add_argument_group("what to merge, instead of a recipe file")
-    group.add_argument("--base", metavar="B", help="base model, a folder or .safetensors file, counted by averages")
+    group.add_argument("--base", metavar="B", help="base model: folder, .safetensors file or hub id")
     group.add_argument(
         "--model",
         metavar="M",
@@ -23,15 +26,15 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="a fine-tuned model, a LoRA adapter of the base, or model+adapter; repeat",
     )
     group.add_argument(
-        "--weight", metavar="W", action="append", type=float, default=[], help="weight of a model; one per --model"
+        "--weight", metavar="W", action="append", type=float, default=[], help="weight of a model; one each"
     )
     group.add_argument("--method", help="merge method (default rtsvm); `rtsvm info` lists them")
     group = parser.add_argument_group("options, also on top of a recipe file")
     group.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="a method parameter, e.g. density=0.3; repeat"
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a method parameter, e.g. alpha=0.5; repeat"
     )
     group.add_argument("--dtype", choices=DTYPES, help="round the inputs to this dtype when they are loaded")
-    group.add_argument("--out-dtype", choices=DTYPES, help="dtype of the output (default --dtype, else the base's)")
+    group.add_argument("--out-dtype", choices=DTYPES, help="dtype of the output (default: --dtype, or the base's)")
     group.add_argument("--include", metavar="PATTERN", action="append", default=[], help="merge only these tensors")
     group.add_argument(
         "--exclude", metavar="PATTERN", action="append", default=[], help="these tensors keep the base's value; repeat"
@@ -39,7 +42,21 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow-pickle", action="store_true", help="read models that exist only as pickle (nothing but tensors)"
     )
-    group.add_argument("--shard-size", metavar="SIZE", default="5GB", help="largest output file (default %(default)s)")
+    group.add_argument(
+        "--shard-size", type=size, metavar="SIZE", default="5GB", help="largest output file (default %(default)s)"
+    )
+
+
+def one_weight_each(weights: list[float], models: list[str], option: str) -> None:
+    """Require no weights, or as many as models.
+
+    Raises:
+        ConfigError: another number.
+    """
+    if weights and len(weights) != len(models):
+        from ..errors import ConfigError
+
+        raise ConfigError(f"--weight: expected one for each {option} ({len(models)}), got {len(weights)}")
 
 
 def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfig:
@@ -55,18 +72,19 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
     if recipe is not None:
         if in_place:
             raise ConfigError("give either a recipe file or --base/--model/--weight/--method, not both")
+        if Path(recipe).is_dir() or recipe.endswith(".safetensors"):
+            raise ConfigError(f"{recipe} is no recipe file; name models with --base and --model")
         config = MergeConfig.from_yaml(recipe)
     else:
         if not arguments.model:
             raise ConfigError("nothing to merge: give a recipe file, or --base B --model A [--model C ...]")
-        if arguments.weight and len(arguments.weight) != len(arguments.model):
-            raise ConfigError(f"{len(arguments.model)} times --model but {len(arguments.weight)} times --weight")
+        one_weight_each(arguments.weight, arguments.model, "--model")
         weights = arguments.weight or [None] * len(arguments.model)
         models = tuple(
             ModelEntry(model=model, parameters={} if weight is None else {"weight": weight})
             for model, weight in zip(arguments.model, weights, strict=True)
         )
-        config = MergeConfig(merge_method=arguments.method or "rtsvm", base_model=arguments.base, models=models)
+        config = MergeConfig(arguments.method, base_model=arguments.base, models=models)
     changes: dict[str, Any] = {
         key: getattr(arguments, key) for key in ("dtype", "out_dtype") if getattr(arguments, key)
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from .terminal import say
+from .verify import require_output
 
 HELP = "write the page of a merge again"
 
@@ -20,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page and say where it lies."""
+    """Write the page and print where it is."""
+    require_output(arguments.out)
+
     from ..engine import write_page
 
     say(write_page(arguments.out))

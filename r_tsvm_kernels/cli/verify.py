@@ -3,8 +3,8 @@
   rtsvm verify OUT
   rtsvm verify --inputs OUT
 
-OUT is a folder or .safetensors file that `rtsvm merge` wrote. With --inputs the models it was made from are read
-again as well. Exit codes: 0 all is as it was, 1 something differs or cannot be read.
+OUT is a folder or .safetensors file that `rtsvm merge` wrote. --inputs also reads the models that were merged. Exit
+codes: 0 nothing has changed, 1 something differs or cannot be read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
+from ..errors import CheckpointError
 from .terminal import say
 
 HELP = "check a merged model against its journal"
@@ -30,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and say what differs."""
+    """Check and print what differs."""
+    require_output(arguments.out)
+
     from ..engine import verify_output
 
     found = verify_output(arguments.out, inputs=arguments.inputs, allow_pickle=arguments.allow_pickle)
@@ -47,8 +51,19 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"{what}: {name}")
         if len(names) > _SHOWN:
             say(f"{what}: {len(names) - _SHOWN} more")
-    verdict = "are as they were written" if found.ok else "were checked: the output is NOT what was written"
-    if found.inputs_changed and not (found.missing or found.extra or found.changed):
-        verdict = "are as they were written, but inputs are not what they were"
+    changed = found.missing or found.extra or found.changed
+    verdict = "were checked: the output is NOT what was written" if changed else "are as they were written"
+    if arguments.inputs:
+        verdict += "; the inputs have changed" if found.inputs_changed else "; the inputs have not changed"
     say(f"{arguments.out}: {found.tensors} tensors {verdict}")
     return 0 if found.ok else 1
+
+
+def require_output(out: str) -> None:
+    """Require that there is something to look at.
+
+    Raises:
+        CheckpointError: there is not.
+    """
+    if not Path(out).exists():
+        raise CheckpointError(f"{out}: no such folder or file; expected the output of a merge")

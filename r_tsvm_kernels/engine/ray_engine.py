@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ..dispatch import forced_backends, use_backend
 from ..errors import BackendUnavailableError, ClusterError, DeviceError, MemoryBudgetError, RtsvmError
 from ..plan import MergePlan
 from ..sizes import format_size
@@ -66,6 +67,7 @@ class _Order:
     device_type: str
     measure_norms: bool | None
     software: dict[str, Any]
+    backends: dict[str, str]
     folder: Path
 
 
@@ -103,7 +105,7 @@ def run_ray(
         waiting = deque(_groups(job, slots))
         most = tasks or len(waiting)  # Ray queues tasks that lack resources
         task = ray.remote(**options)(merge_group)
-        here = (job.device.type, job.measure_norms, software(job.device), Path.cwd())
+        here = (job.device.type, job.measure_norms, software(job.device), forced_backends(), Path.cwd())
         order = ray.put(_Order(job.plan, schedule, job.stage.folder, *here))
         running: list[Any] = []
         try:
@@ -129,6 +131,11 @@ def merge_group(order: _Order, names: list[str]) -> list[Finished]:
 
     Errors of reading, merging and writing are raised here.
     """
+    with use_backend(**order.backends):
+        return _merge_group(order, names)
+
+
+def _merge_group(order: _Order, names: list[str]) -> list[Finished]:
     device = own_gpu() if order.device_type == "cuda" else torch.device("cpu")
     here = software(device)
     if here != order.software:

@@ -310,6 +310,15 @@ class Method:
 
 METHODS: dict[str, Method] = {}
 
+# Methods of mergekit that are not here, and what to use.
+_ELSEWHERE = {
+    "nuslerp": "for a base and one model use slerp, for several models multislerp or karcher.",
+    **dict.fromkeys(
+        ("arcee_fusion", "nearswap", "passthrough", "ram", "ramplus_tl"),
+        "it is mergekit's: `rtsvm mergekit yaml` runs mergekit with our kernels.",
+    ),
+}
+
 
 def register(
     name: str, *, pretty_name: str, paper_url: str, parameters: type[MethodParameters], **traits: Any
@@ -342,8 +351,9 @@ def get_method(name: str) -> Method:
         return METHODS[name]
     by_name = METHODS | {alias: method for method in METHODS.values() for alias in method.aliases}
     if name not in by_name:
+        similar = difflib.get_close_matches(name, by_name, n=1)
+        hint = _ELSEWHERE.get(name) or (f"did you mean {similar[0]!r}?" if similar else "")
         raise ConfigError(
-            f"unknown merge method {name!r}; did you mean {nearest(name, list(by_name))!r}? "
-            f"Available: {', '.join(sorted(METHODS))}"
+            f"unknown merge method {name!r}; {hint}{' ' * bool(hint)}Available: {', '.join(sorted(METHODS))}"
         )
     return by_name[name]

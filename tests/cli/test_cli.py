@@ -105,12 +105,14 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "COMMAND"),
         (["merge"], "required"),
         (["merge", "out"], "nothing to merge"),
         (["merge", "{base}", "{m}", "extra", "out"], "expected [RECIPE.yaml] OUT"),
         (["merge", "--base", "{base}", "--model", "{m}", "recipe.yaml", "out"], "not both"),
-        (["merge", "--base", "{base}", "--model", "{m}", "--weight", "1", "--weight", "2", "out"], "--weight"),
+        (
+            ["merge", "--base", "{base}", "--model", "{m}", "--weight", "1", "--weight", "2", "out"],
+            "--weight: expected one for each --model (1), got 2",
+        ),
         (["merge", "--base", "{base}", "--model", "{m}", "--method", "tsmv", "out"], "did you mean 'tsvm'"),
         (["merge", "--base", "{base}", "--model", "{m}", "--set", "densty=1", "out"], "did you mean 'density'"),
         (["merge", "--base", "{base}", "--model", "{m}", "--set", "density", "out"], "KEY=VALUE"),
@@ -119,11 +121,40 @@ def test_version(capsys):
         (["merge", "--base", "{base}", "--model", "{m}", "--device", "cuda:7", "out"], "torch sees"),
         (["merge", "--base", "{base}", "--model", "{m}", "--device", "x", "out"], "device must be"),
         (["merge", "--base", "{base}", "--model", "{m}", "--dtype", "int8", "out"], "invalid choice"),
-        (["merge", "--base", "{base}", "--model", "{m}", "--shard-size", "x", "out"], "size such as"),
+        (
+            ["merge", "--base", "{base}", "--model", "{m}", "--shard-size", "x", "out"],
+            "argument --shard-size: expected a size such as",
+        ),
         (["merge", "--base", "{base}", "--model", "{m}", "--threads", "0", "out"], "threads"),
         (["merge", "--base", "{base}", "--model", "{m}", "{base}"], "already in use"),
         (["merge", "--base", "{base}", "--model", "{m}", "--resume", "--restart", "out"], "not allowed with"),
         (["merge", "--base", "{base}", "--model", "{m}", "--memory", "1MB", "out"], "memory budget of at least"),
+        (
+            ["merge", "--base", "{base}", "--model", "{m}", "--memory", "lots", "out"],
+            "argument --memory: expected a size",
+        ),
+        (
+            ["merge", "--base", "{base}", "--models", "{m}", "out"],
+            "unrecognized arguments: --models; did you mean --model?",
+        ),
+        (["merge", "--base", "{base}", "--model", "{m}", "--engine", "spark", "out"], "choose from"),
+        (
+            ["merge", "--base", "{base}", "--model", "{m}", "--backend", "rocm", "out"],
+            "no backend 'rocm'; expected one of",
+        ),
+        (["merge", "--base", "{base}", "--model", "{m}", "--backend", "ties=cpu", "out"], "no op 'ties'"),
+        (
+            ["merge", "--base", "{base}", "--model", "{m}", "--backend", "cuda", "out", "--device", "cpu"],
+            "cannot run on cpu",
+        ),
+        (
+            ["merge", "--base", "{base}", "--model", "{m}", "--backend", "cpu", "--backend", "torch", "out"],
+            "one backend for",
+        ),
+        (["merge", "--base", "{base}", "--model", "{m}", "--method", "nuslerp", "out"], "multislerp or karcher"),
+        (["merge", "--base", "{base}", "--model", "{m}", "--method", "passthrough", "out"], "`rtsvm mergekit yaml`"),
+        (["merge", "{base}", "out"], "is no recipe file; name models with --base and --model"),
+        (["merge", "--base", "./bas", "--model", "{m}", "out"], "no such folder"),
         (["merge", "--model", "{m}", "out"], "needs base_model"),
         (["merge", "missing.yaml", "out"], "cannot read the recipe"),
         (["merge", "--base", "{pickle}", "--model", "{m}", "out"], "pickle"),

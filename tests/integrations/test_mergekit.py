@@ -43,7 +43,7 @@ def installed():
 
 def test_a_command_without_mergekit_says_what_to_install(found_version, capsys):
     found_version(None)
-    assert main(["mergekit-yaml", "recipe.yml", "out"]) == 2
+    assert main(["mergekit", "yaml", "recipe.yml", "out"]) == 2
     assert "mergekit is not installed" in capsys.readouterr().err
 
 

@@ -89,7 +89,7 @@ def weights(folder):
 def test_mergekit_yaml_and_our_runner_give_the_same_weights(models, tmp_path, method, dtype):
     file = recipe(models, tmp_path / "recipe.yml", method, tuned="a" if method == "slerp" else "abc", dtype=dtype)
     kernel, before = RECIPES[method][1], integration.calls()
-    assert main(["mergekit-yaml", file, str(tmp_path / "theirs"), *OPTIONS]) == 0
+    assert main(["mergekit", "yaml", file, str(tmp_path / "theirs"), *OPTIONS]) == 0
     after = integration.calls()
     assert main(["merge", file, str(tmp_path / "ours"), "--device=cpu", "--quiet"]) == 0
     theirs, ours = weights(tmp_path / "theirs"), weights(tmp_path / "ours")
@@ -112,7 +112,7 @@ def test_a_slice_of_whole_models_is_the_same_for_both(models, tmp_path):
         "dtype": "float32",
     }
     (tmp_path / "recipe.yml").write_text(json.dumps(content))
-    assert main(["mergekit-yaml", str(tmp_path / "recipe.yml"), str(tmp_path / "theirs"), *OPTIONS]) == 0
+    assert main(["mergekit", "yaml", str(tmp_path / "recipe.yml"), str(tmp_path / "theirs"), *OPTIONS]) == 0
     assert main(["merge", str(tmp_path / "recipe.yml"), str(tmp_path / "ours"), "--device=cpu", "--quiet"]) == 0
     theirs, ours = weights(tmp_path / "theirs"), weights(tmp_path / "ours")
     assert theirs.keys() == ours.keys()
@@ -123,15 +123,15 @@ def test_a_slice_of_whole_models_is_the_same_for_both(models, tmp_path):
 def test_without_acceleration_only_the_methods_are_ours(models, tmp_path):
     before = integration.calls()
     file = recipe(models, tmp_path / "recipe.yml", "task_arithmetic")
-    assert main(["mergekit-yaml", "--no-accelerate", file, str(tmp_path / "out"), *OPTIONS]) == 0
+    assert main(["mergekit", "yaml", "--no-accelerate", file, str(tmp_path / "out"), *OPTIONS]) == 0
     assert integration.calls() == before
-    assert main(["mergekit-yaml", recipe(models, tmp_path / "r.yml", "tsvm"), str(tmp_path / "tsvm"), *OPTIONS]) == 0
+    assert main(["mergekit", "yaml", recipe(models, tmp_path / "r.yml", "tsvm"), str(tmp_path / "tsvm"), *OPTIONS]) == 0
 
 
 def test_other_numbers_of_rows_are_refused(models, tmp_path):
     file = recipe(models, tmp_path / "recipe.yml", "tsvm", tuned=["a", "longer"])
     with pytest.raises(ValueError, match=r"size mismatch for .*Align vocabulary axes"):
-        main(["mergekit-yaml", file, str(tmp_path / "out"), *OPTIONS])
+        main(["mergekit", "yaml", file, str(tmp_path / "out"), *OPTIONS])
 
 
 def test_mergekit_pytorch(models, tmp_path):
@@ -143,7 +143,7 @@ def test_mergekit_pytorch(models, tmp_path):
     }
     (tmp_path / "recipe.yml").write_text(json.dumps(content))
     arguments = [str(tmp_path / "recipe.yml"), str(tmp_path / "out"), "--no-cuda", "--quiet"]
-    assert main(["mergekit-pytorch", *arguments]) == 0
+    assert main(["mergekit", "pytorch", *arguments]) == 0
     assert main(["merge", arguments[0], str(tmp_path / "ours.safetensors"), "--device=cpu", "--quiet"]) == 0
     theirs, ours = weights(tmp_path / "out"), load_file(tmp_path / "ours.safetensors")
     assert theirs.keys() == ours.keys()
@@ -158,13 +158,13 @@ def test_mergekit_multi(models, tmp_path):
     (tmp_path / "all.yml").write_text(f"{json.dumps(first)}\n---\n{json.dumps(last)}\n")
     out, between = tmp_path / "out", tmp_path / "between"
     arguments = [str(tmp_path / "all.yml"), "--intermediate-dir", str(between), "--out-path", str(out), *OPTIONS]
-    assert main(["mergekit-multi", *arguments]) == 0
+    assert main(["mergekit", "multi", *arguments]) == 0
     assert weights(out).keys() == weights(between / "first").keys() == weights(models / "base").keys()
 
 
 def test_options_and_mistakes_are_mergekits(capsys):
-    assert main(["mergekit-yaml", "--help"]) == 0
+    assert main(["mergekit", "yaml", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "rtsvm mergekit-yaml" in out and "--lora-merge-cache" in out
-    assert main(["mergekit-yaml", "--no-such-option"]) == 2
-    assert main(["mergekit-multi", "--no-accelerate", "recipe.yml", "--no-such-option"]) == 2
+    assert "rtsvm mergekit yaml" in out and "--lora-merge-cache" in out
+    assert main(["mergekit", "yaml", "--no-such-option"]) == 2
+    assert main(["mergekit", "multi", "--no-accelerate", "recipe.yml", "--no-such-option"]) == 2

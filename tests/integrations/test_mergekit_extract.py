@@ -126,7 +126,7 @@ def models(tmp_path_factory):
 
 def extract(models, out, *options):
     arguments = ["--model", str(models / "tuned"), "--base-model", str(models / "base"), "--out-path", str(out)]
-    assert main(["mergekit-extract-lora", *options, *arguments, "--max-rank", "4", "--no-cuda", "--quiet"]) == 0
+    assert main(["mergekit", "extract-lora", *options, *arguments, "--max-rank", "4", "--no-cuda", "--quiet"]) == 0
     return load_file(out / "adapter_model.safetensors")
 
 

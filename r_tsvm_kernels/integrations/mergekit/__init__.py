@@ -1,7 +1,7 @@
 """Our methods and kernels inside mergekit: `install`, then use mergekit as before.
 
 mergekit is imported, never copied (LGPL-3.0). It has no plug-in mechanism: methods exist in the process in which they
-were registered. `rtsvm mergekit-yaml` installs ours and then runs mergekit's own command.
+were registered. `rtsvm mergekit yaml` installs ours and then runs mergekit's own command.
 """
 
 from __future__ import annotations
