@@ -219,17 +219,17 @@ class MergeConfig(Strict):
 
     @property
     def base_joins(self) -> bool:
-        """Whether the base is one of the models that are merged although `models` does not list it.
+        """Whether the base is merged as one more model although `models` does not list it.
 
-        So it is in mergekit where the method forms no task vectors and the recipe lists `models`; a slice has all of
-        its sources listed.
+        True, as in mergekit, if the method forms no task vectors and the recipe has `models`; a slice lists all its
+        sources.
         """
         listed = [entry.model for entry in self.models]
         unlisted = self.base_model is not None and bool(listed) and self.base_model not in listed
         return unlisted and self.num_layers is None and not self.method.needs_base
 
     def with_base_listed(self) -> MergeConfig:
-        """Return the config with the base as its last model, which has the parameters that are set for all models.
+        """Return the config with the base as its last model, with the common parameters.
 
         Raises:
             ConfigError: the models have weights of their own, and there is none for the base.
@@ -250,13 +250,13 @@ class MergeConfig(Strict):
 
         Args:
             tasks: number of fine-tuned models.
-            name: of the tensor, for filters.
-            position: of its layer in [0, 1], for gradients.
-            seeded_by: name from which random masks are drawn; None means `name`.
+            name: name of the tensor, for filters.
+            position: position of its layer in [0, 1], for gradients.
+            seeded_by: name that random masks are drawn from; None means `name`.
 
         Raises:
-            ConfigError: no tasks, or more than the method merges; `models` has entries but not one per task; values do
-                not go together.
+            ConfigError: no tasks, or more than the method merges; `models` does not have one entry per task; values
+                contradict each other.
         """
         if tasks < 1:
             raise ConfigError("a merge needs at least one fine-tuned model, got none")
@@ -266,7 +266,7 @@ class MergeConfig(Strict):
                 "multislerp and karcher merge several"
             )
         if self.models and len(self.models) != tasks:
-            raise ConfigError(f"the config lists {len(self.models)} models, but {tasks} fine-tuned tensors came")
+            raise ConfigError(f"the config lists {len(self.models)} models, but {tasks} fine-tuned tensors were given")
         schema = self.method.parameters
         values: dict[str, Any] = {}
         for field_name, info in schema.model_fields.items():
@@ -281,10 +281,10 @@ class MergeConfig(Strict):
         return _parse(schema, values).for_tensor(name if seeded_by is None else seeded_by)
 
     def check_patterns(self, names: Collection[str]) -> None:
-        """Refuse a pattern of `include` or `exclude` that no name matches: it spares, or admits, nothing.
+        """Refuse a pattern of `include` or `exclude` that matches no name, because it would have no effect.
 
         Args:
-            names: of all tensors of the base.
+            names: names of all tensors of the base.
 
         Raises:
             ConfigError: the pattern, and the nearest name.
@@ -294,7 +294,7 @@ class MergeConfig(Strict):
                 if not any(fnmatchcase(name, pattern) for name in names):
                     similar = nearest(pattern, list(names)) if names else ""
                     raise ConfigError(
-                        f"{key}: {pattern!r} is the name of no tensor; a pattern matches whole names, with * for any "
+                        f"{key}: {pattern!r} matches no tensor; a pattern matches whole names, with * for any "
                         f"text. Did you mean {similar!r}, or '*{pattern.strip('*')}*'?"
                     )
 
@@ -397,12 +397,12 @@ def _unknown(key: str, known: Sequence[str], method: object) -> str:
 
 
 def _has_names(value: object) -> bool:
-    """Whether a value is a mapping whose keys are all text."""
+    """Whether a value is a mapping with text as keys."""
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
 def _is_note(key: str) -> bool:
-    """Whether a key of a recipe is its author's own: its title, or a place for anchors that aliases repeat."""
+    """Whether a key of a recipe is ignored: its title, or a place for YAML anchors."""
     return key == "name" or key.startswith("x-")
 
 
@@ -418,7 +418,7 @@ def _with_tokenizer_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_models(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Write ``slices`` of whole models, in their order, as ``models``; refuse to take models apart."""
+    """Write ``slices`` of whole models as ``models``; refuse any other slices."""
     slices = data.get("slices")
     if slices is None:
         return data
@@ -456,7 +456,7 @@ def _lookup(values: Mapping[str, Any], schema: type[MethodParameters], field_nam
 
 
 def _check_keys(values: Mapping[str, Any], schema: type[MethodParameters], where: str) -> None:
-    """Refuse unknown keys, a parameter given under two names, and any value that some tensor could not use."""
+    """Refuse unknown keys, a parameter given under two names, and values that are invalid for any tensor."""
     keys = schema.names()
     for key, value in values.items():
         if key not in keys:
@@ -473,7 +473,7 @@ def _check_keys(values: Mapping[str, Any], schema: type[MethodParameters], where
 
 
 def _check_filters(value: object, where: str) -> None:
-    """Refuse entries of a filter list, nested ones too, that are not ``{value, filter}`` with a text as filter."""
+    """Refuse entries of a filter list, nested ones too, other than ``{value, filter}`` with text as filter."""
     for item in filter_list(value) or ():
         if not set(item) <= {"value", "filter"} or "value" not in item:
             raise ConfigError(f"{where}: each entry of the list needs `value` and may have `filter`")

@@ -1,7 +1,8 @@
-"""Exceptions: one class per kind of mistake, each also an instance of the fitting built-in.
+"""Exceptions: one class per kind of mistake, each also an instance of a built-in exception.
 
-Every message says what was expected, what came, and what to do. The command line ends with ``exit_code``:
-2 for a request that cannot be carried out as written, 1 for a merge that failed.
+Messages say what was expected, what was given, and what to do. The command line exits with ``exit_code``: 2 for a
+request that cannot be carried out as written, 1 for a merge that failed. All classes can be imported from
+`r_tsvm_kernels`.
 """
 
 
@@ -18,7 +19,7 @@ class ConfigError(RtsvmError, ValueError):
 
 
 class ShapeError(RtsvmError, ValueError):
-    """Tensors that must have the same shape do not."""
+    """Tensors have different shapes and must not."""
 
 
 class DTypeError(RtsvmError, TypeError):
@@ -26,29 +27,29 @@ class DTypeError(RtsvmError, TypeError):
 
 
 class DeviceError(RtsvmError, ValueError):
-    """Tensors lie on different devices, or the device asked for is not there."""
+    """Tensors are on different devices, or the requested device does not exist."""
 
     exit_code = 2
 
 
 class NonFiniteError(RtsvmError, ValueError):
-    """An input holds NaN or infinity, or a merged value does not fit its dtype."""
+    """An input has NaN or infinity, or a merged value overflows its dtype."""
 
 
 class BackendUnavailableError(RtsvmError, RuntimeError):
-    """The backend that was asked for by name cannot run here."""
+    """A backend that was requested by name cannot run here."""
 
     exit_code = 2
 
 
 class IntegrationError(RtsvmError, ImportError):
-    """A library that we plug into is not installed, too old, or not built as expected."""
+    """A library that an integration needs is not installed, too old, or not built as expected."""
 
     exit_code = 2
 
 
 class ClusterError(RtsvmError, RuntimeError):
-    """The Ray cluster cannot carry out the merge: not reachable, not alike on all machines, or it lost its workers."""
+    """The Ray cluster cannot run the merge: it is unreachable, its machines differ, or it lost its workers."""
 
 
 class ConvergenceError(RtsvmError, ArithmeticError):
@@ -56,23 +57,23 @@ class ConvergenceError(RtsvmError, ArithmeticError):
 
 
 class CheckpointError(RtsvmError, OSError):
-    """A checkpoint is missing, damaged, hostile, or does not fit the others."""
+    """A checkpoint is missing, damaged or malicious, or does not match the others."""
 
-    # OSError would turn two positional arguments into (errno, text); a message is all we pass.
+    # OSError would show two arguments as (errno, text); all of ours have one, the message.
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
 
 class InputChangedError(CheckpointError):
-    """An input file is not what it was when the merge was planned."""
+    """An input file has changed since the merge was planned."""
 
 
 class DiskFullError(CheckpointError):
-    """The disk has no room for the output."""
+    """The disk is too full for the output."""
 
 
 class PickleRefusedError(CheckpointError):
-    """A checkpoint exists only as pickle, which can run code when it is loaded."""
+    """A checkpoint exists only as pickle, which can run code when loaded."""
 
     exit_code = 2
 
@@ -84,7 +85,7 @@ class QuantisedRefusedError(CheckpointError):
 
 
 class AdapterRefusedError(CheckpointError):
-    """A LoRA adapter does more than add a low-rank matrix to weights, or is of another type."""
+    """An adapter is not LoRA, or does more than add low-rank matrices to weights."""
 
     exit_code = 2
 
@@ -96,19 +97,19 @@ class OutputExistsError(CheckpointError):
 
 
 class OutputBusyError(CheckpointError):
-    """Another merge is writing to the same output at this moment."""
+    """Another merge is writing to the same output now."""
 
     exit_code = 2
 
 
 class OutputUnfinishedError(CheckpointError):
-    """An earlier merge into the same output was stopped; the caller has to say whether to continue it."""
+    """An earlier merge into the same output was stopped: choose whether to resume or restart it."""
 
     exit_code = 2
 
 
 class ResumeRefusedError(CheckpointError):
-    """The merge that was stopped and the one that should continue it are not the same."""
+    """The merge that should be resumed differs from the one that was stopped."""
 
     exit_code = 2
 
@@ -118,6 +119,6 @@ class JournalError(CheckpointError):
 
 
 class MemoryBudgetError(RtsvmError, MemoryError):
-    """A memory budget is too small for the largest piece of work; the message names the smallest that works."""
+    """A memory limit is too small for the largest piece of work; the message names the smallest that works."""
 
     exit_code = 2

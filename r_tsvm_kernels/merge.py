@@ -33,7 +33,7 @@ _LARGEST_NORM = 1e150
 
 @dataclass(frozen=True)
 class Treatment:
-    """What happens to one tensor (``merge``, ``mean`` or ``base``) and why; `excluded`: because patterns say so."""
+    """How one tensor is treated (``merge``, ``mean`` or ``base``) and why; `excluded` if patterns decide it."""
 
     kind: str
     reason: str = ""
@@ -163,7 +163,7 @@ def _run(
     kind: str,
     label: str,
 ) -> MergeResult:
-    """Merge by the method, or by the mean of the task vectors; in the dtype that is computed in."""
+    """Merge by the method or by the mean of the task vectors; return the result in the dtype of the computation."""
     if kind != "mean" and config.method.factored(options) and all(isinstance(model, Factored) for model in tuned):
         return config.method.run(base, tuned, options)
     formed = _formed(base, tuned, label)
@@ -248,7 +248,7 @@ def stored_dtype(config: MergeConfig, base_dtype: torch.dtype) -> torch.dtype:
 def _check_agreement(
     base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, plan: Treatment, label: str
 ) -> None:
-    """Refuse to keep the base's integers where a model has others: see `must_agree`."""
+    """Raise an error if a model has other integers than the base: see `must_agree`."""
     if not must_agree(base, excluded=plan.excluded):
         return
     for owner, model in zip(_owners(config, len(tuned)), tuned, strict=True):
@@ -259,7 +259,7 @@ def _check_agreement(
 
 
 def _owners(config: MergeConfig, count: int) -> list[str]:
-    """Return what messages call the models."""
+    """Return the names of the models for messages."""
     owners = [entry.model or f"tuned[{index}]" for index, entry in enumerate(config.models)]
     return owners + [f"tuned[{index}]" for index in range(len(owners), count)]
 
@@ -267,9 +267,9 @@ def _owners(config: MergeConfig, count: int) -> list[str]:
 def _checked_inputs(
     base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, label: str, limit: float | None
 ) -> tuple[Tensor, list[Tensor | Factored]]:
-    """Round the inputs to the config's dtype, after refusing any that do not match or are not finite.
+    """Check that the inputs match and are finite, and round them to the config's dtype.
 
-    Unless `limit` is None, those that differ from the base by more than that, or than their dtype holds, are refused.
+    Unless `limit` is None, an input must not differ from the base by more than that, or than its dtype can hold.
     """
     check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=label, optional_base=True)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
@@ -296,13 +296,13 @@ def _check_factored(base: Tensor, update: Factored, label: str) -> None:
     if update.shape != tuple(base.shape):
         raise ShapeError(f"{label}: the update has shape {update.shape}, the base {tuple(base.shape)}")
     if update.left.device != base.device:
-        raise DeviceError(f"{label}: the update lies on {update.left.device}, the base on {base.device}")
+        raise DeviceError(f"{label}: the update is on {update.left.device}, the base on {base.device}")
     for factor in (update.left, update.right):
         check_finite(factor, label)
 
 
 def _formed(base: Tensor, tuned: Sequence[Tensor | Factored], label: str) -> list[Tensor]:
-    """Return the tuned tensors, forming those that are given as updates: float32, or float64 if anything is."""
+    """Return the tuned tensors; form those that are given as updates, in float32, or float64 if anything is."""
     formed = [base_plus(base, model) if isinstance(model, Factored) else model for model in tuned]
     for index, model in enumerate(tuned):
         if isinstance(model, Factored) and not is_finite(formed[index]):
@@ -320,12 +320,12 @@ def base_plus(base: Tensor, update: Factored) -> Tensor:
 
 
 def _check_difference(base: Tensor, tuned: Tensor, bound: float, limit: float, label: str) -> None:
-    """Refuse a task vector beyond `limit`, or beyond the dtype it is formed in.
+    """Require a task vector to stay within `limit` and within the dtype that it is formed in.
 
     Args:
         base: the base.
         tuned: the model.
-        bound: an upper bound of the magnitudes of the task vector, which is formed only where that does not suffice.
+        bound: an upper bound of the magnitudes of the task vector, which is formed only if the bound is too large.
         limit: the largest magnitude.
         label: for the message.
 
@@ -347,7 +347,7 @@ def _check_difference(base: Tensor, tuned: Tensor, bound: float, limit: float, l
 
 
 def _distances(base: Tensor, others: Sequence[Tensor]) -> list[float]:
-    """Return the Frobenius norms of what the others differ from the base, in pieces: the reference would copy all."""
+    """Return the Frobenius norms of the differences from the base, in pieces: the reference would copy all."""
     flat = [tensor.flatten() for tensor in (base, *others)]
     squares = torch.zeros(len(others), dtype=torch.float64)
     for first in range(0, base.numel(), _PIECE):
@@ -359,7 +359,7 @@ def _distances(base: Tensor, others: Sequence[Tensor]) -> list[float]:
 
 
 def stored(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
-    """Round to a dtype; a finite value that overflows it is an error, what was not finite before stays.
+    """Round to a dtype; a finite value that overflows is an error, other values stay infinite or NaN.
 
     Raises:
         NonFiniteError: a value does not fit.
@@ -377,7 +377,7 @@ def stored(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
 
 
 def check_options(options: MethodParameters, dtype: torch.dtype, label: str) -> None:
-    """Require the factors of a merge to fit the dtype that it computes in.
+    """Require the factors of a merge to fit the dtype of the computation.
 
     Raises:
         ConfigError: a weight, alpha or t does not.
@@ -393,7 +393,7 @@ def check_options(options: MethodParameters, dtype: torch.dtype, label: str) -> 
 
 
 def _overflow(weight: Tensor, options: MethodParameters, label: str) -> str:
-    """Say that a merge of finite tensors is not finite, and with which factors."""
+    """Return the message for a merge of finite tensors that is not finite, with its factors."""
     given = {name: getattr(options, name) for name in ("weight", "alpha", "t") if hasattr(options, name)}
     factors = ", ".join(f"{name} {value}" for name, value in given.items())
     return (
@@ -404,11 +404,11 @@ def _overflow(weight: Tensor, options: MethodParameters, label: str) -> str:
 
 
 def detached(tensor: object, label: str) -> Tensor:
-    """Return a plain tensor that shares its memory and has no graph.
+    """Return a plain tensor with the same memory and without a graph.
 
     Raises:
-        DTypeError: not a tensor, or one that holds no values of its own (sparse, wrapped, quantised).
-        DeviceError: it is on the meta device, which holds no values.
+        DTypeError: not a tensor, or not a plain dense one (sparse, wrapped, quantised).
+        DeviceError: it is on the meta device and has no values.
     """
     if isinstance(tensor, torch.nn.Module):
         raise DTypeError(f"{label}: expected a torch.Tensor, got the module {type(tensor).__name__}; use merge_models")
@@ -421,7 +421,7 @@ def detached(tensor: object, label: str) -> Tensor:
 
 @contextmanager
 def _named(label: str) -> Iterator[None]:
-    """Put the name of the tensor in front of errors that do not know it."""
+    """Prefix errors with the name of the tensor, unless they have it."""
     try:
         yield
     except RtsvmError as error:

@@ -1,4 +1,4 @@
-"""Parameter values of a recipe: a scalar, a gradient over the layers, or a list of filters; and their evaluation."""
+"""Parameter values of a recipe (scalars, gradients over the layers, lists of filters) and their evaluation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _LAYER = re.compile(r"^((?:[^.]*[^.\d][^.]*\.)*?)(\d+)(?:\.|$)")
 
 
 def is_gradient(value: object) -> bool:
-    """Whether `value` is a list of numbers, to be interpolated from the first layer to the last."""
+    """Whether `value` is a list of numbers, which is interpolated over the layers."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, int | float) for item in value)
 
 
 def filter_list(value: object) -> list[Mapping[str, Any]] | None:
-    """Return the ``{value, filter}`` mappings of which `value` is a list, or the only one; None if it is neither."""
+    """Return a list of ``{value, filter}`` mappings, also for a single one; None if `value` is neither."""
     if isinstance(value, Mapping):
         return [value]
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
@@ -24,7 +24,7 @@ def filter_list(value: object) -> list[Mapping[str, Any]] | None:
 
 
 def leaves(value: object) -> Iterator[object]:
-    """Yield every plain value that `value` may evaluate to (the corners of a gradient)."""
+    """Yield every plain value in `value`: those of all filters, and the corners of gradients."""
     filters = filter_list(value)
     if filters is not None:
         for item in filters:
@@ -39,10 +39,14 @@ def evaluate(value: Any, name: str, position: float) -> Any:
     """Evaluate a parameter value for one tensor; None if no filter matches.
 
     Args:
-        value: scalar; list of numbers (piecewise linear in `position`); or ``{value, filter}`` or a list of such, of
-            which the first counts whose filter is part of the tensor's name (``*`` or no filter: always).
-        name: of the tensor.
-        position: of its layer, from 0.0 (first) to 1.0 (last).
+        value: scalar; list of numbers (piecewise linear in `position`); or ``{value, filter}`` or a list of such, where
+            the first entry applies whose filter is a substring of `name` (``*`` or no filter: any name).
+        name: name of the tensor.
+        position: position of its layer, from 0.0 (first) to 1.0 (last).
+
+    Example:
+        >>> evaluate([{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.3}], "layers.3.mlp.up", 0.25)
+        0.25
     """
     filters = filter_list(value)
     if filters is not None:
@@ -60,10 +64,14 @@ def evaluate(value: Any, name: str, position: float) -> Any:
 
 
 def split_layer(name: str) -> tuple[str, int, str] | None:
-    """Split a tensor's name at the index of its layer, the first whole number among its dot-separated parts.
+    """Split a tensor's name at its layer index, the first whole number among the dot-separated parts.
 
     Returns:
-        What comes before it, the index, and what comes after it; None for a name without one.
+        The text before the index, the index, and the text after it; None for a name without an index.
+
+    Example:
+        >>> split_layer("model.layers.3.mlp.up")
+        ('model.layers.', 3, 'mlp.up')
     """
     match = _LAYER.match(name)
     return None if match is None else (match[1], int(match[2]), name[match.end() :])
@@ -72,8 +80,12 @@ def split_layer(name: str) -> tuple[str, int, str] | None:
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
     """Map each tensor name to the position of its layer in [0, 1]: ``index / (layers - 1)``.
 
-    The layer index is the first whole number among the dot-separated parts of the name, and the layers are counted
-    per prefix. Names without one (embeddings, final norm, head) stand at 0, a single layer at 1.
+    The layer index is the first whole number among the dot-separated parts of the name; layers are counted per prefix.
+    Names without an index (embeddings, final norm, head) have position 0, as in mergekit; a single layer has 1.
+
+    Example:
+        >>> layer_positions(["embed", "layers.0.w", "layers.1.w", "layers.2.w"])
+        {'embed': 0.0, 'layers.0.w': 0.0, 'layers.1.w': 0.5, 'layers.2.w': 1.0}
     """
     found = {name: _LAYER.match(name) for name in names}
     last: dict[str, int] = {}
@@ -87,5 +99,5 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
 
 
 def count_layers(names: Iterable[str]) -> int:
-    """Return the number of layers: one more than the largest layer index in the names, 0 without any."""
+    """Return the number of layers: the largest layer index in the names plus one, or 0."""
     return max((found[1] + 1 for found in map(split_layer, names) if found), default=0)

@@ -1,4 +1,4 @@
-"""Recognise quantised weights: packed integers or 8-bit floats beside the scales that give them their values."""
+"""Recognise quantised weights: packed integers or 8-bit floats with separate scales."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ def refuse_quantised(
     config: Mapping[str, Any] | None = None,
     files: Iterable[str] = (),
 ) -> None:
-    """Refuse a model whose weights are quantised, by what its tensors are and by what its configuration says.
+    """Raise an error if a model's weights are quantised, judged by its tensors, configuration and files.
 
     Args:
-        label: of the model, for the message.
+        label: name of the model, for the message.
         tensors: every tensor of the model, or its header.
         config: content of its ``config.json``.
-        files: names of the files that lie beside the weights. One of `QUANTISATION_FILES` alone may be left over from
-            another model; it counts if there is a tensor that may be packed.
+        files: names of the files beside the weights. One of `QUANTISATION_FILES` may be left over from another model,
+            so it only counts if some tensor may be packed.
 
     Raises:
-        QuantisedRefusedError: it is; the message names the format, or the tensor, or the key.
+        QuantisedRefusedError: it is quantised; the message names the format, the tensor or the key.
 
     Examples:
         >>> refuse_quantised("model", {"q.weight": torch.ones(4, 4), "q.scales": torch.ones(4)})  # floats: fine
@@ -86,11 +86,11 @@ def refuse_quantised(
     if theirs and not reason:
         packed = next((name for name, tensor in tensors.items() if may_be_packed(tensor)), None)
         if packed is not None:
-            reason = f"{theirs[0]} lies beside it, and {packed} is {_described(tensors[packed])}"
+            reason = f"{theirs[0]} is beside it, and {packed} is {_described(tensors[packed])}"
     if reason:
         raise QuantisedRefusedError(
-            f"{label}: the checkpoint is quantised: {reason}. Packed weights cannot be merged, and their scales mean "
-            "nothing apart from them. Dequantise every model, or take the unquantised releases, and merge those"
+            f"{label}: the checkpoint is quantised: {reason}. Packed weights and their scales cannot be "
+            "merged. Dequantise every model, or use the unquantised releases, and merge those"
         )
 
 
@@ -104,9 +104,9 @@ def may_be_packed(tensor: Described) -> bool:
 def must_agree(tensor: Described, *, excluded: bool) -> bool:
     """Whether the base's value of a tensor may be kept only if all models have the same.
 
-    So it is for integers, bools and 8-bit floats of two or more dimensions, which may be weights in a format that is
-    not known here; not for counters and other buffers of one dimension. An excluded tensor may differ if it cannot be
-    packed: excluding a packed weight would merge its scales without it.
+    True for integers, bools and 8-bit floats of two or more dimensions, which may be weights in an unknown format;
+    False for counters and other buffers of one dimension. An excluded tensor may differ if it cannot be packed:
+    excluding a packed weight would merge its scales without it.
     """
     if excluded:
         return may_be_packed(tensor)
@@ -128,10 +128,10 @@ def same_values(first: Tensor, second: Tensor) -> bool:
 
 
 def differing_error(name: str, label: object, tensor: Described, base: Described) -> QuantisedRefusedError:
-    """Return the error for a tensor of the model `label` that `must_agree` with the base's and does not."""
+    """Return the error for a tensor of the model `label` that must be equal to the base's and is not."""
     advice = "If these are packed weights, dequantise every model and merge those"
     if not may_be_packed(base):
-        advice += "; if it is a table that the merge may take from the base, exclude it"
+        advice += "; if the base's table is right for the merge, exclude it"
     return QuantisedRefusedError(
         f"{name} of {label}: {_described(tensor)}, differs from the base's, which is {_described(base)}. Integers and "
         f"8-bit floats of two or more dimensions are kept only where all models have the same. {advice}"
@@ -139,7 +139,7 @@ def differing_error(name: str, label: object, tensor: Described, base: Described
 
 
 def _by_tensors(tensors: Mapping[str, Described]) -> str:
-    """Return by which of its tensors a model is known to be quantised, or an empty string."""
+    """Return which tensor shows that a model is quantised, or an empty string."""
     for name, tensor in tensors.items():
         if _is_packed(name.rpartition(".")[2], tensor):
             return f"{name} is {_described(tensor)}"
@@ -150,7 +150,7 @@ def _by_tensors(tensors: Mapping[str, Described]) -> str:
 
 
 def _is_packed(last: str, tensor: Described) -> bool:
-    """Whether the last part of its name and its dtype tell that a tensor is packed, whatever lies beside it."""
+    """Whether the last part of its name and its dtype show that a tensor is packed."""
     float8 = _is_float8(tensor.dtype)
     if last == "weight":  # of integers: the scales may have any name
         return may_be_packed(tensor) and not float8

@@ -1,4 +1,4 @@
-"""YAML of strangers: bounded in size and depth, without cycles, every key once."""
+"""Parse untrusted YAML: bounded in size and depth, no cycles, no duplicate keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 MAX_CHARACTERS = 500_000
 MAX_DEPTH = 32
-# Nodes, with those that aliases repeat: a few lines of aliases of aliases stand for more than any memory holds.
+# Nodes, including those that aliases repeat: a few lines of nested aliases can stand for more than memory holds.
 MAX_NODES = 50_000
 
 
@@ -57,10 +57,10 @@ def load_yaml(text: str) -> Any:
     """Parse one YAML document.
 
     Args:
-        text: the document; nothing in it can make anything but mappings, lists and plain values.
+        text: the document; only mappings, lists and plain values can result from it.
 
     Raises:
-        ValueError: not YAML, a key given twice, or beyond the bounds; the message is one line that names the place.
+        ValueError: not YAML, a duplicate key, or beyond the bounds; the message is one line and names the place.
 
     Examples:
         >>> load_yaml("weight: 1e-1")
@@ -76,7 +76,7 @@ def load_yaml(text: str) -> Any:
         raise ValueError(f"{place}{error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    # Values that look like numbers, dates or bytes and are none, as 2026-13-45 or `!!int x`.
+    # Values that look like numbers, dates or bytes and are not, such as 2026-13-45 or `!!int x`.
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
         raise ValueError(f"a value that cannot be read: {error}") from error
 

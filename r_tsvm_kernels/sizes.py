@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them."""
+"""Sizes in bytes, as text such as 5GB."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from .errors import ConfigError
 
 
 def parse_size(text: str | int) -> int:
-    """Parse ``5GB``, ``500MB``, ``2GiB`` or a number of bytes.
+    """Return the number of bytes of ``5GB``, ``500MB``, ``2GiB``, or of a number of bytes.
 
     Raises:
         ConfigError: not a positive size.
+
+    Example:
+        >>> parse_size("2GiB"), parse_size("1.5KB")
+        (2147483648, 1500)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     if match:
@@ -25,7 +29,12 @@ def parse_size(text: str | int) -> int:
 
 
 def format_size(size: int) -> str:
-    """Write a size with four digits, rounded up: `parse_size` gives at least `size`."""
+    """Return a size with three decimals, rounded up, so that `parse_size` gives at least `size`.
+
+    Example:
+        >>> format_size(1_234_567)
+        '1.235MB'
+    """
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if size >= factor:
             return f"{math.ceil(1000 * size / factor) / 1000:.3f}{unit}"

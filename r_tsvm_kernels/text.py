@@ -1,4 +1,4 @@
-"""Text for people: names and paths of strangers, made harmless."""
+"""Text for people: untrusted names and paths made printable, and short forms of values."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def printable(text: object) -> str:
-    r"""Return text in which every character that a terminal or an encoder could stumble over is escaped.
+    r"""Return text with every character escaped that could confuse a terminal or an encoder.
 
-    Control characters (escape sequences, line breaks, bells), marks that change the direction of writing, and the
-    bytes of a path that are not UTF-8 become escapes such as ``\x1b`` or ``\u202e``; all other text stays as it is.
+    Control characters (escape sequences, line breaks, bells), marks that change the direction of writing, and bytes of
+    a path that are not UTF-8 become escapes such as ``\x1b`` or ``\u202e``; other text is unchanged.
 
     Args:
-        text: anything; an object is shown as `str` shows it.
+        text: text, or any object, whose `str` is used.
 
     Examples:
         >>> printable("a\x1b[2Jb")

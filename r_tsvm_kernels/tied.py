@@ -1,4 +1,4 @@
-"""Tied tensors: one tensor that a state dict holds under several names, as an embedding and the head that shares it."""
+"""Tied tensors: one tensor under several names of a state dict, such as an embedding and the output head."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .ops._checks import FLOAT_DTYPES
 
-# Elements by which tensors are told apart before they are compared whole.
+# Elements that are compared before whole tensors are.
 _SAMPLE = 16
 
 
 def same_memory(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are one: changing an element of one changes that of the other."""
+    """Whether two tensors share all their memory, element by element."""
     return (
         first.data_ptr() == second.data_ptr()
         and (first.shape, first.stride(), first.dtype, first.device)
@@ -24,21 +24,21 @@ def same_memory(first: Tensor, second: Tensor) -> bool:
 
 
 def is_copy(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are one, or have the same dtype, device, shape and values (NaN has no equal)."""
+    """Whether two tensors share memory, or have equal dtype, device, shape and values (NaN equals nothing)."""
     alike = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
     return alike and (same_memory(first, second) or torch.equal(first, second))
 
 
 def tied_names(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
-    """Find the tensors that are copies of another one, in the base and in every fine-tune alike.
+    """Find the tensors that are copies of another one in the base and in every fine-tune.
 
     Args:
         base: name to tensor.
         tuned: T state dicts with the same names.
 
     Returns:
-        The name of each copy, with that of its tensor: of all its names the last in the alphabet, whatever the order of
-        the state dicts. Only floating-point tensors with elements are looked at.
+        The name of each copy, mapped to that of its original: the alphabetically last of its names, for any order of
+        the state dicts. Only floating-point tensors with elements are considered.
 
     Examples:
         ``tied_names({"head": E, "model.embed": E}, [{"head": F, "model.embed": F.clone()}])`` is
@@ -61,7 +61,7 @@ def tied_names(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]
 
 
 def _sample(tensor: Tensor) -> Hashable:
-    """Return what copies have in common: all about their form, and some values."""
+    """Return a key that copies have in common: shape, dtype, device and some values."""
     row = tensor.detach()
     while row.ndim > 1:
         row = row[-1]

@@ -152,5 +152,5 @@ def _refused_by_the_system(error: Exception) -> str | None:
         return f"{error.filename or 'the system refused'}: {error.strerror or error}"
     if isinstance(error, MemoryError) or any(words in str(error) for words in _EXHAUSTED):
         reason = str(error).partition("\n")[0] or "no memory is left"
-        return f"{reason}; fewer --threads and a lower --memory need less, and --resume goes on with a stopped merge"
+        return f"{reason}; use fewer --threads or a lower --memory; --resume continues a stopped merge"
     return None

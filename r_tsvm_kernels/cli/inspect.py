@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..plan import MergePlan
 
 HELP = "show the plan of a merge without computing"
-USAGE = """\\
+USAGE = """\
 rtsvm inspect [options] RECIPE.yaml
        rtsvm inspect [options] --base B --model A [--model C ...]"""
 
@@ -140,7 +140,8 @@ def _as_dict(
 def _print_kinds(plan: MergePlan, facts: dict[str, Any], *, each: bool) -> None:
     """Print one row for each kind of tensor, with what its parameters are below it."""
     width = shutil.get_terminal_size((console().width, 24)).columns
-    say(f"{plan.config.method.pretty_name}: {len(plan.tuned)} models into {plan.base.path}, {dtypes_of(plan)}")
+    say(f"{plan.config.method.pretty_name}: {_counted(len(plan.tuned), 'model')} into {plan.base.path}")
+    say(f"writes {dtypes_of(plan)}")
     common = ", ".join(f"{key} {value}" for key, value in common_values(plan).items() if value != "[]")
     for line in textwrap.wrap(common, width - 2, initial_indent="with ", subsequent_indent="     "):
         say(line)

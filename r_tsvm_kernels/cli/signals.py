@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Terminated(BaseException):
-    """SIGTERM came. Not an Exception, like KeyboardInterrupt: nothing but the command line may catch it."""
+    """SIGTERM was received. Not an Exception, like KeyboardInterrupt: only the command line may catch it."""
 
 
 @contextmanager
