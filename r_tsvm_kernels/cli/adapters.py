@@ -58,7 +58,8 @@ def write_adapter(
 def print_result(result: AdapterResult) -> None:
     """Print the size of the adapter, how much of the change it retains, what is left out, and the paths."""
     ranks = [module.rank for module in result.modules.values() if module.rank]
-    rank = f"rank {ranks[0]}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
     say(
         f"{len(ranks)} modules of {rank}, at least {_percent(result.least_captured_energy)} of the energy of each, "
         f"in {result.seconds:.1f} s -> {result.path}"
