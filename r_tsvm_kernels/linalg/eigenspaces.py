@@ -6,9 +6,10 @@ first-order correction costs a few thin products:
 
     X[i, j] = (V_other^T R)[i, j] / (lambda_j - lambda_i),   R = D^T D V - V (V^T D^T D V),   V <- V + V_other X
 
-Where eigenvalues are too close for it, or so small that they drown in the rounding of the Gram matrix, a part of the
-eigenvectors is resolved: the problem in their span is solved again, in float64, from the images ``D V``, whose rounding
-is not squared. What is left is measured on random vectors.
+If eigenvalues are too close for it, or so small that they drown in the rounding of the Gram matrix, some eigenvectors
+are
+resolved: the problem in their span is solved again, in float64, from the images ``D V``, whose rounding is not squared.
+The remaining error is measured on random vectors.
 """
 
 from __future__ import annotations
@@ -26,23 +27,22 @@ from .orthonormal import cholesky_whitened
 from .rounding import BACKWARD_ERROR, root_errors
 from .tall_matrix import TallMatrix
 
-# Below this share of the largest eigenvalue the eigenvectors of a float32 Gram matrix are too wrong for corrections to
-# be worth while.
+# Below this share of the largest eigenvalue, the eigenvectors of a float32 Gram matrix are too wrong to be corrected.
 FLOAT32_FLOOR = 1e-3
-# Where the smallest wanted eigenvalue is below this share of the largest, all low eigenvectors are resolved, not only
-# those near the cut. Each time the low ones are known better.
+# If the smallest wanted eigenvalue is below this share of the largest, all low eigenvectors are resolved, not only
+# those near the cut. Each round makes the low ones more accurate.
 LOW, RESOLVE = 1e-5, 4
-# A correction squares the error, or at least shrinks it as much as the one before: starting from more than this, two
-# would not do, and float64 from the start is cheaper than three.
+# A correction squares the error, or shrinks it at least as much as the correction before. From a larger error than
+# this, two corrections do not suffice, and float64 from the start is cheaper than three.
 CORRECTABLE, CORRECTIONS = 3e-3, 2
 PROBES = 16
 WINDOW = 32
-# Eigenvalues as near as that, relatively, to one at the cut are resolved with it.
+# Eigenvalues within this relative distance of one at the cut are resolved with it.
 NEAR = 1e-6
-# Probes may see less of the mixing than there is.
+# Random vectors may underestimate the mixing.
 MEASURED = 2.0
 
-# Share of the gap at the cut by which eigenvalues next to it may have been moved away from each other.
+# Largest shift of the eigenvalues next to the cut away from each other, as a share of the gap.
 SHIFTED = 0.25
 
 # Maps all singular values, falling, and bounds of their errors to the number of leading ones; None if they leave it
@@ -58,8 +58,8 @@ class Eigenspace:
         V: (n, k) float64, orthonormal to rounding, ordered by falling eigenvalue.
         values: (n,) singular values of D, all of them, in its scaled units, falling.
         errors: (n,) bounds of their errors.
-        error: estimated sine of the angle to the exact subspace (Frobenius norm over all directions), beyond what
-            backward errors explain.
+        error: estimated sine of the angle to the exact subspace (Frobenius norm over all directions), without the part
+            that backward errors explain.
         spread: backward error beyond that of an SVD, relative to the largest singular value.
     """
 
@@ -75,11 +75,11 @@ def gram_float64(matrix: TallMatrix, choose: Choose, tolerance: float) -> Eigens
 
     Args:
         matrix: D.
-        choose: the dimension wanted.
+        choose: returns the wanted dimension, see `Choose`.
         tolerance: estimated error above which eigenvectors are resolved.
 
     Raises:
-        ConvergenceError: the dimension stays open, the estimated error is too large, or the decomposition failed.
+        ConvergenceError: the dimension is not certain, the estimated error is too large, or the decomposition failed.
     """
     values, Q = eigh(matrix.gram(torch.float64))
     values.clamp_(min=0)
@@ -108,8 +108,8 @@ def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
     """Return the leading eigenspace by float32 eigenvectors, corrected until the estimated error is below `tolerance`.
 
     Raises:
-        ConvergenceError: the spectrum falls too far for float32, the corrections do not get there, or the
-            decomposition failed.
+        ConvergenceError: the spectrum falls too far for float32, the corrections do not suffice, or the decomposition
+            failed.
     """
     approximate, Q = eigh(matrix.gram(torch.float32))
     n = len(approximate)
@@ -147,7 +147,7 @@ def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
         )
         if not shift <= SHIFTED * float(values[cut] - values[cut - 1]):
             raise ConvergenceError(
-                "gram-float32: the gap at the cut is too small for what float32 knows of eigenvalues"
+                "gram-float32: the gap at the cut is too small for the accuracy of float32 eigenvalues"
             )
     values = values.clamp(min=0).flip(0)
     return Eigenspace(V.flip(1), values.sqrt(), root_errors(values, 8 * 2.0**-24), error, spread)
@@ -158,7 +158,7 @@ def _window(n: int, rank: int) -> int:
 
 
 def _block(values: Tensor, cut: int) -> slice:
-    """Return the eigenvectors to be resolved: low ones, or those near the cut and those of nearly its eigenvalue."""
+    """Return the eigenvectors to resolve: low ones, or those near the cut and those of nearly its eigenvalue."""
     n = len(values)
     if not 0 < cut < n:
         return slice(0, 0)
@@ -171,10 +171,10 @@ def _block(values: Tensor, cut: int) -> slice:
 
 
 def _low(values: Tensor, smallest: float) -> slice:
-    """Return the eigenvectors below what rounding lets them know of each other.
+    """Return the eigenvectors that rounding mixes with each other.
 
-    Solved among themselves, the largest of them sets the rounding errors: for singular values it must not be larger
-    than the mean of the largest of all and the smallest that is wanted.
+    Solved among themselves, the largest of them sets the rounding errors: it must not be larger than the geometric mean
+    of the largest of all and the smallest wanted one.
     """
     largest = float(values[-1])
     return slice(0, int((values <= max(smallest / largest, 2.0**-53) ** 0.5 * largest).sum()))
@@ -187,12 +187,12 @@ def _resolve(matrix: TallMatrix, near: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unresolved(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, resolved: slice) -> tuple[float, float]:
-    """Estimate the mixing of leading with other eigenvectors, but for pairs of which both are in `resolved`.
+    """Estimate the mixing of leading with other eigenvectors, without pairs inside `resolved`.
 
-    Those have the backward error of an SVD; and to second order that of the mixing of their span with the rest.
+    These pairs have the backward error of an SVD and, to second order, that of the mixing of their span with the rest.
 
     Returns:
-        The sine (Frobenius norm) of the other pairs, and what is added to the backward error, relative to the largest
+        The sine (Frobenius norm) of the other pairs, and the addition to the backward error, relative to the largest
         singular value.
     """
     cut = others.shape[1]
@@ -207,23 +207,23 @@ def _unresolved(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, r
 def _mixing(matrix: TallMatrix, V: Tensor, chosen: Tensor, wanted: Tensor, others: Tensor, values: Tensor) -> float:
     """Estimate ``norm(X)`` (Frobenius) to first order, from random vectors in the span of `chosen`, columns of `V`.
 
-    Too large rather than too small: the gap of every pair is taken to be that of the smallest wanted eigenvalue.
+    It is rather too large: the gap of every pair is that of the smallest wanted eigenvalue.
     """
     if others.shape[1] == 0 or chosen.shape[1] == 0:
         return 0.0
     z = gaussian(chosen.shape[1], PROBES, V.device)
     image = matrix.normal_times(chosen @ z)
     residual = image - V @ (V.mT @ image)
-    # Its entries may be as small as the rounding of their own largest: float64 throughout, the block is thin.
+    # Its entries may be as small as the rounding of the largest one: all in float64, the block is thin.
     mixing = (others.double().mT @ residual) / (wanted[0] - values)[:, None]
     return float(torch.linalg.vector_norm(mixing) / PROBES**0.5)
 
 
 def _shift(matrix: TallMatrix, near: Tensor, values: Tensor, far: Tensor, beyond: Tensor, across: Tensor) -> float:
-    """Return how far eigenvalues next to the cut are moved away from it by what their eigenvectors mix with.
+    """Return how far the mixing of eigenvectors moves the eigenvalues next to the cut away from it.
 
-    Mixing on one side of the cut does no harm to a subspace, but its squares move eigenvalues, and may open a gap that
-    is none. The farther a direction from the cut, the less its eigenvalue counts.
+    Mixing on one side of the cut does no harm to a subspace, but its square moves eigenvalues and may open a false gap.
+    An eigenvalue counts less the farther it is from the cut.
 
     Args:
         matrix: D.
@@ -248,7 +248,7 @@ def _corrected(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, wi
     The columns need not be orthonormal beyond float32: that adds an error of second order.
 
     Raises:
-        ConvergenceError: it is not a small correction.
+        ConvergenceError: the correction is not small.
     """
     cut = others.shape[1]
     image = matrix.normal_times(V)

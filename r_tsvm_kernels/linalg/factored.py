@@ -210,7 +210,7 @@ class Triplets:
         S: (k,) singular values, falling.
         Vh: (k, n) orthonormal rows.
         captured_energy: share of the squared Frobenius norm that they hold.
-        cut: how well the subspaces are known.
+        cut: the accuracy of the subspaces.
     """
 
     U: Tensor

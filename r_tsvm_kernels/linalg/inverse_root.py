@@ -1,9 +1,9 @@
 """The inverse square root of a Gram matrix ``X^T X``: times X it is the canonical polar factor of X.
 
-Three routes, from cheap to exact. ``gram-float32``: eigenvectors in float32, at half the price. What float32 cannot
-know, the eigenvectors of small eigenvalues, which the inverse root amplifies, is corrected to first order in float64,
-where it is a thin problem. ``gram-float64``: eigenvectors in float64. ``svd-float64``: by the SVD of a triangular
-factor of X, where squaring would lose a singular value.
+Three routes, from cheap to exact. ``gram-float32``: eigenvectors in float32, at half the cost; those of small
+eigenvalues, which the inverse root amplifies, are corrected to first order in float64, a thin problem.
+``gram-float64``: eigenvectors in float64. ``svd-float64``: the SVD of a triangular factor of X, if squaring would lose
+a singular value.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .rounding import BACKWARD_ERROR
 from .tall_matrix import add_gram
 
 # Relative to the largest singular value. Concatenated bases of real fine-tunes have condition numbers up to a few
-# thousand; float64 noise lies at 1e-15; nothing meaningful was seen in between.
+# thousand; float64 noise is at 1e-15; nothing meaningful was seen in between.
 RANK_TOLERANCE = 1e-6
 
 # Share of the largest eigenvalue of a Gram matrix from which on the relative error of an eigenvalue is below 1e-5.
 RESOLVED = 1e-10
 
-# Share of the largest eigenvalue below which eigenvectors are corrected in float64. Smaller: larger errors of the rest.
+# Share of the largest eigenvalue below which eigenvectors are corrected in float64. A smaller one leaves larger errors.
 SMALL_EIGENVALUE = 0.015
-# Share of the eigenvectors up to which the correction is thin, and worth it.
+# Share of the eigenvectors up to which the correction is thin and pays.
 FEW = 1 / 3
 
 PROBES = 8
@@ -79,7 +79,7 @@ class InverseRoot:
         matrix: (k, k), symmetric; ``matrix.after(X)`` is the canonical polar factor of X.
         rank: number of singular values of X above the tolerance.
         condition: largest over smallest of these, 1.0 for a zero matrix.
-        sensitivity: (k,) float64, how much of an error of each column of X may come back in the polar factor.
+        sensitivity: (k,) float64, largest factor by which an error of each column of X enters the polar factor.
         margin: distance of the singular values from the tolerance, as a share of the largest: an error of X beyond it
             could change the rank.
         rounding: bound of the polar factor's error by rounding in float64.
@@ -103,14 +103,14 @@ class InverseRoot:
         Args:
             factors: whose product from left to right is ``X^T X``: that matrix itself, or ``R^T, R``, which is exact
                 where squaring loses a singular value.
-            probes: (k, any number), float64, the vectors to take; Gaussian ones if it is None.
+            probes: (k, any number), float64, the vectors; None takes Gaussian ones.
         """
         if self.rank == 0:
             return 0.0
         size = self.matrix.bulk.shape[0]
         z = gaussian(size, PROBES, self.matrix.bulk.device) if probes is None else probes
         y = self._isometry(factors, z)
-        if self.rank == size:  # full rank: nothing but the identity will do
+        if self.rank == size:  # full rank: P^T P must be the identity
             again, y = y, z
         else:
             again = self._isometry(factors, y)
@@ -118,7 +118,7 @@ class InverseRoot:
         return float(torch.linalg.vector_norm(again - y) / norm) if norm > 0 else 0.0
 
     def projected(self, *factors: Tensor, z: Tensor) -> Tensor:
-        """Return ``P^T P z``: z without what P maps to 0."""
+        """Return ``P^T P z``: z without its part in the null space of P."""
         return self._isometry(factors, z)
 
     def _isometry(self, factors: Sequence[Tensor], z: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def root_of_gram_float32(gram: Tensor, tolerance: float, probes: Sequence[Tensor
     Args:
         gram: ``X^T X``.
         tolerance: largest estimated error of the polar factor.
-        probes: vectors (k, any number) on which that holds, too, beside Gaussian ones.
+        probes: further vectors (k, any number), beside Gaussian ones, on which the error is measured.
 
     Raises:
         ConvergenceError: too many small eigenvalues, one that may be zero, or an estimated error above `tolerance`.
@@ -159,7 +159,7 @@ def root_of_gram_float32(gram: Tensor, tolerance: float, probes: Sequence[Tensor
                 f"gram-float32: an eigenvalue of the basis is {smallest / largest:.0e} of the largest"
             )
         left = V * small.rsqrt()
-        # The bulk has its range in the complement of V, but for rounding.
+        # The range of the bulk is the complement of V, up to rounding.
         narrow = V.float()
         leak = bulk @ narrow
         leak = torch.addmm(leak, narrow, narrow.mT @ leak, alpha=-0.5) @ narrow.mT
@@ -185,8 +185,8 @@ def root_of_gram_float32(gram: Tensor, tolerance: float, probes: Sequence[Tensor
 def _small_eigenspace(gram: Tensor, lowest: Tensor, rest: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Return the smallest eigenvalues, rising, and float64 eigenvectors, from float32 ones and those of the rest.
 
-    To first order the basis lacks ``rest^T G V / (kept - values)`` of each other eigenvector. Where eigenvalues on
-    both sides of the cut are close the quotient is taken smaller: the root is hardly changed by what they mix.
+    To first order the basis lacks ``rest^T G V / (kept - values)`` of each other eigenvector. The quotient is limited
+    if eigenvalues on both sides of the cut are close: mixing those hardly changes the root.
     """
     V = cholesky_whitened(lowest.double())
     image = gram @ V
@@ -203,7 +203,7 @@ def root_of_gram(gram: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
     """Return the inverse root of a Gram matrix ``X^T X`` (k, k), float64, by its eigenvalues.
 
     Raises:
-        ConvergenceError: an eigenvalue is neither surely zero nor surely not, or inexact; or the decomposition failed.
+        ConvergenceError: an eigenvalue may or may not be zero, or is inexact; or the decomposition failed.
     """
     if gram.shape[0] == 0:
         return _zero_root(gram, "gram-float64")
@@ -239,7 +239,7 @@ def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> Inverse
     dropped = float(values[rank]) if rank < len(values) else 0.0
     matrix = SplitMatrix.whole((kept / values[:rank]) @ kept.mT)
     sensitivity = 2 * matrix.column_norms()
-    if rank < len(sensitivity):  # errors may turn the null space, too
+    if rank < len(sensitivity):  # errors may also turn the null space
         sensitivity = sensitivity.clamp(min=2 / max(smallest - dropped, torch.finfo(values.dtype).tiny))
     powers = 2 if route == "gram-float64" else 1
     return InverseRoot(

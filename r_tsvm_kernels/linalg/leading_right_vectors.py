@@ -1,4 +1,4 @@
-"""Leading right singular vectors by the cheapest route that is exact enough."""
+"""Leading right singular vectors by the cheapest route that is accurate enough."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .ranks import Rank
 from .rounding import BACKWARD_ERROR, Cut
 from .tall_matrix import TallMatrix
 
-# From cheap to exact. A result that misses its tolerance is computed again by the next.
+# From cheap to exact. A result that misses its tolerance is computed again by the next route.
 ROUTES = ("gram-float32", "gram-float64", "svd-float64")
 EXACT = ROUTES[2:]
 
-# Columns up to which an SVD costs nothing, and from which on float32 gains something.
+# Up to TINY columns an SVD costs nothing; from SMALL columns on float32 gains time.
 TINY, SMALL = 64, 256
 
-# Estimated error of a subspace up to which a route's result is taken. The conditioning of the concatenated bases, up to
-# some thousands, amplifies it in the merged matrix.
+# Largest estimated error of a subspace. The conditioning of the concatenated bases, up to some thousands, amplifies it
+# in the merged matrix.
 SUBSPACE_TOLERANCE = {"exact": 2e-8, "fast": 2e-5}
 
 
@@ -36,8 +36,8 @@ class RightVectors:
         V: (n, k) float64, orthonormal, ordered by falling singular value; k is at most the numerical rank.
         cut: the singular values, in the units of the matrix, and how well the subspace is known.
         value_errors: (n,) bounds of the errors of the singular values.
-        route: which solver found them.
-        escalations: routes given up before, with the reason.
+        route: the solver that found them.
+        escalations: cheaper routes that were given up, with the reason.
     """
 
     V: Tensor
@@ -58,12 +58,16 @@ def rank_tolerance(matrix: TallMatrix) -> float:
 
 
 def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[str] | None = None) -> RightVectors:
-    """Find the leading right singular vectors of `matrix`, by the first of `routes` that is exact enough.
+    """Find the leading right singular vectors of a matrix by the first route that is accurate enough.
 
     The rank is clipped to the numerical rank (`rank_tolerance`): beyond it singular vectors are arbitrary, and
     arbitrary directions would reach rows and columns that the fine-tune never touched.
 
-    Without `routes`, those that are worth trying.
+    Args:
+        matrix: (m, n), m >= n.
+        rank: number of vectors, or a rank rule.
+        mode: ``exact`` or ``fast``.
+        routes: solvers to try; None takes `first_routes`.
 
     Raises:
         ConvergenceError: every route failed.
@@ -89,7 +93,7 @@ def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[st
 
 
 def first_routes(n: int, rank: Rank) -> Sequence[str]:
-    """Return the routes worth trying: float32 gains nothing on small matrices, and knows too few singular values."""
+    """Return the routes to try: float32 gains nothing on small matrices, and its small singular values are wrong."""
     if n <= TINY:
         return EXACT
     return ROUTES if n >= SMALL and isinstance(rank, int) else ROUTES[1:]
@@ -104,7 +108,7 @@ def _solve(matrix: TallMatrix, rank: Rank, mode: str, route: str) -> RightVector
         return min(wanted, int((values > smallest).sum()))
 
     def choose(values: Tensor, errors: Tensor) -> int | None:
-        """Return the rank, if it is the same whatever the values are within their errors."""
+        """Return the rank if it is the same for all values within their errors, else None."""
         others = {clipped((values - errors).clamp(min=0)), clipped(values + errors)}
         k = clipped(values)
         return k if others == {k} else None

@@ -1,4 +1,4 @@
-"""How accurate a TSV-Merge is, from what is known of the subspaces, the polar factors and the cores between them."""
+"""The accuracy of a TSV-Merge, from the errors of the subspaces, the polar factors and the cores between them."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class WeightedCores:
     Attributes:
         unit: a power of two near the largest Frobenius norm of one of them; 1 if all are zero.
         blocks: T matrices (k_t, k_t), over `unit`.
-        dominance: bound of the largest singular value of C, as a share of its Frobenius norm: what an error of a single
-            direction of the polar factors can do to the merged matrix.
+        dominance: bound of the largest singular value of C, as a share of its Frobenius norm: the largest effect of an
+            error of a single direction of the polar factors on the merged matrix.
     """
 
     def __init__(self, cores: Sequence[Tensor], weights: Sequence[float]) -> None:
@@ -72,7 +72,7 @@ class WeightedCores:
         return torch.cat([(C.mT if transposed else C) @ part for C, part in zip(self.blocks, parts, strict=True)])
 
     def norm_between(self, left: Side, right: Side) -> float:
-        """Return the norm of the merged matrix as a share of that of C, at least `CANCELLED`."""
+        """Return the norm of the merged matrix as a share of the norm of C, at least `CANCELLED`."""
         if left.full and right.full:  # polar factors of full rank keep norms
             return 1.0
         size = sum(len(core) for core in self.blocks)
@@ -110,7 +110,7 @@ def merge_certificate(
         tolerance: see `Certificate`.
         route: see `Certificate`.
         rounding: relative error of the last products and of the output's dtype.
-        exact: whether no other route would know the subspaces better: what is not known then is arbitrary.
+        exact: whether no other route is more accurate: an uncertain choice of directions is then arbitrary.
         escalations: see `Certificate`.
     """
     fixed = left.defect + right.defect + left.root.rounding + right.root.rounding
@@ -191,13 +191,13 @@ def polar_pair(
     Args:
         lefts: T matrices (m, k_t), float64.
         rights: T matrices (n, k_t), float64.
-        cuts: how well each of them is known.
-        cores: what stands between left and right.
-        tolerance: as for `merge_certificate`, like the following.
-        route: see there.
-        rounding: see there.
-        exact: see there.
-        escalations: see there.
+        cuts: how accurate each of them is.
+        cores: the weighted cores between left and right.
+        tolerance: as for `merge_certificate`.
+        route: as for `merge_certificate`.
+        rounding: as for `merge_certificate`.
+        exact: as for `merge_certificate`.
+        escalations: as for `merge_certificate`.
 
     Raises:
         ConvergenceError: the tolerance is missed, or a decomposition failed.

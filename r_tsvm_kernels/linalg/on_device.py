@@ -1,4 +1,4 @@
-"""Constants for the device without waiting for what it has still to do."""
+"""Constants on a device, without waiting for its pending work."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host; an ordinary copy to a GPU would wait until all that was launched before is done."""
+    """Copy from the host; an ordinary copy to a GPU would wait for all launched work."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def gaussian(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return the same random matrix each time, float64, made where it is needed: other numbers on a GPU."""
+    """Return a Gaussian matrix, float64, the same at each call; a GPU generates other numbers than a CPU."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Orthonormal bases by Cholesky factorisations in float64: matrix products and triangular solves where they do."""
+"""Orthonormal bases by Cholesky factorisations in float64: matrix products and triangular solves where they suffice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def cholesky_qr(Y: Tensor, passes: int = 3) -> tuple[Tensor, Tensor]:
 
     Shifted CholeskyQR (Fukaya et al., SIAM J. Sci. Comput. 42, 2020): the first pass adds a shift to the Gram matrix
     and so succeeds whatever the condition number; three passes give an orthonormal Q up to condition 1e15, two up to
-    1e8 or so, and one only a well-conditioned one. Waits for no device; a failure shows in ``Q^T Q``.
+    about 1e8, and one makes Q well-conditioned only. It does not wait for the device; a failure shows in ``Q^T Q``.
 
     Args:
         Y: (..., m, k), computed in float64.
@@ -36,8 +36,8 @@ def thin_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``Q, R`` with ``Q R = Y``, Q with orthonormal columns, and with a row of zeros wherever `Y` has one.
 
     CholeskyQR2 (Yamamoto et al., ETNA 44, 2015) of the columns scaled to norm 1: as exact as Householder reflections,
-    and faster for thin matrices. ``Q^T Q`` tells whether it succeeded: columns that are nearly dependent, or values
-    that are not finite, go to LAPACK. Of dependent columns only what they span is sure to be orthonormal: ``Q P``,
+    and faster for thin matrices. If ``Q^T Q`` shows a failure (nearly dependent columns, or values that are not
+    finite), LAPACK computes the result. For dependent columns only their span is certain to be orthonormal: ``Q P``,
     with P the singular vectors of R for values above rounding.
 
     Args:
@@ -56,7 +56,7 @@ def thin_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_whitened(V: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns of `V`, which must be nearly orthogonal; column by column close to it.
+    """Return an orthonormal basis of the columns of `V`, which must be nearly orthogonal; it is close to `V`.
 
     Raises:
         ConvergenceError: the columns are linearly dependent.

@@ -1,4 +1,4 @@
-"""Independent decompositions side by side: two on one core each take less time than one after the other on both."""
+"""Concurrent decompositions: two on one core each finish sooner than two in sequence on both cores."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ WORTH_A_THREAD = 128
 def run_concurrently(jobs: Sequence[Callable[[], T]], size: int, device: torch.device) -> list[T]:
     """Run the jobs and return their results in order; on a CPU at the same time, sharing torch's threads.
 
-    LAPACK's eigenvalue routines spend half of their time in matrix-vector products and in waiting for each other's
-    threads; whole matrices divide better.
+    LAPACK's eigenvalue routines spend half of their time in matrix-vector products and in waits for their threads;
+    whole matrices parallelise better.
 
     Args:
         jobs: independent of each other.
         size: of the matrices they decompose; small ones run one after the other.
-        device: where they compute; anything but a CPU has its own way to be kept busy.
+        device: where they compute; on other devices than a CPU they run one after the other.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads < 2 or size < WORTH_A_THREAD:
         return [job() for job in jobs]
     results: list[T] = []
     for first in range(0, len(jobs), threads):
-        wave = jobs[first : first + threads]  # the last one may be short: its jobs get more threads each
-        results += _together(wave, threads) if len(wave) > 1 else [job() for job in wave]
+        wave = jobs[first : first + threads]  # the jobs of a short last wave get more threads each
+        results += _run_wave(wave, threads) if len(wave) > 1 else [job() for job in wave]
     return results
 
 
-def _together(jobs: Sequence[Callable[[], T]], threads: int) -> list[T]:
+def _run_wave(jobs: Sequence[Callable[[], T]], threads: int) -> list[T]:
 
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
@@ -50,4 +50,4 @@ def _together(jobs: Sequence[Callable[[], T]], threads: int) -> list[T]:
             running = [pool.submit(contextvars.copy_context().run, run, job) for job in jobs]
             return [future.result() for future in running]
     finally:
-        torch.set_num_threads(threads)  # what threads to come start with; ours has not changed
+        torch.set_num_threads(threads)  # for new threads; the number of this thread has not changed

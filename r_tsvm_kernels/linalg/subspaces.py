@@ -36,7 +36,7 @@ class Subspaces:
         captured_energy: ``norm(core)^2 / norm(D)^2`` (Frobenius), 1.0 for a zero matrix.
         residual: ``norm(D^T U - V core^T) / norm(D)`` (Frobenius), 0.0 for a zero matrix: how far the subspaces are
             from being invariant; ``D V = U core`` holds to rounding.
-        cut: all singular values, and how well the subspaces are known.
+        cut: all singular values, and the accuracy of the subspaces.
         value_errors: (min(m, n),) float64, bounds of the errors of the singular values.
         certificate: measured accuracy; its error is that of the subspaces.
     """
@@ -59,7 +59,7 @@ class Subspaces:
 
     @property
     def nuclear_norm(self) -> float:
-        """Sum of all singular values but for those that may be zero."""
+        """Sum of all singular values, without those that may be zero."""
         return float(self.cut.values[self.cut.values > self.value_errors].sum())
 
     @property
@@ -86,7 +86,7 @@ class TruncatedSVD:
         Vh: (k, n) or (batch, k, n) float64; the first ``ranks[b]`` rows of item b are orthonormal.
         ranks: of each matrix, at most the rank asked for.
         certificates: of each matrix.
-        cuts: of each matrix, how well the subspaces are known.
+        cuts: of each matrix, the accuracy of the subspaces.
     """
 
     U: Tensor

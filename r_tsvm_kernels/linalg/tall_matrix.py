@@ -1,4 +1,4 @@
-"""Products with one matrix, row tile by row tile, in a precision and a scale of our choosing."""
+"""Products with a tall matrix, by tiles of rows, in a chosen precision and scale."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 
-# Bytes that copies of matrix rows may take, and what is computed from them. A 128256 x 4096 embedding is worked
-# through in tiles of it, beside a few square matrices of the short side.
+# Bytes for copies of matrix rows and the products of them. A 128256 x 4096 embedding is processed in tiles of this
+# size, beside a few square matrices of the short side.
 WORKSPACE = 512 << 20
 
 
 class TallMatrix:
-    """A matrix seen as tall (transposed if it is wide) and scaled by a power of two, which is never stored.
+    """A view of a matrix as tall (transposed if it is wide), scaled by a power of two; the scaled matrix is not stored.
 
     The largest magnitude is scaled into [1, 2), so that squares neither overflow nor vanish in float32.
 
     Attributes:
         matrix: the tall view (m, n), m >= n, in the caller's units.
-        transposed: whether that is the transpose of what was given.
-        scale: what its elements are multiplied by in every product.
+        transposed: whether that is the transpose of the given matrix.
+        scale: factor of its elements in every product.
         squared_norm: squared Frobenius norm in the scaled units.
     """
 
     def __init__(self, matrix: Tensor, transposed: bool | None = None, workspace: int = WORKSPACE) -> None:
-        """View `matrix` as tall, or as `transposed` says.
+        """View `matrix` as tall; `transposed` overrides the choice.
 
         Raises:
             NonFiniteError: it holds NaN or infinity.
@@ -50,17 +50,17 @@ class TallMatrix:
         return self.matrix.shape[0], self.matrix.shape[1]
 
     def ranges(self) -> list[slice]:
-        """Return the row ranges of the tiles: a tile and what is computed from it take half of the workspace."""
+        """Return the row ranges of the tiles: a tile and its products take half of the workspace."""
         m, n = self.shape
         height = max(256, self.workspace // (4 * 8 * max(n, 1)))
         return [slice(first, min(m, first + height)) for first in range(0, m, height)]
 
     def tile(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return some rows, scaled, in `dtype`. The last tile of float64 is kept until `forget`, if it is all rows."""
+        """Return some rows, scaled, in `dtype`. A float64 tile of all rows is kept until `forget`."""
         if dtype == torch.float64 and self._wide is not None:
             return self._wide
         tile = self.matrix[rows]
-        # Scaled before it is narrowed, after it is widened: what fits is kept.
+        # Scale before narrowing and after widening, so that nothing overflows or vanishes needlessly.
         widened = tile.dtype != dtype == torch.float64
         scaled = tile.to(dtype).mul_(self.scale) if widened else (tile * self.scale).to(dtype)
         if dtype == torch.float64 and len(tile) == len(self.matrix):
@@ -68,7 +68,7 @@ class TallMatrix:
         return scaled
 
     def forget(self) -> None:
-        """Give up the copy that `tile` keeps."""
+        """Drop the copy that `tile` keeps."""
         self._wide = None
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -109,7 +109,7 @@ class TallMatrix:
 
 
 def add_gram(total: Tensor, X: Tensor) -> None:
-    """Add ``X^T X`` to `total`: by blocks of columns, what is below the diagonal mirrored instead of multiplied."""
+    """Add ``X^T X`` to `total`, by blocks of columns; the blocks below the diagonal are mirrored, not multiplied."""
     n = X.shape[1]
     width = max(-(-n // 6), 128)
     for first in range(0, n, width):

@@ -1,8 +1,8 @@
-"""Loops of many small launches as CUDA graphs: recorded once for given shapes, then launched as a whole.
+"""CUDA graphs of loops of many small launches: recorded once for given shapes, then launched as a whole.
 
 The loops of `purification` and `polar_express` launch some thirty kernels per product and never wait for the device.
-Where the products are small (up to one or two thousand columns) launching takes longer than computing; a graph takes
-one launch. Nothing here has run on a GPU yet, so it is off outside `use_cuda_graphs`.
+For small products (up to one or two thousand columns) the launches take longer than the computation; a graph is a
+single launch. Nothing here has run on a GPU yet, so it is off outside `use_cuda_graphs`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ...errors import ConfigError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Their backends decide what is recorded.
+# The recorded kernels depend on the backends of these ops.
 PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
 
-# Number of shapes that are remembered; their memory is bounded separately.
+# Number of remembered shapes; their memory has a separate bound.
 SHAPES = 64
 LIMIT = 2 << 30
 
@@ -38,13 +38,13 @@ _recording_now = threading.Lock()
 
 @dataclass
 class Recording:
-    """A recorded call, to be run again on other values.
+    """A recorded call that can run again on other values.
 
     Attributes:
-        graph: what was recorded; it works in memory of its own.
-        inputs: copies of the arguments, where the graph reads.
-        outputs: what the function returned, where the graph writes.
-        nbytes: memory that all of it holds.
+        graph: the recorded graph; it works in memory of its own.
+        inputs: copies of the arguments, which the graph reads.
+        outputs: return value of the function, which the graph writes.
+        nbytes: memory of all of them.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -53,7 +53,7 @@ class Recording:
     nbytes: int
 
     def __call__(self, arguments: Any) -> Any:
-        """Copy `arguments` to where the graph reads, launch it, and copy what it wrote."""
+        """Copy `arguments` into the inputs of the graph, launch it, and return a copy of its outputs."""
         for own, given in zip(tensors_in(self.inputs), tensors_in(arguments), strict=True):
             own.copy_(given)
         self.graph.replay()
@@ -63,18 +63,18 @@ class Recording:
 def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Recording:
     """Record `function` for the shapes of `arguments`.
 
-    It must not wait for the device, nor depend on anything but its arguments. Temporary tensors come from the graph's
-    own pool, which is given back with the graph.
+    The function must not wait for the device, nor depend on anything but its arguments. Temporary tensors come from the
+    graph's own pool, which is freed with the graph.
     """
     device = next(tensors_in(arguments)).device
-    # Tensors of the inference mode could not be written to outside of it.
+    # Tensors made in inference mode cannot be written outside of it.
     with _recording_now, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
         inputs = map_tensors(torch.clone, arguments)
         current = torch.cuda.current_stream(device)
         side = _recording_stream(device, current.cuda_stream)
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            function(*inputs)  # whatever is set up or compiled on first use is so before the recording
+            function(*inputs)  # set up and compile before the recording
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # as `torch.cuda.graph` does, so that only the graph's own memory is counted
         before = torch.cuda.memory_reserved(device)
@@ -87,18 +87,18 @@ def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Recordin
 
 @cache
 def _recording_stream(device: torch.device, replayed_on: int) -> torch.cuda.Stream:
-    """Return where graphs are recorded that will run on the stream of that address.
+    """Return the stream on which graphs for the stream of that address are recorded.
 
-    cuBLAS keeps a workspace (32 MiB on Hopper) for each stream, for good, and graphs use that of the stream they were
-    recorded on: one for all that run one after the other, another for what may run at the same time.
+    cuBLAS keeps a workspace (32 MiB on Hopper) for each stream for good, and a graph uses that of the stream it was
+    recorded on. Graphs that run one after the other share it; graphs that may run concurrently must not.
     """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Graphs:
-    """Graphs by function and shapes, the least recently used dropped first.
+    """Graphs by function and shapes; the least recently used one is dropped first.
 
-    The first call for given shapes runs as it is, for many come only once. The second is recorded.
+    The first call for given shapes runs without a graph, because many shapes come only once. The second is recorded.
     """
 
     def __init__(self, limit: int) -> None:
@@ -108,7 +108,7 @@ class Graphs:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the graphs hold."""
+        """Memory of the graphs in bytes."""
         return sum(recording.nbytes for recording in self._known.values() if recording)
 
     def call(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
@@ -131,7 +131,7 @@ class Graphs:
         return cast(R, result)
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         for recording in self._known.values():
             _wait(recording)
         self._known.clear()
@@ -145,7 +145,7 @@ class Graphs:
 
     @staticmethod
     def _circumstances(arguments: tuple[Any, ...]) -> Hashable:
-        """What else a graph depends on: the kernels that dispatch takes; its buffers belong to one stream."""
+        """Return what else a graph depends on: the chosen kernels, and the stream of its buffers."""
         device = next(tensors_in(arguments)).device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         return stream, tuple(dispatch.chosen(op, device.type) for op in PRODUCTS)
@@ -158,16 +158,24 @@ _active: ContextVar[Graphs | None] = ContextVar("cuda_graphs", default=None)
 def use_cuda_graphs(limit: int = LIMIT) -> Iterator[Graphs]:
     """Launch the loops of solver ``products`` as CUDA graphs inside a ``with`` block; on a CPU nothing changes.
 
-    Worth it where many layers of the same few shapes are merged: the second layer of a shape is recorded, from the
-    third on it is launched at once. The results are the same bits. For the thread that opens the block. Has not run on
-    a GPU yet.
+    It pays for merges of many layers of the same few shapes: the second layer of a shape is recorded, later ones are
+    single launches. The results are the same bits. It applies to the thread that opens the block. It has not run on a
+    GPU yet.
 
     Args:
-        limit: bytes of GPU memory that graphs may hold between calls, beside what `tsv_merge` takes; all of it is
-            given back at the end of the block. A single graph above it is dropped after its first use.
+        limit: bytes of GPU memory that graphs may hold between calls, beside the memory of `tsv_merge`; the end of the
+            block frees all of it. A single graph above the limit is dropped after its first use.
+
+    Yields:
+        The graphs; their `nbytes` is the memory they hold.
 
     Raises:
         ConfigError: `limit` is negative.
+
+    Example:
+        >>> with use_cuda_graphs(limit=1 << 30) as graphs:
+        ...     graphs.nbytes
+        0
     """
     if limit < 0:
         raise ConfigError(f"use_cuda_graphs: limit must be a number of bytes, got {limit}")
@@ -181,12 +189,12 @@ def use_cuda_graphs(limit: int = LIMIT) -> Iterator[Graphs]:
 
 
 def replayed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Return ``function(*args)``, as a graph where `use_cuda_graphs` asks for it and the tensors lie on a GPU.
+    """Return ``function(*args)``; inside `use_cuda_graphs`, and for tensors on a GPU, by a graph.
 
     Args:
         function: at module level, waits for no device, and depends on its arguments alone.
         args: tensors, dataclasses and sequences of them, and hashable values.
-        kwargs: a call with any is not recorded.
+        kwargs: a call with keywords is not recorded.
     """
     graphs = _active.get()
     if graphs is None or kwargs or not _recordable(next(tensors_in(args))):
@@ -199,7 +207,7 @@ def _recordable(tensor: Tensor) -> bool:
 
 
 def _wait(recording: Recording | None) -> None:
-    """Before memory is given back, in which the graph may still run."""
+    """Wait for the graph, which may still run, before its memory is freed."""
     for device in {tensor.device for tensor in tensors_in(recording and recording.inputs) if tensor.is_cuda}:
         torch.cuda.synchronize(device)
 
@@ -217,7 +225,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Return `tree` with `function` of each tensor in its place."""
+    """Apply `function` to each tensor of nested dataclasses and sequences."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, (tuple, list)):
@@ -228,7 +236,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def signature(tree: Any) -> Hashable:
-    """Return all of `tree` but the values in its tensors."""
+    """Return a key of `tree`: everything except the values of its tensors."""
     if isinstance(tree, Tensor):
         return tree.shape, tree.stride(), tree.dtype, tree.device
     if isinstance(tree, (tuple, list)):

@@ -1,4 +1,7 @@
-"""TSV-Merge from matrix products alone: the route for tensor cores, with the numbers a certificate needs."""
+"""TSV-Merge of a batch of layers from matrix products alone, with the measurements for a certificate.
+
+Subspaces of all tasks, polar factors of the concatenated bases, weighted cores between them; see `products`.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,26 @@ from .polar_express import polar_express
 from .subspaces import LARGEST_RATIO, TOLERANCE, ProductsSubspaces, extremes, products_subspaces, unit_columns
 from .turning import Turning, measure, understood
 
-# Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Below this nothing is resolved.
+# Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Smaller singular values are not
+# resolved.
 LOWER = 2.0**-17
 
-# The norm of the largest core is estimated from below, by power iteration.
+# Power iteration underestimates the largest singular value of a core.
 LARGEST = 1.2
 
 
 @dataclass(frozen=True)
 class ProductsMerge:
-    """The merged update and what was measured on the way.
+    """The merged update with its measurements.
 
     Attributes:
         matrix: (m, n) float32, or float64 if that was the precision.
         parts: the subspaces of each task.
-        error: estimated relative error (Frobenius norm); NaN or large where the bases have no full rank.
+        error: estimated relative error (Frobenius norm); NaN or large if the bases have no full rank.
         orthogonality: relative defect of the two polar factors, measured on random vectors and on the weighted cores.
             A basis with singular values below `LOWER` shows here.
         condition: of the left and the right bases, estimated from below.
-        polar_steps: quintic steps, of the polar factor that took more.
+        polar_steps: quintic steps, the larger number of both polar factors.
     """
 
     matrix: Tensor
@@ -63,9 +67,9 @@ def products_tsv_merges(
 ) -> list[ProductsMerge]:
     """TSV-Merge (see `tsv_merge`) of the same-shape task matrices of several layers, from matrix products alone.
 
-    All matrices of all layers are solved in one batch. Those whose `error_estimate` is above `tolerance` are solved
-    again with a compressed spectrum. The concatenated bases must have full rank: the caller leaves out rows and columns
-    that no task touched, and goes to another solver if `error` says that the result is not accurate enough.
+    All matrices of all layers are solved in one batch, and those with an `error_estimate` above `tolerance` again with
+    a compressed spectrum. The concatenated bases must have full rank: the caller leaves out rows and columns that are
+    zero in all tasks, and takes another solver if `error` is too large.
 
     Args:
         layers: (L, T, m, n) float32 or float64, finite.
@@ -87,21 +91,21 @@ def products_tsv_merges(
             parts[i] = part
     of_layers = [parts[first : first + tasks] for first in range(0, len(parts), tasks)]
     cores = [_Core.of(layer, [1.0] * tasks if weights is None else weights[i]) for i, layer in enumerate(of_layers)]
-    lefts = _sides(
+    lefts = _orthogonalize(
         [torch.cat([part.U for part in layer], 1) for layer in of_layers],
         cores,
         False,
         [[(unit_columns(part.core @ part.inside), part.left_beyond) for part in layer] for layer in of_layers],
         precision,
     )
-    rights = _sides(
+    rights = _orthogonalize(
         [torch.cat([part.Vh for part in layer], 0).mT for layer in of_layers],
         cores,
         True,
         [[(part.inside, part.right_beyond) for part in layer] for layer in of_layers],
         precision,
     )
-    return [_reconstructed(*layer, precision) for layer in zip(of_layers, cores, lefts, rights, strict=True)]
+    return [_multiply(*layer, precision) for layer in zip(of_layers, cores, lefts, rights, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class _Core:
     Attributes:
         matrix: (k, k) float64, over `unit`.
         unit: its largest entry.
-        dominance: estimate of its largest singular value over its Frobenius norm, rather above than below.
+        dominance: estimate of its largest singular value over its Frobenius norm, rather too large.
     """
 
     matrix: Tensor
@@ -119,7 +123,7 @@ class _Core:
     dominance: Tensor
 
     def of_side(self, transposed: bool) -> Tensor:
-        """Return what the left polar factor is multiplied with, or the right one."""
+        """Return the factor of the left polar factor, or of the right one."""
         return self.matrix.mT if transposed else self.matrix
 
     @classmethod
@@ -134,12 +138,12 @@ class _Core:
 
 @dataclass(frozen=True)
 class _Side:
-    """The polar factor of a concatenated basis and what was measured of it.
+    """The polar factor of a concatenated basis with its measurements.
 
     Attributes:
         matrix: (m, k) the polar factor.
         steps: quintic steps.
-        turning: how far it is from the exact one.
+        turning: its distance from the exact one.
         condition: of the basis.
     """
 
@@ -149,7 +153,7 @@ class _Side:
     condition: float
 
 
-def _sides(
+def _orthogonalize(
     bases: list[Tensor],
     cores: list[_Core],
     transposed: bool,
@@ -160,15 +164,15 @@ def _sides(
 
     Args:
         bases: for each layer (m, k), float64.
-        cores: of each layer, what the polar factors are multiplied with.
-        transposed: whether they are the right ones.
-        directions: for each layer and task which directions of the basis (k_t, any number) are most likely wrong, and
-            where they may have been turned to (m, any number).
+        cores: of each layer, the factors of the polar factors.
+        transposed: whether these are the right ones.
+        directions: for each layer and task the directions of the basis (k_t, any number) that are most likely wrong,
+            and those towards which they may be turned (m, any number).
         precision: format of the products.
     """
     if len({basis.shape for basis in bases}) > 1:
         apart = zip(bases, cores, directions, strict=True)
-        return [_sides([X], [core], transposed, [own], precision)[0] for X, core, own in apart]
+        return [_orthogonalize([X], [core], transposed, [own], precision)[0] for X, core, own in apart]
     stack = torch.stack(bases)
     factors = torch.linalg.cholesky_ex(stack.mT @ stack, upper=True).L
     ends = [extremes(factor)[:2] for factor in factors]
@@ -191,13 +195,14 @@ def _sides(
 def lower_bound(smallest: float) -> float:
     """Return half of the smallest singular value of a batch of bases, or less, but not less than `LOWER`.
 
-    A polar factor takes one step for each factor of 4 in it, and every step adds rounding errors: of well-conditioned
-    bases 4 do instead of 10, with a sixth of the error. A power of two: few polynomials and CUDA graphs serve all.
+    A polar factor takes one step for each factor of 4, and every step adds rounding errors: well-conditioned bases need
+    4 steps instead of 10 and have a sixth of the error. It is a power of two, so that few polynomials and CUDA graphs
+    serve all bases.
     """
     return max(2.0 ** math.floor(math.log2(smallest / 2)), LOWER) if smallest > LOWER else LOWER
 
 
-def _reconstructed(
+def _multiply(
     parts: list[ProductsSubspaces], core: _Core, left: _Side, right: _Side, precision: Precision
 ) -> ProductsMerge:
     """Put the weighted cores between the polar factors."""

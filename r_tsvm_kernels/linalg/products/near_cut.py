@@ -1,9 +1,9 @@
-"""What the traces of a purification tell of the spectrum near its cut, without a single eigenvalue being computed.
+"""Bounds of the spectrum near the cut of a purification, from its traces; no eigenvalue is computed.
 
 A purification squares a matrix X with spectrum in [0, 1] by known polynomials until its eigenvalues are 0 or 1. At each
-step ``tr(X - X X)``, the sum of ``x (1 - x)``, bounds how many eigenvalues are still on their way; the polynomials,
-inverted, tell where they started. So eigenvalues next to the cut are bounded from its side (Rubensson and Niklasson,
-SIAM J. Sci. Comput. 36, 2014), and the number of others at any distance of it from above.
+step ``tr(X - X X)``, the sum of ``x (1 - x)``, bounds the number of eigenvalues still between; the inverse polynomials
+give their start. This bounds the eigenvalues next to the cut from its side (Rubensson and Niklasson, SIAM J. Sci.
+Comput. 36, 2014), and the number of others within any distance of it from above.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 # average, if these are spread evenly.
 LOW, COUNTED = 0.1, 0.15
 
-# Traces of X - X X that are below the first one may be of rounding errors, which do not follow the polynomials. Below
-# the second one no eigenvalue is between the roots of ``x (1 - x) = 0.24``, 0.4 and 0.6: the trace tells how many are
-# above.
+# A trace of X - X X below ROUNDED may be rounding errors, which do not follow the polynomials. Below RESOLVED no
+# eigenvalue is between 0.4 and 0.6, the roots of ``x (1 - x) = 0.24``: the trace gives the number of those above.
 ROUNDED, RESOLVED = 1e-3, 0.24
 
 
@@ -30,7 +29,7 @@ class NearCut:
         kept: lower bound of the smallest eigenvalue above the cut.
         dropped: upper bound of the largest eigenvalue below the cut.
         pairs: estimate of the sum of ``(a / (a - b))^2`` over eigenvalues a above and b below the cut; infinite if
-            the two sides were not told apart.
+            the two sides were not separated.
     """
 
     kept: float
@@ -58,11 +57,11 @@ def near_cut(steps: Sequence[Step], above: int, below: int, eps: float, unit: Ca
     """Bound the eigenvalues next to the cut of a purification.
 
     Args:
-        steps: of the purification; the last one is of the matrix that it ended with.
+        steps: of the purification; the last one is of its final matrix.
         above: number of eigenvalues above the cut.
         below: number of eigenvalues below.
         eps: of the number format, in which traces are exact to a few units.
-        unit: maps eigenvalues of the matrix that was purified to those that are meant; rising.
+        unit: rising function from eigenvalues of the purified matrix to those of the original one.
     """
     kept, dropped = 0.0, 1.0
     windows: list[tuple[float, float, float]] = []  # its two ends, and how many eigenvalues are in it at most
@@ -92,13 +91,13 @@ def near_cut(steps: Sequence[Step], above: int, below: int, eps: float, unit: Ca
 
 
 def below_filter(steps: Sequence[Step], rank: int) -> float:
-    """Bound from above the eigenvalue that comes after the first `rank` of a matrix that was purified to about them."""
+    """Bound from above the eigenvalue after the first `rank` ones of a matrix that was purified to about that rank."""
     trace = steps[-1].trace
     return _origin(min(trace / (rank + 1), 1.0), steps[:-1])
 
 
 def _origin(x: float, steps: Sequence[Step]) -> float:
-    """Return the number that `steps` turn into x."""
+    """Return the number that `steps` map to x."""
     for step in reversed(steps):
         x = math.sqrt(x) if step.shrink else 1 - math.sqrt(1 - x)
     return x

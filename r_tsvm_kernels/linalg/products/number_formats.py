@@ -1,4 +1,4 @@
-"""Number formats for algorithms made of matrix products only: one interface over floats and fp16 planes."""
+"""Number formats for algorithms of matrix products: one interface for floats and fp16 planes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ Arithmetic = Floats | FloatPlanes
 
 
 def padded(x: Tensor, columns: int) -> Tensor:
-    """Add columns of zeros up to the next multiple of 16 from `columns` on, which kernels load fastest."""
+    """Add columns of zeros up to the next multiple of 16 from `columns` on: kernels load those fastest."""
     return torch.nn.functional.pad(x, (0, -(-columns // 16) * 16 - x.shape[-1]))
 
 
@@ -125,7 +125,7 @@ def arithmetic(precision: Precision) -> Arithmetic:
     """Return the arithmetic of that name.
 
     ``fp16x3`` has float32's accuracy at a third of the fp16 rate of tensor cores, ``fp16`` that of tf32 at the full
-    rate. On a CPU both are simulated by rounding: right in accuracy, slow.
+    rate. On a CPU both are simulated by rounding: with the same accuracy, but slowly.
 
     Raises:
         ConfigError: no such format.

@@ -13,8 +13,8 @@ from ..orthonormal import orthogonality
 from .cuda_graph import replayed
 from .number_formats import Arithmetic, Operand, Precision, arithmetic, padded
 
-# A polynomial that is best on all of [l, 1] maps much of it to near 0 when l is small, and rounding errors grow there.
-# Aiming at [CUSHION, 1] instead costs next to no speed; the value is that of the published coefficients.
+# For small l, the best polynomial on all of [l, 1] maps much of it to near 0, where rounding errors grow. Aiming at
+# [CUSHION, 1] instead costs almost no speed; the value is that of the published coefficients.
 CUSHION = 0.02407327424182761
 
 Quintic = tuple[float, float, float]
@@ -45,7 +45,7 @@ def best_quintic(low: float, high: float) -> Quintic:
 def coefficients(lower: float, tolerance: float, margin: float = 0.0, cushion: float = CUSHION) -> tuple[Quintic, ...]:
     """Return the quintics whose composition maps [lower, 1] to ``1 +- tolerance``.
 
-    Each is the best one for what its predecessors made of the interval (Amsel et al., "The Polar Express", arXiv
+    Each is the best one for the image of the interval under its predecessors (Amsel et al., "The Polar Express", arXiv
     2505.16932, algorithm 1), except that an interval that starts below `cushion` times its end is cut there and the
     polynomial scaled so that the ends of the image are symmetric about 1. Beyond its interval a quintic grows fast:
     each is made for an interval that reaches `margin` further, for singular values that rounding lifted.
@@ -70,11 +70,11 @@ def coefficients(lower: float, tolerance: float, margin: float = 0.0, cushion: f
 
 @dataclass(frozen=True)
 class Polar:
-    """A polar factor and what was measured of it.
+    """A polar factor with measurements.
 
     Attributes:
         matrix: (..., m, k) float32, or float64 if that was the precision.
-        orthogonality: (...) largest entry of ``|Q^T Q - I|``. Near 1 where singular values were below `lower`.
+        orthogonality: (...) largest entry of ``|Q^T Q - I|``. Near 1 if singular values were below `lower`.
         steps: number of quintic steps.
     """
 
@@ -89,8 +89,8 @@ def polar_express(
     """Return the polar factors of tall matrices.
 
     ``X <- a X + X (b Y + c Y Y)`` with ``Y = X^T X`` (4 symmetric products of size k for square X), coefficients from
-    `coefficients`. Singular values below ``lower * bound`` do not reach 1; directions that are exactly zero stay so.
-    Costs one step more for each factor of 4 in `lower`.
+    `coefficients`. Singular values below ``lower * bound`` do not reach 1; exact zeros stay zero.
+    Takes one more step for each factor of 4 in `lower`.
 
     Args:
         matrix: (..., m, k), m >= k.

@@ -16,23 +16,23 @@ from .cuda_graph import replayed
 from .number_formats import Arithmetic, Operand, Precision, arithmetic, padded
 
 OVERSAMPLING = 0.2
-# Caps that only spectra without a gap at the wanted rank reach, at the precision of a format. With rounding errors of
-# float32 at most 52 were seen where there is a gap (1e-4 in a spectrum that is nearly flat), and 75 or more where there
-# is none and rounding errors are lifted to a projector. In float64, 90 resolve a relative gap of 1e-9.
+# Caps that only spectra without a gap at the wanted rank reach. With rounding errors of float32, at most 52 steps were
+# seen with a gap (1e-4 in a nearly flat spectrum), and 75 or more without one, when rounding errors are lifted to a
+# projector. In float64, 90 steps resolve a relative gap of 1e-9.
 STEPS: dict[Precision, int] = {"float64": 90, "float32": 64, "fp16x3": 64, "fp16": 64}
 
 
 @dataclass(frozen=True)
 class Purified:
-    """The (nearly) idempotent matrix that purification ends with.
+    """The (nearly) idempotent matrix at the end of a purification.
 
     Attributes:
         matrix: projector, in the arithmetic's format.
-        trace: (...) its trace, the rank it stands for.
+        trace: (...) its trace, which is its rank.
         impurity: (...) ``sum x (1 - x)`` over its eigenvalues x.
         steps: (...) int32, number of squares.
-        history: (..., most squares + 1, 3) float64, before each step: trace, squared norm, and 1 if it shrinks, 0 if it
-            grows, -1 where nothing is done any more.
+        history: (..., most squares + 1, 3) float64, before each step: trace, squared norm, and 1 if the step
+            shrinks, 0 if it grows, -1 after the last one.
     """
 
     matrix: Operand
@@ -44,18 +44,18 @@ class Purified:
 
 @dataclass(frozen=True)
 class Eigenspaces:
-    """Orthonormal bases of leading eigenspaces and what was measured on the way.
+    """Orthonormal bases of leading eigenspaces with measurements.
 
     Attributes:
         bases: one (n, k_i) float64 matrix for each Gram matrix.
         rank_defect: (B,) distance of the last projector's trace from k_i; beyond 0.1 the boundary was not resolved.
-        impurity: (B,) what is left of ``sum x (1 - x)`` there.
+        impurity: (B,) ``sum x (1 - x)`` over its eigenvalues x.
         outer_steps: (B,) squares of size n.
-        inner_steps: (B,) squares of about 1.2 k_i, 0 where the outer level did all.
-        largest: (B,) float64, what the eigenvalues were divided by, so that they lie in [0, 1].
+        inner_steps: (B,) squares of about 1.2 k_i, 0 if one level sufficed.
+        largest: (B,) float64, divisor of the eigenvalues, which brings them into [0, 1].
         outer_history: of the purification of the whole matrices, see `Purified`.
-        inner_history: of those of the second level; of the first where it did all.
-        widths: dimensions of the second level's matrices; n where the outer level did all.
+        inner_history: of the second level; of the first if one level sufficed.
+        widths: dimensions of the second level's matrices; n if one level sufficed.
     """
 
     bases: list[Tensor]
@@ -80,9 +80,10 @@ def purify(
     """Turn symmetric X with spectrum in [0, 1] into the projector on its leading eigenspace.
 
     SP2 (Niklasson, Phys. Rev. B 66, 155115): ``X <- X X`` or ``2 X - X X``, whichever brings the trace nearer to
-    `rank`; the trace of ``X X`` is the squared norm of X and known beforehand. A matrix is done `extra` squares after
-    ``|tr X - rank| < slack`` and ``tr X - tr X X < impurity`` for one pair of `tolerances`. All of that is decided on
-    the device: `steps` squares are launched whatever happens, and those of matrices that are done do nothing.
+    `rank`; the trace of ``X X`` is the squared norm of X, so it is known before the step. A matrix is done `extra`
+    squares after ``|tr X - rank| < slack`` and ``tr X - tr X X < impurity`` for one pair of `tolerances`. The device
+    decides
+    this: `steps` squares are launched in any case, and those of finished matrices do nothing.
 
     Args:
         start: a batch of matrices.
@@ -100,7 +101,7 @@ def purify(
         trace, square = X.trace, X.square_norm
         off, impure = (trace - rank).abs(), trace - square
         met = torch.stack([(off < slack) & (impure < impurity) for slack, impurity in tolerances]).any(0)
-        # From then on the nearest projector is the aim: another rank would lift or drop eigenvalues once more.
+        # From then on aim at the nearest projector: another rank would lift or drop eigenvalues again.
         rank = torch.where((since == 0) & met, trace.round(), rank)
         since = torch.where((since > 0) | met, since + 1, since)
         done = (since - extra).clamp(min=0)
@@ -117,7 +118,7 @@ def purify(
 
 
 def _all(done: Tensor) -> bool:
-    """Whether nothing is left to do; on a GPU, where asking would mean waiting, nobody asks."""
+    """Return whether all matrices are done; always False on a GPU, where the answer would mean a wait."""
     return not done.is_cuda and bool(done.all())
 
 
@@ -135,15 +136,15 @@ def leading_eigenspaces(
     that filter three times more, spans the wanted eigenspace; in its coordinates, the matrix of size k + p is purified
     to rank k exactly. Cost: about 20 to 36 symmetric products of size n.
 
-    A rank above the numerical rank gives arbitrary null directions: the caller must clip it. On a GPU all of it is
-    launched without waiting for the device once; both purifications can be CUDA graphs, see `use_cuda_graphs`.
+    A rank above the numerical rank gives arbitrary null directions: the caller must clip it. On a GPU everything is
+    launched without a wait for the device; both purifications can be CUDA graphs, see `use_cuda_graphs`.
 
     Args:
         gram: (B, n, n) float32 or float64, exactly symmetric.
         ranks: B numbers in 1..n.
         precision: format of the products.
         oversampling: p / k.
-        largest: (B,) an upper bound of the eigenvalues, if one is known; see `largest_eigenvalue`.
+        largest: (B,) an upper bound of the eigenvalues; None takes `largest_eigenvalue`.
     """
     numbers = arithmetic(precision)
     n = gram.shape[-1]
@@ -170,7 +171,7 @@ def leading_eigenspaces(
             (n,) * len(ranks),
         )
 
-    # The second pair: near a projector of any rank from k to k + p. At an exact low rank there is nothing else.
+    # The second pair: near a projector of any rank from k to k + p, which is all that exact low rank allows.
     tolerances = [(spread / 4, spread / 8), (spread / 2 + 0.25, torch.full_like(spread, 0.25))]
     coarse = replayed(purify, start, wanted + spread / 2, tolerances, 4, numbers, STEPS[precision])
     spans = _range_of(coarse.matrix, gaussian(n, columns, gram.device), width, numbers, rounds=4)
@@ -196,12 +197,12 @@ def leading_eigenspaces(
 def largest_eigenvalue(gram: Tensor, rounds: int = 32) -> Tensor:
     """Bound the largest eigenvalue of each matrix from above; 1 for a zero matrix.
 
-    Power iteration of four random vectors. Where it has not converged, in spectra that are nearly flat, neither the
-    Ritz value nor that with its residual is a bound. But what is above the Ritz value by more than a factor of
-    ``(100 n)^(1 / (2 rounds + 1))`` would have outgrown the rest, had the vectors but a 10 sqrt(n)-th of their length
-    there: 1.2 for n = 4096. Or the bound from trace and norm (Wolkowicz and Styan, Linear Algebra Appl. 29, 1980), or
-    the largest column sum, whichever is least, and 1 % on top for rounding: eigenvalues above 1 run away when X is
-    squared several times in a row, and the leading eigenvector is lost.
+    The bound is the least of three. The first is from power iteration of four random vectors. In nearly flat spectra it
+    does not converge, and the Ritz value is no bound. But an eigenvalue above it by more than a factor of
+    ``(100 n)^(1 / (2 rounds + 1))``, 1.2 for n = 4096, would have outgrown the rest, unless the vectors had less than a
+    10 sqrt(n)-th of their length in its direction. The second is from trace and norm (Wolkowicz and Styan, Linear
+    Algebra Appl. 29, 1980), the third is the largest column sum. 1 % is added for rounding: repeated squares amplify
+    eigenvalues above 1 until the leading eigenvector is lost.
     """
     n = gram.shape[-1]
     v = gaussian(n, 4, gram.device).to(gram.dtype).expand(gram.shape[0], -1, -1)
@@ -225,12 +226,12 @@ def largest_eigenvalue(gram: Tensor, rounds: int = 32) -> Tensor:
 def compress(gram: Tensor, level: Tensor) -> Tensor:
     """Return ``G (G + level I)^-1`` in float64: the same eigenvectors, eigenvalues ``x / (x + level)``.
 
-    With `level` near the wanted eigenvalue, those far above it come close to 1 instead of drowning it in their
-    rounding errors: what is lost by rounding the result depends on the relative gap at `level` only, no longer on the
-    ratio of the largest eigenvalue to it. One Cholesky factorisation; also saves the squares that would lift `level`.
+    With `level` near the wanted eigenvalue, much larger eigenvalues come close to 1 and no longer drown it in their
+    rounding errors: the loss depends only on the relative gap at `level`, not on the ratio of the largest eigenvalue to
+    it. Takes one Cholesky factorisation, and saves the squares that would lift `level`.
 
     Args:
-        gram: (B, n, n) float64, symmetric positive semidefinite, not rounded before.
+        gram: (B, n, n) float64, symmetric positive semidefinite, not rounded to another dtype before.
         level: (B,) positive.
     """
     shifted = gram.double().clone()
@@ -242,9 +243,9 @@ def compress(gram: Tensor, level: Tensor) -> Tensor:
 
 
 def _lifted(matrix: Tensor, numbers: Arithmetic) -> SymmetricProduct:
-    """Load a matrix with spectrum in [0, 1], moved up a little.
+    """Load a matrix with spectrum in [0, 1], shifted up a little.
 
-    Squares of the form ``2 X - X X`` double an eigenvalue near 0. One that rounding made negative would run away.
+    Steps of the form ``2 X - X X`` double an eigenvalue near 0. One that rounding made negative would diverge.
     """
     lifted = matrix.clone()
     lifted.diagonal(dim1=-2, dim2=-1).add_(4 * numbers.eps)
@@ -252,7 +253,7 @@ def _lifted(matrix: Tensor, numbers: Arithmetic) -> SymmetricProduct:
 
 
 def _to_rank(start: SymmetricProduct, wanted: Tensor, numbers: Arithmetic, steps: int) -> Purified:
-    """Purify until only rounding is left: the impurity at 1e-3 falls to its square in two steps."""
+    """Purify until only rounding remains: an impurity of 1e-3 falls to its square in two steps."""
     limit = torch.clamp(0.5 * numbers.eps * wanted, min=1e-3)
     extra = 8 if numbers.eps < 1e-12 else 4
     return replayed(purify, start, wanted, [(torch.full_like(wanted, 0.5), limit)], extra, numbers, steps)
@@ -264,8 +265,9 @@ def _range_of(
     """Return orthonormal bases of the ranges of a batch of (fuzzy) projectors, the first ranks[i] columns each.
 
     One product with a random matrix has condition 1e3 to 1e4 and multiplies the projector's noise by it; from the
-    second round on the columns are nearly orthonormal before and after. In float64 a projector of lower rank leaves
-    nothing of the other columns, round after round, unless a second pass makes unit vectors of their rounding errors.
+    second round on the columns are nearly orthonormal before and after. In float64 a projector of lower rank reduces
+    the other columns to rounding errors; a second pass makes unit vectors of these, or they would vanish in later
+    rounds.
     """
     between = 2 if numbers.eps < 1e-12 else 1
     bases = [sketch] * len(ranks)

@@ -1,4 +1,4 @@
-"""Leading singular subspaces from matrix products alone: the route for tensor cores, and what is measured on it."""
+"""Leading singular subspaces from matrix products alone, with measurements of their error."""
 
 from __future__ import annotations
 
@@ -15,55 +15,56 @@ from .near_cut import Step, below_filter, near_cut
 from .number_formats import Precision, arithmetic, padded
 from .purification import compress, leading_eigenspaces
 
-# What becomes of rounding errors, measured: see benchmarks/spectral_accuracy.py. The polar factors multiply those of
-# the bases. Those of the Gram matrix count most where the boundary lies in a flat part of the spectrum.
+# Measured amplification of rounding errors, see benchmarks/spectral_accuracy.py. The polar factors amplify errors of
+# the bases. Errors of the Gram matrix count most if the spectrum is flat at the cut.
 POLAR_AMPLIFICATION, GRAM_AMPLIFICATION = 128, 8
 
-# Invariance that rounding explains, in eps of the format. Twice the largest that was seen where all went well.
+# Invariance that rounding explains, in eps of the format: twice the largest one of good results.
 INVARIANCE_FLOOR = 16
 
-# A singular value below the largest by more than this is float32 rounding: k lies above the numerical rank.
+# A singular value smaller than the largest by more than this factor is float32 rounding: k is above the numerical rank.
 LARGEST_RATIO = 2.0**22
 
-# Entries of a residual are taken to be alike. In some hundred random spectra the mixing of directions that they caused
-# was 0.1 to 3 times what follows for 1; mostly half of it.
+# The estimate assumes that the entries of a residual are alike. In some hundred random spectra, the mixing of
+# directions was 0.1 to 3 times the estimate for 1, mostly half of it.
 ALIKE = 1.5
 
 PROBES = 16
 
-# Largest error estimate at which nothing is solved again, relative to the merged matrix.
+# Largest error estimate that is accepted without a second solve, relative to the merged matrix.
 TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 5e-5, "fp16x3": 5e-5, "fp16": 5e-2}
 
 
 @dataclass(frozen=True)
 class ProductsSubspaces:
-    """Leading singular subspaces ``D ~ U core Vh`` of one matrix and what was measured of them.
+    """Leading singular subspaces ``D ~ U core Vh`` of one matrix, with measurements.
 
     Attributes:
         U: (m, k) float64, orthonormal columns.
         core: (k, k) float64.
         Vh: (k, n) float64, orthonormal rows.
         orthogonality: largest entry of ``|Q^T Q - I|`` over U and V.
-        residual: ``norm(D V - U core) / norm(D)``: is the factorisation right?
-        invariance: ``norm(D^T U - V core^T) / norm(D)``: are the subspaces singular ones? Together 0 only if so.
+        residual: ``norm(D V - U core) / norm(D)``: the error of the factorisation.
+        invariance: ``norm(D^T U - V core^T) / norm(D)``: how far the subspaces are
+            from singular ones.
         rank_defect: distance of the projector's trace from k. Beyond 0.1 the boundary at k was not resolved.
         smallest: estimate of ``sigma_k``, rather above than below.
         ratio: estimate of ``sigma_1 / sigma_k``, rather below than above.
-        error_estimate: what to expect of the merged matrix, ``eps (128 + 8 h^2)`` with eps of the format and h the
-            ratio, or ``level / sigma_k`` if the spectrum was compressed; plus what `invariance` lacks beyond rounding,
-            over ``sigma_k``. Infinite if the projector is none (`rank_defect`) or k above the numerical rank (`ratio`):
-            the caller must go to another solver.
+        error_estimate: expected error of the merged matrix, ``eps (128 + 8 h^2)`` with eps of the format and h the
+            ratio, or ``level / sigma_k`` if the spectrum was compressed; plus the part of
+            `invariance` beyond rounding, over ``sigma_k``. Infinite if the projector is none (`rank_defect`) or k above
+            the numerical rank (`ratio`): the caller must take another solver.
         subspace_error: estimated sine of the angle to the exact subspaces (Frobenius norm over all directions), from
             `invariance` and the spectrum near the cut.
         gap: lower bound of ``(sigma_k - sigma_(k+1)) / sigma_k``.
-        inside: (k, 8) float64, unit vectors in the coordinates of `Vh`: four near the direction of ``sigma_k``, the one
-            that is most likely wrong, and four random ones.
-        left_beyond: (m, 8) float64, unit vectors that `U` may have been turned to: four near the direction of
+        inside: (k, 8) float64, unit vectors in the coordinates of `Vh`: four near the direction of ``sigma_k``, which
+            is most likely wrong, and four random ones.
+        left_beyond: (m, 8) float64, unit vectors towards which `U` may be turned: four near the direction of
             ``sigma_(k+1)``, and four of the residual.
-        right_beyond: (n, 8) the same for `Vh`.
+        right_beyond: (n, 8), the same for `Vh`.
         outer_steps: squares of full size.
         inner_steps: squares of about 1.2 k.
-        compressed: whether the spectrum was compressed in float64 first.
+        compressed: whether the spectrum was compressed in float64 before.
     """
 
     U: Tensor
@@ -151,12 +152,12 @@ def products_subspaces(
     )
     n = exact.shape[-1]
     return [
-        _part(bases, own, row, numbers.eps, n, width, levels is not None)
+        _summarize(bases, own, row, numbers.eps, n, width, levels is not None)
         for bases, own, row, width in zip(found, directions, table.tolist(), spaces.widths, strict=True)  # waits here
     ]
 
 
-def _part(
+def _summarize(
     bases: tuple[Tensor, Tensor, Tensor],
     directions: tuple[Tensor, Tensor, Tensor],
     measured: list[float],
@@ -165,7 +166,7 @@ def _part(
     width: int,
     compressed: bool,
 ) -> ProductsSubspaces:
-    """Put U, core and V of one matrix together with what was measured of them."""
+    """Put U, core and V of one matrix together with their measurements."""
     skew, norm, residual, invariance, relative, largest, smallest, rank_defect, outer_steps, inner_steps = measured[:10]
     unit, bound, level = measured[10:13]
     histories = measured[13:]
@@ -175,7 +176,7 @@ def _part(
     usable = ratio < LARGEST_RATIO and rank_defect < 0.1
     height = level / (smallest * unit) if compressed and usable else ratio
     estimate = eps * (POLAR_AMPLIFICATION + GRAM_AMPLIFICATION * height**2)
-    # What rounding does not explain: the first level stopped too early, and the second one cannot know.
+    # The part that rounding does not explain: the first level stopped too early, which the second one cannot notice.
     estimate += (
         max(invariance / norm - INVARIANCE_FLOOR * eps, 0.0) * norm / max(smallest, torch.finfo(torch.float64).tiny)
     )
@@ -183,7 +184,7 @@ def _part(
     shift = (level / unit) ** 2 if compressed else 0.0
 
     def eigenvalue(x: float) -> float:
-        """Undo the lifts, scaling and compression of the matrix that was purified."""
+        """Undo the lift, the scaling and the compression of the purified matrix."""
         x = max(x - (4 if width == n else 8) * eps, 0.0) * bound
         return shift * x / max(1 - x, 1e-16) if compressed else x
 
@@ -230,9 +231,9 @@ def _steps(history: list[float]) -> list[Step]:
 
 
 def _residuals(D: Tensor, U: Tensor, R: Tensor, V: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return norms: of D, of what is missing to ``D V = U R``, to ``D^T U = V R^T``, and to ``D^T U R^-T = V``.
+    """Return the norms of D and of the residuals of ``D V = U R``, ``D^T U = V R^T`` and ``D^T U R^-T = V``.
 
-    And of the last, on random vectors, what is missing itself: (n, any number).
+    The last residual, on random vectors, is returned itself, too: (n, any number).
     """
     z = gaussian(R.shape[0], PROBES, R.device)
     relative = D.mT @ (U @ torch.linalg.solve_triangular(R.mT, z, upper=False)) - V @ z
@@ -241,7 +242,7 @@ def _residuals(D: Tensor, U: Tensor, R: Tensor, V: Tensor) -> tuple[list[Tensor]
 
 
 def _directions(D: Tensor, V: Tensor, last: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where the subspaces are most likely wrong, see `ProductsSubspaces`: inside, and beyond on both sides."""
+    """Return the likely directions of errors, see `ProductsSubspaces`: inside, and beyond on both sides."""
     some = unit_columns(residual[:, : last.shape[1]])
     beyond = some
     for _ in range(6):
@@ -253,7 +254,7 @@ def _directions(D: Tensor, V: Tensor, last: Tensor, residual: Tensor) -> tuple[T
 
 
 def unit_columns(columns: Tensor) -> Tensor:
-    """Scale columns to norm 1; those of zeros stay so."""
+    """Scale columns to norm 1; columns of zeros stay zero."""
     norms: Tensor = torch.linalg.vector_norm(columns, dim=0)
     return columns / norms.clamp(min=torch.finfo(columns.dtype).tiny)
 
@@ -261,7 +262,7 @@ def unit_columns(columns: Tensor) -> Tensor:
 def extremes(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Estimate the largest (from below) and smallest (from above) singular value of a triangular matrix.
 
-    The third one (k, 4) holds unit vectors near the right singular vector of the smallest.
+    The third result (k, 4) holds unit vectors near the right singular vector of the smallest.
     """
     large = small = gaussian(R.shape[0], 4, R.device)
     for _ in range(8):

@@ -1,12 +1,12 @@
-"""How errors of a basis X, and of the arithmetic, turn its polar factor Q: measured on a few vectors.
+"""How errors of a basis X and of the arithmetic turn its polar factor Q, measured on a few vectors.
 
 To first order, with h the singular values of X and S = (X^T X)^(-1/2), an error that turns the direction a of X towards
 b moves Q by ``b_out (S a)^T`` for the part b_out of b outside the range of X, and by ``Q K`` with the skew matrix
 
     K_ij = (y_i a_j - a_i y_j) / (h_i + h_j),     y = Q^T b,
 
-in the right singular basis of X. The few smallest h are far smaller than all others, and there the difference in K
-matters: they are treated apart, in the span of Z. Of the others, ``h_i + h_j`` is taken for its geometric mean.
+in the right singular basis of X. A few h are far smaller than all others, and for these the difference in K matters:
+they are treated separately, in the span of Z. For the others, the geometric mean replaces ``h_i + h_j``.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ..on_device import gaussian
 from ..orthonormal import cholesky_qr
 
 PROBES = 16
-# Smallest singular values that are treated apart, and rounds of inverse iteration that look for them.
+# Number of smallest singular values that are treated separately, and rounds of inverse iteration that find them.
 SMALLEST, ROUNDS = 8, 6
 
 
 @dataclass(frozen=True)
 class Turning:
-    """What is known of a polar factor.
+    """Errors of a polar factor.
 
     Attributes:
-        defect: what is missing to an isometry, relative, on random vectors and on the weighted cores.
-        turned: how much rounding moves the product with the weighted cores, relative, beyond `defect`.
-        sensitivity: of each task: how much an error of its basis moves that product, relative.
+        defect: relative distance from an isometry, on random vectors and on the weighted cores.
+        turned: relative error of the product with the weighted cores by rounding, beyond `defect`.
+        sensitivity: for each task, the relative change of that product by an error of its basis.
     """
 
     defect: float
@@ -43,14 +43,14 @@ class Turning:
 
 
 def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the numbers that `understood` makes a `Turning` of, all in one tensor on the device.
+    """Measure the numbers for a `Turning`, see `understood`; all in one tensor on the device.
 
     Args:
         X: (m, k) float64.
         Q: (m, k) float64, its polar factor.
         R: (k, k) float64, upper triangular, ``R^T R = X^T X``.
-        core: (k, k) float64, what Q is multiplied with.
-        directions: of each task, columns a (k_t, d) in its block of X, and as many columns b (m, d), of norm 1.
+        core: (k, k) float64, the factor of Q.
+        directions: for each task, columns a (k_t, d) in its block of X, and as many columns b (m, d), of norm 1.
     """
     k = R.shape[0]
     tiny = torch.finfo(core.dtype).tiny
@@ -66,7 +66,7 @@ def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[
         Z, _ = cholesky_qr(inverse(Z), passes=2)
 
     def apart(z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``Z^T z``, and what is left of z."""
+        """Return ``Z^T z``, and the rest of z."""
         inside = Z.mT @ z
         return inside, z - Z @ inside
 
@@ -115,12 +115,12 @@ def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[
 
 
 def understood(numbers: Sequence[float], k: int, widths: Sequence[int], dominance: float) -> Turning:
-    """Make a `Turning` of what was measured.
+    """Make a `Turning` from the measured numbers.
 
     Args:
         numbers: from `measure`.
         k: columns of X.
-        widths: of each task, the number of directions.
+        widths: number of directions of each task.
         dominance: largest singular value of the core over its Frobenius norm.
     """
     p = min(SMALLEST, k)
