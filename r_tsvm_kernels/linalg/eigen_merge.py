@@ -92,7 +92,7 @@ class Images:
 class Triangles:
     """The Cholesky factors ``R = blockdiag(R_t)`` of the tasks' images, with columns scaled to norm 1.
 
-    The columns of a task's image are orthogonal but for rounding: scaled to norm 1 nothing is lost.
+    The columns of a task's image are orthogonal up to rounding, so scaling them to norm 1 loses nothing.
 
     Attributes:
         blocks: the columns of each task.

@@ -96,21 +96,21 @@ class MethodParameters(Strict):
 
     @classmethod
     def is_per_model(cls, name: str) -> bool:
-        """Whether each model may set field `name` for itself."""
+        """Return whether each model may have its own value of field `name`."""
         return _PER_MODEL in cls.model_fields[name].metadata
 
     def for_tensor(self, name: str) -> MethodParameters:
-        """Return the parameters for the tensor of that name; methods that draw at random give it a seed of its own.
+        """Return the parameters for the tensor `name`; random methods give each tensor its own seed.
 
         Raises:
-            ConfigError: values that do not go together.
+            ConfigError: values that exclude each other.
         """
         return self
 
 
 @contextmanager
 def timed(stages: dict[str, list[float]], stage: str) -> Iterator[None]:
-    """Add the wall time and the CPU time of this thread that the ``with`` block takes to a stage."""
+    """Add the wall time and the CPU time of this thread in the ``with`` block to a stage."""
     wall, cpu = time.perf_counter(), time.thread_time()
     try:
         yield
@@ -138,22 +138,22 @@ class TensorReport:
     Attributes:
         method: name of the merge method.
         treatment: ``merge`` (the method's formula), ``mean`` (mean of the task vectors) or ``base`` (left alone).
-        reason: why it was treated so, or to which tensor it is tied; empty for others that are merged.
+        reason: reason for the treatment, or the tensor it is tied to; empty for other merged tensors.
         shape: of the tensor.
         ranks: rank kept per task.
         sparsities: fraction of each task matrix at or below ``sparsity_eps`` times its mean magnitude.
-        outlier_masses: share of each task's total magnitude that lies above the outlier threshold.
+        outlier_masses: share of each task's total magnitude above the outlier threshold.
         weights: factor of each task's core, or weight of each task vector or model.
         captured_energy: fraction of each task matrix's squared Frobenius norm inside the kept subspaces.
-        certificate: accuracy of the spectral solve; None where there was none.
+        certificate: accuracy of the spectral solve; None if there was none.
         interference: overlap of the tasks' left and of their right singular subspaces before they were made
-            orthogonal, beyond that of independent tasks, 0, up to 1: the same subspaces; negative where they are more
-            orthogonal than independent ones. See `linalg.interference_above_chance` for the formula.
-        task_norms: Frobenius norm of each task vector ``W_t - W_0``, as loaded; empty where it was not measured.
-        update_norm: Frobenius norm of the change of the base, as stored; None where it was not measured.
+            orthogonal: 0 for independent tasks, 1 for equal subspaces, negative if they are more orthogonal than
+            independent ones. See `linalg.interference_above_chance` for the formula.
+        task_norms: Frobenius norm of each task vector ``W_t - W_0``, as loaded; empty if not measured.
+        update_norm: Frobenius norm of the change of the base, as stored; None if not measured.
         seconds: wall time of the computation.
         stages: wall time and CPU time of the thread, in seconds, of ``merge`` (the computation), of its parts
-            ``statistics`` and ``spectral`` where the method has them, and in an engine of ``read`` and ``write``.
+            ``statistics`` and ``spectral`` if the method has them, and of ``read`` and ``write`` in an engine.
     """
 
     method: str = ""
@@ -176,7 +176,7 @@ class TensorReport:
         return f"TensorReport({shown(self)}, {self.seconds:.3g} s)"
 
     def add_rows(self, other: TensorReport) -> None:
-        """Take over what the report of other rows of the same tensor says of time and norms."""
+        """Add the times and norms in the report of other rows of the same tensor."""
         self.seconds += other.seconds
         for stage, spent in other.stages.items():
             self.stages[stage] = [a + b for a, b in zip(self.stages.get(stage, [0.0, 0.0]), spent, strict=True)]
@@ -208,7 +208,7 @@ Run = Callable[[Tensor, Sequence[Any], Any], MergeResult]
 
 @dataclass(frozen=True)
 class TensorJob:
-    """One tensor to be merged, as far as its header and the recipe tell.
+    """A tensor to be merged, described by its header and the recipe.
 
     Attributes:
         shape: of the tensor.
@@ -230,11 +230,11 @@ class TensorJob:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job takes.
+    """Estimated memory and operations of a job.
 
     Attributes:
-        bytes: upper bound of the memory in use at one time beside the inputs; the float result is part of it.
-        flops: about how many operations.
+        bytes: upper bound of the peak memory beside the inputs, with the float result.
+        flops: approximate number of floating-point operations.
     """
 
     bytes: int
@@ -242,16 +242,16 @@ class Cost:
 
 
 def task_matrices(base: Tensor, tuned: Sequence[Tensor | Factored]) -> tuple[list[Tensor | Factored], torch.dtype]:
-    """Return what each model differs from the base by, and the dtype to merge in; `Factored` ones as they are."""
+    """Return ``W_t - W_0`` of each model, and the dtype of the merge; `Factored` updates are returned unchanged."""
     stored = [tensor.left if isinstance(tensor, Factored) else tensor for tensor in tuned]
     dtype = accumulation_dtype(base, *stored)
     return [x if isinstance(x, Factored) else x.to(dtype) - base.to(dtype) for x in tuned], dtype
 
 
 def factored_cost(job: TensorJob, ranks: Sequence[int]) -> Cost:
-    """Return what a merge of factored task matrices with these inner dimensions takes, the merged matrix in the end."""
+    """Return the cost of a merge of factored task matrices with these inner dimensions, with the merged matrix."""
     (m, n), inner = job.shape, float(sum(ranks))
-    # Of KnOTS, which needs most: a matrix of that many rows for each task, four times.
+    # That of KnOTS, the largest: a matrix of that many rows for each task, four times.
     narrow = 8 * ((8 + 4 * job.tasks) * (m + n) * int(inner) + (16 + 4 * job.tasks) * int(inner) ** 2)
     flops = 2.0 * job.elements * inner + 12.0 * (m + n) * inner**2 + 40.0 * inner**3
     return Cost((9 + 7 * job.itemsize) * job.elements + narrow, flops)
@@ -263,7 +263,7 @@ def always(options: Any) -> bool:
 
 
 def elementwise_cost(job: TensorJob, options: Any) -> Cost:
-    """Return what a weighted sum of task vectors takes: the reference in torch stores what the kernels do not."""
+    """Return the cost of a weighted sum of task vectors; the reference in torch needs temporaries, kernels do not."""
     copies = 7 * job.itemsize + 1 if dispatch.by_reference(job.device_type, "elect_and_sum") else job.itemsize
     return Cost(copies * job.elements, (3.0 * job.tasks + 2) * job.elements)
 
@@ -278,17 +278,17 @@ class Method:
         paper_url: where the method is defined.
         parameters: the model of its parameters.
         run: ``run(base, tuned, options)``; returns the merged tensor in float32 (float64 if any input is float64).
-        needs_base: whether task vectors are formed; if not, the base is an input like others: see
+        needs_base: whether task vectors are formed; if not, the base is an input like the models: see
             `MergeConfig.base_joins`.
-        matrices_only: whether only 2-D tensors go through `run`, all others being given the mean task vector.
-        rank_per_task: whether each task gets a rank of its own, of which a matrix with fewer rows or columns than tasks
-            has none to give.
-        mean_if_rankless: whether such matrices are given the mean task vector too.
-        row_wise: whether rows may be merged apart: those of the result depend on the same rows of the inputs alone,
+        matrices_only: whether `run` takes only 2-D tensors; others get the mean task vector.
+        rank_per_task: whether each task gets its own rank. A matrix with fewer rows or columns than tasks has no rank
+            to share.
+        mean_if_rankless: whether such matrices get the mean task vector, too.
+        row_wise: whether rows may be merged separately: rows of the result depend only on the same rows of the inputs,
             to the bit.
         tasks: the only number of fine-tuned models it merges; None for any.
-        factored: whether, with these options, `run` also takes all task matrices as `Factored` in place of the models.
-        aliases: other names it goes by, in papers and in other tools.
+        factored: whether, with these options, `run` also takes all task matrices as `Factored` instead of the models.
+        aliases: its other names, in papers and in other tools.
         cost: memory and operations of a job with its options.
     """
 
@@ -325,7 +325,7 @@ def register(
 ) -> Callable[[Run], Run]:
     """Register the decorated function as merge method `name`; `traits` are the other fields of `Method`.
 
-    It takes parameters of models as well, which require grad; its results carry no graph.
+    It also takes parameters that require grad; its results carry no graph.
     """
 
     def decorate(run: Run) -> Run:
@@ -342,7 +342,7 @@ def nearest(word: str, candidates: Sequence[str]) -> str:
 
 
 def get_method(name: str) -> Method:
-    """Look a merge method up, by its name or one of its other names.
+    """Look up a merge method by its name or an alias.
 
     Raises:
         ConfigError: there is no method of that name.

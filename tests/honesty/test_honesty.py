@@ -12,7 +12,7 @@ import pytest
 from r_tsvm_kernels.errors import ConvergenceError
 from r_tsvm_kernels.linalg import BACKWARD_ERROR, Cut, eigenspaces
 from r_tsvm_kernels.linalg.products import merge as products_merge
-from r_tsvm_kernels.linalg.products.turning import understood
+from r_tsvm_kernels.linalg.products.turning import interpret
 
 from .inputs import problem
 from .judge import Verdict, judge_subspaces, judge_tsv_merge, judged, sizes
@@ -63,7 +63,7 @@ def silent(cut, allowed=0.0, **rest):
 
 
 def steady(numbers, k, widths, dominance):
-    return replace(understood(numbers, k, widths, dominance), turned=0.0, sensitivity=[0.0] * len(widths))
+    return replace(interpret(numbers, k, widths, dominance), turned=0.0, sensitivity=[0.0] * len(widths))
 
 
 def subspaces(problem):
@@ -87,7 +87,7 @@ MUTATIONS = {
     "amplification left out": (Cut, "error", not_amplified, eigen),
     "left directions as right ones": (Cut, "error", as_right_ones, subspaces),
     "choices kept silent": (Cut, "error", silent, eigen),
-    "products: turning left out": (products_merge, "understood", steady, products),
+    "products: turning left out": (products_merge, "interpret", steady, products),
 }
 
 

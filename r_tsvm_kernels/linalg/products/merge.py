@@ -15,7 +15,7 @@ from torch import Tensor
 from .number_formats import Precision, arithmetic
 from .polar_express import polar_express
 from .subspaces import LARGEST_RATIO, TOLERANCE, ProductsSubspaces, extremes, products_subspaces, unit_columns
-from .turning import Turning, measure, understood
+from .turning import Turning, interpret, measure
 
 # Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Smaller singular values are not
 # resolved.
@@ -187,7 +187,7 @@ def _orthogonalize(
     ).tolist()
     sides = []
     for Q, row, (largest, smallest), own in zip(batch.matrix, table, found, directions, strict=True):
-        turning = understood(row[1:], Q.shape[1], [a.shape[1] for a, _ in own], row[0])
+        turning = interpret(row[1:], Q.shape[1], [a.shape[1] for a, _ in own], row[0])
         sides.append(_Side(Q, batch.steps, turning, largest / smallest if smallest else math.inf))
     return sides
 

@@ -43,7 +43,7 @@ class Turning:
 
 
 def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Measure the numbers for a `Turning`, see `understood`; all in one tensor on the device.
+    """Measure the numbers for a `Turning`, see `interpret`; all in one tensor on the device.
 
     Args:
         X: (m, k) float64.
@@ -114,7 +114,7 @@ def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[
     return torch.cat(numbers)
 
 
-def understood(numbers: Sequence[float], k: int, widths: Sequence[int], dominance: float) -> Turning:
+def interpret(numbers: Sequence[float], k: int, widths: Sequence[int], dominance: float) -> Turning:
     """Make a `Turning` from the measured numbers.
 
     Args:
