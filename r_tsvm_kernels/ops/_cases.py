@@ -82,7 +82,8 @@ def difference(op: Op[..., Any], got: object, expected: object) -> str | None:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().flatten().view(torch.uint8)
+    # A copy: one element may have any stride and still be contiguous.
+    return x.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

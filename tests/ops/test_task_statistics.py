@@ -5,10 +5,25 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import check as check_cases
+from cases import check_on_another_stream
 from compare import same_bits
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from variants import DTYPES, LAYOUTS, SHAPES, available, layout_names, torch_threads
+from variants import (
+    BEYOND_32_BITS,
+    DTYPES,
+    LAYOUTS,
+    MODEL_SHAPES,
+    every_backend,
+    large,
+    layout_names,
+    on_devices,
+    shapes,
+    simulated,
+    some_backends,
+    torch_threads,
+)
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import ConfigError, DTypeError, ShapeError
@@ -18,20 +33,17 @@ from r_tsvm_kernels.ops.task_statistics import task_statistics
 FIELDS = ["mean", "sd", "max", "zeros", "theta", "outlier_mass", "small"]
 
 
-every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
-native_backend = pytest.mark.parametrize("backend", available("cpu"))
+native_backend = some_backends(task_statistics, "cpu")
 
 
 def measure(backend, base, tuned, sigma=3.0, eps=0.1):
-    """Run one backend on CPU tensors; return its statistics as numpy arrays."""
-    device = "cuda" if backend == "cuda" else "cpu"
-    # .to() keeps the strides of dense tensors only; those of slices matter on the CPU.
-    result = task_statistics(base.to(device), [t.to(device) for t in tuned], sigma=sigma, eps=eps, backend=backend)
+    """Return the statistics as numpy arrays."""
+    result = task_statistics(base, tuned, sigma=sigma, eps=eps, backend=backend)
     assert result.numel == base.numel()
     for field in FIELDS:
         tensor = getattr(result, field)
         assert tensor.shape == (len(tuned),)
-        assert tensor.device.type == device
+        assert tensor.device == base.device
         assert tensor.dtype == (torch.int64 if field in ("zeros", "small") else torch.float64)
     return {field: getattr(result, field).cpu().numpy() for field in FIELDS}
 
@@ -40,8 +52,8 @@ def magnitudes(base, tuned):
     in_float64 = torch.float64 in {t.dtype for t in [base, *tuned]}
     dtype = np.float64 if in_float64 else np.float32
     # Through float64, which holds every input exactly: numpy has no bfloat16.
-    origin = base.double().numpy().astype(dtype)
-    return [np.abs(t.double().numpy().astype(dtype) - origin).astype(np.float64) for t in tuned]
+    origin = base.cpu().double().numpy().astype(dtype)
+    return [np.abs(t.cpu().double().numpy().astype(dtype) - origin).astype(np.float64) for t in tuned]
 
 
 def assert_correct(got, base, tuned, sigma=3.0, eps=0.1):
@@ -74,9 +86,14 @@ def pair(*shape, tasks=1, dtype=torch.float32, scale=0.05):
     return base, [(base.double() + scale * torch.randn(shape)).to(dtype) for _ in range(tasks)]
 
 
-@every_backend
+@every_backend(task_statistics, reference=False)
+def test_cases(backend):
+    check_cases(task_statistics, backend)
+
+
+@every_backend(task_statistics)
 @given(
-    shape=SHAPES,
+    data=st.data(),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4),
     layouts=st.lists(layout_names, min_size=4, max_size=4),
     scale=st.sampled_from([1e-6, 0.05, 100.0]),
@@ -84,31 +101,33 @@ def pair(*shape, tasks=1, dtype=torch.float32, scale=0.05):
     eps=st.sampled_from([0.0, 0.1, 1.0, 5.0]),
     seed=st.integers(0, 1000),
 )
-@example(shape=(0,), dtypes=[torch.float32] * 2, layouts=["contiguous"] * 4, scale=1.0, sigma=math.inf, eps=0.0, seed=0)
-def test_any_shape_dtype_and_layout(backend, shape, dtypes, layouts, scale, sigma, eps, seed):
+def test_any_shape_dtype_and_layout(backend, data, dtypes, layouts, scale, sigma, eps, seed):
     torch.manual_seed(seed)
+    shape = data.draw(shapes(backend))
     origin = torch.randn(shape)
     values = [origin, *(origin + scale * torch.randn(shape) for _ in dtypes[1:])]
     tensors = [LAYOUTS[how](v.to(dtype)) for v, dtype, how in zip(values, dtypes, layouts, strict=False)]
     check(backend, tensors[0], tensors[1:], sigma, eps)
 
 
-@every_backend
+@every_backend(task_statistics)
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 5), (), (1,), (1, 1, 1)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_and_single_elements(backend, shape, dtype):
     check(backend, *pair(*shape, tasks=2, dtype=dtype))
 
 
-@every_backend
+@every_backend(task_statistics)
 @pytest.mark.parametrize("tasks", [1, 8, 9, 17])
 def test_number_of_tasks(backend, tasks):
     check(backend, *pair(37, 113, tasks=tasks, dtype=torch.bfloat16))
 
 
-@every_backend
-@pytest.mark.parametrize("size", [7, 5000, 70001])
+@every_backend(task_statistics)
+@pytest.mark.parametrize("size", [7, 300, 5000, 70001])
 def test_equal_magnitudes(backend, size):
+    if simulated(backend) and size > 5000:
+        size = 1001
     base = torch.zeros(size)
     tuned = torch.full((size,), 0.1)
     tuned[::3] = -0.1
@@ -117,7 +136,7 @@ def test_equal_magnitudes(backend, size):
     assert got["zeros"][0] == got["small"][0] == 0
 
 
-@every_backend
+@every_backend(task_statistics)
 def test_equal_tensors_and_negative_zero(backend):
     base = torch.zeros(3000, dtype=torch.bfloat16)
     got = check(backend, base, [base.clone(), -base, torch.full_like(base, 1.0)])
@@ -127,16 +146,17 @@ def test_equal_tensors_and_negative_zero(backend):
     assert not np.signbit([got["mean"], got["max"], got["outlier_mass"]]).any()
 
 
-@every_backend
+@every_backend(task_statistics)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heavy_tails(backend, dtype):
-    base = torch.zeros(50_000, dtype=dtype)
-    exponent = torch.rand(50_000) * 6 - 4
+    size = 2000 if simulated(backend) else 50_000
+    base = torch.zeros(size, dtype=dtype)
+    exponent = torch.rand(size) * 6 - 4
     got = check(backend, base, [(10**exponent).to(dtype)], sigma=2.0)
     assert got["outlier_mass"][0] > 0.1
 
 
-@every_backend
+@every_backend(task_statistics)
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2.0**-149), (torch.float16, 2.0**-24)])
 def test_subnormals(backend, dtype, unit):
     steps = torch.arange(-500, 500, dtype=torch.float64)
@@ -145,7 +165,7 @@ def test_subnormals(backend, dtype, unit):
     assert got["zeros"][0] == 1
 
 
-@every_backend
+@every_backend(task_statistics)
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16),
                                     (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float64)])  # fmt: skip
 def test_mixed_dtypes(backend, dtypes):
@@ -153,7 +173,7 @@ def test_mixed_dtypes(backend, dtypes):
     check(backend, base.to(dtypes[0]), [tuned[0].to(dtypes[1]), tuned[1].to(dtypes[0])])
 
 
-@every_backend
+@every_backend(task_statistics)
 def test_thresholds_between_two_float32_values_are_not_rounded(backend):
     tuned = torch.ones(5000)
     tuned[77] = 1 - 2.0**-24
@@ -163,14 +183,14 @@ def test_thresholds_between_two_float32_values_are_not_rounded(backend):
     assert got["outlier_mass"][0] > 0.999
 
 
-@every_backend
+@every_backend(task_statistics)
 def test_float64_is_not_rounded(backend):
     base = torch.ones(5000, dtype=torch.float64)
     got = check(backend, base, [base + 1e-12 * torch.rand(5000, dtype=torch.float64)])
     assert 0 < got["mean"][0] < 1e-12
 
 
-@every_backend
+@every_backend(task_statistics)
 def test_float64_that_overflows(backend):
     base = torch.zeros(4100, dtype=torch.float64)
     # Squares overflow in the first task, already the sum in the second.
@@ -180,7 +200,7 @@ def test_float64_that_overflows(backend):
     assert got["sd"][1] == math.inf
 
 
-@every_backend
+@every_backend(task_statistics)
 @pytest.mark.parametrize("sigma", [3.0, 0.0, math.inf])
 @pytest.mark.parametrize("eps", [0.1, 0.0])
 def test_nan_and_infinity(backend, sigma, eps):
@@ -214,7 +234,7 @@ def test_layout_does_not_change_a_bit(backend, dtype, how):
         assert expected[field].tobytes() == strided[field].tobytes() == mixed[field].tobytes()
 
 
-@pytest.mark.parametrize("backend", available("cpu"))
+@native_backend
 @pytest.mark.parametrize(("size", "tasks"), [(300_001, 3), (40_000, 8), (1_000_003, 1)])
 def test_number_of_threads_does_not_change_a_bit(backend, size, tasks):
     base, tuned = pair(size, tasks=tasks, dtype=torch.bfloat16)
@@ -227,7 +247,7 @@ def test_number_of_threads_does_not_change_a_bit(backend, size, tasks):
     assert_correct(results[0], base, tuned)
 
 
-@pytest.mark.parametrize("backend", available("cpu"))
+@native_backend
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 3.0, math.inf])
 @pytest.mark.parametrize("eps", [0.0, 0.1, 1.0, 5.0])
 def test_limits_that_a_sample_finds(backend, sigma, eps):
@@ -238,7 +258,7 @@ def test_limits_that_a_sample_finds(backend, sigma, eps):
     check(backend, rounded, [coarse, rounded], sigma, eps)
 
 
-@pytest.mark.parametrize("backend", available("cpu"))
+@native_backend
 @pytest.mark.parametrize("first", [0, 150_000, 299_000])
 @pytest.mark.parametrize("size", [16, 1_000, 100_000])
 @pytest.mark.parametrize("factor", [0.0, 1e-6, 1e6])
@@ -250,7 +270,7 @@ def test_what_the_sample_does_not_show(backend, first, size, factor):
         check(backend, torch.zeros_like(tuned), [tuned, tuned.abs()], sigma, eps)
 
 
-@pytest.mark.parametrize("backend", available("cpu"))
+@native_backend
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
 def test_a_sample_of_nothing_but_outliers(backend, bad):
     """Every 16th element and its neighbours, so that the sample meets them; NaN and infinity leave no pivot."""
@@ -264,7 +284,7 @@ def test_a_sample_of_nothing_but_outliers(backend, bad):
         np.testing.assert_equal(got["small"][0], 0 if math.isnan(bad) else 300_000)
 
 
-@pytest.mark.parametrize("backend", available("cpu"))
+@native_backend
 def test_a_deviation_far_smaller_than_the_mean(backend):
     base = torch.zeros(300_000, dtype=torch.float64)
     check(backend, base, [1 + 1e-6 * torch.randn(300_000, dtype=torch.float64)])
@@ -281,7 +301,7 @@ def test_every_16_bit_value_is_widened_exactly(backend, dtype, partner):
     assert same_bits(torch.from_numpy(got).nan_to_num(nan=-1.0), values.double().abs().nan_to_num(nan=-1.0))
 
 
-@pytest.mark.parametrize("backend", available("cpu"))
+@native_backend
 def test_float16_subnormals_survive_flush_to_zero(backend):
     tiny = torch.full((100,), 3 * 2.0**-24, dtype=torch.float16)
     if not torch.set_flush_denormal(True):
@@ -293,11 +313,9 @@ def test_float16_subnormals_survive_flush_to_zero(backend):
     assert got["max"][0] == got["mean"][0] == 3 * 2.0**-24
 
 
-@every_backend
+@every_backend(task_statistics)
 def test_wrong_inputs_raise(backend):
     base, tuned = pair(4, 5)
-    if backend == "cuda":
-        base, tuned = base.cuda(), [t.cuda() for t in tuned]
     with pytest.raises(ShapeError, match="at least one"):
         task_statistics(base, [], backend=backend)
     with pytest.raises(ShapeError, match=r"tuned\[1\] has shape \(5, 4\)"):
@@ -309,7 +327,7 @@ def test_wrong_inputs_raise(backend):
             task_statistics(base, tuned, sigma=sigma, eps=eps, backend=backend)
 
 
-@pytest.mark.parametrize("backend", available("cpu"))
+@native_backend
 def test_the_native_module_names_the_op_in_its_errors(backend):
     native = backends.native(backend)
     base, row = matrix(torch.zeros(4)), matrix(torch.zeros(5))
@@ -340,3 +358,31 @@ def test_views_with_rows_are_not_copied(tensor, expected):
 )
 def test_other_views_are_copied(tensor):
     assert with_rows(tensor).is_contiguous()
+
+
+@on_devices(task_statistics)
+@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_of_models(backend, shape, dtype):
+    base = 0.02 * torch.randn(shape)
+    tuned = [(base + 1e-3 * torch.randn(shape)).to(dtype) for _ in range(3)]
+    got, expected = (task_statistics(base.to(dtype), tuned, backend=which) for which in (backend, "torch"))
+    for name in ("mean", "sd", "max", "theta", "outlier_mass"):
+        assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-12, equal_nan=True)
+    assert torch.equal(got.zeros, expected.zeros)
+
+
+@on_devices(task_statistics)
+def test_on_another_stream(backend):
+    check_on_another_stream(
+        task_statistics, backend, lambda base, x, which: task_statistics(base, [x], backend=which).mean
+    )
+
+
+@large
+@on_devices(task_statistics)
+def test_more_elements_than_a_32_bit_index_counts(backend):
+    x = torch.zeros(BEYOND_32_BITS, dtype=torch.bfloat16)
+    x[-3:] = torch.tensor([1.0, -2.0, 3.0])
+    statistics = task_statistics(torch.zeros_like(x), [x], backend=backend)
+    assert (int(statistics.zeros), float(statistics.max)) == (BEYOND_32_BITS - 3, 3.0)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from compare import same_bits
-from interpreted import TINY, every_dtype, every_mix, interpreted, nasty, pair, small_blocks
+from interpreted import every_dtype, every_mix, interpreted, nasty, pair, small_blocks
 
 from r_tsvm_kernels.errors import NonFiniteError
 from r_tsvm_kernels.ops import reweight_prune, task_statistics
@@ -13,86 +13,6 @@ from r_tsvm_kernels.ops import reweight_prune, task_statistics
 pytestmark = [*interpreted, pytest.mark.usefixtures(small_blocks.__name__)]
 
 SIZES = [1, 2, 128, 129, 500]
-
-
-# --- task_statistics
-
-
-def assert_statistics(base, tuned, sigma=3.0, eps=0.1):
-    got = task_statistics(base, tuned, sigma=sigma, eps=eps, backend="triton")
-    expected = task_statistics(base, tuned, sigma=sigma, eps=eps, backend="torch")
-    assert got.numel == expected.numel
-    for field in ("mean", "sd", "max", "theta", "outlier_mass", "zeros", "small"):
-        torch.testing.assert_close(
-            getattr(got, field), getattr(expected, field), rtol=1e-12, atol=0, equal_nan=True, msg=field
-        )
-    assert torch.equal(got.zeros, expected.zeros) and torch.equal(got.small, expected.small)
-    return got
-
-
-@every_mix
-@pytest.mark.parametrize("size", [1, 129, 500])
-def test_statistics(mix, size):
-    assert_statistics(*pair((size,), mix, tasks=3))
-
-
-@pytest.mark.parametrize("sigma", [0.0, 0.5, math.inf])
-@pytest.mark.parametrize("eps", [0.0, 1.0, 5.0])
-def test_statistics_for_other_thresholds(sigma, eps):
-    assert_statistics(*pair((17, 31)), sigma, eps)
-
-
-@pytest.mark.parametrize("shape", [(0,), (3, 0, 5), (), (1, 1)])
-@pytest.mark.parametrize("sigma", [3.0, math.inf])
-def test_statistics_of_nothing_and_one_element(shape, sigma):
-    assert_statistics(*pair(shape), sigma)
-
-
-def test_statistics_of_zeros_and_equal_magnitudes():
-    base = torch.zeros(300, dtype=torch.bfloat16)
-    got = assert_statistics(base, [base.clone(), -base])
-    assert got.zeros.tolist() == got.small.tolist() == [300, 300]
-    got = task_statistics(torch.zeros(300), [torch.full((300,), -0.1)], backend="triton")
-    assert 0 <= got.sd[0] <= 1e-14 and got.zeros[0] == got.small[0] == 0
-
-
-def test_statistics_of_subnormals():
-    steps = torch.arange(-250, 250).double()
-    for dtype in (torch.float16, torch.float32, torch.bfloat16):
-        assert_statistics(torch.zeros(500, dtype=dtype), [(steps % 120 * TINY[dtype]).to(dtype)], sigma=1.0)
-
-
-def test_thresholds_are_not_rounded_to_float32():
-    tuned = torch.ones(5000)
-    tuned[77] = 1 - 2.0**-24
-    got = task_statistics(torch.zeros(5000), [tuned], sigma=0.0, eps=1.0, backend="triton")
-    assert got.small[0] == 1 and got.outlier_mass[0] > 0.999
-
-
-@pytest.mark.parametrize("sigma", [3.0, 0.0, math.inf])
-@pytest.mark.parametrize("eps", [0.1, 0.0])
-def test_statistics_of_nan_and_infinity(sigma, eps):
-    base, tuned = pair((300,), tasks=5)
-    tuned[0][171] = math.nan
-    tuned[1][17] = -math.inf
-    tuned[2][17], tuned[2][299] = math.inf, math.nan
-    tuned[4][:] = math.nan
-    assert_statistics(base, tuned, sigma, eps)
-
-
-def test_statistics_that_overflow():
-    base = torch.zeros(200, dtype=torch.float64)
-    got = task_statistics(base, [base + 1e307], backend="triton")
-    assert (got.mean[0], got.max[0], got.sd[0]) == (math.inf, 1e307, math.inf)
-
-
-def test_statistics_of_views():
-    base, tuned = torch.randn(31, 40)[:, ::2], [torch.randn(20, 31).mT]
-    got, dense = (
-        task_statistics(b, t, backend="triton")
-        for b, t in [(base, tuned), (base.contiguous(), [tuned[0].contiguous()])]
-    )
-    assert same_bits(got.mean, dense.mean) and same_bits(got.sd, dense.sd)
 
 
 # --- reweight_prune
