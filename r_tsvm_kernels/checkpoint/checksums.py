@@ -30,7 +30,7 @@ def checksum(data: Tensor | bytes | memoryview) -> str:
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """Return the values as bytes: the tensor's own memory if it is contiguous and on the CPU, else a copy."""
+    """Return the values as bytes: the memory of a contiguous tensor on the CPU, otherwise a copy."""
     if not tensor.numel():
         return memoryview(b"")
     view: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

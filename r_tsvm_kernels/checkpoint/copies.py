@@ -1,7 +1,7 @@
-"""Tied tensors that only some checkpoints store: copies of another tensor of theirs, as a head of its embedding.
+"""Tied tensors that only some checkpoints store: copies of another tensor, as an output head of its embedding.
 
-Old files hold such copies, new ones mostly do not, and what ties them is often only known to the class of the model.
-Copies are therefore known by their values. The output has the tensors of the base.
+Old files hold such copies, new ones mostly do not, and often only the class of the model knows that they are tied.
+Copies are therefore recognised by their values. The output has the tensors of the base.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .reader import Checkpoint
 # The output head of language models, and the embeddings to which a config can tie it.
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
-# Tensors up to this size are compared whole when a merge is planned, of others two rows.
+# Largest tensor that planning compares whole; of larger tensors two rows are compared.
 _SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor that a checkpoint stores and that must be equal to another one of it.
+    """A tensor of a checkpoint that must equal another tensor of it.
 
     Attributes:
-        checkpoint: that stores both.
-        name: of the copy.
-        original: name of the other one.
-        dropped: whether it is no tensor of its own in the merge.
-        why: what speaks for a copy, and what to do if it is none; for the error.
+        checkpoint: the checkpoint that stores both.
+        name: name of the copy.
+        original: name of the other tensor.
+        dropped: whether the copy is left out of the merge.
+        why: why it is taken for a copy, and what to do if it is none; for the error.
     """
 
     checkpoint: Checkpoint
@@ -42,17 +42,17 @@ class Copy:
 
 
 def settle_copies(base: Checkpoint, others: Sequence[Checkpoint]) -> tuple[Copy, ...]:
-    """Find the copies by which checkpoints differ in their tensors.
+    """Find the copies by which the tensors of checkpoints differ.
 
-    A copy that the base lacks is left out. One that another checkpoint lacks is read there, from now on, from what it
-    is tied to. The head of a base whose config ties it is left out everywhere.
+    A copy that the base lacks is left out. If another checkpoint lacks a copy, it reads the original in its place from
+    now on. If the config of the base ties the output head, all checkpoints leave it out.
 
     Args:
-        base: whose tensors the output has.
+        base: the checkpoint whose tensors the output has.
         others: the checkpoints that are merged with it.
 
     Returns:
-        What was taken for a copy; of large tensors two rows were compared.
+        The copies that were found; of large tensors two rows were compared.
     """
     copies = _tied_heads(base, (base, *others))
     heads = {copy.name for copy in copies}
@@ -70,7 +70,7 @@ def settle_copies(base: Checkpoint, others: Sequence[Checkpoint]) -> tuple[Copy,
 
 
 def find_original(checkpoint: Checkpoint, name: str, among: Iterable[str]) -> str | None:
-    """Return the first of some tensors outside of the layers that has the values of another one; None for none."""
+    """Return the first tensor of `among`, outside of the layers, that equals tensor `name`; None if none does."""
     if split_layer(name) is not None:
         return None
     candidates = (x for x in among if x != name and x in checkpoint.tensors and split_layer(x) is None)
@@ -78,7 +78,7 @@ def find_original(checkpoint: Checkpoint, name: str, among: Iterable[str]) -> st
 
 
 def seem_equal(checkpoint: Checkpoint, name: str, original: str) -> bool:
-    """Whether two tensors have the same dtype, shape and values; of large ones two rows are compared."""
+    """Whether two tensors have the same dtype, shape and values; of large tensors two rows are compared."""
     header, other = checkpoint.tensors[name], checkpoint.tensors[original]
     if (header.shape, header.dtype) != (other.shape, other.dtype) or header.dtype not in FLOAT_DTYPES:
         return False
@@ -88,9 +88,9 @@ def seem_equal(checkpoint: Checkpoint, name: str, original: str) -> bool:
 
 
 def shared_seeds(base: Checkpoint, others: Sequence[Checkpoint]) -> dict[str, str]:
-    """Map each tensor that seems a copy in all checkpoints to its original, by which random masks are to be drawn.
+    """Map each tensor that is a copy in all checkpoints to its original, whose name seeds its random masks.
 
-    Of the names of a tensor the last in the alphabet is that of the original, as for `tied_names`.
+    The original is the alphabetically last name of a tensor, as in `tied_names`.
     """
     found: dict[str, str] = {}
     originals: list[str] = []

@@ -1,7 +1,7 @@
-"""Headers of safetensors files and index files, read as data from a stranger.
+"""Read headers of safetensors files and index files as untrusted data.
 
-Everything a file claims is checked against what the file is: lengths against its size, shapes against lengths, names
-against what may be printed. Nothing is allocated because a header says so.
+Every claim of a file is checked: lengths against its size, shapes against lengths, names for printable characters. No
+allocation depends on a header alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
-# Narrow formats that torch cannot compute with, which only quantised checkpoints hold: F4, F6_E2M3, F8_E8M0, I4, ...
+# Narrow formats of quantised checkpoints, which torch cannot compute with: F4, F6_E2M3, F8_E8M0, I4, ...
 _NARROW = re.compile(r"[FIU][1-8](_E\d+M\d+[A-Z]*)?")
 
 # The format's own limit on a header. The largest real ones have a few megabytes.
@@ -42,14 +42,14 @@ MAX_DIMENSIONS = 64
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where a tensor lies and what it looks like, without its values.
+    """Place, dtype and shape of a tensor.
 
     Attributes:
         file: the file that holds it.
-        dtype: of its values.
-        shape: of its values.
-        offset: of its first byte in the file. In a pickle, which has no such order, the distance from the first value.
-        nbytes: size of its values.
+        dtype: dtype of its values.
+        shape: shape of the tensor.
+        offset: offset of its first byte in the file. In a pickle, which has no such order: from the first value.
+        nbytes: size of its values in bytes.
     """
 
     file: Path
@@ -61,14 +61,14 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class FileState:
-    """What a file was when it was opened: enough to notice that it was changed since.
+    """State of a file at opening, which shows whether it has changed since.
 
     Attributes:
-        path: of the file.
-        size: in bytes.
+        path: path of the file.
+        size: size in bytes.
         mtime_ns: time of the last change of its contents.
-        ctime_ns: time of the last change of its contents or attributes, which no program can set back.
-        header_checksum: of its header; of all of it for a JSON file.
+        ctime_ns: time of the last change of its contents or attributes, which programs cannot set back.
+        header_checksum: checksum of its header, or of a whole JSON file.
     """
 
     path: Path
@@ -78,7 +78,7 @@ class FileState:
     header_checksum: str
 
     def same_file(self, now: os.stat_result) -> bool:
-        """Whether size and times are still the same."""
+        """Whether size and times are unchanged."""
         return (self.size, self.mtime_ns, self.ctime_ns) == (now.st_size, now.st_mtime_ns, now.st_ctime_ns)
 
 
@@ -91,7 +91,7 @@ def read_headers(file: Path) -> tuple[dict[str, TensorHeader], FileState]:
     """Read the header of a safetensors file.
 
     Returns:
-        The tensors in the order they lie in the file, and the state of the file.
+        The tensors in the order of the file, and the state of the file.
 
     Raises:
         CheckpointError: not a whole and valid safetensors file; the message names the file and what is wrong.

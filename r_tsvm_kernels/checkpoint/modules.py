@@ -1,4 +1,4 @@
-"""The parts of a model that lie in folders of their own, as sentence-transformers and diffusers keep them."""
+"""Models whose parts are in folders of their own, as in sentence-transformers and diffusers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from .folders import WeightFiles, find_weights, holds_weights
 from .headers import FileState, read_json, read_json_list
 
-# Names that files of an output have, which a folder must not take.
+# Endings of output files, which folders must not have.
 _FILE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".html", ".md", ".yaml", ".py")
 
 
@@ -20,10 +20,10 @@ class Module:
     """A folder with weights.
 
     Attributes:
-        folder: relative to that of the model, with slashes; empty for that folder itself.
-        prefix: before the names of its tensors, so that they differ from those of other modules: ``2_Dense/``. Empty
-            for the main module, whose names are then those of a model without further modules.
-        weights: its files.
+        folder: path relative to the model's folder, with slashes; empty for the model's folder.
+        prefix: prefix of its tensors' names, which makes them differ from those of other modules: ``2_Dense/``. Empty
+            for the main module, whose names are those of a model without further modules.
+        weights: its weight files.
     """
 
     folder: str
@@ -33,13 +33,13 @@ class Module:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the files of a model lie.
+    """Folders and modules of a model.
 
     Attributes:
-        folders: relative to that of the model, which comes first, as an empty name; with or without weights.
-        modules: those with weights.
-        main: the folder whose configuration and tokenizer are the model's.
-        states: of the files that list the folders.
+        folders: paths of all folders relative to the model's; the first is that folder, an empty name.
+        modules: the folders with weights.
+        main: the folder with the configuration and tokenizer of the model.
+        states: states of the files that list the folders.
     """
 
     folders: tuple[str, ...]
@@ -49,27 +49,27 @@ class ModelFiles:
 
 
 def find_modules(path: Path, allow_pickle: bool) -> ModelFiles:
-    """Find the weights of a model folder and of the folders that its list of modules names, or take the file named.
+    """Find the weights of a model: in its folder and those of its list of modules, or a single file.
 
     The list is ``modules.json`` or ``model_index.json``.
 
     Raises:
-        CheckpointError, PickleRefusedError: as `find_weights`; or the list is damaged, leads out of the folder,
-            or names a folder that is missing.
+        CheckpointError, PickleRefusedError: as `find_weights`; or the list is damaged, or names a folder that is
+            missing or outside of the model's folder.
     """
     kinds, states = named_folders(path)
     pipeline = not lexists(path / "modules.json")
     missing = [folder for folder in kinds if not (path / folder).is_dir()]
     for folder in missing:
-        # A component of a pipeline may lie in the model's own folder. A module that only normalises has no files, and
-        # git keeps no empty folders.
+        # A component of a pipeline may be in the model's own folder. A module that only normalises has no files, and
+        # git stores no empty folders.
         if not pipeline and kinds[folder] != "Normalize":
             raise CheckpointError(
                 f"{path}: modules.json names the folder {folder}, which is missing; the download may be incomplete "
                 "(if the module has no files, make an empty folder)"
             )
     folders = ("", *(folder for folder in kinds if folder not in missing))
-    # Where there are no weights at all the model's own folder is searched, which says what was expected.
+    # Without any weights, searching the model's own folder raises the error that says what was expected.
     found = [folder for folder in folders if holds_weights(path / folder)] if len(folders) > 1 else []
     found = found or [""]
     main = "" if pipeline else found[0]
@@ -81,15 +81,17 @@ def find_modules(path: Path, allow_pickle: bool) -> ModelFiles:
 
 
 def named_folders(model: Path) -> tuple[dict[str, str], tuple[FileState, ...]]:
-    """Return what a model's list of modules names: folders, there or not, each with the class of its module.
+    """Read a model's list of modules.
 
-    The states are those of the files that list them.
+    Returns:
+        The folders that it names, existing or not, each with the class of its module; and the states of the files of
+        the list.
 
     Raises:
-        CheckpointError: a list is damaged, or leads out of the folder.
+        CheckpointError: a list is damaged, or names a folder outside of the model's.
     """
     states: list[FileState] = []
-    # A link that leads nowhere is an error, not a model without modules.
+    # A dangling link is an error, not a model without modules.
     if lexists(model / "modules.json"):
         found = dict(_sentence_modules(model, states))
     elif lexists(model / "model_index.json"):
@@ -140,7 +142,7 @@ def _components(model: Path, states: list[FileState]) -> Iterator[tuple[str, str
 
 
 def _checked(file: Path, folder: str) -> str:
-    """Return the name of a folder that `file` names, which is inside its own."""
+    """Return the name of a folder in the list `file` if it is safe and inside the model's folder."""
     inside = folder.isprintable() and not any(part in ("", ".", "..") for part in folder.split("/"))
     if not inside or set(folder) & {"\\", ":"} or len(folder.encode()) > 255 or folder.lower().endswith(_FILE_SUFFIXES):
         raise CheckpointError(f"{file}: {folder[:60]!a} is no name for a folder inside this one; the list is not safe")

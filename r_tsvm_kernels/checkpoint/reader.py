@@ -1,4 +1,4 @@
-"""Read checkpoints: which tensor lies in which file, its header, and its values one tensor at a time."""
+"""Read checkpoints: files and headers of all tensors, and the values of one tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from .pickles import PICKLE_SUFFIXES, PickleFile
 
 
 class Checkpoint:
-    """A Hugging Face folder or a single file, opened for reading; headers only until `load`.
+    """A Hugging Face folder or a single file, opened for reading. Only headers are read before `load`.
 
     Args:
         path: a folder, or a .safetensors file.
-        allow_pickle: take pickled weights where there are no others; only tensors are unpickled.
+        allow_pickle: read pickled weights if there are no others; only tensors are unpickled.
 
     Attributes:
-        path: as given.
-        folder: of the model; None for a bare file.
-        folders: those of its modules, relative to it and with slashes; an empty name, for itself, comes first.
-        modules: the folders that hold weights.
-        main: where configuration and tokenizer would lie: the folder, or that of its main module; None for a bare file.
-        stem: of the weight files, e.g. ``model``.
-        tensors: header of every tensor, in the order of the files and of the bytes in them. Names of another module
-            than the main one begin with its folder: ``2_Dense/linear.weight``.
+        path: the path that was given.
+        folder: folder of the model; None for a single file.
+        folders: folders of its modules, relative to `folder` and with slashes; the first, an empty name, is `folder`.
+        modules: the modules with weights.
+        main: folder of configuration and tokenizer: that of the main module; None for a single file.
+        stem: stem of the weight files, e.g. ``model``.
+        tensors: header of every tensor, in the order of the files and of the bytes in them. Names of modules other than
+            the main one begin with their folder: ``2_Dense/linear.weight``.
         config: parsed ``config.json``; empty if there is none.
 
     Raises:
-        CheckpointError: missing, damaged or hostile files; the message names the file.
-        QuantisedRefusedError: its weights are quantised.
-        PickleRefusedError: there is no safetensors version, and pickle is not allowed or holds code.
+        CheckpointError: a file is missing, damaged or hostile; the message names the file.
+        QuantisedRefusedError: the weights are quantised.
+        PickleRefusedError: there are only pickled weights, and pickle is not allowed or holds code.
     """
 
     def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
@@ -75,17 +75,20 @@ class Checkpoint:
         rows: tuple[int, int] | None = None,
         pin: bool = False,
     ) -> Tensor:
-        """Read one tensor into memory of its own; several threads may load at once.
+        """Read one tensor into new memory. Several threads may load at the same time.
 
         Args:
-            name: of the tensor.
-            device: where the tensor shall lie.
-            rows: first row and the row after the last one, of the leading dimension; None reads all.
-            pin: read into page-locked memory, from which a GPU copies faster; needs CUDA.
+            name: name of the tensor.
+            device: device of the result.
+            rows: first and last (exclusive) row of the leading dimension; None reads all rows.
+            pin: read into page-locked memory, which a GPU copies faster; needs CUDA.
+
+        Returns:
+            The tensor, or its rows, in the stored dtype.
 
         Raises:
-            InputChangedError: the file is not what it was when the checkpoint was opened.
-            CheckpointError: the file cannot be read any more.
+            InputChangedError: the file has changed since the checkpoint was opened.
+            CheckpointError: the file cannot be read.
         """
         header = self.tensors[name]
         shape = header.shape
@@ -97,8 +100,8 @@ class Checkpoint:
             return (tensor.pin_memory() if pin else tensor).to(device)
         offset = header.offset + first * (header.nbytes // shape[0]) if first else header.offset
         tensor = torch.empty((last - first, *shape[1:]) if rows else shape, dtype=header.dtype, pin_memory=pin)
-        # Reading, not mapping: mapped pages would count as memory of this process, and a file that is cut short
-        # would end it with SIGBUS instead of an error. Opened for each tensor, so that a vanished file is noticed.
+        # Reading, not mapping: mapped pages would count as memory of this process, and a truncated file would end it
+        # with SIGBUS instead of an error. Opened for each tensor, so that a missing file is noticed.
         try:
             with open_regular(header.file) as stream:
                 file = stream.fileno()
@@ -112,25 +115,25 @@ class Checkpoint:
         return tensor.to(device)
 
     def files(self) -> tuple[FileState, ...]:
-        """Return every file this checkpoint depends on, as it was when it was opened."""
+        """Return every file of this checkpoint, with its state at opening."""
         return tuple(self._states.values())
 
     def check_unchanged(self) -> None:
-        """Compare size and times of every file with what they were.
+        """Compare size and times of every file with its state at opening.
 
         Raises:
-            InputChangedError: a file differs, or is gone.
+            InputChangedError: a file has changed or is missing.
         """
         for file, state in self._states.items():
             require_unchanged(file, state)
 
     def share(self, name: str, original: str) -> None:
-        """Let a tensor that is not stored be read from the one that it is tied to."""
+        """Read a tensor that is not stored from the tensor that it is tied to, from now on."""
         self.tensors[name] = self.tensors[original]
         self._shared[name] = original
 
     def module(self, name: str) -> Module:
-        """Return the module that a tensor belongs to."""
+        """Return the module of a tensor."""
         return self._modules[self.tensors[name].file]
 
     def _read_module(self, module: Module) -> None:
@@ -166,7 +169,7 @@ class Checkpoint:
 
     def _copy_pickled(self, header: TensorHeader, name: str, rows: tuple[int, int] | None) -> Tensor:
         state = self._states[header.file]
-        # Before and after: the file is mapped, and one that was cut short must not be touched.
+        # Before and after: the file is mapped, and a truncated file must not be read.
         require_unchanged(header.file, state)
         prefix = self._modules[header.file].prefix
         stored = self._shared.get(name, name).removeprefix(prefix)
@@ -183,12 +186,12 @@ class Checkpoint:
         unlisted = {name for name in self.tensors.keys() - listed.keys() if self.module(name) is module}
         if unlisted:
             raise CheckpointError(
-                f"{self.path}: {min(unlisted)} is in a shard but not in the index; the two do not fit"
+                f"{self.path}: {min(unlisted)} is in a shard but not in the index; the two do not match"
             )
 
 
 def _read_fully(file: int, buffer: memoryview, offset: int) -> bool:
-    """Fill the buffer; whether the file was long enough. One call reads at most 2 GiB."""
+    """Fill the buffer from a file. Returns whether the file was long enough. One call reads at most 2 GiB."""
     done = 0
     while done < len(buffer):
         count = os.preadv(file, [buffer[done:]], offset + done)
@@ -199,7 +202,7 @@ def _read_fully(file: int, buffer: memoryview, offset: int) -> bool:
 
 
 def require_unchanged(file: Path, state: FileState) -> None:
-    """Raise `InputChangedError` unless size and times of a file are what they were."""
+    """Raise `InputChangedError` unless size and times of a file match its state."""
     try:
         unchanged = state.same_file(file.stat())
     except OSError:
@@ -209,4 +212,4 @@ def require_unchanged(file: Path, state: FileState) -> None:
 
 
 def _changed(file: Path, when: str) -> InputChangedError:
-    return InputChangedError(f"{file}: changed since the merge was planned{when}; restore it, or start the merge anew")
+    return InputChangedError(f"{file}: changed since the merge was planned{when}; restore it, or start over")

@@ -1,4 +1,4 @@
-"""Which small files belong to a model beside its weights: configuration, tokenizer, code, licence; told by name."""
+"""Recognise sidecar files, the small files of a model beside its weights: configuration, tokenizer, code, licence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 from ..quantised import QUANTISATION_FILES
 
-# What loaders read, by kind. JSON of every name: remote code and tokenizers bring their own (emoji.json, idf.json).
+# Files that loaders read, by kind. JSON of any name: remote code and tokenizers have their own (emoji.json, idf.json).
 SIDECAR_FILES = (
     "*.json", "*.jinja", "*.py",
     "*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "*.tokenizer", "*.vocab", "*.bpe", "*.codes",
@@ -15,7 +15,7 @@ SIDECAR_FILES = (
     "LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "USE_POLICY*",
 )  # fmt: skip
 
-# Of these kinds, but of an adapter, of quantised weights, of a training run or of an earlier merge; in lower case.
+# Exceptions: files of adapters, quantised weights, training runs and earlier merges; in lower case.
 _FOREIGN = (
     "adapter*.json", "lora_*.json", "peft_*.json",
     *QUANTISATION_FILES,
@@ -31,14 +31,14 @@ _WEIGHTS = {
     ".tflite",
 }  # fmt: skip
 
-# Folders that transformers reads beside a model: further chat templates, and a generation loop of its own.
+# Folders that transformers reads: further chat templates, and a custom generation loop.
 SIDECAR_FOLDERS = ("additional_chat_templates", "custom_generate")
 
 
 def is_sidecar_file(name: str) -> bool:
-    """Whether a file of this name belongs to a model, whatever its weights are.
+    """Whether a file of this name is a sidecar file of a model.
 
-    Weights in any format, their indexes, and what adapters, quantisation, training and earlier merges leave do not.
+    Weights in any format, their indexes, and files of adapters, quantisation, training and earlier merges are not.
 
     Examples:
         >>> [is_sidecar_file(name) for name in ("tokenizer.json", "adapter_config.json", "LICENSE.safetensors")]

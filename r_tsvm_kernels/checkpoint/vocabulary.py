@@ -1,4 +1,4 @@
-"""Whether models share a vocabulary: then a recipe's `tokenizer_source` moves no row of an embedding."""
+"""Check that models share a vocabulary, so that a recipe's `tokenizer_source` moves no row of an embedding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .checksums import checksum
 from .headers import MAX_JSON_BYTES, read_json
 from .reader import Checkpoint
 
-# Where vocabularies lie, the most telling first. Of the last only the bytes can be compared.
+# Files of vocabularies, the most informative first. Of the last only the bytes are compared.
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 def check_same_vocabulary(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
-    """Require that every model gives each token the id that it has in the base.
+    """Require that every model gives each token the same id as the base.
 
     Raises:
-        CheckpointError: one does not, or has no tokenizer to compare; the message names the model and the token.
+        CheckpointError: a model does not, or has no tokenizer to compare; the message names the model and the token.
     """
     for checkpoint in dict.fromkeys(tuned):
         if checkpoint is base:
@@ -56,4 +56,4 @@ def _token_ids(file: Path) -> dict[str, Any]:
         ids = vocabulary if isinstance(vocabulary, dict) else {item[0]: i for i, item in enumerate(vocabulary)}
         return ids | {item["content"]: item["id"] for item in added}
     except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{file}: not built like a tokenizer: {error!r}") from error
+        raise CheckpointError(f"{file}: not a tokenizer file as expected: {error!r}") from error

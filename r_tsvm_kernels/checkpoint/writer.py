@@ -1,7 +1,7 @@
 """Write safetensors shards one tensor at a time.
 
-Shapes and dtypes are known before the first value, so the header goes first and every tensor is written once, straight
-to its place, in any order: no shard is ever held in memory.
+Shapes and dtypes are known in advance: the header is written first and each tensor once, to its place in the file, in
+any order. No shard is held in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What will be written: dtype and shape."""
+    """Dtype and shape of a tensor to be written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -43,9 +43,12 @@ class TensorSpec:
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
-    """Distribute tensors over shards, in order, each at most `shard_bytes` unless one tensor alone is larger.
+    """Distribute tensors over shards, in order. A shard exceeds `shard_bytes` only if one tensor alone does.
 
-    Within a shard wide dtypes come first, which keeps every tensor aligned to its own size.
+    Within a shard wide dtypes come first, which keeps every tensor aligned to its element size.
+
+    Returns:
+        The names of the tensors of each shard.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -64,20 +67,20 @@ def shard_name(stem: str, index: int, count: int) -> str:
 
 
 class ShardLayout:
-    """Where everything lies in a shard that is to be written.
+    """The layout of a shard that is to be written.
 
     Args:
-        file_name: of the shard, which may be in a folder.
-        specs: the tensors, in the order they lie in the file.
-        prefix: of the names in `specs` that the names in the file lack.
+        file_name: name of the shard, with its folder if it has one.
+        specs: the tensors, in the order of the file.
+        prefix: prefix of the names in `specs` that the names in the file lack.
 
     Attributes:
-        file_name: of the shard.
-        specs: the tensors, in the order they lie in the file.
-        stored_names: of the tensors in the file, by their names in `specs`.
+        file_name: name of the shard.
+        specs: the tensors, in the order of the file.
+        stored_names: names of the tensors in the file, by their names in `specs`.
         header: the bytes before the first tensor.
-        offsets: of the first byte of each tensor in the file.
-        size: of the whole file.
+        offsets: offset of the first byte of each tensor in the file.
+        size: size of the file in bytes.
     """
 
     def __init__(self, file_name: str, specs: Mapping[str, TensorSpec], prefix: str = "") -> None:
@@ -103,7 +106,7 @@ class ShardLayout:
 
 
 class ShardFile:
-    """A shard on disk, at its full size from the start; tensors come in any order and from any thread.
+    """A shard on disk, at its full size from the start. Tensors are written in any order, by any thread.
 
     Made by `create` or `open`; a context manager that closes the file.
     """
@@ -115,10 +118,10 @@ class ShardFile:
 
     @classmethod
     def create(cls, path: Path, layout: ShardLayout) -> ShardFile:
-        """Make a new file, reserve its whole size, and write the header.
+        """Create a file, reserve its size, and write the header.
 
         Raises:
-            DiskFullError: there is no room for it; no file is left.
+            DiskFullError: there is no space for the file; no file is left.
             CheckpointError: the file exists, or cannot be written.
         """
         with _reported(path):
@@ -135,10 +138,10 @@ class ShardFile:
 
     @classmethod
     def open(cls, path: Path, layout: ShardLayout) -> ShardFile:
-        """Open what `create` made, to go on writing.
+        """Open a file that `create` made, to continue writing.
 
         Raises:
-            CheckpointError: missing, or its header or its size are not those of the layout.
+            CheckpointError: the file is missing, or its header or size does not match the layout.
         """
         with _reported(path):
             file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -148,18 +151,18 @@ class ShardFile:
                 fits = os.fstat(file).st_size == layout.size
                 fits = fits and os.pread(file, len(layout.header), 0) == layout.header
             if not fits:
-                raise CheckpointError(f"{path}: not the shard that was begun here; start the merge anew")
+                raise CheckpointError(f"{path}: not the shard that was started here; start the merge over")
         except BaseException:
             shard.close()
             raise
         return shard
 
     def write(self, name: str, tensor: Tensor, first_row: int | None = None) -> None:
-        """Write a whole tensor to its place, or, if `first_row` is given, the rows that begin there.
+        """Write a whole tensor, or its rows from `first_row` on.
 
         Raises:
             DiskFullError: the disk is full, although the space was reserved.
-            CheckpointError: not announced in this form, or the disk refused.
+            CheckpointError: the tensor does not match the layout, or writing failed.
         """
         spec = self.layout.specs.get(name)
         if spec is None or not _fits(spec, tensor, first_row):
@@ -174,7 +177,7 @@ class ShardFile:
             _write_fully(self._file, byte_view(tensor), offset)
 
     def read_checksum(self, name: str) -> str:
-        """Return the checksum of what lies at the place of a tensor.
+        """Return the checksum of the bytes on disk of a tensor.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -191,16 +194,16 @@ class ShardFile:
         return state.hexdigest()
 
     def sync(self) -> None:
-        """Return when everything written so far would survive a power cut.
+        """Put everything written so far safely on disk.
 
         Raises:
-            DiskFullError, CheckpointError: the disk refused.
+            DiskFullError, CheckpointError: writing failed.
         """
         with _reported(self.path):
             os.fdatasync(self._file)
 
     def close(self) -> None:
-        """Close the file; without effect if it is closed."""
+        """Close the file, unless it is closed."""
         if self._file >= 0:
             file, self._file = self._file, -1
             os.close(file)
@@ -222,7 +225,7 @@ def write_index(file: Path, specs: Mapping[str, TensorSpec], shard_of: Mapping[s
 
 
 def _fits(spec: TensorSpec, tensor: Tensor, first_row: int | None) -> bool:
-    """Whether the tensor is the whole of `spec`, or the rows of it that begin with `first_row`."""
+    """Whether a tensor matches `spec`, or its rows from `first_row` on."""
     shape = tuple(tensor.shape)
     if first_row is None:
         return (tensor.dtype, shape) == (spec.dtype, spec.shape)
@@ -232,11 +235,11 @@ def _fits(spec: TensorSpec, tensor: Tensor, first_row: int | None) -> bool:
 
 
 def _reserve(file: int, size: int) -> None:
-    """Claim disk space now, so that a full disk is noticed before the work and not after it."""
+    """Reserve disk space, so that a full disk is noticed before the work."""
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
-        # Some network file systems cannot reserve; then the size alone is set.
+        # Some network file systems cannot reserve space; then only the size is set.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(file, size)
@@ -251,7 +254,7 @@ def _write_fully(file: int, buffer: memoryview, offset: int) -> None:
 
 @contextmanager
 def _reported(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn what the operating system says into an error that names the file."""
+    """Turn an OSError of the ``with`` block into an error that names the file."""
     try:
         yield
     except OSError as error:

@@ -73,7 +73,7 @@ def split_reference(model: str) -> tuple[str, str | None]:
     Raises:
         ConfigError: it is ambiguous which ``+`` separates the two.
 
-    Example:
+    Examples:
         >>> split_reference("org/base+org/adapter")
         ('org/base', 'org/adapter')
     """

@@ -108,7 +108,7 @@ def parse_config(data: Mapping[str, Any], source: str) -> AdapterConfig:
         CheckpointError: not a valid configuration.
         AdapterRefusedError: not LoRA, or more than a low-rank update; the message names the setting.
 
-    Example:
+    Examples:
         >>> parse_config({"peft_type": "LORA", "r": 16, "lora_alpha": 32}, "example").scale("model.q_proj", 16)
         2.0
     """

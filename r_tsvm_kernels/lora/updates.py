@@ -21,7 +21,7 @@ def from_triplets(U: Tensor, values: Tensor, Vh: Tensor) -> Factored:
     Returns:
         Factors (m, k) and (k, n).
 
-    Example:
+    Examples:
         >>> from_triplets(torch.ones(2, 1), torch.tensor([4.0]), torch.ones(1, 2)).left
         tensor([[2.],
                 [2.]])
@@ -62,7 +62,7 @@ def rank_of(shape: tuple[int, int], rank: int | None, energy: float | None = Non
     Raises:
         ConfigError: a number is out of range, or both rules are given.
 
-    Example:
+    Examples:
         >>> rank_of((64, 32), 128)
         32
     """

@@ -1,4 +1,4 @@
-"""Adapters as outputs: extracted from a fine-tune, cut to a smaller rank, merged."""
+"""Extract adapters from fine-tunes, cut them to a smaller rank, merge them."""
 
 from .extract import extract_lora
 from .merge import merge_lora

@@ -1,4 +1,4 @@
-"""Turn a fine-tune into an adapter: the truncated SVD of every matrix that changed, one at a time."""
+"""Extract an adapter from a fine-tune: the truncated SVD of every matrix that changed, one at a time."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .output import AdapterResult, LeftOut, ModuleReport, adapter_output, finish
 # mergekit-extract-lora's default.
 DEFAULT_RANK = 128
 
-# Last parts of the names of embeddings, which PEFT adapts in a form of their own. The first are those of tokens, which
-# an output head may share.
+# Last parts of the names of embeddings, which PEFT adapts in a form of their own. An output head may share the first
+# ones, those of tokens.
 _TOKEN_EMBEDDINGS = {"embed_tokens", "embed_in", "wte", "shared", "word_embeddings", "token_embedding"}
 _EMBEDDINGS = _TOKEN_EMBEDDINGS | {"wpe", "position_embedding", "position_embeddings", "token_type_embeddings"}
-# Models whose weights are stored (in, out).
+# Model types with weights stored (in, out).
 _FAN_IN_FAN_OUT = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
 # Task vectors are formed in pieces of about this size.
@@ -99,7 +99,7 @@ def extract_lora(
     if fan_in_fan_out is None:
         fan_in_fan_out = plan.base.config.get("model_type") in _FAN_IN_FAN_OUT
     sizes = {name: tensor.bytes_read for name, tensor in plan.tensors.items()}
-    # Configs leave out what is the default of their model class.
+    # Configs omit defaults of their model class.
     untied = any(is_head(name.removesuffix(".weight")) for name in plan.tensors)
     tied = bool(plan.base.config.get("tie_word_embeddings", not untied))
     with adapter_output(out, dtype, sizes, progress) as output:
@@ -136,7 +136,7 @@ def extract_lora(
 
 
 def _not_expressible(tensor: TensorPlan, embed_lora: bool, tied: bool) -> str:
-    """Return why a tensor is not adapted, or an empty string."""
+    """Return the reason to leave a tensor out; empty if it is adapted."""
     name, module = tensor.name, _last_part(tensor.name)
     if tensor.treatment.kind == "base":
         return tensor.treatment.reason
@@ -152,7 +152,7 @@ def _not_expressible(tensor: TensorPlan, embed_lora: bool, tied: bool) -> str:
 
 
 def _last_part(name: str) -> str:
-    """Return the name that a module has in the one around it."""
+    """Return the last part of a module's name."""
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
@@ -165,8 +165,8 @@ def _extracted(plan: MergePlan, name: str, rank: Any, device: torch.device) -> t
         delta[first : first + len(piece)] = piece.to(device)
     if not is_finite(delta):
         raise _not_finite(name)
-    # Where the cut falls among nearly equal singular values, which of their vectors are kept is ill-determined; any
-    # choice holds the same energy, and the exact mode would compute a full SVD to settle it.
+    # If the cut falls among nearly equal singular values, their vectors are ill-determined. Every choice retains the
+    # same energy; the exact mode would compute a full SVD to decide.
     U, S, Vh = found = truncated_svd(delta, rank, mode="fast")
     update = from_triplets(U, S, Vh)
     norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
@@ -182,7 +182,7 @@ def _not_finite(name: str) -> NonFiniteError:
 
 
 def _task_vector(plan: MergePlan, name: str, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """Yield what the fine-tune changed, in pieces of whole rows, each with the index of its first row."""
+    """Yield the task vector of a tensor in pieces of whole rows, each with the index of its first row."""
     shape = plan.tensors[name].spec.shape
     rows = shape[0] if shape else 1
     step = max(1, _PIECE_BYTES * max(rows, 1) // max(1, dtype.itemsize * math.prod(shape)))

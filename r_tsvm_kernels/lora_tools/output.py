@@ -1,4 +1,4 @@
-"""The folder of an adapter that grows one module at a time, its report, and the result."""
+"""Write an adapter one module at a time, with its report."""
 
 from __future__ import annotations
 
@@ -122,13 +122,13 @@ class AdapterOutput:
 def adapter_output(
     out: str | Path, dtype: torch.dtype, sizes: dict[str, int], progress: Callable[[Progress], None] | None
 ) -> Iterator[AdapterOutput]:
-    """Yield an adapter that grows beside `out`, and move it there at the end; nothing stays if it fails."""
+    """Yield an adapter that is written beside `out` and moved there at the end; a failure leaves nothing."""
     out = Path(out)
     if is_single_file(out):
         raise ConfigError(f"{out}: an adapter is a folder; choose a name that does not end in .safetensors")
     with locked_stage(out) as stage:
         if stage.journal.exists():
-            raise OutputUnfinishedError(f"{out}: a merge into it was stopped; finish it, or choose another output")
+            raise OutputUnfinishedError(f"{out}: holds a stopped merge; resume that, or choose another output")
         stage.refuse_foreign((WEIGHTS_FILE, CONFIG_FILE, REPORT))
         stage.remove()
         try:
@@ -142,10 +142,11 @@ def adapter_output(
 
 
 def finish_like(output: AdapterOutput, sources: Sequence[Adapter]) -> None:
-    """Write the adapter with the settings of the first source, after a last look at all of them.
+    """Check the sources for changes and write the adapter with the settings of the first one.
 
     Raises:
-        CheckpointError: the sources hold different weights of the base, so they do not belong to one.
+        InputChangedError: a source has changed.
+        CheckpointError: the sources store different base weights, so they do not belong to one base.
     """
     for name, weight in common_base_layers(sources):
         output.writer.add_base_layer(name, weight)
@@ -158,7 +159,15 @@ def finish_like(output: AdapterOutput, sources: Sequence[Adapter]) -> None:
 
 
 def finish(output: AdapterOutput, out: Path, command: str, request: dict[str, Any], start: float) -> AdapterResult:
-    """Write the report and return the result."""
+    """Write the report and return the result of a command.
+
+    Args:
+        output: the finished adapter.
+        out: its final place.
+        command: name of the command.
+        request: arguments of the command, for the report.
+        start: `time.perf_counter` at the start.
+    """
     seconds = time.perf_counter() - start
     report = {
         "command": command,

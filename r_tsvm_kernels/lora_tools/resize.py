@@ -29,7 +29,7 @@ def resize_lora(
     device: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> AdapterResult:
-    """Cut an adapter to a smaller rank: the best approximation of every update, from QR and a small SVD.
+    """Cut an adapter to a smaller rank: the best approximation of every update, by QR and a small SVD.
 
     Args:
         adapter: folder or Hugging Face id.
@@ -45,7 +45,9 @@ def resize_lora(
     """
     start, target, dtype = time.perf_counter(), choose_device(device), as_dtype(out_dtype)
     if rank is None and energy is None:
-        raise ConfigError("say how far to cut: a rank, or a share of the energy")
+        raise ConfigError(
+            "expected a rank or a share of the energy, got neither; give --rank (rank=) or --energy (energy=)"
+        )
     rank_of((1, 1), rank, energy)
     source = Adapter(str(adapter))
     with adapter_output(out, dtype, bytes_per_module([source]), progress) as output:
@@ -60,7 +62,7 @@ def resize_lora(
 
 
 def cut(matrix: Factored, rank: int | None, energy: float | None, **facts: Any) -> tuple[Factored, ModuleReport]:
-    """Cut an update to its rank, and report on it; `facts` are further fields of the report."""
+    """Cut an update to its rank. Returns the update and its report, with `facts` as further fields."""
     update, captured = truncated(matrix, rank_of(matrix.shape, rank, energy))
     singular_values = update.left.square().sum(0)  # each factor has their roots
     norm = float(torch.linalg.vector_norm(singular_values)) / math.sqrt(captured) if captured else 0.0

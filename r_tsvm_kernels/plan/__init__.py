@@ -1,4 +1,4 @@
-"""What a merge of checkpoints will do, from headers alone: its inputs, what happens to each tensor, what that takes."""
+"""Plan a merge of checkpoints from headers alone: inputs, treatment of each tensor, memory and operations."""
 
 from .costs import Footprint, footprint, tensor_cost, total_flops
 from .inputs import Inputs, open_inputs

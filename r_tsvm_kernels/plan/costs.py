@@ -17,12 +17,12 @@ _SMALL = 1 << 19
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory of merging one tensor, or some rows of it.
+    """Memory for merging one tensor, or some of its rows.
 
     Attributes:
-        inputs: bytes of the inputs as they are stored.
-        work: upper bound of the bytes in use at one time beside the inputs; the output is part of it.
-        output: bytes of the merged tensor as it will be stored.
+        inputs: bytes of the stored inputs.
+        work: upper bound of the bytes in use at a time beside the inputs, output included.
+        output: bytes of the merged tensor in its stored dtype.
     """
 
     inputs: int
@@ -31,17 +31,17 @@ class Footprint:
 
 
 def total_flops(plan: MergePlan) -> float:
-    """Return about how many operations a merge takes."""
+    """Return the estimated number of operations of a merge."""
     return sum(tensor_cost(plan, name).flops for name in plan.tensors)
 
 
 def tensor_cost(plan: MergePlan, name: str, shape: tuple[int, ...] | None = None, device_type: str = "cpu") -> Cost:
-    """Return the memory and operations that the method takes for a tensor.
+    """Return the estimated memory and operations of the method for a tensor.
 
     Args:
         plan: the merge.
         name: of the tensor.
-        shape: of another tensor that is treated like it; None means its own shape.
+        shape: shape of another tensor with the same treatment; None means the tensor's own shape.
         device_type: ``cpu`` or ``cuda``.
     """
     tensor = plan.tensors[name]
@@ -54,7 +54,7 @@ def tensor_cost(plan: MergePlan, name: str, shape: tuple[int, ...] | None = None
         return factored_cost(job, ranks)
     cost_of = elementwise_cost if tensor.treatment.kind == "mean" else plan.config.method.cost
     cost = cost_of(job, tensor.options)
-    # The tuned tensors, formed one after the other, and a wide copy of what the update is added to.
+    # The tuned tensors, formed one after the other, and a wide copy of the tensor that the update is added to.
     formed = sum(isinstance(model, AdaptedModel) for model in plan.tuned) + 1 if tensor.factor_ranks else 0
     flops = 2.0 * job.elements * sum(ranks)
     return Cost(cost.bytes + formed * job.itemsize * job.elements, cost.flops + flops)
@@ -66,7 +66,7 @@ def footprint(plan: MergePlan, name: str, rows: int | None = None, device_type: 
     Args:
         plan: the merge.
         name: of the tensor.
-        rows: how many of its rows are merged at a time; None means all.
+        rows: number of rows that are merged at a time; None means all.
         device_type: ``cpu`` or ``cuda``.
     """
     tensor = plan.tensors[name]

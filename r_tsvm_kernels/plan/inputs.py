@@ -1,4 +1,4 @@
-"""Open what a recipe names: the base, the models, and the adapters that change some of them."""
+"""Open the inputs of a recipe: the base, the models, and the adapters that change some of them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _base_path(base_model: str | None, allow_pickle: bool) -> Path | None:
 
 
 def _paths(model: str, base_path: Path | None, allow_pickle: bool) -> tuple[Path, Path | None]:
-    """Return the paths of the checkpoint and of the adapter of a model; an adapter alone belongs to the base."""
+    """Return the paths of the checkpoint and the adapter of a model; an adapter alone changes the base."""
     name, adapter = split_reference(model)
     path = resolve(name, allow_pickle=allow_pickle)
     if adapter is not None:
@@ -110,7 +110,7 @@ def _paths(model: str, base_path: Path | None, allow_pickle: bool) -> tuple[Path
 
 
 def sources(base: Checkpoint, tuned: Sequence[Checkpoint | AdaptedModel]) -> tuple[Checkpoint | Adapter, ...]:
-    """Return what is read for a base and its models: checkpoints and adapters, each once, the base first."""
+    """Return the checkpoints and adapters of a base and its models, each once, the base first."""
     found: list[Checkpoint | Adapter] = [base]
     for model in tuned:
         found += [model.base, model.adapter] if isinstance(model, AdaptedModel) else [model]

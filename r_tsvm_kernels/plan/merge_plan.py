@@ -1,4 +1,4 @@
-"""The plan of a merge: what happens to each tensor, from which inputs, and where it will be written."""
+"""The plan of a merge: for each tensor its treatment, its inputs and its place in the output."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .inputs import sources
 
 @dataclass(frozen=True)
 class Part:
-    """What is read of one input for a tensor: the tensor itself, or the two factors of its update.
+    """The part of a tensor that one input has: the tensor itself, or the two factors of its update.
 
     Attributes:
         source: index of the input in `MergePlan.inputs`.
-        dtype: of the values.
+        dtype: dtype of the values.
         rank: inner dimension of the factors; None for a tensor.
         factor_bytes: size of the factors; 0 for a tensor.
     """
@@ -36,7 +36,7 @@ class Part:
     factor_bytes: int = 0
 
     def nbytes(self, elements: int) -> int:
-        """Return the size of what is read for so many elements of the tensor."""
+        """Return the bytes to read for this number of elements of the tensor; factors are read whole."""
         return self.dtype.itemsize * elements if self.rank is None else self.factor_bytes
 
 
@@ -46,13 +46,12 @@ class TensorPlan:
 
     Attributes:
         name: of the tensor.
-        treatment: what happens to it, and why.
+        treatment: how it is merged, and why.
         spec: dtype and shape of the output.
         position: of its layer in [0, 1].
-        parts: of the inputs that are read, the base's first; of the base alone if its value stays.
-        bytes_read: size of these parts.
+        parts: parts of the inputs to read, the base first; only that of the base if its value stays.
         options: parameters of the method for this tensor.
-        seeded_by: the tensor that it is tied to, with which it shares random masks.
+        seeded_by: name of the tensor that it is tied to and shares random masks with; None if it is not tied.
     """
 
     name: str
@@ -75,17 +74,17 @@ class TensorPlan:
 
     @property
     def bytes_read(self) -> int:
-        """Size of the inputs."""
+        """Bytes to read from all inputs."""
         return sum(part.nbytes(self.elements) for part in self.parts)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the inputs that are read, in the order of `parts`."""
+        """Dtypes of `parts`."""
         return tuple(part.dtype for part in self.parts)
 
     @property
     def factor_ranks(self) -> tuple[int, ...]:
-        """Inner dimensions of the updates that adapters have for the tensor."""
+        """Inner dimensions of the updates of adapters."""
         return tuple(part.rank for part in self.parts if part.rank is not None)
 
 
@@ -94,10 +93,10 @@ class InputFile:
     """A file that a merge reads.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         bytes_read: size of the tensors that are read from it.
-        passes: 1 if they are read front to back in one go, as those of the base are. More where a model is split or
-            sorted in another way than the base, which sets the order.
+        passes: 1 if they are read front to back once, as those of the base are. More if a model is split or sorted
+            differently from the base, which sets the order.
     """
 
     path: Path
@@ -110,13 +109,13 @@ class MergePlan:
     """Everything that is decided before the first value is read.
 
     Attributes:
-        base: the checkpoint that lends its layout, buffers and configuration files.
-        tuned: the models that are merged: checkpoints, or checkpoints that an adapter changes.
-        config: with one entry in `models` per model in `tuned`.
-        tensors: by name, in the order they are processed.
-        shards: file name, with the folder of its module, to tensor names; in writing order.
-        copies: tensors that are not written or read, because they are tied to others; they are compared when the
-            merge begins.
+        base: the checkpoint whose layout, buffers and sidecar files the output has.
+        tuned: the models to merge: checkpoints, or checkpoints that an adapter changes.
+        config: the recipe, with one entry in `models` per model in `tuned`.
+        tensors: by name, in the order of processing.
+        shards: maps file names, with the folder of their module, to tensor names in writing order.
+        copies: tensors that are neither read nor written because they are tied to others; compared when the merge
+            starts.
     """
 
     base: Checkpoint
@@ -128,19 +127,19 @@ class MergePlan:
 
     @cached_property
     def inputs(self) -> tuple[Checkpoint | Adapter, ...]:
-        """What is read, the base first, each once even where the base is one of the models."""
+        """Checkpoints and adapters to read, each once, the base first."""
         return sources(self.base, self.tuned)
 
     def row_wise(self, name: str) -> bool:
-        """Whether rows of a tensor may be merged apart, without changing a bit of the result.
+        """Whether rows of a tensor can be merged separately with the same bits.
 
-        Not those of a product of factors, which a matrix library may round otherwise.
+        Rows of a product of factors cannot: matrix libraries may round them differently.
         """
         tensor = self.tensors[name]
         return not tensor.factor_ranks and (self.config.method.row_wise or tensor.treatment.kind != "merge")
 
     def keeps_factors(self, name: str) -> bool:
-        """Whether a tensor is merged from the factors of its updates alone, so that no task matrix is formed."""
+        """Whether a tensor is merged from the factors of its updates, without forming a task matrix."""
         tensor = self.tensors[name]
         return (
             bool(tensor.factor_ranks)
@@ -150,12 +149,12 @@ class MergePlan:
         )
 
     def update_ranks(self, name: str) -> list[int]:
-        """Return the inner dimension of the update that each model with an adapter has for a tensor, 0 for none."""
+        """Return the inner dimension of each adapter's update of a tensor, 0 for adapters without one."""
         ranks = {self.inputs[part.source]: part.rank or 0 for part in self.tensors[name].parts}
         return [ranks.get(model.adapter, 0) for model in self.tuned if isinstance(model, AdaptedModel)]
 
     def groups(self) -> list[list[str]]:
-        """Return the names of tensors that take the same work: treatment, shape, dtypes and ranks are equal."""
+        """Return the names of tensors in groups of equal treatment, shape, dtypes and ranks."""
         found: dict[object, list[str]] = {}
         for name, tensor in self.tensors.items():
             key = (tensor.treatment.kind, tensor.spec.shape, tensor.spec.dtype, tensor.dtypes, tensor.factor_ranks)
@@ -163,7 +162,7 @@ class MergePlan:
         return list(found.values())
 
     def input_files(self) -> list[InputFile]:
-        """Return every input file, and in how many passes the order of work reads it."""
+        """Return every input file, with the number of passes over it."""
         passes: Counter[Path] = Counter()
         size: Counter[Path] = Counter()
         last: dict[int, TensorHeader] = {}
@@ -177,7 +176,7 @@ class MergePlan:
         return [InputFile(file, size[file], passes[file]) for file in passes]
 
     def _headers(self, part: Part, name: str) -> tuple[TensorHeader, ...]:
-        """Return the headers of what is read of one input for a tensor."""
+        """Return the headers of one part of a tensor."""
         source = self.inputs[part.source]
         if isinstance(source, Checkpoint):
             return (source.tensors[name],)
@@ -189,7 +188,7 @@ class MergePlan:
         return model.modules[name]
 
     def accumulation(self, tensor: TensorPlan) -> torch.dtype:
-        """Return the dtype that a tensor is merged in."""
+        """Return the dtype in which a tensor is merged."""
         if self.config.dtype is not None:
             return torch.float64 if self.config.dtype == "float64" else torch.float32
         return torch.float64 if torch.float64 in tensor.dtypes else torch.float32

@@ -1,4 +1,4 @@
-"""Make the plan of a merge: open the inputs, check that they fit together, decide what happens to each tensor."""
+"""Make the plan of a merge: open the inputs, check that they match, choose the treatment of each tensor."""
 
 from __future__ import annotations
 
@@ -30,18 +30,21 @@ from .merge_plan import MergePlan, Part, TensorPlan
 def make_plan(
     config: MergeConfig, shard_bytes: int, stem: str | None = None, *, allow_pickle: bool = False
 ) -> MergePlan:
-    """Open every input, check that they fit together, and decide what happens to each tensor.
+    """Open the inputs, check that they match, and choose the treatment of each tensor.
 
     Args:
         config: a recipe with models.
-        shard_bytes: largest size of an output shard.
-        stem: of the output files; None takes the base's.
-        allow_pickle: take pickled weights where a model has no others.
+        shard_bytes: size limit of output shards.
+        stem: stem of the output files' names; None means that of the base.
+        allow_pickle: read models that exist only as pickle.
+
+    Returns:
+        The plan; no values are read except to recognise tied tensors.
 
     Raises:
-        ConfigError: no models, or no base where the method needs one; one file for several modules; a pattern that
-            matches no tensor; or a weight beyond the dtype of a merge.
-        CheckpointError, PickleRefusedError: an input is missing or damaged, or its tensors are not the base's.
+        ConfigError: no models, or no base although the method needs one; a single output file for several modules; a
+            pattern that matches no tensor; or a weight that does not fit the dtype of the merge.
+        CheckpointError, PickleRefusedError: an input is missing or damaged, or has other tensors than the base.
         QuantisedRefusedError: an input is quantised.
         ShapeError: shapes differ.
         DTypeError: a tensor cannot be merged.
@@ -111,14 +114,14 @@ def make_plan(
 
 
 def _shards(base: Checkpoint, specs: dict[str, TensorSpec], shard_bytes: int, stem: str | None) -> dict[str, list[str]]:
-    """Distribute the tensors of each module over files in its folder; indexes are read of main modules only."""
+    """Distribute the tensors of each module over files in its folder. Loaders read the index of a main module only."""
     if stem is not None and any(module.prefix for module in base.modules):
         folders = ", ".join(module.folder or "." for module in base.modules)
         raise ConfigError(f"{base.path} has modules of its own in folders ({folders}); choose a folder as the output")
     shards = {}
     for module in base.modules:
         own = {name: spec for name, spec in specs.items() if base.module(name) is module}
-        # Of the loaders of sentence-transformers only that of a transformer, which has a config, reads an index.
+        # In sentence-transformers only transformers, which have a config, are loaded by an index.
         divided = not module.prefix and (len(base.folders) == 1 or base.config)
         layout = plan_shards(own, shard_bytes if divided else 2**63)
         folder = "" if stem is not None or not module.folder else f"{module.folder}/"
@@ -136,7 +139,7 @@ def _check_header(name: str, expected: tuple[int, ...], got: tuple[int, ...], pa
 def _parts(
     name: str, decided: Treatment, inputs: Sequence[Checkpoint | Adapter], adapted: Sequence[AdaptedModel]
 ) -> tuple[Part, ...]:
-    """Return what is read for a tensor: of the base alone if its value stays."""
+    """Return the parts of a tensor to read; only that of the base if its value stays."""
     modules = {model.adapter: model.modules for model in adapted}
     found = []
     for index, source in enumerate(inputs[:1] if decided.kind == "base" else inputs):

@@ -73,10 +73,10 @@ def test_resuming_keeps_what_was_written(tmp_path):
 def test_resuming_another_shard_is_refused(tmp_path):
     layout = layout_of({"a": torch.ones(4)})
     ShardFile.create(tmp_path / "s", layout).close()
-    with pytest.raises(CheckpointError, match="not the shard that was begun"):
+    with pytest.raises(CheckpointError, match="not the shard that was started"):
         ShardFile.open(tmp_path / "s", layout_of({"b": torch.ones(4)}))
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="not the shard that was begun"):
+    with pytest.raises(CheckpointError, match="not the shard that was started"):
         ShardFile.open(tmp_path / "s", layout)
     with pytest.raises(CheckpointError, match="No such file"):
         ShardFile.open(tmp_path / "gone", layout)

@@ -66,8 +66,8 @@ def test_the_same_ids_in_other_files(plan, files, source):
         ([{"tokenizer.model": "bytes"}, {"tokenizer.model": "other"}], "tokenizer.model"),
         ([{"tokenizer.json": bpe()}, {"tokenizer.model": "bytes"}], "no tokenizer file in common"),
         ([{}, {}], "no tokenizer file in common"),
-        ([{"tokenizer.json": bpe()}, {"tokenizer.json": '{"model": [1]}'}], "not built like a tokenizer"),
-        ([{"tokenizer.json": bpe()}, {"tokenizer.json": '{"added_tokens": [{}]}'}], "not built like a tokenizer"),
+        ([{"tokenizer.json": bpe()}, {"tokenizer.json": '{"model": [1]}'}], "not a tokenizer file as expected"),
+        ([{"tokenizer.json": bpe()}, {"tokenizer.json": '{"added_tokens": [{}]}'}], "not a tokenizer file as expected"),
         ([{"tokenizer.json": bpe()}, {"tokenizer.json": "{"}], "not readable as JSON"),
     ],
 )
