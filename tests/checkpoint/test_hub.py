@@ -70,7 +70,7 @@ def test_what_is_no_id_is_a_path(cache, path, monkeypatch):
 @pytest.mark.parametrize("model", ["org/other", "org/name@v3", "org--x/-y"])
 def test_not_in_the_cache(cache, tmp_path, model):
     cache_model(cache, save(tmp_path / "m", state_dict(0)), "org/name")
-    with pytest.raises(CheckpointError, match=f"{model}: no such folder or file, and fetching it from the Hugging Face hub failed"):
+    with pytest.raises(CheckpointError, match=f"{model}: no such folder or file, and fetching it from .* failed"):
         hub.resolve(model)
 
 
