@@ -44,7 +44,7 @@ def evaluate(value: Any, name: str, position: float) -> Any:
         name: name of the tensor.
         position: position of its layer, from 0.0 (first) to 1.0 (last).
 
-    Example:
+    Examples:
         >>> evaluate([{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.3}], "layers.3.mlp.up", 0.25)
         0.25
     """
@@ -69,7 +69,7 @@ def split_layer(name: str) -> tuple[str, int, str] | None:
     Returns:
         The text before the index, the index, and the text after it; None for a name without an index.
 
-    Example:
+    Examples:
         >>> split_layer("model.layers.3.mlp.up")
         ('model.layers.', 3, 'mlp.up')
     """
@@ -83,7 +83,7 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
     The layer index is the first whole number among the dot-separated parts of the name; layers are counted per prefix.
     Names without an index (embeddings, final norm, head) have position 0, as in mergekit; a single layer has 1.
 
-    Example:
+    Examples:
         >>> layer_positions(["embed", "layers.0.w", "layers.1.w", "layers.2.w"])
         {'embed': 0.0, 'layers.0.w': 0.0, 'layers.1.w': 0.5, 'layers.2.w': 1.0}
     """

@@ -15,7 +15,7 @@ def parse_size(text: str | int) -> int:
     Raises:
         ConfigError: not a positive size.
 
-    Example:
+    Examples:
         >>> parse_size("2GiB"), parse_size("1.5KB")
         (2147483648, 1500)
     """
@@ -31,7 +31,7 @@ def parse_size(text: str | int) -> int:
 def format_size(size: int) -> str:
     """Return a size with three decimals, rounded up, so that `parse_size` gives at least `size`.
 
-    Example:
+    Examples:
         >>> format_size(1_234_567)
         '1.235MB'
     """

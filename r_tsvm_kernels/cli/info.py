@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
+import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +72,12 @@ def _collect() -> dict[str, Any]:
 
 
 def _method_facts(method: Method) -> dict[str, Any]:
-    doc = (method.run.__doc__ or "").partition("\n\n")[0]
+    module = sys.modules[method.run.__module__]
     return {
         "pretty_name": method.pretty_name,
         "aliases": list(method.aliases),
         "paper": method.paper_url,
-        "formula": " ".join(doc.split()).replace("``", ""),
+        "formula": (module.__doc__ or "").strip().replace("::\n", ":\n").replace("``", "").replace("`", ""),
         "tasks": method.tasks,
         "parameters": {
             key: {
@@ -117,10 +119,22 @@ def _print(facts: dict[str, Any]) -> None:
         say(f"  {line}")
 
 
+def _wrapped(text: str) -> list[str]:
+    """Return the lines of a docstring for a narrow terminal: prose is wrapped, and indented formulas stay whole."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        formula = paragraph.startswith("  ") and " = " in paragraph
+        items = paragraph.splitlines() if formula else re.split(r"\n(?=\d\. )", paragraph)
+        for item in items:
+            lines += [f"  {item.strip()}"] if formula else textwrap.wrap(" ".join(item.split()), 79)
+    return lines
+
+
 def _print_method(name: str, facts: dict[str, Any]) -> None:
     also = f", also {', '.join(facts['aliases'])}" if facts["aliases"] else ""
     say(f"{name}{also}: {facts['pretty_name']}, {facts['paper']}")
-    say(facts["formula"])
+    for line in _wrapped(facts["formula"]):
+        say(line)
     say("")
     say("parameters, with their defaults; * may differ between the models of a recipe")
     for key, value in facts["parameters"].items():

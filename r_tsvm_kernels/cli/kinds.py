@@ -44,7 +44,7 @@ def kinds_of(plan: MergePlan, *, each: bool = False) -> list[Kind]:
 def label(names: Sequence[str]) -> str:
     """Return names that differ only in whole numbers as one, with ranges.
 
-    Example:
+    Examples:
         >>> label(["layers.0.up", "layers.1.up", "layers.2.up", "layers.5.up"])
         'layers.0-2,5.up'
     """
@@ -79,7 +79,7 @@ def _parameters(plan: MergePlan, names: Sequence[str]) -> dict[str, str]:
 def spread(values: Sequence[Any]) -> str:
     """Return one value, or a range, of each model if models have their own.
 
-    Example:
+    Examples:
         >>> spread([0.5, 0.5]), spread([0.5, 1.0]), spread([[1.0, 0.0], [1.0, 1.0]])
         ('0.5', '0.5..1', '1 / 0..1')
     """

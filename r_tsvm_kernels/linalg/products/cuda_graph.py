@@ -172,7 +172,7 @@ def use_cuda_graphs(limit: int = LIMIT) -> Iterator[Graphs]:
     Raises:
         ConfigError: `limit` is negative.
 
-    Example:
+    Examples:
         >>> with use_cuda_graphs(limit=1 << 30) as graphs:
         ...     graphs.nbytes
         0
