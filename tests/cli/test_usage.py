@@ -85,7 +85,7 @@ def test_info_is_one_screen(run):
 def test_info_of_a_method(run, method):
     code, out, _ = run("info", method)
     assert code == 0 and METHODS[method].paper_url in out and "\nSource: " in out
-    assert all(len(line) <= 80 or line.startswith("  ") and " = " in line for line in out.splitlines()[1:])
+    assert all(len(line) <= 80 or (line.startswith("  ") and " = " in line) for line in out.splitlines()[1:])
     for key in METHODS[method].parameters.model_fields:
         assert re.search(rf"^  {key}[/* ]", out, re.M)
     facts = json.loads(run("info", method, "--json")[1])
