@@ -75,7 +75,7 @@ def check_group(base: Tensor | None, tuned: Sequence[Tensor], op: str, *, option
         if tensor.shape != base.shape:
             raise ShapeError(f"{op}: {label} has shape {tuple(tensor.shape)}, the base has {tuple(base.shape)}")
         if tensor.device != base.device:
-            raise DeviceError(f"{op}: {label} lies on {tensor.device}, the base on {base.device}; move it with .to()")
+            raise DeviceError(f"{op}: {label} is on {tensor.device}, the base on {base.device}; move it with .to()")
 
 
 def check_like(tensor: Tensor, base: Tensor, label: str) -> None:
@@ -83,7 +83,7 @@ def check_like(tensor: Tensor, base: Tensor, label: str) -> None:
     if tensor.shape != base.shape:
         raise ShapeError(f"{label} has shape {tuple(tensor.shape)}, expected {tuple(base.shape)}")
     if tensor.device != base.device:
-        raise DeviceError(f"{label} lies on {tensor.device}, expected {base.device}; move it with .to()")
+        raise DeviceError(f"{label} is on {tensor.device}, expected {base.device}; move it with .to()")
 
 
 def check_mask(mask: Tensor, base: Tensor, label: str) -> None:

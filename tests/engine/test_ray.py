@@ -20,7 +20,15 @@ from adapters import random_adapter
 from checkpoints import digest, family, save, tuned_state_dict, without_times
 from test_modules import sentence_model, write
 
-from r_tsvm_kernels import ConfigError, DeviceError, MemoryBudgetError, MergeConfig, NonFiniteError, merge_checkpoints
+from r_tsvm_kernels import (
+    ConfigError,
+    DeviceError,
+    MemoryBudgetError,
+    MergeConfig,
+    NonFiniteError,
+    merge_checkpoints,
+    use_backend,
+)
 from r_tsvm_kernels.engine import ray_engine, run
 from r_tsvm_kernels.engine.verify import verify_output
 from r_tsvm_kernels.errors import BackendUnavailableError, ClusterError
@@ -150,6 +158,13 @@ class TestInProcess:
         reports = [json.loads(Path(engine, "merge_report.json").read_text()) for engine in ("local", "ray")]
         assert reports[1]["engine"] == "ray" and reports[1]["stages"].keys() == reports[0]["stages"].keys()
         assert without_times(reports[1]) == without_times(reports[0])
+
+    def test_forced_backends_reach_the_workers(self, tmp_path):
+        paths, _, _ = family(tmp_path / "in")
+        with use_backend("torch", elect_and_sum="cpu"):
+            merge_checkpoints(config_for(paths, "ties"), tmp_path / "ray", engine="ray")  # or workers would differ
+        kernels = json.loads((tmp_path / "ray" / "merge_report.json").read_text())["kernels"]
+        assert kernels.pop("elect_and_sum") == "cpu" and set(kernels.values()) == {"torch"}
 
     def test_modules_in_folders(self, tmp_path):
         paths = [write(tmp_path / str(seed), sentence_model(seed, "0_Transformer")) for seed in range(3)]
