@@ -169,7 +169,8 @@ class Server:
 
     def close(self) -> None:
         """End the process."""
-        self._process.communicate(timeout=60)
+        self._process.kill()
+        self._process.communicate()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
