@@ -77,7 +77,7 @@ tests=("$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu)
 stage tests 360 "${tests[@]}" ${processes:+-n "$processes" --dist loadgroup} tests/ops tests/linalg tests/engine
 stage products 150 "$PYTHON" -m benchmarks.products --out "$OUT" $dry
 bench kernels 420 --only ops
-stage dispatch 30 "$PYTHON" -m benchmarks.dispatch_order "$OUT/kernels.json" "$OUT/dispatch_order.json"
+stage dispatch 120 "$PYTHON" -m benchmarks.dispatch_order "$OUT/kernels.json" "$OUT/dispatch_order.json"
 stage layer 420 "$PYTHON" -m benchmarks.layer_merge --out "$OUT" $dry
 stage ceilings 240 "$PYTHON" -m benchmarks.ceilings --out "$OUT" $dry
 order=("--order" "$OUT/dispatch_order.json")
