@@ -25,8 +25,6 @@ from r_tsvm_kernels.ops import (
     magnitude_ranks,
     magnitude_select,
     random_mask,
-    reweight_prune,
-    task_statistics,
 )
 from r_tsvm_kernels.ops._checks import accumulation_dtype
 
@@ -103,74 +101,6 @@ def test_ranks_refuse_what_is_not_finite(bad):
     x[[3, 29], 99] = bad
     with pytest.raises(NonFiniteError, match="2 of 3000"):
         magnitude_ranks(x, base=torch.zeros_like(x), backend="cuda")
-
-
-# --- reweight_prune
-
-
-def same_all(got, expected):
-    return all(same_bits(g, e) for g, e in zip(got, expected, strict=True))
-
-
-@many
-@given(
-    tensors=groups,
-    sigma=st.sampled_from([0.0, 1.0, 3.0, math.inf]),
-    weighting=st.sampled_from(["clip", "none"]),
-    density=st.lists(densities, min_size=5, max_size=5),
-)
-def test_pruning(tensors, sigma, weighting, density):
-    statistics = task_statistics(*tensors, sigma=sigma)
-    assert same_all(
-        *both(reweight_prune, *tensors, statistics, outlier_weighting=weighting, density=density[: len(tensors[1])])
-    )
-
-
-@pytest.mark.parametrize("last", [torch.bfloat16, torch.float64], ids=str)
-def test_pruning_of_many_tasks(last):
-    """More than one launch takes; all are computed in float64 if one is, even one that is not pruned."""
-    base, tuned = group((37, 41), [*[torch.bfloat16] * 19, last], "ties", ["contiguous"] * 20, 0)
-    density = [min(1.0, 0.06 * t) for t in range(19)]
-    assert density[-1] == 1.0
-    assert same_all(*both(reweight_prune, base, tuned, task_statistics(base, tuned), density=density))
-
-
-@pytest.mark.parametrize("ties", [0, 1, 1023, 1024, 1025, 20_000, 59_999, 60_000])
-def test_the_first_ties_survive(ties):
-    tuned = torch.full((60_001,), 0.5)
-    tuned[::2] = -0.5
-    tuned[-1] = 3.0
-    zero = torch.zeros_like(tuned)
-    (got,) = reweight_prune(
-        zero,
-        [tuned],
-        task_statistics(zero, [tuned]),
-        outlier_weighting="none",
-        density=(ties + 0.5) / 60_001,
-        backend="cuda",
-    )
-    expected = torch.where(torch.arange(60_001) < ties, tuned, 0)
-    expected[-1] = 3.0
-    assert same_bits(got, expected)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("density", [0.0, 0.5])
-def test_pruning_refuses_what_is_not_finite(bad, density):
-    deltas = [torch.randn(3000) for _ in range(6)]
-    deltas[5][77] = bad
-    statistics = task_statistics(torch.zeros(3000), deltas, sigma=math.inf)
-    for some in ([1.0, 0.5, 0.5, 0.5, 0.5, density], density):
-        with pytest.raises(NonFiniteError, match="1 of 3000"):
-            reweight_prune(torch.zeros(3000), deltas, statistics, density=some, backend="cuda")
-
-
-@pytest.mark.parametrize("sigma", [3.0, math.inf])
-def test_without_pruning_nan_and_infinity_pass(sigma):
-    base, tuned = torch.zeros(5), torch.tensor([1.0, math.nan, math.inf, -math.inf, 0.0])
-    statistics = task_statistics(base, [tuned], sigma=sigma)
-    (got,), (expected,) = both(reweight_prune, base, [tuned], statistics)
-    assert torch.equal(got.isnan(), expected.isnan()) and same_bits(got.nan_to_num(), expected.nan_to_num())
 
 
 # --- random_mask

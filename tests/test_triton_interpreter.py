@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # How many tests each file has at least; a test here for each, so that they share the cores.
 FILES = {
     "test_cases.py": 1,
-    "test_triton.py": 1,
+    "test_add_update.py": 5,
+    "test_magnitude_select.py": 60,
+    "test_reweight_prune.py": 30,
+    "test_task_statistics.py": 50,
     "test_triton_merging.py": 380,
     "test_triton_offsets.py": 11,
     "test_triton_products.py": 145,
@@ -30,7 +33,7 @@ FILES = {
 
 
 def test_every_file_is_listed():
-    assert {path.name for path in (ROOT / "tests" / "ops").glob("test_triton*.py")} | {"test_cases.py"} == FILES.keys()
+    assert {path.name for path in (ROOT / "tests" / "ops").glob("test_triton*.py")} < FILES.keys()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -40,10 +43,10 @@ def test_the_kernels_in_the_interpreter(file: str):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *plugins, f"tests/ops/{file}"],
+        [sys.executable, "-m", "pytest", "-q", *plugins, "-k", "triton and not device", f"tests/ops/{file}"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None and int(passed[1]) >= FILES[file], done.stdout[-1000:]
-    assert file == "test_cases.py" or "skipped" not in done.stdout  # it has tests for devices, too
+    assert "skipped" not in done.stdout
