@@ -45,7 +45,7 @@ def products(suite: Suite) -> None:
                 planes, square = ops.split_planes(x, low=low), ops.split_planes(symmetric, low=low)
                 for name, run, truth, done in (
                     ("symm_gram", lambda p=planes: ops.symm_gram(p), exact, flops / 2),
-                    ("symm_square", lambda p=square: ops.symm_square(p, 2.0, -1.0), exact_square, flops / 2),
+                    ("symm_square", lambda p=square: ops.symm_square(p, -1.0, 2.0), exact_square, flops / 2),
                     ("gemm3", lambda p=planes: ops.gemm3(p.mT, p), exact, flops),
                 ):
                     case = {"format": label, "batch": batch, "n": n, "operands": operands}

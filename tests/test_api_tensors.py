@@ -85,7 +85,7 @@ OPS = {
     "ranked_mask": lambda x: ops.ranked_mask(x, torch.full((17,), 0.5, dtype=torch.float64), seed=0),
     "reweight_prune": lambda x: ops.reweight_prune(x, [x], STATISTICS, density=0.5),
     "split_planes": lambda x: ops.split_planes(x),
-    "task_gram": lambda x: ops.task_gram([x], x),
+    "task_gram": lambda x: ops.task_gram([x], base=x),
     "task_spread": lambda x: ops.task_spread(x, [x]),
     "task_statistics": lambda x: ops.task_statistics(x, [x]),
 }
@@ -135,7 +135,7 @@ def test_products_of_planes_that_carry_a_graph():
 
 
 def test_a_square_is_not_written_over_its_own_factor():
-    planes = ops.symm_gram(ops.split_planes(torch.randn(8, 8) / 8), out="planes").matrix
+    planes = ops.symm_gram(ops.split_planes(torch.randn(8, 8) / 8), out_dtype="planes").matrix
     earlier = ops.symm_square(planes, 1.0, 1.0)
     assert isinstance(earlier.matrix, Planes)
     with pytest.raises(ConfigError, match=r"symm_square: .* share memory"):
@@ -165,7 +165,7 @@ MISTAKES = {
     "a fraction as a count": (lambda b, t: ops.magnitude_select(b, 0.1), ConfigError, "0.1; use kept_count"),
     "no seed": (lambda b, t: ops.random_mask((3,), 0.5, seed=None), ConfigError, "seed must be a whole number"),
     "no probability": (lambda b, t: ops.random_mask((3,), None, seed=1), ConfigError, "keep_probability: expected"),
-    "the base first": (lambda b, t: ops.task_gram(b, t), DTypeError, "expected a list of fine-tuned tensors"),
+    "the base first": (lambda b, t: ops.task_gram(b, base=t), DTypeError, "expected a list of fine-tuned tensors"),
     "one tensor": (lambda b, t: ops.task_spread(b, t[0]), DTypeError, "expected a list of fine-tuned tensors"),
     "one sparsifier": (
         lambda b, t: ops.elect_and_sum(b, t, 1.0, sparsifiers=Sparsifier()), ConfigError, "one for each task"

@@ -28,7 +28,6 @@ FILES = {
     "test_task_statistics.py": 50,
     "test_triton_merging.py": 380,
     "test_triton_offsets.py": 11,
-    "test_triton_products.py": 145,
 }
 
 

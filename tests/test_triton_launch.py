@@ -97,7 +97,7 @@ def test_masks_and_coefficients(launched, monkeypatch):
     monkeypatch.setattr(triton_kernel, "magnitude_ranks", lambda x, base: torch.zeros(x.shape, dtype=torch.int32))
     base, tuned = group(tasks=9)
     for number in (1, 2, 9):
-        task_gram(tuned[:number], base, mask=base > 0, backend="triton")
+        task_gram(tuned[:number], base=base, mask=base > 0, backend="triton")
         task_gram(tuned[:number], backend="triton")
         task_spread(base, tuned[:number], backend="triton")
     ranked_mask(tuned[0], della_probabilities(SHAPE[1], 0.4, 0.2), seed=2**63 + 5, base=base, backend="triton")

@@ -1,4 +1,4 @@
-"""Launching by Triton itself, up to the driver, for a GPU that is not there: kernels are specialised and compiled."""
+"""Triton's own launches, up to the driver, for a GPU that is not there: kernels are specialised and compiled."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -8,10 +8,11 @@ from triton.backends.compiler import GPUTarget
 
 
 class Driver:
-    """Stands in for that of CUDA: what is launched is noted, and does nothing."""
+    """Stands in for the driver of a GPU: launches are recorded and do nothing."""
 
     def __init__(self, architecture):
-        self.target = GPUTarget("cuda", architecture, 32)
+        amd = str(architecture).startswith("gfx")
+        self.target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture), 32)
         self.launched = []  # (name, compiled kernel)
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132},
@@ -37,7 +38,7 @@ class Driver:
 
 @contextmanager
 def launches(architecture):
-    """Let kernels be launched on tensors of the CPU; yield the list of what was: (name, compiled kernel)."""
+    """Launch kernels on tensors of the CPU; yield the list of recorded launches: (name, compiled kernel)."""
     driver, found = Driver(architecture), []
     run = triton.runtime.jit.JITFunction.run
 

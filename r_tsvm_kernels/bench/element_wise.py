@@ -187,7 +187,7 @@ def _(inputs: Inputs) -> Case:
     return op_case(
         inputs,
         ["task_gram"],
-        lambda: ops.task_gram(tuned, base),
+        lambda: ops.task_gram(tuned, base=base),
         lambda: _products(*inputs.exact),
         inputs.read_bytes,
         best=lambda: torch_best.gram(base, tuned),

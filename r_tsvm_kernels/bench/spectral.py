@@ -77,7 +77,7 @@ def _(inputs: Inputs) -> Case:
     planes, n = ops.split_planes(x), len(x)
     exact = planes.dense().double()
     return _product(
-        inputs, "symm_square", lambda: ops.symm_square(planes, 2.0, -1.0), lambda: 2 * exact - exact @ exact,
+        inputs, "symm_square", lambda: ops.symm_square(planes, -1.0, 2.0), lambda: 2 * exact - exact @ exact,
         lambda: torch.addmm(x, x, x, beta=2.0, alpha=-1.0), float(n**3), 8 * n * n,
     )  # fmt: skip
 

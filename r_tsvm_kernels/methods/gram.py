@@ -16,7 +16,7 @@ from .base import Cost, TensorJob, elementwise_cost
 
 def gram_matrix(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
     """Return the products ``<X_i, X_j>`` of all tensors, or of their differences from `base`; (T, T) float64, CPU."""
-    return checked(task_gram(tensors, base)).cpu()
+    return checked(task_gram(tensors, base=base)).cpu()
 
 
 def row_grams(tensors: Sequence[Tensor], base: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def largest(spread: Tensor, keep: int) -> Tensor:
 
 def squared_norms(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> list[float]:
     """Return the squared norm of each task vector, of its selected elements alone if some are."""
-    squares: list[float] = checked(task_gram(tuned, base, mask=selected).diagonal()).tolist()
+    squares: list[float] = checked(task_gram(tuned, base=base, mask=selected).diagonal()).tolist()
     return squares
 
 

@@ -45,11 +45,11 @@ class Case:
 
 
 def leaves(result: object) -> Iterator[Tensor]:
-    """Yield the tensors of a result of whatever form, planes as the matrices that they stand for."""
+    """Yield the tensors of a result of whatever form, pairs of planes as the matrices that they stand for."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, Planes):
-        yield result.dense()
+        yield from [result.hi, result.scale] if result.lo is None else [result.dense()]
     elif isinstance(result, list | tuple):
         for item in result:
             yield from leaves(item)
@@ -62,12 +62,13 @@ def difference(op: Op[..., Any], got: object, expected: object) -> str | None:
     """Say how a result differs from the reference's by more than the op allows; None if it does not.
 
     An op without `accuracy` must give the same bits. For others the distance of each floating-point tensor, relative
-    to the largest element, is at most the accuracy (or one rounding, if that is more); integers and booleans are the
-    same, and so are NaN and infinity.
+    to the largest element, is at most the accuracy, or one rounding of the coarsest dtype of the result if that is
+    more; integers and booleans are the same, and so are NaN and infinity.
     """
     mine, theirs = list(leaves(got)), list(leaves(expected))
     if len(mine) != len(theirs):
         return f"{len(mine)} tensors, expected {len(theirs)}"
+    coarsest = max((torch.finfo(x.dtype).eps for x in theirs if x.is_floating_point()), default=0.0)
     for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return f"tensor {index}: {a.dtype} {tuple(a.shape)}, expected {b.dtype} {tuple(b.shape)}"
@@ -75,7 +76,7 @@ def difference(op: Op[..., Any], got: object, expected: object) -> str | None:
             if not _same_bits(a, b):
                 return f"tensor {index}: {int((_bytes(a) != _bytes(b)).sum())} bytes differ from the reference's"
         else:
-            error, allowed = _distance(a, b), max(op.accuracy, torch.finfo(a.dtype).eps)
+            error, allowed = _distance(a, b), max(op.accuracy, coarsest)
             if error > allowed:
                 return f"tensor {index}: relative error {error:.1e}, expected at most {allowed:.1e}"
     return None

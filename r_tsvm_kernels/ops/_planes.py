@@ -13,7 +13,8 @@ from ..errors import DeviceError, DTypeError, ShapeError
 # What the low plane is multiplied with, so that it does not underflow: 2^11, the precision of fp16.
 LOW = 2048.0
 
-Output = Literal["float32", "planes"]
+# What a product stores: a dtype, or planes of scale 1.
+OutDtype = torch.dtype | Literal["planes"]
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,10 @@ def factor(op: str, like: Planes, *values: float | Tensor) -> Tensor:
     return total.float()
 
 
-def summed(value: Tensor, like: Planes, out: Output) -> SymmetricProduct:
-    """Return float32 `value` in the form `out`, with the sums over what is stored."""
+def summed(value: Tensor, like: Planes, out_dtype: OutDtype) -> SymmetricProduct:
+    """Return float32 `value` as float32 or as planes, with the sums over what is stored."""
     matrix: Tensor | Planes = value
-    if out == "planes":
+    if out_dtype == "planes":
         planes = Planes(*split(value, like.lo is not None), torch.ones_like(like.scale))
         matrix, value = planes, planes.unscaled()
     trace = value.diagonal(dim1=-2, dim2=-1).double().sum(-1)

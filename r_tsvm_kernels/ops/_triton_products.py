@@ -11,27 +11,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import BackendUnavailableError
-from ._planes import Output, Planes, SymmetricProduct
+from ._planes import OutDtype, Planes, SymmetricProduct
 from ._triton import LAUNCH, device_of
-
-# Tensor cores add with rounding towards zero. Their sums over this many of K are added up in float32 registers, with
-# rounding to nearest, so that the bias does not grow with K (arXiv 2203.03341, section 3).
-CHUNK = 512
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a program's output, the step through K, and how it is launched."""
+    """Rows and columns of a program's output, the step through K, and how it is launched.
+
+    Tensor cores add with rounding towards zero. Their sums over CHUNK of K are added up in float32 registers, with
+    rounding to nearest, so that the bias does not grow with K (arXiv 2203.03341, section 3).
+    """
 
     BM: int
     BN: int
     BK: int
     warps: int
     stages: int
+    CHUNK: int = 512
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of a launch."""
-        sizes = {"BM": self.BM, "BN": self.BN, "BK": self.BK, "CHUNK": CHUNK}
+        sizes = {"BM": self.BM, "BN": self.BN, "BK": self.BK, "CHUNK": self.CHUNK}
         return {**sizes, **LAUNCH, "num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -42,7 +43,7 @@ TILES = {
     100: Tile(128, 128, 64, 8, 3),
     120: Tile(128, 64, 32, 8, 3),
 }
-INTERPRETED = Tile(32, 16, 16, 1, 1)
+INTERPRETED = Tile(32, 16, 16, 1, 1, CHUNK=32)
 
 
 def tile_of(tensor: Tensor) -> Tile:
@@ -174,7 +175,7 @@ def symmetric_kernel(
 def symmetric_product(
     A: Planes,
     quadratic: Tensor,
-    out: Output,
+    out_dtype: OutDtype,
     linear: Tensor | None = None,
     done: Tensor | None = None,
     old: SymmetricProduct | None = None,
@@ -188,7 +189,7 @@ def symmetric_product(
     matrix: Tensor | Planes
     if old is not None and isinstance(old.matrix, Planes):
         matrix = old.matrix
-    elif out == "planes":
+    elif out_dtype == "planes":
         empty = hi.new_empty(batch, n, n)
         matrix = Planes(empty, None if low is None else torch.empty_like(empty), torch.ones_like(A.scale))
     else:

@@ -7,6 +7,8 @@ import torch
 from compare import relative_error
 from spectra import KINDS, rank_of, spectrum
 
+from r_tsvm_kernels import backends
+from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.linalg import tsv_merge
 from r_tsvm_kernels.linalg.products.merge import LOWER, lower_bound, products_tsv_merge
 from r_tsvm_kernels.linalg.products.subspaces import extremes, products_subspaces
@@ -118,3 +120,29 @@ def test_few_directions_are_found_as_well_as_told(kind, compressed, precision):
             lost = part.Vh.double() - part.Vh.double() @ Vh[:k].mT @ Vh[:k]
             gap = float(1 - s[k] / s[k - 1])
             assert float(torch.linalg.matrix_norm(lost, 2)) <= part.error_estimate / min(gap, 1.0) < 1e-2
+
+
+PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
+INTERPRETER = backends.triton_interpreter_state()
+
+
+@pytest.mark.skipif(INTERPRETER != backends.READY, reason=f"needs Triton's interpreter: {INTERPRETER}")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_merge_on_the_interpreted_kernels():
+    matrices = torch.randn(2, 44, 36)
+    matrices[1, :, 0] *= 100  # the two tasks take different numbers of steps, and one is compressed
+    with use_backend(**dict.fromkeys(PRODUCTS, "triton")):
+        got = products_tsv_merge(matrices, [9, 4])
+    assert relative_error(got.matrix, tsv_merge(matrices.double(), [9, 4]).matrix) < 3e-5
+    assert len({part.outer_steps for part in got.parts}) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs kernels on a GPU: needs a CUDA device")
+def test_a_merge_on_the_kernels_of_a_gpu():
+    matrices = torch.randn(3, 1200, 1024, device="cuda")
+    reference = products_tsv_merge(matrices, [341] * 3, None, "float64").matrix
+    with use_backend(**dict.fromkeys(PRODUCTS, "triton")):
+        got = products_tsv_merge(matrices, [341] * 3)
+    assert relative_error(got.matrix.cpu(), reference.cpu()) < 1e-4
+    assert got.orthogonality < 1e-5

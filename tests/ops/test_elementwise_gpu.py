@@ -141,7 +141,7 @@ def test_more_elements_have_masks_and_coefficients_than_a_32_bit_index_counts():
     x = base.clone()
     x[-1, -3:] = torch.tensor([1.0, -2.0, 3.0])
     mask = x != 1
-    assert task_gram([x, base], base, mask=mask, backend="triton").tolist() == [[13.0, 0.0], [0.0, 0.0]]
+    assert task_gram([x, base], base=base, mask=mask, backend="triton").tolist() == [[13.0, 0.0], [0.0, 0.0]]
     spread = task_spread(base, [x, base], backend="triton")
     assert spread[-1, -3:].tolist() == [0.5, 2.0, 4.5] and not spread[:-1].any()
     del mask, spread
@@ -170,7 +170,7 @@ def test_on_another_stream_and_in_other_layouts(backend):
             elect_and_sum(base, [x, x], [1.0, 2.0], elect="sum", backend=backend),
             task_spread(base, [x, base], backend="triton"),
             ranked_mask(x, probabilities, seed=5, base=base, backend="triton"),
-            task_gram([x, 2 * x], base, mask=x > 0, backend="triton"),
+            task_gram([x, 2 * x], base=base, mask=x > 0, backend="triton"),
         ]
     stream.synchronize()
     base, x = (2 * wide)[:, ::2].mT, (2 * tuned)[:, ::2].mT
@@ -181,4 +181,4 @@ def test_on_another_stream_and_in_other_layouts(backend):
         ranked_mask(x, probabilities, seed=5, base=base, backend="torch"),
     ]
     assert all(map(equal, got[:-1], expected))
-    assert relative_error(got[-1], task_gram([x, 2 * x], base, mask=x > 0, backend="torch")) < 1e-13
+    assert relative_error(got[-1], task_gram([x, 2 * x], base=base, mask=x > 0, backend="torch")) < 1e-13

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from compare import relative_error, same_bits
+from compare import same_bits
 from interpreted import MIXES, TINY, every_dtype, every_mix, interpreted, nasty, pair, small_blocks
 from test_elect_and_sum import ELECTIONS, KINDS, WEIGHTS, sparsifiers, whole_numbers
 from test_random_mask import word
 from test_ranked_mask import TABLES, tables
-from test_task_gram import truth as exact_gram
 
 from r_tsvm_kernels.errors import NonFiniteError
 from r_tsvm_kernels.ops import (
@@ -21,8 +20,6 @@ from r_tsvm_kernels.ops import (
     magnitude_ranks,
     random_mask,
     ranked_mask,
-    task_gram,
-    task_spread,
 )
 
 pytestmark = [*interpreted, pytest.mark.usefixtures(small_blocks.__name__)]
@@ -225,113 +222,6 @@ def test_ranked_sparsifiers(elect, rescale, mix):
         Sparsifier(),
     ]
     assert_merged(base, tuned, elect=elect, normalize=True, alpha=0.5, sparsifiers=keep)
-
-
-# --- task_gram
-
-
-def assert_gram(tuned, base=None, mask=None):
-    got = task_gram(tuned, base, mask=mask, backend="triton")
-    assert got.dtype == torch.float64 and torch.equal(got, got.T)
-    assert relative_error(got, exact_gram(tuned, base, mask)) < 1e-14
-
-
-@every_mix
-@pytest.mark.parametrize("shape", [(), (1, 1), (128,), (3, 43), (11, 29)], ids=str)
-def test_gram(mix, shape):
-    base, tuned = pair(shape, mix, tasks=3)
-    for origin in (None, base):
-        for mask in (None, torch.rand(shape) < 0.4):
-            assert_gram(tuned, origin, mask)
-
-
-@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 9, 20])
-def test_gram_of_any_number_of_tasks(tasks):
-    base, tuned = pair((7, 43), MIXES[4], tasks=tasks)
-    assert_gram(tuned, base, torch.rand(7, 43) < 0.7)
-
-
-@every_dtype
-def test_gram_of_nasty_values(dtype):
-    for _, x in nasty(dtype):
-        x = x[x.abs() < 1e150]  # of larger ones the squares overflow
-        assert_gram([x, x.flip(0)])
-
-
-def test_gram_of_differences_that_are_not_rounded():
-    base, tuned = torch.full((4,), 1.0), torch.full((4,), 2.0**-30)
-    assert float(task_gram([tuned], base, backend="triton")) == 4 * (1 - 2.0**-30) ** 2
-
-
-@pytest.mark.parametrize("shape", [(0,), (3, 0)])
-def test_gram_of_nothing(shape):
-    base, tuned = pair(shape, tasks=2)
-    assert same_bits(task_gram(tuned, base, backend="triton"), torch.zeros(2, 2, dtype=torch.float64))
-
-
-def test_gram_of_what_is_not_finite():
-    base, tuned = pair((300,), tasks=3)
-    mask = torch.rand(300) < 0.5
-    clean = task_gram(tuned, base, mask=mask, backend="triton")
-    tuned[0][~mask], tuned[1][~mask], base[~mask] = math.nan, math.inf, -math.inf
-    assert same_bits(task_gram(tuned, base, mask=mask, backend="triton"), clean)
-    assert not task_gram(tuned, base, backend="triton").isfinite().any()
-    tuned[2][mask.nonzero()[0]] = math.inf
-    got = task_gram(tuned, base, mask=mask, backend="triton")
-    assert not got[2].isfinite().any() and same_bits(got[:2, :2].clone(), clean[:2, :2].clone())
-
-
-def test_gram_of_views():
-    base, tuned = torch.randn(12, 30)[:, ::2], [torch.randn(15, 12).mT, torch.randn(12, 40)[:, 3:18]]
-    assert_gram(tuned, base, (torch.rand(15, 12) < 0.5).mT)
-
-
-def test_gram_by_the_default_block(monkeypatch):
-    monkeypatch.undo()
-    base, tuned = pair((4999,), MIXES[0])
-    assert_gram(tuned, base, torch.rand(4999) < 0.7)
-
-
-# --- task_spread
-
-
-def assert_spread(base, tuned):
-    got, expected = (task_spread(base, tuned, backend=backend) for backend in ("triton", "torch"))
-    assert got.is_contiguous() and same_bits(got, expected)
-
-
-@every_mix
-@pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1, 1), (128,), (11, 29)], ids=str)
-def test_spread(mix, shape):
-    base, tuned = pair(shape, mix, tasks=3)
-    assert_spread(base, tuned)
-
-
-@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 9, 20, 21])
-def test_spread_of_any_number_of_tasks(tasks):
-    for mix in MIXES[2:5:2]:
-        assert_spread(*pair((7, 43), mix, tasks=tasks))
-
-
-@every_dtype
-def test_spread_of_nasty_values(dtype):
-    for _, x in nasty(dtype):
-        assert_spread(torch.zeros_like(x), [x, x.flip(0), -x])
-        assert_spread(x, [x, x])
-
-
-def test_spread_of_what_is_not_finite():
-    base, tuned = pair((300,), tasks=3)
-    tuned[0][3], tuned[1][77], base[200] = math.nan, math.inf, -math.inf
-    got, expected = (task_spread(base, tuned, backend=backend) for backend in ("triton", "torch"))
-    assert got.isnan().nonzero().flatten().tolist() == [3, 77, 200]
-    assert same_bits(got.nan_to_num(), expected.nan_to_num())
-
-
-def test_spread_of_views_and_by_the_default_block(monkeypatch):
-    assert_spread(torch.randn(12, 30)[:, ::2], [torch.randn(15, 12).mT, torch.randn(12, 40)[:, 3:18]])
-    monkeypatch.undo()
-    assert_spread(*pair((2500,), MIXES[0]))
 
 
 # --- ranked_mask

@@ -79,7 +79,7 @@ class FloatPlanes:
 
     def gram(self, x: Operand) -> Operand:
         """Return ``x^T x``, whose entries must stay below 65504."""
-        return symm_gram(cast(Planes, x), out="planes").matrix
+        return symm_gram(cast(Planes, x), out_dtype="planes").matrix
 
     def measured(self, x: Operand) -> SymmetricProduct:
         """Return a symmetric operand with its trace and squared norm."""
@@ -96,13 +96,13 @@ class FloatPlanes:
         out: SymmetricProduct | None = None,
     ) -> SymmetricProduct:
         """Return ``a x + b x x`` for symmetric x, or x where `done` is not 0."""
-        return symm_square(cast(Planes, x), a, b, done=done, out=out)
+        return symm_square(cast(Planes, x), alpha=b, beta=a, done=done, out=out)
 
     def multiply(
         self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None
     ) -> Operand:
         """Return ``alpha x y + beta z``, whose entries must stay below 65504."""
-        return gemm3(cast(Planes, x), cast(Planes, y), alpha, beta, z, out="planes")
+        return gemm3(cast(Planes, x), cast(Planes, y), alpha, beta, z, out_dtype="planes")
 
 
 Arithmetic = Floats | FloatPlanes

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from .._planes import Planes, product, split
+from .._planes import OutDtype, Planes, product, split
 
 
 def run(
-    A: Planes, B: Planes, scale: Tensor, share: Tensor, C: Tensor | Planes | None, out: torch.dtype | Literal["planes"]
+    A: Planes, B: Planes, scale: Tensor, share: Tensor, C: Tensor | Planes | None, out_dtype: OutDtype
 ) -> Tensor | Planes:
     """Return ``scale A @ B + share C``, planes without their scales; one leading dimension."""
     value = scale[:, None, None] * product(A, B)
     if C is not None:
         value = value + share[:, None, None] * (C.unscaled() if isinstance(C, Planes) else C.float())
-    if isinstance(out, torch.dtype):
-        return value.to(out)
+    if isinstance(out_dtype, torch.dtype):
+        return value.to(out_dtype)
     return Planes(*split(value, A.lo is not None), torch.ones_like(A.scale))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._planes import Planes
+from .._planes import OutDtype, Planes
 from .._triton import device_of
 from .._triton_products import low_plane, product_tile, tile_of
 
@@ -60,7 +58,7 @@ def gemm3_kernel(
 
 
 def run(
-    A: Planes, B: Planes, scale: Tensor, share: Tensor, C: Tensor | Planes | None, out: torch.dtype | Literal["planes"]
+    A: Planes, B: Planes, scale: Tensor, share: Tensor, C: Tensor | Planes | None, out_dtype: OutDtype
 ) -> Tensor | Planes:
     """Return ``scale A @ B + share C``, planes without their scales; one leading dimension."""
     (batch, m, k), n = A.shape, B.shape[-1]
@@ -68,9 +66,9 @@ def run(
     a_hi, a_lo = _alike(A.hi, A.lo)
     b_hi, b_lo = _alike(B.hi, B.lo)
     c, c_lo = _alike(C.hi, C.lo) if isinstance(C, Planes) else (C, None)
-    dtype = out if isinstance(out, torch.dtype) else torch.float16
+    dtype = out_dtype if isinstance(out_dtype, torch.dtype) else torch.float16
     first = torch.empty((batch, m, n), dtype=dtype, device=a_hi.device)
-    second = torch.empty_like(first) if out == "planes" and a_lo is not None else None
+    second = torch.empty_like(first) if out_dtype == "planes" and a_lo is not None else None
     if first.numel():
         with device_of(first):
             gemm3_kernel[(triton.cdiv(m, tile.BM) * triton.cdiv(n, tile.BN), batch)](
@@ -78,7 +76,7 @@ def run(
                 *a_hi.stride(), *b_hi.stride(), *((0, 0, 0) if c is None else c.stride()),
                 GROUP=GROUP, **tile.options(),
             )  # fmt: skip
-    return Planes(first, second, torch.ones_like(A.scale)) if out == "planes" else first
+    return Planes(first, second, torch.ones_like(A.scale)) if out_dtype == "planes" else first
 
 
 def _alike(hi: Tensor, lo: Tensor | None) -> tuple[Tensor, Tensor | None]:

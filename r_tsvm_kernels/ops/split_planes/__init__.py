@@ -11,7 +11,7 @@ from .._checks import check_plain
 from .._planes import Planes
 
 
-@dispatch.op("Products for tensor cores", cuda=("torch", "triton"))
+@dispatch.op("Products for tensor cores", cuda=("torch", "triton"), small={"BLOCK": 128})
 def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> Planes:
     """Return ``hi = fp16(x / scale)`` and ``lo = fp16((x / scale - hi) * 2^11)`` (arXiv 2203.03341, section 4).
 
@@ -22,12 +22,22 @@ def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> 
 
     Args:
         x: (..., m, n) float32.
-        low: False leaves `lo` away: 11 bits instead of 22, a third of the work.
+        low: False omits `lo`: 11 bits instead of 22, a third of the work.
         backend: run this implementation or raise; None takes the fastest one that is available.
+
+    Returns:
+        Planes of the shape of x, with one scale per matrix.
 
     Raises:
         ShapeError, DTypeError: not float32 matrices.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        >>> planes = split_planes(torch.tensor([[3.0, 0.1]]))
+        >>> planes.hi
+        tensor([[0.7500, 0.0250]], dtype=torch.float16)
+        >>> planes.scale, planes.dense()
+        (tensor(4.), tensor([[3.0000, 0.1000]]))
     """
     check_plain(x, "split_planes: x")
     x = x.detach()

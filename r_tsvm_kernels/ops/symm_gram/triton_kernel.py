@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._planes import Output, Planes, SymmetricProduct
+from .._planes import OutDtype, Planes, SymmetricProduct
 from .._triton_products import symmetric_product
 
 
-def run(A: Planes, scale: Tensor, out: Output) -> SymmetricProduct:
+def run(A: Planes, scale: Tensor, out_dtype: OutDtype) -> SymmetricProduct:
     """Return ``scale A A^T`` for planes with one leading dimension, whose own scale is left out."""
-    return symmetric_product(A, scale, out)
+    return symmetric_product(A, scale, out_dtype)

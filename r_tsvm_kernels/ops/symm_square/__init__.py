@@ -14,30 +14,42 @@ from .._planes import Planes, SymmetricProduct, check_planes, factor
 @dispatch.op("Products for tensor cores", cuda=("torch", "triton"), accuracy=1e-6)
 def symm_square(
     planes: Planes,
-    a: float | Tensor,
-    b: float | Tensor,
+    alpha: float | Tensor,
+    beta: float | Tensor,
     *,
     done: Tensor | None = None,
     out: SymmetricProduct | None = None,
     backend: str | None = None,
 ) -> SymmetricProduct:
-    """Return ``a X + b X X`` for symmetric X as planes of scale 1, with trace and squared Frobenius norm.
+    """Return ``alpha X X + beta X`` for symmetric X as planes of scale 1, with trace and squared Frobenius norm.
 
-    Accuracy as `symm_gram`; only the lower triangle of the product is computed. All arguments may lie in device
-    memory: a loop of such steps waits for nothing, and matrices that have converged cost next to nothing.
+    Accuracy as `symm_gram`; only the lower triangle of the product is computed. All arguments may be in device memory:
+    a loop of such steps waits for nothing, and matrices that have converged cost next to nothing.
 
     Args:
         planes: (..., n, n), exactly symmetric. The entries of the result must stay below 65504.
-        a: a number, or a float32 tensor (...), one per matrix.
-        b: likewise.
-        done: (...) int32. 0: compute. 1: copy X. 2 or more: `out` holds a copy already, write nothing.
-        out: an earlier result of the same shape, not the one that holds `planes`; its memory is used again.
+        alpha: factor of the product: a number, or a float32 tensor (...), one per matrix.
+        beta: factor of X, in the same form.
+        done: (...) int32. 0: compute. 1: copy X. 2 or more: `out` already holds a copy, write nothing.
+        out: an earlier result of the same shape whose memory is used again; not the one that holds `planes`.
         backend: run this implementation or raise; None takes the fastest one that is available.
+
+    Returns:
+        The matrices as planes of scale 1, their traces and squared norms, with the leading dimensions of `planes`.
 
     Raises:
         ShapeError, DTypeError, DeviceError: not square planes, or arguments that do not fit them.
         ConfigError: `out` shares memory with `planes`.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        A step towards the projector on the large eigenvalues, ``2 X - X X``:
+
+        >>> from r_tsvm_kernels.ops import split_planes, symm_square
+        >>> planes = split_planes(torch.tensor([[0.5, 0.0], [0.0, 1.0]]))
+        >>> symm_square(planes, -1.0, 2.0).matrix.dense()
+        tensor([[0.7500, 0.0000],
+                [0.0000, 1.0000]])
     """
     check_planes("symm_square", planes)
     batch, n = planes.shape[:-2], planes.shape[-1]
@@ -57,8 +69,8 @@ def symm_square(
         parts = {f"{name}.{part}": getattr(x, part) for name, x in given.items() for part in ("hi", "lo")}
         check_apart({name: part for name, part in parts.items() if part is not None}, op="symm_square")
         old = SymmetricProduct(out.matrix.flatten(), out.trace.reshape(-1), out.square_norm.reshape(-1))
-    linear = factor("symm_square", flat, a, flat.scale)
-    quadratic = factor("symm_square", flat, b, flat.scale, flat.scale)
+    linear = factor("symm_square", flat, beta, flat.scale)
+    quadratic = factor("symm_square", flat, alpha, flat.scale, flat.scale)
     run = dispatch.select("symm_square", planes.hi, backend=backend)
     result = run(flat, linear, quadratic, None if done is None else done.reshape(-1), old)
     return SymmetricProduct(

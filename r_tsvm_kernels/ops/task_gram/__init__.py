@@ -19,16 +19,16 @@ from .._checks import check_group, check_mask
 )
 def task_gram(
     tuned: Sequence[Tensor],
-    base: Tensor | None = None,
     *,
+    base: Tensor | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return the Gram matrix of the task vectors: ``G[s, t] = sum((tuned[s] - base) * (tuned[t] - base))``.
 
-    Its diagonal holds the squared norms, from which with the rest the angles follow: Model Stock (Jang et al.,
-    arXiv 2403.19522), spherical means, the coefficients of SCE (Wan et al., arXiv 2408.07990). Differences and products
-    are formed in float64 and never stored by the native kernel; the order of summation depends on the shape alone.
+    The diagonal holds the squared norms; with the other products they give the angles. Model Stock (Jang et al., arXiv
+    2403.19522), spherical means and the coefficients of SCE (Wan et al., arXiv 2408.07990) use them. Differences and
+    products are formed in float64, and kernels do not store them. The order of summation depends on the shape alone.
 
     Args:
         tuned: T tensors of one shape and device, float64, float32, float16 or bfloat16; dtypes may differ.
@@ -42,6 +42,12 @@ def task_gram(
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        >>> base = torch.tensor([1.0, 1.0])
+        >>> task_gram([torch.tensor([4.0, 5.0]), torch.tensor([1.0, 3.0])], base=base)
+        tensor([[25.,  8.],
+                [ 8.,  4.]], dtype=torch.float64)
     """
     check_group(base, tuned, op="task_gram", optional_base=True)
     if mask is not None:

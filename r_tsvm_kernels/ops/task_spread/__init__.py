@@ -28,6 +28,11 @@ def task_spread(base: Tensor, tuned: Sequence[Tensor], *, backend: str | None = 
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        >>> base = torch.tensor([0.0, 1.0])
+        >>> task_spread(base, [torch.tensor([1.0, 3.0]), torch.tensor([3.0, 3.0])])
+        tensor([2., 0.], dtype=torch.float64)
     """
     check_group(base, tuned, op="task_spread")
     run = dispatch.select("task_spread", base, *tuned, backend=backend)

@@ -1,0 +1,117 @@
+"""Compiles the Triton kernels for a GPU that is not there: compile_launches.py ARCHITECTURE ("90", or "gfx942").
+
+Runs the cases marked `compiled` of every op with a Triton backend. The driver is a stand-in (triton_without_gpu.py):
+Triton specialises and compiles what is launched, and launches nothing. Prints one line of JSON per compiled kernel, and
+a last one with the kernels that were never launched. Must not run in Triton's interpreter.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import triton
+from triton_without_gpu import launches
+
+from r_tsvm_kernels import backends
+from r_tsvm_kernels.dispatch import ops
+
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+# Flushing subnormals, fusing a product into a sum, dividing roughly: each would change results.
+INEXACT = (".ftz", "fma.rn", "div.full", "div.approx")
+PRODUCT = re.compile(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
+ACCESS = r"\b{}\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)"
+COPY = r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (0x[0-9a-f]+|\d+)"  # to shared memory, past the registers
+
+
+def kernels(module):
+    """Return the names of the kernels that a module has, without the functions that they call."""
+    functions = {name for name, value in vars(module).items() if isinstance(value, triton.runtime.jit.JITFunction)}
+    return {name for name in functions if name.endswith("_kernel")}
+
+
+def narrow_program_ids(ir):
+    """Return the operations that take a program's 32-bit number for arithmetic: the products exceed 2^31."""
+    numbers = re.findall(r"(%\w+) = tt.get_(?:program_id|num_programs)", ir)
+    users = [line.strip() for line in ir.splitlines() for number in numbers if re.search(rf"{number}\b(?! =)", line)]
+    return [line for line in users if not re.search(r"arith.extsi|tt.addptr|scf.for", line)]
+
+
+def widest(ptx, instruction):
+    """Return the bytes of the widest access to global memory by one thread, 0 for none."""
+    sizes = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(ACCESS.format(instruction), ptx)]
+    if instruction == "ld":
+        sizes += [int(size, 0) for size in re.findall(COPY, ptx)]
+    return max(sizes, default=0)
+
+
+def resources(cubin):
+    """Return registers, and bytes of local memory (spills, for kernels without arrays of their own) of each thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack, local = map(int, RESOURCES.search(listing).groups())
+    return registers, stack + local
+
+
+def report(op, label, name, kernel):
+    row = {"op": op, "case": label, "kernel": name, "shared": kernel.metadata.shared}
+    if "ptx" in kernel.asm:
+        ptx = kernel.asm["ptx"]
+        registers, spilled = resources(kernel.asm["cubin"])
+        row |= {"registers": registers, "spilled": spilled, "load": widest(ptx, "ld"), "store": widest(ptx, "st")}
+        row |= {
+            "inexact": [text for text in INEXACT if text in ptx],
+            "products": sorted({found[0] for found in PRODUCT.finditer(ptx)}),
+        }
+    return row | {"narrow": narrow_program_ids(kernel.asm["ttir"])}
+
+
+def main(architecture):
+    backends.triton_interpreter_state = lambda: backends.READY  # tensors of the CPU are taken
+    tiles = import_module("r_tsvm_kernels.ops._triton_products")
+    number = int(architecture) if architecture.isdigit() else 90
+    tile = tiles.TILES[max(key for key in tiles.TILES if key <= number)]
+    for op in ops().values():
+        if "triton" in op.backends:
+            import_module(f"{op.__module__}.triton_kernel")
+    for name, module in list(sys.modules.items()):  # no kernel writes the counts that ops read
+        if name.startswith("r_tsvm_kernels.") and hasattr(module, "raise_not_finite"):
+            module.raise_not_finite = lambda *arguments: None
+    missing, seen = {}, set()
+    with launches(architecture) as found:
+        for name, op in ops().items():
+            if "triton" not in op.backends:
+                continue
+            module = import_module(f"{op.__module__}.triton_kernel")
+            if not Path(module.__file__).with_name("cases.py").is_file():
+                continue
+            expected, launched = kernels(module), set()
+            for part in (tiles, module):
+                if hasattr(part, "tile_of"):
+                    part.tile_of = lambda tensor: tile
+            for case in op.cases.cases("cpu"):
+                if not case.compiled:
+                    continue
+                found.clear()
+                op(*case.args, **case.options, backend="triton")
+                for kernel_name, kernel in found:
+                    launched.add(kernel_name)
+                    if kernel.hash not in seen:
+                        seen.add(kernel.hash)
+                        print(json.dumps(report(name, case.label, kernel_name, kernel)), flush=True)
+            if expected - launched or not launched:
+                missing[name] = sorted(expected - launched)
+    print(json.dumps({"missing": missing}))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(sys.argv[1])
