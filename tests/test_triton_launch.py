@@ -108,6 +108,6 @@ def test_products(launched):
     x, symmetric = torch.randn(2, 96, 64), torch.randn(2, 64, 64)
     planes, square = (split_planes(y, backend="triton") for y in (x, symmetric))
     symm_gram(planes, backend="triton")
-    symm_square(square, 2.0, -1.0, done=torch.zeros(2, dtype=torch.int32), backend="triton")
-    gemm3(planes.mT, planes, 0.5, 1.0, symmetric.bfloat16(), out=torch.bfloat16, backend="triton")
+    symm_square(square, -1.0, 2.0, done=torch.zeros(2, dtype=torch.int32), backend="triton")
+    gemm3(planes.mT, planes, 0.5, 1.0, symmetric.bfloat16(), out_dtype=torch.bfloat16, backend="triton")
     assert names(launched) == {"split_kernel", "symmetric_kernel", "gemm3_kernel"}
