@@ -116,7 +116,7 @@ def test_configurations_that_say_nothing(config):
 def test_a_quantiser_s_file_counts_where_a_tensor_may_be_packed():
     files = ["config.json", "quantize_config.json"]
     refuse_quantised("here", {"w": torch.ones(4, 4), "ids": ints(1, 4, dtype=torch.int64)}, {}, files)
-    with pytest.raises(QuantisedRefusedError, match=r"quantize_config\.json lies beside it, and w is int32 of 4 x 4"):
+    with pytest.raises(QuantisedRefusedError, match=r"quantize_config\.json is beside it, and w is int32 of 4 x 4"):
         refuse_quantised("here", {"w": ints(4, 4)}, {}, files)
     refuse_quantised("here", {"w": ints(4, 4)}, {}, files[:1])
 

@@ -69,7 +69,7 @@ def test_files_of_quantisers(tmp_path, file):
     for folder in (unknown, floats := save(tmp_path / "floats", FLOATS)):
         (folder / file).write_text(json.dumps({"bits": 4}))
     Checkpoint(floats)  # left over from another model
-    with pytest.raises(QuantisedRefusedError, match=rf"{file} lies beside it, and q\.w4 is int32 of 8 x 8"):
+    with pytest.raises(QuantisedRefusedError, match=rf"{file} is beside it, and q\.w4 is int32 of 8 x 8"):
         Checkpoint(unknown)
 
 
