@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from variants import DTYPES, LAYOUTS, VALUES, layout_names
 
-from r_tsvm_kernels.errors import NonFiniteError
 from r_tsvm_kernels.ops import (
     MagnitudeSelection,
     RankedSparsifier,
@@ -24,7 +23,6 @@ from r_tsvm_kernels.ops import (
     kept_count,
     magnitude_ranks,
     magnitude_select,
-    random_mask,
 )
 from r_tsvm_kernels.ops._checks import accumulation_dtype
 
@@ -73,48 +71,6 @@ densities = st.sampled_from([0.0, 1e-3, 0.1, 0.3, 0.5, 0.9, 0.999, 1.0])
 
 def both(op, *arguments, **options):
     return (op(*arguments, **options, backend=backend) for backend in ("cuda", "torch"))
-
-
-# --- magnitude_histogram, magnitude_ranks
-
-
-@settings(many, max_examples=8)  # a row is a block, however short it is
-@given(tensors=groups)
-def test_ranks(tensors):
-    base, (x, *_) = tensors
-    for origin in (base, None):
-        assert same_bits(*both(magnitude_ranks, x, base=origin))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cols", [511, 4097, 20_000])
-def test_ranks_of_long_rows(dtype, cols):
-    """20,000 columns do not fit into shared memory."""
-    x = torch.randn(20, cols).to(dtype)
-    x[:, ::7] = 0.5
-    assert same_bits(*both(magnitude_ranks, x))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_ranks_refuse_what_is_not_finite(bad):
-    x = torch.randn(30, 100, dtype=torch.bfloat16)
-    x[[3, 29], 99] = bad
-    with pytest.raises(NonFiniteError, match="2 of 3000"):
-        magnitude_ranks(x, base=torch.zeros_like(x), backend="cuda")
-
-
-# --- random_mask
-
-
-@many
-@given(
-    numel=st.one_of(st.integers(0, 70), st.sampled_from([1023, 1025, 4100])),
-    keep_probability=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 1 - 2.0**-32])),
-    seed=st.integers(0, 2**64 - 1),
-    substream=st.integers(0, 2**32 - 1),
-)
-def test_random_masks(numel, keep_probability, seed, substream):
-    assert same_bits(*both(random_mask, (numel,), keep_probability, seed=seed, substream=substream))
 
 
 # --- elect_and_sum

@@ -2,13 +2,12 @@
 
 import os
 from fcntl import LOCK_EX, flock
-from importlib import import_module
 
 import emulated_cuda
 import pytest
 import torch
 
-from r_tsvm_kernels import backends
+from r_tsvm_kernels import backends, dispatch
 
 
 @pytest.fixture
@@ -17,8 +16,9 @@ def backend(request, monkeypatch):
     op, how = request.param
     name, _, where = how.partition(" ")
     if where == "interpreted":
-        for attribute, value in op.small.items():
-            monkeypatch.setattr(import_module(f"{op.__module__}.triton_kernel"), attribute, value)
+        for each in dispatch.ops().values():  # an op may launch kernels of others
+            for attribute, value in each.small.items():
+                monkeypatch.setattr(each.triton_kernel, attribute, value)
     elif where in emulated_cuda.ORDERS:
         monkeypatch.setenv("CUDA_ON_CPU_ORDER", where)
         emulated_cuda.install(request.getfixturevalue("emulated_module"), monkeypatch)

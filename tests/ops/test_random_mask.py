@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
+from cases import check
 from hypothesis import given
 from hypothesis import strategies as st
-from test_task_statistics import available
+from variants import BEYOND_32_BITS, available, every_backend, large, on_devices, simulated, torch_threads
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DeviceError
 from r_tsvm_kernels.ops import random_mask
 from r_tsvm_kernels.ops.random_mask.reference import philox
 
-every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 native_backend = pytest.mark.parametrize("backend", available("cpu"))
 
 ONES = 2**32 - 1
@@ -52,21 +52,23 @@ def test_published_vectors_in_native_code(backend, counter, key, expected):
     assert backends.native(backend).philox(counter, key[0] | key[1] << 32) == expected
 
 
-@every_backend
+@every_backend(random_mask)
 @given(
-    numel=st.one_of(st.integers(0, 70), st.sampled_from([2047, 2049, 4100])),
+    data=st.data(),
     keep_probability=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0, 1 - 2.0**-32, 1e-12])),
     seed=st.integers(0, 2**64 - 1),
     substream=st.integers(0, 2**32 - 1),
 )
-def test_bits_depend_on_seed_substream_and_index(backend, numel, keep_probability, seed, substream):
+def test_bits_depend_on_seed_substream_and_index(backend, data, keep_probability, seed, substream):
+    more = [127, 128, 129, 257] if simulated(backend) else [2047, 2049, 4100]
+    numel = data.draw(st.one_of(st.integers(0, 70), st.sampled_from(more)))
     got = random_mask((numel,), keep_probability, seed=seed, substream=substream, backend=backend)
     limit = round(keep_probability * 2**32)
     assert got.dtype == torch.bool
     assert got.tolist() == [word(seed, substream, index) < limit for index in range(numel)]
 
 
-@every_backend
+@every_backend(random_mask)
 def test_the_shape_does_not_change_a_bit(backend):
     flat = random_mask((60,), 0.4, seed=11, substream=2, backend=backend)
     assert torch.equal(random_mask((3, 4, 5), 0.4, seed=11, substream=2, backend=backend), flat.view(3, 4, 5))
@@ -78,25 +80,22 @@ def test_the_shape_does_not_change_a_bit(backend):
 @native_backend
 def test_number_of_threads_does_not_change_a_bit(backend):
     expected = random_mask((200_003,), 0.3, seed=5, substream=1, backend="torch")
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
             assert torch.equal(random_mask((200_003,), 0.3, seed=5, substream=1, backend=backend), expected)
-    finally:
-        torch.set_num_threads(before)
 
 
-@every_backend
+@every_backend(random_mask)
 def test_zero_and_one_are_exact(backend):
-    assert not random_mask((100_000,), 0.0, seed=3, backend=backend).any()
-    assert random_mask((100_000,), 1.0, seed=3, backend=backend).all()
+    shape = (3000,) if simulated(backend) else (100_000,)
+    assert not random_mask(shape, 0.0, seed=3, backend=backend).any()
+    assert random_mask(shape, 1.0, seed=3, backend=backend).all()
 
 
-@every_backend
+@every_backend(random_mask)
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_looks_random(backend, probability):
-    n = 400_000
+    n = 4000 if simulated(backend) else 400_000
     first, second = (random_mask((n,), probability, seed=42, substream=s, backend=backend) for s in (0, 1))
     other = random_mask((n,), probability, seed=43, backend=backend)
 
@@ -124,3 +123,26 @@ def test_what_it_refuses():
         random_mask((4,), 0.5, seed=0, device="meta")
     with pytest.raises(BackendUnavailableError, match="random_mask"):
         random_mask((4,), 0.5, seed=0, backend="abacus")
+
+
+@every_backend(random_mask, reference=False)
+def test_cases(backend):
+    check(random_mask, backend)
+
+
+@on_devices(random_mask)
+@pytest.mark.parametrize("shape", [(4097, 1025), (14336, 4096)], ids=str)
+def test_sizes_of_models_have_the_bits_of_a_cpu(backend, shape):
+    masks = [
+        random_mask(shape, 0.3, seed=2**40 + 5, substream=3, device=device, backend=which)
+        for device, which in (("cuda", backend), ("cpu", None))
+    ]
+    assert torch.equal(masks[0].cpu(), masks[1])
+
+
+@large
+@on_devices(random_mask)
+def test_more_elements_than_a_32_bit_index_counts(backend):
+    mask = random_mask((BEYOND_32_BITS,), 0.5, seed=77, substream=3, backend=backend)
+    last = range(BEYOND_32_BITS - 9, BEYOND_32_BITS)
+    assert mask[-9:].tolist() == [word(77, 3, index) < 2**31 for index in last]

@@ -2,10 +2,25 @@ import math
 
 import pytest
 import torch
+from cases import check, check_on_another_stream
 from compare import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import DTYPES, LAYOUTS, VALUES, available, layout_names, torch_threads
+from test_magnitude_ranks import shapes
+from test_random_mask import word
+from variants import (
+    DTYPES,
+    LAYOUTS,
+    MODEL_SHAPES,
+    VALUES,
+    available,
+    every_backend,
+    large,
+    layout_names,
+    on_devices,
+    simulated,
+    torch_threads,
+)
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DTypeError, NonFiniteError, ShapeError
@@ -17,64 +32,44 @@ from r_tsvm_kernels.ops import (
     magnitude_ranks,
     ranked_mask,
 )
+from r_tsvm_kernels.ops.ranked_mask.cases import TABLES, table
 
-every_backend = pytest.mark.parametrize("backend", available("torch", "cpu"))
 native_backend = pytest.mark.parametrize("backend", available("cpu"))
 
-ROWS = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 257, 2049, 65537]))
-SHAPES = st.one_of(ROWS.map(lambda n: (n,)), st.lists(st.integers(0, 80), min_size=2, max_size=3).map(tuple))
 
-
-def tables(cols, kind, seed=0):
-    """Return probabilities by rank."""
-    generator = torch.Generator().manual_seed(seed)
-    rising = torch.rand(cols, generator=generator, dtype=torch.float64).sort().values
-    return {
-        "della": della_probabilities(cols, 0.4, 0.25),
-        "zero to one": della_probabilities(cols, 0.5, 0.5),
-        "steps": (torch.arange(cols) >= cols // 3).double(),
-        "rising": rising,
-        "near one": (1 - 2.0**-33) * torch.ones(cols, dtype=torch.float64),
-        "falling": rising.flip(0),
-        "any": torch.rand(cols, generator=generator, dtype=torch.float64),
-    }[kind]
-
-
-TABLES = ["della", "zero to one", "steps", "rising", "near one", "falling", "any"]
-
-
-@native_backend
+@every_backend(ranked_mask, reference=False)
 @given(
+    data=st.data(),
     kind=st.sampled_from(sorted(VALUES)),
-    table=st.sampled_from(TABLES),
-    shape=SHAPES,
+    chances=st.sampled_from(TABLES),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=2),
     layouts=st.lists(layout_names, min_size=2, max_size=2),
     with_base=st.booleans(),
     seed=st.integers(0, 2**64 - 1),
 )
-def test_equals_the_reference(backend, kind, table, shape, dtypes, layouts, with_base, seed):
+def test_equals_the_reference(backend, data, kind, chances, dtypes, layouts, with_base, seed):
     torch.manual_seed(seed % 1000)
+    shape = data.draw(shapes(backend))
     base = torch.randn(shape) if with_base and "subnormal" not in kind else torch.zeros(shape)
     x = LAYOUTS[layouts[0]]((base + VALUES[kind](shape)).to(dtypes[0]))
     base = LAYOUTS[layouts[1]](base.to(dtypes[1])) if with_base else None
-    probabilities = tables(shape[-1], table, seed % 1000)
+    probabilities = table(shape[-1], chances, seed % 1000)
     got = ranked_mask(x, probabilities, seed=seed, substream=seed % 2**32, base=base, backend=backend)
     assert got.is_contiguous()
     assert same_bits(got, ranked_mask(x, probabilities, seed=seed, substream=seed % 2**32, base=base, backend="torch"))
 
 
 @native_backend
-@pytest.mark.parametrize("table", TABLES[:4])
+@pytest.mark.parametrize("chances", TABLES[:4])
 @pytest.mark.parametrize("kind", ["gaussian", "heavy-tailed", "ties", "mostly zero", "all equal"])
 @pytest.mark.parametrize("cols", [257, 4096, 14336])
-def test_long_rows(backend, cols, kind, table):
-    x, probabilities = VALUES[kind]((5, cols)), tables(cols, table)
+def test_long_rows(backend, cols, kind, chances):
+    x, probabilities = VALUES[kind]((5, cols)), table(cols, chances)
     got = ranked_mask(x, probabilities, seed=11, substream=3, backend=backend)
     assert same_bits(got, ranked_mask(x, probabilities, seed=11, substream=3, backend="torch"))
 
 
-@every_backend
+@every_backend(ranked_mask)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_the_mask_of_ranked_keep(backend, dtype):
     base = torch.randn(31, 301).to(dtype)
@@ -86,12 +81,13 @@ def test_is_the_mask_of_ranked_keep(backend, dtype):
     assert same_bits(elect_and_sum(base, [x], [1.0], sparsifiers=[Sparsifier(mask=mask)]), by_ranks)
 
 
-@every_backend
+@every_backend(ranked_mask)
 def test_each_rank_survives_as_often_as_its_probability_says(backend):
-    x, probabilities = torch.tensor([3.0, -1.0, 0.5, 8.0, 0.0]).expand(20_000, 5), della_probabilities(5, 0.5, 0.4)
-    share = ranked_mask(x, probabilities, seed=1, backend=backend).double().mean(0)
+    rows, probabilities = 300 if simulated(backend) else 20_000, della_probabilities(5, 0.5, 0.4)
+    x = torch.tensor([3.0, -1.0, 0.5, 8.0, 0.0]).expand(rows, 5)
+    share = ranked_mask(x, probabilities, seed=1, backend=backend).double().mean(0).cpu()
     expected = probabilities[[3, 2, 1, 4, 0]]
-    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / rows).sqrt()).all()
 
 
 @native_backend
@@ -104,14 +100,16 @@ def test_number_of_threads_does_not_matter(backend, shape):
             assert same_bits(ranked_mask(x, probabilities, seed=9, backend=backend), expected)
 
 
-@every_backend
+@every_backend(ranked_mask)
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), (1,), (1, 1)], ids=str)
 def test_nothing_and_single_elements(backend, shape):
-    mask = ranked_mask(torch.ones(shape), torch.ones(shape[-1], dtype=torch.float64), seed=0, backend=backend)
+    mask = ranked_mask(
+        torch.ones(shape), torch.ones(shape[-1], dtype=torch.float64, device="cpu"), seed=0, backend=backend
+    )
     assert same_bits(mask, torch.ones(shape, dtype=torch.bool))
 
 
-@every_backend
+@every_backend(ranked_mask)
 @pytest.mark.parametrize("cols", [4, 300])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_refused(backend, cols, bad):
@@ -156,3 +154,40 @@ def test_the_native_module_names_the_op_in_its_errors(backend):
             native.ranked_mask(x, None, (0, cols), (0, 0), (0, 0), 1)
     with pytest.raises(RuntimeError, match="ranked_mask: the tensors differ in size"):
         native.ranked_mask(x, (0, 1, 5, 5, 1), (0, 4), (0, 0), (0, 0), 1)
+
+
+@every_backend(ranked_mask, reference=False)
+def test_cases(backend):
+    check(ranked_mask, backend)
+
+
+@on_devices(ranked_mask)
+@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_of_models(backend, shape, dtype):
+    base, x = 0.02 * torch.randn(shape), 1e-3 * torch.randn(shape)
+    base, x = base.to(dtype), (base + x).to(dtype)
+    chances, drawn = della_probabilities(shape[-1], 0.4, 0.3), {"seed": 2**40 + 5, "substream": 3}
+    for origin in (None, base):
+        masks = (ranked_mask(x, chances, **drawn, base=origin, backend=which) for which in (backend, "torch"))
+        assert same_bits(*masks)
+
+
+@on_devices(ranked_mask)
+def test_on_another_stream(backend):
+    chances = della_probabilities(300, 0.4, 0.3)
+    check_on_another_stream(
+        ranked_mask, backend, lambda base, x, which: ranked_mask(x, chances, seed=5, base=base, backend=which)
+    )
+
+
+@large
+@on_devices(ranked_mask)
+def test_more_elements_than_a_32_bit_index_counts(backend):
+    rows, chances = 2**19 + 1, della_probabilities(4096, 0.5, 0.5)
+    base, x = torch.zeros(2, rows, 4096, dtype=torch.bfloat16).unbind()
+    x[-1] = torch.randn(4096)
+    got = ranked_mask(x, chances, seed=77, substream=3, base=base, backend=backend)[-1, -9:]
+    own = chances[magnitude_ranks(x[-1:].cpu())[0, -9:].long()].tolist()
+    words = [word(77, 3, index) for index in range(rows * 4096 - 9, rows * 4096)]
+    assert got.tolist() == [w < round(chance * 2**32) for w, chance in zip(words, own, strict=True)]

@@ -5,12 +5,9 @@ import math
 import pytest
 import torch
 from compare import same_bits
-from interpreted import MIXES, TINY, every_dtype, every_mix, interpreted, nasty, pair, small_blocks
+from interpreted import MIXES, TINY, every_dtype, every_mix, interpreted, pair, small_blocks
 from test_elect_and_sum import ELECTIONS, KINDS, WEIGHTS, sparsifiers, whole_numbers
-from test_random_mask import word
-from test_ranked_mask import TABLES, tables
 
-from r_tsvm_kernels.errors import NonFiniteError
 from r_tsvm_kernels.ops import (
     MagnitudeSelection,
     RankedSparsifier,
@@ -18,64 +15,12 @@ from r_tsvm_kernels.ops import (
     della_probabilities,
     elect_and_sum,
     magnitude_ranks,
-    random_mask,
-    ranked_mask,
 )
 
 pytestmark = [*interpreted, pytest.mark.usefixtures(small_blocks.__name__)]
 
 every_election = pytest.mark.parametrize("elect", ELECTIONS)
 normalized_or_not = pytest.mark.parametrize("normalize", [False, True])
-
-
-# --- random_mask
-
-
-@pytest.mark.parametrize("numel", [0, 1, 3, 4, 127, 128, 300])
-@pytest.mark.parametrize(("seed", "stream"), [(0, 0), (1, 7), (2**32, 2**31), (2**63 + 5, 1), (2**64 - 1, 2**32 - 1)])
-def test_mask(numel, seed, stream):
-    for probability in (0.0, 0.3, 1 - 2.0**-32, 1.0):
-        got = random_mask((numel,), probability, seed=seed, substream=stream, backend="triton")
-        assert got.dtype == torch.bool
-        assert got.tolist() == [word(seed, stream, i) < round(probability * 2**32) for i in range(numel)]
-
-
-# --- magnitude_histogram and the selections made from it
-
-
-# --- magnitude_ranks
-
-
-def assert_ranks(x, **options):
-    got, expected = (magnitude_ranks(x, backend=backend, **options) for backend in ("triton", "torch"))
-    assert got.is_contiguous() and same_bits(got, expected)
-
-
-@every_mix
-@pytest.mark.parametrize("shape", [(1,), (2, 1), (3, 17), (1, 2, 33)], ids=str)
-def test_ranks(mix, shape):
-    base, (x, _) = pair(shape, mix)
-    assert_ranks(x)
-    assert_ranks(x.mT if x.ndim == 2 else x, base=base.mT if x.ndim == 2 else base)
-
-
-@every_dtype
-def test_ranks_of_nasty_values(dtype):
-    for _, x in nasty(dtype):
-        assert_ranks(x[:30])
-
-
-@every_dtype
-def test_ranks_in_rows_too_long_for_the_kernel(dtype):
-    assert_ranks(torch.randint(-300, 300, (2, 4097)).to(dtype))
-
-
-@pytest.mark.parametrize("cols", [20, 5000])
-def test_ranks_of_nan_and_infinity_are_refused(cols):
-    x = torch.randn(3, cols)
-    x[1, 7], x[2, 0] = math.nan, -math.inf
-    with pytest.raises(NonFiniteError, match=f"magnitude_ranks: 2 of {3 * cols}"):
-        magnitude_ranks(x, backend="triton")
 
 
 # --- elect_and_sum
@@ -222,51 +167,3 @@ def test_ranked_sparsifiers(elect, rescale, mix):
         Sparsifier(),
     ]
     assert_merged(base, tuned, elect=elect, normalize=True, alpha=0.5, sparsifiers=keep)
-
-
-# --- ranked_mask
-
-
-def assert_ranked_mask(x, probabilities, seed=2**63 + 5, substream=3, base=None):
-    got, expected = (
-        ranked_mask(x, probabilities, seed=seed, substream=substream, base=base, backend=backend)
-        for backend in ("triton", "torch")
-    )
-    assert got.is_contiguous() and same_bits(got, expected)
-
-
-@every_mix
-@pytest.mark.parametrize("shape", [(1,), (2, 1), (3, 43), (1, 9, 33)], ids=str)
-def test_ranked_masks(mix, shape):
-    base, (x, _) = pair(shape, mix)
-    assert_ranked_mask(x, della_probabilities(shape[-1], 0.4, 0.25), seed=0, substream=0)
-    turned = [t.mT if t.ndim > 1 else t for t in (base, x)]
-    assert_ranked_mask(turned[1], della_probabilities(turned[1].shape[-1], 0.5, 0.5), base=turned[0])
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_ranked_masks_of_any_probabilities(table):
-    assert_ranked_mask(torch.randint(-9, 9, (7, 61)).half(), tables(61, table))
-    assert_ranked_mask(torch.randn(7, 61), tables(122, table)[::2], seed=2**64 - 1, substream=2**32 - 1)
-
-
-@every_dtype
-def test_ranked_masks_of_nasty_values(dtype):
-    for _, x in nasty(dtype):
-        assert_ranked_mask(x[:30], tables(len(x[:30]), "rising"))
-
-
-def test_ranked_masks_of_rows_too_long_for_the_kernel_of_ranks():
-    assert_ranked_mask(torch.randint(-300, 300, (2, 4097)).bfloat16(), tables(4097, "della"))
-
-
-@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)])
-def test_ranked_masks_of_nothing(shape):
-    assert_ranked_mask(torch.ones(shape), torch.ones(shape[-1], dtype=torch.float64))
-
-
-def test_ranked_masks_of_nan_and_infinity_are_refused():
-    x = torch.randn(3, 20)
-    x[1, 7], x[2, 0] = math.nan, -math.inf
-    with pytest.raises(NonFiniteError, match="2 of 60"):
-        ranked_mask(x, della_probabilities(20, 0.5, 0.1), seed=0, backend="triton")

@@ -10,7 +10,7 @@ from ...errors import ShapeError
 from .._checks import check_floating, check_group
 
 
-@dispatch.op("Selection by magnitude", cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"))
+@dispatch.op("Selection by magnitude", cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"LONGEST": 64})
 def magnitude_ranks(x: Tensor, *, base: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Rank the magnitudes of each row of `x`, or of ``x - base``: 0 for the smallest, cols - 1 for the largest.
 
@@ -32,6 +32,10 @@ def magnitude_ranks(x: Tensor, *, base: Tensor | None = None, backend: str | Non
         ShapeError, DeviceError: `x` has no dimension or too long rows, or `x` and `base` do not match.
         NonFiniteError: a value is NaN or infinite: there is no order to rank by.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        >>> magnitude_ranks(torch.tensor([[0.5, -3.0, 1.0, -0.5]]))
+        tensor([[1, 3, 2, 0]], dtype=torch.int32)
     """
     check_floating(x, "magnitude_ranks: x")
     if x.ndim == 0 or x.shape[-1] >= 2**31:

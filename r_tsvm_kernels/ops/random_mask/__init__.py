@@ -20,7 +20,7 @@ def random_mask(
     *,
     seed: int,
     substream: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Draw a boolean mask whose elements are True with probability `keep_probability`, independently.
@@ -36,7 +36,7 @@ def random_mask(
         seed: 0 <= seed < 2**64.
         substream: 0 <= substream < 2**32. Masks of different substreams are independent: merging takes the index of the
             task. Not a CUDA stream.
-        device: of the mask.
+        device: of the mask; None for torch's default device.
         backend: run this implementation or raise; None takes the fastest one that is available.
 
     Returns:

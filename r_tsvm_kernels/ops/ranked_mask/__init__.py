@@ -24,8 +24,8 @@ def ranked_mask(
 ) -> Tensor:
     """Draw a boolean mask of `x`, or of ``x - base``; an element is True with the probability of its magnitude's rank.
 
-    The same mask as that of `RankedSparsifier` with ``ranks = magnitude_ranks(x, base=base)``, without storing ranks:
-    most elements are decided by an interval in which their rank lies. DELLA without rescaling by rank (Deep et al.,
+    The same mask as that of `RankedSparsifier` with ``ranks = magnitude_ranks(x, base=base)``, without storing ranks: an
+    interval that contains the rank decides most elements. DELLA without rescaling by rank (Deep et al.,
     arXiv 2406.11617, MAGPRUNE).
 
     Args:
@@ -48,6 +48,11 @@ def ranked_mask(
         ConfigError: a probability, `seed` or `substream` is out of range.
         NonFiniteError: a value is NaN or infinite: there is no order to rank by.
         BackendUnavailableError: `backend` cannot run here.
+
+    Example:
+        >>> x = torch.tensor([[0.5, -3.0, 1.0, -0.5]])
+        >>> ranked_mask(x, torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64), seed=0)
+        tensor([[False,  True,  True, False]])
     """
     check_floating(x, "ranked_mask: x")
     check_plain(keep_probabilities, "ranked_mask: keep_probabilities")
