@@ -13,7 +13,7 @@ from r_tsvm_kernels import backends, dispatch
 @pytest.fixture
 def backend(request, monkeypatch):
     """The name of a backend, set up to run: see `variants.every_backend`. On a GPU new tensors are made there."""
-    op, how = request.param
+    _, how = request.param
     name, _, where = how.partition(" ")
     if where == "interpreted":
         for each in dispatch.ops().values():  # an op may launch kernels of others

@@ -36,9 +36,8 @@ def shapes(backend):
     """Triton's interpreter sorts slowly, and in the emulator a row is a block, however short it is."""
     if not simulated(backend):
         return SHAPES
-    return st.one_of(
-        st.sampled_from([63, 64, 65, 300, 4097]).map(lambda n: (n,)), st.tuples(st.integers(0, 9), st.integers(0, 40))
-    )
+    long = st.sampled_from([63, 64, 65, 300, 4097]).map(lambda n: (n,))
+    return st.one_of(long, st.tuples(st.integers(0, 3), st.integers(0, 33)))
 
 
 def sorted_ranks(x: torch.Tensor) -> torch.Tensor:
@@ -54,10 +53,12 @@ def sorted_ranks(x: torch.Tensor) -> torch.Tensor:
 @every_backend(magnitude_ranks)
 @given(
     kind=st.sampled_from(sorted(VALUES)),
-    shape=st.lists(st.integers(1, 20), min_size=1, max_size=3).filter(lambda s: math.prod(s[:-1]) <= 40).map(tuple),
+    shape=st.lists(st.integers(1, 20), min_size=1, max_size=3).map(tuple),
     dtype=st.sampled_from(DTYPES),
 )
 def test_equals_sorting(backend, kind, shape, dtype):
+    if simulated(backend):
+        shape = (*(min(size, 2) for size in shape[:-1]), shape[-1])
     x = VALUES[kind](shape).to(dtype)
     assert same_bits(magnitude_ranks(x, backend=backend), sorted_ranks(x))
 

@@ -25,8 +25,8 @@ def cases(device: torch.device | str) -> Iterator[Case]:
         yield Case(f"shape {shape}", (shape, 0.4), options)
     for probability in (0.4 / WORDS, 0.6 / WORDS, 1.5 / WORDS, 1 - 0.4 / WORDS):
         yield Case(f"rounding of {probability}", ((300,), probability), options)
-    for probability in (-0.1, 1.1, float("nan"), None):
-        yield Case(f"probability {probability}", ((4,), probability), options, raises=ConfigError)
+    for wrong in (-0.1, 1.1, float("nan"), None):
+        yield Case(f"probability {wrong}", ((4,), wrong), options, raises=ConfigError)
     for name, values in {"seed": (-1, 2**64, 0.5, None), "substream": (-1, WORDS, 0.5, None)}.items():
         for value in values:
             yield Case(f"{name} {value}", ((4,), 0.5), {**options, name: value}, raises=ConfigError)

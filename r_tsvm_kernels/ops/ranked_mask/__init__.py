@@ -24,8 +24,8 @@ def ranked_mask(
 ) -> Tensor:
     """Draw a boolean mask of `x`, or of ``x - base``; an element is True with the probability of its magnitude's rank.
 
-    The same mask as that of `RankedSparsifier` with ``ranks = magnitude_ranks(x, base=base)``, without storing ranks: an
-    interval that contains the rank decides most elements. DELLA without rescaling by rank (Deep et al.,
+    The same mask as that of `RankedSparsifier` with ``ranks = magnitude_ranks(x, base=base)``, but no ranks are
+    stored: an interval that contains the rank decides most elements. DELLA without rescaling by rank (Deep et al.,
     arXiv 2406.11617, MAGPRUNE).
 
     Args:
