@@ -9,7 +9,7 @@ import torch
 from compare import relative_error, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from test_task_statistics import LAYOUTS, available
+from variants import LAYOUTS, available
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DeviceError, DTypeError, ShapeError
