@@ -58,7 +58,7 @@ def gemm3(
         ShapeError, DTypeError, DeviceError: operands that do not fit each other, or an unknown `out_dtype`.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> from r_tsvm_kernels.ops import gemm3, split_planes
         >>> A, B = (split_planes(torch.tensor(x)) for x in ([[1.0, 2.0]], [[3.0], [4.0]]))
         >>> gemm3(A, B, 0.5)

@@ -32,7 +32,7 @@ def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> 
         ShapeError, DTypeError: not float32 matrices.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> planes = split_planes(torch.tensor([[3.0, 0.1]]))
         >>> planes.hi
         tensor([[0.7500, 0.0250]], dtype=torch.float16)

@@ -40,7 +40,7 @@ def symm_gram(
         ConfigError: an unknown `side`.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> from r_tsvm_kernels.ops import split_planes, symm_gram
         >>> planes = split_planes(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
         >>> product = symm_gram(planes)

@@ -42,7 +42,7 @@ def symm_square(
         ConfigError: `out` shares memory with `planes`.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         A step towards the projector on the large eigenvalues, ``2 X - X X``:
 
         >>> from r_tsvm_kernels.ops import split_planes, symm_square

@@ -43,7 +43,7 @@ def task_gram(
         ShapeError, DTypeError, DeviceError: the tensors do not match.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> base = torch.tensor([1.0, 1.0])
         >>> task_gram([torch.tensor([4.0, 5.0]), torch.tensor([1.0, 3.0])], base=base)
         tensor([[25.,  8.],

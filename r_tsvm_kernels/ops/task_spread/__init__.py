@@ -29,7 +29,7 @@ def task_spread(base: Tensor, tuned: Sequence[Tensor], *, backend: str | None = 
         ShapeError, DTypeError, DeviceError: the tensors do not match.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> base = torch.tensor([0.0, 1.0])
         >>> task_spread(base, [torch.tensor([1.0, 3.0]), torch.tensor([3.0, 3.0])])
         tensor([2., 0.], dtype=torch.float64)
