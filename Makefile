@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-sanitized test-integrations bench fuzz lint dev docs dist clean
+.PHONY: help demo test test-all test-sanitized test-integrations bench fuzz lint dev docs dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -15,8 +15,11 @@ help: ## show this list
 demo: $(VENV)/.demo ## train a base and three experts, merge them four ways, print a table
 	$(BIN)/python examples/digits_demo.py
 
-test: $(VENV)/.dev ## run the whole test suite
+test: $(VENV)/.dev ## run the test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-all: test ## run the tests as well that take longest: every GPU architecture, every way to build, the tutorial
+	RTSVM_TEST_ALL=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive
 
 test-sanitized: $(VENV)/.dev ## test the native code for errors of memory and races of threads, with sanitizers
 	PYTHON=$(abspath $(BIN)/python) tests/sanitized.sh

@@ -30,6 +30,15 @@ settings.register_profile("quick", settings.get_profile("default"), max_examples
 settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(items):
+    """Leave the tests that take longest to `make test-all`."""
+    if "RTSVM_TEST_ALL" not in os.environ:
+        skip = pytest.mark.skip(reason="left to make test-all (RTSVM_TEST_ALL=1): takes long")
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -26,7 +26,10 @@ def readable(symbol: str) -> str:
     return name[1] + {"f": "<float>", "d": "<double>", None: ""}[name[2]]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [90, *(pytest.param(number, marks=pytest.mark.exhaustive) for number in ARCHITECTURES if number != 90)],
+)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_no_kernel_spills(source, architecture, tmp_path, capsys):
     if architecture == 100:

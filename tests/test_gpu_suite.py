@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dry_run(tmp_path):
     environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
     script = str(ROOT / "benchmarks" / "gpu_suite.sh")

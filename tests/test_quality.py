@@ -16,7 +16,7 @@ from r_tsvm_kernels.bench import read_rows, write_rows
 ROOT = Path(__file__).resolve().parents[1]
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def run(program, *arguments):

@@ -88,6 +88,7 @@ def test_every_public_class_and_function_is_in_the_reference(module):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_tutorial_runs(tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="the tutorial's demo needs scikit-learn (pip install .[demo])")
     monkeypatch.chdir(tmp_path)
