@@ -20,12 +20,7 @@ pytestmark = [
     pytest.mark.skipif(STATE != backends.READY, reason=f"compiles with Triton: {STATE}"),
 ]
 
-exhaustive = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(
-        "RTSVM_TEST_ALL" not in os.environ, reason="compiles for minutes: RTSVM_TEST_ALL=1, make test-all"
-    ),
-]
+exhaustive = pytest.mark.exhaustive
 ARCHITECTURES = [90, *(pytest.param(architecture, marks=exhaustive) for architecture in (80, 86, 89, 100, 120))]
 TENSOR_CORE = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # the others: mma.sync
 PRODUCTS = {"gemm3_kernel", "symmetric_kernel"}
