@@ -46,16 +46,20 @@ def cases(device: torch.device | str) -> Iterator[Case]:
         x = torch.eye(20, device=device)
         x[3, 3] = bad
         yield Case(f"{bad}", (split_planes(x, backend="torch"), planes(20, 20)))
-    x = planes(4, 6)
-    yield Case("factors that do not fit", (x, x), raises=ShapeError)
-    yield Case("a sum that does not fit", (x, x.mT, 1.0, 1.0, torch.zeros(6, 6, device=device)), raises=ShapeError)
-    yield Case("one low plane", (x, planes(6, 4, low=False)), raises=DTypeError)
-    yield Case("to float64", (x, x.mT), {"out_dtype": torch.float64}, raises=DTypeError)
+    small = planes(4, 6)
+    yield Case("factors that do not fit", (small, small), raises=ShapeError)
+    yield Case(
+        "a sum that does not fit", (small, small.mT, 1.0, 1.0, torch.zeros(6, 6, device=device)), raises=ShapeError
+    )
+    yield Case("one low plane", (small, planes(6, 4, low=False)), raises=DTypeError)
+    yield Case("to float64", (small, small.mT), {"out_dtype": torch.float64}, raises=DTypeError)
     for low in (True, False):
-        A, B = planes(2, 64, 96, low=low), planes(2, 96, 64, low=low)
+        left, right = planes(2, 64, 96, low=low), planes(2, 96, 64, low=low)
         third = planes(2, 64, 64, low=low)
         weights = normal((2, 64, 64), random).bfloat16()
         label = f"a model, low {low}"
-        yield Case(f"{label}, to planes", (A, B, 0.5, 1.0, third), {"out_dtype": "planes"}, compiled=True)
-        yield Case(f"{label}, to bfloat16", (B.mT, A.mT, 0.5, 1.0, weights), {"out_dtype": BFLOAT16}, compiled=True)
-        yield Case(f"{label}, transposed left", (A.mT, third, 0.5), compiled=low)
+        yield Case(f"{label}, to planes", (left, right, 0.5, 1.0, third), {"out_dtype": "planes"}, compiled=True)
+        yield Case(
+            f"{label}, to bfloat16", (right.mT, left.mT, 0.5, 1.0, weights), {"out_dtype": BFLOAT16}, compiled=True
+        )
+        yield Case(f"{label}, transposed left", (left.mT, third, 0.5), compiled=low)
