@@ -6,10 +6,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from cases import check
 from compare import relative_error, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from variants import LAYOUTS, available
+from variants import every_backend as every_way
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DeviceError, DTypeError, ShapeError
@@ -415,3 +417,8 @@ def test_the_native_module_names_the_op_in_its_errors(backend):
     ]:
         with pytest.raises(RuntimeError, match=f"elect_and_sum: {message}"):
             native.elect_and_sum(base, *arguments, False, 0.0, 1.0, 0, 1)
+
+
+@every_way(elect_and_sum, reference=False)
+def test_cases(backend):
+    check(elect_and_sum, backend)
