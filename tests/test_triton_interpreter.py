@@ -31,6 +31,7 @@ FILES = {
     "test_split_planes.py": 5,
     "test_symm_gram.py": 5,
     "test_symm_square.py": 5,
+    "test_elect_and_sum.py": 1,
     "test_magnitude_ranks.py": 30,
     "test_random_mask.py": 5,
     "test_ranked_mask.py": 5,
