@@ -51,3 +51,12 @@ def support() -> list[str]:
         rows.setdefault((cpu, cuda, triton), []).append(f"`{op.name}`")
     table = [f"| {', '.join(names)} | {' | '.join(states)} |" for states, names in rows.items()]
     return ["| op | CPU | CUDA C++ | Triton |", "|---|---|---|---|", *table]
+
+
+def operations() -> list[str]:
+    """Return the table of all ops with the first sentence of their docstrings."""
+    rows = []
+    for op in (op for members in _by_topic().values() for op in members):
+        summary = (op.__doc__ or "").splitlines()[0].replace("``", "`").replace("|", "\\|")
+        rows.append(f"| `{op.name}` | {summary} |")
+    return ["| op | what it does |", "|---|---|", *rows]

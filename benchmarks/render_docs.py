@@ -32,6 +32,7 @@ def parts(current: str | None) -> dict[str, dict[str, Part]]:
     return {
         "README.md": {"speed": partial(figures.headlines, current=current, short=True)},
         "docs/api/ops.md": {"reference": lambda results: op_pages.reference()},
+        "docs/tools.md": {"operations": lambda results: op_pages.operations()},
         "docs/platforms.md": {"support": lambda results: op_pages.support()},
         "docs/merging.md": {"memory": figures.memory},
         "docs/tutorial.md": {"demo": figures.demo},

@@ -77,63 +77,6 @@ def test_merges_refuse_what_is_no_plain_tensor(method, position, make, error, me
     assert "the.w" in str(caught.value)
 
 
-OPS = {
-    "add_update": lambda x: ops.add_update(x, x),
-    "elect_and_sum": lambda x: ops.elect_and_sum(x, [x], 1.0),
-    "magnitude_ranks": lambda x: ops.magnitude_ranks(x),
-    "magnitude_select": lambda x: ops.magnitude_select(x, 3),
-    "ranked_mask": lambda x: ops.ranked_mask(x, torch.full((17,), 0.5, dtype=torch.float64), seed=0),
-    "reweight_prune": lambda x: ops.reweight_prune(x, [x], STATISTICS, density=0.5),
-    "split_planes": lambda x: ops.split_planes(x),
-    "task_gram": lambda x: ops.task_gram([x], base=x),
-    "task_spread": lambda x: ops.task_spread(x, [x]),
-    "task_statistics": lambda x: ops.task_statistics(x, [x]),
-}
-STATISTICS = ops.task_statistics(torch.zeros(24, 17), [torch.randn(24, 17)])
-EVERY_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
-
-
-@pytest.mark.filterwarnings("ignore:.*prototype.*:UserWarning", "ignore:.*deprecated.*", "ignore:Sparse CSR.*")
-@EVERY_OP
-@EVERY_REFUSED
-def test_ops_refuse_what_is_no_plain_tensor(op, make, error, message):
-    with pytest.raises(error):
-        op(make(torch.randn(24, 17)))
-
-
-def tensors_in(value):
-    """Yield every tensor of a result, of whatever form."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dict__"):
-        yield from tensors_in(list(vars(value).values()))
-
-
-@pytest.mark.parametrize("backend", [None, "torch"])
-@pytest.mark.parametrize("layout", ["parameter", "graph", "subclass", "strided", "transposed"])
-@EVERY_OP
-def test_ops_take_parameters_and_views_and_give_no_graph(op, layout, backend):
-    x = torch.randn(24, 17)
-    with use_backend(backend):
-        want, got = list(tensors_in(op(x))), list(tensors_in(op(TAKEN[layout](x))))
-    assert len(want) == len(got) > 0
-    for exact, found in zip(want, got, strict=True):
-        assert not found.requires_grad and torch.equal(exact, found)
-
-
-def test_products_of_planes_that_carry_a_graph():
-    planes = ops.split_planes(torch.nn.Parameter(torch.randn(8, 8)))
-    alpha = torch.nn.Parameter(torch.ones(()))
-    for result in (
-        ops.symm_gram(planes),
-        ops.gemm3(planes, planes, alpha, alpha, torch.nn.Parameter(torch.ones(8, 8))),
-    ):
-        assert not any(tensor.requires_grad for tensor in tensors_in(result))
-
-
 def test_a_square_is_not_written_over_its_own_factor():
     planes = ops.symm_gram(ops.split_planes(torch.randn(8, 8) / 8), out_dtype="planes").matrix
     earlier = ops.symm_square(planes, 1.0, 1.0)

@@ -226,9 +226,12 @@ class Calculation {
       values_of(task, first, n, values);
       const Sweep block = sweep(values, n, guess.pivot, guess.low.small, guess.high.theta);
       const double count = static_cast<double>(n);
-      const double squares = block.squares - block.deviations / count * block.deviations;
-      known.moments = merge(known.moments, Moments{n, count * guess.pivot + block.deviations, std::max(0.0, squares),
-                                                   block.max, block.zeros});
+      const double rest = block.squares - block.deviations / count * block.deviations;
+      // Where the squares of finite values overflow, both terms are infinite, and their difference is NaN.
+      const bool overflows = std::isinf(block.squares) && std::isfinite(block.deviations);
+      const double squares = overflows ? block.squares : std::max(0.0, rest);
+      known.moments = merge(known.moments, Moments{n, count * guess.pivot + block.deviations, squares, block.max,
+                                                   block.zeros});
       known.tail = merge(known.tail, Tail{block.outliers, block.small});
       mark(values, n, guess.low, guess.high, marks.at);
       const int64_t found = list_marked(marks, n, positions);

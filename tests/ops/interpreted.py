@@ -1,8 +1,4 @@
-"""What the tests of the Triton kernels share. They run in Triton's interpreter: ``TRITON_INTERPRET=1 pytest FILE``.
-
-Triton reads the variable when it is imported, so it must be set for the whole process; tests/test_triton_interpreter.py
-runs tests/ops/test_triton*.py in one of its own.
-"""
+"""What is left of the tests of Triton kernels in the interpreter shares; others take `variants.every_backend`."""
 
 from importlib import import_module
 

@@ -33,7 +33,7 @@ def magnitude_ranks(x: Tensor, *, base: Tensor | None = None, backend: str | Non
         NonFiniteError: a value is NaN or infinite: there is no order to rank by.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> magnitude_ranks(torch.tensor([[0.5, -3.0, 1.0, -0.5]]))
         tensor([[1, 3, 2, 0]], dtype=torch.int32)
     """

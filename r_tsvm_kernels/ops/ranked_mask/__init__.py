@@ -49,7 +49,7 @@ def ranked_mask(
         NonFiniteError: a value is NaN or infinite: there is no order to rank by.
         BackendUnavailableError: `backend` cannot run here.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.5, -3.0, 1.0, -0.5]])
         >>> ranked_mask(x, torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64), seed=0)
         tensor([[False,  True,  True, False]])

@@ -51,6 +51,8 @@ def cases(device: torch.device | str) -> Iterator[Case]:
     yield Case("infinity alone, with NaN, nothing but NaN", (base, tuned))
     base = torch.zeros(200, dtype=FLOAT64, device=device)
     yield Case("sums that overflow", (base, [base + 1e307]))
+    many = torch.linspace(-1e200, 1e200, 3000, dtype=FLOAT64, device=device)
+    yield Case("squares that overflow", (torch.zeros_like(many), [many]))
     for name in ("sigma", "eps"):
         for wrong in (-1.0, math.nan, "3"):
             yield Case(f"{name} {wrong}", group((4, 5), [FLOAT32] * 2, random), {name: wrong}, raises=ConfigError)
