@@ -54,9 +54,9 @@ class Planes:
 
     def flatten(self) -> Planes:
         """Return the same planes with one leading dimension."""
-        m, n = self.shape[-2:]
-        lo = None if self.lo is None else self.lo.reshape(-1, m, n)
-        return Planes(self.hi.reshape(-1, m, n), lo, self.scale.reshape(-1))
+        shape = (self.scale.numel(), *self.shape[-2:])  # not -1: matrices may be empty
+        lo = None if self.lo is None else self.lo.reshape(shape)
+        return Planes(self.hi.reshape(shape), lo, self.scale.reshape(-1))
 
     def unflatten(self, batch: torch.Size) -> Planes:
         """Return the same planes with the leading dimensions `batch`."""
