@@ -50,7 +50,7 @@ def test_everything_shows_the_results():
 @pytest.mark.parametrize("file", ["README.md", "docs/speed.md", "docs/numerics.md", "docs/merging.md"])
 def test_another_figure_is_noticed(file, tmp_path):
     for name in render_docs.parts(None):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "docs" / "plots", tmp_path / "docs" / "plots")
     assert render_docs.stale(tmp_path) == []

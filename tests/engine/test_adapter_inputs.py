@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         with pytest.raises(error, match=match):
             merge_checkpoints(config_for(base_model, [model]), tmp_path / "out")
 
-    refused(ShapeError, r"layers.0.q.weight has shape \(24, 8\).*made for another model",
+    refused(ShapeError, r"the update of layers.0.q.weight has shape \(24, 8\).*belongs to another model",
             random_adapter(tmp_path / "wide", 0, shapes={"layers.0.q": (24, 8)}))  # fmt: skip
     refused(CheckpointError, "changes lm_head.weight, which .* does not have; it is tied",
             random_adapter(tmp_path / "head", 0, shapes={"lm_head": (24, 8)}))  # fmt: skip

@@ -121,11 +121,11 @@ def test_large_tensors_are_read_in_pieces(out, monkeypatch):
 
 def test_the_command(out, capsys, tmp_path):
     assert main(["verify", "--inputs", str(out)]) == 0
-    assert capsys.readouterr().out == f"{out}: 10 tensors are as they were written\n"
+    assert capsys.readouterr().out == f"{out}: 10 tensors are as they were written; the inputs have not changed\n"
     rewrite(tmp_path / "in" / "base" / "model.safetensors", lambda tensors: tensors["scale"].add_(1))
     assert main(["verify", "--inputs", str(out)]) == 1
     printed = capsys.readouterr().out
-    assert f"input changed: {tmp_path / 'in' / 'base'}: scale" in printed and "inputs are not what they were" in printed
+    assert f"input changed: {tmp_path / 'in' / 'base'}: scale" in printed and "; the inputs have changed" in printed
     flip(file_with(out, "mask"))
     assert main(["verify", str(out)]) == 1
     printed = capsys.readouterr().out

@@ -203,7 +203,7 @@ def judge_subspaces(problem: Problem, mode: str, svd: bool = False) -> Verdict:
 def judge_tsv_merge(problem: Problem, mode: str, solver: str, layers: bool = False) -> Verdict:
     """`tsv_merge` or `tsv_merge_layers`: the merged matrix."""
     name, tasks = f"tsv_merge{'_layers' if layers else ''} {solver}", doubles(problem.matrices)
-    with recorded("tsv_merge", "right_vectors") as calls:
+    with recorded("eigen_merge", "right_vectors") as calls:
         if layers:
             call = ([problem.matrices] * 2, [problem.ranks] * 2, [problem.weights] * 2)
             got = tsv_merge_layers(*call, mode=mode, solver=solver)[1]
@@ -332,7 +332,7 @@ def judge_method(problem: Problem, mode: str, name: str) -> Verdict:
     """A whole merge method, on task matrices that are the fine-tunes of a base of zeros."""
     base, weights = torch.zeros_like(problem.matrices[0]), problem.weights
     config = MergeConfig(name, weight=weights, mode=mode, **METHODS[name])
-    with recorded("tsv_merge", "right_vectors") as calls:
+    with recorded("eigen_merge", "right_vectors") as calls:
         result = merge_tensors(base, problem.matrices, config, out_dtype=torch.float64)
     certificate, tasks, kind = result.report.certificate, doubles(problem.matrices), single(base)
     if certificate is None:  # nothing was decomposed
@@ -393,7 +393,9 @@ def sizes(small: bool) -> Iterator[None]:
     if not small:
         yield
         return
-    vectors, merge = (import_module(f"r_tsvm_kernels.linalg.{name}") for name in ("right_vectors", "eigen_merge"))
+    vectors, merge = (
+        import_module(f"r_tsvm_kernels.linalg.{name}") for name in ("leading_right_vectors", "eigen_merge")
+    )
     with patch.object(vectors, "TINY", 6), patch.object(vectors, "SMALL", 24), patch.object(merge, "LARGE", 48):
         yield
 

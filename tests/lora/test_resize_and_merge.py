@@ -164,7 +164,7 @@ def test_what_is_refused(tmp_path):
         merge_lora([first], out, weight=[1.0, 2.0])
     with pytest.raises(ConfigError, match="method must be one of"):
         merge_lora([first], out, method="ties")
-    with pytest.raises(ConfigError, match="how far to cut"):
+    with pytest.raises(ConfigError, match="expected a rank or a share of the energy, got neither"):
         resize_lora(first, out)
     assert not out.exists()
 
