@@ -230,8 +230,8 @@ class Calculation {
       // Where the squares of finite values overflow, both terms are infinite, and their difference is NaN.
       const bool overflows = std::isinf(block.squares) && std::isfinite(block.deviations);
       const double squares = overflows ? block.squares : std::max(0.0, rest);
-      known.moments = merge(known.moments, Moments{n, count * guess.pivot + block.deviations, squares, block.max,
-                                                   block.zeros});
+      known.moments =
+          merge(known.moments, Moments{n, count * guess.pivot + block.deviations, squares, block.max, block.zeros});
       known.tail = merge(known.tail, Tail{block.outliers, block.small});
       mark(values, n, guess.low, guess.high, marks.at);
       const int64_t found = list_marked(marks, n, positions);
