@@ -47,7 +47,7 @@ def state(backend: str) -> str:
 
 
 def triton_interpreter_state() -> str:
-    """Say ``"ready"``, or why Triton kernels cannot run on CPU tensors: Triton's interpreter does it, if told to."""
+    """Say ``"ready"``, or why Triton kernels cannot run on CPU tensors: only Triton's interpreter can, if it is on."""
     installed = triton_state()
     if installed == READY and os.environ.get("TRITON_INTERPRET") != "1":
         return "on the CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1"
@@ -81,5 +81,5 @@ def triton_state() -> str:
             return "triton is not installed"
         return f"triton does not load: {error}"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
-        return f"triton {triton.__version__} is too old: histograms with a mask came with 3.4"
+        return f"triton {triton.__version__} is too old: histograms with a mask need 3.4 or newer"
     return READY

@@ -26,7 +26,7 @@ def tile_elements(device_type: str) -> int:
 
 
 def check_plain(tensor: object, label: str) -> None:
-    """Require a tensor whose values lie in memory of its own, as kernels read them.
+    """Require a tensor with values in memory of its own, as kernels read them.
 
     Raises:
         DTypeError: not a tensor; or one that is sparse, nested or quantised, or a wrapper around others (DTensor).
@@ -79,7 +79,7 @@ def check_group(base: Tensor | None, tuned: Sequence[Tensor], op: str, *, option
 
 
 def check_like(tensor: Tensor, base: Tensor, label: str) -> None:
-    """Require the shape and the device of `base` of a tensor that goes with it element by element."""
+    """Require the shape and the device of `base` for a tensor that is used element by element with it."""
     if tensor.shape != base.shape:
         raise ShapeError(f"{label} has shape {tuple(tensor.shape)}, expected {tuple(base.shape)}")
     if tensor.device != base.device:

@@ -113,7 +113,7 @@ def check_planes(op: str, *planes: Planes) -> None:
         if (given.lo is None) != (first.lo is None):
             raise DTypeError(f"{op}: planes with and without a low part cannot be multiplied with each other")
         if any(part.device != first.hi.device for part in (*parts, given.scale)):
-            raise DeviceError(f"{op}: the planes lie on different devices; move them with .to()")
+            raise DeviceError(f"{op}: the planes are on different devices; move them with .to()")
 
 
 def factor(op: str, like: Planes, *values: float | Tensor) -> Tensor:

@@ -215,9 +215,9 @@ def test_values_that_are_not_finite_are_refused(backend, dtype, bad):
 @every_backend(magnitude_select)
 def test_what_it_refuses(backend):
     x = torch.ones(4)
-    with pytest.raises(ConfigError, match="keep must lie in"):
+    with pytest.raises(ConfigError, match="keep must be in"):
         magnitude_select(x, 5, backend=backend)
-    with pytest.raises(ConfigError, match="keep must lie in"):
+    with pytest.raises(ConfigError, match="keep must be in"):
         magnitude_select(x, [1, -1], backend=backend)
     for fraction in (0.5, 1.0, [0.5]):
         with pytest.raises(ConfigError, match=r"keep is a count, got .*; use kept_count"):

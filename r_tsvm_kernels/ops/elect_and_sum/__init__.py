@@ -106,13 +106,13 @@ def elect_and_sum(
     - ``elect="sum"``: the elected sign is that of sum(v_t), + where the votes cancel; combined = sum of the v_t that do
       not have the other sign. `normalize` divides by the sum of the w_t with v_t of the elected sign, by 1 where these
       cancel: the disjoint mean of TIES, weighted (Yadav et al., arXiv 2306.01708).
-    - ``elect="count"``: likewise, with the sign that more of the v_t have, + where they are equally many.
-    - ``elect="unweighted"``: likewise, with the sign of the sum of the surviving differences, neither weighted nor
+    - ``elect="count"``: the same with the sign that more of the v_t have, + where they are equally many.
+    - ``elect="unweighted"``: the same with the sign of the sum of the surviving differences, neither weighted nor
       rescaled; a v_t is on the side of its difference. SCE, erasing minority signs (Wan et al., arXiv 2408.07990).
 
     Sums run over the tasks from first to last in the accumulation dtype; ``w_t * rescale_t`` is rounded to it once.
     Votes are float64 whatever the dtype is, and a negative one counts ``1 - 2**-39`` of itself: so + wins where votes
-    cancel but for rounding, and the elected sign depends neither on the backend nor on the order of the tasks.
+    cancel up to rounding, and the elected sign depends neither on the backend nor on the order of the tasks.
     Where ``alpha * combined`` is 0 the base comes back bit for bit, -0.0 included. NaN and infinity in a surviving
     element reach the result; nothing is raised for them here.
 
@@ -173,7 +173,7 @@ def _one_per_task(sparsifiers: Sequence[Sparsifier] | None, tasks: int) -> list[
 
 
 def least_divisor(weights: Sequence[float], dtype: torch.dtype) -> float:
-    """Return the magnitude up to which a sum of some of the weights, in `dtype`, is 0 but for rounding.
+    """Return the magnitude up to which a sum of some of the weights, in `dtype`, is 0 up to rounding.
 
     0 where no weight is negative: nothing cancels.
     """

@@ -155,7 +155,7 @@ def magnitude_select(
         counts.append(whole(value, "magnitude_select: keep"))
     for count in counts:
         if not 0 <= count <= x.numel():
-            raise ConfigError(f"magnitude_select: keep must lie in [0, {x.numel()}], got {count}")
+            raise ConfigError(f"magnitude_select: keep must be in [0, {x.numel()}], got {count}")
     if base is not None:
         check_group(base, [x], op="magnitude_select")
     tensors = [x] if base is None else [x, base]
