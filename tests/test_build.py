@@ -24,6 +24,7 @@ CPU_ONLY = {"RTSVM_BUILD_CUDA": "off"}
 missing = [name for name in ("pip", "setuptools", "pybind11", "cmake", "ninja") if not importlib.util.find_spec(name)]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(bool(missing), reason=f"the build needs {', '.join(missing)}: pip install r-tsvm-kernels[test]"),
 ]
 needs_cxx = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler on PATH")
@@ -131,7 +132,6 @@ def test_the_sdist_builds_both_modules_or_the_one_that_compiles(tree):
 
 
 @needs_cxx
-@pytest.mark.exhaustive
 def test_cuda_off_and_builds_that_follow(tree):
     _, modules, info = contents(tree, **CPU_ONLY)
     assert modules == {"_cpu"}
@@ -148,7 +148,6 @@ def test_cuda_off_and_builds_that_follow(tree):
 
 
 @needs_cxx
-@pytest.mark.exhaustive
 def test_cuda_on_without_nvcc_fails(tree):
     assert "specified in the environment variable CUDACXX" in failure(tree, RTSVM_BUILD_CUDA="on", **NO_NVCC)
 
@@ -159,7 +158,6 @@ def test_no_compiler_gives_a_pure_installation(tree):
     assert info["cpu"] == info["cuda"] == "no C++ compiler found"
 
 
-@pytest.mark.exhaustive
 def test_no_cmake_gives_a_pure_installation(tree, tmp_path):
     stub = tmp_path / "stub"
     stub.mkdir()
@@ -169,12 +167,10 @@ def test_no_cmake_gives_a_pure_installation(tree, tmp_path):
     assert info["cpu"] == info["cuda"] == "cmake not found"
 
 
-@pytest.mark.exhaustive
 def test_cpu_on_without_compiler_fails(tree):
     assert "specified in the environment variable CXX" in failure(tree, RTSVM_BUILD_CPU="on", **CPU_ONLY, **NO_CXX)
 
 
-@pytest.mark.exhaustive
 def test_both_off_gives_a_wheel_for_every_platform(tree):
     wheel, modules, info = contents(tree, RTSVM_BUILD_CPU="off", **CPU_ONLY)
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -182,6 +178,5 @@ def test_both_off_gives_a_wheel_for_every_platform(tree):
     assert (info["cpu"], info["cuda"]) == ("off by RTSVM_BUILD_CPU", "off by RTSVM_BUILD_CUDA")
 
 
-@pytest.mark.exhaustive
 def test_unknown_switch_is_an_error(tree):
     assert "RTSVM_BUILD_CUDA must be auto, on or off, got 'yes'" in failure(tree, RTSVM_BUILD_CUDA="yes")
