@@ -116,7 +116,7 @@ def test_kinds_of_tensors_that_it_takes(op, kind, backend):
 
 
 @EVERY_OP_OF_TENSORS
-def test_tensors_at_odd_addresses(op):
+def test_cpu_kernels_take_tensors_at_odd_addresses(op):
     """A sanitizer reports the first access that takes them for aligned."""
     for case in matrices(op):
         want = op(*case.args, **case.options)
