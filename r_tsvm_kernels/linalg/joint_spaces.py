@@ -49,9 +49,11 @@ class CoreSpace:
     """Task matrices in common bases: ``D_t = left @ cores[t] @ right`` up to rounding; float64.
 
     Attributes:
-        left: (m, p) orthonormal columns; p is the sum of the inner dimensions, at most m.
+        left: (m, p); p is the sum of the inner dimensions, at most m. Columns are orthonormal where a core has a nonzero
+            row; a row of zeros in all task matrices is zero here too.
         cores: T matrices (p, q).
-        right: (q, n) orthonormal rows; q is the sum of the inner dimensions, at most n.
+        right: (q, n); q is the sum of the inner dimensions, at most n. Rows are orthonormal where a core has a nonzero
+            column.
         error: change of the task matrices by rounding, relative to the norm of all of them.
     """
 
@@ -178,7 +180,10 @@ def core_space(matrices: Sequence[Factored]) -> CoreSpace:
         math.hypot(*(frobenius_norm(part) for part in parts))
         for parts in (whole, [core - kept for core, kept in zip(whole, cores, strict=True)])
     )
-    defect = sum(float(orthogonality(basis)) * math.sqrt(basis.shape[1]) for basis in (left, right.mT))
+    # In rows of zeros, `_basis` clears null vectors too: directions that no core uses need not be orthonormal.
+    rows, columns = (torch.stack([core.any(side) for core in cores]).any(0) for side in (1, 0))
+    used = left[:, rows], right[columns].mT
+    defect = sum(float(orthogonality(basis)) * math.sqrt(basis.shape[1]) for basis in used)
     return CoreSpace(left, cores, right, (removed / norm if norm else 0.0) + defect + BACKWARD_ERROR)
 
 

@@ -227,3 +227,19 @@ def test_knots_of_tasks_that_cancel_each_other_is_nothing_and_certified(method):
     result = merge_tensors(base, tuned, config)
     assert result.report.certificate.met
     assert result.weight.abs().amax() <= 1e-6 * task.abs().amax()
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(6, 24), (30, 5), (6, 6), (4, 4)])
+def test_the_certificate_of_core_space_ignores_directions_that_no_core_uses(rows, columns, same):
+    """The factors have 9 columns; where fewer rows are nonzero, the rest of the basis is null vectors."""
+    updates = factors((3, 3, 3))
+    updates = [updates[0]] * 3 if same else updates
+    for update in updates:
+        update.left[rows:], update.right[:, columns:] = 0, 0
+    base = torch.zeros(SHAPE, dtype=torch.float64)
+    got = merge_tensors(base, updates, MergeConfig("core_space", inner_method="tsvm"))
+    dense = [update.dense().numpy() for update in updates]
+    truth = oracle.tsv_merge(dense, got.report.ranks, [1.0] * 3)
+    error = relative_error(got.weight, torch.from_numpy(truth))
+    assert error <= got.report.certificate.error < 1e-12
