@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.program import Program, finish
-from benchmarks.spectral_accuracy import merge_by_svd, whitened
+from benchmarks.spectral_accuracy import ZERO, whitened
 from r_tsvm_kernels.bench import Results, published, row, worst_error
 from r_tsvm_kernels.linalg import tsv_merge
 from tests.spectra import spectrum
@@ -61,16 +61,18 @@ def by_gram(bits: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 def shortcuts(matrices: Tensor, rank: int) -> dict[str, Tensor]:
     """The merged matrix by each shortcut; `matrices` are (T, m, n) float32."""
-    exact, in_float32 = matrices.double(), [published.svd(matrix) for matrix in matrices]
+    exact, in_float32, ranks = matrices.double(), list(matrices), [rank] * TASKS
     return {
         "randomised SVD, 2 power iterations": merged(exact, rank, randomised(2)),
         "randomised SVD, 8 power iterations": merged(exact, rank, randomised(8)),
         "Gram matrix of bfloat16 factors": merged(exact, rank, by_gram(8)),
         "Gram matrix of tf32 or fp16 factors": merged(exact, rank, by_gram(11)),
-        "bases whitened by float32 eigenvalues": merge_by_svd(in_float32, rank, whitened).nan_to_num(),
-        "float32 SVDs throughout": merge_by_svd(in_float32, rank, published.polar),
-        "ours, exact, solver eigen": tsv_merge(matrices, [rank] * TASKS).matrix,
-        "ours, exact, solver products (simulated)": tsv_merge(matrices, [rank] * TASKS, solver="products").matrix,
+        "bases whitened by float32 eigenvalues": published.tsv_merge(
+            in_float32, ranks, zero=ZERO, orthogonalize=whitened
+        ).nan_to_num(),
+        "float32 SVDs throughout": published.tsv_merge(in_float32, ranks, zero=ZERO),
+        "ours, exact, solver eigen": tsv_merge(matrices, ranks).matrix,
+        "ours, exact, solver products (simulated)": tsv_merge(matrices, ranks, solver="products").matrix,
     }
 
 
@@ -82,7 +84,7 @@ def main() -> int:
     for kind in SPECTRA:
         matrices = torch.stack([spectrum(kind, n + n // 4, n, seed) for seed in range(TASKS)])
         for label, rank in (("k = r // T", n // TASKS), ("k = r // 4T", n // TASKS // 4)):
-            exact = merge_by_svd([published.svd(matrix) for matrix in matrices.double()], rank, published.polar)
+            exact = published.tsv_merge(list(matrices.double()), [rank] * TASKS, zero=ZERO)
             results.add(
                 row("tsv_merge", name, "error", worst_error([found], [exact]), shape=matrices.shape[1:],
                     dtype="float32", role="ours" if name.startswith("ours") else "reference",

@@ -24,7 +24,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -55,22 +55,14 @@ SOLVERS: list[tuple[str, Mode, Solver]] = [
 ]
 
 
-Svd = tuple[Tensor, Tensor, Tensor]
+ZERO = torch.finfo(torch.float32).eps  # singular values up to this share of the norm are rounding errors of float32
 ROLES = {"float32 SVD": "reference", "whitening": "reference", "FusionBench": "peer"}
 
 
-def merge_by_svd(tasks: Sequence[Svd], rank: int, polar: Callable[[Tensor], Tensor]) -> Tensor:
-    """TSV-Merge as published, in the dtype of the tasks; ranks clipped to the numerical rank of float32."""
-    left, core, right = [], [], []
-    for U, s, Vh in tasks:
-        k = min(rank, int((s > torch.finfo(torch.float32).eps * s.norm()).sum()))
-        left.append(U[:, :k])
-        core.append(s[:k])
-        right.append(Vh[:k])
-    return (polar(torch.cat(left, 1)) * torch.cat(core)) @ polar(torch.cat(right, 0).mT).mT
-
-
 def whitened(basis: Tensor) -> Tensor:
+    """Return the polar factor by the eigenvalues of the Gram matrix of the short side."""
+    if basis.shape[0] < basis.shape[1]:
+        return whitened(basis.mT).mT
     values, Q = torch.linalg.eigh(basis.mT @ basis)
     return basis @ (Q / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()) @ Q.mT
 
@@ -94,22 +86,23 @@ def measure(
 ) -> list[Row]:
     """The rows of one case. Formats on their own only where no row or column is untouched: the solvers handle that."""
     tasks = len(matrices)
-    exact = merge_by_svd([published.svd(matrix.double()) for matrix in matrices], rank, published.polar)
-    in_float32 = [published.svd(matrix) for matrix in matrices]
+    ranks = [rank] * tasks
+    exact = published.tsv_merge([matrix.double() for matrix in matrices], ranks, zero=ZERO)
+    in_float32 = list(matrices)
     merged: dict[str, tuple[Tensor, dict[str, Any]]] = {
-        "float32 SVD": (merge_by_svd(in_float32, rank, published.polar), {}),
-        "whitening": (merge_by_svd(in_float32, rank, whitened).nan_to_num(), {}),
+        "float32 SVD": (published.tsv_merge(in_float32, ranks, zero=ZERO), {}),
+        "whitening": (published.tsv_merge(in_float32, ranks, zero=ZERO, orthogonalize=whitened).nan_to_num(), {}),
     }
     if peer is not None:
         merged["FusionBench"] = peer, {}
     conditions = []
     for route, mode, solver in SOLVERS:
         if solver in solvers:
-            found = tsv_merge(matrices, [rank] * tasks, mode=mode, solver=solver)
+            found = tsv_merge(matrices, ranks, mode=mode, solver=solver)
             merged[route] = found.matrix, of_solver(found)
             conditions += [c for c in found.certificate.basis_condition if c == c]
     for route, precision, limit in FORMATS if "products" in solvers and full_rank else []:
-        simulated = products_tsv_merge(matrices, [rank] * tasks, None, precision, limit)
+        simulated = products_tsv_merge(matrices, ranks, None, precision, limit)
         merged[route] = simulated.matrix, of_format(simulated)
     case: dict[str, Any] = {"shape": matrices.shape[1:], "dtype": "float32",
                             "options": {"matrices": name, "ranks": label, "tasks": tasks}}  # fmt: skip

@@ -6,26 +6,36 @@ from fractions import Fraction
 import numpy as np
 
 
-def polar(matrix, rtol=1e-6):
-    """Canonical polar factor: singular values up to rtol times the largest count as zero."""
+def thin_svd(matrix):
+    """U (m, r), values (r,), Vh (r, n)."""
+    return np.linalg.svd(matrix, full_matrices=False)
+
+
+def polar(matrix, svd=thin_svd, rank=None):
+    """Canonical polar factor: singular values up to 1e-6 times the largest count as zero, or all but `rank`."""
     if matrix.size == 0:
         return matrix
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    rank = int((values > rtol * values[0]).sum())
-    return left[:, :rank] @ right[:rank]
+    left, values, right = svd(matrix)
+    kept = int((values > 1e-6 * values[0]).sum()) if rank is None else rank
+    return left[:, :kept] @ right[:kept]
+
+
+def merge_triplets(parts, weights, svd=thin_svd):
+    """Concatenate singular triplets, orthogonalise both sides, multiply."""
+    lefts, values, rights = zip(*parts, strict=True)
+    core = np.concatenate([weight * s for weight, s in zip(weights, values, strict=True)])
+    return polar(np.hstack(lefts), svd) * core @ polar(np.vstack(rights), svd)
 
 
 def tsv_merge(deltas, ranks, weights):
-    """Concatenate the leading singular triplets, orthogonalise both sides, multiply."""
-    lefts, cores, rights = [], [], []
-    for delta, rank, weight in zip(deltas, ranks, weights, strict=True):
-        left, values, right = np.linalg.svd(delta, full_matrices=False)
+    """TSV-Merge of the leading singular triplets."""
+    parts = []
+    for delta, rank in zip(deltas, ranks, strict=True):
+        left, values, right = thin_svd(delta)
         # Beyond float32 rounding of the matrix there are no singular directions.
         k = min(rank, int((values > np.finfo(np.float32).eps * np.linalg.norm(delta)).sum()))
-        lefts.append(left[:, :k])
-        cores.append(weight * values[:k])
-        rights.append(right[:k])
-    return polar(np.hstack(lefts)) @ np.diag(np.concatenate(cores)) @ polar(np.vstack(rights))
+        parts.append((left[:, :k], values[:k], right[:k]))
+    return merge_triplets(parts, weights)
 
 
 def tsvm(base, tuned, alpha=1.0, weights=None):

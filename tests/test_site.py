@@ -120,11 +120,10 @@ def test_shortcuts_are_measured_as_the_page_says():
     from spectra import spectrum
 
     from benchmarks.shortcuts import rounded, shortcuts
-    from benchmarks.spectral_accuracy import merge_by_svd
     from r_tsvm_kernels.bench import published
 
     assert torch.equal(rounded(torch.tensor([1 + 2**-9, 3.0]), 8), torch.tensor([1.0, 3.0]))
     matrices = torch.stack([spectrum("flat", 60, 48, seed) for seed in range(3)])
-    exact = merge_by_svd([published.svd(matrix) for matrix in matrices.double()], 16, published.polar)
+    exact = published.tsv_merge(list(matrices.double()), [16] * 3)
     errors_of = {name: relative_error(found, exact) for name, found in shortcuts(matrices, 16).items()}
     assert errors_of["randomised SVD, 2 power iterations"] > 0.01 > 1e-3 > errors_of["ours, exact, solver eigen"]

@@ -39,7 +39,7 @@ from torch import Tensor
 from benchmarks import ROOT
 from benchmarks.program import Program, finish, judged
 from r_tsvm_kernels import MergeConfig, merge_tensors
-from r_tsvm_kernels.bench import Results, Row, row
+from r_tsvm_kernels.bench import Results, Row, published, row
 
 PEER, PEER_PROGRAM = "FusionBench", "benchmarks.peers.fusion_bench_tsvm"
 
@@ -125,36 +125,26 @@ def checkpoint_cases(base: Path, models: list[Path]) -> Cases:
 
 
 def truth_of(deltas: list[Tensor]) -> Truth:
-    """TSV-Merge by `numpy.linalg.svd` in float64.
+    """TSV-Merge by SVDs in float64.
 
-    What float32, the precision of the task matrices, cannot tell from zero is left out: null singular vectors of a
-    task, null directions of a concatenated basis. Only rank deficient cases have any.
+    Singular values that float32, the precision of the task matrices, cannot tell from zero are left out: those of a
+    task, and those of a concatenated basis. Only rank deficient cases have any.
     """
-    tasks = [delta.double().numpy() for delta in deltas]
+    tasks = [delta.double() for delta in deltas]
     if tasks[0].ndim != 2:
-        return Truth(np.mean(tasks, axis=0), 0, 1.0, False)
+        return Truth(torch.stack(tasks).mean(0).numpy(), 0, 1.0, False)
 
     k = int(min(tasks[0].shape) * (1 / len(tasks)))
-    tolerance = max(tasks[0].shape) * float(np.finfo(np.float32).eps)
-    left, values, right = [], [], []
-    for task in tasks:
-        u, s, vh = np.linalg.svd(task, full_matrices=False)
-        kept = min(k, int(np.sum(s > tolerance * s[0])))
-        left.append(u[:, :kept])
-        values.append(s[:kept])
-        right.append(vh[:kept].T)
-    s = np.concatenate(values)
-    if not s.size:
-        return Truth(np.zeros_like(tasks[0]), k, 1.0, k > 0)
-
-    factors, condition, deficient = [], 1.0, s.size < k * len(tasks)
-    for basis in (np.hstack(left), np.hstack(right)):
-        p, sigma, qh = np.linalg.svd(basis, full_matrices=False)
-        kept = int(np.sum(sigma > tolerance * sigma[0]))
-        factors.append(p[:, :kept] @ qh[:kept])
-        condition = max(condition, sigma[0] / sigma[kept - 1])
-        deficient = deficient or kept < basis.shape[1]
-    return Truth((factors[0] * s) @ factors[1].T, k, condition, deficient)
+    tolerance = max(tasks[0].shape) * torch.finfo(torch.float32).eps
+    left, core, right = published.bases(tasks, [k] * len(tasks), zero=tolerance)
+    condition, deficient = 1.0, len(core) < k * len(tasks)
+    for basis in (left, right):
+        values = torch.linalg.svdvals(basis)
+        kept = int((values > published.RANK_TOLERANCE * values[:1]).sum())
+        condition = max(condition, float(values[0] / values[kept - 1]) if kept else 1.0)
+        deficient = deficient or kept < len(core)
+    merged = (published.polar(left) * core) @ published.polar(right)
+    return Truth(merged.numpy(), k, condition, deficient)
 
 
 def ours_of(deltas: list[Tensor]) -> Matrix:

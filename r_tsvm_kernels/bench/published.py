@@ -5,7 +5,7 @@ Written down from the papers; they are what ours is timed against, in float32, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -19,23 +19,51 @@ COMMON_SPACE = 0.8  # of Iso-CTS: share of the rank that is for the sum of the t
 
 
 def tsv_merge(
-    matrices: Sequence[Tensor], ranks: Sequence[int], weights: Sequence[float] | None = None, driver: str | None = None
+    matrices: Sequence[Tensor],
+    ranks: Sequence[int],
+    weights: Sequence[float] | None = None,
+    driver: str | None = None,
+    *,
+    zero: float = 0.0,
+    orthogonalize: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Merge task matrices by T + 2 SVDs in their dtype and on their device.
 
-    TSV-Merge (Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1): the leading singular triplets of all
-    tasks are concatenated, and both concatenated bases replaced by their polar factors. `driver`: of torch's SVD on a
-    GPU, see `svd`.
+    TSV-Merge (Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1): concatenate the leading singular
+    triplets of all tasks, and replace both concatenated bases by their polar factors.
+
+    Args:
+        matrices: T matrices (m, n).
+        ranks: of each task.
+        weights: of each task; None means 1.
+        driver: of torch's SVD on a GPU, see `svd`.
+        zero: singular values up to this share of a matrix's Frobenius norm count as zero.
+        orthogonalize: replaces the polar factor.
     """
+    left, core, right = bases(matrices, ranks, weights, driver, zero=zero)
+    both = orthogonalize or (lambda basis: polar(basis, driver))
+    merged: Tensor = (both(left) * core) @ both(right)
+    return merged
+
+
+def bases(
+    matrices: Sequence[Tensor],
+    ranks: Sequence[int],
+    weights: Sequence[float] | None = None,
+    driver: str | None = None,
+    *,
+    zero: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the concatenated bases (m, k) and (k, n) of `tsv_merge`, and the weighted singular values (k,) between."""
     left, core, right = [], [], []
     factors = weights or [1.0] * len(matrices)
     for matrix, rank, factor in zip(matrices, ranks, factors, strict=True):
         U, s, Vh = svd(matrix, driver)
-        left.append(U[:, :rank])
-        core.append(factor * s[:rank])
-        right.append(Vh[:rank])
-    merged: Tensor = (polar(torch.cat(left, 1), driver) * torch.cat(core)) @ polar(torch.cat(right), driver)
-    return merged
+        kept = min(rank, int((s > zero * s.norm()).sum())) if zero else rank
+        left.append(U[:, :kept])
+        core.append(factor * s[:kept])
+        right.append(Vh[:kept])
+    return torch.cat(left, 1), torch.cat(core), torch.cat(right)
 
 
 def polar(matrix: Tensor, driver: str | None = None) -> Tensor:

@@ -49,8 +49,8 @@ class CoreSpace:
     """Task matrices in common bases: ``D_t = left @ cores[t] @ right`` up to rounding; float64.
 
     Attributes:
-        left: (m, p); p is the sum of the inner dimensions, at most m. Columns are orthonormal where a core has a nonzero
-            row; a row of zeros in all task matrices is zero here too.
+        left: (m, p); p is the sum of the inner dimensions, at most m. Columns are orthonormal where a core has a
+            nonzero row. A row that is zero in all task matrices is zero here too.
         cores: T matrices (p, q).
         right: (q, n); q is the sum of the inner dimensions, at most n. Rows are orthonormal where a core has a nonzero
             column.

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from oracle import merge_triplets as tsv_merge
+from oracle import polar, thin_svd
 
 from r_tsvm_kernels.linalg import Rank
 
@@ -31,12 +33,12 @@ Svd = Callable[[np.ndarray], Triplets]
 
 def plain(matrix: np.ndarray) -> Triplets:
     """The SVD of the matrix."""
-    return Triplets(*np.linalg.svd(matrix, full_matrices=False))
+    return Triplets(*thin_svd(matrix))
 
 
 def flipped(matrix: np.ndarray) -> Triplets:
     """The SVD of the matrix with rows and columns reversed and exchanged: other roundings, the same triplets."""
-    U, S, Vh = np.linalg.svd(matrix[::-1, ::-1].T, full_matrices=False)
+    U, S, Vh = thin_svd(matrix[::-1, ::-1].T)
     return Triplets(Vh.T[::-1], S, U.T[:, ::-1])
 
 
@@ -57,22 +59,6 @@ def leading(matrix: np.ndarray, rank: Rank, single: bool, svd: Svd) -> Triplets:
     wanted = rank(torch.from_numpy(S.copy())) if callable(rank) else rank
     k = min(wanted, numerical_rank(S, float(np.linalg.norm(matrix)), single))
     return Triplets(U[:, :k], S[:k], Vh[:k])
-
-
-def polar(matrix: np.ndarray, svd: Svd, rank: int | None = None) -> np.ndarray:
-    """The canonical polar factor; singular values up to 1e-6 times the largest count as zero, or all but `rank`."""
-    if matrix.size == 0:
-        return matrix
-    U, S, Vh = svd(matrix)
-    kept = int((1e-6 * S[0] < S).sum()) if rank is None else rank
-    return U[:, :kept] @ Vh[:kept]
-
-
-def tsv_merge(parts: Sequence[Triplets], weights: Sequence[float], svd: Svd) -> np.ndarray:
-    """TSV-Merge of leading triplets."""
-    left, right = np.hstack([part.U for part in parts]), np.vstack([part.Vh for part in parts])
-    core = np.concatenate([weight * part.S for weight, part in zip(weights, parts, strict=True)])
-    return polar(left, svd) * core @ polar(right, svd)
 
 
 def of_basis(matrix: np.ndarray, V: np.ndarray, backwards: bool) -> Triplets:
