@@ -174,7 +174,7 @@ class MergeConfig(Strict):
             raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
         present: dict[str, Any] = {key: value for key, value in data.items() if value is not None and not _is_note(key)}
         for key in present.keys() - cls.model_fields.keys():
-            raise ConfigError(_unknown(key, list(cls.model_fields), present.get("merge_method")))
+            raise ConfigError(_unknown_field(key, present.get("merge_method", "rtsvm")))
         if isinstance(present.get("models"), list):
             odd = [entry for entry in present["models"] if isinstance(entry, Mapping) and not _has_names(entry)]
             if odd:
@@ -301,10 +301,10 @@ class MergeConfig(Strict):
     @model_validator(mode="after")
     def _check_parameters(self) -> MergeConfig:
         schema = self.method.parameters
-        _check_keys(self.parameters, schema, f"parameters of {self.merge_method}")
+        _check_keys(self.parameters, self.method, f"parameters of {self.merge_method}")
         for entry in self.models:
             where = f"parameters of model {entry.model}" if entry.model else "parameters of a model"
-            _check_keys(entry.parameters, schema, where)
+            _check_keys(entry.parameters, self.method, where)
             for key in entry.parameters:
                 if not schema.is_per_model(schema.names()[key]):
                     raise ConfigError(f"{where}: {key} is one value for all models; set it under `parameters`")
@@ -356,7 +356,7 @@ def _sorted_keywords(data: dict[str, Any]) -> dict[str, Any]:
     for key, value in keywords.items():
         value = plain_values(value)
         if key not in schema.names():
-            raise ConfigError(_unknown(key, [*schema.names(), *MergeConfig.model_fields], method))
+            raise ConfigError(_unknown_key(key, method, fields=True))
         if key in parameters:
             raise ConfigError(f"{key} is given twice: as a keyword, and under `parameters`")
         if value is not None:
@@ -388,12 +388,31 @@ def _is_one_per_model(schema: type[MethodParameters], key: str, value: object) -
     return listed and field is not None and schema.is_per_model(field)
 
 
-def _unknown(key: str, known: Sequence[str], method: object) -> str:
-    """Say that there is no such key, and which one may be meant or where it belongs."""
-    names = METHODS[method].parameters.names() if isinstance(method, str) and method in METHODS else {}
-    if key in names:
+def _unknown_field(key: str, method: object) -> str:
+    """Say that a recipe has no such field, and which one may be meant or where the key belongs."""
+    if not (isinstance(method, str) and method in METHODS):
+        fields = list(MergeConfig.model_fields)
+        return f"unknown key {key!r}; did you mean {nearest(key, fields)!r}? Recipe fields: {', '.join(sorted(fields))}"
+    if key in METHODS[method].parameters.names():
         return f"unknown key {key!r}: a recipe has the parameters of the method under `parameters`"
-    return f"unknown key {key!r}; did you mean {nearest(key, known)!r}? Known: {', '.join(sorted(known))}"
+    return _unknown_key(key, method, fields=True, under=", under `parameters`")
+
+
+def _unknown_key(key: str, method: str, *, fields: bool, under: str = "") -> str:
+    """Say that there is no such key, and which one may be meant.
+
+    Args:
+        key: what was given.
+        method: name of the merge method.
+        fields: whether the fields of a recipe are keys, too.
+        under: where parameters of the method belong, if not beside the fields.
+    """
+    names, known = METHODS[method].parameters.names(), list(MergeConfig.model_fields) if fields else []
+    close = nearest(key, [*known, *names])
+    lists = [f"Recipe fields: {', '.join(sorted(known))}"] if known else []
+    lists.append(f"{'parameters' if known else 'Parameters'} of {method}: {', '.join(sorted(names))}")
+    where = under if close not in known else ""
+    return f"unknown key {key!r}; did you mean {close!r}{where}? {'; '.join(lists)}"
 
 
 def _has_names(value: object) -> bool:
@@ -455,15 +474,14 @@ def _lookup(values: Mapping[str, Any], schema: type[MethodParameters], field_nam
     return None
 
 
-def _check_keys(values: Mapping[str, Any], schema: type[MethodParameters], where: str) -> None:
+def _check_keys(values: Mapping[str, Any], method: Method, where: str) -> None:
     """Refuse unknown keys, a parameter given under two names, and values that are invalid for any tensor."""
-    keys = schema.names()
+    schema, keys = method.parameters, method.parameters.names()
     for key, value in values.items():
+        if key in MergeConfig.model_fields and key not in keys:
+            raise ConfigError(f"{where}: {key!r} is a recipe field, not a parameter; set it outside `parameters`")
         if key not in keys:
-            known = ", ".join(sorted(keys))
-            raise ConfigError(
-                f"{where}: unknown key {key!r}; did you mean {nearest(key, list(keys))!r}? Known: {known}"
-            )
+            raise ConfigError(f"{where}: {_unknown_key(key, method.name, fields=False)}")
         if sum(keys[key] == keys[other] for other in values if other in keys) > 1:
             raise ConfigError(f"{where}: {keys[key]} is given twice, under two names")
         _check_filters(value, f"{where}: {key}")

@@ -126,28 +126,28 @@ def _merged(
     if config.base_joins:
         config, tuned = config.with_base_listed(), [*tuned, base]
     options = config.options(len(tuned), name, position, seeded_by=seeded_by)
-    plan = treatment(config, options, name, tuple(base.shape), base.dtype, len(tuned))
-    if plan.kind == "base":
-        _check_agreement(base, tuned, config, plan, label)
+    decided = treatment(config, options, name, tuple(base.shape), base.dtype, len(tuned))
+    if decided.kind == "base":
+        _check_agreement(base, tuned, config, decided, label)
         result = MergeResult(base.clone(), TensorReport())
     else:
-        differences = plan.kind == "mean" or config.method.needs_base
+        differences = decided.kind == "mean" or config.method.needs_base
         limit = math.inf
-        if config.method.matrices_only and plan.kind == "merge":
+        if config.method.matrices_only and decided.kind == "merge":
             limit = _LARGEST_NORM / math.sqrt(base.numel()) / max(1.0, *map(abs, options.weight))
         base, tuned = _checked_inputs(base, tuned, config, label, limit if differences else None)
         dtype = accumulation_dtype(base, *(model.left if isinstance(model, Factored) else model for model in tuned))
         check_options(options, dtype, label)
         with _named(label):
-            result = _run(base, tuned, config, options, plan.kind, label)
+            result = _run(base, tuned, config, options, decided.kind, label)
     if base.is_floating_point():
         wide, result.weight = result.weight, stored(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
-        if plan.kind != "base" and not is_finite(result.weight):
+        if decided.kind != "base" and not is_finite(result.weight):
             raise NonFiniteError(_overflow(wide, options, label))
     report = result.report
-    report.method, report.treatment, report.reason = config.method.name, plan.kind, plan.reason
+    report.method, report.treatment, report.reason = config.method.name, decided.kind, decided.reason
     report.shape = tuple(base.shape)
-    if plan.kind != "base" and (config.method.matrices_only if measure_norms is None else measure_norms):
+    if decided.kind != "base" and (config.method.matrices_only if measure_norms is None else measure_norms):
         dense = [model for model in tuned if isinstance(model, Tensor)]
         *distances, report.update_norm = _distances(base, [*dense, result.weight])
         found = iter(distances)
@@ -238,18 +238,18 @@ def treatment(
 
 def stored_dtype(config: MergeConfig, base_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype a floating-point tensor of the base is stored in after the merge."""
-    chosen = config.out_dtype or config.dtype
-    if chosen is None or base_dtype not in FLOAT_DTYPES:
+    decided = config.out_dtype or config.dtype
+    if decided is None or base_dtype not in FLOAT_DTYPES:
         return base_dtype
-    dtype: torch.dtype = getattr(torch, chosen)
+    dtype: torch.dtype = getattr(torch, decided)
     return dtype
 
 
 def _check_agreement(
-    base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, plan: Treatment, label: str
+    base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, decided: Treatment, label: str
 ) -> None:
     """Raise an error if a model has other integers than the base: see `must_agree`."""
-    if not must_agree(base, excluded=plan.excluded):
+    if not must_agree(base, excluded=decided.excluded):
         return
     for owner, model in zip(_owners(config, len(tuned)), tuned, strict=True):
         if isinstance(model, Factored):

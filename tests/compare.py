@@ -32,4 +32,9 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are equal to the bit: dtype, shape, the sign of zeros."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    return torch.equal(first.contiguous().flatten().view(torch.uint8), second.contiguous().flatten().view(torch.uint8))
+    return torch.equal(_bytes(first), _bytes(second))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    # A copy: a tensor of one element counts as contiguous whatever its strides are.
+    return x.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)

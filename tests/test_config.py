@@ -123,6 +123,9 @@ def test_no_parameter_has_the_name_of_a_field(method):
     ("keywords", "message"),
     [
         ({"weights": [1, 2]}, "unknown key 'weights'; did you mean 'weight'"),
+        ({"densty": 1}, r"'density'\? Recipe fields: base_model, .*models, .*; parameters of ties: alpha, .*density"),
+        ({"parameters": {"densty": 1}}, r"'density'\? Parameters of ties: alpha, density, (?!.*models)"),
+        ({"parameters": {"dtype": "float32"}}, "'dtype' is a recipe field, .* outside `parameters`"),
         ({"exclud": "a"}, "did you mean 'exclude'"),
         ({"weight": [1, 2], "density": [0.1]}, r"density: got 1 value\(s\) for 2 models"),
         ({"models": ["a"], "weight": [1, 2]}, r"weight: got 2 value\(s\) for 1 models"),
@@ -173,6 +176,10 @@ def test_a_gradient_of_ranks_gives_whole_ranks():
     ("data", "message"),
     [
         ({"merge_method": "ties", "density": 0.1}, "unknown key 'density': .* under `parameters`"),
+        (
+            {"merge_method": "ties", "densty": 1},
+            "'density', under `parameters`.* Recipe fields: .*; parameters of ties: ",
+        ),
         ({"merge_metod": "linear"}, "'merge_metod'; did you mean 'merge_method'"),
         ({"merge_method": "tsmv"}, "unknown merge method 'tsmv'; did you mean 'tsvm'"),
         ({"merge_method": "rtsvm", "parameters": {"densty": 1}}, "unknown key 'densty'; did you mean 'density'"),
