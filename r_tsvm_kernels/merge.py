@@ -238,10 +238,10 @@ def treatment(
 
 def stored_dtype(config: MergeConfig, base_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype a floating-point tensor of the base is stored in after the merge."""
-    decided = config.out_dtype or config.dtype
-    if decided is None or base_dtype not in FLOAT_DTYPES:
+    chosen = config.out_dtype or config.dtype
+    if chosen is None or base_dtype not in FLOAT_DTYPES:
         return base_dtype
-    dtype: torch.dtype = getattr(torch, decided)
+    dtype: torch.dtype = getattr(torch, chosen)
     return dtype
 
 

@@ -178,7 +178,7 @@ def test_a_gradient_of_ranks_gives_whole_ranks():
         ({"merge_method": "ties", "density": 0.1}, "unknown key 'density': .* under `parameters`"),
         (
             {"merge_method": "ties", "densty": 1},
-            "'density', under `parameters`.* Recipe fields: .*; parameters of ties: ",
+            "'density', under `parameters`.* fields: .*; parameters of ties: ",
         ),
         ({"merge_metod": "linear"}, "'merge_metod'; did you mean 'merge_method'"),
         ({"merge_method": "tsmv"}, "unknown merge method 'tsmv'; did you mean 'tsvm'"),
