@@ -174,7 +174,7 @@ class MergeConfig(Strict):
             raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
         present: dict[str, Any] = {key: value for key, value in data.items() if value is not None and not _is_note(key)}
         for key in present.keys() - cls.model_fields.keys():
-            raise ConfigError(_unknown_field(key, present.get("merge_method", "rtsvm")))
+            raise ConfigError(_unknown_key(key, present.get("merge_method", "rtsvm"), under="under `parameters`"))
         if isinstance(present.get("models"), list):
             odd = [entry for entry in present["models"] if isinstance(entry, Mapping) and not _has_names(entry)]
             if odd:
@@ -356,7 +356,7 @@ def _sorted_keywords(data: dict[str, Any]) -> dict[str, Any]:
     for key, value in keywords.items():
         value = plain_values(value)
         if key not in schema.names():
-            raise ConfigError(_unknown_key(key, method, fields=True))
+            raise ConfigError(_unknown_key(key, method))
         if key in parameters:
             raise ConfigError(f"{key} is given twice: as a keyword, and under `parameters`")
         if value is not None:
@@ -388,31 +388,19 @@ def _is_one_per_model(schema: type[MethodParameters], key: str, value: object) -
     return listed and field is not None and schema.is_per_model(field)
 
 
-def _unknown_field(key: str, method: object) -> str:
-    """Say that a recipe has no such field, and which one may be meant or where the key belongs."""
-    if not (isinstance(method, str) and method in METHODS):
-        fields = list(MergeConfig.model_fields)
-        return f"unknown key {key!r}; did you mean {nearest(key, fields)!r}? Recipe fields: {', '.join(sorted(fields))}"
-    if key in METHODS[method].parameters.names():
-        return f"unknown key {key!r}: a recipe has the parameters of the method under `parameters`"
-    return _unknown_key(key, method, fields=True, under=", under `parameters`")
+def _unknown_key(key: str, method: object, *, fields: bool = True, under: str = "") -> str:
+    """Say that no parameter of the method, nor a recipe field if those are keys too, has that name, and which is near.
 
-
-def _unknown_key(key: str, method: str, *, fields: bool, under: str = "") -> str:
-    """Say that there is no such key, and which one may be meant.
-
-    Args:
-        key: what was given.
-        method: name of the merge method.
-        fields: whether the fields of a recipe are keys, too.
-        under: where parameters of the method belong, if not beside the fields.
+    `under` says where the parameters belong, if not beside the fields.
     """
-    names, known = METHODS[method].parameters.names(), list(MergeConfig.model_fields) if fields else []
-    close = nearest(key, [*known, *names])
-    lists = [f"Recipe fields: {', '.join(sorted(known))}"] if known else []
-    lists.append(f"{'parameters' if known else 'Parameters'} of {method}: {', '.join(sorted(names))}")
-    where = under if close not in known else ""
-    return f"unknown key {key!r}; did you mean {close!r}{where}? {'; '.join(lists)}"
+    names = METHODS[method].parameters.names() if isinstance(method, str) and method in METHODS else {}
+    if under and key in names:
+        return f"unknown key {key!r}: a recipe has the parameters of the method {under}"
+    known = {"recipe fields": MergeConfig.model_fields.keys() if fields else (), f"parameters of {method}": names}
+    close = nearest(key, [name for group in known.values() for name in group])
+    where = f", {under}" if under and close in names else ""
+    lists = "; ".join(f"{what}: {', '.join(sorted(group))}" for what, group in known.items() if group)
+    return f"unknown key {key!r}; did you mean {close!r}{where}? {lists[0].upper()}{lists[1:]}"
 
 
 def _has_names(value: object) -> bool:

@@ -51,7 +51,13 @@ def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: Breadcrumb
     cost=sparse_cost,
 )
 def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:
-    """Return ``W_0 + alpha * sum(w_t mask_t D_t)``."""
+    """Return ``W_0 + alpha * sum(w_t mask_t D_t)``.
+
+    Examples:
+        >>> options = BreadcrumbsParameters(weight=[1.0], density=[0.5], gamma=[0.25])
+        >>> breadcrumbs(torch.zeros(4), [torch.tensor([8.0, 1.0, 4.0, 2.0])], options).weight
+        tensor([0., 0., 4., 2.])
+    """
     return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "none")
 
 
@@ -63,5 +69,12 @@ def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParam
     cost=sparse_cost,
 )
 def breadcrumbs_ties(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:
-    """Mask as `breadcrumbs`, then elect signs and sum as `ties`."""
+    """Mask as `breadcrumbs`, then elect signs and sum as `ties`.
+
+    Examples:
+        >>> tuned = [torch.tensor([8.0, 1.0, 4.0, 2.0]), torch.tensor([9.0, 0.0, -1.0, 5.0])]
+        >>> options = BreadcrumbsParameters(weight=[1.0, 1.0], density=[0.5, 0.5], gamma=[0.25, 0.25])
+        >>> breadcrumbs_ties(torch.zeros(4), tuned, options).weight
+        tensor([0., 0., 4., 7.])
+    """
     return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "sum")

@@ -38,7 +38,13 @@ def dare_masks(options: RandomParameters) -> list[Sparsifier]:
     cost=sparse_cost,
 )
 def dare_linear(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters) -> MergeResult:
-    """Return ``W_0 + alpha * sum(w_t mask_t D_t / density_t)``."""
+    """Return ``W_0 + alpha * sum(w_t mask_t D_t / density_t)``.
+
+    Examples:
+        >>> options = RandomParameters(weight=[1.0], density=[0.5], seed=3)
+        >>> dare_linear(torch.zeros(6), [torch.ones(6)], options).weight
+        tensor([0., 2., 0., 0., 2., 0.])
+    """
     return merge_kept(base, tuned, options, dare_masks(options), "none")
 
 
@@ -51,5 +57,11 @@ def dare_linear(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters
     cost=sparse_cost,
 )
 def dare_ties(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters) -> MergeResult:
-    """Drop and rescale as `dare_linear`, then elect signs and sum as `ties`."""
+    """Drop and rescale as `dare_linear`, then elect signs and sum as `ties`.
+
+    Examples:
+        >>> options = RandomParameters(weight=[1.0, 1.0], density=[0.5, 1.0], seed=3)
+        >>> dare_ties(torch.zeros(6), [torch.ones(6), -torch.ones(6)], options).weight
+        tensor([-1.,  2., -1., -1.,  2., -1.])
+    """
     return merge_kept(base, tuned, options, dare_masks(options), "sum")

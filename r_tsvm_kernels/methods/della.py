@@ -86,7 +86,13 @@ def _merge_ranked(
     cost=della_cost,
 )
 def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> MergeResult:
-    """Return ``W_0 + alpha * sum(w_t mask_t D_t / p_t)``."""
+    """Return ``W_0 + alpha * sum(w_t mask_t D_t / p_t)``.
+
+    Examples:
+        >>> options = DellaLinearParameters(weight=[1.0], density=[0.5], epsilon=[0.5], seed=7)
+        >>> della_linear(torch.zeros(5), [torch.tensor([1.0, 4.0, 2.0, 3.0, 5.0])], options).weight
+        tensor([0., 0., 8., 6., 5.])
+    """
     return _merge_ranked(base, tuned, options, "none")
 
 
@@ -99,5 +105,12 @@ def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearPara
     cost=della_cost,
 )
 def della(base: Tensor, tuned: Sequence[Tensor], options: DellaParameters) -> MergeResult:
-    """Drop and rescale as `della_linear`, then elect signs and average as `ties`."""
+    """Drop and rescale as `della_linear`, then elect signs and average as `ties`.
+
+    Examples:
+        >>> options = DellaParameters(weight=[1.0, 1.0], density=[0.5, 1.0], epsilon=[0.5, 0.0], seed=7)
+        >>> tuned = [torch.tensor([1.0, 4.0, 2.0, 3.0, 5.0]), torch.full((5,), -2.0)]
+        >>> della(torch.zeros(5), tuned, options).weight
+        tensor([-2., -2.,  8.,  6.,  5.])
+    """
     return _merge_ranked(base, tuned, options, "sum")

@@ -47,7 +47,13 @@ def sce_cost(job: TensorJob, options: SceParameters) -> Cost:
     cost=sce_cost,
 )
 def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeResult:
-    """Merge by SCE: the steps at the top of this module."""
+    """Merge by SCE: the steps at the top of this module.
+
+    Examples:
+        >>> tuned = [torch.tensor([4.0, 1.0]), torch.tensor([-2.0, 2.0])]
+        >>> sce(torch.zeros(2), tuned, SceParameters(weight=[1.0, 1.0], select_topk=0.5)).weight
+        tensor([4., 0.])
+    """
     selected = None
     if options.select_topk < 1 and len(tuned) > 1:  # one task has no variance to select by
         spread = task_spread(base, tuned)

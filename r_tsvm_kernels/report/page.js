@@ -413,7 +413,7 @@ function details(row) {
     "condition of the joined bases": row.basis_condition ? list(row.basis_condition) : null,
     "gap at the cut": isNumber(row.gap) ? `${number(row.gap)} of the last kept singular value` : null,
     "arbitrary choice": row.arbitrary ? "singular values at the cut are equal: another SVD may keep other directions" : null,
-    "solvers given up": row.escalations && row.escalations.length ? row.escalations.join("; ") : null,
+    "solvers tried before": row.escalations && row.escalations.length ? row.escalations.join("; ") : null,
     time: Object.entries(row.stages).map(([stage, [wall, cpu]]) => `${stage} ${seconds(wall)}, CPU ${seconds(cpu)}`).join("\n"),
   };
   const terms = element("dl", { className: "facts" });

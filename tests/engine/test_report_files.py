@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +72,25 @@ def test_the_report_is_complete(tmp_path):
     floating = [name for name, tensor in base.items() if tensor.is_floating_point()]
     whole = math.sqrt(sum(float((tuned[1][name].double() - base[name].double()).square().sum()) for name in floating))
     assert summary["task_norms"][1] == pytest.approx(whole)
+
+
+def documented_keys():
+    """Return the keys that docs/api/report.md documents, one set for each of its tables."""
+    text = (Path(__file__).parents[2] / "docs" / "api" / "report.md").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [
+        {key for line in table.splitlines() for key in re.findall(r"`(\w+)`", line.split("|")[1])} for table in tables
+    ]
+
+
+def test_every_key_of_the_report_is_documented(tmp_path):
+    paths, _, _ = family(tmp_path / "in")
+    report = json.loads(merge_checkpoints(config_for(paths), tmp_path / "out").report_path.read_text())
+    entries = report["tensors"].values()
+    certificates = [entry["certificate"] for entry in entries if entry["certificate"]]
+    found = [[report], [report["summary"]], entries, certificates]
+    for documented, real in zip(documented_keys(), found, strict=True):
+        assert real and all(one.keys() == documented for one in real)
 
 
 @pytest.mark.parametrize("out", ["out", "out.safetensors"])
