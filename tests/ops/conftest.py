@@ -52,11 +52,25 @@ if backends.triton_interpreter_state() == backends.READY:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    # A third of the interpreter's time goes into patching the language anew for each call inside a kernel.
+    # Half of the interpreter's time would go into what it does anew for each operation: patching the language at each
+    # call inside a kernel, and making types.
     def patch_once(fn, patch=interpreter._patch_lang):
         languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
         if any(tl.core.is_builtin(language.load) for language in languages):
             return patch(fn)
         return interpreter._LangPatchScope()
 
+    def made_once(make):
+        made = {}
+
+        def look_up(*types):
+            names = tuple(each.name for each in types)
+            if names not in made:
+                made[names] = make(*types)
+            return made[names]
+
+        return look_up
+
     interpreter._patch_lang = patch_once
+    interpreter._get_np_dtype = made_once(interpreter._get_np_dtype)
+    tl.block_type.with_element_ty = made_once(tl.block_type.with_element_ty)

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from interpreted import interpreted
 from test_random_mask import word
+
+from r_tsvm_kernels import backends
 
 triton = pytest.importorskip("triton", reason="checks positions inside Triton kernels, and triton is not installed")
 tl = triton.language
 
 from r_tsvm_kernels.ops._triton import block_offsets, random_words  # noqa: E402
 
-pytestmark = interpreted
+STATE = backends.triton_interpreter_state()
+pytestmark = pytest.mark.skipif(STATE != backends.READY, reason=f"needs Triton's interpreter: {STATE}")
 
 BLOCK = 128
 
