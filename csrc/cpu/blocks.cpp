@@ -50,7 +50,7 @@ template <class Real>
 void widen(const MatrixView& view, int64_t offset, int64_t n, Real* to) {
   switch (view.type) {
     case ElementType::kFloat64:
-      // Only reached with Real = double: float64 among the inputs is what selects it.
+      // Only reached with Real = double, which any float64 input selects.
       if constexpr (sizeof(Real) == sizeof(double)) widen(static_cast<const double*>(view.data) + offset, n, to);
       return;
     case ElementType::kFloat32:
@@ -70,7 +70,7 @@ void load_any(const MatrixView& view, int64_t first, int64_t n, Real* to) {
   });
 }
 
-// The element of the flat order, if it and the n - 1 after it lie side by side.
+// Address of an element of the flat order, if it and the next n - 1 are contiguous in memory.
 template <class From>
 const From* side_by_side(const MatrixView& view, int64_t first, int64_t n) {
   const int64_t col = first % view.cols;
@@ -118,7 +118,7 @@ void load_difference_any(const MatrixView& tuned, const MatrixView& base, int64_
     std::fill_n(to, n, theta);
     return;
   }
-  // Equal types, as nearly always, need no copies.
+  // If the types are equal, which is the usual case, nothing is copied.
   if (difference_of_same(tuned, base, first, n, theta, to)) return;
   alignas(64) Real from[kBlock], origin[kBlock];
   load(tuned, first, n, from);

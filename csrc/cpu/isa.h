@@ -1,8 +1,8 @@
 // One source, several instruction sets: the loader picks the best version of a marked function.
 #pragma once
 
-// Only GCC on x86-64 Linux knows this form. Marked functions must not contain OpenMP regions, and must not be
-// templates; what they call is inlined, hence RTSVM_INLINE.
+// Only GCC on x86-64 Linux supports this form. Marked functions must not contain OpenMP regions and must not be
+// templates. The functions that they call must be inlined, so these are RTSVM_INLINE.
 #if !defined(RTSVM_ISA_CLONES) && defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && \
     defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12

@@ -80,7 +80,7 @@ RTSVM_ISA_CLONES int64_t count_marked(const Marks& marks, int64_t n) {
   return count;
 }
 
-// No branch depends on where the marks are: few are set, and which ones cannot be foretold.
+// No branch depends on the marks: few are set, at unpredictable places.
 int64_t list_marked(Marks& marks, int64_t n, Positions& positions) {
   uint16_t groups[kBlock / kMarksAtOnce + 1];
   int64_t group_count = 0;

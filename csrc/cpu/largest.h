@@ -1,4 +1,4 @@
-// The keep-th largest of magnitudes that are computed block by block, digit by digit.
+// Finds the keep-th largest magnitude, digit by digit, of magnitudes that are computed block by block.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace r_tsvm {
 
-// Calls body(worker, first, n) for all blocks; the calls of one worker come one after the other.
+// Calls body(worker, first, n) for all blocks. A worker makes one call at a time.
 template <class Body>
 void for_blocks(int64_t workers, int64_t elements, int threads, const Body& body) {
   for_chunks(workers, elements, threads, [&](int64_t worker, int64_t chunk) {
@@ -27,9 +27,9 @@ inline int64_t sum_from(const std::vector<int64_t>& counts, int64_t first) {
   return sum;
 }
 
-// For each entry of `keep`: the magnitude (as `prefix`), how many equal ones are kept, and how many there are.
-// values_of(first, n, values) writes a block; each is asked for twice in float32, four times in float64.
-// Where `nonfinite`, the number of NaN and infinite values, is not 0, the result means nothing.
+// Returns for each entry of `keep` the magnitude (as `prefix`), how many equal magnitudes are kept, and how many there
+// are. values_of(first, n, values) writes a block; it is called twice per block in float32 and four times in float64.
+// The result is meaningless if `nonfinite`, the number of NaN and infinite values, is not 0.
 template <class Real, class ValuesOf>
 std::vector<Undecided> find_largest(int64_t elements, const std::vector<int64_t>& keep, int threads, int64_t& nonfinite,
                                     const ValuesOf& values_of) {

@@ -35,7 +35,7 @@ void run_16bit(const MatrixView& x, int64_t cols, uint16_t infinity, const Magni
     }
     return bad;
   };
-  // Key and index in 4 bytes where they fit.
+  // Key and index share 4 bytes if they fit.
   if (cols <= int64_t{1} << 16) {
     run<uint16_t, uint16_t, kDigit>(element_count(x), cols, output, threads, load_row);
   } else {

@@ -1,4 +1,4 @@
-// Arithmetic of task statistics. Magnitudes are never negative, which the shortcuts below rely on.
+// Arithmetic of task statistics. The shortcuts below rely on magnitudes never being negative.
 #pragma once
 
 #include <cmath>
@@ -6,8 +6,8 @@
 
 namespace r_tsvm {
 
-// Summary of some magnitudes; all zero when there are none. `max` skips NaN: `finish` recovers it from `sum`, which
-// is NaN exactly when a magnitude is.
+// Summary of some magnitudes; all fields are zero if there are none. `max` skips NaN; `finish` recovers it from `sum`,
+// which is NaN exactly if a magnitude is.
 struct Moments {
   int64_t count;
   double sum;
@@ -32,7 +32,7 @@ inline Moments merge(const Moments& a, const Moments& b) {
   return all;
 }
 
-// What the second pass and the caller need to know about one task.
+// What the second pass and the caller need for one task.
 struct Summary {
   double mean;
   double sd;

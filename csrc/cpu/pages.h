@@ -1,4 +1,4 @@
-// Fewer page faults under large outputs that nobody has touched yet.
+// Reduces page faults in large, freshly allocated outputs.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +14,14 @@ namespace r_tsvm {
 
 inline constexpr int64_t kHugePage = 2 << 20;
 
-// How many neighbouring units of so many bytes a thread should take at a time: two threads that first touch the same
-// huge page both clear one, and one of the two is thrown away. Fewer where threads would wait for each other.
+// Number of neighbouring units of so many bytes that a thread should take at a time. Two threads that first touch the
+// same huge page both clear one, and one copy is thrown away. The number is smaller if threads would wait for each
+// other.
 inline int64_t page_grain(int64_t units, int64_t bytes_per_unit, int threads) {
   return std::max<int64_t>(1, std::min(kHugePage / bytes_per_unit, units / (4 * threads)));
 }
 
-// A hint: where the system takes it, first writing to fresh memory costs a fraction.
+// A hint. If the system accepts it, the first write to fresh memory costs a fraction of the time.
 inline void prefer_huge_pages(void* address, uint64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uint64_t first = (reinterpret_cast<uintptr_t>(address) + kHugePage - 1) / kHugePage * kHugePage;
@@ -32,7 +33,7 @@ inline void prefer_huge_pages(void* address, uint64_t bytes) {
 #endif
 }
 
-// Memory that nobody has touched yet, for many small pieces that different threads write.
+// Freshly allocated memory for many small pieces that different threads write.
 template <class T>
 class Pages {
  public:

@@ -6,10 +6,10 @@
 
 namespace r_tsvm {
 
-// Below this many elements starting the threads costs more than it saves.
+// Below this many elements, starting threads costs more than it saves.
 inline constexpr int64_t kParallelElements = 1 << 16;
 
-// Calls body(0) ... body(units - 1), each once, in any order; throws the first exception afterwards. A body that others
+// Calls body(0) ... body(units - 1), each once, in any order, and then throws the first exception. A body that others
 // wait for must not throw. A thread takes `grain` neighbouring units at a time.
 template <class Body>
 void parallel_for(int64_t units, int64_t elements, int threads, const Body& body, int64_t grain = 1) {

@@ -21,7 +21,7 @@ RTSVM_ISA_CLONES void compare(const uint32_t* words, int64_t n, uint64_t thresho
 
 }  // namespace
 
-// Many counters side by side: the compiler vectorises over them.
+// Processes many counters at once, over which the compiler vectorises.
 RTSVM_ISA_CLONES void random_words(const RandomMask& mask, int64_t first, int64_t n, uint32_t* words) {
   for (int64_t done = 0; done < n; done += kWordGroup) {
     const uint64_t counter = static_cast<uint64_t>(first + done) / 4;

@@ -1,6 +1,6 @@
-// The elements of a row are counted by buckets of magnitudes, which tells an interval for the rank of each; where the
-// thresholds at its two ends decide alike, the rank itself does not matter. Few elements are left, whose magnitudes are
-// compared with all others of the row; where many are (rows of few different values), the row is sorted.
+// Counts the elements of a row in buckets of magnitudes, which bounds the rank of each. If the thresholds at both
+// bounds give the same decision, the rank does not matter. The few elements that remain are compared with all others of
+// the row. If many remain (rows with few different values), the row is sorted.
 #include "r_tsvm/ranked_mask.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace {
 // Elements for each bucket, and the multiple of the mean magnitude that all buckets but the last span.
 constexpr int64_t kPerBucket = 4;
 constexpr double kSpan = 4;
-// A float holds the number of every bucket: rounded up, the last one would lie behind the end.
+// A float represents the number of every bucket exactly; rounding up would put the last one beyond the end.
 constexpr int64_t kMostBuckets = int64_t{1} << 20;
 static_assert(kMostBuckets <= int64_t{1} << 24);
 // Comparing this many elements of a row with all others takes about as long as sorting it.
@@ -55,7 +55,7 @@ RTSVM_INLINE double sum_any(const Key* keys, int64_t n) {
   return add_lanes(lanes);
 }
 
-// They rise with the magnitudes, as rounded products do.
+// Buckets rise with the magnitudes, because rounding of products is monotonic.
 template <class Key, class Real>
 RTSVM_INLINE void buckets_of_any(const Key* __restrict keys, int64_t n, Real scale, int32_t last,
                                  int32_t* __restrict buckets) {
@@ -66,7 +66,7 @@ RTSVM_INLINE void buckets_of_any(const Key* __restrict keys, int64_t n, Real sca
   }
 }
 
-// The rank of element `at`, by definition.
+// The rank of element `at`, by the definition.
 template <class Key>
 RTSVM_INLINE int64_t rank_any(const Key* keys, int64_t n, int64_t at) {
   const Key key = keys[at];
@@ -96,7 +96,7 @@ struct Limits {
 
 enum Verdict : uint8_t { kDead = 0, kUndecided = 1, kAlive = 2 };
 
-// Without branches: random words cannot be foreseen.
+// Without branches, because random words are unpredictable.
 void judge(const uint32_t* words, const int32_t* buckets, const Limits* limits, int64_t n, uint8_t* verdicts) {
   for (int64_t i = 0; i < n; ++i) {
     const Limits limit = limits[buckets[i]];
@@ -130,7 +130,7 @@ class RowDrawer {
         by_bucket_(counts_.size()) {
     for (int64_t rank = 0; rank < cols; ++rank) {
       const uint64_t threshold = static_cast<uint64_t>(thresholds[rank]);
-      // Words at the ends of their range may be neither: then they are undecided.
+      // Words in neither range are undecided.
       by_rank_[rank] = Limits{static_cast<uint32_t>(std::min(threshold, kAlways - 1)),
                               static_cast<uint32_t>(std::max<uint64_t>(threshold, 1) - 1)};
     }
@@ -154,7 +154,7 @@ class RowDrawer {
   }
 
  private:
-  // Fills buckets_ and by_bucket_; false where there is no scale for them.
+  // Fills buckets_ and by_bucket_. Returns false if there is no scale for them.
   bool find_intervals() {
     const int64_t size = static_cast<int64_t>(counts_.size());
     const double mean = sum_of(keys(), cols_) / static_cast<double>(cols_);
@@ -166,7 +166,7 @@ class RowDrawer {
     int64_t start = 0;
     for (int64_t bucket = 0; bucket < size; ++bucket) {
       const int64_t end = start + counts_[bucket];
-      // What an empty bucket gets is not looked up.
+      // The value of an empty bucket is never read.
       by_bucket_[bucket] =
           Limits{by_rank_[std::min(start, cols_ - 1)].alive, by_rank_[std::max<int64_t>(end, 1) - 1].dead};
       start = end;

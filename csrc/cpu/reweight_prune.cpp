@@ -1,6 +1,6 @@
-// One read of the inputs does nearly everything: a sample brackets the threshold, what lies outside the bracket is
-// written for good, what lies inside by a guess, and listed. The list then gives the exact threshold and the few
-// elements for which the guess was wrong. Where the bracket misses or a list is full, chunks are computed again.
+// Nearly all work is done in one read of the inputs. A sample brackets the threshold. Elements outside the bracket get
+// their final value. Elements inside it get a guess, and are listed; the list then gives the exact threshold and the
+// few elements for which the guess was wrong. If the bracket misses or a list is full, chunks are computed again.
 #include "r_tsvm/reweight_prune.h"
 
 #include <algorithm>
@@ -18,13 +18,13 @@
 namespace r_tsvm {
 namespace {
 
-// Elements of a chunk, and share of all elements, that are listed at most.
+// Largest number of elements of a chunk, and largest share of all elements, that are listed.
 constexpr int64_t kListed = kChunk / 8;
 constexpr double kMostListed = 1.0 / 8;
 
 constexpr int64_t kMostRuns = 8192;
 
-// Bits that a pass over undecided elements settles.
+// Bits that one pass over the undecided elements determines.
 constexpr int kPassBits = 11;
 constexpr int64_t kPassBins = int64_t{1} << kPassBits;
 
@@ -48,7 +48,7 @@ template <class Real>
 struct Pruning {
   explicit Pruning(int64_t elements) : chunks(chunk_count(elements)) {}
 
-  // Whether this element of the chunk was written rather than dropped.
+  // Whether this element of the chunk was written, not dropped.
   bool written(int64_t chunk, int64_t bits) const {
     return bits > guess.threshold || (bits == guess.threshold && chunk < tied_chunks);
   }
@@ -120,7 +120,7 @@ class Calculation {
       const double kept = static_cast<double>(tasks_[task].keep) / static_cast<double>(elements_);
       pruning.guess = ThresholdGuess{{0, Pattern<Real>::kInfinity - 1}, Pattern<Real>::kInfinity, 1, 0};
       if (runs > 0) pruning.guess = guess_threshold(samples.data() + task * size, size, kept);
-      // A quarter more than expected, and one list.
+      // Room for a quarter more than expected, and one list.
       const double expected = 1.25 * std::min(pruning.guess.share, kMostListed) * static_cast<double>(elements_);
       pruning.lists.emplace(static_cast<int64_t>(expected) + kListed);
       pruning.tied_chunks = static_cast<int64_t>(pruning.guess.tie_share * static_cast<double>(chunks_));
@@ -174,8 +174,8 @@ class Calculation {
     std::copy_n(list, known.undecided, known.list);
   }
 
-  // Finds the exact thresholds and mends what was guessed wrong. Each step is taken for all tasks together: it ends
-  // with threads waiting for each other.
+  // Finds the exact thresholds and corrects the wrong guesses. All tasks share each step, because each ends with
+  // threads waiting for each other.
   void settle(const std::vector<int64_t>& tasks) {
     for (const int64_t task : tasks) {
       Pruning<Real>& pruning = *prunings_[task];
@@ -212,7 +212,7 @@ class Calculation {
     });
   }
 
-  // Narrows the brackets down to one bit pattern, some bits at a time.
+  // Narrows each bracket to one bit pattern, some bits at a time.
   void find(const std::vector<int64_t>& tasks) {
     int shift = 0;
     for (const int64_t task : tasks) {
@@ -241,8 +241,8 @@ class Calculation {
     }
   }
 
-  // One bin for each value of the next bits after those found, and a last one for what does not begin like these.
-  // Neighbours are counted apart, as in count_digits_of, and no branch depends on an element.
+  // One bin for each value of the next bits, and a last one for elements with another prefix. Neighbours use separate
+  // counters, as in count_digits_of, and no branch depends on an element.
   struct Bins {
     uint32_t even[kPassBins + 1];
     uint32_t odd[kPassBins + 1];

@@ -1,5 +1,5 @@
-// Ranks of the magnitudes of a row: radix sort by their bits, lowest digit first. The row is entered from its end, so
-// that of equal magnitudes the higher index comes first; the last pass writes ranks in place of sorted elements.
+// Ranks the magnitudes of a row by a radix sort of their bits, lowest digit first. The row is read from its end, so
+// that of equal magnitudes the higher index comes first. The last pass writes ranks instead of sorted elements.
 #pragma once
 
 #include <algorithm>
@@ -13,23 +13,23 @@
 
 namespace r_tsvm {
 
-// Bits of a digit; the wide one, which leaves out a pass over the row, costs more counters. 16-bit floats have two
-// digits in any case.
+// Bits of a digit. The wide one saves a pass over the row, but needs more counters. 16-bit floats have two digits with
+// either.
 inline constexpr int kDigit = 8;
 inline constexpr int kWideDigit = 11;
 inline constexpr int64_t kLongRow = 2048;
-// Rows up to this length are ranked by comparing all pairs.
+// Rows up to this length are ranked by comparing all pairs of elements.
 inline constexpr int64_t kShortRow = 48;
-// Short rows are shared out in units of about so many elements.
+// Threads take short rows in units of about this many elements.
 inline constexpr int64_t kUnit = 1 << 14;
 
-// The bits of n <= kBlock magnitudes; returns how many are not finite, which keys from `infinity` on are not.
+// Writes the bits of n <= kBlock magnitudes. Returns how many are not finite: keys from `infinity` upwards.
 int64_t keys_of(const uint16_t* words, int64_t n, uint16_t infinity, uint16_t* keys);
 int64_t keys_of(const uint32_t* words, int64_t n, uint32_t infinity, uint32_t* keys);
 int64_t keys_of(const uint64_t* words, int64_t n, uint64_t infinity, uint64_t* keys);
 
-// The bits of the magnitudes of elements first ... first + n - 1 of x, or of x - base if there is one, as float or
-// double; returns how many are not finite.
+// Writes the bits of the magnitudes of elements first ... first + n - 1 of x, or of x - base if there is a base, as
+// float or double. Returns how many are not finite.
 int64_t load_keys(const MatrixView& x, const MatrixView* base, int64_t first, int64_t n, uint32_t* keys);
 int64_t load_keys(const MatrixView& x, const MatrixView* base, int64_t first, int64_t n, uint64_t* keys);
 
@@ -102,7 +102,7 @@ class RowSorter {
 
   static int value(Key key, int digit) { return static_cast<int>((key >> (kBits * digit)) & (kValues - 1)); }
 
-  // Turns counts into the places where the digits begin.
+  // Turns counts into the positions at which the digits begin.
   static void starts(uint32_t* counts) {
     uint32_t place = 0;
     for (int value = 0; value < kValues; ++value) place += std::exchange(counts[value], place);

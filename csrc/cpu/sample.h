@@ -1,4 +1,4 @@
-// Guesses from a few elements. They decide what is quick, never what is selected.
+// Guesses from a few elements. They affect the speed, never the selection.
 #pragma once
 
 #include <algorithm>
@@ -11,16 +11,16 @@
 
 namespace r_tsvm {
 
-// Runs of neighbours at scattered places: 16-bit floats of one cache line, if the tensor begins with one.
+// Runs of neighbours at scattered places. A run of 16-bit floats is one cache line, if the tensor is aligned to one.
 inline constexpr int64_t kRun = 32;
 
-// How many runs, at most `most`, represent so many elements; 0 for tensors too small for it.
+// Number of runs, at most `most`, that represent so many elements; 0 if the tensor is too small for a sample.
 inline int64_t sample_runs(int64_t elements, int64_t most) {
   const int64_t runs = std::min<int64_t>(elements / (16 * kRun), most);
   return runs >= 128 ? runs : 0;
 }
 
-// An even spread, moved by a hash so that no column of the matrix is met more often than others.
+// Spreads the runs evenly and shifts them by a hash, so that no column of the matrix is sampled more often than others.
 inline int64_t run_start(int64_t run, int64_t runs, int64_t elements) {
   const int64_t stride = elements / runs;
   const uint64_t hash = (static_cast<uint64_t>(run) + 1) * 0x9e3779b97f4a7c15u;
@@ -35,7 +35,7 @@ struct ThresholdGuess {
   double tie_share;  // of the elements equal to the threshold, those that survive
 };
 
-// The magnitudes of a sample in descending order, found one at a time.
+// The magnitudes of a sample in descending order, one at a time.
 template <class Real>
 class Ranks {
  public:
@@ -67,7 +67,7 @@ class Ranks {
 
 template <class Real>
 ThresholdGuess guess_threshold(const Real* sample, int64_t size, double kept) {
-  // Five standard deviations of the rank for independent elements; neighbours depend on each other.
+  // Five standard deviations of the rank for independent elements, as a margin: neighbours are correlated.
   const double n = static_cast<double>(size);
   const double margin = 5 * std::sqrt(kept * (1 - kept) * n) + 5;
   const double rank = kept * n;

@@ -41,7 +41,7 @@ RTSVM_ISA_CLONES void top_digits(const double* values, int64_t n, uint16_t* digi
   top_digits_any(values, n, digits);
 }
 
-// Neighbours are counted apart: an increment that waits for the one before it, as equal values would cause, is slow.
+// Neighbours use separate counters. With one counter, equal values would make each increment wait for the one before.
 void count_digits_of(const uint16_t* digits, int64_t n, uint32_t* counters) {
   uint32_t* const odd = counters + kDigits / 2;
   int64_t i = 0;
@@ -83,7 +83,7 @@ std::vector<int64_t> DigitCounters::take(int64_t task, bool halves) {
 
 Undecided pick(const std::vector<int64_t>& counts, int64_t keep) {
   int64_t digit = static_cast<int64_t>(counts.size()) - 1;
-  // Not into an empty bin when nothing is to be kept: its digit may be one that no magnitude has.
+  // If nothing is kept, do not choose an empty bin: its digit may be one that no magnitude has.
   for (; digit > 0 && (counts[digit] < keep || counts[digit] == 0); --digit) keep -= counts[digit];
   return Undecided{digit, keep, counts[digit]};
 }

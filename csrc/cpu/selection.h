@@ -1,5 +1,5 @@
-// Exact selection by counting digits of magnitudes: the bit pattern of a float without its sign, as an integer, has
-// the order of the magnitudes. Counts are integers, so nothing depends on who counted what.
+// Exact selection by counting digits of magnitudes. The bit pattern of a float without its sign, as an integer, is
+// ordered like the magnitude. Counts are integers, so the result does not depend on how threads share the work.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +57,8 @@ class DigitCounters {
   std::vector<uint32_t> counters_;
 };
 
-// Workers share the chunks; body(worker, chunk). None takes so many that a 32-bit counter could overflow.
+// Calls body(worker, chunk) for all chunks, which the workers share. No worker takes so many that a 32-bit counter
+// could overflow.
 inline constexpr int64_t kChunksPerWorker = (int64_t{1} << 31) / kChunk;
 
 inline int64_t worker_count(int64_t elements, int threads) {
@@ -79,8 +80,8 @@ void for_chunks(int64_t workers, int64_t elements, int threads, const Body& body
   });
 }
 
-// The magnitudes that are not decided yet: those whose upper bits are `prefix`. Larger ones survive, smaller ones do
-// not, and `keep` of these `count` do.
+// The undecided magnitudes: those whose upper bits are `prefix`. Larger ones survive, smaller ones do not, and `keep`
+// of these `count` survive.
 struct Undecided {
   int64_t prefix;
   int64_t keep;
@@ -90,7 +91,7 @@ struct Undecided {
 // The bin of `counts` that holds the keep-th largest digit.
 Undecided pick(const std::vector<int64_t>& counts, int64_t keep);
 
-// The same one digit further down.
+// The same for the next lower digit.
 inline Undecided narrow(const Undecided& outer, const std::vector<int64_t>& counts) {
   Undecided inner = pick(counts, outer.keep);
   inner.prefix |= outer.prefix << kDigitBits;
@@ -104,7 +105,7 @@ void clipped_difference(const double* base, double* values, int64_t n, double th
 // Counts the top digits (15 bits, as the sign is gone) in the two halves of `counters`.
 void count_top_digits(const float* values, int64_t n, uint32_t* counters);
 void count_top_digits(const double* values, int64_t n, uint32_t* counters);
-// The same for 16-bit floats, whose top digit is all there is.
+// The same for 16-bit floats, which have only the top digit.
 void count_16bit(const uint16_t* values, int64_t n, uint32_t* counters);
 
 }  // namespace r_tsvm

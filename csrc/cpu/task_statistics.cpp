@@ -1,6 +1,6 @@
-// One read of the inputs does nearly everything: a sample brackets the two limits, what lies outside the brackets is
-// summed or counted at once, what lies inside is listed. The lists are judged when mean and deviation are known. Where
-// a bracket misses or a list is full, the limits get a pass of their own.
+// Nearly all work is done in one read of the inputs. A sample brackets the two limits. Elements outside the brackets
+// are summed or counted at once, and elements inside are listed; the lists are evaluated when mean and deviation are
+// known. If a bracket misses or a list is full, another pass computes what the limits decide.
 #include "r_tsvm/task_statistics.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 namespace r_tsvm {
 namespace {
 
-// Elements of a chunk that are listed at most.
+// Largest number of elements of a chunk that are listed.
 constexpr int64_t kListed = kChunk / 16;
 
 constexpr int64_t kMostRuns = 2048;
@@ -32,7 +32,8 @@ struct Limits {
   Real theta;
 };
 
-// What a sample says of one task; NaN brackets say nothing. `pivot` is finite and about the mean, if possible.
+// What a sample shows about one task; NaN brackets mean that nothing is known. `pivot` is finite, and near the mean if
+// possible.
 template <class Real>
 struct Guess {
   double pivot;
@@ -63,7 +64,7 @@ struct Chunk {
   std::unique_ptr<Real[]> list;  // the undecided magnitudes in order, or null where they were too many
 };
 
-// A NaN is in the sums, not in the maximum.
+// NaN shows in the sums, not in the maximum.
 template <class Real>
 RTSVM_INLINE Sweep sweep_any(const Real* values, int64_t n, double pivot, Real small_limit, Real theta) {
   double deviations[kLanes] = {}, squares[kLanes] = {}, outliers[kLanes] = {};
@@ -88,7 +89,7 @@ RTSVM_INLINE Sweep sweep_any(const Real* values, int64_t n, double pivot, Real s
   return sweep;
 }
 
-// Apart from the loop above because stores would keep the lanes in memory.
+// Separate from the loop above, because stores would keep the lanes in memory.
 template <class Real>
 RTSVM_INLINE void mark_any(const Real* __restrict values, int64_t n, const Limits<Real>& low, const Limits<Real>& high,
                            uint8_t* __restrict marks) {
@@ -154,7 +155,7 @@ Guess<Real> guess_limits(const std::vector<Real>& sample, double sigma, double e
   }
   const double variance = squares / n;
   const double sd = std::sqrt(variance);
-  // Five standard errors for independent elements; neighbours depend on each other.
+  // Five standard errors for independent elements, as a margin: neighbours are correlated.
   const double mean_margin = 5 * sd / std::sqrt(n);
   const double sd_margin = sd > 0 ? 5 * std::sqrt((fourths / n / variance - variance) / (4 * n)) : 0;
   const auto limits = [&](double sign) {
@@ -205,7 +206,7 @@ class Calculation {
     const int64_t runs = sample_runs(elements_, kMostRuns);
     std::vector<Guess<Real>> guesses(tasks_);
     parallel_for(tasks_, tasks_ * elements_, threads_, [&](int64_t task) {
-      // Tensors too small for a sample start with a pivot from their first elements, and take the second pass.
+      // Tensors too small for a sample take their pivot from the first elements, and need the second pass.
       std::vector<Real> sample(runs > 0 ? runs * kRun : std::min(elements_, kBlock));
       for (int64_t run = 0; run < runs; ++run) {
         values_of(task, run_start(run, runs, elements_), kRun, sample.data() + run * kRun);
@@ -227,7 +228,7 @@ class Calculation {
       const Sweep block = sweep(values, n, guess.pivot, guess.low.small, guess.high.theta);
       const double count = static_cast<double>(n);
       const double rest = block.squares - block.deviations / count * block.deviations;
-      // Where the squares of finite values overflow, both terms are infinite, and their difference is NaN.
+      // If the squares of finite values overflow, both terms are infinite and their difference is NaN.
       const bool overflows = std::isinf(block.squares) && std::isfinite(block.deviations);
       const double squares = overflows ? block.squares : std::max(0.0, rest);
       known.moments =
@@ -253,7 +254,7 @@ class Calculation {
       Tail tail = chunks[chunk].tail;
       for (int64_t i = 0; i < chunks[chunk].undecided; ++i) {
         const Real a = chunks[chunk].list[i];
-        // Beyond the far ends they are in the sums already.
+        // Elements beyond the far ends are in the sums already.
         if (a > limits.theta && a <= guess.high.theta) tail.outlier_sum += static_cast<double>(a);
         if (a <= limits.small && a > guess.low.small) ++tail.small;
       }

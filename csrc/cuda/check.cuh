@@ -1,4 +1,4 @@
-// Errors with the op's name and CUDA's own words; the device set and restored.
+// Reports errors with the op's name and CUDA's message; sets the device and restores it.
 #pragma once
 
 #include <cuda_runtime.h>

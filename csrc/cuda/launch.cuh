@@ -1,4 +1,4 @@
-// How kernels are launched, and how they cut tensors into pieces.
+// Launches kernels, and cuts tensors into pieces.
 #pragma once
 
 #include <algorithm>
@@ -18,10 +18,10 @@ struct Queue {
 // Threads of a block.
 inline constexpr int kThreads = 256;
 
-// Shared memory whose size the launch decides.
+// Shared memory whose size is chosen at launch.
 alignas(16) extern __shared__ uint32_t dynamic_shared[];
 
-// Queues kernel(arguments...) with at most `blocks` blocks: the kernels loop over what is left.
+// Queues kernel(arguments...) with at most `blocks` blocks; the kernels loop over the rest.
 template <class... Parameters, class... Arguments>
 void launch_kernel(const Queue& queue, const char* name, int64_t blocks, int threads, size_t shared_bytes,
                    void (*kernel)(Parameters...), Arguments&&... arguments) {

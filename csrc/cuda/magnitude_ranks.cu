@@ -6,8 +6,8 @@
 #include "r_tsvm/magnitude_ranks.h"
 #include "reduce.cuh"
 
-// A row is sorted by its patterns, from the lowest digit to the highest, each pass stable. Read from the end of the
-// row, equal magnitudes come out with the highest index first, so that an element's final place is its rank.
+// Sorts a row by its bit patterns, from the lowest digit to the highest; each pass is stable. The row is read from its
+// end, so that of equal magnitudes the highest index comes first. An element's final place is its rank.
 namespace r_tsvm {
 namespace {
 
@@ -19,7 +19,7 @@ constexpr int kDigits = 1 << kDigitBits;
 constexpr int kBlocksPerProcessor = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// What the patterns of a tensor need: a 16-bit float widened to float32 has zeros below `shift`.
+// The bits that the patterns of a tensor use: a 16-bit float widened to float32 has zeros below `shift`.
 struct Passes {
   int shift;
   int count;
@@ -32,7 +32,7 @@ Passes passes_for(const MatrixView& x, bool with_base, bool in_float64) {
   return Passes{0, 4};
 }
 
-// A row on its way: patterns, and where in the row they come from.
+// A partly sorted row: patterns, and their positions in the row.
 template <class Key>
 struct Row {
   Key* keys;
@@ -52,7 +52,7 @@ __device__ Row<Key> row_at(void* memory, int64_t cols, int which) {
   return Row<Key>{keys, reinterpret_cast<int32_t*>(keys + (cols + 1) / 2 * 2)};
 }
 
-// Block b sorts the rows b, b + gridDim.x, ... in the shared memory, or in its part of the workspace. Each warp has a
+// Block b sorts the rows b, b + gridDim.x, ... in shared memory, or in its part of the workspace. Each warp has one
 // stretch of the row, in order.
 template <class Real>
 __global__ void __launch_bounds__(kRankThreads, 2)
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kRankThreads, 2)
       if (bad > 0) atomicAdd(nonfinite, static_cast<unsigned long long>(bad));
       __syncthreads();
 
-      // Where the first key of each digit and warp goes: after all smaller digits, and the same digit of earlier warps.
+      // Position of the first key of each digit and warp: after all smaller digits, and after the same digit of earlier
+      // warps.
       const bool has_digit = threadIdx.x < kDigits;
       int sum = 0, total = 0;
       if (has_digit) {
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kRankThreads, 2)
   }
 }
 
-// Rows in shared memory leave room for another block.
+// Rows in shared memory leave room for a second block.
 bool fits_shared(const Queue& queue, int64_t bytes) {
   bytes += kWarps * kDigits * static_cast<int64_t>(sizeof(int));
   return bytes <= device_attribute(queue, cudaDevAttrMaxSharedMemoryPerBlockOptin) / 2;

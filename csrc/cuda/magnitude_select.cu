@@ -6,7 +6,8 @@
 #include "selection.h"
 #include "slices.cuh"
 
-// Exact selection by counting digits of magnitudes. Counts are integers, so nothing depends on who counted what.
+// Exact selection by counting digits of magnitudes. Counts are integers, so the result does not depend on the order of
+// the additions.
 namespace r_tsvm {
 namespace {
 
@@ -21,14 +22,14 @@ constexpr int kBlocksPerProcessor = 8;
 
 using Count = unsigned long long;
 
-// What is known of the sought magnitude after some digits: they are `prefix`, and of the magnitudes that begin so,
-// `left` are kept.
+// What is known about the sought magnitude after some digits: it begins with `prefix`, and `left` of the magnitudes
+// with this prefix are kept.
 struct Choice {
   uint64_t prefix;
   int64_t left;
 };
 
-// Digits from the top; the first holds the exponent, so that it tells infinity and NaN.
+// Digits from the top. The first one holds the exponent and so shows infinity and NaN.
 struct Digits {
   int bits[kMaxPasses];
   int count;
@@ -36,7 +37,7 @@ struct Digits {
 };
 
 constexpr Digits kFloat32Digits{{11, 10, 10}, 3, 31};
-// A 16-bit float widened to float32 has zeros from there on.
+// A 16-bit float widened to float32 has zeros below this bit.
 constexpr Digits k16BitDigits{{11, 10}, 2, 31};
 constexpr Digits kFloat64Digits{{11, 11, 11, 10, 10, 10}, 6, 63};
 
@@ -56,16 +57,16 @@ __device__ double from_bits(ElementType type, uint64_t bits) {
   return 0;
 }
 
-// Zeros are often most of a task vector: they are counted by warps, as all would add to one counter.
+// Warps count zeros together: most of a task vector may be zeros, and all threads would add to one counter.
 __device__ void count_in(uint32_t* bins, bool counted, bool zero, int digit) {
   const unsigned zeros = __ballot_sync(0xffffffffu, counted && zero);
   if (counted && !zero) atomicAdd(&bins[digit], 1u);
   if (zeros != 0 && threadIdx.x % 32 == 0) atomicAdd(&bins[0], static_cast<uint32_t>(__popc(zeros)));
 }
 
-// Adds to counts[s][d] how many magnitudes begin with the prefix of selection s and go on with the digit d, which has
-// `bits` bits and `shift` bits below it. Without `choices` it is the first digit, the same for all selections.
-// 32 bits are enough for one block: it would have to read 2^32 of the elements.
+// Adds to counts[s][d] the number of magnitudes that begin with the prefix of selection s, followed by the digit d,
+// which has `bits` bits and `shift` bits below it. Without `choices` it counts the first digit, which is the same for
+// all selections. 32 bits are enough for one block, which reads fewer than 2^32 elements.
 template <class Real>
 __global__ void __launch_bounds__(kThreads) digit_kernel(const __grid_constant__ Magnitudes of, int64_t elements,
                                                          int shift, int bits, const Choice* choices, Count* counts) {
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(const __grid_constant__
   }
 }
 
-// The same for all of a 16-bit float at once.
+// The same for all digits of a 16-bit float at once.
 __global__ void __launch_bounds__(kPatternThreads)
     pattern_kernel(const __grid_constant__ MatrixView x, int64_t elements, Count* counts) {
   constexpr int kBins = 1 << kPatternBits;
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kPatternThreads)
   }
 }
 
-// Thread block s: the digit of selection s that its sought magnitude has, from the counts.
+// Thread block s finds the digit of the magnitude that selection s seeks, from the counts.
 __global__ void __launch_bounds__(kChooseThreads)
     choose_kernel(const __grid_constant__ Magnitudes of, const __grid_constant__ KeepCounts keep,
                   const __grid_constant__ Found found, ElementType type, int shift, int bits, bool first, bool last,
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kChooseThreads)
   counts += static_cast<int64_t>(first ? tensor * of.keeps : selection) * bins;
   const int64_t keep_one = keep.keep[selection] > 0 ? keep.keep[selection] : 1;
   Choice choice = first ? Choice{0, keep_one} : choices[selection];
-  // Thread t has some neighbouring bins, the largest digits first.
+  // Each thread has some neighbouring bins, the largest digits first.
   const int each = (bins + kChooseThreads - 1) / kChooseThreads;
   const int high = bins - static_cast<int>(threadIdx.x) * each;
   const int low = high > each ? high - each : 0;
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kChooseThreads)
     if (threadIdx.x == 0) *of.nonfinite[tensor] = nonfinite;
   }
   if (above >= choice.left || above + mine < choice.left) return;
-  // One thread is left, the one that has the bin.
+  // Only the thread that has the bin remains.
   int digit = high - 1;
   while (above + static_cast<int64_t>(counts[digit]) < choice.left) above += static_cast<int64_t>(counts[digit--]);
   choice = Choice{choice.prefix << bits | static_cast<uint64_t>(digit), choice.left - above};

@@ -1,5 +1,4 @@
-// The bit pattern of a magnitude, that is of the float without its sign: as an integer it has the order of the
-// magnitudes.
+// The bit pattern of a magnitude: of the float without its sign. As an integer it is ordered like the magnitude.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@ struct Add {
   }
 };
 
-// Returns the reduction of every thread's `value` to every thread. All kThreads threads must call it.
+// Reduces the `value` of all threads and returns the result to each. All kThreads threads must call it.
 template <int kThreads, class T, class Operation>
 __device__ inline T block_reduce(T value, Operation operation) {
   constexpr int kWarps = kThreads / 32;

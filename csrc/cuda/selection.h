@@ -1,4 +1,4 @@
-// The k-th largest magnitudes of tensors, found on the device. What magnitude_select.cu offers to the other ops.
+// Finds the k-th largest magnitudes of tensors on the device. magnitude_select.cu provides it to the other ops.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace r_tsvm {
 
 inline constexpr int kMaxSelections = 4;  // at once
 
-// Whose magnitudes: those of tensor[i], or of tensor[i] - base, clipped at theta[i]. All contiguous.
+// The magnitudes to select from: those of tensor[i], or of tensor[i] - base, clipped at theta[i]. All are contiguous.
 struct Magnitudes {
   MatrixView base;  // data may be null
   MatrixView tensor[kMaxSelections];
@@ -34,7 +34,7 @@ struct Found {
 
 int64_t select_magnitudes_workspace();
 
-// Queues the work. There must be elements; where `nonfinite` is not 0 the selections mean nothing.
+// Queues the work. The tensors must not be empty. The selections are meaningless if `nonfinite` is not 0.
 void select_magnitudes(const Queue& queue, const Magnitudes& of, const KeepCounts& counts, const Found& found,
                        void* workspace);
 

@@ -1,5 +1,5 @@
-// Tensors in slices: thread t of a block has the neighbours 4 t ... 4 t + 3 of each slice, which are one random counter
-// and, where the address allows it, one read.
+// Cuts tensors into slices. Thread t of a block has elements 4 t ... 4 t + 3 of each slice. They share one random
+// counter and, if the address allows it, one read.
 #pragma once
 
 #include "dtype.cuh"
@@ -13,7 +13,7 @@ inline constexpr int kSlice = kThreads * kItems;
 
 inline int64_t slice_count(int64_t elements) { return (elements + kSlice - 1) / kSlice; }
 
-// The flat index of the thread's first element. Tensors exceed 2^31 elements.
+// The flat index of the thread's first element; it may exceed 2^31.
 __device__ inline int64_t first_item(int64_t slice) {
   return slice * kSlice + static_cast<int64_t>(threadIdx.x) * kItems;
 }
@@ -28,8 +28,8 @@ __device__ inline bool is_whole(const T* address, int64_t index, int64_t element
   return index + kItems <= elements && reinterpret_cast<uintptr_t>(address) % alignof(Four<T>) == 0;
 }
 
-// The thread's elements of one tensor as they lie in memory. Reading and widening are apart so that several reads can
-// be under way together.
+// The thread's elements of one tensor, as they are stored. Reading and widening are separate, so that several reads can
+// be in flight.
 template <class Real>
 struct Raw {
   uint32_t word[kItems * sizeof(Real) / sizeof(uint32_t)];
@@ -57,13 +57,13 @@ __device__ inline void load_bits(const void* data, int64_t index, int64_t elemen
   }
 }
 
-// Elements index ... index + 3 of a contiguous view, zeros beyond its end.
+// Elements index ... index + 3 of a contiguous view, and zeros beyond its end.
 template <class Real>
 __device__ inline Raw<Real> load_raw(const MatrixView& view, int64_t index, int64_t elements) {
   Raw<Real> raw{};
   switch (view.type) {
     case ElementType::kFloat64:
-      // Only reached with Real = double: float64 among the inputs is what selects it.
+      // Only reached with Real = double, which any float64 input selects.
       if constexpr (sizeof(Real) == sizeof(double)) load_bits<uint64_t>(view.data, index, elements, raw);
       break;
     case ElementType::kFloat32:
@@ -108,7 +108,7 @@ __device__ inline void load_four(const MatrixView& view, int64_t index, int64_t 
 }
 
 // Calls body(t, values) for each of `count` tensors in order, with values = view_of(t) - base; a base without data is
-// 0. `origin` becomes the base. The next tensor is read while one is worked on.
+// 0. `origin` becomes the base. The next tensor is read while the current one is processed.
 template <class Real, class ViewOf, class Body>
 __device__ inline void for_differences(const MatrixView& base, int count, const ViewOf& view_of, int64_t index,
                                        int64_t elements, Real (&origin)[kItems], const Body& body) {
@@ -143,7 +143,7 @@ __device__ inline void store_four(const Real (&in)[kItems], Real* to, int64_t in
   }
 }
 
-// Clips at +-theta, which lies on the device; all becomes NaN if theta is NaN.
+// Clips at +-theta, which is on the device; all values become NaN if theta is NaN.
 template <class Real>
 __device__ inline void clip(const double* theta, Real (&values)[kItems]) {
   if (theta == nullptr) return;
@@ -156,7 +156,7 @@ __device__ inline void clip(const double* theta, Real (&values)[kItems]) {
   }
 }
 
-// base + alpha * update, in place of `base`, which stays as it is where the step is 0: -0.0 + 0.0 would be +0.0.
+// Replaces `base` by base + alpha * update. Where the step is 0, `base` stays as it is, because -0.0 + 0.0 is +0.0.
 template <class Real>
 __device__ inline void add_step(Real (&base)[kItems], Real alpha, const Real (&update)[kItems]) {
 #pragma unroll

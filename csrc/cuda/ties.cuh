@@ -1,5 +1,5 @@
-// Of equal magnitudes the first ones by flat index are kept. They are counted per slice; a running sum gives each slice
-// its quota; elements are ranked only in the one slice where the quota ends.
+// Of equal magnitudes, the first ones by flat index are kept. They are counted per slice, and a running sum gives each
+// slice its quota. Elements are ranked only in the one slice where the quota ends.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@ namespace r_tsvm {
 inline constexpr int kEveryTie = 0x7fffffff;
 inline constexpr int kQuotaThreads = 1024;
 
-// Some selections: rule r keeps magnitudes above threshold[r], and the first ties[r] of those equal to it.
+// Several selections: rule r keeps magnitudes above threshold[r], and the first ties[r] of those equal to it.
 struct TieRules {
   const double* threshold;  // on the device, as the rest
   const int64_t* ties;
@@ -27,7 +27,7 @@ __device__ inline bool is_open(const TieRules& rules, int rule) {
   return ties > 0 && (rules.tied == nullptr || ties < rules.tied[rule]);
 }
 
-// Notes how many elements of the slice are tied. The whole block must call it, for an open rule.
+// Stores how many elements of the slice are tied, for an open rule. The whole block must call it.
 template <class Real>
 __device__ inline void count_ties(const TieRules& rules, int rule, const Real (&values)[kItems], int64_t slice,
                                   int64_t elements) {

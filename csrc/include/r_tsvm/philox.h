@@ -1,4 +1,4 @@
-// Philox4x32-10: random words that are a function of a counter and a key, hence the same on every device, in every
+// Philox4x32-10: random words that are a function of a counter and a key, and so the same on every device and in every
 // tiling. J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 
@@ -41,8 +41,8 @@ RTSVM_HOST_DEVICE inline void philox(PhiloxKey key, uint32_t& x0, uint32_t& x1, 
   }
 }
 
-// Which element has which word: element i of a tensor has word i % 4 of the counter (i / 4, substream, 0), whose first
-// entry takes two words, low one first, under the key `seed`. It is kept iff the word is below this threshold, a
+// Element i of a tensor has word i % 4 of the counter (i / 4, substream, 0), under the key `seed`. The first entry of
+// the counter takes two words, low one first. The element is kept if and only if its word is below this threshold, a
 // number from 0 (never) to 2^32 (always).
 struct RandomMask {
   uint64_t threshold;

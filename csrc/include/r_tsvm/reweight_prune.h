@@ -5,8 +5,8 @@
 // the magnitudes (infinity clips nothing, NaN makes the task NaN) and the number of elements that are kept,
 // 0 <= keep <= elements.
 // Outputs, owned by the caller, overwritten: per task a contiguous matrix of float32, or of float64 if any input is
-// float64, and the number of NaN and infinite values met while pruning; where that is not 0 the matrix means nothing.
-// Exact, so the same for every number of threads and every instruction set.
+// float64, and the number of NaN and infinite values met while pruning. The matrix is meaningless if the number is not
+// 0. Results are exact, and so the same for every number of threads and every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,12 @@ struct PruneTask {
   int64_t* nonfinite;
 };
 
-// Uses at most `threads` threads, one for small tensors. Usually reads the inputs once; again, in part or a few times,
-// where a sample of them misleads. Needs a few per cent of the size of the outputs as memory of its own, and may ask
-// the system for huge pages under the outputs.
+// Uses at most `threads` threads, and one for small tensors. Usually reads the inputs once. If a sample of them
+// misleads, reads a part of them, or all of them, a few times more. Allocates a few per cent of the size of the
+// outputs, and may ask the system to back the outputs with huge pages.
 void reweight_prune_cpu(const MatrixView& base, const PruneTask* tasks, int64_t count, int threads);
 
-// On CUDA pruning has two steps, between which the caller can refuse what is not finite.
+// On CUDA, pruning has two steps. Between them the caller can refuse values that are not finite.
 struct PruneTaskCuda {
   MatrixView tuned;
   const double* theta;  // on the device; null clips nothing
@@ -48,9 +48,9 @@ struct PruneSelections {
 // Bytes of device memory, 8-byte aligned, that each step needs; the content does not matter.
 int64_t reweight_prune_cuda_workspace(int64_t elements, int64_t selections);
 
-// The views must be contiguous, with elements. `in_float64`: whether task vectors and matrices are float64 rather than
-// float32; the tasks of one step may not show it. Both queue their work on `stream` (a cudaStream_t) of `device` and
-// return; neither waits for the device. The first step makes selection i for task i.
+// The views must be contiguous and not empty. `in_float64` says whether task vectors and matrices are float64, not
+// float32; the tasks of one step alone need not determine this. Both steps queue their work on `stream` (a
+// cudaStream_t) of `device` and return without waiting for the device. The first step makes selection i for task i.
 void reweight_prune_select_cuda(const MatrixView& base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,
                                 const PruneSelections& selections, void* workspace, int device, void* stream);
 void reweight_prune_apply_cuda(const MatrixView& base, const PruneTaskCuda* tasks, int64_t count, bool in_float64,

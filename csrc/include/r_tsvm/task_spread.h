@@ -2,8 +2,9 @@
 // r_tsvm_kernels/ops/task_spread/reference.py.
 //
 // Inputs: views of equal element count; element types and row strides may differ.
-// Output: contiguous, owned by the caller, overwritten. Differences are formed in float (double if any input is
-// float64), everything else in double, over the tasks from first to last: the bits depend on the values alone.
+// Output: contiguous, owned by the caller, overwritten. Differences are formed in float, or in double if any input is
+// float64. Everything else is in double. Sums run over the tasks from first to last, so the bits depend on the values
+// alone.
 #pragma once
 
 #include <cstdint>

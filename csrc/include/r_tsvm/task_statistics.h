@@ -1,7 +1,7 @@
 // Statistics of a = |tuned[t] - base| for T tasks. The definition is r_tsvm_kernels/ops/task_statistics/reference.py.
 //
-// Inputs: views of equal element count; element types may differ; row strides may differ. Differences are formed in
-// float32, or in float64 if any input is float64. Sums are float64.
+// Inputs: views of equal element count; element types and row strides may differ. Differences are formed in float32, or
+// in float64 if any input is float64. Sums are float64.
 // Outputs: T entries each, owned by the caller, overwritten.
 // Order of summation: fixed blocks of the flat, logical order, merged in a fixed order. The bits depend on the values
 // and the element count alone: not on strides, on the number of threads, or on the instruction set.

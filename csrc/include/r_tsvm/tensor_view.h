@@ -1,4 +1,4 @@
-// Plain views of memory that somebody else owns.
+// Plain views of memory that the caller owns.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@ enum class ElementType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat
 
 inline constexpr int kElementTypes = 4;
 
-// A matrix with unit stride along its columns. Element i of the flat, logical order lies at
-// (i / cols) * row_stride + i % cols. A contiguous tensor of any shape is one long row.
+// A matrix with unit stride along its columns. Element i of the flat, logical order is at (i / cols) * row_stride + i %
+// cols. A contiguous tensor of any shape is one long row.
 struct MatrixView {
   const void* data;
   int64_t rows;
