@@ -130,7 +130,8 @@ class RowDrawer {
         by_bucket_(counts_.size()) {
     for (int64_t rank = 0; rank < cols; ++rank) {
       const uint64_t threshold = static_cast<uint64_t>(thresholds[rank]);
-      // Words in neither range are undecided.
+      // The limits have 32 bits, so the smallest word at threshold 0 and the largest at 2^32 are in neither range:
+      // undecided.
       by_rank_[rank] = Limits{static_cast<uint32_t>(std::min(threshold, kAlways - 1)),
                               static_cast<uint32_t>(std::max<uint64_t>(threshold, 1) - 1)};
     }

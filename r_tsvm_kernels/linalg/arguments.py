@@ -57,7 +57,7 @@ def given_batch(matrices: Sequence[Tensor] | Tensor, op: str, *, one_device: boo
 def nonzero_support(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the rows and columns in which some matrix is not zero.
 
-    Merges leave out the others, which must stay zero to the bit.
+    Merges leave out all others, which must stay exactly zero.
 
     Args:
         matrices: T matrices (m, n).
@@ -164,11 +164,11 @@ def finite(result: Tensor, op: str) -> Tensor:
     """Return a result of finite matrices.
 
     Raises:
-        NonFiniteError: the result does not fit its dtype.
+        NonFiniteError: the result overflows its dtype.
     """
     if not bool(torch.isfinite(result).all()):
         raise NonFiniteError(
-            f"{op}: the result goes beyond {result.dtype} (largest {torch.finfo(result.dtype).max:.1e}); "
+            f"{op}: the result overflows {result.dtype} (largest {torch.finfo(result.dtype).max:.1e}); "
             "check the scale of the matrices and weights"
         )
     return result

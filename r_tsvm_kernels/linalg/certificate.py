@@ -48,7 +48,7 @@ class Certificate:
         arbitrary: whether the result depends on a choice among singular values that float64 cannot tell apart, at the
             cut or at the threshold of the numerical rank. Any choice is right, another SVD may choose differently, and
             `error` holds for the choice that was made.
-        escalations: cheaper routes that were tried and given up before `route`, each with the reason.
+        escalations: cheaper routes that failed before `route`, each with the reason.
     """
 
     error: float
@@ -85,7 +85,7 @@ class Certificate:
 
     @classmethod
     def worst(cls, certificates: Sequence[Certificate]) -> Certificate:
-        """Return the certificate of a result made of several parts: the one of the largest error, with all remarks.
+        """Return the certificate of a result made of several parts: the largest error, and all remarks.
 
         Args:
             certificates: one or more.

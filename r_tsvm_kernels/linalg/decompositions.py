@@ -41,13 +41,13 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frobenius_norm(matrix: Tensor) -> float:
-    """Return the Frobenius norm in float64; squares of very large or small elements neither overflow nor vanish."""
+    """Return the Frobenius norm in float64, without overflow or underflow of the squares."""
     scaled, power = near_one(matrix)
     return math.ldexp(1.0, power - 24) * float(torch.linalg.vector_norm(scaled)) * 2.0**24
 
 
 def near_one(matrix: Tensor) -> tuple[Tensor, int]:
-    """Return a float64 matrix of magnitudes up to 1, and the exponent of the power of two that it is divided by."""
+    """Divide a matrix by a power of two, so that magnitudes are at most 1; return it, float64, and the exponent."""
     largest = float(torch.linalg.vector_norm(matrix, math.inf)) if matrix.numel() else 0.0
     power = max(math.frexp(largest)[1], -1000) if math.isfinite(largest) else 0
     return matrix.double() * 2.0**-power, power

@@ -29,11 +29,11 @@ from .parallel import run_concurrently
 from .ranks import Rank
 from .tall_matrix import TallMatrix, add_gram
 
-# From this size on bases of float32 tasks are whitened by float32 eigenvectors, if the estimated error is at most this
-# share of the tolerance. Below it float64 costs next to nothing.
+# Bases of float32 tasks of this size or more are whitened by float32 eigenvectors, if the estimated error is at most
+# this share of the tolerance. For smaller ones the cost of float64 is negligible.
 LARGE, WHITENING_SHARE = 768, 0.1
 
-# If tasks cancel each other and less than this share of their norm is left, the last product needs float64.
+# If tasks cancel each other to less than this share of their norm, the last product needs float64.
 CANCELLING = 0.25
 
 
@@ -64,7 +64,7 @@ class Images:
             yield image
 
     def gram(self) -> Tensor:
-        """Return ``Y^T Y``; keep Y from then on if it fits into half of the workspace."""
+        """Return ``Y^T Y``; keep Y if it fits into half of the workspace."""
         m, columns = self.matrices[0].shape[0], self.blocks[-1].stop
         keep = 8 * m * columns <= self.matrices[0].workspace // 2
         kept = []
@@ -144,7 +144,7 @@ class EigenMerge:
         to_polar: (k, k), ``Y @ to_polar`` is the polar factor of the concatenated left basis.
         core: (k, n), the weighted cores times the transposed polar factor of the right basis, over `unit`.
         unit: a power of two near the largest weighted core.
-        shrunk: norm of the merged matrix as a share of that of the cores; small where tasks cancel each other.
+        shrunk: norm of the merged matrix as a share of that of the cores; small if tasks cancel each other.
         ranks: of the tasks.
         captured_energy: share of each task's squared Frobenius norm inside its subspaces.
         interference: overlap of the tasks' left and of their right subspaces.
@@ -164,8 +164,8 @@ class EigenMerge:
     def write(self, target: Tensor) -> None:
         """Write the merged matrix to `target` (m, n).
 
-        The product is in the dtype of `target`, which is accurate enough for two well-conditioned factors, or in
-        float64 if little is left of the cores.
+        The product is in the dtype of `target`, which is accurate enough for two well-conditioned factors. If the tasks
+        nearly cancel each other, it is in float64.
         """
         dtype = torch.float64 if self.shrunk < CANCELLING else target.dtype
         core = self.core.to(dtype)
@@ -190,7 +190,7 @@ def merge_by_eigenvalues(
         ranks: of the tasks, or rank rules.
         weights: factors of the cores.
         mode: ``exact`` or ``fast``.
-        escalations: routes that were given up before, with the reason.
+        escalations: routes that failed before, with the reason.
 
     Raises:
         ConvergenceError: no route is accurate enough.
@@ -287,7 +287,7 @@ class Whitening:
         left: of ``U^T U``.
         right: of ``V^T V``.
         interference: overlap of the tasks' left and of their right subspaces.
-        escalations: routes given up on the way, with the reason.
+        escalations: routes that failed, with the reason.
     """
 
     left: Side
@@ -299,20 +299,20 @@ class Whitening:
 def whiten(
     images: Images, triangles: Triangles, scaled: Tensor, V: Tensor, cores: WeightedCores, tolerance: float
 ) -> Whitening:
-    """Find the inverse roots of ``U^T U`` and ``V^T V``, both at a time.
+    """Find the inverse roots of ``U^T U`` and ``V^T V`` concurrently.
 
     Args:
         images: Y.
         triangles: its Cholesky factors by task.
         scaled: ``Y^T Y`` over the lengths of the columns.
         V: (n, k) the right singular vectors of all tasks.
-        cores: what stands between the polar factors.
+        cores: the weighted cores between the polar factors.
         tolerance: of the merged matrix.
     """
     ranks = [block.stop - block.start for block in images.blocks]
     left_gram = triangles.solve(triangles.solve(scaled, True).mT, True).mT
     right_gram = images.add_across(V.new_zeros(len(scaled), len(scaled)), V)
-    right_gram.diagonal()[:] = 1  # within a task the basis is orthonormal already
+    right_gram.diagonal()[:] = 1  # the basis of a single task is already orthonormal
     interference = interference_of_gram(left_gram, ranks), interference_of_gram(right_gram, ranks)
     single = images.matrices[0].matrix.dtype == torch.float32
 

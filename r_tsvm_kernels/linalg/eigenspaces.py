@@ -6,10 +6,9 @@ first-order correction costs a few thin products:
 
     X[i, j] = (V_other^T R)[i, j] / (lambda_j - lambda_i),   R = D^T D V - V (V^T D^T D V),   V <- V + V_other X
 
-If eigenvalues are too close for it, or so small that they drown in the rounding of the Gram matrix, some eigenvectors
-are
-resolved: the problem in their span is solved again, in float64, from the images ``D V``, whose rounding is not squared.
-The remaining error is measured on random vectors.
+Some eigenvectors are resolved, if their eigenvalues are too close for this correction, or smaller than the rounding
+errors of the Gram matrix: the problem in their span is solved again, in float64, from the images ``D V``, whose
+rounding is not squared. The remaining error is measured on random vectors.
 """
 
 from __future__ import annotations
@@ -27,13 +26,14 @@ from .orthonormal import cholesky_whitened
 from .rounding import BACKWARD_ERROR, root_errors
 from .tall_matrix import TallMatrix
 
-# Below this share of the largest eigenvalue, the eigenvectors of a float32 Gram matrix are too wrong to be corrected.
+# Below this share of the largest eigenvalue, the eigenvectors of a float32 Gram matrix are too inaccurate to be
+# corrected.
 FLOAT32_FLOOR = 1e-3
 # If the smallest wanted eigenvalue is below this share of the largest, all low eigenvectors are resolved, not only
 # those near the cut. Each round makes the low ones more accurate.
 LOW, RESOLVE = 1e-5, 4
-# A correction squares the error, or shrinks it at least as much as the correction before. From a larger error than
-# this, two corrections do not suffice, and float64 from the start is cheaper than three.
+# A correction squares the error, or shrinks it at least as much as the previous one. If the error is larger than this,
+# two corrections are not enough, and float64 from the start is cheaper than three.
 CORRECTABLE, CORRECTIONS = 3e-3, 2
 PROBES = 16
 WINDOW = 32
@@ -45,8 +45,8 @@ MEASURED = 2.0
 # Largest shift of the eigenvalues next to the cut away from each other, as a share of the gap.
 SHIFTED = 0.25
 
-# Maps all singular values, falling, and bounds of their errors to the number of leading ones; None if they leave it
-# open.
+# Maps all singular values, falling, and bounds of their errors to the number of leading ones; returns None if the
+# errors leave the number open.
 Choose = Callable[[Tensor, Tensor], int | None]
 
 
@@ -158,7 +158,7 @@ def _window(n: int, rank: int) -> int:
 
 
 def _block(values: Tensor, cut: int) -> slice:
-    """Return the eigenvectors to resolve: low ones, or those near the cut and those of nearly its eigenvalue."""
+    """Return the eigenvectors to resolve: low ones, or those with eigenvalues near that at the cut."""
     n = len(values)
     if not 0 < cut < n:
         return slice(0, 0)
@@ -207,14 +207,14 @@ def _unresolved(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, r
 def _mixing(matrix: TallMatrix, V: Tensor, chosen: Tensor, wanted: Tensor, others: Tensor, values: Tensor) -> float:
     """Estimate ``norm(X)`` (Frobenius) to first order, from random vectors in the span of `chosen`, columns of `V`.
 
-    It is rather too large: the gap of every pair is that of the smallest wanted eigenvalue.
+    The estimate is rather too large, because it takes the gap of the smallest wanted eigenvalue for every pair.
     """
     if others.shape[1] == 0 or chosen.shape[1] == 0:
         return 0.0
     z = gaussian(chosen.shape[1], PROBES, V.device)
     image = matrix.normal_times(chosen @ z)
     residual = image - V @ (V.mT @ image)
-    # Its entries may be as small as the rounding of the largest one: all in float64, the block is thin.
+    # Entries may be as small as the rounding error of the largest one. The block is thin, so all of it is in float64.
     mixing = (others.double().mT @ residual) / (wanted[0] - values)[:, None]
     return float(torch.linalg.vector_norm(mixing) / PROBES**0.5)
 
@@ -222,8 +222,8 @@ def _mixing(matrix: TallMatrix, V: Tensor, chosen: Tensor, wanted: Tensor, other
 def _shift(matrix: TallMatrix, near: Tensor, values: Tensor, far: Tensor, beyond: Tensor, across: Tensor) -> float:
     """Return how far the mixing of eigenvectors moves the eigenvalues next to the cut away from it.
 
-    Mixing on one side of the cut does no harm to a subspace, but its square moves eigenvalues and may open a false gap.
-    An eigenvalue counts less the farther it is from the cut.
+    Mixing on one side of the cut leaves the subspace as it is, but its square moves eigenvalues and may open a false
+    gap. Eigenvalues far from the cut count less.
 
     Args:
         matrix: D.
@@ -253,7 +253,7 @@ def _corrected(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, wi
     cut = others.shape[1]
     image = matrix.normal_times(V)
     diagonal = (V * image).sum(0) / V.square().sum(0)
-    residual = (image - V * diagonal).to(others.dtype)  # small: float32 holds it well enough
+    residual = (image - V * diagonal).to(others.dtype)  # small, so float32 is accurate enough
     gaps = (diagonal[None, :] - values[:cut, None]).to(others.dtype)
     X = (others.mT @ residual) / gaps
     X[cut - window :, :window] = 0  # these pairs are solved exactly afterwards

@@ -135,7 +135,7 @@ def merge_factored(
         ShapeError: no matrices or several shapes, another number of ranks or weights, or a negative rank.
         DTypeError: a matrix is not factored, or its factors hold no data.
         ConfigError: an unknown mode, a rank that is not a whole number, or a weight that is not finite.
-        NonFiniteError: a factor holds NaN or infinity, or the result goes beyond float64.
+        NonFiniteError: a factor holds NaN or infinity, or the result overflows float64.
         ConvergenceError: a decomposition failed.
 
     Examples:
@@ -259,7 +259,7 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
 
     Raises:
         DTypeError: the matrix is not factored.
-        NonFiniteError: a factor holds NaN or infinity, or the product goes beyond float64.
+        NonFiniteError: a factor holds NaN or infinity, or the product overflows float64.
         ConvergenceError: the SVD failed.
 
     Examples:
@@ -271,7 +271,7 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
     (rank,) = given_ranks(rank, 1, "leading_triplets")
     if not all(bool(torch.isfinite(factor).all()) for factor in (matrix.left, matrix.right)):
         raise NonFiniteError(f"a factor of a {matrix.shape} matrix holds NaN or infinity: it has no singular values")
-    # In units in which nothing overflows or vanishes outside the product itself.
+    # Scale the factors, so that only the product itself may overflow or underflow.
     (left, of_left), (right, of_right) = near_one(matrix.left), near_one(matrix.right)
     scale, of_scale = math.frexp(matrix.scale)
     Q_left, R_left = thin_qr(left)
@@ -289,7 +289,7 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
         wanted = rank if isinstance(rank, int) else whole_number(rank(shifted), "what a rank rule returns")
         return min(wanted, int((shifted > smallest).sum()))
 
-    ranks = [clipped(shift) for shift in (0.0, noise, -noise)] if norm else [0]  # rules are not asked of zeros
+    ranks = [clipped(shift) for shift in (0.0, noise, -noise)] if norm else [0]  # a rule is not called with zeros only
     k, edge = ranks[0], len(set(ranks)) > 1
     largest = float(values[0]) if len(values) else 0.0
     share = noise / largest if largest else 0.0
@@ -300,7 +300,7 @@ def leading_triplets(matrix: Factored, rank: Rank) -> Triplets:
 
 
 def _times_power(x: Tensor, power: int) -> Tensor:
-    """Return ``2^power x``, infinite or 0 only where that is."""
+    """Return ``2^power x`` without intermediate overflow or underflow."""
     power = min(max(power, -2000), 2000)
     half = power // 2
     return x * 2.0**half * 2.0 ** (power - half)

@@ -16,9 +16,9 @@ def interference_of_gram(gram: Tensor, ranks: Sequence[int]) -> float:
         norm(G - I) / sqrt(sum over s != t of min(k_s, k_t))        (Frobenius)
 
     The singular values of the block ``X_s^T X_t`` are the cosines of the min(k_s, k_t) principal angles (Bjorck and
-    Golub, 1973), and the diagonal blocks of G are identities. 0: the subspaces are orthogonal, and TSV-Merge has
-    nothing to do. 1: of every two subspaces one contains the other. Random k-dimensional subspaces of R^n have about
-    ``sqrt(k / n)``: see `interference_above_chance`.
+    Golub, 1973), and the diagonal blocks of G are identities. The number is 0 if the subspaces are orthogonal, when
+    TSV-Merge changes nothing, and 1 if of every two subspaces one contains the other. Random k-dimensional subspaces of
+    R^n have about ``sqrt(k / n)``: see `interference_above_chance`.
 
     Args:
         gram: (k, k) with ``k = sum(ranks)``; only the part above the diagonal blocks is read.

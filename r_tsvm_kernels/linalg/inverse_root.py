@@ -22,7 +22,7 @@ from .rounding import BACKWARD_ERROR
 from .tall_matrix import add_gram
 
 # Relative to the largest singular value. Concatenated bases of real fine-tunes have condition numbers up to a few
-# thousand; float64 noise is at 1e-15; nothing meaningful was seen in between.
+# thousand; rounding errors of float64 are near 1e-15. No meaningful values were seen in between.
 RANK_TOLERANCE = 1e-6
 
 # Share of the largest eigenvalue of a Gram matrix from which on the relative error of an eigenvalue is below 1e-5.
@@ -30,7 +30,7 @@ RESOLVED = 1e-10
 
 # Share of the largest eigenvalue below which eigenvectors are corrected in float64. A smaller one leaves larger errors.
 SMALL_EIGENVALUE = 0.015
-# Share of the eigenvectors up to which the correction is thin and pays.
+# Largest share of the eigenvectors for which the correction is thin and saves time.
 FEW = 1 / 3
 
 PROBES = 8
@@ -118,7 +118,7 @@ class InverseRoot:
         return float(torch.linalg.vector_norm(again - y) / norm) if norm > 0 else 0.0
 
     def projected(self, *factors: Tensor, z: Tensor) -> Tensor:
-        """Return ``P^T P z``: z without its part in the null space of P."""
+        """Return ``P^T P z``, which is z without its part in the null space of P."""
         return self._isometry(factors, z)
 
     def _isometry(self, factors: Sequence[Tensor], z: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> Inverse
     dropped = float(values[rank]) if rank < len(values) else 0.0
     matrix = SplitMatrix.whole((kept / values[:rank]) @ kept.mT)
     sensitivity = 2 * matrix.column_norms()
-    if rank < len(sensitivity):  # errors may also turn the null space
+    if rank < len(sensitivity):  # errors may rotate the null space as well
         sensitivity = sensitivity.clamp(min=2 / max(smallest - dropped, torch.finfo(values.dtype).tiny))
     powers = 2 if route == "gram-float64" else 1
     return InverseRoot(

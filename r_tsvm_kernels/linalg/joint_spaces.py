@@ -180,7 +180,7 @@ def core_space(matrices: Sequence[Factored]) -> CoreSpace:
         math.hypot(*(frobenius_norm(part) for part in parts))
         for parts in (whole, [core - kept for core, kept in zip(whole, cores, strict=True)])
     )
-    # In rows of zeros, `_basis` clears null vectors too: directions that no core uses need not be orthonormal.
+    # `_basis` also clears rows of null vectors. These directions are not orthonormal, but no core uses them.
     rows, columns = (torch.stack([core.any(side) for core in cores]).any(0) for side in (1, 0))
     used = left[:, rows], right[columns].mT
     defect = sum(float(orthogonality(basis)) * math.sqrt(basis.shape[1]) for basis in used)
@@ -195,7 +195,7 @@ def _clean(part: Tensor) -> Tensor:
 def _basis(columns: Tensor) -> Tensor:
     """Return all left singular vectors; rows of zeros stay zero to the bit."""
     m, n = columns.shape
-    if m < n:  # those of the triangle L of columns = L Q
+    if m < n:  # the left singular vectors of L in ``columns = L Q``
         vectors = svd(torch.linalg.qr(columns.mT, mode="r").R.mT)[0]
     else:
         Q, R = torch.linalg.qr(columns)

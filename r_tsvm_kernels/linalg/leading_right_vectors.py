@@ -16,11 +16,11 @@ from .ranks import Rank
 from .rounding import BACKWARD_ERROR, Cut
 from .tall_matrix import TallMatrix
 
-# From cheap to exact. A result that misses its tolerance is computed again by the next route.
+# From cheap to exact. If a result misses its tolerance, the next route computes it again.
 ROUTES = ("gram-float32", "gram-float64", "svd-float64")
 EXACT = ROUTES[2:]
 
-# Up to TINY columns an SVD costs nothing; from SMALL columns on float32 gains time.
+# Up to TINY columns the cost of an SVD is negligible; from SMALL columns on float32 saves time.
 TINY, SMALL = 64, 256
 
 # Largest estimated error of a subspace. The conditioning of the concatenated bases, up to some thousands, amplifies it
@@ -37,7 +37,7 @@ class RightVectors:
         cut: the singular values, in the units of the matrix, and how well the subspace is known.
         value_errors: (n,) bounds of the errors of the singular values.
         route: the solver that found them.
-        escalations: cheaper routes that were given up, with the reason.
+        escalations: cheaper routes that failed, with the reason.
     """
 
     V: Tensor
@@ -51,7 +51,8 @@ def rank_tolerance(matrix: TallMatrix) -> float:
     """Return the singular value below which a direction counts as zero, in the scaled units.
 
     ``eps * norm(D)`` (Frobenius) with eps of the matrix's dtype: rounding every element to that dtype moves no
-    singular value by more than half of it (Weyl). For float64 the SVD's own backward error is larger and decides.
+    singular value by more than half of it (Weyl). For float64 the backward error of the SVD is larger, and is used
+    instead.
     """
     eps = max(torch.finfo(matrix.matrix.dtype).eps, 2.0**-46)
     return float(eps * matrix.squared_norm**0.5)
@@ -93,7 +94,7 @@ def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[st
 
 
 def first_routes(n: int, rank: Rank) -> Sequence[str]:
-    """Return the routes to try: float32 gains nothing on small matrices, and its small singular values are wrong."""
+    """Return the routes to try: on small matrices float32 saves no time, and small singular values are inaccurate."""
     if n <= TINY:
         return EXACT
     return ROUTES if n >= SMALL and isinstance(rank, int) else ROUTES[1:]

@@ -19,7 +19,7 @@ def tsv_merge_bytes(
 ) -> int:
     """Return an upper bound of the memory in bytes that `tsv_merge` needs beside its task matrices, with one thread.
 
-    The bound covers the last route, the SVD, and rows and columns that are left out. Most merges need less.
+    The bound covers the last route, the SVD, and merges that leave out rows and columns. Most merges need less.
 
     Args:
         shape: (m, n) of the task matrices.
@@ -27,8 +27,8 @@ def tsv_merge_bytes(
         itemsize: bytes of one element of a task matrix, 4 or 8.
         solver: as for `tsv_merge`.
         workspace: as for `tsv_merge`.
-        simulated: whether solver ``products`` runs on the references of its products, as on a CPU, rather than on
-            kernels for tensor cores.
+        simulated: whether solver ``products`` runs the reference implementations, as on a CPU, instead of kernels for
+            tensor cores.
 
     Examples:
         >>> tsv_merge_bytes((4096, 4096), [1365] * 3) / 2**30
@@ -42,9 +42,9 @@ def tsv_merge_bytes(
     # If one tile holds all rows, every task keeps its float64 copy.
     copies = tasks * tile if height == long else 2 * tile
     images = max(min(8 * long * columns, workspace // 2), image) + 2 * image
-    # If rows or columns are left out: the rest of every task and of the result, and a copy on the way back.
+    # If rows or columns are left out: the rest of every task and of the result, and a copy when the result is written.
     dense = (tasks + 3) * matrix * itemsize // 8
-    # Measured: a task by LAPACK's SVD; the polar factors by SVD, and leftovers of a route that was given up.
+    # Measured: a task by LAPACK's SVD; the polar factors by SVD, and what remains of a route that failed.
     solving, merging = 11 * square + 3 * wide, 11 * wide + 20 * inner
     eigen = dense + copies + images + max(solving, merging)
     if solver == "eigen":
@@ -53,7 +53,7 @@ def tsv_merge_bytes(
         # The task matrices in float64 twice and as planes; most square matrices are those of the simulation.
         products = dense + tasks * (8 + 8 + 16) * long * short + (2 * tasks + 64) * square
     else:
-        # Counted, rounded up: a stack of the tasks; in float64 once, with squares or bases and images, or twice.
+        # Counted and rounded up: a stack of the tasks; in float64 once, with squares or bases and images, or twice.
         least, tall = 8 * tasks * long * short, 8 * long * columns
         products = itemsize * tasks * long * short + max(2 * least, least + max(6 * tasks * square, 4 * tall))
         products += (itemsize * long * short + square) // 2

@@ -18,7 +18,7 @@ from .inverse_root import PROBES, InverseRoot, root_of_factor, root_of_gram
 from .on_device import gaussian
 from .rounding import BACKWARD_ERROR, Cut
 
-# Columns of bases up to which the SVD of a triangular factor costs nothing.
+# Largest number of columns of the bases for which the cost of the SVD of a triangular factor is negligible.
 SMALL = 256
 
 
@@ -60,7 +60,7 @@ class WeightedCores:
     def __init__(self, cores: Sequence[Tensor], weights: Sequence[float]) -> None:
         norms = [abs(w) * frobenius_norm(core) for w, core in zip(weights, cores, strict=True)]
         if not all(map(math.isfinite, norms)):
-            raise NonFiniteError("weights times singular values go beyond float64; check the scale of the weights")
+            raise NonFiniteError("weights times singular values overflow float64; check the scale of the weights")
         self.unit = 2.0 ** min(max(math.frexp(max(norms, default=0.0) or 1.0)[1], -1000), 1000)
         self.blocks = [core * (weight / self.unit) for weight, core in zip(weights, cores, strict=True)]
         total = math.hypot(*(norm / self.unit for norm in norms))
@@ -125,7 +125,7 @@ def merge_certificate(
             for sensitivity, is_left in sides
             for cut, weights in zip(cuts, sensitivity, strict=True)
         ]
-        # A singular value of the bases that may lie on either side of the threshold for their rank.
+        # A singular value of the bases may be on either side of the threshold for their rank.
         edge = math.hypot(*plain) + BACKWARD_ERROR >= min(left.root.margin, right.root.margin)
         if edge and not (exact and allowed):
             return math.inf, max(plain), False

@@ -1,4 +1,4 @@
-"""TSV-Merge: put the leading subspaces of several task matrices side by side without overlap."""
+"""TSV-Merge: concatenate the leading subspaces of several task matrices, made orthogonal to each other."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tsv_merge(
         DTypeError: a matrix is not a dense tensor of float32 or float64.
         DeviceError: the matrices are not on one device.
         ConfigError: an unknown mode or solver, a rank that is not a whole number, or a weight that is not finite.
-        NonFiniteError: a matrix holds NaN or infinity, or the merged one goes beyond its dtype.
+        NonFiniteError: a matrix holds NaN or infinity, or the merged one overflows its dtype.
         ConvergenceError: no solver reached the tolerance of `mode`.
 
     Examples:
@@ -119,8 +119,9 @@ def tsv_merge_layers(
 ) -> list[TsvMerge]:
     """Merge several layers; solver ``products`` merges layers of one shape and number of tasks in one batch.
 
-    A batch fills a GPU that a single small layer does not. Layers that suit no batch (rows or columns of zeros, rank
-    rules, a result that is not accurate enough) are merged one by one, as are all layers with solver ``eigen``.
+    A batch uses a GPU fully, which a single small layer does not. Layers that cannot join a batch (rows or columns of
+    zeros, rank rules, a result that is not accurate enough) are merged one by one. So are all layers with solver
+    ``eigen``.
 
     Args:
         layers: L lists of task matrices, see `tsv_merge`.

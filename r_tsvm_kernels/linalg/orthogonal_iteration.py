@@ -1,4 +1,4 @@
-"""A few leading singular triplets that a gap sets apart, by block iteration: no square decomposition."""
+"""A few leading singular triplets above a gap, by block iteration, without decompositions of square matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OVERSAMPLING = 8
 _STEPS = (6, 6, 12)
 # Largest estimated error; that of a truncated SVD in fast mode.
 _TOLERANCE = 1e-5
-# For a larger share of the singular values the square decompositions of `truncated_svd` are as cheap.
+# For a larger share of the singular values `truncated_svd` is as cheap.
 _LARGEST_SHARE = 8
 _TILE_BYTES = 64 << 20
 

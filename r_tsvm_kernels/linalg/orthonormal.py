@@ -12,8 +12,8 @@ def cholesky_qr(Y: Tensor, passes: int = 3) -> tuple[Tensor, Tensor]:
     """Return ``Q, R`` with ``Q R = Y``: Q has orthonormal columns, R is upper triangular.
 
     Shifted CholeskyQR (Fukaya et al., SIAM J. Sci. Comput. 42, 2020): the first pass adds a shift to the Gram matrix
-    and so succeeds whatever the condition number; three passes give an orthonormal Q up to condition 1e15, two up to
-    about 1e8, and one makes Q well-conditioned only. It does not wait for the device; a failure shows in ``Q^T Q``.
+    and so succeeds for any condition number; three passes give an orthonormal Q up to condition 1e15, two up to about
+    1e8, and one makes Q well-conditioned only. It does not wait for the device. A failure shows in ``Q^T Q``.
 
     Args:
         Y: (..., m, k), computed in float64.

@@ -11,7 +11,7 @@ import torch
 
 T = TypeVar("T")
 
-# Rows of a square matrix from which a decomposition takes longer than starting a thread.
+# From this many rows on, the decomposition of a square matrix takes longer than starting a thread.
 WORTH_A_THREAD = 128
 
 
@@ -23,15 +23,15 @@ def run_concurrently(jobs: Sequence[Callable[[], T]], size: int, device: torch.d
 
     Args:
         jobs: independent of each other.
-        size: of the matrices they decompose; small ones run one after the other.
-        device: where they compute; on other devices than a CPU they run one after the other.
+        size: of the matrices they decompose; small ones run in sequence.
+        device: where they compute; on devices other than a CPU they run in sequence.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads < 2 or size < WORTH_A_THREAD:
         return [job() for job in jobs]
     results: list[T] = []
     for first in range(0, len(jobs), threads):
-        wave = jobs[first : first + threads]  # the jobs of a short last wave get more threads each
+        wave = jobs[first : first + threads]  # if the last jobs are fewer, each gets more threads
         results += _run_wave(wave, threads) if len(wave) > 1 else [job() for job in wave]
     return results
 
@@ -50,4 +50,4 @@ def _run_wave(jobs: Sequence[Callable[[], T]], threads: int) -> list[T]:
             running = [pool.submit(contextvars.copy_context().run, run, job) for job in jobs]
             return [future.result() for future in running]
     finally:
-        torch.set_num_threads(threads)  # for new threads; the number of this thread has not changed
+        torch.set_num_threads(threads)  # sets the number for new threads; this thread's number has not changed

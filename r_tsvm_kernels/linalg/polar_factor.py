@@ -39,7 +39,7 @@ class PolarFactor:
         return f"PolarFactor({kind_of(self.matrix)}, rank {self.rank}, {self.certificate.verdict})"
 
 
-# Type checkers do not see the number of dimensions: for them a tensor is one matrix. Unbind a batch to please them.
+# Type checkers do not see the number of dimensions and take a tensor for one matrix. For them, unbind a batch.
 @overload
 def polar(matrices: Tensor, *, mode: Mode = "exact", rtol: float = RANK_TOLERANCE) -> PolarFactor: ...
 @overload

@@ -1,4 +1,4 @@
-"""Rules that choose how many singular directions of each task survive."""
+"""Rules that choose how many singular directions of each task are kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rank_share(shape: tuple[int, int], tasks: int) -> float:
     """Return ``min(m, n) * (1 / T)``, the real-valued share of each of T tasks.
 
     The published code of TSV-Merge multiplies by 1 / T, too: rounded down, the share is the same rank at every size.
-    That is ``min(m, n) // T``, or one less where the product falls just short (T = 49, r = 49).
+    That is ``min(m, n) // T``, or one less if the rounded product is just below a whole number (T = 49, r = 49).
     """
     return min(shape) * (1 / tasks)
 

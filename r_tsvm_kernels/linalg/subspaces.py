@@ -151,7 +151,7 @@ def leading_subspaces(
         ShapeError: an argument is not a matrix, the number of ranks differs, or a rank is negative.
         DTypeError: a matrix is not a dense tensor of float32 or float64.
         ConfigError: an unknown mode, or a rank that is not a whole number.
-        NonFiniteError: a matrix holds NaN or infinity, or a singular value goes beyond float64.
+        NonFiniteError: a matrix holds NaN or infinity, or a singular value overflows float64.
         ConvergenceError: no solver was accurate enough.
 
     Examples:
@@ -195,7 +195,7 @@ def truncated_svd(
         DTypeError: a matrix is not a dense tensor of float32 or float64.
         DeviceError: the matrices are not on one device.
         ConfigError: an unknown mode, or a rank that is not a whole number.
-        NonFiniteError: a matrix holds NaN or infinity, or a singular value goes beyond float64.
+        NonFiniteError: a matrix holds NaN or infinity, or a singular value overflows float64.
         ConvergenceError: no solver was accurate enough.
 
     Examples:

@@ -1,4 +1,4 @@
-"""What the Triton kernels share. Importing this module imports triton."""
+"""Code that the Triton kernels share. Importing this module imports triton."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# How every kernel is launched. A fused multiply-add rounds once where the reference rounds twice, and whether Triton
-# fuses by default differs by version.
+# Launch options of every kernel. A fused multiply-add rounds once where the reference rounds twice, and the default of
+# Triton differs by version.
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 
 # Triton's name of the dtype in which a kernel computes.
@@ -38,7 +38,7 @@ def block_offsets(block, numel, BLOCK: tl.constexpr):
 def load(pointer, offsets, inside, REAL: tl.constexpr):
     """``pointer[offsets]`` in REAL, 0 outside."""
     values = tl.load(pointer + offsets, mask=inside, other=0.0)
-    if values.dtype == tl.bfloat16:  # it is the upper half of a float32; the interpreter's conversion spoils subnormals
+    if values.dtype == tl.bfloat16:  # the interpreter's conversion is wrong for subnormals
         values = (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return values.to(REAL)
 
@@ -51,7 +51,7 @@ def load_delta(base_ptr, tuned_ptr, theta_ptr, offsets, inside, REAL: tl.constex
         delta -= load(base_ptr, offsets, inside, REAL)
     if theta_ptr is not None:
         theta = tl.load(theta_ptr).to(REAL)
-        # In this order a NaN of either side comes through.
+        # This order keeps a NaN of either side.
         clipped = tl.where(delta > theta, theta, tl.where(delta >= -theta, delta, -theta))
         delta = tl.where(delta == delta, clipped, delta)
     return delta

@@ -1,4 +1,4 @@
-"""What the Triton products on planes share: tile sizes, the loop over K, the lower triangle, the stores."""
+"""Code that the Triton products on planes share: tile sizes, the loop over K, the lower triangle, the stores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tile:
         return {**sizes, **LAUNCH, "num_warps": self.warps, "num_stages": self.stages}
 
 
-# By compute capability; one in between takes the entry below it. BM is a multiple of BN, CHUNK of BK.
+# By compute capability; a capability in between uses the entry below it. BM is a multiple of BN, CHUNK of BK.
 TILES = {
     80: Tile(128, 64, 32, 8, 3),
     90: Tile(128, 128, 32, 8, 4),
@@ -66,7 +66,7 @@ def tile_of(tensor: Tensor) -> Tile:
 
 @triton.jit
 def low_plane(value, hi):
-    """What `hi` lacks, times 2^11, in fp16."""
+    """Return the rounding error of `hi`, times 2^11, in fp16."""
     return ((value - hi.to(tl.float32)) * 2048.0).to(tl.float16)
 
 
@@ -122,8 +122,8 @@ def symmetric_kernel(
 ):  # fmt: skip
     """``out = linear A + quadratic A A^T`` of matrix ``program_id(1)``; no linear term where `linear_ptr` is None.
 
-    One tile that touches the lower triangle; what lies below the diagonal is stored twice. `sums` gets the tile's part
-    of the trace and of the squared norm. ``done`` 1 skips the product, 2 the whole tile.
+    Computes one tile that touches the lower triangle, and stores the part below the diagonal twice. `sums` gets the
+    tile's part of the trace and of the squared norm. ``done`` 1 skips the product, 2 the whole tile.
     """
     index, batch = tl.program_id(0), tl.program_id(1)
     if done_ptr is not None:

@@ -1,4 +1,4 @@
-"""CUDA graphs of loops of many small launches: recorded once for given shapes, then launched as a whole.
+"""CUDA graphs of loops of many small launches, recorded once for given shapes and then launched as a whole.
 
 The loops of `purification` and `polar_express` launch some thirty kernels per product and never wait for the device.
 For small products (up to one or two thousand columns) the launches take longer than the computation; a graph is a
@@ -76,7 +76,7 @@ def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Recordin
         with torch.cuda.stream(side):
             function(*inputs)  # set up and compile before the recording
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()  # as `torch.cuda.graph` does, so that only the graph's own memory is counted
+        torch.cuda.empty_cache()  # as `torch.cuda.graph` does, so that only the memory of the graph is counted
         before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
@@ -89,8 +89,8 @@ def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Recordin
 def _recording_stream(device: torch.device, replayed_on: int) -> torch.cuda.Stream:
     """Return the stream on which graphs for the stream of that address are recorded.
 
-    cuBLAS keeps a workspace (32 MiB on Hopper) for each stream for good, and a graph uses that of the stream it was
-    recorded on. Graphs that run one after the other share it; graphs that may run concurrently must not.
+    cuBLAS keeps a workspace (32 MiB on Hopper) for each stream until the process ends, and a graph uses the one of the
+    stream it was recorded on. Graphs that run one after the other share it; graphs that may run concurrently must not.
     """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -98,7 +98,7 @@ def _recording_stream(device: torch.device, replayed_on: int) -> torch.cuda.Stre
 class Graphs:
     """Graphs by function and shapes; the least recently used one is dropped first.
 
-    The first call for given shapes runs without a graph, because many shapes come only once. The second is recorded.
+    The first call for given shapes runs without a graph, because many shapes occur only once. The second is recorded.
     """
 
     def __init__(self, limit: int) -> None:
@@ -158,9 +158,9 @@ _active: ContextVar[Graphs | None] = ContextVar("cuda_graphs", default=None)
 def use_cuda_graphs(limit: int = LIMIT) -> Iterator[Graphs]:
     """Launch the loops of solver ``products`` as CUDA graphs inside a ``with`` block; on a CPU nothing changes.
 
-    It pays for merges of many layers of the same few shapes: the second layer of a shape is recorded, later ones are
-    single launches. The results are the same bits. It applies to the thread that opens the block. It has not run on a
-    GPU yet.
+    It saves time in merges of many layers of the same few shapes: the second layer of a shape is recorded, later ones
+    are single launches. The results are the same bits. It applies to the thread that opens the block. It has not run on
+    a GPU yet.
 
     Args:
         limit: bytes of GPU memory that graphs may hold between calls, beside the memory of `tsv_merge`; the end of the

@@ -1,4 +1,4 @@
-"""Solver ``products`` behind `tsv_merge` and `tsv_merge_layers`: what suits it, and the certificates of its results."""
+"""Solver ``products`` for `tsv_merge` and `tsv_merge_layers`: the layers it accepts, and its certificates."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def merge_by_products(
         mode: ``exact`` or ``fast``.
 
     Raises:
-        ConvergenceError: a rank does not suit the solver, or its result is not accurate enough.
+        ConvergenceError: the solver does not accept a rank, or its result is not accurate enough.
     """
     numbers = require_numbers(ranks, min(len(rows), len(columns)))
     support = torch.stack([matrix[rows[:, None], columns] for matrix in matrices])
@@ -58,7 +58,7 @@ def merge_layers_by_products(
 ) -> dict[int, TsvMerge]:
     """Merge layers of one shape and number of tasks in one batch; return the results by the index of the layer.
 
-    Layers that suit no batch are left out, and those whose result is not accurate enough.
+    Leave out layers that cannot join a batch, and those whose result is not accurate enough.
     """
     op = "tsv_merge_layers"
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -81,9 +81,9 @@ def merge_layers_by_products(
 
 
 def stack_tasks(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank]) -> Tensor | None:
-    """Return the tasks of a layer as one tensor (T, m, n); None if they do not suit a batch.
+    """Return the tasks of a layer as one tensor (T, m, n); None if they cannot join a batch.
 
-    They suit if they are finite matrices of one shape, dtype and device without common rows or columns of zeros.
+    They can if they are finite matrices of one shape, dtype and device without common rows or columns of zeros.
     """
     dense = [matrix for matrix in layer if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.numel()]
     kinds = {(matrix.shape, matrix.dtype, matrix.device) for matrix in dense}
@@ -147,5 +147,6 @@ def certify(merged: ProductsMerge, matrices: Tensor, mode: Mode) -> TsvMerge:
 
 
 def _tolerance(mode: Mode) -> float | None:
-    # fp16 alone is off by up to 2e-2, more than fast mode allows. It saves the second solve with a compressed spectrum.
+    # fp16 alone has errors up to 2e-2, more than fast mode allows. It saves the second solve with a compressed
+    # spectrum.
     return None if mode == "exact" else tolerance_of(mode) / 2

@@ -205,7 +205,7 @@ def lower_bound(smallest: float) -> float:
 def _multiply(
     parts: list[ProductsSubspaces], core: _Core, left: _Side, right: _Side, precision: Precision
 ) -> ProductsMerge:
-    """Put the weighted cores between the polar factors."""
+    """Multiply the polar factors with the weighted cores between them."""
     numbers = arithmetic(precision)
     inner = numbers.multiply(numbers.load(left.matrix), numbers.load(core.matrix))
     merged = numbers.dense(numbers.multiply(inner, numbers.load(right.matrix).mT))

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# An eigenvalue between LOW and 1 - LOW counts with LOW (1 - LOW) or more in the trace of X - X X, and with COUNTED on
-# average, if these are spread evenly.
+# An eigenvalue between LOW and 1 - LOW adds LOW (1 - LOW) or more to the trace of X - X X, and COUNTED on average if
+# these are spread evenly.
 LOW, COUNTED = 0.1, 0.15
 
 # A trace of X - X X below ROUNDED may be rounding errors, which do not follow the polynomials. Below RESOLVED no

@@ -16,9 +16,9 @@ from .cuda_graph import replayed
 from .number_formats import Arithmetic, Operand, Precision, arithmetic, padded
 
 OVERSAMPLING = 0.2
-# Caps that only spectra without a gap at the wanted rank reach. With rounding errors of float32, at most 52 steps were
-# seen with a gap (1e-4 in a nearly flat spectrum), and 75 or more without one, when rounding errors are lifted to a
-# projector. In float64, 90 steps resolve a relative gap of 1e-9.
+# Limits that only spectra without a gap at the wanted rank reach. With rounding errors of float32, at most 52 steps
+# were seen with a gap (1e-4 in a nearly flat spectrum), and 75 or more without one, when rounding errors are lifted to
+# a projector. In float64, 90 steps resolve a relative gap of 1e-9.
 STEPS: dict[Precision, int] = {"float64": 90, "float32": 64, "fp16x3": 64, "fp16": 64}
 
 
@@ -82,8 +82,7 @@ def purify(
     SP2 (Niklasson, Phys. Rev. B 66, 155115): ``X <- X X`` or ``2 X - X X``, whichever brings the trace nearer to
     `rank`; the trace of ``X X`` is the squared norm of X, so it is known before the step. A matrix is done `extra`
     squares after ``|tr X - rank| < slack`` and ``tr X - tr X X < impurity`` for one pair of `tolerances`. The device
-    decides
-    this: `steps` squares are launched in any case, and those of finished matrices do nothing.
+    decides this: all `steps` squares are launched, and those of finished matrices do nothing.
 
     Args:
         start: a batch of matrices.
@@ -101,7 +100,7 @@ def purify(
         trace, square = X.trace, X.square_norm
         off, impure = (trace - rank).abs(), trace - square
         met = torch.stack([(off < slack) & (impure < impurity) for slack, impurity in tolerances]).any(0)
-        # From then on aim at the nearest projector: another rank would lift or drop eigenvalues again.
+        # From here on aim at the nearest projector, because another rank would move eigenvalues across the cut again.
         rank = torch.where((since == 0) & met, trace.round(), rank)
         since = torch.where((since > 0) | met, since + 1, since)
         done = (since - extra).clamp(min=0)
@@ -118,7 +117,7 @@ def purify(
 
 
 def _all(done: Tensor) -> bool:
-    """Return whether all matrices are done; always False on a GPU, where the answer would mean a wait."""
+    """Return whether all matrices are done; always False on a GPU, because reading the answer would wait for it."""
     return not done.is_cuda and bool(done.all())
 
 
@@ -226,8 +225,8 @@ def largest_eigenvalue(gram: Tensor, rounds: int = 32) -> Tensor:
 def compress(gram: Tensor, level: Tensor) -> Tensor:
     """Return ``G (G + level I)^-1`` in float64: the same eigenvectors, eigenvalues ``x / (x + level)``.
 
-    With `level` near the wanted eigenvalue, much larger eigenvalues come close to 1 and no longer drown it in their
-    rounding errors: the loss depends only on the relative gap at `level`, not on the ratio of the largest eigenvalue to
+    With `level` near the wanted eigenvalue, much larger eigenvalues come close to 1, and their rounding errors no
+    longer hide it: the loss depends only on the relative gap at `level`, not on the ratio of the largest eigenvalue to
     it. Takes one Cholesky factorisation, and saves the squares that would lift `level`.
 
     Args:
@@ -245,7 +244,8 @@ def compress(gram: Tensor, level: Tensor) -> Tensor:
 def _lifted(matrix: Tensor, numbers: Arithmetic) -> SymmetricProduct:
     """Load a matrix with spectrum in [0, 1], shifted up a little.
 
-    Steps of the form ``2 X - X X`` double an eigenvalue near 0. One that rounding made negative would diverge.
+    Steps of the form ``2 X - X X`` double an eigenvalue near 0. An eigenvalue that rounding made negative would
+    diverge.
     """
     lifted = matrix.clone()
     lifted.diagonal(dim1=-2, dim2=-1).add_(4 * numbers.eps)

@@ -25,8 +25,8 @@ INVARIANCE_FLOOR = 16
 # A singular value smaller than the largest by more than this factor is float32 rounding: k is above the numerical rank.
 LARGEST_RATIO = 2.0**22
 
-# The estimate assumes that the entries of a residual are alike. In some hundred random spectra, the mixing of
-# directions was 0.1 to 3 times the estimate for 1, mostly half of it.
+# The estimate assumes that the entries of a residual have similar sizes. In about a hundred random spectra, the mixing
+# of directions was 0.1 to 3 times the estimate with the factor 1, and mostly half of it.
 ALIKE = 1.5
 
 PROBES = 16
@@ -45,8 +45,7 @@ class ProductsSubspaces:
         Vh: (k, n) float64, orthonormal rows.
         orthogonality: largest entry of ``|Q^T Q - I|`` over U and V.
         residual: ``norm(D V - U core) / norm(D)``: the error of the factorisation.
-        invariance: ``norm(D^T U - V core^T) / norm(D)``: how far the subspaces are
-            from singular ones.
+        invariance: ``norm(D^T U - V core^T) / norm(D)``: distance of the subspaces from singular ones.
         rank_defect: distance of the projector's trace from k. Beyond 0.1 the boundary at k was not resolved.
         smallest: estimate of ``sigma_k``, rather above than below.
         ratio: estimate of ``sigma_1 / sigma_k``, rather below than above.
@@ -176,7 +175,8 @@ def _summarize(
     usable = ratio < LARGEST_RATIO and rank_defect < 0.1
     height = level / (smallest * unit) if compressed and usable else ratio
     estimate = eps * (POLAR_AMPLIFICATION + GRAM_AMPLIFICATION * height**2)
-    # The part that rounding does not explain: the first level stopped too early, which the second one cannot notice.
+    # The part that rounding does not explain. It arises if the first level stopped too early, which the second one
+    # cannot detect.
     estimate += (
         max(invariance / norm - INVARIANCE_FLOOR * eps, 0.0) * norm / max(smallest, torch.finfo(torch.float64).tiny)
     )
@@ -233,7 +233,7 @@ def _steps(history: list[float]) -> list[Step]:
 def _residuals(D: Tensor, U: Tensor, R: Tensor, V: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the norms of D and of the residuals of ``D V = U R``, ``D^T U = V R^T`` and ``D^T U R^-T = V``.
 
-    The last residual, on random vectors, is returned itself, too: (n, any number).
+    Also returns the last residual, on random vectors, itself: (n, any number).
     """
     z = gaussian(R.shape[0], PROBES, R.device)
     relative = D.mT @ (U @ torch.linalg.solve_triangular(R.mT, z, upper=False)) - V @ z

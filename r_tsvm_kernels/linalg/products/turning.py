@@ -134,7 +134,7 @@ def interpret(numbers: Sequence[float], k: int, widths: Sequence[int], dominance
     cores = basis.T @ np.array(_take(taken, p * p)).reshape(p, p) @ basis  # (Z^T C) (Z^T C)^T
     weight = math.sqrt(max(float(np.trace(cores)), 0.0))
 
-    # Rounding makes a skew part of Q^T X with entries alike.
+    # Rounding gives Q^T X a skew part with entries of similar size.
     among = 2 * skew * math.sqrt(float((1 / sums**2).sum() - (1 / np.diag(sums) ** 2).sum()))
     across = 2 * skew * math.sqrt(p) * norm
     turned = dominance * (0.5 * skew * trace + across) + weight * (across + among)

@@ -10,7 +10,7 @@ from .._checks import accumulation_dtype, check_factors, check_group, numbers_of
 
 @dispatch.op("Sparse task vectors and elections", cuda=("torch", "triton"), small={"BLOCK": 128})
 def add_update(base: Tensor, update: Tensor, alpha: float = 1.0, *, backend: str | None = None) -> Tensor:
-    """Return ``base + alpha * update``; where ``alpha * update`` is 0, the bits of the base, of -0.0 too.
+    """Return ``base + alpha * update``; where ``alpha * update`` is 0, the bits of the base, including -0.0.
 
     The last step of every merge: ``W = W_0 + alpha D`` with the merged task vector D.
 

@@ -14,6 +14,6 @@ def run(x: Tensor, base: Tensor | None) -> Tensor:
         dtype = accumulation_dtype(x, base)
         x = x.to(dtype) - base.to(dtype)
     check_finite(x, "magnitude_ranks")
-    # Read from the end, a stable sort has the higher index first among equals.
+    # The row is reversed, so that a stable sort puts the higher index first among equals.
     order = x.abs().flip(-1).argsort(dim=-1, stable=True)
     return order.argsort(dim=-1).flip(-1).to(torch.int32).contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import accumulation_dtype, check_finite, raise_not_finite
 from .._triton import LAUNCH, REAL, device_of, flat, load_delta
 
-# The longest row that is sorted in registers: for a longer one the compiler takes minutes.
+# The longest row that is sorted in registers; for longer ones the compiler takes minutes.
 LONGEST = 4096
 
 
@@ -18,8 +18,8 @@ LONGEST = 4096
 def rank_kernel(x_ptr, base_ptr, ranks_ptr, bad_ptr, cols, REAL: tl.constexpr, BLOCK: tl.constexpr):
     """Ranks of ``|x - base|`` within row ``program_id(0)``, and how many of the row are NaN or infinite.
 
-    Sorted are keys of 64 bits: the bits of the float32 magnitude above the column, counted from the end. So each is
-    unique and says where its rank belongs.
+    Sorts keys of 64 bits: the bits of the float32 magnitude, above the column counted from the end. Each key is unique
+    and says where its rank belongs.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def rank_kernel(x_ptr, base_ptr, ranks_ptr, bad_ptr, cols, REAL: tl.constexpr, B
     bits = load_delta(base_ptr, x_ptr, None, row * cols + column, inside, REAL).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tl.store(bad_ptr + row, tl.sum(((bits >= 0x7F800000) & inside).to(tl.int64), axis=0))
     keys = (bits.to(tl.int64) << 32) | (cols - 1 - column).to(tl.int64)
-    keys = tl.sort(tl.where(inside, keys, 0x7FFFFFFFFFFFFFFF))  # what is outside comes last
+    keys = tl.sort(tl.where(inside, keys, 0x7FFFFFFFFFFFFFFF))  # columns outside the row are last
     target = row * cols + cols - 1 - (keys & 0xFFFFFFFF)
     tl.store(ranks_ptr + target, column, mask=inside)
 
@@ -52,7 +52,7 @@ def run(x: Tensor, base: Tensor | None) -> Tensor:
 
 
 def options(block: int) -> dict[str, object]:
-    """Return how a row of this length is launched: each thread holds 4 of its elements.
+    """Return the launch options for a row of this length: each thread holds 4 of its elements.
 
     With 8 the compiler takes twice as long, and registers leave room for half as many threads.
     """
@@ -60,10 +60,10 @@ def options(block: int) -> dict[str, object]:
 
 
 def _by_torch(x: Tensor, ranks: Tensor) -> Tensor:
-    """Fill the ranks by one sort, where the reference sorts twice."""
+    """Fill the ranks by one sort; the reference sorts twice."""
     check_finite(x, "magnitude_ranks")
     cols = x.shape[-1]
-    # Read from the end, a stable sort has the higher index first among equals.
+    # The row is reversed, so that a stable sort puts the higher index first among equals.
     order = cols - 1 - x.abs().flip(-1).argsort(dim=-1, stable=True)
     places = torch.arange(cols, dtype=torch.int32, device=x.device)
     return ranks.scatter_(-1, order, places.expand(x.shape))

@@ -15,7 +15,7 @@ from ... import dispatch
 from ...errors import ConfigError
 from .._checks import accumulation_dtype, check_finite, check_floating, check_group, plain_values, whole
 
-# Elements of a mask made at one time on a CPU: they fit into a core's cache and repay the overhead.
+# Elements of a mask made at one time on a CPU: few enough for a core's cache, and enough to outweigh the overhead.
 MASK_TILE = 1 << 17
 
 
@@ -44,7 +44,7 @@ class MagnitudeSelection:
         return kept | (tied & first)
 
     def _mask_on_cpu(self, x: Tensor, threshold: Tensor) -> Tensor:
-        """Work piece by piece, within the cache. Ties are few; counting them would have to wait for a GPU."""
+        """Work piece by piece, within the cache. Ties are few. A GPU would have to be waited for to count them."""
         mask = torch.empty(x.shape, dtype=torch.bool)
         flat, kept, ties = x.reshape(-1), mask.view(-1), int(self.ties)
         for first in range(0, len(flat), MASK_TILE):
@@ -59,7 +59,7 @@ class MagnitudeSelection:
     def rounded(self, dtype: torch.dtype) -> MagnitudeSelection:
         """Return the selection that makes the same masks of tensors of `dtype`, with its threshold in `dtype`.
 
-        A threshold between two magnitudes of `dtype` becomes the lower one, to which nothing is tied.
+        A threshold between two magnitudes of `dtype` becomes the lower one, with no ties.
 
         Args:
             dtype: float32 or float64.

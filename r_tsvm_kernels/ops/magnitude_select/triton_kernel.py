@@ -15,16 +15,16 @@ from .._triton import LAUNCH, REAL, device_of, flat, load_delta
 from . import MagnitudeSelection
 
 BLOCK = 4096
-PROGRAMS = 512  # at most; each counts many blocks in registers before it adds to the histogram in memory
-TOGETHER = 2  # selections that share the passes; their counts lie in registers
+PROGRAMS = 512  # at most; each program counts many blocks in registers before it adds to the histogram in memory
+TOGETHER = 2  # selections that share the passes; their counts are in registers
 
 
 class _Format(NamedTuple):
-    """How the magnitude bits of a dtype are cut into digits, the highest first, of at most 11 bits: 2048 bins."""
+    """The digits of the magnitude bits of a dtype, the highest first, of at most 11 bits (2048 bins) each."""
 
     integer: torch.dtype
     exponent: int  # bits
-    digits: tuple[int, ...]  # bits of each; the first holds the exponent, so that it tells infinity and NaN
+    digits: tuple[int, ...]  # bits of each; the first holds the exponent and so shows infinity and NaN
 
 
 FORMATS = {
@@ -37,7 +37,7 @@ FORMATS = {
 
 @triton.jit
 def magnitude_bits(x):
-    """Bits of ``|x|`` as an integer, int32 or int64: they are ordered as the magnitudes are."""
+    """Bits of ``|x|`` as an integer, int32 or int64, which is ordered like the magnitude."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     elif x.dtype == tl.float32:
@@ -92,7 +92,7 @@ def run(x: Tensor, keep: Sequence[int], base: Tensor | None = None) -> list[Magn
 def kth_magnitudes(
     x: Tensor, keep: Sequence[int], dtype: torch.dtype, base: Tensor | None = None, theta: Tensor | None = None
 ) -> tuple[list[MagnitudeSelection], Tensor]:
-    """Return the selections, and how many values are NaN or infinite (0-D): they mean something if none is.
+    """Return the selections, meaningless unless all values are finite, and how many are NaN or infinite (0-D).
 
     Args:
         x: contiguous, of `dtype` unless that is float32 or float64.
@@ -113,13 +113,13 @@ def _kth_together(
     x: Tensor, keep: Sequence[int], dtype: torch.dtype, base: Tensor | None, theta: Tensor | None
 ) -> tuple[list[MagnitudeSelection], Tensor]:
     integer, exponent, digits = FORMATS[dtype]
-    left = torch.tensor(keep, device=x.device)  # of the magnitudes that begin with the prefix, so many are kept
+    left = torch.tensor(keep, device=x.device)  # number of magnitudes with this prefix that are kept
     prefix = torch.zeros_like(left)
     bad = prefix[0]
     shift = sum(digits)
     for place, bits in enumerate(digits):
         shift -= bits
-        prefixes = prefix[:1] if place == 0 else prefix  # before the first digit all are alike
+        prefixes = prefix[:1] if place == 0 else prefix  # before the first digit all prefixes are equal
         counts = count_digits(x, prefixes, REAL.get(dtype), shift, bits, base, theta)
         if place == 0:
             bad = counts[0, -(1 << (bits - exponent)) :].sum()

@@ -14,7 +14,7 @@ BLOCK = 2048
 
 @triton.jit
 def random_mask_kernel(draw_ptr, out_ptr, numel, BLOCK: tl.constexpr):
-    """``out_i = 1`` where the random word of element i lies below the threshold, 0 elsewhere."""
+    """``out_i = 1`` where the random word of element i is below the threshold, 0 elsewhere."""
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
     words = random_words(block, tl.load(draw_ptr + 1), tl.load(draw_ptr + 2), BLOCK)

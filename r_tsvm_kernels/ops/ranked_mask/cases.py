@@ -17,7 +17,7 @@ DRAWS = [{"seed": 0}, {"seed": 2**63 + 5, "substream": 3}, {"seed": 2**64 - 1, "
 
 
 def table(cols: int, kind: str, seed: int = 0) -> Tensor:
-    """Return probabilities by rank: of DELLA, at the ends of [0, 1], and such as fall with the rank."""
+    """Return probabilities by rank: DELLA's, some at the ends of [0, 1], and some that fall with the rank."""
     random = torch.Generator().manual_seed(seed)
     anything = torch.rand(cols, generator=random, dtype=torch.float64, device="cpu")
     if kind in ("della", "zero to one"):

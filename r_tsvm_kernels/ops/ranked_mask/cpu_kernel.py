@@ -1,4 +1,4 @@
-"""Random masks by rank by the native CPU module (csrc/cpu/ranked_mask.cpp)."""
+"""Random masks by rank, by the native CPU module (csrc/cpu/ranked_mask.cpp)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ BLOCK = 1024
 
 @triton.jit
 def ranked_mask_kernel(ranks_ptr, thresholds_ptr, draw_ptr, out_ptr, numel, BLOCK: tl.constexpr):
-    """``out_i = 1`` where the random word of element i lies below the threshold of its rank, 0 elsewhere.
+    """``out_i = 1`` where the random word of element i is below the threshold of its rank, 0 elsewhere.
 
     `draw_ptr` points to a number that is not used, seed and substream.
     """

@@ -30,8 +30,8 @@ def reweight_prune(
 
     ``clip`` replaces D_t by ``sign(D_t) * min(|D_t|, theta_t)``. The other modes leave the elements alone; their scalar
     weights come from `outlier_weights`. Pruning keeps exactly ``ceil(density_t * numel)`` elements of largest
-    magnitude, the lowest flat index first among equals, and sets the rest to 0. R-TSVM prepares task matrices like
-    this (Yang et al., arXiv 2502.06876; the formulas are our reconstruction).
+    magnitude, the lowest flat index first among equals, and sets the rest to 0. R-TSVM prepares task matrices in this
+    way (Yang et al., arXiv 2502.06876; the formulas are our reconstruction).
 
     Args:
         base: any shape, float64, float32, float16 or bfloat16.
@@ -131,8 +131,8 @@ def outlier_weights(statistics: TaskStatistics, outlier_weighting: OutlierWeight
     """Return one weight per task, of mean 1, from the outlier masses q_t.
 
     ``damp``: ``T (1 - q_t) / sum(1 - q)``; ``boost``: ``T q_t / sum(q)``; ``clip`` and ``none``: 1. A sum of 0 gives 1
-    everywhere. Our reconstruction of the outlier weighting of R-TSVM (arXiv 2502.06876), which leaves the direction
-    open; equal tasks get equal weights.
+    everywhere. Our reconstruction of the outlier weighting of R-TSVM (arXiv 2502.06876); the paper does not say which
+    tasks get more weight. Equal tasks get equal weights.
 
     Args:
         statistics: from `task_statistics`; only its `outlier_mass` is used.

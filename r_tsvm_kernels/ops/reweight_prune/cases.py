@@ -15,7 +15,7 @@ from ..task_statistics import task_statistics
 
 
 def cases(device: torch.device | str) -> Iterator[Case]:
-    """Yield the shared groups, clipped and not, pruned to nothing, in part and not at all; ties; NaN and infinity."""
+    """Yield the shared groups, clipped or not, pruned to nothing, in part, or not pruned; ties; NaN and infinity."""
     for label, base, tuned in groups(device, tasks=2):
         yield _case(f"{label}, clipped", base, tuned, density=[0.3, 1.0])
         yield _case(f"{label}, not clipped", base, tuned, outlier_weighting="none", density=[0.0, 0.5])
@@ -59,7 +59,7 @@ def cases(device: torch.device | str) -> Iterator[Case]:
 def _case(
     label: str, base: Tensor, tuned: Sequence[Tensor], *, sigma: float = 1.0, compiled: bool = False, **options: Any
 ) -> Case:
-    """Return a case with the statistics of the reference: a low limit, so that much is clipped."""
+    """Return a case with the statistics of the reference, and a low limit, so that many elements are clipped."""
     statistics = task_statistics(base, tuned, sigma=sigma, backend="torch")
     return Case(label, (base, tuned, statistics), options, compiled=compiled)
 

@@ -14,7 +14,7 @@ from .._native import matrix, with_rows
 
 
 def run(base: Tensor, tuned: Sequence[Tensor], theta: Tensor | None, counts: Sequence[int]) -> list[Tensor]:
-    """See `reweight_prune`. Usually reads the inputs once; never stores a task vector but the results."""
+    """See `reweight_prune`. Usually reads the inputs once; stores no task vectors except the results."""
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     origin, *views = (matrix(tensor) for tensor in tensors)
     thetas = [math.inf] * len(tuned) if theta is None else theta.tolist()

@@ -16,9 +16,9 @@ def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> 
     """Return ``hi = fp16(x / scale)`` and ``lo = fp16((x / scale - hi) * 2^11)`` (arXiv 2203.03341, section 4).
 
     The scale is a power of two, one per matrix, with ``|x| / scale <= 1``; 1 for a matrix of zeros. Then x is
-    reproduced to 2^-22 of each element or 2^-36 of the largest one, whichever is larger. (Scales end at 2^126: above
-    it ``|x| / scale`` goes up to 4, which fp16 holds as well.) A matrix with NaN or infinity gets planes that are not
-    finite either.
+    reproduced to 2^-22 of each element or 2^-36 of the largest one, whichever is larger. (The largest scale is 2^126.
+    Above it ``|x| / scale`` is up to 4, which fp16 can represent.) The planes of a matrix with NaN or infinity are not
+    finite.
 
     Args:
         x: (..., m, n) float32.

@@ -23,8 +23,8 @@ def symm_square(
 ) -> SymmetricProduct:
     """Return ``alpha X X + beta X`` for symmetric X as planes of scale 1, with trace and squared Frobenius norm.
 
-    Accuracy as `symm_gram`; only the lower triangle of the product is computed. All arguments may be in device memory:
-    a loop of such steps waits for nothing, and matrices that have converged cost next to nothing.
+    Accuracy as `symm_gram`; only the lower triangle of the product is computed. All arguments may be in device memory,
+    so a loop of such steps never waits, and the cost of converged matrices is negligible.
 
     Args:
         planes: (..., n, n), exactly symmetric. The entries of the result must stay below 65504.

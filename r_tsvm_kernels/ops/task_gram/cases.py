@@ -18,7 +18,7 @@ def cases(device: torch.device | str) -> Iterator[Case]:
         return torch.rand(x.shape, generator=random, device=device) < 0.5
 
     for label, base, tuned in groups(device):
-        tuned = [x.masked_fill(x.abs() > 1e150, 1.5) for x in tuned]  # of larger ones the squares overflow
+        tuned = [x.masked_fill(x.abs() > 1e150, 1.5) for x in tuned]  # the squares of larger ones overflow
         yield Case(label, (tuned,), {"base": base})
         yield Case(f"{label}, masked", (tuned,), {"base": base, "mask": some_of(base)})
         yield Case(f"{label}, alone", (tuned,))

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from .._checks import tile_elements
 
-# Products are summed in blocks: some BLAS sum them one after the other, which rounds more the more there are.
+# Products are summed in blocks, because some BLAS libraries sum in sequence, and their rounding errors grow with the
+# length.
 BLOCK = 4096
 
 

@@ -1,4 +1,4 @@
-"""Gram matrices of task vectors in Triton: one pass over up to 8 tensors; of more, one over each pair of groups."""
+"""Gram matrices of task vectors in Triton: one pass over up to 8 tensors, or over each pair of groups."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from .._native import matrix, with_rows
 
 
 def run(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
-    """See `task_spread`; the same bits as the reference, whatever the strides and the number of threads."""
+    """See `task_spread`; the same bits as the reference, for all strides and numbers of threads."""
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     views = [matrix(tensor) for tensor in tensors]
     spread = torch.empty(base.shape, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The spread of task vectors in Triton: each element on its own, the tasks gone over twice."""
+"""The spread of task vectors in Triton: each element separately, with two loops over the tasks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from . import reference
 
 BLOCK = 1024
 GROUP = 8
-MOST = 20  # tasks: of many more, even the addresses do not fit into the registers
+MOST = 20  # tasks; the addresses of many more do not fit into the registers
 
 
 @triton.jit
 def spread_kernel(base_ptr, tuned_ptrs, out_ptr, numel, GROUP: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr):
     """``out = sum over t of (D_t - mean)^2``, in float64, of the ``D_t = tuned[t] - base`` formed in REAL.
 
-    Up to GROUP tasks are read once: the compiler keeps what it has loaded. Of more, that would not fit into the
-    registers, and it may not move a load across a barrier.
+    Up to GROUP tasks are read once, because the compiler keeps the loaded values. More would not fit into the
+    registers; a barrier, which loads may not cross, makes it read them again.
     """
     offsets, inside = block_offsets(tl.program_id(0), numel, BLOCK)
     start = load(base_ptr, offsets, inside, REAL)  # (BLOCK,)

@@ -15,12 +15,12 @@ from .._checks import FLOAT_DTYPES
 def cases(device: torch.device | str) -> Iterator[Case]:
     """Yield the shared groups; limits that are 0, small and infinite; subnormals, overflow, NaN and infinity.
 
-    No magnitude is equal to a limit but for rounding. With equal magnitudes it would be, and which side of it they are
-    on is up to the last bit of the mean: the tests look at those without a reference.
+    No magnitude equals a limit up to rounding. Equal magnitudes would, and the last bit of the mean would decide on
+    which side of the limit they are; other tests check these without a reference.
     """
     for label, base, tuned in groups(device, tasks=2):
         if not label.startswith("all equal") and label != "largest, float64":  # the square overflows in the last task
-            # The last task has a large deviation: relative to it, that of others may be nothing but rounding.
+            # The last task has a large deviation. Relative to it, the deviations of others may be mere rounding errors.
             half = torch.where((torch.arange(base.numel(), device=device) % 2 == 0).view(base.shape), tuned[0], base)
             yield Case(label, (base, [*tuned, half]))
     random = seeded(device)

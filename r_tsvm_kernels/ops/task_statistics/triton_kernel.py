@@ -1,4 +1,4 @@
-"""Task statistics in Triton: two passes over the tensors, the few numbers between them merged by torch."""
+"""Task statistics in Triton: two passes over the tensors; torch merges the few numbers between them."""
 
 from __future__ import annotations
 
