@@ -1,4 +1,4 @@
-"""Checksums of tensor values: XXH3 with 128 bits, fast enough to hide behind the disk. Not against forgery."""
+"""Checksums of tensor values: XXH3 with 128 bits, faster than any disk. They do not protect against forgery."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Checksum:
 
 
 def checksum(data: Tensor | bytes | memoryview) -> str:
-    """Return the checksum of the raw bytes, whatever dtype and shape they have."""
+    """Return the checksum of the raw bytes; dtype and shape make no difference."""
     state = Checksum()
     state.update(data)
     return state.hexdigest()

@@ -1,7 +1,7 @@
-"""Tied tensors that only some checkpoints store: copies of another tensor, as an output head of its embedding.
+"""Tied tensors that only some checkpoints store: copies of another tensor, as an output head of the embedding.
 
-Old files hold such copies, new ones mostly do not, and often only the class of the model knows that they are tied.
-Copies are therefore recognised by their values. The output has the tensors of the base.
+Old files hold such copies and new ones mostly do not. Often only the class of the model says which tensors are tied, so
+copies are recognised by their values. The output has the tensors of the base.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Copy:
         name: name of the copy.
         original: name of the other tensor.
         dropped: whether the copy is left out of the merge.
-        why: why it is taken for a copy, and what to do if it is none; for the error.
+        why: why it is taken for a copy, and what to do if it is not one; for the error.
     """
 
     checkpoint: Checkpoint
@@ -44,8 +44,8 @@ class Copy:
 def settle_copies(base: Checkpoint, others: Sequence[Checkpoint]) -> tuple[Copy, ...]:
     """Find the copies by which the tensors of checkpoints differ.
 
-    A copy that the base lacks is left out. If another checkpoint lacks a copy, it reads the original in its place from
-    now on. If the config of the base ties the output head, all checkpoints leave it out.
+    A copy that the base lacks is left out. If another checkpoint lacks a copy, it then reads the original instead. If
+    the config of the base ties the output head, all checkpoints leave it out.
 
     Args:
         base: the checkpoint whose tensors the output has.

@@ -15,7 +15,7 @@ _PICKLE_ADVICE = (
     "or allow it with --allow-pickle (allow_pickle=True); then only tensors are unpickled"
 )
 _INDEXES = (f"{_SUFFIX}.index.json", ".bin.index.json")
-# What training leaves beside the weights.
+# Files that training leaves beside the weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
@@ -37,11 +37,11 @@ class WeightFiles:
 
 
 def find_weights(path: Path, allow_pickle: bool) -> WeightFiles:
-    """Find the weights of a model folder or take the file that is named; safetensors go before pickles.
+    """Find the weights of a model folder, or take the named file; safetensors take precedence over pickles.
 
     Raises:
-        CheckpointError: none, or more than one candidate, or an index that is damaged or not safe.
-        PickleRefusedError: only pickles, which are not allowed.
+        CheckpointError: no candidate, or more than one, or an index that is damaged or not safe.
+        PickleRefusedError: there are only pickles, which are not allowed.
     """
     if path.is_dir():
         return _find_in_folder(path, allow_pickle)
@@ -55,7 +55,7 @@ def find_weights(path: Path, allow_pickle: bool) -> WeightFiles:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether a folder holds files that may be weights, pickles too."""
+    """Whether a folder holds files that may be weights, pickles included."""
     return folder.is_dir() and any(_is_weights(file) or file.name.endswith(_INDEXES) for file in folder.iterdir())
 
 
@@ -83,7 +83,7 @@ def _find_in_folder(folder: Path, allow_pickle: bool) -> WeightFiles:
 
 
 def _only_one(folder: Path, files: list[Path], indexes: list[Path], suffix: str, allow_pickle: bool) -> WeightFiles:
-    """Return the one index, else the one file."""
+    """Return the only index, else the only file."""
     if len(indexes) == 1:
         return _read_index(indexes[0], suffix, allow_pickle)
     if indexes:
@@ -98,7 +98,7 @@ def _only_one(folder: Path, files: list[Path], indexes: list[Path], suffix: str,
 
 
 def _read_index(file: Path, suffix: str, allow_pickle: bool) -> WeightFiles:
-    """Read an index; every file it names lies in its folder and exists."""
+    """Read an index; check that every file it names exists in its folder."""
     data, state = read_json(file, strict=True)
     index = data.get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(value, str) for value in index.values()):
@@ -115,7 +115,7 @@ def _read_index(file: Path, suffix: str, allow_pickle: bool) -> WeightFiles:
 
 
 def _check_file_name(index_file: Path, name: str, allow_pickle: bool) -> None:
-    # By name only: the files of a download cache are links to places outside the folder, and that is fine.
+    # Only the name is checked: files of a download cache may be links to places outside the folder.
     relative = PurePosixPath(name)
     plain = not relative.is_absolute() and len(relative.parts) == 1 and relative.name not in ("..", ".")
     if not plain or "\\" in name or not name.isprintable() or len(name) > 255:

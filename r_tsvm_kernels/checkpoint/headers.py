@@ -160,7 +160,7 @@ def check_name(name: str) -> None:
 
 
 def _parse_header(file: Path, raw: bytes, start: int, file_size: int) -> dict[str, TensorHeader]:
-    """Check every entry, and that together they cover the file from `start` to its end without holes."""
+    """Check every entry, and check that together they cover the file from `start` to its end without gaps."""
     entries = _parse_json(raw, strict=True)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -191,7 +191,7 @@ def _parse_entry(file: Path, name: str, entry: object, start: int) -> TensorHead
         raise CheckpointError(f"{file}: {name} has dtype {ascii(dtype)[:40]}, which cannot be merged")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"the shape of {name} must be a list of at most {MAX_DIMENSIONS} sizes")
-    # Zeros aside, so that strides fit as well.
+    # Zeros are left out, so that strides fit as well.
     if math.prod(max(size, 1) for size in shape) * 16 >= 2**63:
         raise ValueError(f"the shape of {name} is larger than any file")
     if not _are_sizes(offsets) or len(offsets) != 2:

@@ -1,4 +1,4 @@
-"""Models whose parts are in folders of their own, as in sentence-transformers and diffusers."""
+"""Models with modules in folders of their own, as in sentence-transformers and diffusers."""
 
 from __future__ import annotations
 

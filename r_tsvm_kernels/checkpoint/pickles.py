@@ -20,11 +20,11 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class PickleFile:
     """A file that `torch.save` made from a dict of tensors. Its values stay on disk until they are copied.
 
-    They are mapped into memory: what was copied counts as memory of the process until the system needs the room.
+    They are mapped into memory, so copied parts count as memory of the process until the system reclaims them.
 
     Attributes:
-        file: that was opened.
-        headers: of the tensors, in the order they lie in the file.
+        file: the opened file.
+        headers: headers of the tensors, in the order of the file.
         state: of the file when it was opened.
 
     Raises:
@@ -53,7 +53,7 @@ class PickleFile:
         return tensor.clone(memory_format=torch.contiguous_format)
 
     def __reduce__(self) -> tuple[type[PickleFile], tuple[Path]]:
-        """Travel to another process as a path: the file is opened there, its values are not sent."""
+        """Pickle the path alone: another process opens the file itself."""
         return PickleFile, (self.file,)
 
 
@@ -69,11 +69,11 @@ def _load(file: Path) -> tuple[dict[str, Tensor], os.stat_result]:
             f"{file}: truncated, or not a file of torch.save since version 1.6; load it and save it again"
         ) from error
     except UnpicklingError as error:
-        # Without torch's own words, which recommend to switch the protection off.
+        # Without torch's message, which recommends switching the protection off.
         raise PickleRefusedError(
             f"{file}: damaged, or it holds more than tensors, whose code is not run; save its state_dict alone"
         ) from error
-    # What a damaged pickle raises depends on the byte that is wrong.
+    # The exception that a damaged pickle raises depends on which byte is wrong.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"{file}: not a readable pickle of tensors ({reason})") from error

@@ -100,8 +100,8 @@ class Checkpoint:
             return (tensor.pin_memory() if pin else tensor).to(device)
         offset = header.offset + first * (header.nbytes // shape[0]) if first else header.offset
         tensor = torch.empty((last - first, *shape[1:]) if rows else shape, dtype=header.dtype, pin_memory=pin)
-        # Reading, not mapping: mapped pages would count as memory of this process, and a truncated file would end it
-        # with SIGBUS instead of an error. Opened for each tensor, so that a missing file is noticed.
+        # Read, not mapped: mapped pages would count as memory of this process, and a truncated file would end it with
+        # SIGBUS instead of an error. The file is opened for each tensor, so that a missing file is noticed.
         try:
             with open_regular(header.file) as stream:
                 file = stream.fileno()
@@ -128,7 +128,7 @@ class Checkpoint:
             require_unchanged(file, state)
 
     def share(self, name: str, original: str) -> None:
-        """Read a tensor that is not stored from the tensor that it is tied to, from now on."""
+        """From now on, read a tensor that is not stored from the tensor that it is tied to."""
         self.tensors[name] = self.tensors[original]
         self._shared[name] = original
 

@@ -7,7 +7,8 @@ from pathlib import PurePosixPath
 
 from ..quantised import QUANTISATION_FILES
 
-# Files that loaders read, by kind. JSON of any name: remote code and tokenizers have their own (emoji.json, idf.json).
+# Files that loaders read, by kind. JSON files of any name, because remote code and tokenizers have their own
+# (emoji.json, idf.json).
 SIDECAR_FILES = (
     "*.json", "*.jinja", "*.py",
     "*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "*.tokenizer", "*.vocab", "*.bpe", "*.codes",

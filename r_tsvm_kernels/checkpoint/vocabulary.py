@@ -12,7 +12,7 @@ from .checksums import checksum
 from .headers import MAX_JSON_BYTES, read_json
 from .reader import Checkpoint
 
-# Files of vocabularies, the most informative first. Of the last only the bytes are compared.
+# Files of vocabularies, the most informative first. For the last one, only the bytes are compared.
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
@@ -20,7 +20,7 @@ def check_same_vocabulary(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None
     """Require that every model gives each token the same id as the base.
 
     Raises:
-        CheckpointError: a model does not, or has no tokenizer to compare; the message names the model and the token.
+        CheckpointError: a model differs, or has no tokenizer to compare; the message names the model and the token.
     """
     for checkpoint in dict.fromkeys(tuned):
         if checkpoint is base:

@@ -194,7 +194,7 @@ class ShardFile:
         return state.hexdigest()
 
     def sync(self) -> None:
-        """Put everything written so far safely on disk.
+        """Sync everything written so far to disk.
 
         Raises:
             DiskFullError, CheckpointError: writing failed.
@@ -263,7 +263,7 @@ def _reported(path: Path, needed: int = 0) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
             full = f"{needed:,} bytes are needed and {free:,} are free"
-            if free >= needed:  # of the bytes; a file needs an entry in a table, too, and a quota may be smaller
+            if free >= needed:  # of the bytes; a file also needs an inode, and a quota may be smaller
                 full = f"it has no room for another file, or a quota is used up ({free:,} bytes are free)"
             raise DiskFullError(
                 f"{path}: the disk is full: {full}; make room, or choose an output on another disk"

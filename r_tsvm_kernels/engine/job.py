@@ -87,7 +87,8 @@ class MergeJob:
             DiskFullError, CheckpointError: writing failed; these tensors are not in the journal.
         """
         with self._lock:
-            # Removed first: after a failed sync the system forgets what it could not write, and a second sync succeeds.
+            # Remove them first: after a failed sync the system drops the data that it could not write, and a second
+            # sync would succeed.
             batch, self._batch, self._batch_bytes = self._batch, [], 0
             if batch:
                 self.shards.sync()

@@ -1,10 +1,10 @@
-"""The engine of one machine: one thread reads, several merge, one writes, all at the same time.
+"""The engine of one machine: one thread reads, several merge and one writes, concurrently.
 
     files -> reader -> [tiles that were read] -> workers -> [tiles that were merged] -> writer -> shards, journal
 
 Tiles start in the order of the plan, so every input file is read from front to back. The `Schedule` bounds the bytes
-between the stages. The calling thread only reports progress and waits. Whatever stops it (Ctrl-C, an error in its
-callback) stops the other threads; tiles merged by then are still written and journaled.
+between the stages. The calling thread only reports progress and waits. If it stops (Ctrl-C, an error in its callback),
+so do the other threads; tiles merged by then are still written and journaled.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class EngineJob(Protocol):
         """Record a tensor that was written."""
 
     def commit_if_due(self) -> None:
-        """Commit if the last commit is long ago."""
+        """Commit if the last commit was long ago."""
 
     def commit(self) -> None:
-        """Put recorded tensors safely on disk."""
+        """Sync recorded tensors to disk."""
 
 
 def run_local(job: EngineJob, schedule: Schedule, tensor_done: Callable[[str], None]) -> None:
@@ -235,12 +235,13 @@ class _Pipeline:
             self._merged.put(None)
 
     def _own_stream(self) -> AbstractContextManager[object]:
-        """Return the CUDA stream of a worker: copies of one worker overlap with kernels of another."""
+        """Return the CUDA stream of a worker, so that copies of one worker overlap with kernels of another."""
         return torch.cuda.stream(torch.cuda.Stream(self.job.device)) if self._on_gpu else nullcontext()  # type: ignore[no-untyped-call]
 
     def _merge_next(self) -> bool:
         """Merge the next tile; False if there is none. A function, so that no tensor is held while waiting."""
-        # One at a time, so that tiles start in order: a later tile must not take the memory that an earlier one needs.
+        # One thread at a time, so that tiles start in order: a later tile must not take the memory that an earlier one
+        # needs.
         with self._turn:
             read = self._read.get()
             if read is None or not self._begin(read.tile):

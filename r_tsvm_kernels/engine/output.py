@@ -48,7 +48,7 @@ class Stage:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def refuse_foreign(self, ours: Collection[str] = ()) -> None:
-        """Raise unless the folder may be emptied: it does not exist, is empty, or one of our commands left it.
+        """Raise unless the folder may be emptied: it is missing or empty, or one of our commands left it.
 
         Args:
             ours: names of the files of a command that keeps no journal.
@@ -85,7 +85,7 @@ class Stage:
             _sync(self.out.parent)
         except BaseException as error:
             for source, place in done.items():
-                place.rename(source)  # without effect where both are links of one file
+                place.rename(source)  # no effect if both are links to one file
                 place.unlink(missing_ok=True)
             if isinstance(error, FileExistsError):
                 raise OutputExistsError(f"{self.out}: taken during the merge; remove what is there") from error
@@ -94,7 +94,7 @@ class Stage:
         self.remove()
 
     def settle(self) -> None:
-        """Finish a publication that was killed: undo it, or remove the stage if everything is in its place."""
+        """Clean up after a publication that was killed: undo it, or remove the stage if everything is in its place."""
         if same_file(self.folder / self.out.name, self.out):
             self.remove()
         for source, place in _places(self.out).items():
@@ -254,7 +254,7 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Put a file, or the entries of a folder, safely on disk."""
+    """Sync a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

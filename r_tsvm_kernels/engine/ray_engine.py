@@ -42,7 +42,7 @@ GROUP_BYTES = 512 << 20
 GROUPS_PER_SLOT = 4
 # Number of retries of a group after its worker was lost.
 RETRIES = 3
-# Tensors do not pass through Ray's object store: a Ray that we start gets about the smallest store it allows.
+# Tensors do not pass through Ray's object store, so a Ray that we start gets about the smallest store it allows.
 OBJECT_STORE_BYTES = 100 << 20
 # Seconds to wait for a cluster to answer.
 CONNECT_SECONDS = 10.0
@@ -214,7 +214,7 @@ def _connected(ray: Any, address: str | None, tasks: int | None) -> Iterator[Non
         return
     if address:
         _require_listener(address)
-    # By default Ray reports its usage to its makers and prints a lot.
+    # By default Ray reports usage statistics over the network, and prints much.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     own = {} if address else {"num_cpus": tasks, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}

@@ -94,7 +94,7 @@ def merge_checkpoints(
     where the merge was resumed. The logger ``r_tsvm_kernels`` records decisions (INFO) and tensors (DEBUG).
 
     Args:
-        config: recipe, or the path of its YAML file, with ``models``, and ``base_model`` where the method needs one.
+        config: recipe, or the path of its YAML file, with ``models``, and with ``base_model`` if the method needs one.
         out: a folder that does not exist or is empty (Hugging Face layout, with the base's configuration and tokenizer
             files), or a path ending in .safetensors for a single file.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
@@ -110,7 +110,7 @@ def merge_checkpoints(
             the number of concurrent tasks; each task has its own process and memory budget.
         ray_address: address of a running Ray cluster, e.g. ``10.0.0.1:6379``; None starts Ray on this machine alone.
         measure_norms: report the norms of task vectors and updates, which takes one more pass over the tensors; None
-            means for spectral methods only, where that costs little.
+            measures them for spectral methods only, where the cost is small.
         progress: called after each tensor, in the calling thread.
 
     Returns:

@@ -1,8 +1,8 @@
 """Fit a plan into a memory budget: number of workers, row tiles, and how many bytes may be in memory at a time.
 
 Results never depend on the schedule. Only tensors whose rows can be merged separately with the same bits are cut into
-tiles. The working memory of a decomposition changes its rounding: it depends on the recipe and the shape alone, and a
-budget that is too small for it is refused.
+tiles. The working memory of a decomposition changes its rounding. Therefore it depends on the recipe and the shape
+alone, and a budget that is too small for it is refused.
 """
 
 from __future__ import annotations

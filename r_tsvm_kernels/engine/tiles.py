@@ -1,8 +1,8 @@
 """Read and merge one tile, some rows of one tensor: the unit of work of every engine.
 
 Most tensors are one tile; those whose rows can be merged separately are cut into several (`scheduling`). A tile is
-merged with one torch thread, because BLAS and LAPACK round differently with more. The result then has the same bits
-whatever runs beside it, in any order, on any number of workers.
+merged with one torch thread, because BLAS and LAPACK round differently with more. The result then has the same bits for
+any order, any number of workers, and any other work beside it.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Our methods and kernels inside other merging libraries. None of those is needed; each has a module of its own."""
+"""Our methods and kernels inside other merging libraries, one module for each. None of these libraries is required."""

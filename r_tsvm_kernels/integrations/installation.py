@@ -1,4 +1,4 @@
-"""Put our functions into another library, the host, and take them out again."""
+"""Replace functions of another library, the host, by ours, and restore them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..errors import IntegrationError, NonFiniteError, RtsvmError
 
 
 class Patches(Protocol):
-    """What an installation changes in the host; all of it is changed when it is made, or nothing."""
+    """The changes that an installation makes in the host. Creating it makes all of them, or none."""
 
     def undo(self) -> None:
         """Restore the host as it was."""
 
 
 class Installation:
-    """Our part of one host in this process. At most one set of patches is in place at a time.
+    """The installation of our functions in one host, in this process. At most one set of patches is active at a time.
 
     Args:
         host: name of the host as pip knows it.
@@ -59,7 +59,7 @@ class Installation:
             raise self.does_not_fit(error) from error
 
     def uninstall(self) -> None:
-        """Restore the host as it was. Without an installation nothing happens."""
+        """Undo `install`. Does nothing if nothing is installed."""
         if self.patches is not None:
             self.patches.undo()
             self.patches = None
@@ -96,7 +96,7 @@ class Installation:
             raise IntegrationError(f"{self.host} is not installed in this environment; {self._advice}") from None
 
     def does_not_fit(self, reason: object) -> IntegrationError:
-        """Make the error for a host that lacks what we replace or build upon."""
+        """Make the error for a host that lacks a function that we replace or use."""
         return IntegrationError(
             f"{self.host} {self.version()} is not built as expected ({reason}); tested: {', '.join(self.tested)}; "
             f"{self._advice}"
@@ -143,12 +143,12 @@ def falling_back(
     errors: tuple[type[RtsvmError], ...] = (NonFiniteError,),
     left: Callable[[], object] = lambda: None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a replacement that calls the host's original for what we do not take.
+    """Make a replacement that calls the host's original for inputs that we do not handle.
 
     Args:
-        ours: has the signature of the original; returns None for what is left to the host.
-        errors: of ours that leave a call to the host too. Hosts pass on values that are not finite.
-        left: called whenever a call is left to the host.
+        ours: has the signature of the original; returns None for inputs that the original should handle.
+        errors: exceptions of `ours` after which the original is called too: hosts accept values that are not finite.
+        left: called whenever the original is called.
 
     Returns:
         A function from the original to its replacement.

@@ -21,7 +21,7 @@ from ..merge import merge_tensors
 from ..methods import METHODS, Method
 from .installation import Installation
 
-# What sd-mecha passes to functions that take any keyword, beside the key of the tensor.
+# Keywords that sd-mecha passes to functions that accept any, beside the key of the tensor.
 _CONTEXT = ("key_relation", "cache", "output_reused")
 
 _TYPES: dict[Any, type] = {bool: bool, int: int, float: float}
@@ -30,11 +30,11 @@ _TYPES: dict[Any, type] = {bool: bool, int: int, float: float}
 def install() -> dict[str, Any]:
     """Register the merge methods that sd-mecha lacks, with the parameters they have in our recipes.
 
-    A method takes the base and then the fine-tunes, all in weight space (methods without a base: the models), and the
-    parameters by keyword, for the whole model or by tensor as everywhere in sd-mecha. Those that are one per model,
-    such as ``weight`` and ``density``, are a number for all of them or a string with one for each, ``"1, 0.5, 2"``.
-    Lists (``exclude_keys``) have no form here. What sd-mecha has keeps its name and meaning (``slerp``,
-    ``model_stock``). Recipes that name our methods can be read from files once they are installed.
+    A method takes the base and then the fine-tunes (a method without a base: the models), all in weight space. It takes
+    its parameters by keyword, for the whole model or by tensor, like all methods of sd-mecha. Parameters with one value
+    per model, such as ``weight`` and ``density``, take one number for all or a string with one for each, ``"1, 0.5,
+    2"``. Lists (``exclude_keys``) are not supported. sd-mecha's own methods keep their names (``slerp``,
+    ``model_stock``). After the installation, sd-mecha can read recipes that name our methods from files.
 
     Calling it again changes nothing. Warns once if the version of sd-mecha was never tested.
 
@@ -50,7 +50,7 @@ def install() -> dict[str, Any]:
 
 
 def uninstall() -> None:
-    """Remove our methods from sd-mecha. Without an installation nothing happens."""
+    """Remove our methods from sd-mecha. Does nothing if nothing is installed."""
     INSTALLATION.uninstall()
 
 
@@ -60,7 +60,7 @@ def calls() -> dict[str, int]:
 
 
 class _Registered:
-    """Our methods in sd-mecha's registry."""
+    """Adds our methods to sd-mecha's registry."""
 
     def __init__(self) -> None:
         from sd_mecha.extensions import merge_methods
@@ -81,7 +81,7 @@ class _Registered:
         from sd_mecha.extensions import merge_methods
 
         for name in self.methods:
-            merge_methods._module_state.merge_methods_registry.pop(name, None)  # there is no public way
+            merge_methods._module_state.merge_methods_registry.pop(name, None)  # no public function does this
 
 
 INSTALLATION = Installation("sd-mecha", ["1.1.8"], _Registered)
@@ -110,7 +110,7 @@ def _as_function(method: Method, sd_mecha: Any) -> Any:
     for name, info in schema.model_fields.items():
         kind = _type_of(schema.is_per_model(name), info)
         if kind is not None:
-            # None stands for our own default.
+            # None means our own default.
             annotation = sd_mecha.Parameter(kind, "param")
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -123,10 +123,10 @@ def _as_function(method: Method, sd_mecha: Any) -> Any:
 
 
 def _type_of(per_model: bool, info: FieldInfo) -> type | None:
-    """Return the type of a parameter in sd-mecha; None for lists, which have none there."""
+    """Return the type of a parameter in sd-mecha; None for lists, which sd-mecha does not have."""
     if get_origin(info.annotation) is list:
         return None
-    # As strings sd-mecha passes numbers on, too, as they are.
+    # Declared as strings: sd-mecha passes numbers unchanged then, too.
     return str if per_model else _TYPES.get(info.annotation, str)
 
 

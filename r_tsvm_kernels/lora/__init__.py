@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters: read, written, put on checkpoints and cut to a rank, without ever forming a dense update."""
+"""Read and write PEFT LoRA adapters, add them to checkpoints and cut them to a rank, without forming a dense update."""
 
 from .adapter import (
     Adapter,

@@ -217,7 +217,7 @@ class AdapterWriter:
         self._waiting = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by __exit__
 
     def add(self, module: str, matrix: Factored, *, embedding: bool = False) -> None:
-        """Add the update of a module in PEFT's orientation, (out, in). PEFT has no rank 0: such updates are left out.
+        """Add the update of a module in PEFT's orientation, (out, in); leave out updates of rank 0, which PEFT lacks.
 
         Raises:
             NonFiniteError: a factor does not fit `dtype`.
@@ -251,7 +251,7 @@ class AdapterWriter:
             CheckpointError: no module was added, or writing failed.
         """
         if not self.ranks:
-            raise CheckpointError("nothing to write: no module is changed at all")
+            raise CheckpointError("nothing to write: no module is changed")
         # Wide dtypes first, which keeps every tensor aligned to its element size.
         places = dict(sorted(self._places.items(), key=lambda item: -item[1][1].dtype.itemsize))
         layout = ShardLayout(WEIGHTS_FILE, {name: spec for name, (_, spec) in places.items()})
@@ -276,7 +276,7 @@ class AdapterWriter:
 
 
 def stored_factors(module: str, matrix: Factored, dtype: torch.dtype, *, embedding: bool = False) -> dict[str, Tensor]:
-    """Return lora_A and lora_B of a module by their names in PEFT's files; the scale belongs into the config.
+    """Return lora_A and lora_B of a module by their names in PEFT's files; the scale is part of the config.
 
     Raises:
         NonFiniteError: a factor does not fit `dtype`.

@@ -16,7 +16,7 @@ Number = TypeVar("Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
 
-# Settings with which an adapter is more than `scale * B @ A`, with the reason.
+# Settings that make an adapter more than `scale * B @ A`, with the reason.
 _REFUSED = {
     "use_dora": "DoRA also rescales the columns of the weight",
     "use_qalora": "QALoRA pools the inputs of the adapter",

@@ -31,7 +31,7 @@ class InMemoryAdapter(Adapter):
         self._open(_StateDict(tensors), name)
 
     def check_unchanged(self) -> None:
-        """Do nothing: tensors in memory are not watched."""
+        """Do nothing: changes of tensors in memory are not detected."""
 
 
 class _StateDict:

@@ -9,7 +9,7 @@ from ..linalg import Factored, Rank, choose_rank, leading_triplets
 
 
 def from_triplets(U: Tensor, values: Tensor, Vh: Tensor) -> Factored:
-    """Return ``U @ diag(values) @ Vh`` with the roots of the singular values in both factors.
+    """Return ``U @ diag(values) @ Vh`` with the square roots of the singular values in both factors.
 
     Rounding then has the same effect on both.
 

@@ -62,7 +62,7 @@ def extract_lora(
         base: the model that was fine-tuned: folder, .safetensors file or Hugging Face id.
         model: the fine-tune.
         out: a folder that does not exist yet or is empty.
-        rank: largest rank; None means 128, or no limit where `energy` or `noise` decides.
+        rank: largest rank; None means 128, or no limit if `energy` or `noise` is given.
         energy: per matrix the smallest rank that holds this share of the change's squared Frobenius norm.
         noise: per matrix the number of singular values above the noise edge (Gavish and Donoho, 2014).
         embed_lora: adapt embeddings and output head too.
@@ -77,12 +77,12 @@ def extract_lora(
         ConfigError, DeviceError, OutputExistsError, OutputBusyError, OutputUnfinishedError: the request cannot be
             carried out.
         CheckpointError, ShapeError, DTypeError, NonFiniteError, ConvergenceError: an input is damaged, or the two do
-            not fit together; or they are equal.
-        DiskFullError: there is no room for the output.
+            not match, or are equal.
+        DiskFullError: there is no space for the output.
     """
     start, target, dtype = time.perf_counter(), choose_device(device), as_dtype(out_dtype)
     base, model = str(base), str(model)
-    rank_of((1, 1), rank, energy, noise)  # refuses what is out of range before anything is read
+    rank_of((1, 1), rank, energy, noise)  # refuse values out of range before anything is read
     if rank is None and energy is None and not noise:
         rank = DEFAULT_RANK
     config = MergeConfig(

@@ -46,7 +46,8 @@ def merge_lora(
             sum) or ``task_arithmetic`` (weighted sum).
         weight: one number per adapter, or one for all.
         rank: largest rank of the merged updates; None keeps them exactly, at most at the sum of the ranks.
-        energy: per module the smallest rank that holds this share of the merged update's squared Frobenius norm.
+        energy: per module, take the smallest rank that retains this share of the merged update's squared Frobenius
+            norm.
         out_dtype: dtype of the factors, a `torch.dtype` or its name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         progress: called after each module.
@@ -58,7 +59,7 @@ def merge_lora(
             supported.
         ShapeError: the adapters do not belong to one base.
         NonFiniteError, ConvergenceError: the values cannot be merged.
-        DiskFullError: there is no room for the output.
+        DiskFullError: there is no space for the output.
     """
     start, target, dtype = time.perf_counter(), choose_device(device), as_dtype(out_dtype)
     if isinstance(adapters, str | Path):

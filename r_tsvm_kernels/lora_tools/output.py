@@ -50,7 +50,7 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A tensor that is left out of an adapter: LoRA cannot express its change, or it was not asked for.
+    """A tensor that is left out of an adapter: LoRA cannot express its change, or the request excludes it.
 
     Attributes:
         reason: why it is left out.

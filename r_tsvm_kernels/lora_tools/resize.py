@@ -35,7 +35,7 @@ def resize_lora(
         adapter: folder or Hugging Face id.
         out: a folder that does not exist yet or is empty.
         rank: largest rank; None means no limit.
-        energy: per module the smallest rank that holds this share of the update's squared Frobenius norm.
+        energy: per module, take the smallest rank that retains this share of the update's squared Frobenius norm.
         out_dtype: dtype of the factors, a `torch.dtype` or its name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         progress: called after each module.
@@ -64,7 +64,7 @@ def resize_lora(
 def cut(matrix: Factored, rank: int | None, energy: float | None, **facts: Any) -> tuple[Factored, ModuleReport]:
     """Cut an update to its rank. Returns the update and its report, with `facts` as further fields."""
     update, captured = truncated(matrix, rank_of(matrix.shape, rank, energy))
-    singular_values = update.left.square().sum(0)  # each factor has their roots
+    singular_values = update.left.square().sum(0)  # each factor has their square roots
     norm = float(torch.linalg.vector_norm(singular_values)) / math.sqrt(captured) if captured else 0.0
     return update, ModuleReport(matrix.shape, update.left.shape[1], norm, captured, **facts)
 

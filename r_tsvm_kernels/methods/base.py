@@ -1,4 +1,4 @@
-"""What a merge method is: a function, its parameters, its paper; and the registry that finds it by name."""
+"""Merge methods: a function with its parameters and its paper; and the registry that finds them by name."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-# A parameter with one value per fine-tuned model. In a recipe each model may set its own; one number serves all.
+# A parameter with one value per fine-tuned model. In a recipe each model may set its own; one number applies to all.
 _PER_MODEL = BeforeValidator(_as_tuple)
 PerModel = Annotated[tuple[Number, ...], _PER_MODEL, Field(min_length=1)]
 
 
-# What pydantic calls things, and what people do.
+# Messages of pydantic, and plain words for them.
 _PLAIN = {
     "should be a valid tuple": "should be a list",
     "should be a valid string": "should be text",
@@ -103,7 +103,7 @@ class MethodParameters(Strict):
         """Return the parameters for the tensor `name`; random methods give each tensor its own seed.
 
         Raises:
-            ConfigError: values that exclude each other.
+            ConfigError: values that contradict each other.
         """
         return self
 
@@ -251,14 +251,14 @@ def task_matrices(base: Tensor, tuned: Sequence[Tensor | Factored]) -> tuple[lis
 def factored_cost(job: TensorJob, ranks: Sequence[int]) -> Cost:
     """Return the cost of a merge of factored task matrices with these inner dimensions, with the merged matrix."""
     (m, n), inner = job.shape, float(sum(ranks))
-    # That of KnOTS, the largest: a matrix of that many rows for each task, four times.
+    # The cost of KnOTS, the largest: four times a matrix of that many rows for each task.
     narrow = 8 * ((8 + 4 * job.tasks) * (m + n) * int(inner) + (16 + 4 * job.tasks) * int(inner) ** 2)
     flops = 2.0 * job.elements * inner + 12.0 * (m + n) * inner**2 + 40.0 * inner**3
     return Cost((9 + 7 * job.itemsize) * job.elements + narrow, flops)
 
 
 def always(options: Any) -> bool:
-    """Return True: a trait that no option changes."""
+    """Return True, for traits that no option changes."""
     return True
 
 
@@ -310,7 +310,7 @@ class Method:
 
 METHODS: dict[str, Method] = {}
 
-# Methods of mergekit that are not here, and what to use.
+# Methods of mergekit that are not available here, and the ones to use instead.
 _ELSEWHERE = {
     "nuslerp": "for a base and one model use slerp, for several models multislerp or karcher.",
     **dict.fromkeys(

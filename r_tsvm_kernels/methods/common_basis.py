@@ -1,4 +1,4 @@
-"""What KnOTS and Core Space share: another method merges small matrices in a common basis."""
+"""Code that KnOTS and Core Space share: another method merges small matrices in a common basis."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def part_norms(parts: Sequence[Tensor], method: str, options: CommonBasisParamet
 
 
 def merge_parts(parts: Sequence[Tensor], method: str, options: CommonBasisParameters) -> MergeResult:
-    """Merge the parts of all tasks by a registered method, as task vectors of a base of zeros."""
+    """Merge the parts of all tasks by a registered method, as task vectors with a base of zeros."""
     inner = get_method(method)
     shared = inner.parameters.model_fields.keys() & {"weight", "density", "seed", "mode"}
     parameters = inner.parameters(**{name: getattr(options, name) for name in sorted(shared)})

@@ -80,7 +80,7 @@ def core_space_merge(base: Tensor, tuned: Sequence[Any], options: CoreSpaceParam
 
 
 def _merge_cores(matrices: list[Factored], options: CoreSpaceParameters, report: TensorReport) -> Tensor:
-    if options.inner_method == "tsvm":  # it shares out the rank; tasks that change nothing get none
+    if options.inner_method == "tsvm":  # it divides the rank among the tasks; those that change nothing get none
         kept = [t for t, matrix in enumerate(matrices) if matrix.left.shape[1]]
         options = options.model_copy(update={"weight": tuple(options.weight[t] for t in kept)})
         matrices = [matrices[t] for t in kept] or matrices[:1]

@@ -1,7 +1,7 @@
 """DELLA: drop elements at random, small magnitudes more likely than large ones.
 
 In each row of ``D_t = W_t - W_0``, the probability p of keeping an element rises linearly with the rank of its
-magnitude, from ``density - epsilon`` to ``density + epsilon`` (MAGPRUNE). What is kept is divided by p::
+magnitude, from ``density - epsilon`` to ``density + epsilon`` (MAGPRUNE). Kept elements are divided by p::
 
     della_linear:  W = W_0 + alpha * sum_t(w_t mask_t D_t / p_t)
 
@@ -31,7 +31,7 @@ class DellaLinearParameters(RandomParameters):
     )
 
     def for_tensor(self, name: str) -> MethodParameters:
-        """Set the seed as every random method, and refuse probabilities out of range before tensors are read."""
+        """Set the seed as all random methods do, and refuse probabilities out of range before tensors are read."""
         for density, epsilon in zip(self.density, self.epsilon, strict=True):
             if 0 < density < 1:
                 della_probabilities(1, density, epsilon)

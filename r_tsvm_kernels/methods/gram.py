@@ -1,4 +1,4 @@
-"""Gram matrices of tensors: geometric methods take the factors of one linear sum from their lengths and angles."""
+"""Gram matrices of tensors: geometric methods compute the coefficients of one linear sum from lengths and angles."""
 
 from __future__ import annotations
 

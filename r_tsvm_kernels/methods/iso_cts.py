@@ -1,4 +1,4 @@
-"""Iso-CTS: Iso-C in a common subspace of all tasks, joined by directions of the single tasks.
+"""Iso-CTS: Iso-C in a common subspace of all tasks, extended by directions of the single tasks.
 
 1. Common part: the leading ``r_0`` singular triplets ``U_0, s_0, V_0`` of the sum ``sum_t(w_t D_t)``.
 2. Own part of each task: the leading ``r_1`` singular triplets ``U_t, s_t, V_t`` of ``w_t D_t - U_0 U_0^T w_t D_t``.
@@ -47,7 +47,7 @@ def iso_cts_cost(job: TensorJob, options: IsoCtsParameters) -> Cost:
 def common_and_own_ranks(short: int, tasks: int, fraction: float) -> tuple[int, int]:
     """Return ``r_0`` and ``r_1``: the common directions and the own ones of each task share out the rank `short`."""
     own = round((short - int(short * fraction)) / tasks)
-    own = min(own, short // tasks)  # rounding up may ask for more than there is
+    own = min(own, short // tasks)  # rounding up may exceed the total
     return short - own * tasks, own
 
 
@@ -115,7 +115,7 @@ def _find_triplets(matrix: Tensor, whole: Tensor, rank: int, mode: Mode, exact: 
         rank: number of triplets.
         mode: ``exact`` or ``fast``.
         exact: whether LAPACK's SVD computes them.
-        turned: sine of the angle by which the part may be turned.
+        turned: sine of the angle by which the part may be rotated.
     """
     if exact:
         U, values, Vh = svd(matrix)

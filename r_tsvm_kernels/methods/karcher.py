@@ -38,14 +38,14 @@ def karcher_coefficients(directions: Tensor, w: Tensor, max_iter: int, tol: floa
         return (c @ directions @ c).clamp(min=0).sqrt()
 
     c = w.clone()
-    if length(c) < tol:  # they cancel: start from the first with a weight
+    if length(c) < tol:  # they cancel: start from the first model with a weight
         c = torch.zeros_like(w)
         c[int(w.nonzero()[0])] = 1
     c /= length(c)
     for _ in range(max_iter):
         cosine = (directions @ c).clamp(-1, 1)
         angle = cosine.acos()
-        # From the opposite point all directions are equal: it pulls in none.
+        # At the opposite point all directions are equally short, so it has no pull.
         pull = w * torch.where(cosine < 1, angle / angle.sin(), 1) * (cosine > OPPOSITE)
         step = pull - (pull @ cosine) * c
         size = length(step)

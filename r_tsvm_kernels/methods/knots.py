@@ -1,13 +1,13 @@
-"""KnOTS: align the task matrices by one SVD of all of them side by side, then merge them in its basis.
+"""KnOTS: align the task matrices by one SVD of all of them, concatenated, then merge them in its basis.
 
-With the SVD of the task matrices ``D_t = W_t - W_0`` side by side, ``[D_1 .. D_T] = U S [V_1^T .. V_T^T]``::
+With the SVD of the concatenated task matrices ``D_t = W_t - W_0``, ``[D_1 .. D_T] = U S [V_1^T .. V_T^T]``::
 
     W = W_0 + alpha * U merge(S V_1^T .. S V_T^T)
 
 The merge of `inner_method` is TIES (its disjoint mean), DARE and TIES, the weighted mean or the weighted sum.
 
-Source: Stoica et al., "Model merging with SVD to tie the Knots", ICLR 2025, section 4.2; S is with the parts, as in the
-published code.
+Source: Stoica et al., "Model merging with SVD to tie the Knots", ICLR 2025, section 4.2; S multiplies the parts, as in
+the published code.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _certify(found: JointSvd, merged: Tensor, options: KnotsParameters) -> Certi
     norms = part_norms(found.parts, options.inner_method, options)
     if options.inner_method not in ("linear", "task_arithmetic"):
         return Certificate.of_sum([found.certificate] * len(norms), norms, merged)
-    # A sum depends on the basis only through the parts outside of it. These may cancel, too: their sum is measured.
+    # A sum depends on the basis only through the parts outside it. These may cancel too, so their sum is measured.
     lacking = merge_parts(found.rest, options.inner_method, options).weight
     rounding = replace(found.certificate, error=BACKWARD_ERROR + found.certificate.orthogonality, arbitrary=False)
     summands = [rounding] * len(norms) + [replace(rounding, error=MEASURED)]

@@ -52,5 +52,5 @@ def linear(base: Tensor, tuned: Sequence[Any], options: LinearParameters) -> Mer
         if not options.normalize:  # then the base counts as often as the weights say
             update.add_(base, alpha=sum(weights) - 1)
         return MergeResult(add_update(base, update), TensorReport(weights=weights))
-    zeros = base.new_zeros(base.shape[-1:]).expand_as(base)  # one row stands for all
+    zeros = base.new_zeros(base.shape[-1:]).expand_as(base)  # expanded from one row
     return MergeResult(elect_and_sum(zeros, tuned, weights), TensorReport(weights=weights))

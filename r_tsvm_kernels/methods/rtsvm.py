@@ -41,7 +41,7 @@ from .tsvm import TsvmParameters, merge_and_report
 
 
 def _whole(value: object) -> object:
-    return int(value) if isinstance(value, float) and value >= 1 else value  # a gradient of ranks gives fractions
+    return int(value) if isinstance(value, float) and value >= 1 else value  # gradients of ranks give fractions
 
 
 class RtsvmParameters(TsvmParameters):
@@ -61,7 +61,7 @@ class RtsvmParameters(TsvmParameters):
 
 
 def keeps_factors(options: RtsvmParameters) -> bool:
-    """Whether no step looks at single elements of the task matrices, so that products of factors will do."""
+    """Whether no step needs single elements of the task matrices, so that products of factors can be used."""
     return options.outlier_weighting == "none" and min(options.density) == 1 and options.rank != "sparsity"
 
 

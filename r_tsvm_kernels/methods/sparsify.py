@@ -1,4 +1,4 @@
-"""What methods that sparsify task vectors share: parameters, selections, seeds of random masks, cost."""
+"""Code that sparsifying methods share: parameters, selections, seeds of random masks, cost."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def rescaled(base: Tensor, tensor: Tensor, sparsifier: Sparsifier) -> Sparsifier
 
 
 def kept_model(base: Tensor, tensor: Tensor, sparsifier: Sparsifier) -> Tensor:
-    """Return the base plus the kept differences: where these are exact, the value of the fine-tune."""
+    """Return the base plus the kept differences: the value of the fine-tune, if the differences are exact."""
     return elect_and_sum(base, [tensor], [1.0], sparsifiers=[sparsifier])
 
 

@@ -39,7 +39,7 @@ def tsvm_cost(job: TensorJob, options: TsvmParameters) -> Cost:
 
 
 def rtsvm_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
-    """Return the cost of `rtsvm`: statistics and pruning of one task after the other, then TSV-Merge."""
+    """Return the cost of `rtsvm`: statistics and pruning of each task in turn, then TSV-Merge."""
     statistics = (3 * job.itemsize + 28) * job.elements
     pruning = ((job.tasks + 5) * job.itemsize + 2) * job.elements
     merging = spectral_cost(job, options, _largest_ranks(job, options))
@@ -47,7 +47,7 @@ def rtsvm_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
 
 
 def _largest_ranks(job: TensorJob, options: RtsvmParameters) -> list[int]:
-    """Return upper bounds of the ranks: pruned elements are small, whatever the values."""
+    """Return upper bounds of the ranks: pruned elements count as small for all values."""
     shape = (job.shape[0], job.shape[1])
     bounds = []
     for density in options.density:

@@ -35,7 +35,7 @@ from .base import (
 )
 
 # Largest error of the nuclear norm, as a share of the tolerance; above it all singular values come from an SVD. The
-# roots of thousands of eigenvalues that are zero up to rounding add up.
+# square roots of thousands of eigenvalues that are zero up to rounding add up.
 NUCLEAR_SHARE = 0.1
 
 
@@ -51,7 +51,7 @@ class StarParameters(MethodParameters):
 
 
 def star_cost(job: TensorJob, options: StarParameters) -> Cost:
-    """Return the cost of `star`: the task matrices, and the leading subspaces of one after the other."""
+    """Return the cost of `star`: the task matrices, and the leading subspaces of each in turn."""
     short, elements = min(job.shape), job.elements
     flops = job.tasks * (8.0 * short * elements + 9.0 * short**3)
     return Cost(job.tasks * job.itemsize * elements + 8 * (9 * elements + 16 * short**2), flops)

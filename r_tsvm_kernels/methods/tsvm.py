@@ -42,7 +42,7 @@ from .base import (
 from .spectral_costs import tsvm_cost
 
 # An eighth of the default of `tsv_merge`: measured to be no slower, and it halves the memory of tall matrices. It
-# decides how sums are rounded, so no memory budget changes it.
+# affects how sums are rounded, so it does not depend on the memory budget.
 WORKSPACE = 64 << 20
 
 
@@ -74,7 +74,7 @@ class TsvmParameters(MethodParameters):
 def tsvm(base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParameters) -> MergeResult:
     """Merge by TSV-Merge: the formula at the top of this module.
 
-    A matrix with fewer rows or columns than tasks has no rank to share: it stays the base's, as in the published code.
+    A matrix with fewer rows or columns than tasks gets rank 0 and keeps the base's value, as in the published code.
 
     Examples:
         >>> base = torch.zeros(30, 20)

@@ -54,7 +54,7 @@ def tensor_cost(plan: MergePlan, name: str, shape: tuple[int, ...] | None = None
         return factored_cost(job, ranks)
     cost_of = elementwise_cost if tensor.treatment.kind == "mean" else plan.config.method.cost
     cost = cost_of(job, tensor.options)
-    # The tuned tensors, formed one after the other, and a wide copy of the tensor that the update is added to.
+    # The tuned tensors, formed in sequence, and a float32 or float64 copy of the tensor that the update is added to.
     formed = sum(isinstance(model, AdaptedModel) for model in plan.tuned) + 1 if tensor.factor_ranks else 0
     flops = 2.0 * job.elements * sum(ranks)
     return Cost(cost.bytes + formed * job.itemsize * job.elements, cost.flops + flops)

@@ -19,9 +19,9 @@ class Inputs:
     """The opened inputs of a merge.
 
     Attributes:
-        base: the checkpoint that lends its layout, buffers and configuration files.
+        base: the checkpoint whose layout, buffers and configuration files the output has.
         tuned: the models that are merged: checkpoints, or checkpoints that an adapter changes. The base is one of them
-            only where the method forms no task vectors.
+            only if the method forms no task vectors.
         config: with one entry in `models` per model in `tuned`.
     """
 
@@ -53,7 +53,7 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
     if config.method.needs_base:
         found = [model for model, base_itself in zip(found, is_base, strict=True) if not base_itself]
         entries = tuple(entry for entry, _, _ in found)
-    else:  # one name for the base, by which `base_joins` knows whether it is listed
+    else:  # one name for the base, so that `base_joins` sees whether it is listed
         entries = tuple(
             entry.model_copy(update={"model": config.base_model}) if base_itself else entry
             for entry, base_itself in zip(config.models, is_base, strict=True)

@@ -1,7 +1,7 @@
-"""Our methods inside FusionBench, as algorithms of its own, and our solvers inside FusionBench's own algorithms.
+"""Our methods as algorithms of FusionBench, and our solvers inside FusionBench's own algorithms.
 
-`MergeAlgorithm` is any of our methods as an algorithm of FusionBench. `install` puts FusionBench's TSVM, Iso-C,
-Iso-CTS and TIES on our solvers and kernels. FusionBench's command finds our configurations on the search path
+`MergeAlgorithm` runs any of our methods as an algorithm of FusionBench. `install` makes FusionBench's TSVM, Iso-C,
+Iso-CTS and TIES use our solvers and kernels. FusionBench's command finds our configurations on the search path
 
     fusion_bench hydra.searchpath=[pkg://r_tsvm_kernels.integrations.fusion_bench.conf] method=rtsvm/rtsvm ...
 
@@ -33,12 +33,12 @@ INSTALLATION = Installation("fusion-bench", ["0.2.33"], _patch)
 
 
 def install() -> None:
-    """Put FusionBench's TSVM, Iso-C, Iso-CTS and TIES on our solvers and kernels, in this process.
+    """Make FusionBench's TSVM, Iso-C, Iso-CTS and TIES use our solvers and kernels, in this process.
 
-    Names, parameters and results stay FusionBench's, to the error of its own float32. Left to FusionBench are float64
-    and integer tensors, values that are not finite, TSVM with ``return_single_task_models`` and TIES with
-    ``merge_func: max``. One thing changes: where the task vectors of a matrix do not have full rank, FusionBench
-    completes a basis with arbitrary directions, and we leave these out.
+    Names and parameters stay FusionBench's, and results agree with FusionBench's to its float32 rounding. FusionBench
+    itself merges float64 and integer tensors, values that are not finite, TSVM with ``return_single_task_models`` and
+    TIES with ``merge_func: max``. One result changes: if the task vectors of a matrix do not have full rank,
+    FusionBench completes a basis with arbitrary directions, and we leave these out.
 
     Calling it again changes nothing. Warns once if the version of FusionBench was never tested.
 
@@ -49,7 +49,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Restore FusionBench as it was. Without an installation nothing happens."""
+    """Undo `install`. Does nothing if nothing is installed."""
     INSTALLATION.uninstall()
 
 

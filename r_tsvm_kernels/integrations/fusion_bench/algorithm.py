@@ -31,13 +31,13 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     Args:
         merge_method: name of one of our methods; see ``rtsvm info``.
-        parameters: of the method, as in a recipe: scalars, gradients over the layers or lists of filters.
-        model_parameters: for models of the pool by name, their own values, e.g. ``{math: {weight: 0.5}}``.
+        parameters: parameters of the method, as in a recipe: scalars, gradients over the layers or lists of filters.
+        model_parameters: values for single models of the pool, by name, e.g. ``{math: {weight: 0.5}}``.
         include: patterns (with ``*``) of the tensors that take part; None means all.
         exclude: patterns of tensors that keep the pretrained model's values.
 
     Attributes:
-        reports: of the last run, one per tensor.
+        reports: reports of the last run, one per tensor.
 
     Raises:
         ConfigError: an unknown argument, method or parameter, or a value out of range.
@@ -56,10 +56,10 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
             raise ConfigError(f"unknown key {unknown[0]!r}; the method's parameters go under `parameters`")
         super().__init__(**metadata)
         self.reports: dict[str, TensorReport] = {}
-        self.recipe(list(model_parameters or ()))  # mistakes show before any model is loaded
+        self.recipe(list(model_parameters or ()))  # report mistakes before any model is loaded
 
     def recipe(self, model_names: Sequence[str]) -> MergeConfig:
-        """Return the merge of the models of these names as one of our recipes.
+        """Return the recipe that merges the models of these names.
 
         Raises:
             ConfigError: as for the class; or `model_parameters` names another model.
@@ -81,12 +81,12 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         """Merge and return the pretrained model of the pool; a copy of it if the pool holds modules, not recipes.
 
         A method that needs no base (`linear`) also merges pools without one. Integer buffers keep its values. Tensors
-        that the pretrained model ties are merged once, and have to be the same in every model.
+        that the pretrained model ties are merged once, and must be equal in every model.
 
         Raises:
             QuantisedRefusedError: a model is quantised.
             CheckpointError, ShapeError, DTypeError: the models do not have the same tensors, or cannot be merged.
-            NonFiniteError: a model holds NaN or infinity, or a merged value does not fit its dtype.
+            NonFiniteError: a model holds NaN or infinity, or a merged value overflows its dtype.
             ConvergenceError: a decomposition failed or missed its certificate.
         """
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
@@ -99,15 +99,15 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         refuse_quantised("the pretrained model", start)
         for name, tensors in zip(names, tuned, strict=True):
             refuse_quantised(name, tensors)
-            check_same_names(dict.fromkeys(start), dict.fromkeys(tensors), name)  # keys() of a lazy one is no set
+            check_same_names(dict.fromkeys(start), dict.fromkeys(tensors), name)  # keys() of a lazy one is not a set
 
         device, positions, self.reports = self.fabric.device, layer_positions(start), {}
         merged: dict[str, Tensor] = {}
         written: dict[Any, str] = {}
-        for name in sorted(start, reverse=True):  # of tied tensors first the one whose name counts: see `tied_names`
+        for name in sorted(start, reverse=True):  # of tied tensors, first the one whose name is used: see `tied_names`
             tensor = start[name]
             place = tensor.device, tensor.data_ptr(), tuple(tensor.shape)
-            if tensor.numel() and place in written:  # tied to a tensor that is merged already
+            if tensor.numel() and place in written:  # tied to a tensor that was merged before
                 _check_tied(name, written[place], dict(zip(names, tuned, strict=True)))
                 continue
             result = merge_tensors(
@@ -140,13 +140,13 @@ def _plain(value: Any) -> Any:
 
 
 def _tensors(model: nn.Module | LazyStateDict) -> Mapping[str, Tensor]:
-    """Return what is to be merged: of a module, the memory of its own tensors; of a lazy one, what reads them."""
+    """Return the tensors to merge: a module's own tensors, without a copy, or a lazy state dict that reads them."""
     tensors: Mapping[str, Tensor] = model if isinstance(model, LazyStateDict) else get_target_state_dict(model)
     return tensors
 
 
 def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Give a module without memory its tensors."""
+    """Give a module on the meta device its tensors."""
     module = deepcopy(module)
     module.load_state_dict(tensors, strict=False, assign=True)
     tie_weights = getattr(module, "tie_weights", None)

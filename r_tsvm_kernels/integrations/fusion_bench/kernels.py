@@ -1,7 +1,7 @@
-"""FusionBench's TSVM, Iso-C, Iso-CTS and TIES on our solvers and kernels.
+"""FusionBench's TSVM, Iso-C, Iso-CTS and TIES with our solvers and kernels.
 
-Each function takes the one it stands in for, and then the arguments of that one, which gets what we leave to
-FusionBench.
+Each function takes the FusionBench function that it replaces, and then the arguments of that function, which it calls
+for inputs that we do not handle.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _merged(
     exclude_keys: Sequence[str] | None,
     accelerator: Any,
 ) -> dict[str, Tensor]:
-    """Merge by our method of that name, one tensor at a time; what it does not take is left to `theirs`."""
+    """Merge by our method of that name, one tensor at a time; call `theirs` for tensors that it does not handle."""
     patterns = [glob.escape(key) for key in exclude_keys or ()]  # theirs are names, ours are patterns
     config = MergeConfig(method, exclude_keys=patterns, **parameters)
     merged = {}
@@ -101,8 +101,8 @@ def ties_merging(
 ) -> Tensor:
     """TIES of task vectors (T, D), over the whole model at once.
 
-    As FusionBench does, it keeps one element more than the share of D, and all that are equal to the smallest of
-    these; where the sum of an element is 0, the sign that more elements have is elected, - if there is none.
+    Like FusionBench it keeps one element more than the share of D, and all that are equal to the smallest of these.
+    Where the sum of an element is 0, it elects the sign that more elements have, and - if there is none.
     """
     leave = partial(theirs, flat_task_checks, reset_thresh=reset_thresh, merge_func=merge_func)
     how = merge_func.split("-")[-1]
@@ -123,7 +123,7 @@ def ties_merging(
     sparsifiers = [Sparsifier(largest=MagnitudeSelection(threshold, all_ties)) for threshold in thresholds]
     zeros = flat_task_checks.new_zeros(size)
     total = elect_and_sum(zeros, tasks, 1.0, sparsifiers=sparsifiers)
-    # Our kernel elects + where the sum is 0: where that is to be -, all task vectors change their sign.
+    # Our kernel elects + where the sum is 0. To elect - there, all task vectors change their sign.
     sign = 1.0 if float(total.sign_().sum(dtype=torch.float64)) > 0 else -1.0
     del total
     mean = how == "mean"
@@ -131,7 +131,7 @@ def ties_merging(
     merged = elect_and_sum(
         zeros, tasks, sign, elect="sum", normalize=mean, alpha=1.0 if mean else sign, sparsifiers=sparsifiers
     )
-    return merged if mean else merged.to(flat_task_checks.dtype)  # their mean, too, is float32
+    return merged if mean else merged.to(flat_task_checks.dtype)  # their mean is float32 as well
 
 
 REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
@@ -143,17 +143,17 @@ REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
 
 
 class Patches:
-    """Our functions in place of FusionBench's, wherever a module of it holds one of them."""
+    """Replaces FusionBench's functions by ours in every module of FusionBench that refers to them."""
 
     def __init__(self) -> None:
-        # All are looked up before any is replaced.
+        # All functions are looked up before any is replaced.
         originals = [(getattr(module, name), ours) for module, name, ours in REPLACEMENTS]
         self._pairs = [(theirs, _standing_in(ours, theirs)) for theirs, ours in originals]
         for theirs, ours in self._pairs:
             _replace(theirs, ours)
 
     def undo(self) -> None:
-        """Restore FusionBench as it was, modules that were imported in the meantime included."""
+        """Restore FusionBench's functions, also in modules that were imported in the meantime."""
         for theirs, ours in self._pairs:
             _replace(ours, theirs)
 

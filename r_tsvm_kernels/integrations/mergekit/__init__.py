@@ -1,7 +1,7 @@
 """Our methods and kernels inside mergekit: `install`, then use mergekit as before.
 
-mergekit is imported, never copied (LGPL-3.0). It has no plug-in mechanism: methods exist in the process in which they
-were registered. `rtsvm mergekit yaml` installs ours and then runs mergekit's own command.
+mergekit is imported, never copied (LGPL-3.0). It has no plug-in mechanism: methods exist only in the process that
+registered them. `rtsvm mergekit yaml` installs ours and then runs mergekit's own command.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ INSTALLATION = Installation("mergekit", ["0.1.5"], _patch)
 
 
 def install(accelerate: bool = True) -> None:
-    """Register our merge methods with mergekit and put much of what it computes itself on our kernels.
+    """Register our merge methods with mergekit, and make many of its own methods use our kernels.
 
-    Registered are the methods that mergekit lacks (`rtsvm`, `tsvm`, ...), with the parameters they have in our
-    recipes; `exclude_keys` alone has no form there. On our kernels run its sparsifiers, task arithmetic and all that
-    is made of the two (TIES, DARE, DELLA, Breadcrumbs), SCE, Model Stock, Karcher, SLERP, NuSLERP of whole tensors and
-    Multi-SLERP, and the decomposition of its LoRA extraction.
+    Registers the methods that mergekit lacks (`rtsvm`, `tsvm`, ...), with the parameters of our recipes except
+    `exclude_keys`. These methods of mergekit use our kernels: its sparsifiers, task arithmetic and the methods made of
+    the two (TIES, DARE, DELLA, Breadcrumbs), SCE, Model Stock, Karcher, SLERP, NuSLERP of whole tensors, Multi-SLERP,
+    and the decomposition in its LoRA extraction.
 
-    What mergekit has keeps its name, parameters and results, thresholds and fallbacks of its own included: to
-    rounding, with the first of equal magnitudes kept, and random masks that follow torch's seed but are other draws
-    than mergekit's. Tensors that require gradients, that are not finite or of a dtype or device our kernels do not
-    take are left to mergekit.
+    Methods of mergekit keep their names, parameters, thresholds and fallbacks. Their results stay the same up to
+    rounding, with two exceptions: of equal magnitudes the first are kept, and random masks follow torch's seed but
+    differ from mergekit's. mergekit itself handles tensors that require gradients, that are not finite, or whose dtype
+    or device our kernels do not support.
 
     Calling it again changes `accelerate`. Warns once if the version of mergekit was never tested.
 
@@ -47,7 +47,7 @@ def install(accelerate: bool = True) -> None:
 
 
 def uninstall() -> None:
-    """Restore mergekit as it was. Without an installation nothing happens."""
+    """Undo `install`. Does nothing if nothing is installed."""
     INSTALLATION.uninstall()
 
 

@@ -1,4 +1,4 @@
-"""mergekit's LoRA extraction on our truncated SVD."""
+"""mergekit's LoRA extraction with our truncated SVD."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .kernels import accepted
 
 
 def decompose(task: TaskVectorDecompositionTask, /, task_vector: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the factors A (rank, n) and B (m, rank) of the update; None for what is left to mergekit.
+    """Return the factors A (rank, n) and B (m, rank) of the update; None for inputs that mergekit should handle.
 
-    They have the ranks that mergekit's have: where the update itself has a smaller one, rows and columns are zeros.
+    They have the rank of mergekit's factors. If the rank of the update is smaller, the other rows and columns are zero.
     """
     if task_vector.ndim != 2 or not accepted(task_vector) or not bool(task_vector.isfinite().all()):
         return None

@@ -1,6 +1,6 @@
-"""mergekit's methods of angles and lengths on our kernels: the factors come from one Gram matrix in float64.
+"""mergekit's geometric methods with our kernels: the coefficients come from one Gram matrix in float64.
 
-Signatures as in `kernels`: None for what is left to mergekit. The thresholds below are mergekit's.
+As in `kernels`, functions return None for inputs that mergekit should handle. The thresholds below are mergekit's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from . import INSTALLATION
 from .kernels import accepted, zeros_like
 
 SMALLEST_PRODUCT = 1e-6  # of two norms, in a cosine
-SMALLEST_DENOMINATOR = 1e-6  # below it Model Stock keeps the base
-SMALLEST_TOTAL = 1e-6  # of two weights; below it NuSLERP takes the middle
+SMALLEST_DENOMINATOR = 1e-6  # Model Stock keeps the base below it
+SMALLEST_TOTAL = 1e-6  # of two weights; NuSLERP takes the middle below it
 SHORTEST = 1e-7  # a vector of NuSLERP that is not divided by its own norm
-LINEAR_COSINE = 0.9995  # above it SLERP is linear
+LINEAR_COSINE = 0.9995  # SLERP is linear above it
 
 
 def model_stock(group: TensorGroup, filter_wise: bool = False) -> Tensor | None:
@@ -44,7 +44,7 @@ def model_stock(group: TensorGroup, filter_wise: bool = False) -> Tensor | None:
 
 
 def _interpolation_ratio(gram: Tensor) -> Tensor:
-    """Return mergekit's ratio, which unlike ours may lie outside of [0, 1]; NaN for values that are not finite."""
+    """Return mergekit's ratio, which unlike ours may be outside [0, 1]; NaN for values that are not finite."""
     tasks = gram.shape[-1]
     first, second = torch.triu_indices(tasks, tasks, offset=1)
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -82,7 +82,7 @@ def multislerp(
     norms = gram.diagonal().sqrt()
     unit = w / norms
     length = float((unit @ gram @ unit).sqrt())
-    # Near eps mergekit's guards count, and where directions cancel its fallback; NaN fails the comparison too.
+    # Leave it to mergekit near eps, where its guards matter, and where directions cancel. NaN fails the comparison too.
     if not (float(norms.min()) > 1e7 * eps and length > max(eps, 1e-7 * float(w.abs().sum()))):
         return None
     return _combined(tensors, (float(w @ norms) / length * unit).tolist(), base)
@@ -91,7 +91,7 @@ def multislerp(
 def nuslerp(
     group: TensorGroup, weight: PerInputValues[float], nuslerp_row_wise: bool = False, nuslerp_flatten: bool = True
 ) -> Tensor | None:
-    """Interpolate along the great circle between two tensors or task vectors as wholes; rows are left to mergekit."""
+    """Interpolate along the great circle between two whole tensors or task vectors; mergekit itself handles rows."""
     base = group.base.tensor if group.base else None
     if not nuslerp_flatten or not accepted(*group.tensors):
         return None
@@ -139,7 +139,7 @@ def _great_circle(t: float, cosine: float, linear: bool) -> tuple[float, float]:
 def _combined(
     tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | None = None, alpha: float = 1.0
 ) -> Tensor:
-    """Return the weighted sum of the tensors, or of what they differ from the base."""
+    """Return the weighted sum of the tensors, or of their differences from the base."""
     origin = zeros_like(tensors[0]) if base is None else base
     INSTALLATION.count("elect_and_sum")
     return elect_and_sum(origin, tensors, weights, alpha=alpha).to(origin.dtype)

@@ -1,7 +1,7 @@
-"""mergekit's sparsifiers and its task arithmetic on our kernels.
+"""mergekit's sparsifiers and its task arithmetic with our kernels.
 
-Every function has the signature of the one it stands in for, and returns None for what it leaves to mergekit. Counts
-and ranks are mergekit's; sums are ours: in float32 or wider, whatever the tensors' dtype.
+Every function has the signature of the one that it replaces, and returns None for inputs that mergekit should handle.
+Counts and ranks are mergekit's. Sums are ours: in float32 or float64 for every dtype.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ...ops import Sparsifier, della_probabilities, elect_and_sum, magnitude_sel
 from ...ops._checks import FLOAT_DTYPES
 from . import INSTALLATION
 
-# Makes the Sparsifier of a difference x - base; None for parameters that are left to mergekit.
+# Makes the Sparsifier of a difference x - base; returns None for parameters that mergekit should handle.
 Rule = Callable[[Tensor, Tensor | None], Sparsifier | None]
 
 DEVICES = ("cpu", "cuda")
 RULE_PARAMETERS = ("density", "gamma", "epsilon")
-SMALLEST_NORM = 1e-7  # below it mergekit does not rescale
+SMALLEST_NORM = 1e-7  # mergekit does not rescale below it
 
 
 # --- which elements survive: one rule per sparsifier ----------------------------------------------------------
@@ -41,12 +41,12 @@ def _keep_middle(x: Tensor, base: Tensor | None, density: float, gamma: float) -
     if not (density >= 0 and gamma >= 0):
         return None
     keep, drop = int(density * x.numel()), int(gamma * x.numel())
-    reach = min(x.numel(), keep + drop)  # mergekit drops fewer outliers rather than keep fewer elements
+    reach = min(x.numel(), keep + drop)  # mergekit prefers dropping fewer outliers to keeping fewer elements
     return _between(x, base, reach, reach - keep)
 
 
 def _between(x: Tensor, base: Tensor | None, reach: int, drop: int) -> Sparsifier:
-    """Keep the `reach` largest magnitudes but for the `drop` largest."""
+    """Keep the `reach` largest magnitudes, except the `drop` largest."""
     INSTALLATION.count("magnitude_select")
     if drop == 0:
         return Sparsifier(largest=magnitude_select(x, reach, base=base))
@@ -184,12 +184,12 @@ def _sparsifier(x: Tensor, base: Tensor, method: str, own: dict[str, float], res
 
 
 def zeros_like(tensor: Tensor) -> Tensor:
-    """Return zeros of the tensor's shape, of which one row stands for all."""
+    """Return zeros of the tensor's shape, expanded from one row."""
     return tensor.new_zeros(tensor.shape[-1:]).expand_as(tensor)
 
 
 def accepted(*tensors: Tensor) -> bool:
-    """Whether our kernels take these tensors; they have no gradients."""
+    """Whether our kernels support these tensors; they have no gradients."""
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return not differentiated and all(
         tensor.dtype in FLOAT_DTYPES and tensor.device.type in DEVICES and tensor.numel() > 0 for tensor in tensors

@@ -54,7 +54,7 @@ class RegisteredMethod(GroupMergeMethod):
 
 
 def _parameters(method: Method) -> tuple[ParameterSpec, ...]:
-    """Describe every key that our recipes accept; lists have no form in mergekit, whose lists are gradients."""
+    """Describe every key that our recipes accept, except lists: in mergekit a list is a gradient."""
     schema = method.parameters
     per_model = ParameterScope.NON_BASE if method.needs_base else ParameterScope.INPUT
     specs = []
@@ -64,7 +64,7 @@ def _parameters(method: Method) -> tuple[ParameterSpec, ...]:
             number, default = get_args(info.annotation)[0], info.default[0]
             specs.append(ParameterSpec(key, number, per_model, default, info.description))
         elif get_origin(info.annotation) is not list:
-            # None: our own default, so that of two names for one parameter only the given one counts.
+            # None means our own default, so that of two names for one parameter only the given one counts.
             specs.append(ParameterSpec(key, _optional(info), ParameterScope.SHARED, None, info.description))
     return tuple(specs)
 

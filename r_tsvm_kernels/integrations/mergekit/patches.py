@@ -1,4 +1,4 @@
-"""What an installation changes in mergekit, and how that is undone."""
+"""The changes that an installation makes in mergekit, and their reversal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
 
 
 class Patches:
-    """Our methods in mergekit's registry, and our functions in place of mergekit's."""
+    """Adds our methods to mergekit's registry, and replaces its functions by ours."""
 
     def __init__(self, accelerate: bool) -> None:
         self._replacements = Replacements(
@@ -48,7 +48,7 @@ class Patches:
             register(RegisteredMethod(method))
 
     def undo(self) -> None:
-        """Restore mergekit as it was."""
+        """Remove our methods, and restore mergekit's functions."""
         self._replacements.undo()
         for method in self._methods:
-            registry._METHODS.pop(method.name, None)  # there is no public way
+            registry._METHODS.pop(method.name, None)  # no public function does this

@@ -1,4 +1,4 @@
-"""mergekit's SCE on our kernels: exact counts, variances and weights in float64, no task vector stored."""
+"""mergekit's SCE with our kernels: exact counts, variances and weights in float64, without storing task vectors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ...ops import task_spread
 from . import INSTALLATION
 from .kernels import accepted
 
-SMALLEST_SQUARES = 1e-6  # of all task vectors; below it mergekit weighs them alike
+SMALLEST_SQUARES = 1e-6  # of all task vectors; mergekit gives them equal weights below it
 SMALLEST_DIVISOR = 1e-6
 
 
 def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -> Tensor | None:
-    """Select by variance, weigh by squares, erase minority signs. None for what is left to mergekit."""
+    """Select by variance, weight by squares, erase minority signs. None for inputs that mergekit should handle."""
     tuned = [entry.tensor for entry in group.non_base]
     base: Tensor = group.base.tensor
     if not tuned or not accepted(base, *tuned):
@@ -26,7 +26,7 @@ def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -
         spread = task_spread(base, tuned)
         keep = int(spread.count_nonzero() * select_topk) if select_topk > 0 else 0
         if keep == 0:
-            return None  # nothing to do: the base
+            return None  # nothing is selected: mergekit returns the base
         INSTALLATION.count("magnitude_select")
         selected = largest(spread, keep)
     squares = torch.tensor(squared_norms(base, tuned, selected), dtype=torch.float64) / base.numel()
@@ -35,6 +35,6 @@ def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -
         return None
     shares = squares / total if total >= SMALLEST_SQUARES else torch.full_like(squares, 1 / len(tuned))
     if bool(((shares > 0) & (shares < SMALLEST_DIVISOR)).any()):
-        return None  # mergekit divides by no less
+        return None  # mergekit raises such divisors
     INSTALLATION.count("sce")
     return add_erased_mean(base, tuned, selected, shares.tolist()).to(base.dtype)

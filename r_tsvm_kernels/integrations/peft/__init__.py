@@ -1,7 +1,7 @@
-"""LoRA adapters combined as PEFT does, without the dense matrices where there need be none.
+"""Combine LoRA adapters as PEFT does, without forming dense matrices unless they are needed.
 
-`combine_adapters` takes state dicts and needs neither PEFT nor a model. `install` puts ``model.add_weighted_adapter``
-of PEFT on our kernels.
+`combine_adapters` takes state dicts and needs neither PEFT nor a model. `install` makes PEFT's
+``model.add_weighted_adapter`` use our kernels.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ INSTALLATION = Installation("peft", ["0.21.2"], _patch)
 
 
 def install() -> None:
-    """Put ``LoraModel.add_weighted_adapter`` on our kernels, for the combination types that end in ``svd``.
+    """Make ``LoraModel.add_weighted_adapter`` use our kernels, for the combination types that end in ``svd``.
 
-    Arguments and results are PEFT's, to rounding: ``svd`` from thin QRs and a small core, the others with our pruning
-    and election and a truncated SVD. The first of equal magnitudes are kept, random masks follow torch's seed but are
-    other draws than PEFT's, and adapters in half precision are combined without being rounded to it. Linear layers,
-    embeddings and 2-D convolutions without groups are ours; quantised and tensor-parallel layers, factors that are
-    clamped or not finite are left to PEFT.
+    Arguments stay PEFT's, and results agree with PEFT's up to rounding: ``svd`` takes thin QRs and a small core, the
+    others our pruning and election and a truncated SVD. Three things differ: of equal magnitudes the first are kept;
+    random masks follow torch's seed but differ from PEFT's; and adapters in half precision are combined without
+    rounding to it. We handle linear layers, embeddings and 2-D convolutions without groups. PEFT itself handles
+    quantised and tensor-parallel layers, and factors that are clamped or not finite.
 
-    For every combination type, ours and PEFT's own, ``add_weighted_adapter`` gets right what PEFT 0.21.2 gets wrong:
-    combined rsLoRA adapters have the scaling 1 that their factors are made for, and a module that one adapter has in
-    `modules_to_save` is that of the result. Adapters that are more than products of factors (DoRA, `lora_bias`, PiSSA,
-    ...) it refuses with `AdapterRefusedError`, and another number of weights than adapters with `ConfigError`, before
-    the model is changed; PEFT combines a part of them.
+    For every combination type, ``add_weighted_adapter`` then corrects two errors of PEFT 0.21.2: combined rsLoRA
+    adapters get the scaling 1, which their factors are made for; and the result takes over a module that one adapter
+    has in `modules_to_save`. It also refuses, before it changes the model, adapters that are more than products of
+    factors (DoRA, `lora_bias`, PiSSA, ...) with `AdapterRefusedError`, and a wrong number of weights with
+    `ConfigError`. PEFT silently combines a part of them.
 
     Warns once if the version of PEFT was never tested.
 
@@ -50,10 +50,10 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Restore PEFT as it was. Without an installation nothing happens."""
+    """Undo `install`. Does nothing if nothing is installed."""
     INSTALLATION.uninstall()
 
 
 def calls() -> dict[str, int]:
-    """Return how many layers were combined by each type in this process, and how many were left to PEFT."""
+    """Return how many layers were combined by each type in this process, and how many PEFT combined itself."""
     return INSTALLATION.calls()

@@ -1,4 +1,4 @@
-"""Our way of combining adapters in place of PEFT's."""
+"""Replaces PEFT's combination of adapters by ours."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..installation import Replacements, falling_back
 from . import INSTALLATION
 from .updates import RULES, combined_triplets
 
-# What users call; and the one place where PEFT forms dense updates and decomposes them.
+# The method that users call, and the one in which PEFT forms dense updates and decomposes them.
 ENTRANCE = "add_weighted_adapter"
 METHOD = "_svd_generalized_task_arithmetic_weighted_adapter"
 LEFT_TO_PEFT = "left to PEFT"
 
-# Layers whose update is `scaling * B @ A`, as far as they have not changed how they form it.
+# Layers whose update is `scaling * B @ A`, unless they override how it is formed.
 _PRODUCTS = (Linear, Embedding, Conv2d)
 _DEVICES = ("cpu", "cuda")
 
@@ -43,17 +43,18 @@ def patch() -> Replacements:
 
 
 def _refuse_partial_adapters(original: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that refuses adapters of which PEFT combines a part alone, and gives the result scaling 1.
+    """Return a function that refuses adapters that PEFT would combine only in part, and gives the result scaling 1.
 
-    PEFT combines nothing but the factors. Of DoRA it loses the magnitudes, of `lora_bias` the biases; an rsLoRA adapter
-    lends the result its scaling, ``sqrt(rank)`` in place of 1; and of `modules_to_save` the result gets the base's.
+    PEFT combines only the factors. It loses the magnitudes of DoRA and the biases of `lora_bias`. With an rsLoRA
+    adapter, the result gets the scaling ``sqrt(rank)`` instead of 1. For `modules_to_save` the result gets the base's
+    modules.
     """
 
     @wraps(original)
     def run(
         model: LoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **named: Any
     ) -> None:
-        new = adapter_name not in model.peft_config  # PEFT leaves one that is there as it is
+        new = adapter_name not in model.peft_config  # PEFT does not change an existing adapter
         if new and len(weights) != len(adapters):
             raise ConfigError(f"{len(adapters)} adapters but {len(weights)} weights; give one weight for each")
         for name in adapters:
@@ -77,7 +78,7 @@ def _scale_by_one(model: LoraModel, adapter: str) -> None:
 
 
 def _take_saved_modules(model: LoraModel, adapters: Sequence[str], new: str) -> None:
-    """Give the result the modules that an adapter has in place of the base's; PEFT refuses two of one module."""
+    """Give the result the modules that an adapter replaces in the base; PEFT refuses two for the same one."""
     found = {name for adapter in adapters for name in model.peft_config[adapter].modules_to_save or ()}
     model.peft_config[new].modules_to_save = sorted(found) or None
     for wrapper in model.modules():
@@ -103,12 +104,12 @@ def combined_factors(
     full_matrices: bool = True,
     driver: str | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return lora_A and lora_B of the combined adapter in one layer; None for what is left to PEFT.
+    """Return lora_A and lora_B of the combined adapter in one layer; None for layers that PEFT should handle.
 
-    The signature is that of PEFT's method. Like PEFT's the result is float32, float64 if the factors are, and its
-    singular values are in lora_B; `full_matrices` and `driver` have no meaning here.
+    The signature is that of PEFT's method. As with PEFT the result is float32 (float64 if the factors are), and its
+    singular values are in lora_B. `full_matrices` and `driver` are ignored.
     """
-    # Clamped factors depend on the signs of singular vectors, which are arbitrary: they have to be PEFT's.
+    # Clamped factors depend on the arbitrary signs of singular vectors, so PEFT must compute them.
     if clamp is not None or not _defined(combination_type, weights, density, majority_sign_method):
         return None
     owned = [(name, float(weight)) for name, weight in zip(adapters, weights, strict=False) if _has(target, name)]
@@ -128,7 +129,7 @@ def combined_factors(
         seed=int(torch.randint(2**63 - 1, ())),  # torch.manual_seed decides, as in PEFT
     )
     dtype = torch.promote_types(target_lora_A.dtype, torch.float32)
-    # The numerical rank may be smaller than the new one: the rest stays zero.
+    # The numerical rank may be smaller than the new rank; the rest stays zero.
     A, B = (torch.zeros(factor.shape, dtype=dtype, device=factor.device) for factor in (target_lora_A, target_lora_B))
     A.flatten(1)[: len(values)] = Vh
     B.flatten(1)[:, : len(values)] = U * values
@@ -137,7 +138,7 @@ def combined_factors(
 
 
 def _defined(combination_type: str, weights: Sequence[float], density: float | None, majority: Any) -> bool:
-    """Whether the arguments make sense; PEFT says what is wrong with others."""
+    """Whether the arguments are valid; PEFT reports what is wrong with others."""
     if combination_type not in RULES or not all(math.isfinite(weight) for weight in weights):
         return False
     rule = RULES[combination_type]
@@ -153,7 +154,7 @@ def _has(target: LoraLayer, adapter: str) -> bool:
 
 
 def _update(target: LoraLayer, adapter: str) -> Factored | None:
-    """Return the update of a layer; None if it is of a kind we do not know to be a product.
+    """Return the update of a layer; None if we do not know that this kind of layer has a product.
 
     Raises:
         NonFiniteError: a factor holds NaN or infinity.
@@ -166,7 +167,7 @@ def _update(target: LoraLayer, adapter: str) -> Factored | None:
         A, B = target.lora_A[adapter].weight.detach(), target.lora_B[adapter].weight.detach()
     else:
         A, B = target.lora_embedding_A[adapter].detach(), target.lora_embedding_B[adapter].detach()
-    # Of a convolution: A has the kernel, B is 1 x 1.
+    # In a convolution, A has the kernel and B is 1 x 1.
     A, B = A.flatten(1), B.flatten(1)
     if any(type(factor) is not Tensor or factor.device.type not in _DEVICES for factor in (A, B)):
         return None

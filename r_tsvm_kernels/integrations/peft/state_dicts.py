@@ -1,4 +1,4 @@
-"""Adapters combined from their state dicts: no model is loaded, PEFT need not be installed."""
+"""Combine adapters given as state dicts, without a model and without PEFT."""
 
 from __future__ import annotations
 
@@ -44,33 +44,34 @@ def combine_adapters(
 
     - ``svd``: ``sum(w_t D_t)``, cut to `rank`; exact, and never formed.
     - ``linear``: PEFT's approximation ``(sum(b_t B_t)) @ (sum(a_t A_t))`` with ``b_t = sqrt(abs(w_t scaling_t))`` and
-      a_t likewise with the sign of ``w_t scaling_t``; adapters of one rank only. It has cross terms: prefer ``svd``.
-    - ``magnitude_prune_svd``, ``ties_svd``, ``dare_linear_svd``, ``dare_ties_svd``: every D_t is pruned, by magnitude
-      or at random, before the sum or the disjoint mean of the updates with the elected sign; cut to `rank`.
+      ``a_t = sign(w_t scaling_t) b_t``; adapters of one rank only. It has cross terms: prefer ``svd``.
+    - ``magnitude_prune_svd``, ``ties_svd``, ``dare_linear_svd``, ``dare_ties_svd``: prune every D_t, by magnitude or at
+      random, then take the sum, or the disjoint mean of the updates with the elected sign; cut to `rank`.
     - ``tsvm``: TSV-Merge of the updates (Gargiulo et al., CVPR 2025), cores weighted by w_t; never formed.
 
-    A module that an adapter lacks takes no part there. Results of the types that PEFT has are those of its
-    ``add_weighted_adapter`` (0.21.2), to rounding; see `install` for what differs.
+    If an adapter lacks a module, it does not take part in that module. For PEFT's own types the results are those of
+    its ``add_weighted_adapter`` (0.21.2), up to rounding; see `install` for the differences.
 
     Args:
         adapters: T state dicts as ``adapter_model.safetensors`` holds them; any float dtypes, one device.
         configs: T configurations as ``adapter_config.json`` holds them, or PEFT's ``LoraConfig.to_dict()``.
         weights: T finite numbers of any sign; None means 1.
         combination_type: one of `COMBINATION_TYPES`.
-        rank: of the new adapter; None means the largest rank of the adapters, for ``tsvm`` the exact merge.
-        density: share of the elements that survives pruning, in (0, 1]; for the types that prune.
+        rank: rank of the new adapter; None means the largest rank of the adapters, or for ``tsvm`` the exact merge.
+        density: fraction of the elements that pruning keeps, in (0, 1]; for the types that prune.
         majority_sign_method: sign election of the ``ties`` types: by sum (``total``) or by number (``frequency``).
-        seed: of the random masks of the ``dare`` types; every module has masks of its own.
+        seed: seed of the random masks of the ``dare`` types; each module has its own masks.
         dtype: of the new factors; None means the widest of the given ones.
 
     Returns:
         State dict and configuration of the new adapter, for ``save_file`` and ``json.dump`` or PEFT's ``LoraConfig``.
-        The scaling is 1; each factor has the roots of the singular values; modules that come out zero are left out.
+        The scaling is 1, each factor has the square roots of the singular values, and modules with an update of zero
+        are left out.
 
     Raises:
-        ConfigError: arguments that make no sense, or adapters of several ranks for ``linear``.
-        AdapterRefusedError, CheckpointError: an adapter is damaged or of a kind that is not supported; or nothing is
-            left.
+        ConfigError: invalid arguments, or adapters of several ranks for ``linear``.
+        AdapterRefusedError, CheckpointError: an adapter is damaged or of a kind that is not supported, or all updates
+            cancel out.
         ShapeError: the adapters do not belong to one base.
         NonFiniteError, ConvergenceError: the values cannot be combined.
     """

@@ -1,4 +1,4 @@
-"""The updates of one module, combined as PEFT's ``add_weighted_adapter`` does, and cut to a rank."""
+"""Combine the updates of one module as PEFT's ``add_weighted_adapter`` does, and cut the result to a rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MajoritySign = Literal["total", "frequency"]
 
 
 class Rule(NamedTuple):
-    """What a combination type does before the SVD."""
+    """The steps of a combination type before the SVD."""
 
     prune: Literal["none", "magnitude", "random"]
     elect: bool
@@ -30,7 +30,7 @@ RULES: dict[str, Rule] = {
     "dare_ties_svd": Rule("random", elect=True),
 }
 _ELECTIONS: dict[str, Literal["sum", "count"]] = {"total": "sum", "frequency": "count"}
-# Elements that an election in torch works on at a time.
+# Number of elements that an election in torch processes at a time.
 _TILE = 1 << 20
 
 
@@ -46,15 +46,15 @@ def combined_triplets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular triplets of the combined updates: U (m, k), values (k,), Vh (k, n), float64.
 
-    A weighted sum stays factored: two thin QRs and the SVD of a core. Where elements are pruned or signs elected the
-    result is no product of thin matrices: it is formed in float32 (float64 if a factor is), T + 1 matrices at a time.
+    A weighted sum stays factored: two thin QRs and the SVD of a core. After pruning or an election the result is not a
+    product of thin matrices. It is then formed in float32 (float64 if a factor is), with T + 1 matrices in memory.
 
     Args:
         matrices: T updates (m, n).
         weights: T finite numbers.
         combination_type: a key of `RULES`.
-        rank: k is at most this; smaller where the numerical rank is.
-        density: share of the elements that survive pruning, >= 0, for random pruning > 0; from 1 on nothing is pruned.
+        rank: upper limit of k; the numerical rank is another.
+        density: fraction of the elements that pruning keeps, >= 0, for random pruning > 0; from 1 on nothing is pruned.
         majority_sign_method: how the sign is elected, before weights apply: ``total`` (sum) or ``frequency`` (count).
         seed: of the random masks.
 
@@ -70,7 +70,7 @@ def combined_triplets(
     merged = _pruned_and_summed(
         [matrix.dense() for matrix in matrices], weights, rule, density, majority_sign_method, seed
     )
-    # What pruning leaves of the updates' directions stands out from the noise that it makes.
+    # After pruning, the directions of the updates are still stronger than the noise that pruning adds.
     few = subspace_iteration(merged, limit, max(limit, sum(matrix.left.shape[1] for matrix in matrices)))
     if few is not None:
         return few
@@ -83,7 +83,7 @@ def _pruned_and_summed(
     updates: Sequence[Tensor], weights: Sequence[float], rule: Rule, density: float, majority: MajoritySign, seed: int
 ) -> Tensor:
     sparsifiers = [_sparsifier(update, rule, density, seed, task) for task, update in enumerate(updates)]
-    zeros = updates[0].new_zeros(updates[0].shape[-1:]).expand_as(updates[0])  # one row stands for all
+    zeros = updates[0].new_zeros(updates[0].shape[-1:]).expand_as(updates[0])  # expanded from one row
     if not rule.elect:
         return elect_and_sum(zeros, updates, weights, sparsifiers=sparsifiers)
     if len(set(weights)) == 1:
@@ -107,7 +107,7 @@ def _sparsifier(update: Tensor, rule: Rule, density: float, seed: int, task: int
 def _disjoint_mean(updates: Sequence[Tensor], weights: Sequence[float], majority: MajoritySign) -> Tensor:
     """Average the updates that have the elected sign, as PEFT does: weights apply to the sum, not to votes or divisor.
 
-    `elect_and_sum` weights all three; with equal weights it comes to the same.
+    `elect_and_sum` weights all three; with equal weights the result is the same.
     """
     merged = torch.empty_like(updates[0])
     rows = max(1, _TILE // max(1, merged.shape[1]))
