@@ -18,6 +18,7 @@ from . import Sparsifier, least_divisor
 from .ranked import rank_tables
 
 BLOCK = 1024
+GROUP = 4  # tasks between which the compiler may move work
 
 
 @triton.jit
@@ -42,14 +43,14 @@ def tie_kernel(
 @triton.jit
 def elect_and_sum_kernel(
     base_ptr, tuned_ptrs, numbers_ptr, thresholds_ptr, ties_ptr, ties_before_ptr, draws_ptr,
-    ranks_ptrs, rank_thresholds_ptrs, rank_factors_ptrs, mask_ptrs, out_ptr, numel,
+    ranks_ptrs, rank_thresholds_ptrs, rank_factors_ptrs, mask_ptrs, out_ptr, numel, tasks,
     SELECTIONS: tl.constexpr, DRAWN: tl.constexpr, ELECT: tl.constexpr, NORMALIZE: tl.constexpr,
-    REAL: tl.constexpr, BLOCK: tl.constexpr,
+    REAL: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out = base + alpha combined``, see `elect_and_sum`.
 
     `tuned_ptrs` has one pointer per task; `numbers_ptr` points to float64: alpha, the least divisor, then
-    factor and weight of each task.
+    factor and weight of each task. `tasks` is the number of pointers.
     SELECTIONS names for each task the selections of its largest elements and of its outliers, or -1 (a tuple with None
     in it is more than some versions of Triton take):
     `thresholds_ptr` and `ties_ptr` hold one number for each, `ties_before_ptr` (selections, blocks) how many magnitudes
@@ -67,50 +68,53 @@ def elect_and_sum_kernel(
     negative = tl.zeros((BLOCK,), REAL)
     positive_weight = tl.zeros((BLOCK,), REAL)
     negative_weight = tl.zeros((BLOCK,), REAL)
-    for t in tl.static_range(len(tuned_ptrs)):
-        if t % 4 == 3:
-            tl.debug_barrier()  # the loads of many tasks ahead do not fit into the registers
-        delta = load(tuned_ptrs[t], offsets, inside, REAL) - start
-        survives = inside
-        for side in tl.static_range(2):
-            if SELECTIONS[t][side] >= 0:
-                chosen = selected(
-                    tl.abs(delta), inside, thresholds_ptr + SELECTIONS[t][side], ties_ptr + SELECTIONS[t][side],
-                    ties_before_ptr + SELECTIONS[t][side] * blocks + block,
-                )  # fmt: skip
-                survives = survives & (chosen == (side == 0))
-        factor_ptr = numbers_ptr + 2 + 2 * t
-        if DRAWN[t]:
-            limit_ptr = draws_ptr + 3 * t
-            words = random_words(block, tl.load(limit_ptr + 1), tl.load(limit_ptr + 2), BLOCK)
-            if ranks_ptrs[t] is not None:
-                rank = tl.load(ranks_ptrs[t] + offsets, mask=inside, other=0)  # (BLOCK,)
-                limit_ptr, factor_ptr = rank_thresholds_ptrs[t] + rank, rank_factors_ptrs[t] + rank
-            survives = survives & (words.to(tl.int64) < tl.load(limit_ptr))
-        if mask_ptrs[t] is not None:
-            survives = survives & (tl.load(mask_ptrs[t] + offsets, mask=inside, other=0) != 0)
-        survivor = tl.where(survives, delta, 0.0)
-        factor = tl.load(factor_ptr)
-        vector = factor.to(REAL) * survivor
-        if ELECT == "none":
-            positive += vector
-        else:
-            voter = survivor if ELECT == "unweighted" else vector
-            if ELECT == "count":
-                vote = (voter > 0).to(tl.float64) - (voter < 0).to(tl.float64)
-            elif ELECT == "unweighted":
-                vote = survivor.to(tl.float64)
-            else:
-                vote = factor * survivor.to(tl.float64)
-            # 2^-39 is exact in every format, unlike AGAINST of the reference; the product is exact, too.
-            votes += tl.where(vote < 0, vote - vote * 1.8189894035458565e-12, vote)
-            # NaN is on both sides, so that it never disappears.
-            positive += tl.where(voter < 0, 0.0, vector)
-            negative += tl.where(voter > 0, 0.0, vector)
-            if NORMALIZE:
-                weight = tl.load(numbers_ptr + 3 + 2 * t).to(REAL)
-                positive_weight += tl.where((voter < 0) | (voter == 0), 0.0, weight)
-                negative_weight += tl.where((voter > 0) | (voter == 0), 0.0, weight)
+    for first in tl.static_range(0, len(tuned_ptrs), GROUP):
+        # Always true, but only at run time: no work moves from one group to the next. In one piece, the terms of many
+        # tasks wait for their sums in more registers than there are.
+        if tasks > first:
+            for t in tl.static_range(first, first + GROUP):
+                if t < len(tuned_ptrs):
+                    delta = load(tuned_ptrs[t], offsets, inside, REAL) - start
+                    survives = inside
+                    for side in tl.static_range(2):
+                        if SELECTIONS[t][side] >= 0:
+                            chosen = selected(
+                                tl.abs(delta), inside, thresholds_ptr + SELECTIONS[t][side],
+                                ties_ptr + SELECTIONS[t][side], ties_before_ptr + SELECTIONS[t][side] * blocks + block,
+                            )  # fmt: skip
+                            survives = survives & (chosen == (side == 0))
+                    factor_ptr = numbers_ptr + 2 + 2 * t
+                    if DRAWN[t]:
+                        limit_ptr = draws_ptr + 3 * t
+                        words = random_words(block, tl.load(limit_ptr + 1), tl.load(limit_ptr + 2), BLOCK)
+                        if ranks_ptrs[t] is not None:
+                            rank = tl.load(ranks_ptrs[t] + offsets, mask=inside, other=0)  # (BLOCK,)
+                            limit_ptr, factor_ptr = rank_thresholds_ptrs[t] + rank, rank_factors_ptrs[t] + rank
+                        survives = survives & (words.to(tl.int64) < tl.load(limit_ptr))
+                    if mask_ptrs[t] is not None:
+                        survives = survives & (tl.load(mask_ptrs[t] + offsets, mask=inside, other=0) != 0)
+                    survivor = tl.where(survives, delta, 0.0)
+                    factor = tl.load(factor_ptr)
+                    vector = factor.to(REAL) * survivor
+                    if ELECT == "none":
+                        positive += vector
+                    else:
+                        voter = survivor if ELECT == "unweighted" else vector
+                        if ELECT == "count":
+                            vote = (voter > 0).to(tl.float64) - (voter < 0).to(tl.float64)
+                        elif ELECT == "unweighted":
+                            vote = survivor.to(tl.float64)
+                        else:
+                            vote = factor * survivor.to(tl.float64)
+                        # 2^-39 is exact in every format, unlike AGAINST of the reference; the product is exact, too.
+                        votes += tl.where(vote < 0, vote - vote * 1.8189894035458565e-12, vote)
+                        # NaN is on both sides, so that it never disappears.
+                        positive += tl.where(voter < 0, 0.0, vector)
+                        negative += tl.where(voter > 0, 0.0, vector)
+                        if NORMALIZE:
+                            weight = tl.load(numbers_ptr + 3 + 2 * t).to(REAL)
+                            positive_weight += tl.where((voter < 0) | (voter == 0), 0.0, weight)
+                            negative_weight += tl.where((voter > 0) | (voter == 0), 0.0, weight)
     combined = positive
     if ELECT != "none":
         combined = tl.where(votes >= 0, positive, negative)
@@ -168,8 +172,8 @@ def run(
             tie_kernel[grid](origin, tensors, thresholds, ties_in, numel, places, real, BLOCK, **LAUNCH)
             ties_before = ties_in.cumsum(1) - ties_in
         elect_and_sum_kernel[grid](
-            origin, tensors, scalars, thresholds, ties, ties_before, sampled, *ranked, masks, out, numel,
-            places, drawn, elect, normalize, real, BLOCK, **LAUNCH,
+            origin, tensors, scalars, thresholds, ties, ties_before, sampled, *ranked, masks, out, numel, len(tensors),
+            places, drawn, elect, normalize, real, GROUP, BLOCK, **LAUNCH,
         )  # fmt: skip
     return out
 
