@@ -1,6 +1,7 @@
 """Fast, exact kernels for merging fine-tuned models: R-TSVM, TSV-Merge and their family.
 
-Importing this package is light: torch is loaded when a function is first used, and a GPU when a tensor is on it.
+Importing this package is fast: torch is loaded when a function is first used, and a GPU is initialised when a tensor is
+on it.
 """
 
 from __future__ import annotations

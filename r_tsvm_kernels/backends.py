@@ -1,4 +1,4 @@
-"""What this machine can run, and why not: probed on first use, never at import."""
+"""Which backends this machine can run, and why others cannot: probed on first use, never at import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BUILD_INFO = Path(__file__).with_name("_build_info.json")
 
 
 def build_info() -> dict[str, str]:
-    """What the build did with each native module (``cpu``, ``cuda``) and which compilers it used; empty if unknown."""
+    """Return the outcome of the build of each native module, and the compilers; empty if unknown."""
     try:
         info: dict[str, str] = json.loads(_BUILD_INFO.read_text())
     except (OSError, ValueError):
@@ -24,7 +24,7 @@ def build_info() -> dict[str, str]:
 
 @lru_cache
 def state(backend: str) -> str:
-    """Say ``"ready"``, or why `backend` (``torch``, ``cpu``, ``cuda``, ``triton``) cannot run on this machine."""
+    """Return ``"ready"``, or why `backend` (``torch``, ``cpu``, ``cuda``, ``triton``) cannot run on this machine."""
     if backend == "torch":
         return READY
     if backend == "cpu":
@@ -47,7 +47,7 @@ def state(backend: str) -> str:
 
 
 def triton_interpreter_state() -> str:
-    """Say ``"ready"``, or why Triton kernels cannot run on CPU tensors: only Triton's interpreter can, if it is on."""
+    """Return ``"ready"``, or why Triton kernels cannot run on CPU tensors, which needs Triton's interpreter."""
     installed = triton_state()
     if installed == READY and os.environ.get("TRITON_INTERPRET") != "1":
         return "on the CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1"
@@ -73,7 +73,7 @@ def _extension_state(backend: str) -> str:
 
 @lru_cache
 def triton_state() -> str:
-    """Say ``"ready"``, or why triton itself, which compiles for a GPU without having one, cannot be used."""
+    """Return ``"ready"``, or why triton cannot be used to compile, which needs no GPU."""
     try:
         import triton
     except ImportError as error:

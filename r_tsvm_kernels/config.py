@@ -447,7 +447,7 @@ def _with_models(data: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ConfigError(f"slices: {advice}; got {ranges}")
     own = {"models": [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]}
     parameters: dict[str, Any] = {}
-    for given in (data.get("parameters"), whole.get("parameters")):  # those of the slice go first
+    for given in (data.get("parameters"), whole.get("parameters")):  # those of the slice take precedence
         if not isinstance(given or {}, Mapping):
             raise ConfigError(f"parameters: expected a mapping of names to values, got {given!r}")
         parameters |= given or {}

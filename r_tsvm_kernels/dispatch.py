@@ -1,9 +1,9 @@
 """Which implementation of an op runs. The only file that decides.
 
 Each op describes itself where it is defined: `ops/<op>/__init__.py` decorates the public function with `op`. A backend
-asked for by name runs or raises; only the automatic choice moves on to the next one. The choice depends on the device
-of the tensors, on the order of the op's backends and on what is installed, on nothing else. Triton's interpreter, for
-tests, takes tensors on the CPU; it must be asked for by name.
+asked for by name runs or raises; only the automatic choice moves on to the next one. The choice depends only on the
+device of the tensors, the order of the op's backends and the installed software. Triton's interpreter, for tests, takes
+tensors on the CPU; it must be asked for by name.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class Op(Generic[Arguments, Result]):
         self.small = small
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """Run the op; its own docstring says what it takes and returns."""
+        """Run the op; see its own docstring."""
         return self._function(*args, **kwargs)
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Every backend that has the op, on whatever device."""
+        """Every backend that has the op, on any device."""
         return tuple(name for name in MODULE if any(name in names for names in self.order.values()))
 
     def __repr__(self) -> str:
@@ -78,7 +78,7 @@ class Op(Generic[Arguments, Result]):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name):
-            """Return what the op's folder holds: the op stands where Python would look for the package."""
+            """Return a module of the op's folder, because the op hides the package of that name."""
             if name.startswith("__"):
                 raise AttributeError(name)
             package = import_module(self.__module__)
@@ -133,7 +133,7 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
     """Force backends inside a ``with`` block.
 
     Args:
-        backend: for every op that has it, on whatever device; the other ops choose as ever. None forces nothing.
+        backend: for every op that has it, on any device; other ops choose automatically. None forces nothing.
         per_op: for single ops, with precedence over `backend`: the keyword is the op, the value its backend.
 
     Raises:

@@ -19,7 +19,7 @@ class ConfigError(RtsvmError, ValueError):
 
 
 class ShapeError(RtsvmError, ValueError):
-    """Tensors have different shapes and must not."""
+    """Tensors have different shapes where equal ones are needed."""
 
 
 class DTypeError(RtsvmError, TypeError):

@@ -1,4 +1,4 @@
-"""Files among those of strangers: only regular ones are read, no link is written through, nothing is overwritten."""
+"""Safe access to files: read only regular ones, write through no link, overwrite nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
-# What file systems without hard links say.
+# Errors of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -32,7 +32,7 @@ def open_regular(path: str | Path) -> BufferedReader:
         OSError: missing, not readable, or not a regular file.
     """
     try:
-        _require_regular(Path(path).stat().st_mode)  # before it is opened, which alone can move a device
+        _require_regular(Path(path).stat().st_mode)  # before opening it, which alone can make a device act
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError as error:
         raise OSError(f"not a path: {error}") from error
@@ -59,15 +59,15 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is something at a path, which need not be one: a name may be too long, or hold a NUL."""
+    """Whether something exists at a path; False if the name is too long or holds a NUL."""
     return os.path.exists(path)  # noqa: PTH110  # Path.exists raises on such names
 
 
 def usable_path(path: str | Path) -> Path:
-    """Return a path of which the system can say what is there, if anything.
+    """Return the path; check that the system can look it up, whether or not something is there.
 
     Raises:
-        CheckpointError: it cannot: a name is too long or holds a NUL, links go round in a circle, a folder is closed.
+        CheckpointError: it cannot: a name is too long or holds a NUL, links form a circle, or a folder is not readable.
     """
     try:
         Path(path).stat()
@@ -81,7 +81,7 @@ def usable_path(path: str | Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, in UTF-8, and put it in its place in one step: a link of that name is replaced, not followed.
+    """Write a file in UTF-8, and move it into place in one step: a link of that name is replaced, not followed.
 
     Raises:
         OSError: the disk refused.
@@ -99,7 +99,7 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy the content of a regular file, as `write_text` writes.
 
     Raises:
-        CheckpointError: the source cannot be read, or is no regular file.
+        CheckpointError: the source cannot be read, or is not a regular file.
         OSError: the disk refused the copy.
     """
     try:
@@ -126,17 +126,17 @@ def _replaced(path: Path) -> Iterator[BufferedWriter]:
 
 
 def part_name(name: str) -> str:
-    """Return the name of a file while `write_text` writes it."""
+    """Return the temporary name under which `write_text` writes a file."""
     return f".{name}.new"
 
 
 def publish(source: Path, target: Path) -> None:
-    """Give what is finished its name, which nothing may have: for a folder it may be that of an empty folder.
+    """Move a finished file or folder to its name, which must be free; a folder may replace an empty one.
 
-    A file keeps its old name as well, where the file system has hard links.
+    If the file system has hard links, a file keeps its old name as well.
 
     Raises:
-        FileExistsError: something has that name, be it a link to nowhere.
+        FileExistsError: something has that name, possibly a dangling link.
         OSError: the disk refused.
     """
     if source.is_dir():
@@ -152,7 +152,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two names, neither of them a link, are of one file that exists."""
+    """Whether two names, neither of them a symbolic link, refer to the same existing file."""
     try:
         return os.path.samestat(one.lstat(), other.lstat())
     except OSError:

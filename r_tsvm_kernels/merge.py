@@ -173,7 +173,7 @@ def _run(
 
 
 def base_or_first(base: Any, tuned: Sequence[Any], config: MergeConfig) -> Any:
-    """Return the base; without one, the first model, whose form the result then has.
+    """Return the base, or without one the first model, whose shape and dtype the result then has.
 
     Raises:
         ConfigError: there is no base, and the method needs one.
@@ -269,7 +269,7 @@ def _checked_inputs(
 ) -> tuple[Tensor, list[Tensor | Factored]]:
     """Check that the inputs match and are finite, and round them to the config's dtype.
 
-    Unless `limit` is None, an input must not differ from the base by more than that, or than its dtype can hold.
+    Unless `limit` is None, differences from the base must not exceed `limit` or the range of their dtype.
     """
     check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=label, optional_base=True)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
@@ -347,7 +347,7 @@ def _check_difference(base: Tensor, tuned: Tensor, bound: float, limit: float, l
 
 
 def _distances(base: Tensor, others: Sequence[Tensor]) -> list[float]:
-    """Return the Frobenius norms of the differences from the base, in pieces: the reference would copy all."""
+    """Return the Frobenius norms of the differences from the base, in pieces, to avoid a copy of the whole tensor."""
     flat = [tensor.flatten() for tensor in (base, *others)]
     squares = torch.zeros(len(others), dtype=torch.float64)
     for first in range(0, base.numel(), _PIECE):

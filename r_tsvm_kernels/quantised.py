@@ -24,7 +24,7 @@ _MLX_KEY = "quantization"
 # Last parts of names that only packed weights have; some are one row, or 64-bit integers.
 _PACKED = re.compile(r"qweight|qzeros|q_weight|W_q|(?:.*_)?weight_packed|Qidxs(?:_\d+)?|dense_weights")
 
-# What a format stores beside a packed weight: by the last part of its name, that of the weight, and the format.
+# Tensors that formats store beside a packed weight: last part of their name, last part of the weight's, format.
 _BESIDE = {
     "scales": (("qweight", "GPTQ or AWQ"), ("weight", "MLX, or integers with scales")),
     "qzeros": (("qweight", "GPTQ or AWQ"),),
@@ -39,12 +39,12 @@ _BESIDE = {
     "q_scale": (("q_weight", "ExLlamaV2"),),
     "svh": (("trellis", "ExLlamaV3"),),
 }
-# The same where the name is that of the weight and a suffix: `gate_up_proj_scales` beside `gate_up_proj_blocks`.
+# The same for names that are the weight's with a suffix: `gate_up_proj_scales` beside `gate_up_proj_blocks`.
 _SUFFIXED = re.compile(r"(.+)_(?:scales?|scale_inv|scale_2|global_scale|zero_point|shape)")
 _SUFFIXES = (("", "8 bits with scales"), ("_blocks", "MXFP4"), ("_packed", "compressed-tensors"), ("_qdata", "torchao"))
-# The same where the name is that of the weight and one more part: `q_proj.weight.absmax`.
+# The same for names that are the weight's with one more part: `q_proj.weight.absmax`.
 _PARTS = re.compile(r"\.(?:(?:nested_)?(?:absmax|quant_map)|quant_state\.[^.]*)$")
-# The same where the weight has indices into a table: `q_proj.indices` beside `q_proj.centroids.weight`.
+# The same for weights with indices into a table: `q_proj.indices` beside `q_proj.centroids.weight`.
 _TABLE = re.compile(r"(.*\.|)((?:res_)?)centroids\.weight")
 
 
@@ -152,7 +152,7 @@ def _by_tensors(tensors: Mapping[str, Described]) -> str:
 def _is_packed(last: str, tensor: Described) -> bool:
     """Whether the last part of its name and its dtype show that a tensor is packed."""
     float8 = _is_float8(tensor.dtype)
-    if last == "weight":  # of integers: the scales may have any name
+    if last == "weight":  # for integers, the scales may have any name
         return may_be_packed(tensor) and not float8
     return bool(_PACKED.fullmatch(last) and tensor.shape) and (float8 or not tensor.dtype.is_floating_point)
 

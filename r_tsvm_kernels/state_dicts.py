@@ -49,7 +49,7 @@ class StateDictResult:
 
 
 def summary(reports: Mapping[str, TensorReport]) -> str:
-    """Return in a few words how many tensors were merged, how, and how accurately."""
+    """Return a short text: how many tensors were merged, how, and how accurately."""
     parts = [f"{len(reports)} tensors", *dict.fromkeys(report.method for report in reports.values())]
     for kind, words in (("mean", "by the mean task vector"), ("base", "the base's")):
         count = sum(report.treatment == kind for report in reports.values())
@@ -70,9 +70,9 @@ def merge_state_dicts(
 
     Tied tensors, which are copies of one another in the base and in every fine-tune (`tied_names`), are merged once,
     with one random mask, and stay tied: a copy gets the result of its original, and shares its memory if it does so in
-    the base. If the config has other parameters for its name, it is merged as a tensor of its own.
+    the base. If the config has other parameters for its name, it is merged separately.
 
-    Memory: the result is one more copy of the base; beside it, only one tensor is worked on at a time.
+    Memory: the result is one more copy of the base. Beside it, only one tensor is processed at a time.
 
     Args:
         base: state dict, as of ``model.state_dict()`` or ``dict(model.named_parameters())``, or a module, whose state
@@ -200,7 +200,7 @@ def merge_models(
 
 
 def _check_tied(name: str, value: Tensor, earlier: Tensor) -> None:
-    """Require that names that share one parameter have one value."""
+    """Require that all names of a shared parameter have the same value."""
     if value.dtype in FLOAT_DTYPES and value.numel() and not same_memory(value, earlier):
         raise ConfigError(
             f"{name} is a tied parameter of the base, but a fine-tune does not tie it or the config treats its names "
@@ -212,7 +212,7 @@ def _state_dict(given: object, label: str) -> dict[str, Tensor]:
     """Return a state dict of plain tensors, see `detached`.
 
     Raises:
-        DTypeError: it is neither a state dict nor a module, or holds what cannot be merged.
+        DTypeError: it is neither a state dict nor a module, or holds a value that cannot be merged.
         DeviceError: a tensor is on the meta device.
     """
     if isinstance(given, nn.Module):

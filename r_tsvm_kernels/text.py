@@ -24,7 +24,7 @@ def printable(text: object) -> str:
 
 def _escaped(char: str) -> str:
     code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python writes a byte of a path that is not UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # Python's form of a byte of a path that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return char.encode("unicode_escape").decode()
 

@@ -116,8 +116,8 @@ class Case:
         truth: computes the true values in float64, or integers.
         values: takes from a result the tensors that are compared with the truth.
         limit: largest relative error of a right result.
-        bytes: fewest bytes that can be read and written.
-        flops: fewest operations; 0 where bytes bound the speed.
+        bytes: least number of bytes that must be read and written.
+        flops: least number of operations; 0 if bytes bound the speed.
         ceiling: what bounds the speed.
         unavailable: backends that cannot run here, and why.
     """
@@ -142,7 +142,7 @@ def all_on(backend: str, device_type: str) -> Iterator[None]:
 
 
 def by_backend(ops: Sequence[str], call: Call, device: torch.device) -> tuple[list[Provider], dict[str, str]]:
-    """Return a provider for each backend that has one of the ops and can run, and why the others cannot."""
+    """Return a provider for each backend that has one of the ops and can run, and the reasons why others cannot."""
     found, unavailable = [], {}
     for backend in ("cpu", "cuda", "triton"):
         states = [dict(explain(op, device.type)).get(backend) for op in ops]

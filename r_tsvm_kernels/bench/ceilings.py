@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured in the run whose rates are compared with it."""
+"""Upper limits of the machine's speed, measured in the same run as the rates that are compared with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from .measure import Call, Stopwatch, interleaved
 from .results import Row, row
 
-# A GPU holds both copies; a CPU's caches do not.
+# Both copies fit into a GPU's memory, and not into a CPU's caches.
 COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 PRODUCT_SIZE = {"cpu": 1536, "cuda": 4096}
 ROUNDS = 5

@@ -90,7 +90,7 @@ def summary(changes: Sequence[Change], noise: float) -> str:
 
 
 def different_circumstances(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
-    """Return what differs between two runs besides the code: processor, threads, versions of torch."""
+    """Return the differences between two runs besides the code: processor, threads, versions of torch."""
     was, now = ({**rows[0]["machine"], "torch": rows[0]["versions"].get("torch")} for rows in (before, after))
     return [f"{name}: {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
 

@@ -57,11 +57,11 @@ def interleaved(
     stopwatch: Stopwatch | None = None,
     repeats: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Time the calls in turn, round by round, so that other load on the machine affects all of them alike.
+    """Time the calls in turn, round by round, so that other load on the machine affects all of them equally.
 
     Args:
         calls: by name; the caller has run each once already.
-        rounds: number of rounds; every call takes part in all of them.
+        rounds: number of rounds; every call runs in each of them.
         stopwatch: by default one of the CPU.
         repeats: calls per sample by name; 1 by default.
 
@@ -129,7 +129,7 @@ def peak_extra_bytes(call: Call, device: torch.device) -> tuple[Any, int | None]
 
 
 def _return_free_memory() -> None:
-    """Return freed memory to the system: a call that reuses it would seem to need none."""
+    """Return freed memory to the system, because a call that reuses it would seem to need none."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -147,7 +147,7 @@ def leaves(result: Any) -> list[Tensor]:
 def worst_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """Return the largest error of a tensor relative to its true value (Frobenius); integers must be equal.
 
-    Infinity where numbers, shapes or integers differ, or where a value is NaN.
+    Infinity if numbers, shapes or integers differ, or if a value is NaN.
     """
     if len(found) != len(truth):
         return float("inf")

@@ -45,8 +45,8 @@ ADAPTER_WEIGHTS = (1.0, 0.5, 0.25, 0.125)
 def operands(inputs: Inputs, method: str) -> tuple[Tensor, list[Tensor]]:
     """Return the base and the models of a merge by this method.
 
-    Task vectors that are orthogonal have nothing in common: Model Stock would return the base. Seen from one of the
-    fine-tunes, those of the others and of the weight are at 60 degrees.
+    For orthogonal task vectors Model Stock would return the base. With one of the fine-tunes as the base, the task
+    vectors of the others and of the weight are at 60 degrees to each other.
     """
     base, tuned = inputs.base, inputs.tuned
     if method == "model_stock":
@@ -198,7 +198,7 @@ def _(inputs: Inputs) -> Case:
 
 @benchmark("core_space: LoRA", "merges", "spectral")
 def _(inputs: Inputs) -> Case:
-    """With TSV-Merge of the cores, which shares out the sum of the ranks."""
+    """With TSV-Merge of the cores, which divides the sum of the ranks among the tasks."""
     ranks = [lora_set(inputs)[0].left.shape[1]] * inputs.tasks
     return _of_adapters(inputs, "core_space", lambda matrices: published.tsv_merge(matrices, ranks))
 

@@ -1,12 +1,13 @@
 """Other libraries' own functions for the same merges: providers of role ``peer``, where they are installed.
 
-Libraries are found without an import, and imported when they take part in a case. mergekit gets the weights in their
-dtype, in which it computes; FusionBench and PEFT get task vectors in float32, and forming them is timed, because it is
-part of ours.
+Libraries are found without an import, and imported when a case uses them. mergekit gets the weights in their dtype, in
+which it computes. FusionBench and PEFT get task vectors in float32; forming them is timed, because our functions form
+them too.
 
-A function is a peer only if its parameters mean the same as ours. mergekit's DELLA is none: it rescales all surviving
-elements by one factor; ours, as published, rescales each by its own probability. PEFT's DARE-TIES is none: it takes a
-mean, ours a sum. mergekit's SCE in float16 fails our check, rightly: the variances by which it selects are subnormal.
+A function is a peer only if its parameters mean the same as ours. mergekit's DELLA is not one: it rescales all
+surviving elements by one factor; ours, as published, rescales each by its own probability. PEFT's DARE-TIES is not one:
+it takes a mean, ours a sum. mergekit's SCE in float16 fails our check, rightly: the variances by which it selects are
+subnormal.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _fail(reason: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what a library prints and warns about out of our table."""
+    """Keep output and warnings of a library out of our table."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -192,7 +193,7 @@ def thresholds(name: str, numel: int) -> list[int]:
 
 # --- mergekit ------------------------------------------------------------------------------------------------------
 
-# Parameters beside those of our benchmark.
+# Parameters in addition to those of our benchmark.
 _WEIGHTED: dict[str, Any] = {"weight": 1.0}
 MERGEKIT: dict[str, dict[str, Any]] = {
     "linear": _WEIGHTED, "task_arithmetic": _WEIGHTED, "ties": _WEIGHTED, "dare_linear": _WEIGHTED,

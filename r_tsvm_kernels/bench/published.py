@@ -1,6 +1,6 @@
 """Spectral merges as they are published: by full SVDs. Slow, plain, and exact in float64.
 
-Written down from the papers; they are what ours is timed against, in float32, and checked against, in float64.
+Written from the papers. Our solvers are timed against them in float32, and checked against them in float64.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def svd(matrix: Tensor, driver: str | None = None) -> tuple[Tensor, Tensor, Tens
     """Return U, s, Vh of the reduced SVD, s falling; in float64 on a GPU, where it takes minutes, by `eigh`.
 
     `driver` is torch's, for a GPU: ``gesvd`` (QR), ``gesvdj`` (Jacobi); None leaves the choice to torch.
-    Float64 ones are truths, which are not timed, and several benchmarks ask for the same: the last few are remembered.
+    Float64 results are truths, which are not timed. Several benchmarks need the same ones, so the last few are cached.
     """
     return exact_svd(_ByValue(matrix)) if matrix.dtype == torch.float64 else _reduced(matrix, driver)
 

@@ -93,7 +93,7 @@ def row(
 
 
 def case_of(row: Row) -> Key:
-    """Return what identifies the case of a row: name, shape, dtype, options."""
+    """Return the fields that identify the case of a row: name, shape, dtype, options."""
     return row["name"], tuple(row["shape"] or ()), row["dtype"], json.dumps(row["options"], sort_keys=True)
 
 
@@ -145,8 +145,8 @@ def cpu_model() -> str:
 def source_hash(root: Path = PACKAGE.parent) -> str | None:
     """Return a hash of the code that is measured; None where the package was installed without its sources.
 
-    It covers `csrc` and the package but for what only measures or prints. Comments, docstrings and blank lines do not
-    count.
+    It covers `csrc` and the package, except modules that only measure or print. Comments, docstrings and blank lines do
+    not count.
     """
     native, package = root / "csrc", root / PACKAGE.name
     if not native.is_dir():
@@ -225,7 +225,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """Read a file of results.
 
     Raises:
-        ConfigError: there is none, it is no file of results, or a row misses a field.
+        ConfigError: the file is missing or not a file of results, or a row lacks a field.
     """
     try:
         report = json.loads(read_regular(path, _MOST_BYTES))

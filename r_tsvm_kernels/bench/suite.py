@@ -135,8 +135,8 @@ def run_case(name: str, case: Case, stopwatch: Stopwatch, ceilings: Mapping[str,
     Returns:
         By provider, rows of the metrics ``time``, ``speed-up`` (time of the reference, and of peers, / time, by
         rounds), ``share`` of the ceiling, ``memory`` besides inputs and result, and ``error``. All providers are timed
-        in the same rounds. A time that was not measured has notes: ``status`` is ``wrong``: too far from float64;
-        ``failed``: an exception; or ``unavailable``: it cannot run here; ``reason`` says why.
+        in the same rounds. A time that was not measured has notes: ``status`` is ``wrong`` (too far from float64),
+        ``failed`` (an exception) or ``unavailable`` (it cannot run here), and ``reason`` says why.
     """
     common = _described(name, case.inputs)
     providers = [p for p in case.providers if plan.compile or not p.compiles or case.inputs.device.type == "cuda"]
@@ -206,7 +206,7 @@ def _check(provider: Provider, case: Case, truth: Sequence[torch.Tensor], stopwa
         if any(tensor._version != version for tensor, version in untouched):
             return _Checked(0.0, error, None, "changes its inputs, which are those of all others, too")
         return _Checked(first, error, results[0][1], None)
-    except Exception as failure:  # a loss is a result, whatever compilers and libraries raise
+    except Exception as failure:  # compilers and libraries may raise anything; the failure is a result
         return _Checked(0.0, float("inf"), None, _reason(failure))
 
 

@@ -38,7 +38,7 @@ OF_OURS = ("speed-up", "share", "memory", "error")
 
 
 class Sheet(NamedTuple):
-    """A table of text: a title, which says what all lines have in common, columns, and lines of cells."""
+    """A table of text: a title with everything that all lines share, columns, and lines of cells."""
 
     title: str
     columns: list[str]
@@ -133,7 +133,7 @@ def sheets(
 
 
 def _labels(row: Row) -> dict[str, Any]:
-    """Return what tells cases apart besides their name."""
+    """Return the labels that distinguish cases of one name."""
     shape = "x".join(map(str, row["shape"])) if row["shape"] else None
     found = {"matrix": None, "shape": shape, "dtype": row["dtype"]} | row["options"]
     return {name: value for name, value in found.items() if value is not None}
@@ -293,7 +293,7 @@ def rich_table(sheet: Sheet) -> Table:
 
 
 def legend(rows: Sequence[Row], width: int) -> str:
-    """Return what the columns mean that a terminal of this width shows."""
+    """Return the meaning of the columns that a terminal of this width shows."""
     roles = {row["role"] for row in rows}
     hidden = {ROLES[role] for role in ("torch", "peer") if role not in roles}
     hidden |= {"over peer"} if "peer" not in roles else set()

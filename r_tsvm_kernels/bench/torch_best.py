@@ -30,7 +30,7 @@ def statistics(base: Tensor, tuned: Sequence[Tensor], sigma: float = 3.0, eps: f
 def select(x: Tensor, keep: int) -> MagnitudeSelection:
     """Return the threshold of the `keep` largest magnitudes, by counting leading bits instead of sorting.
 
-    16-bit numbers have 2^15 magnitudes; float32 takes a second look at what shares its first 15 bits with the
+    16-bit numbers have 2^15 magnitudes. float32 needs a second pass over the values that share 15 bits with the
     threshold.
     """
     integer, bits = (torch.int32, 31) if x.dtype == torch.float32 else (torch.int16, 15)
@@ -45,7 +45,7 @@ def select(x: Tensor, keep: int) -> MagnitudeSelection:
 
 
 def _reached(counts: Tensor, keep: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest digit at or above which lie `keep` elements, and how many lie above it."""
+    """Return the largest digit with at least `keep` elements at or above it, and how many are above it."""
     from_above = counts.flip(0).cumsum(0)
     place = (from_above < keep).sum()
     return len(counts) - 1 - place, from_above[place] - counts.flip(0)[place]
@@ -102,7 +102,7 @@ def sum_tasks(base: Tensor, *tuned: Tensor) -> Tensor:
 
 
 def ties(base: Tensor, *tuned: Tensor) -> Tensor:
-    """Elect a sign by the sum and average what has it: TIES without trimming."""
+    """Elect a sign by the sum and average the values of that sign: TIES without trimming."""
     start = base.float()
     vectors = torch.stack([tensor.float() - start for tensor in tuned])
     agrees = torch.where(vectors.sum(0) >= 0, vectors > 0, vectors < 0)

@@ -28,9 +28,9 @@ from . import (
 from .signals import Terminated, sigterm_raises
 from .terminal import standard_streams, tell
 
-# Commands whose result is what they print; it is lost with stdout. The others leave theirs on disk.
+# Commands that print their result, which is lost if stdout is closed. The others write theirs to disk.
 _PRINTING = ("inspect", "verify", "info", "bench")
-# What torch and Python say, in exceptions of no class of their own, when the system gives no memory or threads.
+# Messages of torch and Python, in exceptions of general classes, when the system refuses memory or threads.
 _EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
 
 
@@ -92,7 +92,7 @@ def _name(module: Any) -> str:
 
 
 def _overview() -> str:
-    """Return the commands by what they are for."""
+    """Return the overview of the commands, grouped by purpose."""
     lines = []
     for title, modules in _GROUPS.items():
         lines += [f"{title}:", *(f"  {_name(module):<14}{module.HELP}" for module in modules), ""]
@@ -102,7 +102,7 @@ def _overview() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 (done), 2 (wrong use), 1 (failed), 130 (SIGINT) or 143 (SIGTERM).
 
-    A closed stream stops no command; those whose result is what they print then return 1.
+    A closed stream stops no command. Commands that print their result then return 1.
     """
     with standard_streams() as (out, _):
         parser = build_parser()
@@ -117,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.flush()
         if out.error is not None and arguments.command in _PRINTING:
             code = code or 1
-            if not isinstance(out.error, BrokenPipeError):  # the reader left, as `head` does: nobody's mistake
+            if not isinstance(out.error, BrokenPipeError):  # the reader closed the pipe, as `head` does: no error
                 tell(f"rtsvm {arguments.command}: error: stdout cannot be written: {out.error.strerror}")
     # A merge that was stopped in the middle of a decomposition leaves this thread of the engine, which Python would
-    # wait for. All that counts is on disk.
+    # wait for. Everything needed is on disk.
     if any(thread.name == "rtsvm-merge" for thread in threading.enumerate()):
         os._exit(code)
     return code
@@ -147,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _refused_by_the_system(error: Exception) -> str | None:
-    """Say what the system did not give; None for any other error, which is a mistake of ours."""
+    """Return what the system refused; None for any other error, which is a mistake of ours."""
     if isinstance(error, OSError):
         return f"{error.filename or 'the system refused'}: {error.strerror or error}"
     if isinstance(error, MemoryError) or any(words in str(error) for words in _EXHAUSTED):

@@ -1,4 +1,4 @@
-"""What the commands that write a LoRA adapter share."""
+"""Code shared by the commands that write a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_rank_arguments(parser: argparse.ArgumentParser, default: str = "no limit
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what all commands that write an adapter share."""
+    """Declare the arguments of every command that writes an adapter."""
     parser.add_argument("out", metavar="OUT", help="folder of the adapter; must not exist yet")
     group = parser.add_argument_group("how to run")
     group.add_argument("--out-dtype", choices=DTYPES, default="float32", help="dtype of the factors (default float32)")

@@ -112,7 +112,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 def _unavailable(rows: Sequence[Row]) -> list[str]:
-    """Return one line per backend that could not run, with its reason."""
+    """Return one line per backend that could not run, with the reason."""
     notes = {(row["provider"], row["notes"]["reason"]) for row in rows if row["notes"].get("status") == "unavailable"}
     return [f"not run: {provider}: {reason}" for provider, reason in sorted(notes)]
 

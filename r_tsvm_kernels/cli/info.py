@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what is here, or a method."""
+    """Print the versions and backends of this machine, or a method."""
     if arguments.method is not None:
         from ..methods import get_method
 

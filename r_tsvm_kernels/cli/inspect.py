@@ -1,9 +1,9 @@
 """Show what a merge would do to each kind of tensor, why, with which parameters, and in how much memory.
 
-No values are read except tables of integers. A row stands for the tensors of all layers that are treated alike; below
-it are the values of parameters that gradients and filters set. Columns: number of tensors; names, without ".weight";
-shape; by: the method, "mean" (of the task vectors) or "base" (the base's value); the largest rank of a task; memory
-for one of the tensors.
+No values are read except tables of integers. A row stands for the tensors of all layers that are treated in the same
+way. Below it are the values of parameters that gradients and filters set. Columns: number of tensors; names, without
+".weight"; shape; by: the method, "mean" (of the task vectors) or "base" (the base's value); the largest rank of a task;
+memory for one of the tensors.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _as_dict(
 
 
 def _print_kinds(plan: MergePlan, facts: dict[str, Any], *, each: bool) -> None:
-    """Print one row for each kind of tensor, with what its parameters are below it."""
+    """Print one row for each kind of tensor, with its varying parameters below."""
     width = shutil.get_terminal_size((console().width, 24)).columns
     say(f"{plan.config.method.pretty_name}: {_counted(len(plan.tuned), 'model')} into {plan.base.path}")
     say(f"writes {dtypes_of(plan)}")
@@ -164,7 +164,7 @@ def _print_kinds(plan: MergePlan, facts: dict[str, Any], *, each: bool) -> None:
 
 
 def _name_lines(name: str, width: int) -> list[str]:
-    """Break a name behind its dots, and anywhere if it must be."""
+    """Break a name after its dots, or anywhere if that is not enough."""
     lines = [""]
     for part in re.findall(r"[^.]*\.?", name):
         if len(lines[-1]) + len(part) > width and lines[-1]:

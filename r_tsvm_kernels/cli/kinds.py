@@ -1,4 +1,4 @@
-"""Kinds of tensors: those of all layers that a merge treats alike, as `rtsvm inspect` shows them."""
+"""Kinds of tensors: those of all layers that a merge treats in the same way, as `rtsvm inspect` shows them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _parameters(plan: MergePlan, names: Sequence[str]) -> dict[str, str]:
-    """Return what gradients and filters make of the parameters for these tensors."""
+    """Return the values that gradients and filters give to the parameters of these tensors."""
     from ..plan import varying_parameters
 
     tensors = [plan.tensors[name] for name in names]

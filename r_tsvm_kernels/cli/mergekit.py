@@ -35,15 +35,15 @@ def add_passing_command(
     name: str,
     run: Callable[[argparse.Namespace], int],
 ) -> None:
-    """Add a command that passes everything on to another library's."""
-    # Nothing begins an option here: `--help` and all others belong to the other library.
+    """Add a command that passes all its arguments to another library's command."""
+    # No character begins an option here: `--help` and all others belong to the other library.
     command = commands.add_parser(name, prefix_chars="\0", add_help=False)
     command.add_argument("arguments", nargs=argparse.REMAINDER)
     command.set_defaults(run=run)
 
 
 def exit_code(end: SystemExit) -> int:
-    """Return the exit code of a command that ended so, whether it went well or not."""
+    """Return the exit code of a command that ended with SystemExit."""
     return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 

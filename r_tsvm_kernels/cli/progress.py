@@ -1,4 +1,4 @@
-"""What a running command shows of its progress."""
+"""Show the progress of a running command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def shown_progress(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
     """Show a bar on a terminal, a plain line every few seconds elsewhere, nothing if quiet.
 
-    A display that fails is switched off, with one line that says so: no merge is lost to it.
+    A display that fails is switched off with one line that says so, and the merge continues.
     """
     if quiet:
         yield None
@@ -81,7 +81,7 @@ class _Bar:
             TextColumn("{task.description}", style="dim", markup=False),
             console=Console(stderr=True),
         )
-        self._bar.live.transient = True  # until there is progress: above an error, a bar says nothing
+        self._bar.live.transient = True  # hidden until there is progress, so that no empty bar is above an error
         self._task = self._bar.add_task("reading headers", total=None, done=0, count="?")
         self._bar.start()
 
@@ -121,4 +121,4 @@ class _PlainLines:
         )
 
     def close(self) -> None:
-        """Nothing is left to tell."""
+        """Do nothing: every line is printed already."""

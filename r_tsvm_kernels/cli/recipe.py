@@ -15,7 +15,7 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that, with or without a recipe file, say what to merge and how."""
+    """Add the options that say what to merge and how, with or without a recipe file."""
     group = parser.add_argument_group("what to merge, instead of a recipe file")
     group.add_argument("--base", metavar="B", help="base model: folder, .safetensors file or hub id")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as Ctrl-C does: by an exception, so that everything on the way is left in order."""
+"""SIGTERM ends a command as Ctrl-C does: by an exception, so that all cleanup runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard output and error for the commands: nothing that becomes of them, and nothing shown there, stops a merge."""
+"""Standard output and error of the commands. Neither a failure of these streams nor any text stops a merge."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..text import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Where nobody looks, tables get this width.
+# Width of tables if the output is not a terminal.
 WIDTH = 160
 
 
 class Stream:
-    """A text stream that is given up, silently, once it takes no more; everything else is the stream's own.
+    """A text stream that silently discards all text after a write failed; otherwise it behaves like the stream.
 
     Attributes:
-        error: what the system said when the stream was given up; None as long as it works.
+        error: error of the failed write; None as long as the stream works.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -31,12 +31,12 @@ class Stream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text; drop it if the stream was given up."""
+        """Write the text; discard it if the stream has failed."""
         self._attempt(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, unless the stream was given up."""
+        """Flush, unless the stream has failed."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Callable[..., object], *arguments: str) -> None:
@@ -46,7 +46,7 @@ class Stream:
             action(*arguments)
         except OSError as error:
             self.error = error
-            # What waits in the buffer goes nowhere; otherwise Python would fail with it at its end.
+            # Discard the buffered text; otherwise Python would fail to flush it at exit.
             with suppress(OSError, ValueError), Path(os.devnull).open("wb") as null:
                 os.dup2(null.fileno(), self._stream.fileno())
 

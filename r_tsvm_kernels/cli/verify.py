@@ -60,10 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def require_output(out: str) -> None:
-    """Require that there is something to look at.
+    """Require that the output exists.
 
     Raises:
-        CheckpointError: there is not.
+        CheckpointError: it does not.
     """
     if not Path(out).exists():
         raise CheckpointError(f"{out}: no such folder or file; expected the output of a merge")

@@ -1,4 +1,4 @@
-"""What people read about a merge: the summary of its report, its page, and the model card."""
+"""Texts about a merge for people: the summary of its report, its page, and the model card."""
 
 from .card import inherited_terms, model_card, short_name
 from .page import report_page
