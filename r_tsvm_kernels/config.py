@@ -292,10 +292,12 @@ class MergeConfig(Strict):
         for key, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
-                    similar = nearest(pattern, list(names)) if names else ""
+                    wider = f"*{pattern.strip('*')}*"
+                    meant = repr(nearest(pattern, list(names)) if names else "")
+                    meant += f", or {wider!r}" if any(fnmatchcase(name, wider) for name in names) else ""
                     raise ConfigError(
                         f"{key}: {pattern!r} matches no tensor; a pattern matches whole names, with * for any "
-                        f"text. Did you mean {similar!r}, or '*{pattern.strip('*')}*'?"
+                        f"text. Did you mean {meant}?"
                     )
 
     @model_validator(mode="after")

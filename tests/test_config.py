@@ -294,11 +294,11 @@ def test_yaml_cannot_run_code(tmp_path):
 
 @pytest.mark.parametrize("key", ["include", "exclude"])
 @pytest.mark.parametrize(
-    ("pattern", "similar"), [("lm_head", "'lm_head.weight', or '\\*lm_head\\*'"), ("*.lmhead.*", "lmhead")]
+    ("pattern", "similar"), [("lm_head", r"'lm_head.weight', or '\*lm_head\*'\?"), ("*lmhead*", r"'lm_head.weight'\?")]
 )
 def test_a_pattern_that_no_tensor_has(key, pattern, similar):
     base = {name: torch.zeros(2, 2) for name in ("model.layers.0.weight", "lm_head.weight")}
     config = MergeConfig(merge_method="linear", **{key: ("*layers*", pattern)})
-    with pytest.raises(ConfigError, match=f"{key}: .* matches no tensor.*Did you mean.*{similar}"):
+    with pytest.raises(ConfigError, match=f"{key}: .* matches no tensor.*Did you mean {similar}"):
         merge_state_dicts(base, [base], config)
     merge_state_dicts(base, [base], MergeConfig(merge_method="linear", **{key: ("*layers*", "lm_head.weight")}))
