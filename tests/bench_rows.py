@@ -1,4 +1,4 @@
-"""The rows of a benchmark by provider: what became of it, and its figures."""
+"""The rows of a benchmark by provider: its status and its figures."""
 
 from types import SimpleNamespace
 

@@ -80,7 +80,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def without_times(report):
-    """A merge's report without what may differ from run to run; that it is there is asserted."""
+    """A merge's report without the values that differ from run to run; asserts that they are there."""
     for key in ("date", "seconds", "resumed_tensors", "threads", "engine", "stages"):
         del report[key]
     for entry in report["tensors"].values():

@@ -106,7 +106,7 @@ def rtsvm(
 
 
 def elected_sign(votes):
-    """Return the sign of the sum over the first axis, + where it is 0 but for the rounding of float64."""
+    """Return the sign of the sum over the first axis, + where it is 0 up to the rounding of float64."""
     return np.where(votes.sum(0) >= -1e-12 * np.abs(votes).sum(0), 1.0, -1.0)
 
 

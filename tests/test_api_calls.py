@@ -1,4 +1,4 @@
-"""What somebody who knows torch types first works as typed, or fails with a sentence that helps."""
+"""The first calls that a torch user types work as typed, or fail with a helpful message."""
 
 import copy
 import logging
@@ -108,7 +108,7 @@ def test_out_dtype_by_name_or_as_it_is(dtype):
 
 
 class Small(nn.Module):
-    """Tied, frozen and shared parameters, buffers of both kinds, and an attribute that is no tensor."""
+    """Tied, frozen and shared parameters, buffers of both kinds, and an attribute that is not a tensor."""
 
     def __init__(self):
         super().__init__()

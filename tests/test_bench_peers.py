@@ -28,7 +28,7 @@ def merge_tensors(tensors, method, *, parameters, base_index):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Install a mergekit 9.9 that does what it is told; forget it, imported or not, in the end."""
+    """Install a fake mergekit 9.9, and remove it at the end, imported or not."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "mergekit"]:
         monkeypatch.delitem(sys.modules, name)
 

@@ -1,4 +1,5 @@
-"""What an installation builds and says under each combination of compilers and switches, in copies of the tree."""
+"""The results and messages of an installation, for each combination of compilers and switches, in copies of the
+tree."""
 
 import importlib.util
 import json

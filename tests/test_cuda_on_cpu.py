@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: their sources, built by a C++ compiler against tests/cuda_on_cpu, on CPU tensors.
 
-What that can and cannot show is said in tests/cuda_on_cpu/cuda_runtime.h. Everything runs with the blocks and threads
-in both orders, and must give the reference's bits.
+tests/cuda_on_cpu/cuda_runtime.h says what this can and cannot show. Everything runs with the blocks and threads in both
+orders, and must give the reference's bits.
 """
 
 import math
@@ -130,7 +130,7 @@ def test_merging_many_tasks_with_ties_in_every_slice(elect):
     base = torch.randint(-4, 5, (131, 97)).float()
     tuned = [base + torch.randint(-2, 3, base.shape) for _ in range(40)]
     keep = [sparsifier(t - base, ["breadcrumbs", "dare", "ties"][task % 3], task) for task, t in enumerate(tuned)]
-    weights = [(1 + task % 7) / 10 for task in range(40)]  # many votes cancel but for rounding
+    weights = [(1 + task % 7) / 10 for task in range(40)]  # many votes cancel up to rounding
     assert same_bits(*both(elect_and_sum, base, tuned, weights, elect=elect, normalize=True, sparsifiers=keep))
 
 

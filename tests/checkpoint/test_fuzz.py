@@ -1,6 +1,7 @@
 """Hostile checkpoints: mutated headers and index files from a fixed seed, each a clear error or a valid checkpoint.
 
-The oracle is the safetensors library: what it refuses must be refused here, what is accepted must be read as it does.
+The oracle is the safetensors library: files that it refuses must be refused here, and accepted files must be read as it
+reads them.
 """
 
 import json
@@ -117,7 +118,7 @@ def open_and_load(path, **options):
 
 
 def attempt(path, **options):
-    """Return the tensors or the error, which must come in time and be one line that names the file."""
+    """Return the tensors or the error, which must be raised in time and be one line that names the file."""
     start = time.process_time()
     try:
         return open_and_load(path, **options)
@@ -150,7 +151,7 @@ def test_mutated_headers(tmp_path):
         assert result.keys() == expected.keys(), what
         assert all(same_bits(result[name], tensor) for name, tensor in expected.items()), what
     assert "unchanged" in accepted and len(accepted) < len(HEADERS) / 4
-    # In KiB. The largest file of the corpus has 10 MB; nothing may allocate what a header merely claims.
+    # In KiB. The largest file of the corpus has 10 MB; a size that a header merely claims must not be allocated.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
     assert list(tmp_path.iterdir()) == [file]
 
@@ -226,7 +227,7 @@ def test_mutated_indexes(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_mutated_pickles(tmp_path):
-    """Torch does not notice every damage, e.g. of a value; what is promised is an error or tensors."""
+    """Torch does not detect every damage, e.g. of a value, so the promise is only an error or tensors."""
     file = tmp_path / "model.bin"
     torch.save(TENSORS, file)
     good = file.read_bytes()

@@ -107,7 +107,8 @@ def serve(folder, *names):
 
 
 def test_what_is_fetched(repository):
-    """Pickles only where they are allowed and there is nothing better; of subfolders only code and templates."""
+    """Fetches pickles only if they are allowed and there are no safetensors; from subfolders only code and
+    templates."""
     served, fetched = repository
     wanted = {"config.json", "LICENSE", "additional_chat_templates/tools.jinja", "custom_generate/generate.py"}
     serve(served, *wanted, "pytorch_model.bin", "onnx/model.safetensors", "onnx/config.json", "train.log")
@@ -123,7 +124,7 @@ def test_what_is_fetched(repository):
 
 
 def test_modules_are_fetched(repository):
-    """Their pickles too: without them a dense layer would look like a module that has no weights."""
+    """Fetches their pickles too: without them a dense layer would look like a module without weights."""
     served, fetched = repository
     wanted = {"model.safetensors", "modules.json", "1_Pooling/config.json", "2_[x]Dense/pytorch_model.bin"}
     serve(served, *wanted, "onnx/config.json", "2_x/config.json")

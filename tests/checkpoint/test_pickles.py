@@ -1,4 +1,4 @@
-"""Pickled checkpoints: refused unless allowed, and then nothing but tensors."""
+"""Pickled checkpoints: refused unless allowed, and then only tensors are read."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Anything may lie where a file is expected: every command says so in one line, and none waits for it."""
+"""Something else than a file may be at its path: every command says so in one line, and none waits for it."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ KINDS = ["pipe", "folder", "loop", "dangling", "device", "socket", "empty", "jun
 @pytest.fixture(autouse=True)
 def no_waiting():
     def late(*_):
-        raise AssertionError("it waits, or goes on for ever")
+        raise AssertionError("it waits, or never ends")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(120)

@@ -1,4 +1,4 @@
-"""What becomes of stdout and stderr never stops a merge; what commands show is shown as it is, and harmless."""
+"""A failure of stdout or stderr never stops a merge, and commands print text unchanged but harmless."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ def test_a_command_whose_result_is_what_it_prints_says_that_it_is_lost(tmp_path,
     done = shell(">/dev/full", command, *arguments)
     assert done.returncode == 1
     assert done.stderr == f"rtsvm {command}: error: stdout cannot be written: No space left on device\n"
-    done = shell(">&-", command, *arguments)  # who closes it wants none of it, but perhaps the exit code
+    done = shell(">&-", command, *arguments)  # a user who closes stdout may still want the exit code
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -77,7 +77,7 @@ def cases() -> Iterator[tuple[str, Callable[[], bool]]]:
 
 
 def run(begin: str = "") -> bool:
-    """Run the cases whose names begin so."""
+    """Run the cases whose names have this prefix."""
     results = []
     for name, body in cases():
         if name.startswith(begin):

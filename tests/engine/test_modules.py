@@ -169,7 +169,7 @@ def test_a_resumed_merge_gives_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_a_router(tmp_path):
-    """Its list of modules is a file of its own, its folders lie beside it; not even the first has a config."""
+    """Its list of modules is a separate file beside its folders; not even the first folder has a config."""
     kind = "sentence_transformers.models."
     types = {"query_0_Static": f"{kind}StaticEmbedding", "document_0_Static": f"{kind}StaticEmbedding"}
     files = [
@@ -189,7 +189,7 @@ def test_a_router(tmp_path):
 
 
 def test_a_pipeline_of_diffusers(tmp_path):
-    """Components are equals: each is named by its folder. One without a folder lies in the model's own."""
+    """No component is the main one: each is named by its folder. A component without a folder is in the model's own."""
     parts = {"_class_name": "P", "unet": ["diffusers", "U"], "text_encoder": ["transformers", "T"], "vae": [None, None]}
     parts |= {"scheduler": ["diffusers", "S"], "image_encoder": ["transformers", "absent"]}
     files = [

@@ -1,4 +1,5 @@
-"""Where outputs go: nothing of anybody else is overwritten, followed or emptied, and what is published is whole."""
+"""Places of outputs: no file or link of others is overwritten, followed or emptied, and published outputs are
+complete."""
 
 import json
 import os
@@ -31,7 +32,7 @@ def config_for(paths, method="task_arithmetic"):
 
 
 def make(kind, place, precious):
-    """Put something of somebody else at a place."""
+    """Put a file, folder or link of another program at a place."""
     place.parent.mkdir(exist_ok=True)
     match kind:
         case "file":
@@ -124,7 +125,7 @@ def test_a_publication_that_is_killed_goes_on(tmp_path, monkeypatch, count):
 
         def killed(source, place):
             if next(calls, None) is None:
-                patch.setattr(Path, "unlink", lambda *_, **__: None)  # a process that was killed undoes nothing
+                patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process undoes nothing
                 raise KeyboardInterrupt
             publish(source, place)
 
@@ -191,7 +192,7 @@ def test_what_a_command_without_a_journal_left_is_emptied(tmp_path):
         ("", ConfigError, "cannot be the name of an output"),
         ("new/..", ConfigError, "cannot be the name of an output"),
         ("n" * 300, ConfigError, "File name too long"),
-        ("n" * 250, ConfigError, "File name too long"),  # there is no room for what the stage is called
+        ("n" * 250, ConfigError, "File name too long"),  # there is no room for the name of the stage
         ("new/" + "n" * 300, ConfigError, "File name too long"),
         ("n" * 235 + ".safetensors", ConfigError, "File name too long"),
         ("a\0b", ConfigError, "null byte"),

@@ -1,4 +1,4 @@
-"""What a merge says of itself: the report as JSON and as a page, and the model card."""
+"""Files that describe a merge: the report as JSON and as a page, and the model card."""
 
 import json
 import math
@@ -110,7 +110,7 @@ def test_the_report_of_a_resumed_merge_is_that_of_a_whole_one(tmp_path, monkeypa
     page = result.report_path.with_suffix(".html").read_text()
     assert all(name in page for name in got["tensors"])
     if out == "out":
-        # The card says nothing of the run, so it is among the files that do not depend on it.
+        # The card does not depend on the run, so it is the same.
         assert digest(tmp_path / out)["README.md"] == digest(whole.path)["README.md"]
 
 
@@ -172,7 +172,7 @@ def test_the_model_card(tmp_path, monkeypatch):
     text = (result.path / "README.md").read_text()
     assert "the card of the base" not in text
     front = yaml.safe_load(text.split("---\n")[1])
-    # A path says nothing to the hub.
+    # The hub cannot use a path.
     assert front == {
         "base_model": ["org/base", "org/math"], "library_name": "transformers", "tags": ["merge", "r_tsvm_kernels"],
         "license": "llama3.1",

@@ -1,4 +1,4 @@
-"""Merges that are stopped, by whatever means, go on where they were and end with the same bytes."""
+"""Merges that are stopped, in any way, continue where they were and end with the same bytes."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_kill_9_at_random_points(tmp_path):
     ]
     assert len(killed) >= 20
     in_the_middle = [count for count in killed if count and count < 40]
-    assert len(in_the_middle) >= 5, killed  # else the moments were badly chosen, and the test says little
+    assert len(in_the_middle) >= 5, killed  # otherwise the moments were badly chosen, and the test shows little
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -64,7 +64,7 @@ def test_every_budget_is_kept_and_more_of_it_is_never_worse(paths, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_budget_can_change_what_is_computed(paths, method):
-    """Only rows that may be merged apart are tiled; decompositions see whole matrices, whatever the budget."""
+    """Only rows that may be merged separately are tiled; decompositions see whole matrices with every budget."""
     plan = plan_for(paths, method)
     for found in (make_schedule(plan, 4), smallest_schedule(plan)):
         for name, tensor in found.tensors.items():

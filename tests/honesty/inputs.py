@@ -18,7 +18,7 @@ ELEMENTS, TOGETHER = 120_000, 150_000
 
 @dataclass(frozen=True)
 class Problem:
-    """Task matrices of one layer and what is asked of them.
+    """Task matrices of one layer, with ranks and weights.
 
     Attributes:
         matrices: T matrices (m, n), all float32 or all float64.
@@ -93,7 +93,7 @@ def _orthonormal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarra
 
 
 def _with_spectrum(rng: np.random.Generator, kind: str, m: int, n: int, rank: int) -> np.ndarray:
-    """Return a float64 matrix of a kind of spectrum; ties and clusters lie at the cut below `rank`."""
+    """Return a float64 matrix of a kind of spectrum; ties and clusters are at the cut below `rank`."""
     r = min(m, n)
     index = np.arange(1, r + 1)
     if kind == "noise":

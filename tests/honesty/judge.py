@@ -1,4 +1,4 @@
-"""Compare what spectral functions return, and what they say of it, with numpy in float64."""
+"""Compare results of spectral functions, and their certificates, with numpy in float64."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from . import truth
 from .inputs import Problem
 from .truth import EPS, Svd, Triplets
 
-# Relative to the size of the weighted cores: a merge that cancels to less than this is zero but for rounding.
+# Relative to the size of the weighted cores: a merge that cancels to less than this is zero up to rounding.
 CANCELLED = 2.0**-20
 # Rounding errors of an SVD in float64, in units of eps times the largest singular value.
 BACKWARD = 200
-# Where float64 SVDs differ by less, nothing is known of an estimate.
+# If float64 SVDs differ by less, they cannot judge an estimate.
 FEW_DIGITS = 2.0**-46
 SVDS = (truth.plain, truth.flipped)
 
@@ -357,7 +357,7 @@ def judge_method(problem: Problem, mode: str, name: str) -> Verdict:
     if certificate.arbitrary:
         if name == "tsvm" and len(calls) >= len(tasks):
             found = _of_choice(name, problem, merged, certificate, calls[-len(tasks) :])
-        else:  # what it chose is not to be seen from here
+        else:  # its choice cannot be seen from outside
             found = Verdict(name, problem.label, "arbitrary", route=certificate.route)
         return replace(found, needless=name != "knots" and needless(exact, certificate))
     size = float(np.sqrt(sum((w * np.linalg.norm(D)) ** 2 for w, D in zip(weights, tasks, strict=True))))

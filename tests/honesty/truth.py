@@ -1,6 +1,6 @@
 """Spectral merges in numpy, float64, from the formulas.
 
-Each takes the SVD that it uses: what several differ by is what float64 cannot tell.
+Each takes the SVD that it uses: differences between several SVDs show the limits of float64.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def flipped(matrix: np.ndarray) -> Triplets:
 
 
 def blurred(matrix: np.ndarray) -> Triplets:
-    """The SVD of the matrix after its last bits were changed: differences that nobody may be sure of."""
+    """The SVD of the matrix after its last bits were changed: no certificate may depend on the difference."""
     noise = np.random.default_rng(0).standard_normal(matrix.shape)
     return plain(matrix + BLUR * EPS * np.linalg.norm(matrix) / max(sum(matrix.shape), 1) ** 0.5 * noise)
 
@@ -62,9 +62,9 @@ def leading(matrix: np.ndarray, rank: Rank, single: bool, svd: Svd) -> Triplets:
 
 
 def of_basis(matrix: np.ndarray, V: np.ndarray, backwards: bool) -> Triplets:
-    """Triplets of a matrix between given right directions (n, k): what a solver makes of its choice of them.
+    """Triplets of a matrix in given right directions (n, k), as a solver computes them from its choice of directions.
 
-    `backwards` sums in the other direction: the same but for rounding errors.
+    `backwards` sums in the other direction: the same up to rounding errors.
     """
     Q, R = np.linalg.qr(matrix[:, ::-1].copy() @ V[::-1].copy() if backwards else matrix @ V)
     P, S, Wh = np.linalg.svd(R)

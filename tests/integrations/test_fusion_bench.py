@@ -1,4 +1,4 @@
-"""FusionBench with our backend. It is no dependency: `make test-integrations` runs this where it is installed."""
+"""FusionBench with our backend. It is not a dependency: `make test-integrations` runs this where it is installed."""
 
 import importlib.util
 import sys

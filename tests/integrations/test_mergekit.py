@@ -1,4 +1,4 @@
-"""mergekit with our backend. mergekit is no dependency: `make test-integrations` runs this where it is installed."""
+"""mergekit with our backend. mergekit is not a dependency: `make test-integrations` runs this where it is installed."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The same recipe in mergekit, as it is without us, and in our runner: the same update, wherever the base stands."""
+"""The same recipe in mergekit without our backend and in our runner: the same update, for every place of the base."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Adapters combined as PEFT does. PEFT is no dependency: `make test-integrations` runs all of this."""
+"""Adapters combined as PEFT does. PEFT is not a dependency: `make test-integrations` runs all of this."""
 
 import copy
 import importlib.util

@@ -1,4 +1,4 @@
-"""Our methods in sd-mecha's recipes. sd-mecha is no dependency: `make test-integrations` runs this."""
+"""Our methods in sd-mecha's recipes. sd-mecha is not a dependency: `make test-integrations` runs this."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""On a GPU the matrix-product route is launched without waiting for the device: shown on tensors that have no values.
+"""The matrix-product route never waits for a GPU: tested with tensors that have no values.
 
 Torch's meta tensors raise when the host asks for a value. Copies between host and device, the other way to wait, are
 refused here, but for those of `transfer`.
@@ -21,7 +21,7 @@ PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuse what takes tensors of host and device together, or makes one from the other."""
+    """Refuse operations on tensors of both host and device, and copies between them."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

@@ -45,7 +45,7 @@ def test_its_limits():
     Q = basis(12, 12, 0)
     assert interference_of_bases([Q[:, :4], Q[:, 4:9], Q[:, 9:]]) == pytest.approx(0, abs=1e-6)
     assert interference_of_bases([Q[:, :4], Q[:, :4] @ basis(4, 4, 1)]) == pytest.approx(1)
-    assert interference_of_bases([Q[:, :2], Q[:, :6]]) == pytest.approx(1)  # one lies in the other
+    assert interference_of_bases([Q[:, :2], Q[:, :6]]) == pytest.approx(1)  # one contains the other
 
 
 @pytest.mark.parametrize(

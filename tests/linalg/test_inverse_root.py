@@ -46,14 +46,14 @@ def test_polar_factor(route, ranks):
     assert root.rank == sum(ranks)
     assert root.condition == pytest.approx(float(values[0] / values[-1]), rel=1e-3)
     assert root.route == ("gram-float32", "gram-float64", "svd-float64")[route]
-    # The defect bounds the error, and is no more than a few times as large.
+    # The defect bounds the error, and is at most a few times as large.
     defect = root.defect(X.mT @ X)
     assert error < 1.2 * defect + 1e-12 and defect < 20 * error + 1e-9
 
 
 @pytest.mark.parametrize("decades", [1, 2, 3, 4])
 def test_float32_eigenvectors_with_small_eigenvalues(decades):
-    """Far smaller ones than float32 can tell from zero: their eigenvectors are corrected in float64."""
+    """Eigenvalues far below the resolution of float32: their eigenvectors are corrected in float64."""
     X = concatenated(256, [128, 64])
     P, s, Qh = torch.linalg.svd(X, full_matrices=False)
     s[-6:] = torch.logspace(-1, -decades, 6, dtype=torch.float64)

@@ -14,7 +14,7 @@ def matrix_of(values, shape, noise=0.0, dtype=torch.float32):
 @pytest.mark.parametrize("shape", [(200, 300), (300, 200), (160, 900)])
 @pytest.mark.parametrize("rank", [1, 4, 6])
 def test_the_truncated_matrix_is_that_of_a_full_svd(shape, rank, dtype):
-    # Close values above the gap, also at the cut: they are told apart in float64.
+    # Close values above the gap, also at the cut; float64 separates them.
     matrix = matrix_of([1.3, 1.2999, 1.2, 1.1, 1.099, 1.0], shape, noise=0.002, dtype=dtype)
     U, values, Vh = subspace_iteration(matrix, rank, 6)
     expected = torch.linalg.svd(matrix.double(), full_matrices=False)

@@ -111,7 +111,7 @@ def test_the_smallest_singular_value_is_bounded_from_below(smallest):
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("kind", ["low rank + noise", "power 0.3", "power 0.7"])
 def test_few_directions_are_found_as_well_as_told(kind, compressed, precision):
-    # With few wanted directions the first level has little room, and what it loses the second one cannot bring back.
+    # With few wanted directions the first level has little margin, and the second one cannot recover what it loses.
     matrices = torch.stack([spectrum(kind, 160, 128, seed) for seed in range(3)])
     for k in (3, 10):
         decomposed = [torch.linalg.svd(matrix.double(), full_matrices=False) for matrix in matrices]

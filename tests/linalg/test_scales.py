@@ -1,4 +1,5 @@
-"""A power of two before the matrices changes nothing but the scale of the result, whatever the squares do."""
+"""A power of two as a factor of the matrices changes only the scale of the result, even if squares overflow or
+underflow."""
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ from r_tsvm_kernels.errors import ConfigError, ConvergenceError, DTypeError, Non
 from r_tsvm_kernels.linalg import Certificate, tsv_merge
 
 
-# 0.0: all singular values are equal but for the rounding of the matrix, which decides.
+# 0.0: all singular values are equal up to the rounding of the matrix, which decides.
 @pytest.mark.parametrize("power", [0.0, 0.3, 0.7, 1.2])
 @pytest.mark.parametrize(("m", "n"), [(48, 48), (30, 75), (75, 30)])
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
@@ -196,7 +196,7 @@ def test_a_missed_certificate_raises():
 
 @pytest.mark.parametrize("apart", [1e-3, 1e-5, 1e-6])
 def test_nearly_equal_tasks(apart):
-    """Their bases share all directions but for what float64 only just tells apart."""
+    """Their bases share all directions up to differences that float64 barely resolves."""
     common = torch.randn(60, 60, dtype=torch.float64)
     tasks = [common + apart * torch.randn(60, 60, dtype=torch.float64) for _ in range(3)]
     merged = tsv_merge(tasks, [20] * 3)
@@ -206,7 +206,7 @@ def test_nearly_equal_tasks(apart):
 
 
 def test_large_bases_are_whitened_by_float32_eigenvectors():
-    """Less exact than float64 throughout, but within what is told, and nearer to it than SVDs in float32."""
+    """Less exact than float64 throughout, but within the certificate, and nearer to float64 than SVDs in float32."""
     matrices = [torch.randn(820, 800) for _ in range(3)]
     merged = tsv_merge(matrices, [266] * 3)
     exact = tsv_merge([matrix.double() for matrix in matrices], [266] * 3)

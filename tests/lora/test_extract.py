@@ -24,7 +24,7 @@ SHAPES = {
 
 @pytest.fixture
 def models(tmp_path):
-    """A base, and a fine-tune with changes of rank 3 and a little noise, but for `same`."""
+    """A base, and a fine-tune with changes of rank 3 and a little noise in all tensors except `same`."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):

@@ -68,7 +68,7 @@ print(json.dumps(found))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(("choice", "methods"), CHOICES.values(), ids=CHOICES.keys())
 def test_memory_stays_below_what_is_declared(choice, methods):
-    # Every block in pages of its own: what was freed is not there to be used again.
+    # Every block has its own pages, so freed memory is not used again.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     options = {name: OPTIONS[name] for name in methods}
     program = [sys.executable, "-c", PROGRAM, json.dumps(options), str(TASKS), json.dumps(choice)]
@@ -81,7 +81,8 @@ def test_memory_stays_below_what_is_declared(choice, methods):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_plan_follows_the_backend_that_is_forced(method):
-    """Where a kernel stores less than the reference, forcing the reference raises what is declared; and no more."""
+    """Where a kernel stores less than the reference, forcing the reference raises the declared memory, and nothing else
+    does."""
     options = MergeConfig(method).options(tasks_of(method, TASKS))
     job = TensorJob((2048, 640), tasks_of(method, TASKS), 4)
     automatic = METHODS[method].cost(job, options).bytes

@@ -13,7 +13,7 @@ BOTH = pytest.mark.parametrize("method", ["della_linear", "della"])
 
 
 def survivors(shape, probabilities, seed, task, name="w"):
-    """Where the word of an element lies below its own probability: one mask per probability that occurs."""
+    """Mask of elements whose word is below their own probability: one mask per probability."""
     mask = np.zeros(shape, dtype=bool)
     for p in np.unique(probabilities):
         mask |= (probabilities == p) & drawn(shape, min(1.0, max(0.0, p)), seed, task, name)

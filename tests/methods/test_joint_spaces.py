@@ -31,7 +31,7 @@ def base_tensor(shape=SHAPE, dtype=torch.float64):
 
 
 def isotropic(matrix):
-    """All singular values become their mean; directions that the matrix has not get none, instead of arbitrary ones."""
+    """All singular values become their mean; directions outside the range of the matrix stay zero."""
     return np.linalg.svd(matrix, compute_uv=False).mean() * oracle.polar(matrix)
 
 
@@ -50,7 +50,7 @@ def merged_parts(parts, inner, weights, density):
 
 
 def signed_like(basis, own):
-    """Turn the columns of a basis, whose signs are arbitrary, to those of another."""
+    """Give the columns of a basis, whose signs are arbitrary, the signs of another."""
     return basis * np.sign((basis * own).sum(0))
 
 

@@ -1,4 +1,4 @@
-"""Nothing that is not finite comes out of a merge, and what is beyond the range of a dtype is refused by name."""
+"""No merge returns values that are not finite, and values beyond the range of a dtype are refused by name."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The page in a browser: sizes, colours, search, sorting, the keyboard, and what must not happen."""
+"""The page in a browser: sizes, colours, search, sorting, the keyboard, and safety."""
 
 import pytest
 import sample_report
