@@ -156,7 +156,7 @@ def check_name(name: str) -> None:
         ValueError: with the name, shortened.
     """
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
-        raise ValueError(f"{name[:40]!a} is no name for a tensor (1 to {MAX_NAME_LENGTH} printable characters)")
+        raise ValueError(f"{name[:40]!a} is not a valid tensor name (1 to {MAX_NAME_LENGTH} printable characters)")
 
 
 def _parse_header(file: Path, raw: bytes, start: int, file_size: int) -> dict[str, TensorHeader]:

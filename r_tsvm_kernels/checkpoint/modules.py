@@ -145,5 +145,5 @@ def _checked(file: Path, folder: str) -> str:
     """Return the name of a folder in the list `file` if it is safe and inside the model's folder."""
     inside = folder.isprintable() and not any(part in ("", ".", "..") for part in folder.split("/"))
     if not inside or set(folder) & {"\\", ":"} or len(folder.encode()) > 255 or folder.lower().endswith(_FILE_SUFFIXES):
-        raise CheckpointError(f"{file}: {folder[:60]!a} is no name for a folder inside this one; the list is not safe")
+        raise CheckpointError(f"{file}: {folder[:60]!a} is not a folder inside this one; the list is not safe")
     return folder

@@ -188,7 +188,7 @@ class ShardFile:
             while left:
                 piece = os.pread(self._file, min(left, _PIECE), offset)
                 if not piece:
-                    raise CheckpointError(f"{self.path}: shorter than it was")
+                    raise CheckpointError(f"{self.path}: the file has become shorter")
                 state.update(piece)
                 offset, left = offset + len(piece), left - len(piece)
         return state.hexdigest()

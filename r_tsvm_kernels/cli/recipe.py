@@ -73,7 +73,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         if in_place:
             raise ConfigError("give either a recipe file or --base/--model/--weight/--method, not both")
         if Path(recipe).is_dir() or recipe.endswith(".safetensors"):
-            raise ConfigError(f"{recipe} is no recipe file; name models with --base and --model")
+            raise ConfigError(f"{recipe} is not a recipe file; name models with --base and --model")
         config = MergeConfig.from_yaml(recipe)
     else:
         if not arguments.model:

@@ -54,7 +54,7 @@ class Stage:
             ours: names of the files of a command that keeps no journal.
 
         Raises:
-            OutputUnfinishedError: the folder holds no journal and other files than `ours`, or is no folder.
+            OutputUnfinishedError: the folder holds no journal and other files than `ours`, or is not a folder.
         """
         if not _is_taken(self.folder):
             return
@@ -88,7 +88,9 @@ class Stage:
                 place.rename(source)  # no effect if both are links to one file
                 place.unlink(missing_ok=True)
             if isinstance(error, FileExistsError):
-                raise OutputExistsError(f"{self.out}: taken during the merge; remove what is there") from error
+                raise OutputExistsError(
+                    f"{self.out}: created by another process during the merge; remove it"
+                ) from error
             raise
         self.published = True
         self.remove()

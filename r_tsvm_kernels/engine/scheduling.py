@@ -204,5 +204,5 @@ def _too_small(plan: MergePlan, smallest: Schedule, memory: int | None, device_m
     elif "workspace" in plan.config.method.parameters.model_fields:
         advice = f"raise the budget, set a smaller `workspace` in the recipe, or exclude {largest}"
     else:
-        advice = f"raise the budget, or exclude {largest}, whose rows cannot be merged apart"
+        advice = f"raise the budget, or exclude {largest}, whose rows cannot be merged separately"
     return MemoryBudgetError(f"{'; '.join(refused)}; {advice}")

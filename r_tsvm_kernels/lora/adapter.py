@@ -176,18 +176,18 @@ class Adapter:
                 continue
             endings = next((pair for pair in (_LINEAR, _EMBEDDING) if name.endswith(pair)), None)
             if endings is None or not name.startswith(_PREFIX):
-                raise AdapterRefusedError(f"{source}: {name} is no factor of a LoRA update; {_meaning(name)}")
+                raise AdapterRefusedError(f"{source}: {name} is not a factor of a LoRA update; {_meaning(name)}")
             module = name.removeprefix(_PREFIX).removesuffix(endings[0]).removesuffix(endings[1])
             pair = [tensors.get(_PREFIX + module + ending) for ending in endings]
             if pair[0] is None or pair[1] is None:
-                raise CheckpointError(f"{source}: {name} comes without the other factor")
+                raise CheckpointError(f"{source}: {name} lacks the other factor")
             if not name.endswith(endings[0]):
                 continue
             A, B = pair[0].shape, pair[1].shape
             if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
                 raise AdapterRefusedError(f"{source}: {module} has factors {A} and {B}; expected (r, in) and (out, r)")
             if not {pair[0].dtype, pair[1].dtype} <= set(FLOAT_DTYPES):
-                raise AdapterRefusedError(f"{source}: the factors of {module} are {header.dtype}, not floating")
+                raise AdapterRefusedError(f"{source}: the factors of {module} are {header.dtype}, not floating-point")
             if self.config.rank(module) != A[0]:
                 raise CheckpointError(
                     f"{source}: {module} has rank {A[0]}, {CONFIG_FILE} says {self.config.rank(module)}"

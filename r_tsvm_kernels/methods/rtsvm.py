@@ -47,7 +47,7 @@ def _whole(value: object) -> object:
 class RtsvmParameters(TsvmParameters):
     """Parameters of `rtsvm`."""
 
-    outlier_sigma: float = Field(default=3.0, ge=0, description="kappa: outliers lie above mean + kappa * sd")
+    outlier_sigma: float = Field(default=3.0, ge=0, description="kappa: outliers are above mean + kappa * sd")
     outlier_weighting: OutlierWeighting = Field(default="clip", description="clip, damp, boost or none")
     density: PerModel[Annotated[float, Field(ge=0, le=1)]] = Field(
         default=(1.0,), description="fraction of each task matrix kept by magnitude pruning"

@@ -28,7 +28,7 @@ class SceParameters(MethodParameters):
     """Parameters of `sce`."""
 
     select_topk: Share = Field(default=1.0, description="fraction of the elements on which tasks differ that is kept")
-    int8_mask: bool = Field(default=False, description="accepted in recipes; changes nothing, masks are not stored")
+    int8_mask: bool = Field(default=False, description="accepted in recipes and ignored: masks are not stored")
 
 
 def sce_cost(job: TensorJob, options: SceParameters) -> Cost:

@@ -24,7 +24,7 @@ class SparseParameters(TaskArithmeticParameters):
 
     density: PerModel[Share] = Field(default=(1.0,), description="fraction of each task vector that is kept")
     rescale: bool = Field(default=False, description="scale the kept elements to the L1 norm of the task vector")
-    int8_mask: bool = Field(default=False, description="accepted in recipes; changes nothing, masks are not stored")
+    int8_mask: bool = Field(default=False, description="accepted in recipes and ignored: masks are not stored")
 
 
 class RandomParameters(SparseParameters):

@@ -28,7 +28,7 @@ class TaskArithmeticParameters(MethodParameters):
 
     alpha: FiniteFloat = Field(default=1.0, alias="lambda", description="scale of the merged task vector")
     normalize: bool = Field(default=False, description="divide by the sum of the weights")
-    int8_mask: bool = Field(default=False, description="accepted in recipes; changes nothing, there is no mask")
+    int8_mask: bool = Field(default=False, description="accepted in recipes and ignored: there is no mask")
 
 
 @register(

@@ -118,7 +118,7 @@ def test_code_is_not_run(tmp_path):
         ([torch.ones(2)], "expected a dict from names to tensors, got list"),
         ({"state_dict": {"a": torch.ones(2)}}, "'state_dict': dict; save the state_dict alone"),
         ({1: torch.ones(2)}, "expected a dict"),
-        ({"a\n": torch.ones(2)}, "no name for a tensor"),
+        ({"a\n": torch.ones(2)}, "not a valid tensor name"),
         ({"a": torch.ones(1).expand(10**9)}, "a would take 4000000000 bytes"),
         ({"a": torch.eye(3).to_sparse()}, "cannot be merged"),
         ({}, "no tensors"),

@@ -153,7 +153,7 @@ def test_version(capsys):
         ),
         (["merge", "--base", "{base}", "--model", "{m}", "--method", "nuslerp", "out"], "multislerp or karcher"),
         (["merge", "--base", "{base}", "--model", "{m}", "--method", "passthrough", "out"], "`rtsvm mergekit yaml`"),
-        (["merge", "{base}", "out"], "is no recipe file; name models with --base and --model"),
+        (["merge", "{base}", "out"], "is not a recipe file; name models with --base and --model"),
         (["merge", "--model", "{m}", "out"], "needs base_model"),
         (["merge", "missing.yaml", "out"], "cannot read the recipe"),
         (["merge", "--base", "{pickle}", "--model", "{m}", "out"], "pickle"),

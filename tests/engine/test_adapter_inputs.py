@@ -221,7 +221,7 @@ def test_inspect(tmp_path, capsys):
 
 
 def test_memory_does_not_change_the_bytes(tmp_path):
-    """Rows of a product of factors are not merged apart: libraries round them otherwise."""
+    """Rows of a product of factors are not merged separately: libraries would round them differently."""
     base, adapters, _ = inputs(tmp_path)
     config = config_for(base, adapters)
     smallest = smallest_schedule(make_plan(config, 10**9))

@@ -220,7 +220,7 @@ def test_a_pipeline_of_diffusers(tmp_path):
 def test_a_list_that_leads_elsewhere(tmp_path, folder):
     write(tmp_path / "x", {"config.json": "{}"})
     files = sentence_model(0) | {"modules.json": listed(("", "Transformer"), (folder, "Dense"))}
-    with pytest.raises(CheckpointError, match=r"modules\.json: .* is no name for a folder inside this one"):
+    with pytest.raises(CheckpointError, match=r"modules\.json: .* is not a folder inside this one"):
         Checkpoint(write(tmp_path / "model", files))
 
 
@@ -254,7 +254,7 @@ def test_a_list_that_is_gone(tmp_path, name):
 def test_a_router_that_leads_elsewhere(tmp_path):
     config = json.dumps({"types": {"../x": "a.Dense"}})
     files = sentence_model(0) | {"modules.json": listed(("", "Router")), "router_config.json": config}
-    with pytest.raises(CheckpointError, match=r"router_config\.json: '\.\./x' is no name for a folder"):
+    with pytest.raises(CheckpointError, match=r"router_config\.json: '\.\./x' is not a folder"):
         Checkpoint(write(tmp_path / "model", files))
 
 

@@ -79,7 +79,7 @@ def test_what_appears_during_a_merge_is_left_alone(tmp_path, monkeypatch, name, 
     with monkeypatch.context() as patch:
         # As late as can be: when the places were looked at for the last time.
         patch.setattr(output, "_sync", lambda path: place.exists() or place.write_text("theirs"))
-        with pytest.raises(OutputExistsError, match=r"taken during the merge.*--resume"):
+        with pytest.raises(OutputExistsError, match=r"created by another process during the merge.*--resume"):
             merge_checkpoints(config, out)
     assert names(tmp_path / "out") == [".o.safetensors.partial", place.name] and place.read_text() == "theirs"
     place.unlink()

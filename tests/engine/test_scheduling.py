@@ -124,7 +124,7 @@ def test_refusal_adds_up_names_the_tensor_and_says_what_to_do(paths):
     host = smallest_schedule(plan_for(paths, "linear")).peak_host_bytes
     assert "rows of t1 are merged one at a time already" in refusal("linear", host - 1)
     host = smallest_schedule(plan_for(paths, "iso_c")).peak_host_bytes
-    assert refusal("iso_c", host - 1).endswith("or exclude t1, whose rows cannot be merged apart")
+    assert refusal("iso_c", host - 1).endswith("or exclude t1, whose rows cannot be merged separately")
     device = smallest_schedule(plan_for(paths, "tsvm"), on_gpu=True).peak_device_bytes
     message = refusal("tsvm", None, device_memory=device - 1, on_gpu=True)
     assert "device memory budget" in message and "for Python" not in message and "raise the budget" in message

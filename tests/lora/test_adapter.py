@@ -118,8 +118,8 @@ def test_refused_settings(tmp_path, setting, error):
     [
         ("base_model.model.layers.0.q.lora_magnitude_vector.weight", "DoRA"),
         ("base_model.model.lm_head.weight", "modules_to_save"),
-        ("base_model.model.mlp.base_layer.lora_B.weight", "without the other factor"),
-        ("layers.9.q.lora_A.weight", "no factor"),
+        ("base_model.model.mlp.base_layer.lora_B.weight", "lacks the other factor"),
+        ("layers.9.q.lora_A.weight", "not a factor"),
     ],
 )
 def test_refused_tensors(tmp_path, name, error):

@@ -124,7 +124,7 @@ def certify(merged: ProductsMerge, matrices: Tensor, mode: Mode) -> TsvMerge:
         ConvergenceError: the result is not accurate enough.
     """
     if any(max(part.outer_steps, part.inner_steps) >= STEPS["fp16x3"] for part in merged.parts):
-        raise ConvergenceError("products: singular values on both sides of a rank are too close to be told apart")
+        raise ConvergenceError("products: singular values on both sides of a rank are too close to be separated")
     ranks = tuple(part.core.shape[0] for part in merged.parts)
     certificate = Certificate(
         error=merged.error,
