@@ -91,7 +91,7 @@ if [ -z "$dry" ] && command -v compute-sanitizer > /dev/null; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
     stage "$tool" 240 compute-sanitizer --tool "$tool" --kernel-regex kns=r_tsvm --error-exitcode 1 \
-      "${tests[@]}" tests/ops/test_elementwise_gpu.py -k "cuda and (1031 or same_bits)"
+      "${tests[@]}" tests/ops/test_{elect_and_sum,magnitude_ranks}.py -k "cuda and 1031"
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi

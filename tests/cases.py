@@ -1,24 +1,37 @@
 """Compare a backend with the reference on the cases that an op lists."""
 
+from functools import cache
+
 import pytest
 import torch
 
 from r_tsvm_kernels.ops._cases import difference
 
 
-def check(op, backend):
-    """Run all cases of an op with a backend and with the reference, on the default device; the results must agree."""
-    count = 0
-    for case in op.cases.cases(torch.get_default_device()):
-        if case.raises is not None:
-            for which in (backend, "torch"):
-                with pytest.raises(case.raises):
-                    op(*case.args, **case.options, backend=which)
+@cache
+def expectations(op, device):
+    """Return the cases of an op on a device, each with the result of the reference or None where it must raise."""
+    found = []
+    for case in op.cases.cases(device):
+        if case.raises is None:
+            found.append((case, op(*case.args, **case.options, backend="torch")))
         else:
-            got, expected = (op(*case.args, **case.options, backend=which) for which in (backend, "torch"))
+            with pytest.raises(case.raises):
+                op(*case.args, **case.options, backend="torch")
+            found.append((case, None))
+    assert len(found) > 20
+    return found
+
+
+def check(op, backend):
+    """Run all cases of an op with a backend, on the default device; the results must agree with the reference's."""
+    for case, expected in expectations(op, torch.get_default_device()):
+        if case.raises is not None:
+            with pytest.raises(case.raises):
+                op(*case.args, **case.options, backend=backend)
+        else:
+            got = op(*case.args, **case.options, backend=backend)
             assert difference(op, got, expected) is None, case.label
-        count += 1
-    assert count > 20
 
 
 def check_on_another_stream(op, backend, run):

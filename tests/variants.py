@@ -12,6 +12,7 @@ from r_tsvm_kernels import backends
 from r_tsvm_kernels.ops import _cases
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def available(*names):
@@ -70,6 +71,7 @@ def shapes(backend):
 
 # For tests on a GPU. More than 2^31 elements take tens of GB: one after the other.
 MODEL_SHAPES = [(1, 1), (3, 5), (129, 1031), (4096, 4096), (14336, 4096)]
+every_model_shape = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
 BEYOND_32_BITS = 2**31 + 5003
 large = pytest.mark.xdist_group("large")
 
@@ -111,6 +113,12 @@ VALUES = {
     "ordered": lambda shape: torch.arange(torch.Size(shape).numel()).reshape(shape) / 4096,
     "one per row": lambda shape: torch.randn(shape[:1]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape).clone(),
 }
+
+
+def group(shape, dtypes):
+    """Return a base and one fine-tuned tensor near it for each further dtype."""
+    origin = torch.randn(shape)
+    return origin.to(dtypes[0]), [(origin + 0.1 * torch.randn(shape)).to(dtype) for dtype in dtypes[1:]]
 
 
 @contextmanager

@@ -24,13 +24,17 @@ WEIGHTS = [1.0, 0.5, 2.0, -0.25, 0.75, 1.5, 0.125, 3.0]
 CANCELLING = [0.3, 0.1, 0.2, 0.6, -0.3, -0.1, 0.7, 0.9]
 
 
-def sparsifiers(base: Tensor, tuned: Sequence[Tensor], kind: str, density: float = 0.4) -> list[Sparsifier]:
-    """Return one sparsifier for each task; a "mixture" has all kinds."""
+def sparsifiers(
+    base: Tensor, tuned: Sequence[Tensor], kind: str | Sequence[str], density: float = 0.4
+) -> list[Sparsifier]:
+    """Return one sparsifier for each task, of one kind or of a kind for each; a "mixture" has all kinds."""
     dtype = accumulation_dtype(base, *tuned)
-    kinds = [KINDS[(task + 1) % 7] if kind == "mixture" else kind for task in range(len(tuned))]
+    kinds = [kind] * len(tuned) if isinstance(kind, str) else kind
+    if kind == "mixture":
+        kinds = [KINDS[(task + 1) % 7] for task in range(len(tuned))]
     return [
         _sparsifier(t.to(dtype) - base.to(dtype), own, task, density)
-        for task, (t, own) in enumerate(zip(tuned, kinds, strict=True))
+        for task, (t, own) in enumerate(zip(tuned, kinds, strict=False))
     ]
 
 
@@ -59,7 +63,7 @@ def _sparsifier(delta: Tensor, kind: str, task: int, density: float) -> Sparsifi
     return Sparsifier()
 
 
-def rules_for(base: Tensor, tuned: Sequence[Tensor], elect: str, kind: str) -> list[Sparsifier]:
+def rules_for(base: Tensor, tuned: Sequence[Tensor], elect: str, kind: str | Sequence[str]) -> list[Sparsifier]:
     """Return sparsifiers of a kind, without ranks where they are refused: unweighted elections and scalars."""
     found = (
         sparsifiers(base, tuned, kind) if base.ndim or kind not in ("della", "mixture") else [Sparsifier()] * len(tuned)
@@ -155,7 +159,7 @@ def _models(random: torch.Generator) -> Iterator[Case]:
     """Yield merges of 8 models from the simplest to everything at once."""
     variants = {"all": "none", "dare": "none", "della": "sum", "mask": "unweighted", "ties": "sum", "everything": "sum"}
     for dtypes in ((BFLOAT16,) * 2, (FLOAT64,) * 2):
-        base, tuned = group((16, 40), [dtypes[0], *[dtypes[1]] * 8], random)
+        base, tuned = group((8, 40), [dtypes[0], *[dtypes[1]] * 8], random)
         for kind, elect in variants.items():
             rules = rules_for(base, tuned, elect, kind)
             options = {"elect": elect, "normalize": elect != "none", "sparsifiers": rules}
@@ -164,6 +168,6 @@ def _models(random: torch.Generator) -> Iterator[Case]:
         options = {"elect": "sum", "normalize": True, "sparsifiers": sparsifiers(base, tuned, "ties")}
         yield Case(f"ties of 20 models in {dtypes[0]}", (base, tuned, 0.05), options, compiled=True)
     for first, second in ((FLOAT16, FLOAT16), (FLOAT32, FLOAT32), (BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16)):
-        base, tuned = group((13, 31), [first, *[second, first] * 4], random)
+        base, tuned = group((9, 31), [first, *[second, first] * 4], random)
         options = {"elect": "count", "normalize": True}
         yield Case(f"mean of models, {second} and {first}", (base, tuned, WEIGHTS), options, compiled=True)
