@@ -3,7 +3,7 @@
     python -m benchmarks.against BASE [--turns 3] [--json FOLDER] [arguments of rtsvm bench]
 
 Both are built from their sources into folders of their own, which are deleted at the end, and run `rtsvm bench` turn by
-turn; the side that goes first alternates. Compared are the benchmarks that both have. Eager torch and peers, whose code
+turn; the side that runs first alternates. The benchmarks that both have are compared. Eager torch and peers, whose code
 is the same on both sides, measure the noise: a change is reported where all turns agree and where it is larger than
 that. `--json` keeps the results of all turns in a new folder.
 """
@@ -39,7 +39,7 @@ def build(sources: Path, target: Path) -> Path:
 def bench(installed: Path, file: Path, arguments: list[str]) -> list[Row]:
     """Run `rtsvm bench` of an installation; return its rows."""
     command = [sys.executable, "-m", "r_tsvm_kernels", "bench", "--json", str(file), *arguments]
-    # From another folder than this one, or the working tree would be imported.
+    # Run from another folder, or the working tree would be imported.
     done = subprocess.run(
         command, cwd=file.parent, env=os.environ | {"PYTHONPATH": str(installed)}, stdout=subprocess.DEVNULL
     )
@@ -75,7 +75,7 @@ def main() -> None:
         ["git", "rev-parse", "--verify", f"{args.base}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
     )
     if commit.returncode != 0 or args.turns < 1:
-        parser.error(f"{args.base!r} is no commit of this repository, or --turns is below 1")
+        parser.error(f"{args.base!r} is not a commit of this repository, or --turns is below 1")
     if args.json:
         args.json.mkdir(parents=True)
     turns = []

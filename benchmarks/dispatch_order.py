@@ -40,7 +40,7 @@ def suggest(rows: list[Row]) -> dict[str, Any]:
     for op, devices in ((name, found.order) for name, found in ops().items()):
         times[op] = relative_times(rows, op)
         known = [name for name in devices[device] if name in times[op]]
-        # The reference is always there and always right: what is slower than it is never taken.
+        # The reference always exists and is always right, so backends slower than it are never used.
         order[op] = sorted(known, key=lambda name, op=op: times[op][name]) or list(devices[device])
         if "torch" not in order[op]:
             order[op].append("torch")

@@ -1,4 +1,4 @@
-"""What the programs for a machine with a GPU share: their command line, and results that grow row by row."""
+"""Code that the programs for a machine with a GPU share: the command line, and results that grow row by row."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Suite:
     ) -> None:
         """Time `run` after a first call and keep its rows; a failure becomes the reason of a missing time.
 
-        A slow call is its own first one. `bytes` and `flops` are the work of a call, for its rate.
+        A slow call has no separate first call. `bytes` and `flops` are the work of a call, for its rate.
         """
         case: dict[str, Any] = {"role": role, "options": options}
         try:

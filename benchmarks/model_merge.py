@@ -41,8 +41,8 @@ METHODS = {
     "rtsvm products": [*RTSVM, "--set", "solver=products"],
     "rtsvm eigen": [*RTSVM, "--set", "solver=eigen"],
 }
-# Whether each is merged in a given device memory. The references of solver `products` need more than 6 GB; the slowest
-# comes last.
+# Whether each is merged within a given device memory. The references of solver `products` need more than 6 GB; the
+# slowest is last.
 BOUNDED = {"task_arithmetic": (False, True), "rtsvm products": (False, True), "rtsvm eigen": (True,)}
 SAMPLE_SECONDS = 0.02
 

@@ -60,7 +60,7 @@ ACCURACY = (
             "Relative error of the merged update (Frobenius norm). `whitening` is the published eigenvalue variant. "
             "The solver `products` is simulated by rounding; its last columns are formats without fallback. "
             "FusionBench has one rank, r // T. Task matrices of `low rank` have a smaller one: there it merges "
-            "arbitrary null vectors, too, which is no rounding."),
+            "arbitrary null vectors, too, which is not rounding."),
     Section("spectral_accuracy_1024.json", "Solvers and shortcuts, 1024 columns",
             "python -m benchmarks.spectral_accuracy --sizes 1024 --solvers eigen", ""),
     Section("tsvm_vs_fusion_bench.json", "tsvm against FusionBench's function",

@@ -128,6 +128,6 @@ def write(name: str, results: Path, pictures: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
         metadata = {"Source": source(data), "Date": None, "Creator": None}
         plot.figure(data).savefig(pictures / name, metadata=metadata)
-    # Trailing blanks are matplotlib's; without them the repository's checks have nothing to say.
+    # Remove matplotlib's trailing blanks, which the repository's checks refuse.
     path = pictures / name
     path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))

@@ -1,4 +1,4 @@
-"""What the programs share: command line, interleaved rounds of several sides, memory of processes, results."""
+"""Code that the programs share: command line, interleaved rounds of several sides, memory of processes, results."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Program:
         self.parser.add_argument("--json", type=Path, default=RESULTS / file, help="file of results, replaced")
 
     def arguments(self) -> argparse.Namespace:
-        """Read the command line; end the program with a message where it cannot work."""
+        """Read the command line; end the program with a message if it cannot run."""
         args = self.parser.parse_args()
         if "rounds" in args and args.rounds < 1:
             self.parser.error("--rounds must be at least 1")

@@ -1,4 +1,4 @@
-"""Check that PEFT and we read the same numbers out of the same adapters, whoever wrote them.
+"""Check that PEFT and this package read the same numbers from the same adapters, written by either.
 
     benchmarks/peers/peft_env.sh
     .venv-peft/bin/python -m benchmarks.peers.check_peft

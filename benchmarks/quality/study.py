@@ -1,4 +1,4 @@
-"""The merges of the study, and what is measured of one family of models."""
+"""The merges of the study, and the measurements of one family of models."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DENSITIES = (0.2, 0.5, 0.8)
 
 Options = dict[str, Any]
 
-# Method, its options by default, and what is tuned beside alpha. The package keeps everything (density 1) unless told
-# otherwise, which for these methods would be no method at all; the defaults here are TIES's own density, and 0.5.
+# Method, its options by default, and the parameter that is tuned beside alpha. The package's default keeps everything
+# (density 1), which would switch these methods off; the defaults here are TIES's own density, and 0.5.
 TABLE: list[tuple[str, Options, tuple[str, Sequence[float]]]] = [
     ("linear", {}, ("", ())),
     ("task_arithmetic", {}, ("", ())),
@@ -116,10 +116,10 @@ def tune(
     scalable: bool,
     test: bool,
 ) -> dict[str, Any]:
-    """Merge with the options of each candidate, the first of which are the default; choose options and alpha.
+    """Merge with the options of each candidate, the default first; choose options and alpha.
 
-    Chosen is what has the best mean accuracy on validation data; among equals, what is nearest to the default comes
-    first. If `test`, the choice and the default are scored on test data.
+    Choose those with the best mean accuracy on validation data; among equals, those nearest to the default. If `test`,
+    the choice and the default are scored on test data.
     """
     trials, merges = [], []
     for options in candidates:

@@ -1,7 +1,7 @@
 """Classification of table rows: a residual MLP, a base trained on six tables and experts for four other ones.
 
-The rows of a table lie around a centre of its own in 32 features; their ten classes are those of a random network of
-its own, whose outputs are standardised so that classes are about equally frequent. All data are generated.
+Each table has its own centre, around which its rows are scattered in 32 features. Its own random network gives the ten
+classes; the outputs are standardised, so that classes are about equally frequent. All data are generated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a suite is, how its models are trained, and how a model is scored."""
+"""Suites: their models, the training, and the scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Batch = tuple[Tensor, Tensor]  # inputs, and targets of which each is a class
+Batch = tuple[Tensor, Tensor]  # inputs, and targets, each a class
 StateDict = dict[str, Tensor]
 
 
