@@ -15,16 +15,6 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def available(*names):
-    """Parameters for these backends; those that cannot run here are skipped with the reason."""
-    parameters = []
-    for name in names:
-        state = backends.state(name)
-        marks = [pytest.mark.skipif(state != backends.READY, reason=f"{name}: {state}")]
-        parameters.append(pytest.param(name, marks=[*marks, pytest.mark.gpu] if name == "cuda" else marks))
-    return parameters
-
-
 def every_backend(op, *, reference=True):
     """Parametrise `backend` over all ways to run the op, each skipped with its reason where it cannot.
 
@@ -70,8 +60,9 @@ def shapes(backend):
 
 
 # For tests on a GPU. More than 2^31 elements take tens of GB: one after the other.
-MODEL_SHAPES = [(1, 1), (3, 5), (129, 1031), (4096, 4096), (14336, 4096)]
-every_model_shape = pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
+every_model_shape = pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 5), (129, 1031), (4096, 4096), (14336, 4096)], ids=str
+)
 BEYOND_32_BITS = 2**31 + 5003
 large = pytest.mark.xdist_group("large")
 
@@ -94,8 +85,8 @@ def _marks(way):
 LAYOUTS = {"contiguous": lambda t: t, **_cases.LAYOUTS}
 layout_names = st.sampled_from(sorted(LAYOUTS))
 
-# Around the block (2048) and the chunk (32768) of the kernels, and on both sides of the size from which they sample.
-SIZES = st.one_of(st.integers(0, 70), st.sampled_from([2047, 2048, 2049, 4097, 32767, 32769, 65535, 70001]))
+# Around blocks (512, 2048) and the chunk (32768) of the kernels, and on both sides of the size from which they sample.
+SIZES = st.one_of(st.integers(0, 70), st.sampled_from([511, 513, 2047, 2048, 2049, 4097, 32767, 32769, 65535, 70001]))
 SHAPES = st.one_of(SIZES.map(lambda n: (n,)), st.lists(st.integers(1, 40), min_size=2, max_size=3).map(tuple))
 
 

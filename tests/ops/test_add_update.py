@@ -8,9 +8,10 @@ from variants import (
     BEYOND_32_BITS,
     DTYPES,
     LAYOUTS,
-    MODEL_SHAPES,
     VALUES,
     every_backend,
+    every_dtype,
+    every_model_shape,
     large,
     layout_names,
     on_devices,
@@ -27,7 +28,7 @@ def test_cases(backend):
 
 
 @every_backend(add_update)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_equals_the_formula(backend, dtype):
     base, update = torch.randn(13, 17).to(dtype), torch.randn(13, 17)
     exact = base.double() + 0.7 * update.double()
@@ -74,8 +75,8 @@ def test_what_it_refuses(backend):
 
 
 @on_devices(add_update)
-@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_model_shape
+@every_dtype
 def test_sizes_of_models(backend, shape, dtype):
     base, update = 0.02 * torch.randn(shape), 1e-3 * torch.randn(shape)
     base, update = base.to(dtype), update.to(torch.promote_types(dtype, torch.float32))

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from variants import (
     DTYPES,
     LAYOUTS,
-    MODEL_SHAPES,
     VALUES,
-    available,
     every_backend,
+    every_dtype,
+    every_model_shape,
     large,
     layout_names,
     on_devices,
     simulated,
+    some_backends,
     torch_threads,
 )
 
@@ -25,7 +26,7 @@ from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailableError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.ops import magnitude_ranks, magnitude_select
 
-native_backend = pytest.mark.parametrize("backend", available("cpu"))
+native_backend = some_backends(magnitude_ranks, "cpu")
 
 # Rows of few elements, and of more than one byte and 16 bits can count.
 ROWS = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 257, 2049, 65535, 65537]))
@@ -92,7 +93,7 @@ def test_of_a_difference(backend, dtypes):
 
 
 @every_backend(magnitude_ranks)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("kind", sorted(VALUES))
 def test_select_in_each_row_like_magnitude_select(backend, kind, dtype):
     x = VALUES[kind]((5, 70)).to(dtype)
@@ -118,7 +119,7 @@ def test_every_finite_16_bit_magnitude(backend, dtype):
 
 
 @native_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("shape", [(300, 1001), (100_000, 3), (2, 70_001), (301, 64), (299, 65)], ids=str)
 def test_number_of_threads_does_not_matter(backend, dtype, shape):
     x = torch.randn(shape).to(dtype)
@@ -138,7 +139,7 @@ def test_empty(backend, shape):
 
 @every_backend(magnitude_ranks)
 @pytest.mark.parametrize("cols", [4, 300])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_refused(backend, cols, dtype, bad):
     x = torch.ones(3, cols, dtype=dtype)
@@ -181,7 +182,7 @@ def test_cases(backend):
 
 
 @every_backend(magnitude_ranks, reference=False)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("cols", [511, 4097, 20_000])
 def test_long_rows_with_ties(backend, dtype, cols):
     """20,000 columns do not fit into the shared memory of a GPU."""
@@ -191,8 +192,8 @@ def test_long_rows_with_ties(backend, dtype, cols):
 
 
 @on_devices(magnitude_ranks)
-@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_model_shape
+@every_dtype
 def test_sizes_of_models(backend, shape, dtype):
     base, x = 0.02 * torch.randn(shape), 1e-3 * torch.randn(shape)
     base, x = base.to(dtype), (base + x).to(dtype)

@@ -11,9 +11,10 @@ from variants import (
     BEYOND_32_BITS,
     DTYPES,
     LAYOUTS,
-    MODEL_SHAPES,
     VALUES,
     every_backend,
+    every_dtype,
+    every_model_shape,
     large,
     layout_names,
     on_devices,
@@ -53,7 +54,7 @@ def test_cases(backend):
 
 
 @every_backend(magnitude_select)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @given(values=st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-3, -1e-3, 6e-8]), min_size=1), data=st.data())
 def test_exactly_keep_survive_and_ties_go_by_index(backend, dtype, values, data):
     x = torch.tensor(values, dtype=dtype)
@@ -127,7 +128,7 @@ def test_several_at_once_are_those_found_alone(backend, data, kind, dtype, with_
         assert same_selection(selection, magnitude_select(x, count, base=base, backend="torch"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("threshold_dtype", DTYPES, ids=str)
 @given(values=st.lists(st.sampled_from([0.1, 0.2, 0.3, 1 / 3, 1e-9, 1e30, 0.0]), min_size=1), threshold=st.floats(0))
 def test_masks_compare_exactly_whatever_the_dtypes(dtype, threshold_dtype, values, threshold):
@@ -145,7 +146,7 @@ def test_masks_compare_exactly_whatever_the_dtypes(dtype, threshold_dtype, value
 
 
 @native_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("kind", sorted(VALUES))
 def test_number_of_threads_does_not_matter(backend, dtype, kind):
     x = VALUES[kind]((300, 1001)).to(dtype)
@@ -198,7 +199,7 @@ def test_empty(backend):
 
 
 @every_backend(magnitude_select)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_refused(backend, dtype, bad):
     size = 300 if backend == "triton" else 3000  # blocks of 128, slices of 1024
@@ -275,8 +276,8 @@ def test_kept_count_refuses(density):
 
 
 @on_devices(magnitude_select)
-@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_model_shape
+@every_dtype
 def test_sizes_of_models(backend, shape, dtype):
     base = 0.02 * torch.randn(shape)
     x, base = (base + 1e-3 * torch.randn(shape)).to(dtype), base.to(dtype)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import available
+from variants import some_backends
 
 from r_tsvm_kernels.errors import ConfigError
 from r_tsvm_kernels.ops import reweight_prune, task_statistics
 
 ROOT = Path(__file__).resolve().parents[2]
 CXX = shutil.which("g++") or shutil.which("c++")
-native_backend = pytest.mark.parametrize("backend", available("cpu"))
+native_backend = some_backends(task_statistics, "cpu")
 
 
 @native_backend

@@ -7,14 +7,22 @@ import torch
 from cases import check
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import BEYOND_32_BITS, available, every_backend, large, on_devices, simulated, torch_threads
+from variants import (
+    BEYOND_32_BITS,
+    every_backend,
+    large,
+    on_devices,
+    simulated,
+    some_backends,
+    torch_threads,
+)
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.errors import BackendUnavailableError, ConfigError, DeviceError
 from r_tsvm_kernels.ops import random_mask
 from r_tsvm_kernels.ops.random_mask.reference import philox
 
-native_backend = pytest.mark.parametrize("backend", available("cpu"))
+native_backend = some_backends(random_mask, "cpu")
 
 ONES = 2**32 - 1
 # kat_vectors of Random123: counter, key, words.

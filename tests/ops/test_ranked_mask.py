@@ -11,14 +11,15 @@ from test_random_mask import word
 from variants import (
     DTYPES,
     LAYOUTS,
-    MODEL_SHAPES,
     VALUES,
-    available,
     every_backend,
+    every_dtype,
+    every_model_shape,
     large,
     layout_names,
     on_devices,
     simulated,
+    some_backends,
     torch_threads,
 )
 
@@ -34,7 +35,7 @@ from r_tsvm_kernels.ops import (
 )
 from r_tsvm_kernels.ops.ranked_mask.cases import TABLES, table
 
-native_backend = pytest.mark.parametrize("backend", available("cpu"))
+native_backend = some_backends(ranked_mask, "cpu")
 
 
 @every_backend(ranked_mask, reference=False)
@@ -70,7 +71,7 @@ def test_long_rows(backend, cols, kind, chances):
 
 
 @every_backend(ranked_mask)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_is_the_mask_of_ranked_keep(backend, dtype):
     base = torch.randn(31, 301).to(dtype)
     x = (base.double() + 0.01 * torch.randn(31, 301)).to(dtype)
@@ -162,8 +163,8 @@ def test_cases(backend):
 
 
 @on_devices(ranked_mask)
-@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_model_shape
+@every_dtype
 def test_sizes_of_models(backend, shape, dtype):
     base, x = 0.02 * torch.randn(shape), 1e-3 * torch.randn(shape)
     base, x = base.to(dtype), (base + x).to(dtype)

@@ -13,9 +13,10 @@ from variants import (
     BEYOND_32_BITS,
     DTYPES,
     LAYOUTS,
-    MODEL_SHAPES,
     VALUES,
     every_backend,
+    every_dtype,
+    every_model_shape,
     large,
     layout_names,
     on_devices,
@@ -123,7 +124,7 @@ def test_equals_the_reference(backend, data, kinds, dtypes, layouts, weighting, 
 
 
 @native_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("kind", sorted(VALUES))
 def test_many_chunks_and_any_number_of_threads(backend, dtype, kind):
     torch.manual_seed(1)
@@ -310,8 +311,8 @@ def test_degenerate_outlier_masses_give_one():
 
 
 @on_devices(reweight_prune)
-@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_model_shape
+@every_dtype
 def test_sizes_of_models(backend, shape, dtype):
     base = 0.02 * torch.randn(shape)
     tuned = [(base + 1e-3 * torch.randn(shape)).to(dtype) for _ in range(3)]

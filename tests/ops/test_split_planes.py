@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import check
 from compare import relative_error, same_bits
-from variants import MODEL_SHAPES, every_backend, on_devices
+from variants import every_backend, every_model_shape, on_devices
 
 from r_tsvm_kernels.ops import split_planes
 
@@ -67,7 +67,7 @@ def test_what_is_not_finite_stays_so(backend, bad):
 
 
 @on_devices(split_planes)
-@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
+@every_model_shape
 def test_sizes_of_models(backend, shape):
     x = torch.randn(shape)
     got, expected = (split_planes(x, backend=which) for which in (backend, "torch"))

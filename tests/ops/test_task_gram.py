@@ -11,8 +11,10 @@ from variants import (
     BEYOND_32_BITS,
     DTYPES,
     LAYOUTS,
-    MODEL_SHAPES,
     every_backend,
+    every_dtype,
+    every_model_shape,
+    group,
     large,
     layout_names,
     on_devices,
@@ -32,11 +34,6 @@ native_backend = some_backends(task_gram, "cpu")
 @every_backend(task_gram, reference=False)
 def test_cases(backend):
     check(task_gram, backend)
-
-
-def group(shape, dtypes):
-    origin = torch.randn(shape)
-    return origin.to(dtypes[0]), [(origin + 0.1 * torch.randn(shape)).to(dtype) for dtype in dtypes[1:]]
 
 
 def truth(tuned, base=None, mask=None):
@@ -82,7 +79,7 @@ def test_differences_are_not_rounded(backend):
 
 
 @native_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_same_bits_for_any_number_of_threads_and_any_layout(backend, dtype):
     base, tuned = group((301, 401), [dtype] * 4)
     mask = torch.rand(301, 401) < 0.5
@@ -113,12 +110,12 @@ def test_what_is_masked_does_not_matter(backend):
 
 
 @on_devices(task_gram)
-@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_model_shape
+@every_dtype
 def test_sizes_of_models(backend, shape, dtype):
     base, tuned = group(shape, [dtype] * 10)
     mask = torch.rand(shape) < 0.7
-    for number in (1, 2, 9):
+    for number in (1, 2, 3, 9):
         for options in ({"base": base, "mask": mask}, {}):
             got, expected = (task_gram(tuned[:number], **options, backend=which) for which in (backend, "torch"))
             assert relative_error(got, expected) < 1e-13

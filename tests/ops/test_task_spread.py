@@ -11,8 +11,10 @@ from variants import (
     BEYOND_32_BITS,
     DTYPES,
     LAYOUTS,
-    MODEL_SHAPES,
     every_backend,
+    every_dtype,
+    every_model_shape,
+    group,
     large,
     layout_names,
     on_devices,
@@ -34,13 +36,8 @@ def test_cases(backend):
     check(task_spread, backend)
 
 
-def group(shape, dtypes):
-    origin = torch.randn(shape)
-    return origin.to(dtypes[0]), [(origin + 0.1 * torch.randn(shape)).to(dtype) for dtype in dtypes[1:]]
-
-
 @every_backend(task_spread)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("tasks", [1, 2, 3, 20])
 def test_equals_the_variance(backend, dtype, tasks):
     base, tuned = group((17, 31), [dtype] * (tasks + 1))
@@ -93,11 +90,11 @@ def test_nothing_and_single_elements(backend, shape):
 
 
 @on_devices(task_spread)
-@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_model_shape
+@every_dtype
 def test_sizes_of_models(backend, shape, dtype):
     base, tuned = group(shape, [dtype] * 10)
-    for number in (1, 2, 9):
+    for number in (1, 2, 3, 9):
         assert same_bits(*(task_spread(base, tuned[:number], backend=which) for which in (backend, "torch")))
 
 

@@ -14,8 +14,9 @@ from variants import (
     BEYOND_32_BITS,
     DTYPES,
     LAYOUTS,
-    MODEL_SHAPES,
     every_backend,
+    every_dtype,
+    every_model_shape,
     large,
     layout_names,
     on_devices,
@@ -112,7 +113,7 @@ def test_any_shape_dtype_and_layout(backend, data, dtypes, layouts, scale, sigma
 
 @every_backend(task_statistics)
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 5), (), (1,), (1, 1, 1)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_nothing_and_single_elements(backend, shape, dtype):
     check(backend, *pair(*shape, tasks=2, dtype=dtype))
 
@@ -147,7 +148,7 @@ def test_equal_tensors_and_negative_zero(backend):
 
 
 @every_backend(task_statistics)
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_heavy_tails(backend, dtype):
     size = 2000 if simulated(backend) else 50_000
     base = torch.zeros(size, dtype=dtype)
@@ -223,7 +224,7 @@ def test_nan_and_infinity(backend, sigma, eps):
 
 
 @native_backend
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("how", [how for how in LAYOUTS if how != "contiguous"])
 def test_layout_does_not_change_a_bit(backend, dtype, how):
     base, tuned = pair(23, 1789, tasks=2, dtype=dtype)
@@ -361,8 +362,8 @@ def test_other_views_are_copied(tensor):
 
 
 @on_devices(task_statistics)
-@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_model_shape
+@every_dtype
 def test_sizes_of_models(backend, shape, dtype):
     base = 0.02 * torch.randn(shape)
     tuned = [(base + 1e-3 * torch.randn(shape)).to(dtype) for _ in range(3)]
