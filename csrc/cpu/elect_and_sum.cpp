@@ -19,7 +19,7 @@
 namespace r_tsvm {
 namespace {
 
-// All buffers of a slice together stay within a 32 KiB L1 cache, nearly so for float64.
+// All buffers of a slice together fit into a 32 KiB L1 cache, or nearly fit for float64.
 constexpr int64_t kSlice = 256;
 static_assert(kChunk % kSlice == 0 && kSlice % kWordGroup == 0);
 
@@ -32,9 +32,9 @@ template <class Real>
 struct Rule {
   Real threshold;
   int64_t ties;
-  // Those that no chunk has claimed yet; used by one thread at a time.
+  // Ties that no chunk has claimed yet; used by one thread at a time.
   int64_t unclaimed;
-  // Per chunk: how many of its tied elements are still to be selected. Each is used by the chunk's thread alone.
+  // Per chunk, the number of tied elements still to be selected. Only the chunk's thread uses it.
   std::vector<int64_t> ties_left;
 
   bool used() const { return ties >= 0; }
@@ -84,7 +84,7 @@ struct Slice {
   alignas(64) double factors[kSlice];
 };
 
-// Sets `values` to 0 where `wanted` is not whether the difference is selected.
+// Sets `values` to 0 where the selection of the difference differs from `wanted`.
 template <class Real>
 RTSVM_INLINE void select(const Real* __restrict differences, Real* __restrict values, int64_t n, Real threshold,
                          int64_t& ties_left, bool wanted) {
@@ -113,7 +113,7 @@ RTSVM_INLINE void sample(const uint32_t* __restrict words, Real* __restrict valu
   for (int64_t i = 0; i < n; ++i) values[i] = words[i] < threshold ? values[i] : Real{0};
 }
 
-// Also notes the factors.
+// Also stores the factors.
 template <class Real>
 RTSVM_INLINE void sample_ranked(const uint32_t* __restrict words, const RankedSelection& ranked, int64_t first,
                                 int64_t n, Real* __restrict values, double* __restrict factors) {
@@ -124,7 +124,7 @@ RTSVM_INLINE void sample_ranked(const uint32_t* __restrict words, const RankedSe
   }
 }
 
-// The one factor of all elements, where others have an array.
+// One factor for all elements, in place of an array.
 struct Same {
   double factor;
   RTSVM_INLINE double operator[](int64_t) const { return factor; }
@@ -156,7 +156,7 @@ RTSVM_INLINE void decide(const double* __restrict votes, int64_t n, Real* __rest
   for (int64_t i = 0; i < n; ++i) side[i] = votes[i] >= 0 ? Real{1} : Real{-1};
 }
 
-// `side` has the elected signs. NaN is against none, so that it never disappears.
+// `side` has the elected signs. NaN is against neither, so that it is never lost.
 template <bool kUnweighted, bool kNormalize, class Real, class Factors>
 RTSVM_INLINE void add_elected(const Real* __restrict values, int64_t n, const Factors factors, Real weight,
                               Sums<Real>& sums) {
@@ -334,8 +334,9 @@ void run(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks
     counts_ties = counts_ties || task.kept.counts_ties() || task.dropped.counts_ties();
   }
   prefer_huge_pages(output, elements * sizeof(Real));
-  // Chunks begin in order, whatever the schedule. Each claims its ties as soon as it has counted them and those before
-  // it have claimed theirs, which waits for no merging: the inputs are still in the cache when they are merged.
+  // Chunks begin in order with every schedule. Each claims its ties as soon as it has counted them and all earlier
+  // chunks have claimed theirs. This does not wait for merging, so the inputs are still in the cache when they are
+  // merged.
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> claimed{0};
   parallel_for(chunks, elements * (count + 1), threads, [&](int64_t) {

@@ -26,7 +26,7 @@ struct Batch {
   Task<Real> task[kBatch];
 };
 
-// Any number of tasks: they travel as arguments of launches, which unlike copies from pageable memory wait for nothing.
+// Any number of tasks. They are passed as arguments of launches, which never wait, unlike copies from pageable memory.
 template <class Real>
 __global__ void put_kernel(const __grid_constant__ Batch<Real> batch, int count, Task<Real>* tasks) {
   const int t = static_cast<int>(threadIdx.x);
@@ -57,14 +57,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One for all differences, or one for each rank.
+// One factor for all differences, or one for each rank.
 template <class Real>
 __device__ const double* factors(const Task<Real>& task) {
   return task.ranked.ranks != nullptr ? task.ranked.factors : &task.factor;
 }
 
-// Sets the differences of a task to 0 where they do not survive; factors(task)[place] is what the others are multiplied
-// by.
+// Sets the differences of a task to 0 where they do not survive; the others are multiplied by factors(task)[place].
 template <class Real>
 __device__ void sparsify(const Task<Real>& task, const TieRules& rules, int64_t slice, int64_t elements,
                          Real (&values)[kItems], int (&place)[kItems]) {
@@ -127,8 +126,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The two outcomes of an election are summed side by side, so that one pass over the tasks is enough. NaN is on both
-// sides, so that it never disappears.
+// Both outcomes of an election are summed, so that one pass over the tasks is enough. NaN is on both sides, so that it
+// is never lost.
 template <class Real>
 __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 4 : 2)
     elect_kernel(const __grid_constant__ MatrixView base, const Task<Real>* tasks, int count,

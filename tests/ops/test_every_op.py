@@ -1,4 +1,4 @@
-"""What holds for every op: it describes itself, and takes tensors as callers have them or refuses them."""
+"""Properties of every op: it describes itself, and accepts tensors in all forms or refuses them."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ from r_tsvm_kernels.ops._cases import difference, leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY_OP = pytest.mark.parametrize("op", ops().values(), ids=ops())
-# An op that takes planes checks them itself, one that makes a mask takes no tensor.
+# Ops on planes check these themselves, and an op that makes a mask takes no tensor.
 OF_TENSORS = [op for op in ops().values() if op.name not in ("random_mask", "symm_gram", "symm_square", "gemm3")]
 EVERY_OP_OF_TENSORS = pytest.mark.parametrize("op", OF_TENSORS, ids=lambda op: op.name)
 
@@ -117,7 +117,7 @@ def test_kinds_of_tensors_that_it_takes(op, kind, backend):
 
 @EVERY_OP_OF_TENSORS
 def test_cpu_kernels_take_tensors_at_odd_addresses(op):
-    """A sanitizer reports the first access that takes them for aligned."""
+    """A sanitizer reports the first access that assumes alignment."""
     for case in matrices(op):
         want = op(*case.args, **case.options)
         odd = changed(case, at_an_odd_address)

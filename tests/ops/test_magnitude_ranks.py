@@ -34,7 +34,7 @@ SHAPES = st.one_of(ROWS.map(lambda n: (n,)), st.lists(st.integers(0, 40), min_si
 
 
 def shapes(backend):
-    """Triton's interpreter sorts slowly, and in the emulator a row is a block, however short it is."""
+    """Triton's interpreter sorts slowly, and in the emulator every row is a block, even a short one."""
     if not simulated(backend):
         return SHAPES
     long = st.sampled_from([63, 64, 65, 300, 4097]).map(lambda n: (n,))

@@ -1,4 +1,4 @@
-"""What the native CPU module does where it cannot go on: statistics of other tasks, no memory left."""
+"""The native CPU module if it cannot continue: statistics of other tasks, no free memory."""
 
 import shutil
 import subprocess
@@ -48,7 +48,7 @@ int main() {
 
 @pytest.mark.skipif(CXX is None, reason="compiles a program: no C++ compiler on PATH")
 def test_an_allocation_that_fails_in_a_thread_is_an_exception(tmp_path):
-    """On its way out of a parallel region it would end the process."""
+    """If it left a parallel region it would end the process."""
     (tmp_path / "main.cpp").write_text(PROGRAM)
     command = [CXX, "-std=c++17", "-fopenmp", f"-I{ROOT / 'csrc' / 'cpu'}", "main.cpp", "-o", "main"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=100)

@@ -139,7 +139,7 @@ def test_many_chunks_and_any_number_of_threads(backend, dtype, kind):
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.2, 1.0])
 @pytest.mark.parametrize("first", [0, 32_768, 200_000])
 def test_what_the_sample_does_not_show(backend, share, first):
-    """A stretch unlike the rest, with values of its own that may be the threshold; full lists; a missed bracket."""
+    """A stretch with other values than the rest, one of which may be the threshold; full lists; a missed bracket."""
     torch.manual_seed(2)
     tuned = 0.01 * torch.randn(400_000)
     stretch = tuned[first : first + 100_000]
@@ -164,7 +164,7 @@ def sampled(size):
 @native_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_more_undecided_elements_than_the_sample_promised(backend, dtype):
-    """Every chunk lists fewer than it may, all chunks together more than there is room for."""
+    """Every chunk lists fewer elements than its limit, but all chunks together exceed the space."""
     size, chunk, per_chunk = 2**20, 2**15, 3500
     tuned, seen = torch.randn(size, dtype=dtype), sampled(size)
     threshold = tuned[seen].abs().median()
@@ -176,7 +176,7 @@ def test_more_undecided_elements_than_the_sample_promised(backend, dtype):
 
 @native_backend
 def test_a_sample_that_sees_nothing_but_zeros(backend):
-    """Every element it is likely to meet is 0; the threshold lies among the others."""
+    """All elements that it is likely to read are 0; the threshold is among the others."""
     tuned = torch.zeros(1_048_576)
     tuned[:: 1_048_576 // 9] = torch.arange(1.0, 11.0)
     for keep in (1, 4, 9, 11):

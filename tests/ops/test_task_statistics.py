@@ -178,7 +178,7 @@ def test_mixed_dtypes(backend, dtypes):
 def test_thresholds_between_two_float32_values_are_not_rounded(backend):
     tuned = torch.ones(5000)
     tuned[77] = 1 - 2.0**-24
-    # The mean is 1 - 1e-11: nearest float32 1.0, and every 1.0 lies above it.
+    # The mean is 1 - 1e-11: the nearest float32 is 1.0, and every 1.0 is above the mean.
     got = check(backend, torch.zeros(5000), [tuned], sigma=0.0, eps=1.0)
     assert got["small"][0] == 1
     assert got["outlier_mass"][0] > 0.999
@@ -264,7 +264,7 @@ def test_limits_that_a_sample_finds(backend, sigma, eps):
 @pytest.mark.parametrize("size", [16, 1_000, 100_000])
 @pytest.mark.parametrize("factor", [0.0, 1e-6, 1e6])
 def test_what_the_sample_does_not_show(backend, first, size, factor):
-    """A stretch unlike the rest moves mean and deviation out of what the other elements promise."""
+    """A stretch with other values than the rest moves mean and deviation out of the sample's brackets."""
     tuned = torch.randn(300_000)
     tuned[first : first + size] *= factor
     for sigma, eps in [(3.0, 0.1), (0.5, 1.0)]:

@@ -1,4 +1,4 @@
-"""Positions beyond 2^31 and 2^32, computed by what the Triton kernels share, in the interpreter."""
+"""Positions beyond 2^31 and 2^32, computed by the shared code of the Triton kernels, in the interpreter."""
 
 import pytest
 import torch

@@ -2,9 +2,8 @@
 // r_tsvm_kernels/ops/elect_and_sum/reference.py.
 //
 // Inputs: views of equal element count; element types and row strides may differ.
-// Output: contiguous, owned by the caller, overwritten; float64 if any input is float64, else float32, which is also
-// what everything but votes is computed in. It may not overlap the inputs.
-// Votes are float64, whatever the output is.
+// Output: contiguous, owned by the caller, overwritten; float64 if any input is float64, else float32. It must not
+// overlap the inputs. Everything is computed in its type, except votes, which are float64.
 // Order of summation: over the tasks, first to last, for each element on its own. The bits depend on the values alone:
 // not on strides, on the number of threads, or on the instruction set.
 #pragma once
@@ -17,12 +16,12 @@
 namespace r_tsvm {
 
 // The codes are part of the Python boundary: ELECTIONS in r_tsvm_kernels/ops/elect_and_sum/cpu_kernel.py.
-// In an unweighted one the differences vote, and have sides, before they are multiplied.
+// In an unweighted election, the votes and sides are those of the differences before they are multiplied.
 enum class Election : int { kNone = 0, kSum = 1, kCount = 2, kUnweighted = 3 };
 
 inline constexpr int kElections = 4;
 
-// What a vote against + counts for: + wins where the votes cancel but for rounding.
+// Weight of a vote against +, so that + wins where the votes cancel up to rounding.
 inline constexpr double kAgainst = 1 - 0x1p-39;
 
 // Magnitudes above the threshold, and the first `ties` (by flat index) of those equal to it.
@@ -31,17 +30,18 @@ struct Selection {
   int64_t ties;  // negative: there is no such selection
 };
 
-// Survival by the rank of a magnitude within its row: of the element of rank r, iff its word (r_tsvm/philox.h) is below
-// thresholds[r]; a survivor is multiplied by factors[r]. The caller sees to it that the tables hold all ranks.
+// Survival by the rank of a magnitude within its row. The element of rank r survives if and only if its word
+// (r_tsvm/philox.h) is below thresholds[r], and is multiplied by factors[r]. The caller ensures that the tables hold
+// all ranks.
 struct RankedSelection {
   const int32_t* ranks;       // contiguous, of the tensors' size; null: there is no such selection
   const int64_t* thresholds;  // from 0 (never) to 2^32 (always)
-  const double* factors;      // they take the place of ElectTask::factor
+  const double* factors;      // these replace ElectTask::factor
 };
 
 struct ElectTask {
-  double weight;           // what the task adds to the divisor
-  double factor;           // what its differences are multiplied by
+  double weight;           // the task's part of the divisor
+  double factor;           // factor of its differences
   Selection kept;          // these survive,
   Selection dropped;       // unless they are also among these,
   RandomMask sampled;      // or not in this mask,
@@ -80,8 +80,8 @@ struct ElectSelections {
 // Bytes of device memory, 8-byte aligned, that elect_and_sum_cuda needs; the content does not matter.
 int64_t elect_and_sum_cuda_workspace(int64_t elements, int64_t tasks, int64_t selections);
 
-// The views must be contiguous. Queues the work on `stream` (a cudaStream_t) of `device` and returns; never waits for
-// the device. The inputs are read once, those with a selection twice.
+// The views must be contiguous. Queues the work on `stream` (a cudaStream_t) of `device` and returns without waiting
+// for the device. The inputs are read once, those with a selection twice.
 void elect_and_sum_cuda(const MatrixView& base, const MatrixView* tuned, const ElectTaskCuda* tasks, int64_t count,
                         const ElectOptions& options, const ElectSelections& selections, void* output, void* workspace,
                         int device, void* stream);

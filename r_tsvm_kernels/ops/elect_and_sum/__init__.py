@@ -135,6 +135,13 @@ def elect_and_sum(
             not fit the accumulation dtype, weights that sum to 0 and are to be normalized without an election, or
             ranks in an unweighted election.
         BackendUnavailableError: `backend` cannot run here.
+
+    Examples:
+        >>> base, tuned = torch.zeros(3), [torch.tensor([4.0, 1.0, 0.0]), torch.tensor([-1.0, 3.0, 2.0])]
+        >>> elect_and_sum(base, tuned, [1.0, 1.0])
+        tensor([3., 4., 2.])
+        >>> elect_and_sum(base, tuned, [1.0, 1.0], elect="sum", normalize=True)
+        tensor([4., 2., 2.])
     """
     check_group(base, tuned, op="elect_and_sum")
     if elect not in get_args(Election):

@@ -64,7 +64,7 @@ def _sparsifier(delta: Tensor, kind: str, task: int, density: float) -> Sparsifi
 
 
 def rules_for(base: Tensor, tuned: Sequence[Tensor], elect: str, kind: str | Sequence[str]) -> list[Sparsifier]:
-    """Return sparsifiers of a kind, without ranks where they are refused: unweighted elections and scalars."""
+    """Return sparsifiers of a kind, without ranks if these are refused: in unweighted elections and for scalars."""
     found = (
         sparsifiers(base, tuned, kind) if base.ndim or kind not in ("della", "mixture") else [Sparsifier()] * len(tuned)
     )
@@ -74,7 +74,7 @@ def rules_for(base: Tensor, tuned: Sequence[Tensor], elect: str, kind: str | Seq
 
 
 def whole_numbers(shape: Sequence[int], tasks: int, random: torch.Generator) -> tuple[Tensor, list[Tensor]]:
-    """Return small whole numbers: sums are exact, and ties, zeros and drawn elections are many."""
+    """Return small whole numbers: sums are exact, and there are many ties, zeros and drawn elections."""
     base = torch.randint(-4, 5, tuple(shape), generator=random, device=random.device).float()
     steps = torch.randint(-2, 3, (tasks, *shape), generator=random, device=random.device)
     return base, [base + step for step in steps]
@@ -140,7 +140,7 @@ def cases(device: torch.device | str) -> Iterator[Case]:
 
 
 def _thresholds(device: torch.device | str) -> Iterator[Case]:
-    """Yield ties at a threshold, of which the first survive; and a threshold between two numbers of float32."""
+    """Yield ties at a threshold, only the first of which survive, and a threshold between two numbers of float32."""
     sign = 1 - 2 * (torch.arange(500, device=device) % 2)
     base, tuned = torch.zeros(500, device=device), [0.5 * sign]
     for dtype, field, ties in product((FLOAT32, FLOAT64), ("largest", "outliers"), (0, 1, 127, 128, 129, 500)):

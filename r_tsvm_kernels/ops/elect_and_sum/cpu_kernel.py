@@ -28,7 +28,7 @@ def run(
     normalize: bool,
     alpha: float,
 ) -> Tensor:
-    """See `elect_and_sum`; the same bits as the reference, whatever the strides and the number of threads."""
+    """See `elect_and_sum`; the same bits as the reference, for all strides and numbers of threads."""
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     views = [matrix(tensor) for tensor in tensors]
     dtype = accumulation_dtype(base, *tuned)
@@ -57,7 +57,7 @@ def run(
 
 
 def _selection(selection: MagnitudeSelection | None, dtype: torch.dtype) -> tuple[float, int]:
-    """Return threshold and ties; a negative number of ties where there is no selection."""
+    """Return threshold and ties; a negative number of ties if there is no selection."""
     if selection is None:
         return 0.0, -1
     selection = selection.rounded(dtype)
@@ -65,7 +65,7 @@ def _selection(selection: MagnitudeSelection | None, dtype: torch.dtype) -> tupl
 
 
 def _ranked(rule: Sparsifier, weight: float) -> tuple[Tensor, ...]:
-    """Return ranks, thresholds and factors; nothing where there are no ranks."""
+    """Return ranks, thresholds and factors; nothing if there are no ranks."""
     if rule.ranked is None:
         return ()
     return (aligned(rule.ranked.ranks.contiguous()), *rank_tables(rule.ranked, weight * rule.rescale))

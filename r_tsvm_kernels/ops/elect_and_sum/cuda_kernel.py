@@ -27,7 +27,7 @@ def run(
     normalize: bool,
     alpha: float,
 ) -> Tensor:
-    """See `elect_and_sum`. Selections stay on the device: nothing waits for them."""
+    """See `elect_and_sum`. Selections stay on the device, so nothing waits for them."""
     native = backends.native("cuda")
     dtype = accumulation_dtype(base, *tuned)
     tensors = [flat(tensor) for tensor in (base, *tuned)]

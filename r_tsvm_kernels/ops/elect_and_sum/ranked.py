@@ -1,4 +1,4 @@
-"""Survival by rank: a probability of its own for every rank of a magnitude within its row."""
+"""Survival by rank: one probability for each rank of a magnitude within its row."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class RankedSparsifier:
 
 
 class RankTables(NamedTuple):
-    """What kernels look up by rank.
+    """Tables that kernels look up by rank.
 
     Attributes:
         thresholds: int64 of shape (cols,): an element survives iff its random word is below; 2**32 for always.
-        factors: float64 of shape (cols,): what survivors are multiplied by; 0 if there are none.
+        factors: float64 of shape (cols,): survivors are multiplied by them; 0 for a rank without survivors.
     """
 
     thresholds: Tensor
@@ -82,7 +82,7 @@ def check_probabilities(keep_probabilities: Tensor, label: str) -> None:
     """Raise `ConfigError` unless they are on the CPU and in [0, 1]."""
     if keep_probabilities.device.type != "cpu":
         raise ConfigError(f"{label}: keep_probabilities are on {keep_probabilities.device}; move them with .cpu()")
-    if not bool(((keep_probabilities >= 0) & (keep_probabilities <= 1)).all()):  # NaN is neither
+    if not bool(((keep_probabilities >= 0) & (keep_probabilities <= 1)).all()):  # NaN fails both comparisons
         raise ConfigError(f"{label}: keep_probabilities must be in [0, 1]")
 
 

@@ -13,8 +13,8 @@ from ..random_mask.reference import random_words
 from . import Sparsifier, least_divisor
 from .ranked import rank_tables
 
-# What a vote against + counts for, so that + wins where the votes cancel but for rounding. Float64 sums of fewer than
-# 8192 votes err by less than 2^-39 of their magnitudes; the kernels have the same number.
+# Weight of a vote against +, so that + wins where the votes cancel up to rounding. Float64 sums of fewer than 8192
+# votes err by less than 2^-39 of their magnitudes. The kernels use the same number.
 AGAINST = 1 - 2.0**-39
 
 
@@ -27,10 +27,10 @@ def run(
     normalize: bool,
     alpha: float,
 ) -> Tensor:
-    """See `elect_and_sum`; without an election the weights are normalized already."""
+    """See `elect_and_sum`; without an election, the weights are already normalized."""
     dtype = accumulation_dtype(base, *tuned)
     start = base.to(dtype)
-    # A generator: without an election, one task vector at a time is in memory.
+    # A generator, so that without an election only one task vector at a time is in memory.
     pairs = (
         _sparsified(tensor.to(dtype) - start, weight, rule)
         for tensor, weight, rule in zip(tuned, weights, sparsifiers, strict=True)
@@ -40,7 +40,7 @@ def run(
         for survivors, factor in pairs:
             combined += _rounded(factor, dtype) * survivors
     else:
-        # What has a side, and what is summed.
+        # The values that decide the side, and those that are summed.
         voters: list[tuple[Tensor, Tensor]] = []
         votes = torch.zeros_like(start, dtype=torch.float64)
         for survivors, factor in pairs:
@@ -66,7 +66,7 @@ def run(
 
 
 def _sparsified(difference: Tensor, weight: float, rule: Sparsifier) -> tuple[Tensor, float | Tensor]:
-    """Return the surviving differences, 0 elsewhere, and what they are multiplied by, in float64."""
+    """Return the surviving differences, 0 elsewhere, and their factors, in float64."""
     survives = torch.ones_like(difference, dtype=torch.bool)
     if rule.largest is not None:
         survives &= rule.largest.mask(difference)

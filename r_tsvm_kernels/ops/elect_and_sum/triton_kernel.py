@@ -1,4 +1,4 @@
-"""Sparsifying, electing and summing in Triton: one launch for all tasks; one more before it where ties are selected."""
+"""Sparsifying, electing and summing in Triton: one launch for all tasks, and one before it if ties are selected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import Sparsifier, least_divisor
 from .ranked import rank_tables
 
 BLOCK = 1024
-GROUP = 4  # tasks between which the compiler may move work
+GROUP = 4  # number of tasks between which the compiler may move work
 
 
 @triton.jit
@@ -62,15 +62,15 @@ def elect_and_sum_kernel(
     offsets, inside = block_offsets(block, numel, BLOCK)
     blocks = tl.num_programs(0).to(tl.int64)
     start = load(base_ptr, offsets, inside, REAL)  # (BLOCK,)
-    # The two outcomes of an election are summed side by side, so that each task vector is formed once.
+    # Both outcomes of an election are summed, so that each task vector is formed once.
     votes = tl.zeros((BLOCK,), tl.float64)
     positive = tl.zeros((BLOCK,), REAL)
     negative = tl.zeros((BLOCK,), REAL)
     positive_weight = tl.zeros((BLOCK,), REAL)
     negative_weight = tl.zeros((BLOCK,), REAL)
     for first in tl.static_range(0, len(tuned_ptrs), GROUP):
-        # Always true, but only at run time: no work moves from one group to the next. In one piece, the terms of many
-        # tasks wait for their sums in more registers than there are.
+        # Always true, but known only at run time, so no work moves from one group to the next. Without groups, the
+        # terms of many tasks would wait for their sums in more registers than there are.
         if tasks > first:
             for t in tl.static_range(first, first + GROUP):
                 if t < len(tuned_ptrs):
@@ -106,9 +106,9 @@ def elect_and_sum_kernel(
                             vote = survivor.to(tl.float64)
                         else:
                             vote = factor * survivor.to(tl.float64)
-                        # 2^-39 is exact in every format, unlike AGAINST of the reference; the product is exact, too.
+                        # 2^-39 is exact in every format, unlike AGAINST of the reference, and so is the product.
                         votes += tl.where(vote < 0, vote - vote * 1.8189894035458565e-12, vote)
-                        # NaN is on both sides, so that it never disappears.
+                        # NaN is on both sides, so that it is never lost.
                         positive += tl.where(voter < 0, 0.0, vector)
                         negative += tl.where(voter > 0, 0.0, vector)
                         if NORMALIZE:
@@ -127,9 +127,9 @@ def elect_and_sum_kernel(
 
 @triton.jit
 def divide(x, y):
-    """``x / y``, correctly rounded. Of float32 Triton's operator is not, and `tl.div_rn` may flush subnormals.
+    """``x / y``, correctly rounded: for float32 Triton's operator is not, and `tl.div_rn` may flush subnormals.
 
-    A quotient of float32 that is rounded to float64 first is never near enough to a tie of float32 to change its side.
+    The quotient of float32 numbers in float64 is never so near a tie of float32 that the second rounding goes wrong.
     """
     return (x.to(tl.float64) / y.to(tl.float64)).to(x.dtype)
 
