@@ -36,5 +36,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    # A copy: a tensor of one element counts as contiguous whatever its strides are.
-    return x.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    flat = x.contiguous().flatten()
+    if flat.numel() < 2:  # counts as contiguous whatever its strides are
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)

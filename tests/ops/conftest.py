@@ -60,17 +60,19 @@ if backends.triton_interpreter_state() == backends.READY:
             return patch(fn)
         return interpreter._LangPatchScope()
 
-    def made_once(make):
+    def made_once(make, key):
         made = {}
 
         def look_up(*types):
-            names = tuple(each.name for each in types)
-            if names not in made:
-                made[names] = make(*types)
-            return made[names]
+            name = key(*types)
+            if name not in made:
+                made[name] = make(*types)
+            return made[name]
 
         return look_up
 
+    builder = interpreter.InterpreterBuilder
     interpreter._patch_lang = patch_once
-    interpreter._get_np_dtype = made_once(interpreter._get_np_dtype)
-    tl.block_type.with_element_ty = made_once(tl.block_type.with_element_ty)
+    interpreter._get_np_dtype = made_once(interpreter._get_np_dtype, lambda dtype: dtype.name)
+    tl.block_type.with_element_ty = made_once(tl.block_type.with_element_ty, lambda block, new: (block.name, new.name))
+    builder.get_block_ty = made_once(builder.get_block_ty, lambda _, dtype, shape: (dtype.name, *shape))

@@ -164,7 +164,7 @@ def _models(random: torch.Generator) -> Iterator[Case]:
             rules = rules_for(base, tuned, elect, kind)
             options = {"elect": elect, "normalize": elect != "none", "sparsifiers": rules}
             yield Case(f"{kind} of models in {dtypes[0]}", (base, tuned, WEIGHTS), options, compiled=True)
-        base, tuned = group((16, 40), [dtypes[0]] * 21, random)
+        base, tuned = group((8, 40), [dtypes[0]] * 21, random)
         options = {"elect": "sum", "normalize": True, "sparsifiers": sparsifiers(base, tuned, "ties")}
         yield Case(f"ties of 20 models in {dtypes[0]}", (base, tuned, 0.05), options, compiled=True)
     for first, second in ((FLOAT16, FLOAT16), (FLOAT32, FLOAT32), (BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16)):
