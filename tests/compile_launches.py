@@ -1,8 +1,9 @@
-"""Compiles the Triton kernels for a GPU that is not there: compile_launches.py ARCHITECTURE ("90", or "gfx942").
+"""Compiles the Triton kernels for a GPU that is not there: compile_launches.py ARCHITECTURE [--once].
 
-Runs the cases marked `compiled` of every op with a Triton backend. The driver is a stand-in (triton_without_gpu.py):
-Triton specialises and compiles what is launched, and launches nothing. Prints one line of JSON per compiled kernel, and
-a last one with the kernels that were never launched. Must not run in Triton's interpreter.
+ARCHITECTURE is "90", or "gfx942". Runs the cases marked `compiled` of every op with a Triton backend. The driver is a
+stand-in (triton_without_gpu.py): Triton specialises and compiles what is launched, and launches nothing. With --once,
+only the first launch of each kernel is compiled. Prints one line of JSON per compiled kernel, and a last one with the
+kernels that were never launched. Must not run in Triton's interpreter.
 """
 
 import json
@@ -24,7 +25,9 @@ RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 # Flushing subnormals, fusing a product into a sum, dividing roughly: each would change results.
 INEXACT = (".ftz", "fma.rn", "div.full", "div.approx")
 PRODUCT = re.compile(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
-ACCESS = r"\b{}\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)"
+# Loads of whole blocks are masked, so each thread's has a predicate; a number that all threads need is read without.
+ACCESS = {"ld": r"@!?%p\d+ ", "st": r"\b"}
+ACCESS = {name: start + name + r"\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)" for name, start in ACCESS.items()}
 COPY = r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (0x[0-9a-f]+|\d+)"  # to shared memory, past the registers
 
 
@@ -42,8 +45,8 @@ def narrow_program_ids(ir):
 
 
 def widest(ptx, instruction):
-    """Return the bytes of the widest access to global memory by one thread, 0 for none."""
-    sizes = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(ACCESS.format(instruction), ptx)]
+    """Return the bytes of the widest access of one thread to its elements in global memory, 0 for none."""
+    sizes = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(ACCESS[instruction], ptx)]
     if instruction == "ld":
         sizes += [int(size, 0) for size in re.findall(COPY, ptx)]
     return max(sizes, default=0)
@@ -61,8 +64,9 @@ def resources(cubin):
     return registers, stack + local
 
 
-def report(op, label, name, kernel):
-    row = {"op": op, "case": label, "kernel": name, "shared": kernel.metadata.shared}
+def report(op, label, name, kernel, aligned):
+    row = {"op": op, "case": label, "kernel": name, "shared": kernel.metadata.shared, "aligned": aligned}
+    row["count"] = kernel.src.signature.get("numel")
     if "ptx" in kernel.asm:
         ptx = kernel.asm["ptx"]
         registers, spilled = resources(kernel.asm["cubin"])
@@ -74,7 +78,7 @@ def report(op, label, name, kernel):
     return row | {"narrow": narrow_program_ids(kernel.asm["ttir"])}
 
 
-def main(architecture):
+def main(architecture, once):
     backends.triton_interpreter_state = lambda: backends.READY  # tensors of the CPU are taken
     tiles = import_module("r_tsvm_kernels.ops._triton_products")
     number = int(architecture) if architecture.isdigit() else 90
@@ -86,7 +90,7 @@ def main(architecture):
         if name.startswith("r_tsvm_kernels.") and hasattr(module, "raise_not_finite"):
             module.raise_not_finite = lambda *arguments: None
     missing, seen = {}, set()
-    with launches(architecture) as found:
+    with launches(architecture, once=once) as found:
         for name, op in ops().items():
             if "triton" not in op.backends:
                 continue
@@ -100,11 +104,11 @@ def main(architecture):
                     continue
                 found.clear()
                 op(*case.args, **case.options, backend="triton")
-                for kernel_name, kernel in found:
+                for kernel_name, kernel, aligned in found:
                     launched.add(kernel_name)
-                    if kernel.hash not in seen:
+                    if kernel is not None and kernel.hash not in seen:
                         seen.add(kernel.hash)
-                        print(json.dumps(report(name, case.label, kernel_name, kernel)), flush=True)
+                        print(json.dumps(report(name, case.label, kernel_name, kernel, aligned)), flush=True)
             if expected - launched or not launched:
                 missing[name] = sorted(expected - launched)
     print(json.dumps({"missing": missing}))
@@ -112,4 +116,4 @@ def main(architecture):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(sys.argv[1])
+    main(sys.argv[1], once="--once" in sys.argv)

@@ -1,7 +1,7 @@
 """Each Triton kernel, compiled for each GPU as launched: no spills, nothing inexact, wide accesses, tensor cores.
 
-The launches are those of the cases marked `compiled` of each op; compile_launches.py records them. All of it is left to
-make test-all: an architecture takes three minutes.
+The launches are those of the cases marked `compiled` of each op; compile_launches.py records them. make test compiles
+the first launch of each kernel for sm_90. The rest is left to make test-all: an architecture takes minutes.
 """
 
 import json
@@ -24,14 +24,33 @@ exhaustive = pytest.mark.exhaustive
 ARCHITECTURES = [pytest.param(architecture, marks=exhaustive) for architecture in (80, 86, 89, 90, 100, 120)]
 TENSOR_CORE = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # the others: mma.sync
 PRODUCTS = {"gemm3_kernel", "symmetric_kernel"}
-# Bytes that a thread reads, and writes, at once in the case where it is most: what the kernels have reached.
-READ = {"add_update_kernel": 16, "gemm3_kernel": 16, "split_kernel": 16, "symmetric_kernel": 16}
-WRITTEN = {"add_update_kernel": 16, "gemm3_kernel": 16, "split_kernel": 16}
+# Bytes that a thread reads and writes at once, in the case where it is least, if sizes are multiples of 16.
+WIDTHS = {
+    "add_update add_update_kernel": (16, 16),
+    "elect_and_sum elect_and_sum_kernel": (8, 16),
+    "elect_and_sum tie_kernel": (8, 8),
+    "gemm3 gemm3_kernel": (16, 16),
+    "magnitude_ranks rank_kernel": (8, 8),
+    "magnitude_select digit_kernel": (16, 0),
+    "random_mask random_mask_kernel": (0, 8),
+    "ranked_mask rank_kernel": (4, 8),
+    "ranked_mask ranked_mask_kernel": (16, 4),
+    "reweight_prune digit_kernel": (16, 0),
+    "reweight_prune prune_kernel": (16, 16),
+    "reweight_prune tie_kernel": (16, 8),
+    "split_planes split_kernel": (16, 16),
+    "symm_gram symmetric_kernel": (16, 4),
+    "symm_square symmetric_kernel": (16, 4),
+    "task_gram gram_kernel": (2, 8),  # an element per thread
+    "task_spread spread_kernel": (8, 16),
+    "task_statistics moments_kernel": (8, 8),
+    "task_statistics tail_kernel": (8, 8),
+}
 TESTS = Path(__file__).parent
 
 
-def compiled(architecture, folder):
-    """Return the reports of all kernels, and what was not launched."""
+def compiled(architecture, folder, *options):
+    """Return the reports of all kernels, and what was not launched. Nothing is in the cache of Triton."""
     environment = {
         **os.environ,
         "TRITON_CACHE_DIR": str(folder / "cache"),
@@ -39,7 +58,7 @@ def compiled(architecture, folder):
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
     }
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(TESTS / "compile_launches.py"), str(architecture)]
+    command = [sys.executable, str(TESTS / "compile_launches.py"), str(architecture), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     *rows, last = (json.loads(line) for line in done.stdout.splitlines())
@@ -56,12 +75,17 @@ def show(capsys, architecture, rows):
         sys.stdout.write("\n".join(["", f"triton, {architecture}", *lines, ""]))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel(architecture, tmp_path, capsys):
-    rows, missing = compiled(architecture, tmp_path)
-    show(capsys, f"sm_{architecture}", rows)
-    assert missing == {}, "kernels without a case that is compiled"
+def widths(rows):
+    """Return for each kernel of an op the least width of its reads and of its writes, where sizes let them be wide."""
+    found = {}
+    for row in rows:
+        if row["aligned"]:
+            read, written = found.get(f"{row['op']} {row['kernel']}", (row["load"], row["store"]))
+            found[f"{row['op']} {row['kernel']}"] = (min(read, row["load"]), min(written, row["store"]))
+    return found
 
+
+def check(architecture, rows):
     def wrong(condition):
         return [(row["op"], row["kernel"], row["case"]) for row in rows if condition(row)]
 
@@ -76,9 +100,30 @@ def test_every_kernel(architecture, tmp_path, capsys):
     )
     most = (227 if architecture in (90, 100) else 99) * 1024
     assert wrong(lambda row: row["shared"] > most) == []
-    for least, what in ((READ, "load"), (WRITTEN, "store")):
-        widest = {name: max(row[what] for row in rows if row["kernel"] == name) for name in least}
-        assert not {name: size for name, size in widest.items() if size < least[name]}, what
+    narrower = {
+        kernel: (found, WIDTHS[kernel])
+        for kernel, found in widths(rows).items()
+        if any(size < least for size, least in zip(found, WIDTHS[kernel], strict=True))
+    }
+    assert narrower == {}
+
+
+def test_the_first_launch_of_each_kernel(tmp_path):
+    rows, missing = compiled(90, tmp_path, "--once")
+    assert missing == {}, "kernels without a case that is compiled"
+    assert all(row["aligned"] for row in rows)
+    check(90, rows)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_launch(architecture, tmp_path, capsys):
+    rows, missing = compiled(architecture, tmp_path)
+    show(capsys, f"sm_{architecture}", rows)
+    assert missing == {}, "kernels without a case that is compiled"
+    assert widths(rows).keys() == WIDTHS.keys()
+    counts = [{row["kernel"] for row in rows if row["count"] == size} for size in ("i32", "i64")]
+    assert counts[0] == counts[1] != set(), "kernels that count elements in 32 bits, and in 64"
+    check(architecture, rows)
 
 
 def test_narrow_arithmetic_would_be_seen():
@@ -92,10 +137,12 @@ def test_the_width_of_accesses():
     from compile_launches import widest
 
     ptx = """
-    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    ld.global.b64 { %rd2 }, [ %rd3 + 0 ];
+    @!%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];
     st.global.b16 [ %rd2 + 0 ], { %rs1 };
     """
-    assert (widest(ptx, "ld"), widest(ptx, "st"), widest("", "ld")) == (16, 2, 0)
+    assert (widest(ptx, "ld"), widest(ptx, "st"), widest("", "ld")) == (4, 2, 0)
+    assert widest("@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", "ld") == 16
     assert widest("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", "ld") == 16
 
 

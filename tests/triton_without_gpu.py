@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import triton
 from triton.backends.compiler import GPUTarget
 
+MANY_BLOCKS = 2**20  # Triton compiles 1 on its own, which a small tensor has and a large one has not
+BEYOND_32_BITS = 2**32
+
 
 class Driver:
     """Stands in for the driver of a GPU: launches are recorded and do nothing."""
@@ -37,15 +40,29 @@ class Driver:
 
 
 @contextmanager
-def launches(architecture):
-    """Launch kernels on tensors of the CPU; yield the list of recorded launches: (name, compiled kernel)."""
-    driver, found = Driver(architecture), []
+def launches(architecture, *, once=False):
+    """Launch kernels on tensors of the CPU; yield the list of recorded launches: (name, compiled kernel, aligned).
+
+    `aligned` says whether sizes are divisible by 16, so that accesses can be wide. On sm_90 each launch is compiled for
+    more than 2^32 elements as well, for others the first launch of each kernel. With `once`, only the first launch of
+    each kernel is compiled, as it is; for others the compiled kernel is None.
+    """
+    driver, found, known = Driver(architecture), [], set()
     run = triton.runtime.jit.JITFunction.run
 
     def noted(self, *arguments, **options):
-        kernel = run(self, *arguments, **options)
-        found.append((self.fn.__name__, kernel))
-        return kernel
+        name, values = self.fn.__name__, dict(zip(self.arg_names, arguments, strict=False))
+        first, aligned = self not in known, all(values.get(size, 0) % 16 == 0 for size in ("numel", "cols"))
+        known.add(self)
+        if once and not first:
+            found.append((name, None, aligned))
+            return
+        variants = [values]
+        if "blocks" in values and not once:
+            variants.append({**values, "blocks": values["blocks"] + MANY_BLOCKS})
+        if "numel" in values and not once and (first or architecture == "90"):
+            variants.append({**variants[-1], "numel": values["numel"] + BEYOND_32_BITS})
+        found.extend((name, run(self, *variant.values(), **options), aligned) for variant in variants)
 
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)

@@ -42,12 +42,16 @@ def test_equals_the_formula(backend, out_dtype, added):
 @every_backend(gemm3, reference=False)
 @every_low
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, "planes"], ids=str)
+@pytest.mark.parametrize("added", [None, torch.float32, torch.bfloat16, "planes"], ids=str)
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (50, 33, 97), (70, 80, 15)])
-def test_is_as_accurate_as_the_reference(backend, m, k, n, out_dtype, low):
+def test_is_as_accurate_as_the_reference(backend, m, k, n, added, out_dtype, low):
     A, B = split_planes(torch.randn(2, m, k), low=low), split_planes(torch.randn(2, n, k), low=low).mT
-    C = split_planes(torch.randn(2, n, m).mT, low=low)
-    got, reference = (gemm3(A, B, -2.0, 3.0, C, out_dtype=out_dtype, backend=which) for which in (backend, "torch"))
-    assert_as_accurate(got, reference, -2 * (dense(A) @ dense(B)) + 3 * dense(C))
+    C = torch.randn(2, n, m).mT
+    C = None if added is None else split_planes(C, low=low) if added == "planes" else C.to(added)
+    alpha, beta = torch.tensor([0.5, -2.0]), 3.0
+    got, reference = (gemm3(A, B, alpha, beta, C, out_dtype=out_dtype, backend=which) for which in (backend, "torch"))
+    exact = alpha.double().cpu()[:, None, None] * (dense(A) @ dense(B)) + (0 if C is None else beta * dense(C))
+    assert_as_accurate(got, reference, exact)
 
 
 @every_backend(gemm3)

@@ -31,10 +31,12 @@ def test_has_the_accuracy_of_float32(backend, shape, side):
 @every_backend(symm_gram, reference=False)
 @every_low
 @pytest.mark.parametrize("out_dtype", [torch.float32, "planes"], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("n", [1, 31, 32, 50, 97])
-def test_is_as_accurate_as_the_reference(backend, n, out_dtype, low):
+def test_is_as_accurate_as_the_reference(backend, n, side, out_dtype, low):
     planes = split_planes(torch.randn(2, n, 66) * torch.tensor([1.0, 1e-3])[:, None, None], low=low)
-    got, reference = (symm_gram(planes, "left", out_dtype=out_dtype, backend=which) for which in (backend, "torch"))
+    given = planes if side == "left" else planes.mT
+    got, reference = (symm_gram(given, side, out_dtype=out_dtype, backend=which) for which in (backend, "torch"))
     assert_as_accurate(got.matrix, reference.matrix, dense(planes) @ dense(planes).mT)
     assert torch.equal(dense(got.matrix), dense(got.matrix).mT)
     assert_same_sums(got)

@@ -19,6 +19,7 @@ from variants import (
     layout_names,
     on_devices,
     shapes,
+    simulated,
     some_backends,
     torch_threads,
 )
@@ -40,7 +41,7 @@ def test_cases(backend):
 @every_dtype
 @pytest.mark.parametrize("tasks", [1, 2, 3, 20])
 def test_equals_the_variance(backend, dtype, tasks):
-    base, tuned = group((17, 31), [dtype] * (tasks + 1))
+    base, tuned = group((17, 31) if simulated(backend) else (67, 31), [dtype] * (tasks + 1))
     wide = torch.promote_types(dtype, torch.float32)
     deltas = np.stack([(t.to(wide) - base.to(wide)).double().cpu().numpy() for t in tuned])
     got = task_spread(base, tuned, backend=backend)
@@ -65,6 +66,14 @@ def test_same_bits_as_the_reference(backend, data, dtypes, layouts, threads, see
         got = task_spread(base, tuned, backend=backend)
     assert got.is_contiguous()
     assert same_bits(got, task_spread(base, tuned, backend="torch"))
+
+
+@some_backends(task_spread, "triton interpreted")
+def test_views_and_the_default_block(backend, monkeypatch):
+    monkeypatch.undo()  # the fixture's small blocks
+    views = torch.randn(12, 30)[:, ::2], [torch.randn(15, 12).mT, torch.randn(12, 40)[:, 3:18]]
+    for base, tuned in (views, group((2500,), [torch.bfloat16] * 3)):
+        assert same_bits(*(task_spread(base, tuned, backend=which) for which in (backend, "torch")))
 
 
 @every_backend(task_spread)

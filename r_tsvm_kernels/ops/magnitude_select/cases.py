@@ -22,8 +22,9 @@ def cases(device: torch.device | str) -> Iterator[Case]:
     random = seeded(device)
     for dtype in FLOAT_DTYPES:
         for label, x in hard_values(dtype, random):
-            counts = [min(count, x.numel()) for count in (1, 50, 50, 49, 0, 51, 300)]
-            yield Case(f"{label}, {dtype}, many counts", (x, counts))
+            for some in ((60, 3), (1, 50, 50, 49, 0, 51, 2, 70, 300)):
+                counts = [min(count, x.numel()) for count in some]
+                yield Case(f"{label}, {dtype}, {len(some)} counts", (x, counts))
         base, (x,) = group((300,), [dtype] * 2, random)
         yield Case(f"{dtype}, counts of a difference", (x, [150, 1, 300, 100, 100]), {"base": base})
         yield Case(f"{dtype}, nothing is kept", (x, 0))

@@ -21,6 +21,7 @@ def cases(device: torch.device | str) -> Iterator[Case]:
     base, (one,) = group((500,), [BFLOAT16] * 2, random)
     yield Case("tasks that agree", (base, [one] * 3))
     yield Case("NaN and infinity", spoiled(device))
+    yield Case("8 models", group((16, 40), [BFLOAT16] * 9, random), compiled=True)
     for tasks in (2, 8, 20):
         yield Case(f"{tasks} tasks of a model", group((13, 31), [BFLOAT16] * (tasks + 1), random), compiled=True)
     yield Case("float64 models", group((13, 31), [FLOAT64] * 9, random), compiled=True)
