@@ -21,7 +21,7 @@
 #
 # Needs Python with torch and, on PATH, nvcc; installs nothing from the network. WHEELS=DIR: a folder of wheels for what
 # else is missing (pydantic, safetensors, rich, PyYAML, xxhash, hypothesis, pytest). Each stage has its own time limit and
-# writes its results as it goes, so a stopped run keeps them. Exit code 1 if a stage failed.
+# writes its results as it runs, so a stopped run keeps them. Exit code 1 if a stage failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -71,7 +71,7 @@ if [ -z "$dry" ]; then
   stage build 300 "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
 fi
 stage info 60 "$PYTHON" -m r_tsvm_kernels info
-# Many processes, because most of the time goes into compiling; warnings of other versions of torch are no failures.
+# Many processes, because compiling takes most of the time; warnings of other versions of torch are not failures.
 processes=$("$PYTHON" -c "import xdist; print('${dry:+0}' or 8)" 2> /dev/null)
 tests=("$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu)
 stage tests 360 "${tests[@]}" ${processes:+-n "$processes" --dist loadgroup} tests/ops tests/linalg tests/engine

@@ -3,13 +3,13 @@
     python -m benchmarks.model_merge [--layers 2 12] [--folder DIR] [--output DIR] [--order FILE]
                                      [--out DIR] [--dry-run]
 
-A base and three fine-tunes in bfloat16 are written to `--folder`, what they are merged into to `--output`, and all is
-deleted at the end. One layer is 0.44 GB, embedding and head 0.52 GB: 12 of the 32 layers are 5.8 GB a model, 29 GB with
-the output; all 32 take 58 GB, which a folder in memory such as /dev/shm may hold where the disk does not, and 14.5 GB
-for the output. Each number of `--layers` is merged by task arithmetic,
-with and without `--device-memory`, and by R-TSVM (density 0.3, embedding and head by mean), with solver `products`
-likewise and with solver `eigen` within the limit. `--order` takes the fastest kernels from `dispatch_order`; without it
-the references run on a GPU.
+A base and three fine-tunes in bfloat16 are written to `--folder`, their merges to `--output`, and all are deleted at
+the end. One layer is 0.44 GB, embedding and head 0.52 GB: 12 of the 32 layers are 5.8 GB a model, 29 GB with the
+output; all 32 take 58 GB, which a folder in memory such as /dev/shm may hold where the disk does not, and 14.5 GB for
+the output. Each number of `--layers` is merged by task arithmetic, with and without `--device-memory`. It is also
+merged by R-TSVM (density 0.3, embedding and head by mean): with solver `products` with and without the limit, with
+solver `eigen` within the limit. `--order` takes the fastest kernels from `dispatch_order`; without it the references
+run on a GPU.
 
 Writes `model.json`: wall time of the command; of the merge alone, as its report states it; the sum of the computing
 times of all tensors; peak host memory of all processes, mapped files included; peak device memory in use, as the driver

@@ -130,8 +130,8 @@ def test_without_peers_nothing_changes(monkeypatch, capsys):
     assert code == 0 and "peer" not in out
     assert set(looked_for) == {"mergekit", "fusion_bench", "peft"}
     assert before == {name for name in sys.modules if name.partition(".")[0] in ("mergekit", "fusion_bench", "peft")}
-    told = legend([], 200)
-    assert len(told.splitlines()) == len(LEGEND) - 3 and "peer" not in told  # nor the best of torch
+    text = legend([], 200)
+    assert len(text.splitlines()) == len(LEGEND) - 3 and "peer" not in text  # nor the best of torch
 
 
 def test_a_folder_is_no_package(tmp_path, monkeypatch):

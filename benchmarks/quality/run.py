@@ -6,7 +6,7 @@
     python -m benchmarks.quality.run --quick --out DIR     # a few steps of training, for tests
 
 One process per worker (`--workers`, 2), each with one thread. A suite's results are one JSON file, which is replaced
-whenever a seed is done; what is there already is not run again. README.md tells the protocol. Needs scikit-learn.
+whenever a seed is done; existing results are not computed again. README.md has the protocol. Needs scikit-learn.
 """
 
 from __future__ import annotations

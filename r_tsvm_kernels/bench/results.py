@@ -75,7 +75,7 @@ def row(
         role: of the provider.
         shape: of the weight.
         dtype: of the weight.
-        options: what tells cases of one name apart.
+        options: settings that distinguish cases of one name.
         notes: what else was found.
         unit: of another metric.
     """

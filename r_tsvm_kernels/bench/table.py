@@ -149,7 +149,7 @@ def _sheet(rows: Sequence[Row], by: str, metrics: Sequence[str] | None, short: b
     varying = [name for name in names if len(values[name]) > 1]
     columns = _by_role(rows, metrics, short) if by == "role" else _by_provider(rows, metrics, short)
     rounds = any(_rounds(line) for line in lines.values())
-    # A name that all lines share is no column if something else tells them apart.
+    # A name that all lines share is not a column if something else distinguishes them.
     named = by == "role" or not varying or len({line[0]["name"] for line in lines.values()}) > 1
     common = [_label(name, labels[0][name]) for name in names if name not in varying]
     title = ", ".join(common if named else [rows[0]["name"], *common])

@@ -1,5 +1,5 @@
-// The threads of a block as threads of the machine. The rest is built with the thread sanitizer, this file without:
-// what threads do here to wait for each other orders nothing in its eyes. It is told of the barriers that do, except of
+// Runs the threads of a block as threads of the machine. All other files are built with the thread sanitizer, but not
+// this one, so it does not see the waits in this file as synchronisation. This file reports the barriers to it, except
 // the one that the environment variable CUDA_ON_CPU_WITHOUT names, as in "reduce.cuh:41".
 #include <linux/futex.h>
 #include <sys/syscall.h>

@@ -1,7 +1,7 @@
 """The matrix-product route never waits for a GPU: tested with tensors that have no values.
 
 Torch's meta tensors raise when the host asks for a value. Copies between host and device, the other way to wait, are
-refused here, but for those of `transfer`.
+refused here, except those of `on_device`.
 """
 
 from importlib import import_module

@@ -38,7 +38,7 @@ ELEMENT_WISE = sorted(name for name, method in METHODS.items() if not method.mat
 CHOICES = {
     "automatic": ({}, sorted(METHODS)),
     "torch": (dict.fromkeys(ops(), "torch"), sorted(METHODS)),
-    "torch but for sums": ({op: "torch" for op in ops() if op != "elect_and_sum"}, ELEMENT_WISE),
+    "torch except sums": ({op: "torch" for op in ops() if op != "elect_and_sum"}, ELEMENT_WISE),
 }
 
 PROGRAM = """

@@ -55,7 +55,7 @@ def elect_and_sum_kernel(
     in it is more than some versions of Triton take):
     `thresholds_ptr` and `ties_ptr` hold one number for each, `ties_before_ptr` (selections, blocks) how many magnitudes
     tie in earlier blocks. DRAWN: for each task whether its elements survive at random; `draws_ptr` has threshold, seed
-    and substream of each task, in place of which threshold and factor go by rank where there are `ranks_ptrs`.
+    and substream of each task, which ranks replace by a threshold and a factor per rank where there are `ranks_ptrs`.
     `mask_ptrs`: of each task, uint8, or None.
     """
     block = tl.program_id(0)
