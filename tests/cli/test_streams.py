@@ -31,10 +31,18 @@ def inputs(tmp_path_factory):
     return paths, digest(folder / "out")["model.safetensors"]
 
 
+def some(*values, rest):
+    """Parameters, of which the rest is left to `make test-all`: each starts processes that import torch."""
+    return [*values, *(pytest.param(value, marks=pytest.mark.exhaustive) for value in rest)]
+
+
 @pytest.mark.parametrize(
     "redirection",
-    ["2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full", "2>&1 | true"],
-)
+    some(
+        "<&- >&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true",
+        rest=["2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full"],
+    ),
+)  # fmt: skip
 def test_a_merge_is_finished_whatever_becomes_of_its_streams(tmp_path, inputs, redirection):
     paths, expected = inputs
     done = shell(redirection, "merge", *flags(paths), tmp_path / "out")
@@ -46,7 +54,7 @@ def test_a_merge_is_finished_whatever_becomes_of_its_streams(tmp_path, inputs, r
         assert "-> " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "info"])
+@pytest.mark.parametrize("command", some("verify", rest=["inspect", "info"]))
 def test_a_command_whose_result_is_what_it_prints_says_that_it_is_lost(tmp_path, inputs, command):
     paths, _ = inputs
     arguments = {"inspect": flags(paths), "verify": [tmp_path / "out"], "info": []}[command]
@@ -59,13 +67,16 @@ def test_a_command_whose_result_is_what_it_prints_says_that_it_is_lost(tmp_path,
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_help_and_errors_on_broken_streams(tmp_path):
+def test_help_on_a_broken_stream():
     assert shell(">/dev/full", "merge", "--help").returncode == 0
-    for redirection in ("2>&-", "2>/dev/full"):
-        assert shell(redirection, "merge", tmp_path / "out").returncode == 2
 
 
-def test_paths_that_no_encoding_has(tmp_path):
+@pytest.mark.parametrize("redirection", some("2>&-", rest=["2>/dev/full"]))
+def test_errors_on_broken_streams(tmp_path, redirection):
+    assert shell(redirection, "merge", tmp_path / "out").returncode == 2
+
+
+def test_paths_that_no_encoding_has(tmp_path, capfdbinary):
     """Paths that are not UTF-8, or hold escape sequences, are read, written, named in all reports, and printable."""
     names = [b"m\xffdel", b"a\x1b[2J\x07\nb", "größe [red]".encode(), b"[b]:smile:[link=x]"]
     paths, _, _ = family(tmp_path / "in", tasks=len(names) - 1)
@@ -74,22 +85,30 @@ def test_paths_that_no_encoding_has(tmp_path):
         hostile.append(os.path.join(os.fsencode(tmp_path / "in"), name))  # noqa: PTH118
         os.rename(path, hostile[-1])  # noqa: PTH104
     base, *tuned = hostile
-    command = [sys.executable, "-m", "r_tsvm_kernels"]
     models = ["--base", base, *(item for path in tuned for item in ("--model", path))]
-    ascii_only = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    ascii_only = os.environ | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+    def here(arguments):
+        assert main([os.fsdecode(argument) for argument in arguments]) == 0
+        return capfdbinary.readouterr()
+
+    def in_ascii(arguments):
+        command = [sys.executable, "-m", "r_tsvm_kernels", *arguments]
+        done = subprocess.run(command, capture_output=True, env=ascii_only)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
     weights = set()
-    for name, locale in ((b"o\xfet", {}), (b"o\xfet.safetensors", {}), (b"o\xfet-ascii", ascii_only)):
+    for name, run in ((b"o\xfet", here), (b"o\xfet.safetensors", here), (b"o\xfet-ascii", in_ascii)):
         out = os.path.join(os.fsencode(tmp_path / "out"), name)  # noqa: PTH118
         for arguments in (["merge", *models, out], ["verify", "--inputs", out], ["report", out]):
-            done = subprocess.run([*command, *arguments], capture_output=True, env=os.environ | locale)
-            assert done.returncode == 0, done.stderr
-            shown = done.stdout + done.stderr
-            assert b"o\\xfet" in done.stdout and not any(bad in shown for bad in (b"\x1b", b"\x07", b"\xfe"))
+            out_stream, err_stream = run(arguments)
+            shown = out_stream + err_stream
+            assert b"o\\xfet" in out_stream and not any(bad in shown for bad in (b"\x1b", b"\x07", b"\xfe"))
         path = Path(os.fsdecode(out))
         weights.add((path if path.suffix == ".safetensors" else path / "model.safetensors").read_bytes())
     assert len(weights) == 1
-    done = subprocess.run([*command, "inspect", *models], capture_output=True)
-    assert done.returncode == 0 and b"m\\xffdel" in done.stdout.replace(b"\n", b"").replace(b" ", b"")
+    assert b"m\\xffdel" in here(["inspect", *models])[0].replace(b"\n", b"").replace(b" ", b"")
     for suffix, count in (("README.md", 2), ("recipe.yaml", 2), ("report.json", 3), ("report.html", 3)):
         assert len([path.read_text(encoding="utf-8") for path in (tmp_path / "out").rglob(f"*{suffix}")]) == count
 
