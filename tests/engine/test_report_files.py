@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from r_tsvm_kernels import CheckpointError, MergeConfig, merge_checkpoints
 from r_tsvm_kernels.checkpoint import hub
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine import job, local, smallest_schedule, tiles, write_page
+from r_tsvm_kernels.engine import job, local, scheduling, smallest_schedule, tiles, write_page
 from r_tsvm_kernels.plan import make_plan
 
 
@@ -114,14 +114,15 @@ def test_the_report_of_a_resumed_merge_is_that_of_a_whole_one(tmp_path, monkeypa
         assert digest(tmp_path / out)["README.md"] == digest(whole.path)["README.md"]
 
 
-def test_norms_of_elementwise_merges_on_request(tmp_path):
+def test_norms_of_elementwise_merges_on_request(tmp_path, monkeypatch):
     paths, base, tuned = family(tmp_path / "in")
     plain = merge_checkpoints(config_for(paths, "ties"), tmp_path / "plain")
     assert not any(report.task_norms for report in plain.reports.values())
     assert json.loads(plain.report_path.read_text())["summary"]["task_norms"] is None
     config = config_for(paths, "task_arithmetic")
-    memory = smallest_schedule(make_plan(config, 2**40)).peak_host_bytes  # tiles of one row
     whole = merge_checkpoints(config, tmp_path / "whole", measure_norms=True)
+    monkeypatch.setattr(scheduling, "TILE_ELEMENTS", (1,))  # tiles of one row
+    memory = smallest_schedule(make_plan(config, 2**40)).peak_host_bytes
     rows = merge_checkpoints(config, tmp_path / "rows", measure_norms=True, memory=memory, threads=1)
     merged = load_file(tmp_path / "whole" / "model.safetensors")
     for name, report in whole.reports.items():
