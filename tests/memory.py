@@ -24,13 +24,19 @@ def start():
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
 
+def growth():
+    return _status("VmHWM") - before
+
 def report(**facts):
-    print(json.dumps({"growth": _status("VmHWM") - before, **facts}))
+    print(json.dumps({"growth": growth(), **facts}))
 """
 
 
 def measured(code, *arguments):
-    """Run code that calls `start()` and `report(...)`; return what it reported, with its `growth` in bytes."""
+    """Run code that calls `start()` and `report(...)`; return what it reported, with its `growth` in bytes.
+
+    Code that measures several times prints JSON itself, with `growth()` after each `start()`.
+    """
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system does not let a process reset its peak memory (/proc/self/clear_refs)")
     tests = Path(__file__).parent

@@ -3,6 +3,7 @@
 import re
 import subprocess
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def changed(case, change, only=None):
     return replace(case, args=args, options=case.options | options)
 
 
+@cache
 def matrices(op):
     """Return cases of the op on matrices or vectors with a result."""
     first = {}

@@ -130,9 +130,13 @@ def test_many_chunks_and_any_number_of_threads(backend, dtype, kind):
     torch.manual_seed(1)
     base = torch.randn(601, 503).to(dtype) if "subnormal" not in kind else torch.zeros(601, 503, dtype=dtype)
     tuned = [(base.double() + VALUES[kind]((601, 503)).double()).to(dtype) for _ in range(2)]
-    for threads, density in ((1, 0.3), (2, 0.3), (3, 0.3), (2, [0.01, 0.97])):
-        with torch_threads(threads):
-            check(backend, base, tuned, "clip", density)
+    statistics = task_statistics(base, tuned)
+    for density, counts in ((0.3, (1, 2, 3)), ([0.01, 0.97], (2,))):
+        expected = reweight_prune(base, tuned, statistics, density=density, backend="torch")
+        for threads in counts:
+            with torch_threads(threads):
+                got = reweight_prune(base, tuned, statistics, density=density, backend=backend)
+            assert all(map(same_bits, got, expected))
 
 
 @native_backend
