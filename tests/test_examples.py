@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from r_tsvm_kernels.bench import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +46,7 @@ def test_lora_experts(tmp_path, trained):
     assert abs(float(high) - float(dense)) < 10
 
 
+@pytest.mark.exhaustive
 def test_kill_and_resume(tmp_path):
     shown = run_example("kill_and_resume.py", "--layers", "4", cwd=tmp_path)
     assert "the same bytes, checksums right" in shown

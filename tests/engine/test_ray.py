@@ -363,6 +363,7 @@ def wait_for_node(node, port):
     pytest.fail("a node of the Ray cluster did not start")
 
 
+@pytest.mark.exhaustive
 def test_two_nodes_and_a_driver_that_is_stopped(tmp_path, larger, two_nodes):
     config, expected = larger
     address, nodes = two_nodes

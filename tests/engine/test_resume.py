@@ -111,7 +111,9 @@ def test_kill_9_at_random_points(tmp_path):
     assert len(in_the_middle) >= 5, killed  # otherwise the moments were badly chosen, and the test shows little
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.exhaustive)]
+)
 def test_signals(tmp_path, number, code):
     paths = many(tmp_path / "in", tensors=250, side=64)
     models = ["--base", str(paths[0]), "--model", str(paths[1]), "--threads", "1", "--quiet"]
