@@ -76,7 +76,8 @@ def survivors(v, rule):
         return int(selection.mask(torch.from_numpy(v).to(selection.threshold.device)).sum())
 
     def drawn(chance):
-        return random_mask(v.shape, chance, seed=rule.seed, substream=rule.substream, device="cpu").numpy()
+        draw = {"seed": rule.seed, "substream": rule.substream}
+        return random_mask(v.shape, chance, **draw, device="cpu", backend="torch").numpy()
 
     survives, divisor = drawn(rule.keep_probability), np.ones(v.shape)
     if rule.largest is not None:

@@ -173,6 +173,8 @@ def test_della_probabilities_by_hand():
     assert della_probabilities(2, 0.7, 0.3).tolist() == [pytest.approx(0.4), 1.0]
     assert della_probabilities(0, 0.5, 0.1).shape == (0,)
     assert della_probabilities(3, 0.5, 0.25).dtype == torch.float64
+    with torch.device("meta"):  # a GPU as the default
+        assert {della_probabilities(cols, 0.5, 0.25).device.type for cols in (0, 1, 3)} == {"cpu"}
 
 
 @given(st.integers(1, 50), st.floats(0, 1), st.floats(0, 1))

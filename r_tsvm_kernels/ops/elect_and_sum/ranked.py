@@ -90,7 +90,7 @@ def della_probabilities(cols: int, density: float, epsilon: float) -> Tensor:
     """Return the probabilities of MAGPRUNE, linear in the rank: ``density - epsilon`` to ``density + epsilon``.
 
     ``density - epsilon + 2 * epsilon * rank / (cols - 1)``; `density` itself for one column (Deep et al.,
-    arXiv 2406.11617). Float64, shape (cols,).
+    arXiv 2406.11617). Float64, shape (cols,), on the CPU.
 
     Raises:
         ConfigError: epsilon < 0, density - epsilon < 0, density + epsilon > 1, or cols < 0.
@@ -103,6 +103,6 @@ def della_probabilities(cols: int, density: float, epsilon: float) -> Tensor:
     if cols < 0:
         raise ConfigError(f"della_probabilities: expected cols >= 0, got {cols}")
     if cols == 1:
-        return torch.tensor([density], dtype=torch.float64)
-    ranks = torch.arange(cols, dtype=torch.float64)
+        return torch.tensor([density], dtype=torch.float64, device="cpu")
+    ranks = torch.arange(cols, dtype=torch.float64, device="cpu")
     return (density - epsilon + 2 * epsilon * ranks / (cols - 1)).clamp(0, 1)
