@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import triton
 from triton.backends.compiler import GPUTarget
 
-MANY_BLOCKS = 2**20  # Triton compiles 1 on its own, which a small tensor has and a large one has not
 BEYOND_32_BITS = 2**32
 
 
@@ -58,10 +57,8 @@ def launches(architecture, *, once=False):
             found.append((name, None, aligned))
             return
         variants = [values]
-        if "blocks" in values and not once:
-            variants.append({**values, "blocks": values["blocks"] + MANY_BLOCKS})
         if "numel" in values and not once and (first or architecture == "90"):
-            variants.append({**variants[-1], "numel": values["numel"] + BEYOND_32_BITS})
+            variants.append({**values, "numel": values["numel"] + BEYOND_32_BITS})
         found.extend((name, run(self, *variant.values(), **options), aligned) for variant in variants)
 
     before = triton.runtime.driver._active

@@ -47,7 +47,8 @@ def magnitude_bits(x):
     return bits
 
 
-@triton.jit
+# A kernel of its own for tensors of one block would only be one more to compile.
+@triton.jit(do_not_specialize=["blocks"])
 def digit_kernel(
     x_ptr, base_ptr, theta_ptr, prefixes_ptr, counts_ptr, numel, blocks,
     PREFIXES: tl.constexpr, REAL: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
