@@ -35,9 +35,11 @@ OPTIONS = {
 }
 # Backends that are forced, for all ops and for single ones: the plan must be that of what runs.
 ELEMENT_WISE = sorted(name for name, method in METHODS.items() if not method.matrices_only)
+SPECTRAL = sorted(METHODS.keys() - ELEMENT_WISE)
+REFERENCES = dict.fromkeys(ops(), "torch")
 CHOICES = {
     "automatic": ({}, sorted(METHODS)),
-    "torch": (dict.fromkeys(ops(), "torch"), sorted(METHODS)),
+    "torch": (REFERENCES, ELEMENT_WISE),
     "torch except sums": ({op: "torch" for op in ops() if op != "elect_and_sum"}, ELEMENT_WISE),
 }
 
@@ -65,8 +67,14 @@ print(json.dumps(found))
 """
 
 
+# Forced references hardly change what spectral methods need, and those take longest.
+SLOW = pytest.param(REFERENCES, SPECTRAL, id="torch, spectral", marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("choice", "methods"), CHOICES.values(), ids=CHOICES.keys())
+@pytest.mark.parametrize(
+    ("choice", "methods"), [*(pytest.param(*given, id=name) for name, given in CHOICES.items()), SLOW]
+)
 def test_memory_stays_below_what_is_declared(choice, methods):
     # Every block has its own pages, so freed memory is not used again.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
