@@ -349,7 +349,7 @@ def _check_difference(base: Tensor, tuned: Tensor, bound: float, limit: float, l
 def _distances(base: Tensor, others: Sequence[Tensor]) -> list[float]:
     """Return the Frobenius norms of the differences from the base, in pieces, to avoid a copy of the whole tensor."""
     flat = [tensor.flatten() for tensor in (base, *others)]
-    squares = torch.zeros(len(others), dtype=torch.float64)
+    squares = torch.zeros(len(others), dtype=torch.float64, device="cpu")
     for first in range(0, base.numel(), _PIECE):
         origin, *pieces = (tensor[first : first + _PIECE] for tensor in flat)
         found = task_statistics(origin, pieces, sigma=math.inf, eps=0.0)

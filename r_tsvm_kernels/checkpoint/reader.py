@@ -99,7 +99,8 @@ class Checkpoint:
             tensor = self._copy_pickled(header, name, rows)
             return (tensor.pin_memory() if pin else tensor).to(device)
         offset = header.offset + first * (header.nbytes // shape[0]) if first else header.offset
-        tensor = torch.empty((last - first, *shape[1:]) if rows else shape, dtype=header.dtype, pin_memory=pin)
+        size = (last - first, *shape[1:]) if rows else shape
+        tensor = torch.empty(size, dtype=header.dtype, device="cpu", pin_memory=pin)
         # Read, not mapped: mapped pages would count as memory of this process, and a truncated file would end it with
         # SIGBUS instead of an error. The file is opened for each tensor, so that a missing file is noticed.
         try:

@@ -81,16 +81,18 @@ def estimate_time(plan: MergePlan, workers: int, device: torch.device) -> TimeEs
 def _sample(plan: MergePlan, names: Sequence[str], shape: tuple[int, int], device: torch.device) -> float:
     """Return the seconds, the better of two, to merge random tensors of `shape` treated like the first of `names`."""
     tensor = plan.tensors[names[0]]
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(shape, generator=generator)
-    base = base.to(tensor.dtypes[0]).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cpu")
+
+    base = draw(*shape).to(tensor.dtypes[0]).to(device)
     tuned: list[Tensor | Factored] = []
     for rank in plan.update_ranks(tensor.name) if plan.keeps_factors(tensor.name) else [None] * len(plan.tuned):
         if rank is None:
-            tuned.append((base + 0.01 * torch.randn(shape, generator=generator).to(device)).to(base.dtype))
+            tuned.append((base + 0.01 * draw(*shape).to(device)).to(base.dtype))
         else:
-            left, right = (torch.randn(size, generator=generator) for size in ((shape[0], rank), (rank, shape[1])))
-            tuned.append(Factored(left, right, 0.01).to(device))
+            tuned.append(Factored(draw(shape[0], rank), draw(rank, shape[1]), 0.01).to(device))
     times = []
     for _ in range(2):
         start = time.perf_counter()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -47,8 +48,7 @@ class Images:
     def __init__(self, matrices: Sequence[TallMatrix], parts: Sequence[RightVectors]) -> None:
         self.matrices, self.parts = matrices, parts
         ranks = [part.V.shape[1] for part in parts]
-        ends = torch.tensor(ranks).cumsum(0).tolist()
-        self.blocks = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+        self.blocks = [slice(end - rank, end) for end, rank in zip(accumulate(ranks), ranks, strict=True)]
         self._kept: list[Tensor] | None = None
 
     def tiles(self) -> Iterator[Tensor]:

@@ -82,7 +82,7 @@ class Factored:
         """Return the Frobenius norm of the product, from Gram matrices of the factors in float64."""
         (left, of_left), (right, of_right) = near_one(self.left), near_one(self.right)
         square = float(((left.mT @ left) * (right @ right.mT)).sum())
-        norm = torch.tensor(abs(self.scale) * math.sqrt(max(square, 0.0)), dtype=torch.float64)
+        norm = torch.tensor(abs(self.scale) * math.sqrt(max(square, 0.0)), dtype=torch.float64, device="cpu")
         return float(_times_power(norm, of_left + of_right))
 
 

@@ -50,7 +50,8 @@ def subspace_iteration(matrix: Tensor, rank: int, dominant: int) -> tuple[Tensor
     if block * _LARGEST_SHARE > min(matrix.shape) or rank > dominant:
         return None
     generator = torch.Generator().manual_seed(0)
-    V = torch.randn(matrix.shape[1], block, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    shape = (matrix.shape[1], block)  # drawn on the CPU: the same on every device
+    V = torch.randn(shape, generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
     for steps in _STEPS:
         for _ in range(steps):
             V = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ V).Q).Q

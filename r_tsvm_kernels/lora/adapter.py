@@ -257,7 +257,7 @@ class AdapterWriter:
         layout = ShardLayout(WEIGHTS_FILE, {name: spec for name, (_, spec) in places.items()})
         with ShardFile.create(self.folder / WEIGHTS_FILE, layout) as file:
             for name, (offset, spec) in places.items():
-                values = torch.empty(spec.shape, dtype=spec.dtype)
+                values = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
                 self._waiting.seek(offset)
                 self._waiting.readinto(byte_view(values))
                 file.write(name, values)

@@ -39,7 +39,7 @@ def interpolation_ratio(gram: Tensor) -> Tensor:
         tensor(0.6667)
     """
     tasks = gram.shape[-1]
-    first, second = torch.triu_indices(tasks, tasks, offset=1)
+    first, second = torch.triu_indices(tasks, tasks, offset=1, device=gram.device)
     if tasks == 1:
         return torch.ones_like(gram[..., 0, 0])
     cosine = cosines(gram)[..., first, second].mean(-1).clamp(min=0)

@@ -49,7 +49,7 @@ def multislerp(base: Tensor, tuned: Sequence[Tensor], options: MultiSlerpParamet
         tensor([1.4142, 1.4142])
     """
     weights = normalized(options.weight) if options.normalize_weights else list(options.weight)
-    gram, w = gram_matrix(tuned, base), torch.tensor(weights, dtype=torch.float64)
+    gram, w = gram_matrix(tuned, base), torch.tensor(weights, dtype=torch.float64, device="cpu")
     norms, directions = gram.diagonal().sqrt(), cosines(gram)
     length = float((w @ directions @ w).clamp(min=0).sqrt())
     if length > max(options.eps, 1e-7 * float(w.abs().sum())):  # float64 knows squares to 1e-16

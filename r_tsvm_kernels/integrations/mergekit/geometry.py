@@ -46,7 +46,7 @@ def model_stock(group: TensorGroup, filter_wise: bool = False) -> Tensor | None:
 def _interpolation_ratio(gram: Tensor) -> Tensor:
     """Return mergekit's ratio, which unlike ours may be outside [0, 1]; NaN for values that are not finite."""
     tasks = gram.shape[-1]
-    first, second = torch.triu_indices(tasks, tasks, offset=1)
+    first, second = torch.triu_indices(tasks, tasks, offset=1, device=gram.device)
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     lengths = (norms[..., first] * norms[..., second]).clamp(min=SMALLEST_PRODUCT)
     cosine = (gram[..., first, second] / lengths).clamp(-1, 1).mean(-1)
@@ -77,7 +77,7 @@ def multislerp(
         return None
     INSTALLATION.count("gram_matrix")
     gram = gram_matrix(tensors, base)
-    w = torch.tensor(weight.values_for(group.non_base), dtype=gram.dtype)
+    w = torch.tensor(weight.values_for(group.non_base), dtype=gram.dtype, device="cpu")
     w = w / w.sum() if normalize_weights else w
     norms = gram.diagonal().sqrt()
     unit = w / norms

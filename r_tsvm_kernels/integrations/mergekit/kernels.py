@@ -69,7 +69,7 @@ def _keep_by_rank(x: Tensor, base: Tensor | None, density: float, epsilon: float
 
 def _seed() -> int:
     """Draw a seed from torch's generator, which mergekit's --random-seed sets."""
-    return int(torch.randint(2**63 - 1, ()))
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
 RULES: dict[str, Callable[..., Sparsifier | None]] = {

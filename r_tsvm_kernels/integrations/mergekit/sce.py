@@ -29,7 +29,7 @@ def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -
             return None  # nothing is selected: mergekit returns the base
         INSTALLATION.count("magnitude_select")
         selected = largest(spread, keep)
-    squares = torch.tensor(squared_norms(base, tuned, selected), dtype=torch.float64) / base.numel()
+    squares = torch.tensor(squared_norms(base, tuned, selected), dtype=torch.float64, device="cpu") / base.numel()
     total = float(squares.sum())
     if not squares.isfinite().all():
         return None

@@ -126,7 +126,7 @@ def combined_factors(
         new_rank,
         density=1.0 if density is None else density,
         majority_sign_method=majority_sign_method,
-        seed=int(torch.randint(2**63 - 1, ())),  # torch.manual_seed decides, as in PEFT
+        seed=int(torch.randint(2**63 - 1, (), device="cpu")),  # torch.manual_seed decides, as in PEFT
     )
     dtype = torch.promote_types(target_lora_A.dtype, torch.float32)
     # The numerical rank may be smaller than the new rank; the rest stays zero.

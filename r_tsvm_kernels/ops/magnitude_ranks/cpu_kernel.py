@@ -14,8 +14,8 @@ def run(x: Tensor, base: Tensor | None) -> Tensor:
     """See `magnitude_ranks`; `x` has elements."""
     tensors = [with_rows(tensor) for tensor in ([x] if base is None else [x, base])]
     views = [matrix(tensor) for tensor in tensors]
-    ranks = torch.empty(x.shape, dtype=torch.int32)
-    nonfinite = torch.empty((), dtype=torch.int64)
+    ranks = torch.empty(x.shape, dtype=torch.int32, device="cpu")
+    nonfinite = torch.empty((), dtype=torch.int64, device="cpu")
     output = (ranks.data_ptr(), nonfinite.data_ptr())
     backends.native("cpu").magnitude_ranks(
         views[0], None if base is None else views[1], x.shape[-1], output, torch.get_num_threads()

@@ -45,7 +45,7 @@ class MagnitudeSelection:
 
     def _mask_on_cpu(self, x: Tensor, threshold: Tensor) -> Tensor:
         """Work piece by piece, within the cache. Ties are few. A GPU would have to be waited for to count them."""
-        mask = torch.empty(x.shape, dtype=torch.bool)
+        mask = torch.empty(x.shape, dtype=torch.bool, device="cpu")
         flat, kept, ties = x.reshape(-1), mask.view(-1), int(self.ties)
         for first in range(0, len(flat), MASK_TILE):
             magnitude, part = flat[first : first + MASK_TILE].abs().to(threshold.dtype), kept[first : first + MASK_TILE]

@@ -17,9 +17,9 @@ def run(x: Tensor, keep: Sequence[int], base: Tensor | None = None) -> list[Magn
     """See `magnitude_select`; one or more numbers, each from 1 to x.numel()."""
     tensors = [with_rows(tensor) for tensor in ([x] if base is None else [x, base])]
     views = [matrix(tensor) for tensor in tensors]
-    thresholds = torch.empty(len(keep), dtype=torch.float64)
-    ties = torch.empty(len(keep), dtype=torch.int64)
-    nonfinite = torch.empty((), dtype=torch.int64)
+    thresholds = torch.empty(len(keep), dtype=torch.float64, device="cpu")
+    ties = torch.empty(len(keep), dtype=torch.int64, device="cpu")
+    nonfinite = torch.empty((), dtype=torch.int64, device="cpu")
     output = (thresholds.data_ptr(), ties.data_ptr(), nonfinite.data_ptr())
     backends.native("cpu").magnitude_select(
         views[0], None if base is None else views[1], keep, output, torch.get_num_threads()

@@ -17,8 +17,8 @@ def run(x: Tensor, base: Tensor | None, thresholds: Tensor, seed: int, substream
         return reference.run(x, base, thresholds, seed, substream)
     tensors = [with_rows(tensor) for tensor in ([x] if base is None else [x, base])]
     views = [matrix(tensor) for tensor in tensors]
-    mask = torch.empty(x.shape, dtype=torch.bool)
-    nonfinite = torch.empty((), dtype=torch.int64)
+    mask = torch.empty(x.shape, dtype=torch.bool, device="cpu")
+    nonfinite = torch.empty((), dtype=torch.int64, device="cpu")
     thresholds = thresholds.contiguous()
     backends.native("cpu").ranked_mask(
         views[0], None if base is None else views[1], (thresholds.data_ptr(), x.shape[-1]), (seed, substream),

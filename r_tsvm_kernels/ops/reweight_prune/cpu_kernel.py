@@ -19,8 +19,8 @@ def run(base: Tensor, tuned: Sequence[Tensor], theta: Tensor | None, counts: Seq
     origin, *views = (matrix(tensor) for tensor in tensors)
     thetas = [math.inf] * len(tuned) if theta is None else theta.tolist()
     dtype = accumulation_dtype(*tensors)
-    results = [torch.empty(base.shape, dtype=dtype) for _ in tuned]
-    nonfinite = torch.zeros(len(tuned), dtype=torch.int64)
+    results = [torch.empty(base.shape, dtype=dtype, device="cpu") for _ in tuned]
+    nonfinite = torch.zeros(len(tuned), dtype=torch.int64, device="cpu")
     outputs = [(result.data_ptr(), count.data_ptr()) for result, count in zip(results, nonfinite.unbind(), strict=True)]
     tasks = [(*task, *output) for *task, output in zip(views, thetas, counts, outputs, strict=True)]
     backends.native("cpu").reweight_prune(origin, tasks, torch.get_num_threads())

@@ -16,7 +16,7 @@ def run(tuned: Sequence[Tensor], base: Tensor | None, mask: Tensor | None) -> Te
     tensors = [with_rows(tensor) for tensor in tuned]
     origin = None if base is None else with_rows(base)
     chosen = None if mask is None else mask.contiguous()
-    gram = torch.empty(len(tuned), len(tuned), dtype=torch.float64)
+    gram = torch.empty(len(tuned), len(tuned), dtype=torch.float64, device="cpu")
     backends.native("cpu").task_gram(
         [matrix(tensor) for tensor in tensors], None if origin is None else matrix(origin),
         0 if chosen is None else chosen.data_ptr(), gram.data_ptr(), torch.get_num_threads(),

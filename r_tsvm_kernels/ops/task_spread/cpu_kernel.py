@@ -15,6 +15,6 @@ def run(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
     """See `task_spread`; the same bits as the reference, for all strides and numbers of threads."""
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
     views = [matrix(tensor) for tensor in tensors]
-    spread = torch.empty(base.shape, dtype=torch.float64)
+    spread = torch.empty(base.shape, dtype=torch.float64, device="cpu")
     backends.native("cpu").task_spread(views[0], views[1:], spread.data_ptr(), torch.get_num_threads())
     return spread
