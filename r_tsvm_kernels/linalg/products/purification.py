@@ -152,7 +152,8 @@ def leading_eigenspaces(
     largest = largest_eigenvalue(gram) if largest is None else largest
     scaled = gram / largest[:, None, None]
     start = _lifted(scaled, numbers)
-    wanted, spread = (to_device(torch.tensor(x, dtype=scaled.dtype), scaled.device) for x in (ranks, extra))
+    counts = torch.tensor([ranks, extra], dtype=scaled.dtype, device="cpu")
+    wanted, spread = to_device(counts, scaled.device)
     columns = max(width)
 
     if 4 * columns > 3 * n:  # the second level would be as large as the first
