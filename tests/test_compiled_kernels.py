@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from r_tsvm_kernels import backends
+from r_tsvm_kernels.dispatch import ops
 
 STATE = backends.READY if os.environ.get("TRITON_INTERPRET") == "1" else backends.triton_state()
 pytestmark = [
@@ -24,28 +25,8 @@ exhaustive = pytest.mark.exhaustive
 ARCHITECTURES = [pytest.param(architecture, marks=exhaustive) for architecture in (80, 86, 89, 90, 100, 120)]
 TENSOR_CORE = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # the others: mma.sync
 PRODUCTS = {"gemm3_kernel", "symmetric_kernel"}
-# Bytes that a thread reads and writes at once, in the case where it is least, if sizes are multiples of 16.
-WIDTHS = {
-    "add_update add_update_kernel": (16, 16),
-    "elect_and_sum elect_and_sum_kernel": (8, 16),
-    "elect_and_sum tie_kernel": (8, 8),
-    "gemm3 gemm3_kernel": (16, 16),
-    "magnitude_ranks rank_kernel": (8, 8),
-    "magnitude_select digit_kernel": (16, 0),
-    "random_mask random_mask_kernel": (0, 8),
-    "ranked_mask rank_kernel": (4, 8),
-    "ranked_mask ranked_mask_kernel": (16, 4),
-    "reweight_prune digit_kernel": (16, 0),
-    "reweight_prune prune_kernel": (16, 16),
-    "reweight_prune tie_kernel": (16, 8),
-    "split_planes split_kernel": (16, 16),
-    "symm_gram symmetric_kernel": (16, 4),
-    "symm_square symmetric_kernel": (16, 4),
-    "task_gram gram_kernel": (2, 8),  # an element per thread
-    "task_spread spread_kernel": (8, 16),
-    "task_statistics moments_kernel": (8, 8),
-    "task_statistics tail_kernel": (8, 8),
-}
+# By op and kernel.
+WIDTHS = {(name, kernel): least for name, op in ops().items() for kernel, least in op.cases.WIDTHS.items()}
 TESTS = Path(__file__).parent
 
 
@@ -80,8 +61,9 @@ def widths(rows):
     found = {}
     for row in rows:
         if row["aligned"]:
-            read, written = found.get(f"{row['op']} {row['kernel']}", (row["load"], row["store"]))
-            found[f"{row['op']} {row['kernel']}"] = (min(read, row["load"]), min(written, row["store"]))
+            key = row["op"], row["kernel"]
+            read, written = found.get(key, (row["load"], row["store"]))
+            found[key] = (min(read, row["load"]), min(written, row["store"]))
     return found
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from r_tsvm_kernels import AdapterRefusedError, CheckpointError, ConfigError, MergeConfig, ShapeError, merge_checkpoints
 from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine import smallest_schedule
+from r_tsvm_kernels.engine import scheduling, smallest_schedule
 from r_tsvm_kernels.engine.tiles import Tile, merge_tile, read_tile
 from r_tsvm_kernels.engine.verify import verify_output
 from r_tsvm_kernels.linalg import Factored
@@ -220,10 +220,11 @@ def test_inspect(tmp_path, capsys):
     assert "no adapter changes it" in capsys.readouterr().out
 
 
-def test_memory_does_not_change_the_bytes(tmp_path):
+def test_memory_does_not_change_the_bytes(tmp_path, monkeypatch):
     """Rows of a product of factors are not merged separately: libraries would round them differently."""
     base, adapters, _ = inputs(tmp_path)
     config = config_for(base, adapters)
+    monkeypatch.setattr(scheduling, "TILE_ELEMENTS", (2**20, 1))
     smallest = smallest_schedule(make_plan(config, 10**9))
     assert smallest.tensors["layers.0.q.weight"].count == 1 and smallest.tensors["norm.weight"].count == 16
     found = {

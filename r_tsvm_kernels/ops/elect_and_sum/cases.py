@@ -17,6 +17,9 @@ from ..random_mask import random_mask
 from . import Election, Sparsifier
 from .ranked import RankedSparsifier, della_probabilities
 
+# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+WIDTHS = {"elect_and_sum_kernel": (8, 16), "tie_kernel": (8, 8)}
+
 ELECTIONS = get_args(Election)
 KINDS = ("all", "ties", "breadcrumbs", "dare", "mask", "della", "everything", "mixture")
 WEIGHTS = [1.0, 0.5, 2.0, -0.25, 0.75, 1.5, 0.125, 3.0]

@@ -9,6 +9,9 @@ import torch
 from ...errors import ConfigError
 from .._cases import SHAPES, Case
 
+# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+WIDTHS = {"random_mask_kernel": (0, 8)}
+
 WORDS = 2**32
 DRAWS = [(0, 0), (1, 7), (WORDS, 2**31), (2**63 + 5, 1), (2**64 - 1, WORDS - 1)]  # seed, substream
 

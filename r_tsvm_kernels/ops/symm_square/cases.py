@@ -11,6 +11,9 @@ from .._cases import Case, normal, seeded
 from .._planes import Planes
 from ..split_planes import split_planes
 
+# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+WIDTHS = {"symmetric_kernel": (16, 4)}
+
 
 def cases(device: torch.device | str) -> Iterator[Case]:
     """Yield sizes around a tile, factors per matrix, matrices that are done; NaN and infinity."""

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .._cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Case, group, groups, seeded, spoiled, unaligned
 
+# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+WIDTHS = {"gram_kernel": (2, 8)}  # an element per thread
+
 
 def cases(device: torch.device | str) -> Iterator[Case]:
     """Yield the shared groups with and without base and mask; few and many tasks; NaN and infinity."""

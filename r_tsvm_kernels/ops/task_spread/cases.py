@@ -8,6 +8,9 @@ import torch
 
 from .._cases import BFLOAT16, FLOAT32, FLOAT64, Case, group, groups, seeded, spoiled
 
+# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+WIDTHS = {"spread_kernel": (8, 16)}
+
 
 def cases(device: torch.device | str) -> Iterator[Case]:
     """Yield the shared groups; few and many tasks; tasks that agree; NaN and infinity."""

@@ -11,6 +11,9 @@ from ...errors import ConfigError
 from .._cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Case, group, groups, seeded, spoiled, unaligned
 from .._checks import FLOAT_DTYPES
 
+# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+WIDTHS = {"moments_kernel": (8, 8), "tail_kernel": (8, 8)}
+
 
 def cases(device: torch.device | str) -> Iterator[Case]:
     """Yield the shared groups; limits that are 0, small and infinite; subnormals, overflow, NaN and infinity.
