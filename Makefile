@@ -6,6 +6,10 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
+# Python compiles what it imports: it need not compile everything that is installed.
+INSTALL = $(PIP) install -q --no-compile -c constraints.txt
+# CUDA sources are built for the GPU at hand, or for one kind.
+export CUDAARCHS ?= $(if $(shell nvidia-smi -L 2>/dev/null),native,90-real)
 
 .PHONY: help demo test test-all test-sanitized test-integrations bench fuzz lint dev docs dist clean
 
@@ -48,16 +52,18 @@ dist: $(VENV)/.dev ## build sdist and wheel into dist/
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info r_tsvm_kernels/_build_info.json r_tsvm_kernels/*.so
 
-# The second try asks PyTorch's own index for the CPU build, if pip does not find it where it looks by default.
+# A new pip finds versions three times as fast. The second try asks PyTorch's own index for the CPU build of torch, if pip
+# does not find it where it looks by default.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch 2> $(VENV)/torch.log || $(PIP) install -q -c constraints.txt $(CPU_TORCH) torch
+	-$(PIP) install -q --upgrade pip
+	$(INSTALL) torch 2> $(VENV)/torch.log || $(INSTALL) $(CPU_TORCH) torch
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(PIP) install -q -c constraints.txt -e ".[demo]"
+	$(INSTALL) -e ".[demo]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	$(INSTALL) -e ".[dev]"
 	@touch $@ $(VENV)/.demo

@@ -145,6 +145,7 @@ def test_the_losses_are_shown():
     assert "slower than eager PyTorch" in page and "1.00 x slower" not in page
 
 
+@pytest.mark.exhaustive
 def test_plots_are_the_same_each_time(later, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install .[bench])")
     for name in plots.PLOTS:

@@ -111,7 +111,10 @@ print(code, peak)
 
 
 @pytest.mark.parametrize("method, shape", [("linear", (3000, 2048)), ("tsvm", (512, 768))])
-@pytest.mark.parametrize("smallest", [False, True], ids=["two workers", "smallest budget"])
+@pytest.mark.parametrize(
+    "smallest",
+    [pytest.param(False, id="two workers", marks=pytest.mark.exhaustive), pytest.param(True, id="smallest budget")],
+)
 def test_a_merge_stays_within_the_announced_memory(tmp_path, capsys, method, shape, smallest):
     tensors = {f"w{i}": torch.randn(shape).bfloat16() for i in range(4)}
     models = [save(tmp_path / str(i), {name: t + 0.1 * i * i * t for name, t in tensors.items()}) for i in range(3)]

@@ -138,7 +138,7 @@ def test_signals(tmp_path, number, code):
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize("presses", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_a_long_decomposition_does_not_hold_up_the_end(tmp_path, presses):
     values = {"small": torch.ones(8, 8), **{f"w{i}": torch.randn(3000, 3000) for i in range(2)}}
     base = save(tmp_path / "base", values)
@@ -159,6 +159,7 @@ def test_a_long_decomposition_does_not_hold_up_the_end(tmp_path, presses):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.exhaustive  # the next test says the same within a process
 def test_two_merges_at_once(tmp_path):
     paths = many(tmp_path / "in", tensors=100)
     command = [sys.executable, "-m", "r_tsvm_kernels", "merge", "--base", str(paths[0]), "--model", str(paths[1])]
