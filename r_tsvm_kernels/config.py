@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from .errors import ConfigError
 from .files import read_regular
-from .methods import METHODS, Method, MethodParameters, Strict, get_method, nearest
+from .methods import METHODS, Method, MethodParameters, Strict, did_you_mean, get_method, nearest
 from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
 from .safe_yaml import load_yaml
@@ -165,7 +165,7 @@ class MergeConfig(Strict):
             MergeConfig('ties', parameters={'density': [0.1, 0.3]})
         """
         if not _has_names(data):
-            raise ConfigError(f"a recipe is a mapping of keys to values, got {type(data).__name__}")
+            raise ConfigError(f"a recipe is a mapping, got {type(data).__name__ if data else 'nothing'}")
         data = _with_models(_with_tokenizer_source(data))
         for key, advice in _UNSUPPORTED.items():
             if data.get(key) is not None:
@@ -187,13 +187,13 @@ class MergeConfig(Strict):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> MergeConfig:
-        """Read a recipe file in mergekit's format; docs/methods.md lists the differences.
+        """Read a recipe file in mergekit's format; docs/mergekit.md lists the differences.
 
         Raises:
             ConfigError: the file is missing, is not YAML, or is not a valid recipe.
         """
         if not isinstance(path, str | Path):
-            raise ConfigError(f"expected the path of a recipe file, got {type(path).__name__}")
+            raise ConfigError(f"expected the path of a recipe, got {type(path).__name__}; from_dict takes a mapping")
         if "\n" in str(path):
             raise ConfigError(
                 "expected the path of a recipe file, got its text; use MergeConfig.from_dict(yaml.safe_load(text))"
@@ -266,7 +266,9 @@ class MergeConfig(Strict):
                 "multislerp and karcher merge several"
             )
         if self.models and len(self.models) != tasks:
-            raise ConfigError(f"the config lists {len(self.models)} models, but {tasks} fine-tuned tensors were given")
+            keys = {key: None for entry in self.models if entry.model is None for key in entry.parameters}
+            what, given = ", ".join(keys) or "models", len(self.models)
+            raise ConfigError(f"{what}: got {given} for {tasks} fine-tuned models; give one per model")
         schema = self.method.parameters
         values: dict[str, Any] = {}
         for field_name, info in schema.model_fields.items():
@@ -371,7 +373,7 @@ def _with_values(models: Sequence[Any], own: Mapping[str, Sequence[Any]]) -> Seq
     """Give each model its value of each parameter."""
     for key, values in own.items():
         models = models or [ModelEntry()] * len(values)
-        if len(values) != len(models):
+        if not values or len(values) != len(models):
             raise ConfigError(f"{key}: got {len(values)} value(s) for {len(models)} models; give one per model")
         entries = [ModelEntry(**entry) if isinstance(entry, Mapping) else entry for entry in _entries(models)]
         if not all(isinstance(entry, ModelEntry) for entry in entries):
@@ -399,10 +401,9 @@ def _unknown_key(key: str, method: object, *, fields: bool = True, under: str = 
     if under and key in names:
         return f"unknown key {key!r}: a recipe has the parameters of the method {under}"
     known = {"recipe fields": MergeConfig.model_fields.keys() if fields else (), f"parameters of {method}": names}
-    close = nearest(key, [name for group in known.values() for name in group])
-    where = f", {under}" if under and close in names else ""
     lists = "; ".join(f"{what}: {', '.join(sorted(group))}" for what, group in known.items() if group)
-    return f"unknown key {key!r}; did you mean {close!r}{where}? {lists[0].upper()}{lists[1:]}"
+    where = dict.fromkeys(names, under and f", {under}")
+    return f"unknown key {key!r}; {did_you_mean(key, [*known['recipe fields'], *names], lists, where)}"
 
 
 def _has_names(value: object) -> bool:

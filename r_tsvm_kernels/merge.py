@@ -83,7 +83,7 @@ def merge_tensors(
         QuantisedRefusedError: an integer or bool tensor of two or more dimensions is not the same in all models.
         NonFiniteError: an input has NaN or infinity, or the merge overflows the dtype of the computation or the output.
         ConfigError: no such method or parameter, no base for a method that needs one, a config for another number of
-            tensors, or a weight that overflows the dtype of the computation.
+            tensors, a position outside [0, 1], or a weight that overflows the dtype of the computation.
         ConvergenceError: a decomposition failed or missed its certificate.
 
     Examples:
@@ -96,6 +96,8 @@ def merge_tensors(
     """
     config = as_config(config, parameters)
     label, stages = name or "tensor", dict[str, list[float]]()
+    if not 0 <= position <= 1:
+        raise ConfigError(f"{label}: expected a position in [0, 1], got {position}")
     check_list(tuned, "fine-tuned tensors", label)
     dtype = None if out_dtype is None else as_dtype(out_dtype)
     tuned = [

@@ -38,7 +38,7 @@ class StateDictResult:
 
     Examples:
         >>> merge_state_dicts({"w": torch.zeros(2)}, [{"w": torch.ones(2)}], "linear")
-        StateDictResult(1 tensors, linear)
+        StateDictResult(1 tensor, linear)
     """
 
     state_dict: dict[str, Tensor]
@@ -50,7 +50,10 @@ class StateDictResult:
 
 def summary(reports: Mapping[str, TensorReport]) -> str:
     """Return a short text: how many tensors were merged, how, and how accurately."""
-    parts = [f"{len(reports)} tensors", *dict.fromkeys(report.method for report in reports.values())]
+    parts = [
+        f"{len(reports)} tensor{'s' * (len(reports) != 1)}",
+        *dict.fromkeys(report.method for report in reports.values()),
+    ]
     for kind, words in (("mean", "by the mean task vector"), ("base", "the base's")):
         count = sum(report.treatment == kind for report in reports.values())
         parts += [f"{count} {words}"] if count else []
@@ -219,4 +222,6 @@ def _state_dict(given: object, label: str) -> dict[str, Tensor]:
         given = given.state_dict()
     if not isinstance(given, Mapping):
         raise DTypeError(f"{label}: expected a state dict or a module, got {type(given).__name__}")
+    if odd := [name for name in given if not isinstance(name, str)]:
+        raise DTypeError(f"{label}: expected names of tensors as keys, got {odd[0]!r}")
     return {name: detached(tensor, f"{name} of {label}") for name, tensor in given.items()}

@@ -219,7 +219,36 @@ MISTAKES = {
     "a recipe": (lambda b, t: merge_tensors(b, t, "r.yaml"), ConfigError, "use MergeConfig.from_yaml for a recipe"),
     "weights": (lambda b, t: merge_tensors(b, t, "ties", weights=0.2), ConfigError, "did you mean 'weight'"),
     "both": (lambda b, t: merge_tensors(b, t, MergeConfig("ties"), density=0.2), ConfigError, "beside a MergeConfig"),
-    "too many": (lambda b, t: merge_tensors(b, t, "ties", weight=[1] * 4), ConfigError, "lists 4 models, but 3"),
+    "too many": (lambda b, t: merge_tensors(b, t, "ties", weight=[1] * 4), ConfigError, "^weight: got 4 for 3 fine"),
+    "too few": (lambda b, t: merge_tensors(b, t, MergeConfig("ties", models=["a"])), ConfigError, "^models: got 1"),
+    "none each": (lambda b, t: merge_tensors(b, t, "ties", density=[]), ConfigError, "density: got 0 value"),
+    "a position": (lambda b, t: merge_tensors(b, t, "ties", position=3), ConfigError, "a position in .0, 1., got 3"),
+    "before": (lambda b, t: merge_tensors(b, t, "ties", position=-0.5), ConfigError, "a position in .0, 1., got -0.5"),
+    "numbered": (lambda b, t: merge_state_dicts({1: b}, [{1: t[0]}], "ties"), DTypeError, "tensors as keys, got 1"),
+    "extra state": (lambda b, t: merge_state_dicts({"w": {}}, [{"w": {}}], "ties"), DTypeError, "Tensor, got dict$"),
+    "generator": (lambda b, t: merge_tensors(b, iter(t), "ties"), DTypeError, "list_iterator; convert it with list"),
+    "ModuleList": (
+        lambda b, t: merge_models(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]), "ties"),
+        DTypeError,
+        "got ModuleList; convert it with list",
+    ),
+    "one module": (
+        lambda b, t: merge_models(nn.Linear(2, 2), nn.Linear(2, 2), "ties"), DTypeError, "Linear; put it in a list"
+    ),
+    "capitals": (lambda b, t: merge_tensors(b, t, "TIES"), ConfigError, "did you mean 'ties'. Available: "),
+    "like none": (lambda b, t: merge_tensors(b, t, "xxxx"), ConfigError, "'xxxx'; available: breadcrumbs, "),
+    "of another": (lambda b, t: merge_tensors(b, t, "sce", density=0.1), ConfigError, "'density'; recipe fields: base"),
+    "no sum": (lambda b, t: merge_tensors(b, t, "linear", weight=0), ConfigError, "normalized; set normalize: false"),
+    "no sum, multislerp": (
+        lambda b, t: merge_tensors(b, t, "multislerp", weight=0), ConfigError, "; set normalize_weights: false"
+    ),
+    "no sum, karcher": (lambda b, t: merge_tensors(b, t, "karcher", weight=0), ConfigError, "; choose others"),
+    "no sum, model_stock": (lambda b, t: merge_tensors(b, t, "model_stock", weight=0), ConfigError, "; choose others"),
+    "no sum of adapters": (
+        lambda b, t: merge_lora(["a", "b"], "out", method="linear", weight=[1, -1]),
+        ConfigError,
+        "normalized; use the method task_arithmetic",
+    ),
     "modules": (lambda b, t: merge_tensors(nn.Linear(2, 2), t, "ties"), DTypeError, "module Linear; use merge_models"),
     "float8": (
         lambda b, t: merge_tensors(b.to(torch.float8_e4m3fn), t, "ties"),
@@ -230,7 +259,7 @@ MISTAKES = {
     "nothing": (lambda b, t: merge_tensors(None, [], "linear"), ConfigError, "at least one fine-tuned model"),
     "a number": (lambda b, t: merge_state_dicts(3, [{"w": t[0]}], "ties"), DTypeError, "or a module, got int"),
     "no recipe": (lambda b, t: merge_checkpoints("none.yaml", "out"), ConfigError, "cannot read the recipe none.yaml"),
-    "a dict": (lambda b, t: merge_checkpoints({"models": []}, "out"), ConfigError, "path of a recipe file, got dict"),
+    "a dict": (lambda b, t: merge_checkpoints({"models": []}, "out"), ConfigError, "got dict; from_dict takes a map"),
 }  # fmt: skip
 
 
@@ -268,7 +297,7 @@ def test_merges_are_logged(caplog):
         merge_state_dicts({"w": base}, [{"w": tensor} for tensor in tuned], "ties")
     first, last = caplog.records
     assert first.getMessage().startswith("w: TensorReport(24x17, ties, ") and first.levelno == logging.DEBUG
-    assert last.getMessage().startswith("merged 1 tensors, ties in ") and last.levelno == logging.INFO
+    assert last.getMessage().startswith("merged 1 tensor, ties in ") and last.levelno == logging.INFO
 
 
 def test_the_root_shows_public_names_only():

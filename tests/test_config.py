@@ -103,7 +103,7 @@ def test_parameters_are_keywords():
     config = MergeConfig("rtsvm", weight=[1, 2], density=0.3, rank=16)
     options = config.options(2)
     assert (options.weight, options.density, options.rank) == ((1.0, 2.0), (0.3, 0.3), 16)
-    with pytest.raises(ConfigError, match="lists 2 models, but 3"):
+    with pytest.raises(ConfigError, match="weight: got 2 for 3 fine-tuned models"):
         config.options(3)
     assert MergeConfig("ties", weight=(1, 2), density=[0.1, 0.2]).options(2).density == (0.1, 0.2)
     assert MergeConfig("ties", weight=np.array([1, 2]), alpha=torch.tensor(0.5)).options(2).weight == (1.0, 2.0)
@@ -136,6 +136,8 @@ def test_no_parameter_has_the_name_of_a_field(method):
         ({"weight": [1], "models": [3]}, "models: .*, got 3"),
         ({"merge_method": "tsvm"}, "two methods: 'ties' and merge_method='tsvm'"),
         ({"density": 2}, "parameters of ties: density: should be less than or equal to 1, got 2"),
+        ({"density": []}, r"density: got 0 value\(s\) for 0 models; give one per model"),
+        ({"parameters": {"density": []}}, r"density: should be a number or one per model, got \[\]"),
         ({"out_dtype": torch.int8}, "out_dtype: should be 'float64'.*, got 'int8'"),
     ],
     ids=str,
@@ -240,6 +242,11 @@ def test_mistakes_of_the_constructor_are_config_errors():
         MergeConfig(exclud=("a",))
     with pytest.raises(ValueError, match="unknown merge method"):
         MergeConfig(merge_method="nope")
+
+
+def test_an_empty_file_is_no_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="a recipe is a mapping, got nothing"):
+        MergeConfig.from_yaml(write(tmp_path, ""))
 
 
 @pytest.mark.parametrize("text", ["merge_method: [", "\x00", "- a\n- b", ""])

@@ -131,7 +131,7 @@ def test_what_it_refuses():
         merge_tensors(base, [torch.empty(12, 9, device="meta")], linear)
     with pytest.raises(ConfigError, match="at least one"):
         merge_tensors(base, [], linear)
-    with pytest.raises(ConfigError, match="lists 2 models"):
+    with pytest.raises(ConfigError, match="weight: got 2 for 3 fine-tuned models"):
         merge_tensors(base, tuned, MergeConfig("linear", weight=[1.0, 2.0]))
 
 

@@ -43,6 +43,19 @@ _GROUPS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wrap prose to the width of the terminal; keep paragraphs with indented lines, which are commands and tables."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = (paragraph.strip("\n") for paragraph in text.split("\n\n"))
+        return "\n\n".join(
+            paragraph
+            if any(line.startswith(" ") for line in paragraph.splitlines())
+            else super(_HelpFormatter, self)._fill_text(paragraph, width, indent)
+            for paragraph in paragraphs
+        )
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
@@ -62,7 +75,7 @@ def build_parser() -> _Parser:
         usage="rtsvm COMMAND ...",
         description="Merge fine-tuned models, exactly and fast.",
         epilog=_overview(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rtsvm {__version__}")
     commands = parser.add_subparsers(dest="command", prog="rtsvm", metavar="COMMAND", help=argparse.SUPPRESS)
@@ -80,7 +93,7 @@ def _add_command(commands: argparse._SubParsersAction[_Parser], module: Any) -> 
         _name(module),
         usage=getattr(module, "USAGE", None),
         description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     module.add_arguments(command)
     command.set_defaults(run=module.run, parser=command)

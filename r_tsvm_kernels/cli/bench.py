@@ -1,9 +1,9 @@
 """Measure how fast the kernels and merges are on this machine, after checking them against float64.
 
-  rtsvm bench                                  # about three minutes on two cores
+  rtsvm bench                          # about three minutes on two cores
   rtsvm bench --device cuda --full --json h200.json
   rtsvm bench --only reweight_prune --only "tsv_merge*"
-  rtsvm bench --compare before.json            # what has changed since then?
+  rtsvm bench --compare before.json    # what has changed since then?
 
 Our kernels, eager torch and the best version in torch run on the same inputs, with the shapes of public models, in
 interleaved rounds. Where mergekit, FusionBench or PEFT is installed, their functions for the same merges take part.

@@ -1,7 +1,9 @@
 """Show versions, which kernels run on this machine and why others do not, and the merge methods.
 
-rtsvm info
-rtsvm info rtsvm      # a method: its parameters with defaults, formula and paper
+  rtsvm info
+  rtsvm info ties
+
+METHOD shows one method: its parameters with defaults, its formula and its paper.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if len(arguments.paths) > 2:
         raise ConfigError(f"expected [RECIPE.yaml] OUT, got {len(arguments.paths)} paths: {' '.join(arguments.paths)}")
+    if len(arguments.paths) == 1 and arguments.paths[0].endswith((".yaml", ".yml")) and not arguments.model:
+        raise ConfigError(f"no output: name a folder after the recipe, as in `rtsvm merge {arguments.paths[0]} OUT`")
     recipe, out = (None, *arguments.paths) if len(arguments.paths) == 1 else arguments.paths
     config = make_config(arguments, recipe)
 
@@ -75,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"{config.method.pretty_name}: {count} in {result.seconds:.1f} s -> {result.path}")
         overlaps = [value for report in result.reports.values() for value in report.interference]
         if overlaps:
-            share = sum(overlaps) / len(overlaps)
-            say(f"interference: {share:.2f} on average (0 as of independent tasks, 1 the same subspaces)")
+            share = round(sum(overlaps) / len(overlaps), 2) + 0.0  # -0.0 becomes 0.0
+            say(f"interference: {share:.2f} on average (0: independent tasks, 1: the same subspaces)")
         chosen = sum(bool(entry.certificate and entry.certificate.arbitrary) for entry in result.reports.values())
         if chosen:
             say(f"arbitrary choice among equal singular values in {chosen} tensors: see the report")

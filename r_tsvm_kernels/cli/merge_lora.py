@@ -1,7 +1,7 @@
 """Merge LoRA adapters of one base into one adapter.
 
   rtsvm merge-lora --adapter A --adapter B OUT
-  rtsvm merge-lora --adapter A --adapter B --weight 0.7 --weight 0.3 --method linear --rank 16 OUT
+  rtsvm merge-lora --adapter A --adapter B --weight 0.7 --weight 0.3 OUT
 
 The updates stay factored: no dense matrix is formed. Without --rank and --energy nothing is cut; ranks add up.
 """

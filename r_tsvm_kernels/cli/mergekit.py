@@ -21,8 +21,8 @@ NO_ACCELERATE = "--no-accelerate"
 USAGE = f"""\
 usage: rtsvm mergekit {{{",".join(SCRIPTS)}}} ...
 
-Run mergekit-yaml, mergekit-pytorch, ... with our methods and kernels in mergekit. All arguments are passed on;
-{NO_ACCELERATE} adds only the methods."""
+Run mergekit-yaml, mergekit-pytorch, ... with our methods and kernels in
+mergekit. All arguments are passed on; {NO_ACCELERATE} adds only the methods."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

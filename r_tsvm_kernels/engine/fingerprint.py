@@ -40,7 +40,7 @@ def software(device: torch.device) -> dict[str, Any]:
     return {
         "versions": {"r_tsvm_kernels": __version__, "torch": torch.__version__},
         "device": device.type,
-        "kernels": {op: dispatch.chosen(op, device.type) for op in dispatch.ops()},
+        "kernels": {op: dispatch.chosen(op, device.type) for op in sorted(dispatch.ops())},
     }
 
 

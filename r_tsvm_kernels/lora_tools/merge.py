@@ -71,7 +71,7 @@ def merge_lora(
         raise ConfigError("no adapters; give at least one")
     rank_of((1, 1), rank, energy)
     if method == "linear":
-        factors = normalized(factors)
+        factors = normalized(factors, "use the method task_arithmetic")
     sources = [Adapter(str(adapter)) for adapter in adapters]
     names = common_modules(sources)
     with adapter_output(out, dtype, bytes_per_module(sources), progress) as output:

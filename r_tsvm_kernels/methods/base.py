@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -40,6 +40,8 @@ _PLAIN = {
     "should be a valid tuple": "should be a list",
     "should be a valid string": "should be text",
     "should be a valid integer": "should be a whole number",
+    "should be a valid integer, got a number with a fractional part": "should be a whole number",
+    "Value should have at least 1 item after validation, not 0": "should be a number or one per model",
     "should be a valid number": "should be a number",
     "should be a valid boolean": "should be true or false",
     "should be a valid dictionary": "should be a mapping of names to values",
@@ -73,9 +75,8 @@ def _describe(error: ValidationError, known: Collection[str]) -> str:
         where = str(item["loc"][0]) if item["loc"] else ""
         if item["type"] == "extra_forbidden":
             key = str(item["loc"][-1])
-            lines.append(
-                f"unknown key {key!r}; did you mean {nearest(key, list(known))!r}? Known: {', '.join(sorted(known))}"
-            )
+            names = f"known: {', '.join(sorted(known))}"
+            lines.append(f"unknown key {key!r}; {did_you_mean(key, known, names)}")
         elif isinstance(item.get("ctx", {}).get("error"), Exception):
             lines.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
         else:
@@ -341,6 +342,25 @@ def nearest(word: str, candidates: Sequence[str]) -> str:
     return difflib.get_close_matches(word, candidates, n=1, cutoff=0.0)[0]
 
 
+def did_you_mean(word: str, candidates: Iterable[str], rest: str, where: Mapping[str, str] | None = None) -> str:
+    """Return a message that asks for the candidate most like `word`, unless none is like it, and goes on with `rest`.
+
+    Args:
+        word: what was given.
+        candidates: what is known.
+        rest: the message without the question.
+        where: for some candidates, text that says where they belong.
+    """
+    close = difflib.get_close_matches(word, list(candidates), n=1)
+    if not close:
+        return rest
+    return f"did you mean {close[0]!r}{(where or {}).get(close[0], '')}? {_sentence(rest)}"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def get_method(name: str) -> Method:
     """Look up a merge method by its name or an alias.
 
@@ -351,9 +371,8 @@ def get_method(name: str) -> Method:
         return METHODS[name]
     by_name = METHODS | {alias: method for method in METHODS.values() for alias in method.aliases}
     if name not in by_name:
-        similar = difflib.get_close_matches(name, by_name, n=1)
-        hint = _ELSEWHERE.get(name) or (f"did you mean {similar[0]!r}?" if similar else "")
-        raise ConfigError(
-            f"unknown merge method {name!r}; {hint}{' ' * bool(hint)}Available: {', '.join(sorted(METHODS))}"
-        )
+        names = f"available: {', '.join(sorted(METHODS))}"
+        elsewhere = _ELSEWHERE.get(name)
+        rest = f"{elsewhere} {_sentence(names)}" if elsewhere else did_you_mean(name.lower(), by_name, names)
+        raise ConfigError(f"unknown merge method {name!r}; {rest}")
     return by_name[name]

@@ -74,7 +74,7 @@ def karcher(base: Tensor, tuned: Sequence[Tensor], options: KarcherParameters) -
         >>> karcher(torch.zeros(2), tuned, KarcherParameters(weight=[1.0, 1.0])).weight
         tensor([0.7071, 0.7071])
     """
-    w = torch.tensor(normalized(options.weight), dtype=torch.float64, device="cpu")
+    w = torch.tensor(normalized(options.weight, "choose others"), dtype=torch.float64, device="cpu")
     weights = karcher_weights(gram_matrix(tuned), w, options.max_iter, options.tol)
     zeros = base.new_zeros(base.shape[-1:]).expand_as(base)
     return MergeResult(elect_and_sum(zeros, tuned, weights), TensorReport(weights=weights))

@@ -61,7 +61,7 @@ def model_stock_cost(job: TensorJob, options: ModelStockParameters) -> Cost:
 )
 def model_stock(base: Tensor, tuned: Sequence[Tensor], options: ModelStockParameters) -> MergeResult:
     """Merge by Model Stock: the formula at the top of this module, for the tensor or for each of its rows."""
-    weights = normalized(options.weight)
+    weights = normalized(options.weight, "choose others")
     if not options.filter_wise or base.ndim < 2:
         ratio = float(interpolation_ratio(gram_matrix(tuned, base)))
         merged = elect_and_sum(base, tuned, weights, alpha=ratio)

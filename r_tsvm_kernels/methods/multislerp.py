@@ -48,7 +48,11 @@ def multislerp(base: Tensor, tuned: Sequence[Tensor], options: MultiSlerpParamet
         >>> multislerp(torch.zeros(2), tuned, MultiSlerpParameters(weight=[1.0, 1.0])).weight  # length 2
         tensor([1.4142, 1.4142])
     """
-    weights = normalized(options.weight) if options.normalize_weights else list(options.weight)
+    weights = (
+        normalized(options.weight, "set normalize_weights: false")
+        if options.normalize_weights
+        else list(options.weight)
+    )
     gram, w = gram_matrix(tuned, base), torch.tensor(weights, dtype=torch.float64, device="cpu")
     norms, directions = gram.diagonal().sqrt(), cosines(gram)
     length = float((w @ directions @ w).clamp(min=0).sqrt())

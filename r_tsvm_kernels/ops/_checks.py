@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Real
 from typing import Any, NoReturn
@@ -32,7 +32,9 @@ def check_plain(tensor: object, label: str) -> None:
         DTypeError: not a tensor; or one that is sparse, nested or quantised, or a wrapper around others (DTensor).
     """
     if not isinstance(tensor, Tensor):
-        raise DTypeError(f"{label}: expected a torch.Tensor, got {type(tensor).__name__}; use torch.as_tensor")
+        numbers = isinstance(tensor, Real | list | tuple) or hasattr(tensor, "__array__")
+        advice = "; use torch.as_tensor" if numbers else ""
+        raise DTypeError(f"{label}: expected a torch.Tensor, got {type(tensor).__name__}{advice}")
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         advice = "gather it with .full_tensor(), or convert it with .dequantize()"
         raise DTypeError(f"{label}: expected a plain tensor, got {type(tensor).__name__}; {advice}")
@@ -55,7 +57,9 @@ def check_floating(tensor: object, label: str) -> None:
 def check_list(values: object, what: str, label: str) -> None:
     """Raise `DTypeError` unless it is a sequence: one tensor alone is the usual mistake."""
     if not isinstance(values, Sequence):
-        raise DTypeError(f"{label}: expected a list of {what}, got {type(values).__name__}; put it in a list")
+        several = isinstance(values, Iterable) and not isinstance(values, Tensor | Mapping)  # a generator, a ModuleList
+        advice = "convert it with list()" if several else "put it in a list"
+        raise DTypeError(f"{label}: expected a list of {what}, got {type(values).__name__}; {advice}")
 
 
 def check_group(base: Tensor | None, tuned: Sequence[Tensor], op: str, *, optional_base: bool = False) -> None:

@@ -52,7 +52,10 @@ def test_merge_by_flags(tmp_path, capsys):
     assert f"R-TSVM: {len(base)} tensors" in out and str(tmp_path / "out") in out
     assert f"{len(base)}/{len(base)} tensors" in err  # plain progress lines, as this is no terminal
     measured = json.loads((tmp_path / "out" / "merge_report.json").read_text())["summary"]["interference"]
-    assert f"interference: {measured:.2f} on average (0 as of independent tasks, 1 the same subspaces)\n" in out
+    assert (
+        f"interference: {round(measured, 2) + 0.0:.2f} on average (0: independent tasks, 1: the same subspaces)\n"
+        in out
+    )
     config = MergeConfig(
         merge_method="rtsvm",
         models=({"parameters": {"weight": 0.5}}, {"parameters": {"weight": 2}}),
@@ -107,6 +110,7 @@ def test_version(capsys):
     [
         (["merge"], "required"),
         (["merge", "out"], "nothing to merge"),
+        (["merge", "recipe.yaml"], "no output: name a folder after the recipe, as in `rtsvm merge recipe.yaml OUT`"),
         (["merge", "{base}", "{m}", "extra", "out"], "expected [RECIPE.yaml] OUT"),
         (["merge", "--base", "{base}", "--model", "{m}", "recipe.yaml", "out"], "not both"),
         (

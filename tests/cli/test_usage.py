@@ -52,6 +52,13 @@ def test_an_unknown_option_prints_the_usage_of_its_command(run, command):
     assert f"\nrtsvm {command}: error: " in err
 
 
+@pytest.mark.parametrize("command", sorted(COMMANDS - {"mergekit", "fusion-bench"}))
+def test_help_fits_a_terminal_of_80_columns(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 80
+
+
 def test_usage_lines_show_both_forms(run):
     assert run("merge", "--help")[1].startswith("usage: rtsvm merge [options] RECIPE.yaml OUT\n       rtsvm merge [opt")
     assert run("inspect", "--help")[1].startswith("usage: rtsvm inspect [options] RECIPE.yaml\n")

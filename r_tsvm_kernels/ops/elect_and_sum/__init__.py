@@ -189,16 +189,16 @@ def least_divisor(weights: Sequence[float], dtype: torch.dtype) -> float:
     return len(weights) * torch.finfo(dtype).eps * sum(abs(weight) for weight in weights)
 
 
-def normalized(weights: Sequence[float]) -> list[float]:
+def normalized(weights: Sequence[float], advice: str = "set normalize: false") -> list[float]:
     """Divide weights by their sum.
 
     Raises:
-        ConfigError: they sum to 0.
+        ConfigError: they sum to 0. The message ends with `advice`.
     """
     total = sum(weights)
     if math.isinf(total):
         largest = max(map(abs, weights))
-        return normalized([weight / largest for weight in weights])
+        return normalized([weight / largest for weight in weights], advice)
     if abs(total) < 1e-8:
-        raise ConfigError(f"the weights {list(weights)} sum to 0 and cannot be normalized; set normalize: false")
+        raise ConfigError(f"the weights {list(weights)} sum to 0 and cannot be normalized; {advice}")
     return [weight / total for weight in weights]
