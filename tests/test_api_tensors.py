@@ -107,6 +107,9 @@ def test_numbers_of_numpy_and_torch_in_ops():
 MISTAKES = {
     "a fraction as a count": (lambda b, t: ops.magnitude_select(b, 0.1), ConfigError, "0.1; use kept_count"),
     "no seed": (lambda b, t: ops.random_mask((3,), 0.5, seed=None), ConfigError, "seed must be a whole number"),
+    "a number as a shape": (lambda b, t: ops.random_mask(3, 0.5, seed=1), ConfigError, "such as .3, 4., got 3"),
+    "a negative size": (lambda b, t: ops.random_mask((2, -3), 0.5, seed=1), ConfigError, r"got \(2, -3\)"),
+    "half a size": (lambda b, t: ops.random_mask((1.5,), 0.5, seed=1), ConfigError, "size must be a whole number"),
     "no probability": (lambda b, t: ops.random_mask((3,), None, seed=1), ConfigError, "keep_probability: expected"),
     "the base first": (lambda b, t: ops.task_gram(b, base=t), DTypeError, "expected a list of fine-tuned tensors"),
     "one tensor": (lambda b, t: ops.task_spread(b, t[0]), DTypeError, "expected a list of fine-tuned tensors"),

@@ -211,7 +211,7 @@ def _summary(facts: dict[str, Any]) -> list[str]:
     """Return the lines below the table."""
     limits, seconds, files = facts["schedule"], facts["seconds"], facts["input_files"]
     most = max(file["passes"] for file in files)
-    order = "once, front to back" if most == 1 else f"in up to {most} passes, because models are split differently"
+    order = "once, front to back" if most == 1 else f"in up to {most} passes, as models are split or sorted differently"
     lines = [
         f"{len(facts['tensors'])} tensors, {facts['flops'] / 1e12:,.3f} Tflop",
         f"read: {format_size(facts['bytes_read'])} from {_counted(len(files), 'file')}, {order}",

@@ -14,6 +14,7 @@ from ..config import MergeConfig
 from ..errors import ConfigError, DeviceError
 from ..files import write_text
 from ..methods import TensorReport
+from ..ops._checks import whole
 from ..plan import make_plan
 from ..sizes import parse_size
 from ..state_dicts import summary
@@ -206,7 +207,7 @@ def choose_workers(threads: int | None, device: torch.device, engine: str = "loc
     """
     if engine not in ENGINES:
         raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    if threads is not None and threads < 1:
+    if threads is not None and whole(threads, "threads") < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
     if engine == "ray":
         return _GPU_WORKERS if device.type == "cuda" else 1

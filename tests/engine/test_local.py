@@ -283,6 +283,8 @@ def test_a_missing_tensor_leaves_nothing(tmp_path):
         ({"device": "meta"}, DeviceError, "device must be"),
         ({"device": "cuda:99"}, DeviceError, "torch sees"),
         ({"threads": 0}, ConfigError, "threads"),
+        ({"threads": 1.5}, ConfigError, r"threads must be a whole number, got 1\.5"),
+        ({"threads": "2"}, ConfigError, "threads must be a whole number, got '2'"),
         ({"shard_size": "big"}, ConfigError, "size such as"),
         ({"memory": "1MB"}, MemoryBudgetError, "memory budget of at least"),
         ({"resume": True, "restart": True}, ConfigError, "choose one"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ def random_mask(
         bool tensor of that shape, contiguous, on `device`.
 
     Raises:
-        ConfigError: `keep_probability`, `seed` or `substream` is not such a number, or out of range.
+        ConfigError: `shape` is no shape; or `keep_probability`, `seed` or `substream` is not such a number, or out of
+            range.
         DeviceError: no implementation supports the device.
         BackendUnavailableError: `backend` cannot run here.
 
@@ -53,7 +54,10 @@ def random_mask(
                 [False, False,  True, False]])
     """
     keep_probability, seed, substream = checked_draw(keep_probability, seed, substream, "random_mask")
-    mask = torch.empty(tuple(shape), dtype=torch.bool, device=device)
+    sizes = [whole(size, "random_mask: a size") for size in shape] if isinstance(shape, Iterable) else [-1]
+    if min(sizes, default=0) < 0:
+        raise ConfigError(f"random_mask: shape: expected sizes of at least 0, such as (3, 4), got {shape!r}")
+    mask = torch.empty(sizes, dtype=torch.bool, device=device)
     run = dispatch.select("random_mask", mask, backend=backend)
     run(mask, mask_threshold(keep_probability), seed, substream)
     return mask
