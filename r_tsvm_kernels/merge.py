@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .config import MergeConfig, as_config, as_dtype
 from .errors import CheckpointError, ConfigError, DeviceError, DTypeError, NonFiniteError, RtsvmError, ShapeError
@@ -409,9 +410,11 @@ def detached(tensor: object, label: str) -> Tensor:
     """Return a plain tensor with the same memory and without a graph.
 
     Raises:
-        DTypeError: not a tensor, or not a plain dense one (sparse, wrapped, quantised).
+        DTypeError: not a tensor, or not a plain dense one (sparse, wrapped, quantised, uninitialized).
         DeviceError: it is on the meta device and has no values.
     """
+    if isinstance(tensor, Tensor) and is_lazy(tensor):
+        raise DTypeError(f"{label}: a parameter of a lazy module has no values; run the module on an input first")
     if isinstance(tensor, torch.nn.Module):
         raise DTypeError(f"{label}: expected a torch.Tensor, got the module {type(tensor).__name__}; use merge_models")
     check_plain(tensor, label)

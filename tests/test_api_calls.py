@@ -232,6 +232,9 @@ MISTAKES = {
         DTypeError,
         "got ModuleList; convert it with list",
     ),
+    "lazy modules": (
+        lambda b, t: merge_models(nn.LazyLinear(2), [nn.LazyLinear(2)], "ties"), DTypeError, "run the module on an inp"
+    ),
     "one module": (
         lambda b, t: merge_models(nn.Linear(2, 2), nn.Linear(2, 2), "ties"), DTypeError, "Linear; put it in a list"
     ),
