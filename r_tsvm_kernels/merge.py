@@ -73,8 +73,8 @@ def merge_tensors(
             see `MergeConfig`.
 
     Returns:
-        MergeResult: ``weight`` on the inputs' device, and a ``report`` with ranks, sparsities, outlier masses, weights,
-        captured energy, certificate, interference, norms and times. Inputs are never changed; those that require grad,
+        MergeResult: a contiguous ``weight`` on the inputs' device, and a ``report`` with ranks, sparsities, outlier
+        masses, weights, captured energy, certificate, interference, norms and times. Inputs are never changed; those that require grad,
         such as `torch.nn.Parameter`, are detached, and the result has no graph.
 
     Raises:
@@ -109,6 +109,7 @@ def merge_tensors(
     base = detached(base, f"{label} of the base")
     with timed(stages, "merge"), torch.no_grad():
         result = _merged(base, tuned, config, name, position, seeded_by, dtype, measure_norms)
+        result.weight = result.weight.contiguous()  # safetensors saves no other
     result.report.stages |= stages
     result.report.seconds = stages["merge"][0]
     _LOG.debug("%s: %s", label, result.report)
