@@ -74,8 +74,8 @@ def merge_tensors(
 
     Returns:
         MergeResult: a contiguous ``weight`` on the inputs' device, and a ``report`` with ranks, sparsities, outlier
-        masses, weights, captured energy, certificate, interference, norms and times. Inputs are never changed; those that require grad,
-        such as `torch.nn.Parameter`, are detached, and the result has no graph.
+        masses, weights, captured energy, certificate, interference, norms and times. Inputs are never changed; those
+        that require grad, such as `torch.nn.Parameter`, are detached, and the result has no graph.
 
     Raises:
         ShapeError: the shapes differ.
