@@ -80,6 +80,8 @@ def report(op, label, name, kernel, aligned):
 
 def main(architecture, once):
     backends.triton_interpreter_state = lambda: backends.READY  # tensors of the CPU are taken
+    if not architecture.isdigit():
+        torch.version.hip = architecture
     tiles = import_module("r_tsvm_kernels.ops._triton_products")
     number = int(architecture) if architecture.isdigit() else 90
     tile = tiles.TILES[max(key for key in tiles.TILES if key <= number)]

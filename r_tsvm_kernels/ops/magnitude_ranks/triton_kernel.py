@@ -56,7 +56,8 @@ def options(block: int) -> dict[str, object]:
 
     With 8 the compiler takes twice as long, and registers leave room for half as many threads.
     """
-    return {**LAUNCH, "num_warps": max(block // 128, 1)}
+    lanes = 64 if torch.version.hip else 32
+    return {**LAUNCH, "num_warps": max(block // (4 * lanes), 1)}
 
 
 def _by_torch(x: Tensor, ranks: Tensor) -> Tensor:
