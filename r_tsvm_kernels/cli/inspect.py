@@ -140,7 +140,7 @@ def _as_dict(
 def _print_kinds(plan: MergePlan, facts: dict[str, Any], *, each: bool) -> None:
     """Print one row for each kind of tensor, with its varying parameters below."""
     width = shutil.get_terminal_size((console().width, 24)).columns
-    say(f"{plan.config.method.pretty_name}: {_counted(len(plan.tuned), 'model')} into {plan.base.path}")
+    say(f"{plan.config.method.pretty_name}: {_counted(len(plan.tuned), 'model')}, base {plan.base.path}")
     say(f"writes {dtypes_of(plan)}")
     common = ", ".join(f"{key} {value}" for key, value in common_values(plan).items() if value != "[]")
     for line in textwrap.wrap(common, width - 2, initial_indent="with ", subsequent_indent="     "):
