@@ -73,7 +73,7 @@ if (largest) {
   tile("Recomputed", number(summary.escalated), "tensors that needed a more exact solver");
   if (summary.arbitrary) tile("Arbitrary choices", number(summary.arbitrary), "tensors with equal singular values at the cut");
 }
-if (growth !== null) tile("Norm of the update", number(summary.update_norm), `${number(growth)} x the norm of the mean task vector`);
+if (growth !== null) tile("Norm of the update", number(summary.update_norm), `${number(growth)} x the mean norm of the task vectors`);
 
 // --- what the figures mean, and what to do next
 
