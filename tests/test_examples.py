@@ -37,6 +37,7 @@ def test_the_demo_writes_its_figures_down(trained):
     assert sum(accuracy["rtsvm"].values()) > sum(accuracy["base"].values())
 
 
+@pytest.mark.exhaustive
 def test_lora_experts(tmp_path, trained):
     shown = run_example("lora_experts.py", "--models", str(trained), "--ranks", "2", "32", cwd=tmp_path)
     rows = re.findall(r"(whole models|rank \d+) .*?(\d+) kB .*?([\d.]+) │$", shown, re.MULTILINE)

@@ -47,7 +47,9 @@ def some_values(monkeypatch):
 
 @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("shape", [(4096, 1024), (14336, 4096), (32000, 4096)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4096, 1024), (14336, 4096), pytest.param((32000, 4096), marks=pytest.mark.exhaustive)], ids=str
+)
 @pytest.mark.parametrize(("tasks", "share"), [(3, 1), (3, 3), (8, 1)])
 def test_planned_memory_is_enough_and_not_twice_what_is_used(
     gpu,  # noqa: F811

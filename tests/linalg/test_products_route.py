@@ -23,7 +23,7 @@ def tasks_of(kind, m, n, tasks):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("m", "n"), [(96, 96), (80, 130)])
-@pytest.mark.parametrize("tasks", [2, 3, 8])
+@pytest.mark.parametrize("tasks", [2, 3, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_merged_matrix(kind, m, n, tasks):
     matrices, rank = tasks_of(kind, m, n, tasks), rank_of(kind, min(m, n), tasks)
     exact = tsv_merge(matrices.double(), [rank] * tasks).matrix
@@ -128,6 +128,7 @@ INTERPRETER = backends.triton_interpreter_state()
 
 @pytest.mark.skipif(INTERPRETER != backends.READY, reason=f"needs Triton's interpreter: {INTERPRETER}")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.exhaustive
 def test_a_merge_on_the_interpreted_kernels():
     matrices = torch.randn(2, 44, 36)
     matrices[1, :, 0] *= 100  # the two tasks take different numbers of steps, and one is compressed

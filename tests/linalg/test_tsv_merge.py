@@ -42,7 +42,9 @@ def test_a_rank_per_task(ranks, seed):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("tasks", [2, 3, 8])
-@pytest.mark.parametrize("share", [1, 4], ids=["k = r / T", "k = r / 4T"])
+@pytest.mark.parametrize(
+    "share", [pytest.param(1, id="k = r / T"), pytest.param(4, id="k = r / 4T", marks=pytest.mark.exhaustive)]
+)
 def test_large_enough_for_the_float32_route(kind, tasks, share):
     matrices = [spectrum(kind, 288, 256, seed) for seed in range(tasks)]
     rank = 256 // tasks // share
