@@ -6,10 +6,11 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
-# Python compiles what it imports: it need not compile everything that is installed.
-INSTALL = $(PIP) install -q --no-compile -c constraints.txt
-# CUDA sources are built for the GPU at hand, or for one kind.
-export CUDAARCHS ?= $(if $(shell nvidia-smi -L 2>/dev/null),native,90-real)
+# Python compiles what it imports: it need not compile everything that is installed. The CUDA module is built for the GPU
+# at hand. Without one nothing could run it; tests compile its sources.
+GPU = $(shell nvidia-smi -L 2>/dev/null)
+BUILD = CUDAARCHS=$(or $(CUDAARCHS),native) RTSVM_BUILD_CUDA=$(or $(RTSVM_BUILD_CUDA),$(if $(GPU),auto,off))
+INSTALL = $(BUILD) $(PIP) install -q --no-compile -c constraints.txt
 
 .PHONY: help demo test test-all test-sanitized test-integrations bench fuzz lint dev docs dist clean
 

@@ -78,6 +78,8 @@ def _marks(way):
     else:
         reason = backends.state(name)
     skip = pytest.mark.skipif(reason != backends.READY, reason=f"{way}: {reason}")
+    if where == "reverse":  # repeats "forward"
+        return [skip, pytest.mark.exhaustive]
     return [skip, pytest.mark.gpu] if where == "device" else [skip]
 
 

@@ -37,11 +37,21 @@ OPTIONS = {
 ELEMENT_WISE = sorted(name for name, method in METHODS.items() if not method.matrices_only)
 SPECTRAL = sorted(METHODS.keys() - ELEMENT_WISE)
 REFERENCES = dict.fromkeys(ops(), "torch")
-CHOICES = {
-    "automatic": ({}, [*ELEMENT_WISE, "core_space", "rtsvm", "tsvm"]),
-    "torch": (REFERENCES, ELEMENT_WISE),
-    "torch except sums": ({op: "torch" for op in ops() if op != "elect_and_sum"}, ELEMENT_WISE),
-}
+MIXED = {op: "torch" for op in ops() if op != "elect_and_sum"}
+
+
+def long(choice, methods, name):
+    return pytest.param(choice, methods, id=name, marks=pytest.mark.exhaustive)
+
+
+# Spectral methods take longest, and forced references hardly change what they need.
+CHOICES = [
+    pytest.param({}, [*ELEMENT_WISE, "core_space", "rtsvm", "tsvm"], id="automatic"),
+    long({}, SPECTRAL, "automatic, spectral"),
+    pytest.param(REFERENCES, ELEMENT_WISE, id="torch"),
+    long(REFERENCES, SPECTRAL, "torch, spectral"),
+    long(MIXED, ELEMENT_WISE, "torch except sums"),
+]
 
 PROGRAM = """
 import json, sys
@@ -67,17 +77,8 @@ print(json.dumps(found))
 """
 
 
-# Spectral methods take longest, and forced references hardly change what they need.
-SLOW = [
-    pytest.param(choice, SPECTRAL, id=f"{name}, spectral", marks=pytest.mark.exhaustive)
-    for name, choice in (("automatic", {}), ("torch", REFERENCES))
-]
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(
-    ("choice", "methods"), [*(pytest.param(*given, id=name) for name, given in CHOICES.items()), *SLOW]
-)
+@pytest.mark.parametrize(("choice", "methods"), CHOICES)
 def test_memory_stays_below_what_is_declared(choice, methods):
     # Every block has its own pages, so freed memory is not used again.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
