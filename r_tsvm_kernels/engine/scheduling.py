@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 PROGRAM_BYTES, WORKER_BYTES = 288 << 20, 32 << 20
 
 # Elements of a row tile. Larger tiles were no faster on a CPU, and malloc retains a multiple of them; a GPU needs more.
-# Smaller tiles save little: a merge by single rows took 7 times as long, for 2 % less memory.
+# Smaller tiles save little: a merge by single rows took 7 times as long, for 0.2 % less memory.
 TILE_ELEMENTS = (1 << 20, 1 << 18, 1 << 16)
 GPU_FACTOR = 16
 
