@@ -1,11 +1,15 @@
 """Results stay on the device of the inputs, whatever torch's default device is."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoints import digest, family
 from compare import same_bits
 from merging import group, tasks_of
 
+import r_tsvm_kernels
 from r_tsvm_kernels import MergeConfig, merge_checkpoints, merge_tensors
 from r_tsvm_kernels.dispatch import ops
 from r_tsvm_kernels.engine.verify import verify_output
@@ -13,16 +17,31 @@ from r_tsvm_kernels.linalg import Factored, polar, truncated_svd, tsv_merge
 from r_tsvm_kernels.methods import METHODS
 from r_tsvm_kernels.ops._cases import difference
 
+PACKAGE = Path(r_tsvm_kernels.__file__).parent
+# Functions of torch that make a tensor on the default device, unless they are given one.
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint",
+    "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+}  # fmt: skip
+ON_THE_CPU = [(op, name) for op in ops().values() for name in ("torch", "cpu") if name in ("torch", *op.backends)]
 
-@pytest.fixture(params=["torch", "cpu"])
-def backend(request):
-    return request.param
+
+def test_every_new_tensor_is_given_its_device():
+    without = []
+    for path in PACKAGE.rglob("*.py"):
+        if "bench" in path.relative_to(PACKAGE).parts:  # makes its own inputs, and sets no default
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES:
+                owner = node.func.value
+                made_by_torch = isinstance(owner, ast.Name) and owner.id == "torch"
+                if made_by_torch and "device" not in {keyword.arg for keyword in node.keywords}:
+                    without.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: torch.{node.func.attr}")
+    assert without == []
 
 
-@pytest.mark.parametrize("op", ops().values(), ids=ops())
+@pytest.mark.parametrize(("op", "backend"), ON_THE_CPU, ids=lambda value: getattr(value, "name", value))
 def test_ops(op, backend):
-    if backend not in ("torch", *op.backends):
-        pytest.skip(f"{op.name} has no {backend} backend")
     cases = [case for case in op.cases.cases("cpu") if case.raises is None][::9]
     for case in cases:
         # A mask is made where it is asked for: without `device`, that is torch's default.

@@ -11,6 +11,7 @@ tl = triton.language
 
 from r_tsvm_kernels.ops._triton import block_offsets, random_words  # noqa: E402
 
+# These kernels take tensors of the CPU, which only the interpreter does; with a GPU the tests do not switch it on.
 STATE = backends.triton_interpreter_state()
 pytestmark = pytest.mark.skipif(STATE != backends.READY, reason=f"needs Triton's interpreter: {STATE}")
 
