@@ -9,7 +9,7 @@ CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
 # Python compiles what it imports: it need not compile everything that is installed. The CUDA module is built for the GPU
 # at hand. Without one nothing could run it; tests compile its sources.
 GPU = $(shell nvidia-smi -L 2>/dev/null)
-BUILD = CUDAARCHS=$(or $(CUDAARCHS),native) RTSVM_BUILD_CUDA=$(or $(RTSVM_BUILD_CUDA),$(if $(GPU),auto,off))
+BUILD = PYTHONWARNINGS=ignore CUDAARCHS=$(or $(CUDAARCHS),native) RTSVM_BUILD_CUDA=$(or $(RTSVM_BUILD_CUDA),$(if $(GPU),auto,off))
 INSTALL = $(BUILD) $(PIP) install -q --no-compile -c constraints.txt
 
 .PHONY: help demo test test-all test-sanitized test-integrations bench fuzz lint dev docs dist clean

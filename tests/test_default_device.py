@@ -29,7 +29,7 @@ ON_THE_CPU = [(op, name) for op in ops().values() for name in ("torch", "cpu") i
 def test_every_new_tensor_is_given_its_device():
     without = []
     for path in PACKAGE.rglob("*.py"):
-        if "bench" in path.relative_to(PACKAGE).parts:  # makes its own inputs, and sets no default
+        if "bench" in path.relative_to(PACKAGE).parts:  # makes its own inputs on torch's default device
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES:

@@ -1,6 +1,7 @@
 """Cases: inputs that exercise the hard paths of an op, on which each backend is compared with the reference.
 
-Each op lists its own in `ops/<op>/cases.py`. Nothing here is imported until a comparison runs.
+Each op lists its own in `ops/<op>/cases.py`. Nothing here is imported until a comparison runs. `WIDTHS` there gives the
+bytes that a thread of each Triton kernel of the op reads and writes at once, at least, if sizes are multiples of 16.
 """
 
 from __future__ import annotations

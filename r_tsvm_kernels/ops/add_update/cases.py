@@ -10,7 +10,7 @@ from ...errors import ConfigError
 from .._cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Case, group, groups, hard_values, seeded, spoiled, unaligned
 from .._checks import FLOAT_DTYPES
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"add_update_kernel": (16, 16)}
 
 MODELS = [(BFLOAT16, FLOAT32), (FLOAT16, FLOAT32), (FLOAT32, FLOAT32), (FLOAT32, BFLOAT16), (FLOAT64, FLOAT64)]

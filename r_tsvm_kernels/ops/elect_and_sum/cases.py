@@ -17,7 +17,7 @@ from ..random_mask import random_mask
 from . import Election, Sparsifier
 from .ranked import RankedSparsifier, della_probabilities
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"elect_and_sum_kernel": (8, 16), "tie_kernel": (8, 8)}
 
 ELECTIONS = get_args(Election)

@@ -13,7 +13,7 @@ from .._cases import BFLOAT16, FLOAT16, FLOAT32, Case, normal, seeded
 from .._planes import Planes
 from ..split_planes import split_planes
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"gemm3_kernel": (16, 16)}
 
 FORMATS = (FLOAT32, FLOAT16, BFLOAT16, "planes")

@@ -11,7 +11,7 @@ from ...errors import DTypeError, NonFiniteError, ShapeError
 from .._cases import BFLOAT16, FLOAT16, FLOAT32, MIXES, Case, group, groups, normal, seeded, spoiled, unaligned
 from .._checks import FLOAT_DTYPES
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"rank_kernel": (8, 8)}
 
 # dtypes of x and of the base

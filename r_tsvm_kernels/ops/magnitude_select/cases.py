@@ -10,7 +10,7 @@ from ...errors import ConfigError, NonFiniteError
 from .._cases import BFLOAT16, FLOAT32, FLOAT64, Case, group, groups, hard_values, normal, seeded, unaligned
 from .._checks import FLOAT_DTYPES
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"digit_kernel": (16, 0)}
 
 

@@ -9,7 +9,7 @@ import torch
 from ...errors import ConfigError
 from .._cases import SHAPES, Case
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"random_mask_kernel": (0, 8)}
 
 WORDS = 2**32

@@ -12,7 +12,7 @@ from ...errors import ConfigError, DTypeError, NonFiniteError, ShapeError
 from .._cases import BFLOAT16, MIXES, Case, group, groups, normal, seeded, spoiled, unaligned
 from ..elect_and_sum.ranked import della_probabilities
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"rank_kernel": (4, 8), "ranked_mask_kernel": (16, 4)}
 
 TABLES = ["della", "zero to one", "steps", "rising", "near one", "falling", "any"]

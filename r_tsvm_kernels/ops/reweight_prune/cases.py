@@ -13,7 +13,7 @@ from .._cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Case, group, groups, h
 from .._checks import FLOAT_DTYPES
 from ..task_statistics import task_statistics
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"digit_kernel": (16, 0), "prune_kernel": (16, 16), "tie_kernel": (16, 8)}
 
 

@@ -9,7 +9,7 @@ import torch
 from ...errors import DTypeError, ShapeError
 from .._cases import FLOAT32, LAYOUTS, Case, hard_values, normal, seeded
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"split_kernel": (16, 16)}
 
 SHAPES = [(1, 1), (7, 5), (3, 4, 9), (2, 3, 5, 6), (0, 3), (0, 4), (2, 0, 3), (3, 40, 70), (2, 2, 7, 5), (3000, 2)]

@@ -11,7 +11,7 @@ from .._cases import Case, normal, seeded
 from .._planes import Planes
 from ..split_planes import split_planes
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"symmetric_kernel": (16, 4)}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Case, group, groups, seeded, spoiled, unaligned
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"gram_kernel": (2, 8)}  # an element per thread
 
 

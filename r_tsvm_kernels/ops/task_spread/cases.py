@@ -8,7 +8,7 @@ import torch
 
 from .._cases import BFLOAT16, FLOAT32, FLOAT64, Case, group, groups, seeded, spoiled
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"spread_kernel": (8, 16)}
 
 

@@ -11,7 +11,7 @@ from ...errors import ConfigError
 from .._cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Case, group, groups, seeded, spoiled, unaligned
 from .._checks import FLOAT_DTYPES
 
-# Bytes that a thread of each Triton kernel reads and writes at once, at least, if sizes are multiples of 16.
+# See `_cases`.
 WIDTHS = {"moments_kernel": (8, 8), "tail_kernel": (8, 8)}
 
 
