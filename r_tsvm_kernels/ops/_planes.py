@@ -17,7 +17,7 @@ LOW = 2048.0
 OutDtype = torch.dtype | Literal["planes"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Planes:
     """A batch of matrices ``scale * (hi + lo / 2^11)`` (Ootomo and Yokota, arXiv 2203.03341).
 
@@ -33,6 +33,9 @@ class Planes:
     hi: Tensor
     lo: Tensor | None
     scale: Tensor
+
+    def __repr__(self) -> str:
+        return f"Planes({'x'.join(map(str, self.shape))}, {1 if self.lo is None else 2} of float16)"
 
     @property
     def shape(self) -> torch.Size:

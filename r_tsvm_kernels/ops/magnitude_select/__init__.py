@@ -78,10 +78,10 @@ def kept_count(density: float, numel: int) -> int:
 
     Args:
         density: fraction kept, in [0, 1].
-        numel: number of elements.
+        numel: number of elements, >= 0.
 
     Raises:
-        ConfigError: `density` is not in [0, 1].
+        ConfigError: `density` is not in [0, 1], or `numel` is negative.
 
     Examples:
         >>> kept_count(0.07, 100)
@@ -89,6 +89,8 @@ def kept_count(density: float, numel: int) -> int:
     """
     if not 0.0 <= density <= 1.0:
         raise ConfigError(f"density is the fraction kept: expected 0 <= density <= 1, got {density}")
+    if numel < 0:
+        raise ConfigError(f"kept_count: numel must be >= 0, got {numel}")
     return math.ceil(Fraction(repr(float(density))) * numel)
 
 

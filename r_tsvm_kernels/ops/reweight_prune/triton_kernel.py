@@ -52,7 +52,8 @@ def run(base: Tensor, tuned: Sequence[Tensor], theta: Tensor | None, counts: Seq
     results = [torch.empty(base.shape, dtype=dtype, device=base.device) for _ in tuned]
     if numel == 0:
         return results
-    real, grid = REAL[dtype], (triton.cdiv(numel, BLOCK),)
+    real, size = REAL[dtype], BLOCK if dtype == torch.float32 else BLOCK // 2  # 2048 doubles spill on sm_86
+    grid = (triton.cdiv(numel, size),)
     origin, *tensors = (flat(tensor) for tensor in (base, *tuned))
     limits = [None] * len(tuned) if theta is None else theta.unbind()
     with device_of(base):
@@ -75,7 +76,7 @@ def run(base: Tensor, tuned: Sequence[Tensor], theta: Tensor | None, counts: Seq
             if task in selections:
                 threshold, ties = selections[task].threshold, selections[task].ties
                 ties_in = torch.empty(grid, dtype=torch.int64, device=out.device)
-                tie_kernel[grid](*arguments, threshold, ties_in, numel, real, BLOCK, **LAUNCH)
+                tie_kernel[grid](*arguments, threshold, ties_in, numel, real, size, **LAUNCH)
                 ties_before = ties_in.cumsum(0) - ties_in
-            prune_kernel[grid](*arguments, threshold, ties, ties_before, out, numel, real, BLOCK, **LAUNCH)
+            prune_kernel[grid](*arguments, threshold, ties, ties_before, out, numel, real, size, **LAUNCH)
     return results

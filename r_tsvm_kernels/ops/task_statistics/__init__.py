@@ -12,7 +12,7 @@ from ...errors import ConfigError
 from .._checks import check_group, plain_values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TaskStatistics:
     """Statistics of ``a = |tuned[t] - base|``, one entry per task; tensors of shape (T,) on the inputs' device.
 
@@ -35,6 +35,9 @@ class TaskStatistics:
     theta: Tensor
     outlier_mass: Tensor
     small: Tensor
+
+    def __repr__(self) -> str:
+        return f"TaskStatistics(tasks {len(self.mean)}, numel {self.numel}, on {self.mean.device})"
 
 
 @dispatch.op(
