@@ -34,7 +34,7 @@ settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items):
-    """Leave the tests that take longest to `make test-all`; there begin with the longest, or one core idles at the end."""
+    """Leave the tests that take longest to `make test-all`, which begins with the longest: no core idles at the end."""
     if "RTSVM_TEST_ALL" not in os.environ:
         skip = pytest.mark.skip(reason="left to make test-all (RTSVM_TEST_ALL=1): takes long")
         for item in items:
