@@ -260,7 +260,8 @@ def test_random_pruning_is_pefts_with_our_masks(install, monkeypatch, kind, weig
     def draw_like_us(probabilities=None, *, input=None):
         stream = len(seeds) % 3
         seeds.append(seeds[-1] if stream else int(torch.randint(2**63 - 1, ())))
-        return random_mask(probabilities.shape, float(probabilities.flatten()[0]), seeds[-1], stream).to(probabilities)
+        share = float(probabilities.flatten()[0])
+        return random_mask(probabilities.shape, share, seed=seeds[-1], substream=stream).to(probabilities)
 
     model = adapted(LAYERS["linear"])
     with monkeypatch.context() as patch:
