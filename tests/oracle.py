@@ -99,8 +99,9 @@ def rtsvm(
         else:
             k = int(share) if rank == "fixed" else rank
         ranks.append(min(k, max(1, int(share))))
-    if outlier_weighting in ("damp", "boost"):
-        shares = [1 - q for q in masses] if outlier_weighting == "damp" else masses
+    if outlier_weighting in ("damp", "boost", "complement"):
+        floored = np.maximum(masses, 0.1 * np.mean(masses))
+        shares = {"damp": 1 / floored, "boost": floored, "complement": 1 - np.array(masses)}[outlier_weighting]
         weights = [w * tasks * s / sum(shares) for w, s in zip(weights, shares, strict=True)]
     return base + alpha * tsv_merge(prepared, ranks, weights), ranks
 

@@ -51,7 +51,7 @@ def test_every_option_of_rtsvm_is_in_the_table():
         match = re.search(rf"`{name}` (?:\(|\| )`?([\w.]+)`?[) ]", METHODS_PAGE)
         assert match, name
         value = getattr(defaults, name)
-        expected = value[0] if isinstance(value, tuple) else value
+        expected = value[0] if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
         assert match[1] == str(expected) or (name == "workspace" and parse_size(match[1]) == expected), name
 
 

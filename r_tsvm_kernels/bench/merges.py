@@ -13,7 +13,7 @@ from ..config import MergeConfig
 from ..linalg import Factored, choose_rank, tsv_merge_flops
 from ..merge import merge_tensors
 from ..methods import METHODS
-from ..ops import outlier_weights, pruned_sparsity, reweight_prune, task_statistics
+from ..ops import pruned_sparsity, reweight_prune, task_statistics
 from . import published
 from .case import Case, Inputs, Provider, all_on, on_backend
 from .element_wise import op_case
@@ -146,7 +146,7 @@ def _rtsvm(inputs: Inputs, density: float) -> Case:
     def by_svd(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
         statistics = task_statistics(base, tuned)
         matrices = reweight_prune(base, tuned, statistics, density=density)
-        return published.tsv_merge(matrices, ranks, outlier_weights(statistics, "clip"))
+        return published.tsv_merge(matrices, ranks)
 
     sparsities = pruned_sparsity(task_statistics(inputs.base, inputs.tuned), density=density)
     rules = [choose_rank("sparsity", inputs.shape, inputs.tasks, sparsity=z) for z in sparsities]

@@ -242,4 +242,6 @@ def _rank_limit(plan: MergePlan, name: str) -> int | None:
     if not plan.config.method.rank_per_task or tensor.treatment.kind != "merge":
         return None
     rows, columns = tensor.spec.shape
+    if "shared" in getattr(tensor.options, "rank", ()):  # all others have one direction
+        return min(rows, columns) - len(plan.tuned) + 1
     return fixed_rank((rows, columns), len(plan.tuned))

@@ -94,7 +94,11 @@ def _as_function(method: Method, sd_mecha: Any) -> Any:
     def merge(*tensors: Tensor, key: str, **given: Any) -> Tensor:
         base, tuned = (tensors[0], tensors[1:]) if method.needs_base else (tensors[0], tensors)
         values = {name: value for name, value in given.items() if name not in _CONTEXT and value is not None}
-        own = {name: _spread(name, values.pop(name), len(tuned)) for name in list(values) if schema.is_per_model(name)}
+        own = {
+            name: _spread(name, values.pop(name), len(tuned), words=isinstance(info.default[0], str))
+            for name, info in schema.model_fields.items()
+            if name in values and schema.is_per_model(name)
+        }
         config = MergeConfig(
             merge_method=method.name,
             models=tuple(ModelEntry(parameters={name: own[name][task] for name in own}) for task in range(len(tuned))),
@@ -130,14 +134,16 @@ def _type_of(per_model: bool, info: FieldInfo) -> type | None:
     return str if per_model else _TYPES.get(info.annotation, str)
 
 
-def _spread(name: str, value: Any, models: int) -> list[float]:
-    """Return one number per model."""
-    try:
-        numbers = [float(part) for part in str(value).split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, models):
+def _spread(name: str, value: Any, models: int, *, words: bool = False) -> list[float | str]:
+    """Return one number per model, or one word if the parameter takes words."""
+    found = list[float | str]()
+    for part in str(value).split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            found += [part.strip()] if words else []
+    if len(found) not in (1, models):
         raise ConfigError(
             f'{name}: expected a number, or one for each of the {models} models as in "1, 0.5", got {value!r}'
         )
-    return numbers * models if len(numbers) == 1 else numbers
+    return found * models if len(found) == 1 else found

@@ -11,7 +11,21 @@ from .merging import Solver, tsv_merge, tsv_merge_layers
 from .orthogonal_iteration import subspace_iteration
 from .polar_factor import PolarFactor, polar
 from .products.cuda_graph import use_cuda_graphs
-from .ranks import Rank, RankRule, choose_rank, energy_rank, fixed_rank, noise_rank, sparsity_rank
+from .ranks import (
+    LimitedRule,
+    Rank,
+    RankRule,
+    asked_rank,
+    choose_rank,
+    energy_rank,
+    fixed_rank,
+    limited,
+    noise_rank,
+    rank_limit,
+    shared_ranks,
+    sparsity_power_rank,
+    sparsity_rank,
+)
 from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import Subspaces, TruncatedSVD, leading_subspaces, truncated_svd
 
@@ -23,6 +37,7 @@ __all__ = [
     "Factored",
     "FactoredMerge",
     "JointSvd",
+    "LimitedRule",
     "Mode",
     "PolarFactor",
     "Rank",
@@ -32,6 +47,7 @@ __all__ = [
     "Triplets",
     "TruncatedSVD",
     "TsvMerge",
+    "asked_rank",
     "choose_rank",
     "core_space",
     "energy_rank",
@@ -42,10 +58,14 @@ __all__ = [
     "joint_svd",
     "leading_subspaces",
     "leading_triplets",
+    "limited",
     "merge_factored",
     "noise_rank",
     "nonzero_support",
     "polar",
+    "rank_limit",
+    "shared_ranks",
+    "sparsity_power_rank",
     "sparsity_rank",
     "subspace_iteration",
     "truncated_svd",

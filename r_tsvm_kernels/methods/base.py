@@ -142,7 +142,9 @@ class TensorReport:
         reason: reason for the treatment, or the tensor it is tied to; empty for other merged tensors.
         shape: of the tensor.
         ranks: rank kept per task.
-        sparsities: fraction of each task matrix at or below ``sparsity_eps`` times its mean magnitude.
+        ranks_asked: rank that `tsvm` and `rtsvm` asked for per task, before the share of each task and the numerical
+            rank limited it.
+        sparsities: fraction of small elements of each task matrix, see ``sparsity_eps``.
         outlier_masses: share of each task's total magnitude above the outlier threshold.
         weights: factor of each task's core, or weight of each task vector or model.
         captured_energy: fraction of each task matrix's squared Frobenius norm inside the kept subspaces.
@@ -162,6 +164,7 @@ class TensorReport:
     reason: str = ""
     shape: tuple[int, ...] = ()
     ranks: list[int] = field(default_factory=list)
+    ranks_asked: list[int] = field(default_factory=list)
     sparsities: list[float] = field(default_factory=list)
     outlier_masses: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)

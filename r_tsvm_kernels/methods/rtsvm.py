@@ -1,27 +1,46 @@
-"""R-TSVM: TSV-Merge with outlier-aware reweighting, magnitude pruning and a rank for each task.
+"""R-TSVM (RESM): TSV-Merge with outlier-aware weighting, pruning and a rank for each task.
 
 W_0 is the base weight (m, n), W_t that of fine-tune t = 1 .. T, ``D_t = W_t - W_0`` its task matrix, r = min(m, n), and
-``a = |D_t|`` element by element; ``mean`` and ``sd`` (the population standard deviation) are over all elements.
+``a = |D_t|`` element by element; ``mean`` and ``sd`` (the population standard deviation) are over all elements. Where a
+step has several readings, the first one is the default.
 
-1. Outliers: ``theta_t = mean(a) + kappa * sd(a)``, with the mass ``q_t = sum(a[a > theta_t]) / sum(a)``.
-2. Reweighting, one of: ``clip``, ``D_t <- sign(D_t) * min(a, theta_t)``; ``damp``, ``w_t <- w_t * T (1 - q_t) /
-   sum_s (1 - q_s)``; ``boost``, ``w_t <- w_t * T q_t / sum_s q_s``; or none.
-3. Pruning: keep the ``ceil(density * m n)`` largest magnitudes of D_t, set the others to 0.
-4. Sparsity: ``z_t`` is the share of elements of the pruned D_t that are at most ``eps * mean(a)``, with the mean of
-   step 1. Pruned elements are 0 and count.
-5. Rank: ``k_t = max(1, floor(r / T * (1 - z_t)^rho))``, or another rule of `choose_rank`; at most
-   ``max(1, floor(r / T))``.
+1. Outliers (kappa: `outlier_sigma`), by `outlier_statistic`:
+   magnitude: a > theta_t with theta_t = mean(a) + kappa * sd(a);
+   signed: |D_t - mean(D_t)| > kappa * sd(D_t).
+   Measure q_t, by `outlier_measure`:
+   share: sum of a over the outliers / sum of a; mass: sum of a over the outliers; count: outliers / (m n).
+2. Weighting, by `outlier_weighting`. Element by element, with weights 1:
+   clip: D_t <- sign(D_t) * min(a, theta_t), for signed outliers to mean(D_t) +- kappa * sd(D_t);
+   remove: outliers <- 0; keep: all others <- 0; none: D_t stays.
+   Of whole tasks, with q_t at least 0.1 * mean(q) and exponent e (`outlier_exponent`):
+   damp: w_t ~ q_t^-e; boost: w_t ~ q_t^e; complement: w_t ~ 1 - q_t (as measured, no exponent).
+   Their scale, by `weight_normalization`: mean: mean(w) = 1; sum: sum(w) = 1.
+3. Pruning, by `pruning`: count: keep the ceil(density * m n) largest magnitudes, set the others to 0;
+   threshold: set the small elements of step 4 to 0. With `prune_first`, this precedes step 1, which then measures the
+   pruned matrix, zeros included.
+4. Sparsity: elements with |D_t| <= eps * u_t (eps: `sparsity_eps`) of the matrix after steps 2 and 3 are small. u_t, by
+   `sparsity_relative`: mean: mean(a); max: max(a); absolute: 1; with the a of step 1.
+   z_t, by `sparsity_scope`: task: share of the small elements of D_t; consensus: share of the elements that are small
+   in every task, for all t. Pruned elements are 0 and count.
+5. Rank, by `rank`, with rho (`rank_rho`) of either sign:
+   sparsity: k_t = floor(r / T * (1 - z_t)^rho); sparsity_power: k_t = floor(r / T * (1 - z_t^rho));
+   fixed: k_t = floor(r / T); a whole number: k_t; a number f below 1: k_t = floor(f * r);
+   energy: the smallest k_t whose squared singular values hold the share `rank_energy` of their sum;
+   noise: the singular values above the edge of Gavish and Donoho.
+   All these are at least 1 and at most max(1, floor(r / T)).
+   shared: sum(k) = r and k_t ~ (1 - z_t)^rho, at least 1, with no other limit.
 6. TSV-Merge: U_t and V_t are the k_t leading left and right singular vectors of D_t, ``H_t = U_t^T D_t V_t``, and polar
    is the orthogonal factor of the polar decomposition::
 
        W = W_0 + alpha * polar([U_1 .. U_T]) blockdiag(w_1 H_1 .. w_T H_T) polar([V_1 .. V_T])^T
 
-Source: Yang et al., arXiv 2502.06876. The abstract names the ingredients of steps 1 to 5: outlier-aware parameter
-weighting and sparsity-adaptive rank selection. Their formulas are our reconstruction, as we could not read the paper's;
-each open choice is a parameter. Step 6 is Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1.
+   with the w_t of step 2 times the weights of the models.
 
-Steps 1 to 5 are `ops.task_statistics`, `ops.reweight_prune`, `ops.outlier_weights`, `ops.pruned_sparsity` and
-`linalg.choose_rank`; step 6 is `linalg.tsv_merge`.
+Source: Yang et al., arXiv 2502.06876; the preprint calls the method R-TSVM, the NeurIPS 2025 paper RESM. Its abstract
+names two ingredients: outlier-aware weighting (steps 1 and 2) and sparsity-adaptive rank selection (steps 4 and 5). We
+could not read its formulas: those of steps 1 to 5, and the defaults, are ours. Step 3 is our addition: the abstract
+reports pruning of redundant components as a finding, not as an ingredient. Step 6 is Gargiulo et al., "Task Singular
+Vectors", CVPR 2025, algorithm 1.
 """
 
 from __future__ import annotations
@@ -32,12 +51,29 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..linalg import Factored, RankRule, choose_rank
-from ..ops import OutlierWeighting, add_update, outlier_weights, pruned_sparsity, reweight_prune, task_statistics
-from .base import FiniteFloat, MergeResult, PerModel, TensorReport, register, timed
+from ..errors import ConfigError
+from ..linalg import Factored, Rank, RankRule, asked_rank, limited, rank_limit, shared_ranks
+from ..ops import OutlierClipping, add_update, pruned_sparsity, reweight_prune, task_statistics
+from .base import FiniteFloat, MergeResult, MethodParameters, PerModel, TensorReport, register, timed
 from .gram import checked
+from .rtsvm_readings import (
+    Normalization,
+    OutlierMeasure,
+    OutlierStatistic,
+    OutlierWeighting,
+    Prepared,
+    Pruning,
+    SparsityScope,
+    SparsityUnit,
+    needs_torch,
+    outlier_weights,
+    prepared_in_torch,
+)
 from .spectral_costs import rtsvm_cost
 from .tsvm import TsvmParameters, merge_and_report
+
+# Rules of ranks that look at the sparsities.
+SPARSITY_RULES = {"sparsity", "sparsity_power", "shared"}
 
 
 def _whole(value: object) -> object:
@@ -48,21 +84,58 @@ class RtsvmParameters(TsvmParameters):
     """Parameters of `rtsvm`."""
 
     outlier_sigma: float = Field(default=3.0, ge=0, description="kappa: outliers are above mean + kappa * sd")
-    outlier_weighting: OutlierWeighting = Field(default="clip", description="clip, damp, boost or none")
+    outlier_statistic: OutlierStatistic = Field(
+        default="magnitude", description="outliers among the magnitudes or the signed values"
+    )
+    outlier_measure: OutlierMeasure = Field(default="share", description="q_t: share, mass or count of the outliers")
+    outlier_weighting: OutlierWeighting = Field(
+        default="clip", description="of elements: clip, remove, keep; of tasks: damp, boost, complement; or none"
+    )
+    outlier_exponent: FiniteFloat = Field(default=1.0, gt=0, description="exponent of q_t for damp and boost")
+    weight_normalization: Normalization = Field(
+        default="mean", description="what is 1 of the weights of tasks: their mean or their sum"
+    )
     density: PerModel[Annotated[float, Field(ge=0, le=1)]] = Field(
         default=(1.0,), description="fraction of each task matrix kept by magnitude pruning"
     )
+    pruning: Pruning = Field(default="count", description="by count (density), or by threshold (sparsity_eps)")
+    prune_first: bool = Field(default=False, description="prune before outliers are measured, not after")
     sparsity_eps: FiniteFloat = Field(default=0.1, ge=0, description="small means at most eps * mean magnitude")
-    rank: Annotated[RankRule | Annotated[int, Field(ge=1)], BeforeValidator(_whole)] = Field(
-        default="sparsity", description="sparsity, fixed, energy, noise, or a whole number"
+    sparsity_relative: SparsityUnit = Field(
+        default="mean", description="unit of sparsity_eps: mean or max magnitude, or absolute"
     )
-    rank_rho: FiniteFloat = Field(default=1.0, ge=0, description="rho: exponent of the sparsity rule")
+    sparsity_scope: SparsityScope = Field(
+        default="task", description="share of elements small in the task, or in every task (consensus)"
+    )
+    rank: PerModel[
+        Annotated[
+            RankRule | Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
+            BeforeValidator(_whole),
+        ]
+    ] = Field(
+        default=("sparsity",),
+        description="sparsity, sparsity_power, shared, fixed, energy, noise, a whole number, or a fraction of r",
+    )
+    rank_rho: FiniteFloat = Field(default=1.0, description="rho: exponent of the rules that use sparsity")
     rank_energy: float = Field(default=0.95, gt=0, le=1, description="eta: energy kept by the energy rule")
+
+    def for_tensor(self, name: str) -> MethodParameters:
+        """Refuse values that contradict each other before tensors are read."""
+        if "shared" in self.rank and len(set(self.rank)) > 1:
+            raise ConfigError("rank: shared divides r among all models; set it for all of them")
+        if "sparsity_power" in self.rank and self.rank_rho < 0:
+            raise ConfigError(f"rank_rho: sparsity_power needs an exponent >= 0, got {self.rank_rho}")
+        if self.outlier_weighting == "complement" and self.outlier_measure == "mass":
+            raise ConfigError("outlier_measure: complement is 1 - q, so it needs share or count, got mass")
+        if self.pruning == "threshold" and min(self.density) < 1:
+            raise ConfigError("density: pruning by threshold keeps what is above sparsity_eps; leave density at 1")
+        return super().for_tensor(name)
 
 
 def keeps_factors(options: RtsvmParameters) -> bool:
     """Whether no step needs single elements of the task matrices, so that products of factors can be used."""
-    return options.outlier_weighting == "none" and min(options.density) == 1 and options.rank != "sparsity"
+    unchanged = options.outlier_weighting == "none" and options.pruning == "count" and min(options.density) == 1
+    return unchanged and SPARSITY_RULES.isdisjoint(options.rank)
 
 
 @register(
@@ -70,6 +143,7 @@ def keeps_factors(options: RtsvmParameters) -> bool:
     pretty_name="R-TSVM",
     paper_url="https://arxiv.org/abs/2502.06876",
     parameters=RtsvmParameters,
+    aliases=("resm",),
     matrices_only=True,
     rank_per_task=True,
     mean_if_rankless=True,
@@ -82,7 +156,7 @@ def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Merge
     Examples:
         >>> base = torch.zeros(30, 20)
         >>> tuned = [base + torch.randn(30, 20, generator=torch.Generator().manual_seed(t)) for t in range(3)]
-        >>> options = RtsvmParameters(weight=[1.0] * 3, density=[1.0] * 3)
+        >>> options = RtsvmParameters(weight=[1.0] * 3, density=[1.0] * 3, rank=["sparsity"] * 3)
         >>> rtsvm(base, tuned, options).report.ranks  # at most 20 / 3
         [6, 6, 6]
     """
@@ -91,20 +165,47 @@ def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Merge
         task_matrices, sparsities = list(tuned), [0.0] * len(tuned)
     else:
         with timed(report.stages, "statistics"):
-            statistics = task_statistics(base, tuned, sigma=options.outlier_sigma, eps=options.sparsity_eps)
-            checked(statistics.sd)  # an overflow would hide all outliers
-            weighting, density = options.outlier_weighting, options.density
-            task_matrices = reweight_prune(base, tuned, statistics, outlier_weighting=weighting, density=density)
-            sparsities = pruned_sparsity(
-                statistics, outlier_weighting=weighting, density=density, eps=options.sparsity_eps
-            )
-        reweighting = outlier_weights(statistics, options.outlier_weighting)
-        report.weights = [w * user for w, user in zip(reweighting, options.weight, strict=True)]
-        report.sparsities, report.outlier_masses = sparsities, statistics.outlier_mass.tolist()
+            prepare = prepared_in_torch if needs_torch(options) else prepared_by_kernels
+            prepared = prepare(base, tuned, options)
+        task_matrices, sparsities = prepared.matrices, prepared.sparsities
+        weights = outlier_weights(
+            prepared.outliers,
+            options.outlier_weighting,
+            exponent=options.outlier_exponent,
+            normalization=options.weight_normalization,
+        )
+        report.weights = [w * user for w, user in zip(weights, options.weight, strict=True)]
+        report.sparsities, report.outlier_masses = sparsities, prepared.outlier_masses
     shape = (base.shape[0], base.shape[1])
-    ranks = [
-        choose_rank(options.rank, shape, len(tuned), sparsity=z, rho=options.rank_rho, energy=options.rank_energy)
-        for z in sparsities
-    ]
+    asked = _asked_ranks(options, shape, sparsities)
+    limit = min(shape) if "shared" in options.rank else rank_limit(shape, len(tuned))
+    ranks = [limited(rank, limit) for rank in asked]
     merged = merge_and_report(task_matrices, ranks, options, report)
+    pairs = zip(ranks, asked, strict=True)
+    report.ranks_asked = [wanted if isinstance(wanted, int) else getattr(rank, "asked", 0) for rank, wanted in pairs]
     return MergeResult(add_update(base, merged.matrix, options.alpha), report)
+
+
+def prepared_by_kernels(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> Prepared:
+    """Take steps 1 to 4 in the readings that the kernels compute, see `needs_torch`."""
+    statistics = task_statistics(base, tuned, sigma=options.outlier_sigma, eps=options.sparsity_eps)
+    checked(statistics.sd)  # an overflow would hide all outliers
+    clipping: OutlierClipping = "clip" if options.outlier_weighting == "clip" else "none"
+    density, eps = options.density, options.sparsity_eps
+    matrices = reweight_prune(base, tuned, statistics, outlier_weighting=clipping, density=density)
+    sparsities = pruned_sparsity(statistics, outlier_weighting=clipping, density=density, eps=eps)
+    shares, outliers = statistics.outlier_mass, statistics.outlier_mass
+    if options.outlier_measure == "mass":
+        outliers = shares * statistics.mean * statistics.numel
+    return Prepared(matrices, sparsities, shares.tolist(), outliers.tolist())
+
+
+def _asked_ranks(options: RtsvmParameters, shape: tuple[int, int], sparsities: Sequence[float]) -> list[Rank]:
+    """Return the ranks of step 5, before their limit."""
+    if "shared" in options.rank:
+        return list(shared_ranks(shape, sparsities, options.rank_rho))
+    tasks, rho, energy = len(sparsities), options.rank_rho, options.rank_energy
+    return [
+        asked_rank(rule, shape, tasks, sparsity=sparsity, rho=rho, energy=energy)
+        for rule, sparsity in zip(options.rank, sparsities, strict=True)
+    ]

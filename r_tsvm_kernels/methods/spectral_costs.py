@@ -10,6 +10,7 @@ from ..linalg import choose_rank, fixed_rank, tsv_merge_bytes, tsv_merge_flops
 from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import kept_count
 from .base import Cost, TensorJob
+from .rtsvm_readings import needs_torch, prepared_bytes
 
 if TYPE_CHECKING:
     from .rtsvm import RtsvmParameters
@@ -40,18 +41,26 @@ def tsvm_cost(job: TensorJob, options: TsvmParameters) -> Cost:
 
 def rtsvm_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
     """Return the cost of `rtsvm`: statistics and pruning of each task in turn, then TSV-Merge."""
-    statistics = (3 * job.itemsize + 28) * job.elements
-    pruning = ((job.tasks + 5) * job.itemsize + 2) * job.elements
+    if needs_torch(options):
+        preparing = prepared_bytes(job)
+    else:
+        statistics = (3 * job.itemsize + 28) * job.elements
+        pruning = ((job.tasks + 5) * job.itemsize + 2) * job.elements
+        preparing = max(statistics, pruning)
     merging = spectral_cost(job, options, _largest_ranks(job, options))
-    return Cost(max(statistics, pruning, merging.bytes), merging.flops + 40.0 * job.tasks * job.elements)
+    return Cost(max(preparing, merging.bytes), merging.flops + 40.0 * job.tasks * job.elements)
 
 
 def _largest_ranks(job: TensorJob, options: RtsvmParameters) -> list[int]:
-    """Return upper bounds of the ranks: pruned elements count as small for all values."""
+    """Return upper bounds of the ranks; of shared ranks, bounds of their sum."""
     shape = (job.shape[0], job.shape[1])
+    if "shared" in options.rank:
+        return [-(-min(shape) // job.tasks)] * job.tasks
     bounds = []
-    for density in options.density:
-        dropped = 1 - kept_count(density, job.elements) / job.elements
-        rank = choose_rank(options.rank, shape, job.tasks, sparsity=dropped, rho=options.rank_rho)
+    for rule, density in zip(options.rank, options.density, strict=True):
+        # Pruned elements count as small for all values, but not in all readings.
+        falling = options.rank_rho >= 0 and not needs_torch(options)
+        dropped = 1 - kept_count(density, job.elements) / job.elements if falling else 0.0
+        rank = choose_rank(rule, shape, job.tasks, sparsity=dropped, rho=options.rank_rho)
         bounds.append(rank if isinstance(rank, int) else fixed_rank(shape, job.tasks))
     return bounds

@@ -83,7 +83,7 @@ def tsvm(base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParamete
         [6, 6, 6]
     """
     ranks = [fixed_rank((base.shape[0], base.shape[1]), len(tuned))] * len(tuned)
-    report = TensorReport(weights=list(options.weight))
+    report = TensorReport(weights=list(options.weight), ranks_asked=list(ranks))
     merged = merge_and_report(task_matrices(base, tuned)[0], ranks, options, report)
     return MergeResult(add_update(base, merged.matrix, options.alpha), report)
 

@@ -9,7 +9,7 @@ from .magnitude_ranks import magnitude_ranks
 from .magnitude_select import MagnitudeSelection, kept_count, magnitude_select
 from .random_mask import random_mask
 from .ranked_mask import ranked_mask
-from .reweight_prune import OutlierWeighting, outlier_weights, pruned_sparsity, reweight_prune
+from .reweight_prune import OutlierClipping, pruned_sparsity, reweight_prune
 from .split_planes import split_planes
 from .symm_gram import symm_gram
 from .symm_square import symm_square
@@ -20,7 +20,7 @@ from .task_statistics import TaskStatistics, task_statistics
 __all__ = [
     "Election",
     "MagnitudeSelection",
-    "OutlierWeighting",
+    "OutlierClipping",
     "Planes",
     "RankedSparsifier",
     "Sparsifier",
@@ -33,7 +33,6 @@ __all__ = [
     "kept_count",
     "magnitude_ranks",
     "magnitude_select",
-    "outlier_weights",
     "pruned_sparsity",
     "random_mask",
     "ranked_mask",

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r_tsvm_kernels import MergeConfig, merge_state_dicts
-from r_tsvm_kernels.errors import IntegrationError
+from r_tsvm_kernels.errors import ConfigError, IntegrationError
 from r_tsvm_kernels.integrations import sd_mecha as integration
 from r_tsvm_kernels.methods import METHODS
 
@@ -16,7 +16,7 @@ needs_sd_mecha = pytest.mark.skipif(ABSENT, reason="sd-mecha is not installed: r
 
 TASKS = 3
 CASES = {
-    "rtsvm": {"alpha": 0.8, "weight": [1.0, 0.5, 2.0], "density": [0.5, 1.0, 0.7], "rank": 3},
+    "rtsvm": {"alpha": 0.8, "weight": [1.0, 0.5, 2.0], "density": [0.5, 1.0, 0.7], "rank": ["noise", 2, 0.2]},
     "tsvm": {"mode": "fast", "weight": [0.5, 0.5, 0.5]},
     "iso_c": {"alpha": 0.7},
     "iso_cts": {},
@@ -26,6 +26,13 @@ CASES = {
     "linear": {"weight": [1.0, 2.0, 3.0]},
     "karcher": {"max_iter": 5},
 }  # fmt: skip
+
+
+def test_words_and_numbers_of_models_are_told_apart():
+    assert integration._spread("rank", "noise, 2, 0.2", 3, words=True) == ["noise", 2.0, 0.2]
+    assert integration._spread("rank", "energy", 3, words=True) == ["energy"] * 3
+    with pytest.raises(ConfigError, match="density: expected a number"):
+        integration._spread("density", "much", 3)
 
 
 @pytest.fixture

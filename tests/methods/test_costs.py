@@ -91,6 +91,61 @@ def test_memory_stays_below_what_is_declared(choice, methods):
     assert not exceeded
 
 
+READINGS = """
+import json, sys
+sys.path[:0] = ["tests"]
+import torch
+from r_tsvm_kernels import MergeConfig
+from r_tsvm_kernels.bench.measure import peak_of
+from r_tsvm_kernels.dispatch import use_backend
+from r_tsvm_kernels.methods import TensorJob, get_method
+from r_tsvm_kernels.methods.rtsvm_readings import needs_torch, prepared_bytes, prepared_in_torch
+from merging import group
+
+found, (own, whole) = [], json.loads(sys.argv[1])
+for forced in ({}, {"magnitude_select": "torch"}):
+    with use_backend(**forced):
+        for options in own:
+            for dtype in (torch.bfloat16, torch.float64):
+                parameters = MergeConfig("rtsvm", **options).options(3)
+                assert needs_torch(parameters)
+                prepared_in_torch(*group((64, 48), 3, dtype), parameters)
+                base, tuned = group((2048, 640), 3, dtype)
+                _, peak = peak_of(lambda: prepared_in_torch(base, tuned, parameters))
+                found.append((peak, prepared_bytes(TensorJob((2048, 640), 3, max(4, dtype.itemsize)))))
+for options in whole:
+    method, parameters = get_method("rtsvm"), MergeConfig("rtsvm", **options).options(3)
+    method.run(*group((64, 48), 3, torch.bfloat16), parameters)
+    base, tuned = group((1024, 640), 3, torch.bfloat16)
+    result, peak = peak_of(lambda: method.run(base, tuned, parameters))
+    assert sum(result.report.ranks) <= 640
+    found.append((peak, method.cost(TensorJob((1024, 640), 3, 4), parameters).bytes))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_memory_of_the_readings_of_rtsvm_stays_below_what_is_declared():
+    own = [
+        {"outlier_statistic": "signed"},
+        {"outlier_weighting": "keep", "outlier_sigma": 0.0, "prune_first": True, "density": 0.3},
+        {"sparsity_scope": "consensus", "outlier_statistic": "signed", "outlier_weighting": "remove", "density": 0.5},
+        {"pruning": "threshold"},
+    ]
+    whole = [
+        {"rank": "shared", "density": [1.0, 0.05, 0.05]},
+        {"rank": "shared", "rank_rho": -2.0, "sparsity_eps": 0.5},
+        {"rank": [0.5, 300, "sparsity_power"], "prune_first": True},
+        {"rank_rho": -1.0, "density": 0.3},
+    ]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-c", READINGS, json.dumps([own, whole])]
+    run = subprocess.run(program, check=True, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    found = json.loads(run.stdout)
+    assert len(found) == 2 * 2 * len(own) + len(whole)
+    assert all(bound / 3 < peak < bound + SLACK for peak, bound in found), found
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_plan_follows_the_backend_that_is_forced(method):
     """Where a kernel stores less than the reference, forcing the reference raises the declared memory, and nothing else

@@ -19,7 +19,7 @@ KEPT = {
     "knots": [{}, {"inner_method": "linear"}],
     "iso_c": [{}, {"alpha": 0.3}],
     "tsvm": [{}, {"alpha": 0.3}],
-    "rtsvm": [PLAIN, PLAIN | {"rank": "fixed"}, PLAIN | {"rank": 3}],
+    "rtsvm": [PLAIN, PLAIN | {"rank": "fixed"}, PLAIN | {"rank": 3}, PLAIN | {"rank": [0.1, "noise", 4]}],
 }
 CASES = [(name, options) for name, found in KEPT.items() for options in found]
 WEIGHTS = [1.0, 0.5, 2.0]

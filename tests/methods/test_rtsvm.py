@@ -44,6 +44,7 @@ def test_update_equals_float64(dtype, tasks):
         {"outlier_weighting": "none"},
         {"outlier_weighting": "damp"},
         {"outlier_weighting": "boost"},
+        {"outlier_weighting": "complement"},
         {"outlier_sigma": 1.5},
         {"density": 0.3},
         {"density": 0.3, "rank_rho": 2.0},
@@ -76,7 +77,7 @@ def test_without_its_ingredients_it_is_tsv_merge(off, m, n, tasks, seed):
     assert same_bits(merge_tensors(base, tuned, config).weight, merge_tensors(base, tuned, TSVM).weight)
 
 
-@given(st.sampled_from(["clip", "damp", "boost", "none"]), st.integers(1, 5), st.integers(0, 9))
+@given(st.sampled_from(["clip", "damp", "boost", "complement", "none"]), st.integers(1, 5), st.integers(0, 9))
 def test_equal_tasks_get_equal_weights(weighting, tasks, seed):
     base, tuned = group((12, 10), 1, seed=seed)
     config = MergeConfig("rtsvm", outlier_weighting=weighting)

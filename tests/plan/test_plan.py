@@ -213,6 +213,11 @@ MEASURED = [
         "shape": (600, 512),
         "parameters": {"workspace": "1MB", "outlier_weighting": "damp", "rank": "fixed"},
     },
+    {
+        "method": "rtsvm",
+        "shape": (64, 30000),
+        "parameters": {"workspace": "1MB", "outlier_statistic": "signed", "rank": "shared", "prune_first": True},
+    },
 ]
 
 

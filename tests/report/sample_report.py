@@ -19,8 +19,9 @@ def entry(index, shape=(64, 96), models=2, **fields):
         escalations=("gram-float32: too close",) if index % 10 == 3 else (),
     )  # fmt: skip
     report = TensorReport(
-        "rtsvm", "merge", "", shape, [10 + index % 7] * models, [share] * models, [share / 2] * models,
-        [1.0] * models, [1 - share / 2] * models, certificate, [share, share / 2], [0.5] * models, 0.25, 0.01,
+        "rtsvm", "merge", "", shape, [10 + index % 7] * models, [12 + index % 7] * models, [share] * models,
+        [share / 2] * models, [1.0] * models, [1 - share / 2] * models, certificate, [share, share / 2],
+        [0.5] * models, 0.25, 0.01,
         {"read": [0.1, 0.05], "merge": [0.01, 0.01], "spectral": [0.008, 0.008], "write": [0.002, 0.001]},
     )  # fmt: skip
     rest = {

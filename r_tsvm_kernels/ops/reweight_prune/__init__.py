@@ -1,4 +1,4 @@
-"""Outlier-aware reweighting and magnitude pruning of task vectors."""
+"""Clipping of outliers and magnitude pruning of task vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._checks import check_group, numbers_of
 from ..magnitude_select import kept_count
 from ..task_statistics import TaskStatistics, task_statistics
 
-OutlierWeighting = Literal["clip", "damp", "boost", "none"]
+OutlierClipping = Literal["clip", "none"]
 
 
 @dispatch.op("Reweighting and pruning", cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"BLOCK": 128})
@@ -22,23 +22,23 @@ def reweight_prune(
     tuned: Sequence[Tensor],
     statistics: TaskStatistics | None = None,
     *,
-    outlier_weighting: OutlierWeighting = "clip",
+    outlier_weighting: OutlierClipping = "clip",
     density: Sequence[float] | float = 1.0,
     backend: str | None = None,
 ) -> list[Tensor]:
     """Form the task vectors ``D_t = tuned[t] - base``, clip their outliers and prune them.
 
-    ``clip`` replaces D_t by ``sign(D_t) * min(|D_t|, theta_t)``. The other modes leave the elements alone; their scalar
-    weights come from `outlier_weights`. Pruning keeps exactly ``ceil(density_t * numel)`` elements of largest
-    magnitude, the lowest flat index first among equals, and sets the rest to 0. R-TSVM prepares task matrices in this
-    way (Yang et al., arXiv 2502.06876; the formulas are our reconstruction).
+    ``clip`` replaces D_t by ``sign(D_t) * min(|D_t|, theta_t)``; ``none`` leaves the elements alone. Pruning
+    keeps exactly ``ceil(density_t * numel)`` elements of largest magnitude, the lowest flat index first among equals,
+    and sets the rest to 0. R-TSVM prepares task matrices in this way (Yang et al., arXiv 2502.06876; the formulas are
+    our reconstruction).
 
     Args:
         base: any shape, float64, float32, float16 or bfloat16.
         tuned: T tensors of the same shape and device; dtypes may differ.
         statistics: of these tensors, from `task_statistics`; only its `theta` is used, by ``clip``. None measures the
             tensors with the defaults of `task_statistics`.
-        outlier_weighting: ``clip``, ``damp``, ``boost`` or ``none``.
+        outlier_weighting: ``clip`` or ``none``.
         density: fraction kept, in [0, 1], one number or one per task.
         backend: run this implementation or raise; None takes the fastest one that is available.
 
@@ -72,7 +72,7 @@ def reweight_prune(
 def pruned_sparsity(
     statistics: TaskStatistics,
     *,
-    outlier_weighting: OutlierWeighting = "clip",
+    outlier_weighting: OutlierClipping = "clip",
     density: Sequence[float] | float = 1.0,
     eps: float = 0.1,
 ) -> list[float]:
@@ -112,8 +112,8 @@ def pruned_sparsity(
 
 def check_weighting(outlier_weighting: str, statistics: TaskStatistics | None, tasks: int) -> None:
     """Raise `ConfigError` if there is no such mode, or the statistics are of another number of tasks."""
-    if outlier_weighting not in get_args(OutlierWeighting):
-        raise ConfigError(f"outlier_weighting must be clip, damp, boost or none, got {outlier_weighting!r}")
+    if outlier_weighting not in get_args(OutlierClipping):
+        raise ConfigError(f"outlier_weighting must be clip or none, got {outlier_weighting!r}")
     if statistics is not None and len(statistics.theta) != tasks:  # kernels look theta up by task
         raise ConfigError(f"expected statistics of the {tasks} tasks, got those of {len(statistics.theta)}")
 
@@ -125,29 +125,3 @@ def kept_counts(density: Sequence[float] | float, tasks: int, numel: int, op: st
         ConfigError: a density out of range, or another number of densities than tasks.
     """
     return [kept_count(fraction, numel) for fraction in numbers_of(density, tasks, f"{op}: density")]
-
-
-def outlier_weights(statistics: TaskStatistics, outlier_weighting: OutlierWeighting) -> list[float]:
-    """Return one weight per task, of mean 1, from the outlier masses q_t.
-
-    ``damp``: ``T (1 - q_t) / sum(1 - q)``; ``boost``: ``T q_t / sum(q)``; ``clip`` and ``none``: 1. A sum of 0 gives 1
-    everywhere. Our reconstruction of the outlier weighting of R-TSVM (arXiv 2502.06876); the paper does not say which
-    tasks get more weight. Equal tasks get equal weights.
-
-    Args:
-        statistics: from `task_statistics`; only its `outlier_mass` is used.
-        outlier_weighting: ``clip``, ``damp``, ``boost`` or ``none``.
-
-    Examples:
-        >>> import torch
-        >>> tasks = [torch.ones(100), torch.cat([torch.ones(99), torch.tensor([50.0])])]
-        >>> statistics = task_statistics(torch.zeros(100), tasks)
-        >>> [round(weight, 2) for weight in outlier_weights(statistics, "damp")]
-        [1.2, 0.8]
-    """
-    masses: list[float] = statistics.outlier_mass.tolist()
-    if outlier_weighting in ("clip", "none"):
-        return [1.0] * len(masses)
-    shares = [1.0 - q for q in masses] if outlier_weighting == "damp" else masses
-    total = sum(shares)
-    return [len(shares) * share / total for share in shares] if total > 0 else [1.0] * len(shares)
