@@ -5,7 +5,8 @@ from .certificate import Certificate, Mode
 from .factored import Factored, FactoredMerge, Triplets, leading_triplets, merge_factored, weighted_sum
 from .interference import interference_above_chance, interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
-from .memory import tsv_merge_bytes, tsv_merge_flops
+from .largest_singular_value import spectral_norm
+from .memory import tsv_merge_bytes, tsv_merge_flops, weighted_merge_bytes, weighted_merge_flops
 from .merge_result import TsvMerge
 from .merging import Solver, tsv_merge, tsv_merge_layers
 from .orthogonal_iteration import subspace_iteration
@@ -28,6 +29,7 @@ from .ranks import (
 )
 from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import Subspaces, TruncatedSVD, leading_subspaces, truncated_svd
+from .weighted_merging import WeightedMerge, long_side_is_whole, weighted_merge
 
 __all__ = [
     "BACKWARD_ERROR",
@@ -47,6 +49,7 @@ __all__ = [
     "Triplets",
     "TruncatedSVD",
     "TsvMerge",
+    "WeightedMerge",
     "asked_rank",
     "choose_rank",
     "core_space",
@@ -59,6 +62,7 @@ __all__ = [
     "leading_subspaces",
     "leading_triplets",
     "limited",
+    "long_side_is_whole",
     "merge_factored",
     "noise_rank",
     "nonzero_support",
@@ -67,6 +71,7 @@ __all__ = [
     "shared_ranks",
     "sparsity_power_rank",
     "sparsity_rank",
+    "spectral_norm",
     "subspace_iteration",
     "truncated_svd",
     "tsv_merge",
@@ -74,5 +79,8 @@ __all__ = [
     "tsv_merge_flops",
     "tsv_merge_layers",
     "use_cuda_graphs",
+    "weighted_merge",
+    "weighted_merge_bytes",
+    "weighted_merge_flops",
     "weighted_sum",
 ]

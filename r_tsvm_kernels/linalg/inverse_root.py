@@ -79,6 +79,7 @@ class InverseRoot:
         matrix: (k, k), symmetric; ``matrix.after(X)`` is the canonical polar factor of X.
         rank: number of singular values of X above the tolerance.
         condition: largest over smallest of these, 1.0 for a zero matrix.
+        largest: the largest one, 0.0 for a zero matrix.
         sensitivity: (k,) float64, largest factor by which an error of each column of X enters the polar factor.
         margin: distance of the singular values from the tolerance, as a share of the largest: an error of X beyond it
             could change the rank.
@@ -89,6 +90,7 @@ class InverseRoot:
     matrix: SplitMatrix
     rank: int
     condition: float
+    largest: float
     sensitivity: Tensor
     margin: float
     rounding: float
@@ -171,6 +173,7 @@ def root_of_gram_float32(gram: Tensor, tolerance: float, probes: Sequence[Tensor
         matrix,
         rank=len(values),
         condition=root,
+        largest=largest**0.5,
         sensitivity=2 * matrix.column_norms(),
         margin=1 / root - RANK_TOLERANCE,
         rounding=BACKWARD_ERROR * root**2,
@@ -246,6 +249,7 @@ def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> Inverse
         matrix,
         rank=rank,
         condition=largest / smallest,
+        largest=largest,
         sensitivity=sensitivity,
         margin=float((values / largest - rtol).abs().amin()),
         rounding=BACKWARD_ERROR * largest**powers / max(smallest**powers - dropped**powers, 1e-300),
@@ -255,7 +259,7 @@ def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> Inverse
 
 def _zero_root(gram: Tensor, route: str) -> InverseRoot:
     sensitivity = torch.ones_like(gram.diagonal())
-    return InverseRoot(SplitMatrix.whole(torch.zeros_like(gram)), 0, 1.0, sensitivity, 1.0, BACKWARD_ERROR, route)
+    return InverseRoot(SplitMatrix.whole(torch.zeros_like(gram)), 0, 1.0, 0.0, sensitivity, 1.0, BACKWARD_ERROR, route)
 
 
 def _smallest(values: Tensor, doubtful: Tensor) -> float:

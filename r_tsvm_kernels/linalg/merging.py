@@ -15,7 +15,7 @@ from .eigen_merge import merge_by_eigenvalues
 from .factored import Factored, merge_factored
 from .merge_result import TsvMerge
 from .products.layers import merge_by_products, merge_layers_by_products
-from .ranks import Rank
+from .ranks import Rank, pad_for_rule
 from .tall_matrix import WORKSPACE, TallMatrix
 
 Solver = Literal["eigen", "products"]
@@ -95,7 +95,7 @@ def tsv_merge(
             return merge_by_products(dense, rows, columns, numbers, factors, mode)
         except ConvergenceError as failure:
             escalations = (str(failure),)
-    padded = [_pad_for_rule(rank, min(dense[0].shape)) for rank in numbers]
+    padded = [pad_for_rule(rank, min(dense[0].shape)) for rank in numbers]
     merge = merge_by_eigenvalues(tall, padded, factors, mode, escalations)
 
     result = torch.zeros_like(dense[0])
@@ -157,13 +157,6 @@ def tsv_merge_layers(
         if i not in results:
             results[i] = tsv_merge(layer, numbers[i], factors[i], mode=mode, solver=solver, workspace=workspace)
     return [results[i] for i in range(len(layers))]
-
-
-def _pad_for_rule(rank: Rank, count: int) -> Rank:
-    """Pad the singular values that a rank rule sees with the zeros of the rows and columns that were left out."""
-    if isinstance(rank, int):
-        return rank
-    return lambda values: rank(torch.cat([values, values.new_zeros(count - len(values))]))
 
 
 def _merge_factors(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -256,3 +257,10 @@ def choose_rank(
     """
     rank = asked_rank(rule, shape, tasks, sparsity=sparsity, rho=rho, energy=energy)
     return limited(rank, rank_limit(shape, tasks))
+
+
+def pad_for_rule(rank: Rank, count: int) -> Rank:
+    """Pad the singular values that a rank rule sees with the zeros of the rows and columns that were left out."""
+    if isinstance(rank, int):
+        return rank
+    return lambda values: rank(torch.cat([values, values.new_zeros(count - len(values))]))
