@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.quality.study import TABLE, label, rtsvm_defaults
-from benchmarks.quality.table import Seed, load, merged
+from benchmarks.quality.analysis import comparable, load, merged
+from benchmarks.quality.study import SUITES, TABLE, label, rtsvm_defaults
 from r_tsvm_kernels.bench import exponent, read_rows
 from r_tsvm_kernels.bench.plot import draw, require_matplotlib
 
@@ -46,24 +46,27 @@ def growth(data: Sequence[Path]) -> Any:
 
 def quality(data: Sequence[Path]) -> Any:
     """Mean accuracy by method and suite on the held-out seeds, with its standard error."""
-    results, default = load(data[0].parent), label(rtsvm_defaults())
+    results, default = comparable(load(data[0].parent)), label(rtsvm_defaults())
     names = {name: name for name, _, _ in TABLE} | {"rtsvm": default}
-    figure = new_figure(9, 4.6)
-    for axes, (suite, groups) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
-        seeds: list[Seed] = groups["held_out"]
+    rows = math.ceil(len(results) / 4)
+    columns = math.ceil(len(results) / rows)
+    figure = new_figure(9, 0.6 + 4 * rows)
+    for index, (suite, groups) in enumerate(results.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        seeds = groups["held_out"]
         for setting, color, shift in (("default", DEFAULT, -0.15), ("tuned", TUNED, 0.15)):
             values = [[merged(key, setting, "accuracy")(seed) for seed in seeds] for key in names.values()]
             means = [statistics.mean(each) for each in values]
             errors = [statistics.stdev(each) / math.sqrt(len(each)) for each in values]
-            rows = [row + shift for row in range(len(names))]
-            axes.errorbar(means, rows, xerr=errors, fmt="o", markersize=3.5, color=color, capsize=2, label=setting)
+            heights = [height + shift for height in range(len(names))]
+            axes.errorbar(means, heights, xerr=errors, fmt="o", markersize=3.5, color=color, capsize=2, label=setting)
         base = statistics.mean(statistics.mean(seed["base"]["accuracy"]) for seed in seeds)
         axes.axvline(base, color="0.3", linewidth=1, linestyle=":", label="base")
         axes.set_title(suite, fontsize=9)
         axes.set_xlabel("accuracy, %")
         axes.grid(True, axis="x", alpha=0.3)
-        axes.set_yticks(range(len(names)), list(names), fontsize=8)
-    axes.invert_yaxis()
+        axes.set_yticks(range(len(names)), list(names) if index % columns == 0 else [""] * len(names), fontsize=8)
+        axes.invert_yaxis()
     axes.legend(fontsize=7)
     count = len(seeds)
     figure.suptitle(f"Mean accuracy of merged models, standard error over {count} held-out seeds", fontsize=9)
@@ -86,7 +89,7 @@ class Plot(NamedTuple):
 PLOTS = {
     "bench.svg": Plot(("cpu/bench.json",), bench),
     "growth.svg": Plot(("cpu/spectral.json",), growth),
-    "quality.svg": Plot(tuple(f"quality/{suite}.json" for suite in ("digits", "language", "tables")), quality),
+    "quality.svg": Plot(tuple(f"quality/{suite}.json" for suite in SUITES), quality),
 }
 
 
@@ -100,11 +103,12 @@ def source(data: Sequence[Path]) -> str:
 
 def stale(results: Path, pictures: Path) -> list[str]:
     """Return the plots that are missing or were drawn from other data; those without data do not count."""
-    return [
-        name for name, plot in PLOTS.items()
-        if all((results / file).exists() for file in plot.data)
-        and drawn_from(pictures / name) != source([results / file for file in plot.data])
-    ]  # fmt: skip
+    present = {name: existing(plot, results) for name, plot in PLOTS.items()}
+    return [name for name, data in present.items() if data and drawn_from(pictures / name) != source(data)]
+
+
+def existing(plot: Plot, results: Path) -> list[Path]:
+    return [results / file for file in plot.data if (results / file).exists()]
 
 
 def drawn_from(picture: Path) -> str | None:
@@ -123,7 +127,7 @@ def write(name: str, results: Path, pictures: Path) -> None:
     import matplotlib
 
     plot = PLOTS[name]
-    data = [results / file for file in plot.data]
+    data = existing(plot, results)
     pictures.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
         metadata = {"Source": source(data), "Date": None, "Creator": None}

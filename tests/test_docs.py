@@ -149,13 +149,13 @@ def test_the_study_is_quoted_correctly():
     assert len(rows) >= 10
     for name, *values, setting in rows:
         lines = re.findall(rf"^\| {re.escape(name)} \| (.+) \|$", study, re.MULTILINE)
-        column = 2 if setting == "tuned" else 0
+        column = 3 if setting == "tuned" else 0
         assert [line.split(" | ")[column].split()[0] for line in lines if "±" in line][:3] == values, name
     lost = dict(re.findall(r"^\| `(\w+: [\w.]+)`.* \| (-[\d.]+) \|", page, re.MULTILINE))
     for setting, points in lost.items():
         (line,) = re.findall(rf"^\| {setting.replace(':', '')}(?:, rank_energy 0.8)? \| (.+) \|$", study, re.MULTILINE)
         assert line.split(" | ")[3] == points, setting
-    assert lost and "**+0.25** points (standard error 0.15)" in study
+    assert lost and "| mean of the suites | +0.25 ± 0.15 |" in study
     assert "+0.25 points with a standard error of 0.15" in page
 
 

@@ -6,7 +6,8 @@
     python -m benchmarks.quality.run --quick --out DIR     # a few steps of training, for tests
 
 One process per worker (`--workers`, 2), each with one thread. A suite's results are one JSON file, which is replaced
-whenever a seed is done; existing results are not computed again. README.md has the protocol. Needs scikit-learn.
+whenever a seed is done; existing results are not computed again. Choice seeds come first: the candidate that they
+choose is then tested with the other methods. README.md has the protocol. Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
 from pathlib import Path
@@ -21,49 +23,51 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT
 from benchmarks.quality import table
+from benchmarks.quality.analysis import RESULTS, chosen
 from benchmarks.quality.records import Record, records_of, rows_of, settings_row
-from benchmarks.quality.study import ALPHAS, START, TABLE, label, rtsvm_defaults, run_seed, variants
+from benchmarks.quality.study import (
+    ALPHAS,
+    CHOICE_SEEDS,
+    CHOICE_SUITES,
+    HELD_OUT_SEEDS,
+    START,
+    SUITES,
+    TABLE,
+    Options,
+    distinct,
+    label,
+    rtsvm_defaults,
+    run_seed,
+    variants,
+)
 from r_tsvm_kernels.bench import Results, read_rows
 
-RESULTS = ROOT / "benchmarks" / "results" / "quality"
-SUITES = ("digits", "language", "tables")
-CHOICE_SEEDS = (0, 1, 2)  # defaults are chosen on these,
-HELD_OUT_SEEDS = (10, 11, 12, 13, 14)  # and judged on these
 
-
-def settings(quick: bool) -> dict[str, Any]:
+def settings(suite: str, quick: bool) -> dict[str, Any]:
     """Everything that results of one file have to have in common."""
     as_json: dict[str, Any] = json.loads(json.dumps({
-        "quick": quick, "alphas": ALPHAS, "table": TABLE, "variants": variants(quick), "start": START,
+        "quick": quick, "alphas": ALPHAS, "table": TABLE, "variants": variants(suite, quick), "start": START,
         "choice_seeds": CHOICE_SEEDS, "held_out_seeds": HELD_OUT_SEEDS,
     }))  # fmt: skip
     return as_json
 
 
-def run(suite: str, seed: int, quick: bool) -> tuple[str, int, Record]:
+def run(suite: str, seed: int, tried: Sequence[Options], quick: bool) -> tuple[str, int, Record]:
     torch.set_num_threads(1)
-    return (
-        suite,
-        seed,
-        run_seed(import_module(f"benchmarks.quality.suite_{suite}").build, seed, seed in CHOICE_SEEDS, quick),
-    )
+    build = import_module(f"benchmarks.quality.suite_{suite}").build
+    return suite, seed, run_seed(build, seed, tried, seed in CHOICE_SEEDS, quick)
 
 
-def load(path: Path, quick: bool, restart: bool) -> dict[str, Record]:
-    """Return earlier records by seed, to be continued, or none."""
-    if restart or not path.exists():
-        return {}
-    rows = read_rows(path)
-    if rows[0]["notes"] != settings(quick):
-        raise SystemExit(f"{path} is of a study with other settings: use --restart, or another folder with --out")
-    return records_of(rows)
+def load(path: Path, suite: str, quick: bool) -> dict[str, Record] | None:
+    """Return earlier records by seed, or None if they are of a study with other settings."""
+    rows = read_rows(path) if path.exists() else []
+    return None if rows and rows[0]["notes"] != settings(suite, quick) else records_of(rows)
 
 
-def save(path: Path, records: dict[str, Record], quick: bool) -> None:
+def save(path: Path, suite: str, records: dict[str, Record], quick: bool) -> None:
     """Write all records; the circumstances are those of the last run."""
-    rows = [settings_row(settings(quick))]
+    rows = [settings_row(settings(suite, quick))]
     for seed, record in sorted(records.items(), key=lambda item: int(item[0])):
         rows += rows_of(int(seed), record)
     Results(path, ("scikit-learn",), replace=True).add(rows)
@@ -82,18 +86,32 @@ def main() -> None:
         parser.error("--quick needs --out: its results would replace the study's")
 
     options.out.mkdir(parents=True, exist_ok=True)
-    files = {suite: options.out / f"{suite}.json" for suite in options.suites}
-    results = {suite: load(path, options.quick, options.restart) for suite, path in files.items()}
-    jobs = [(suite, seed) for seed in options.seeds for suite in options.suites
-            if label(rtsvm_defaults()) not in results[suite].get(str(seed), {}).get("rtsvm", {})]  # fmt: skip
-    # A worker imports torch afresh: threads of a forked one may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        for job in as_completed([pool.submit(run, suite, seed, options.quick) for suite, seed in jobs]):
+    files = {suite: options.out / f"{suite}.json" for suite in SUITES}
+    results = {}
+    for suite, path in files.items():  # the choice needs all suites, those that are not run now included
+        found = load(path, suite, options.quick)
+        if found is None and suite in options.suites and not options.restart:
+            raise SystemExit(f"{path} is of a study with other settings: use --restart, or another folder with --out")
+        results[suite] = {} if found is None or (options.restart and suite in options.suites) else found
+
+    def compute(pool: ProcessPoolExecutor, jobs: Sequence[tuple[str, int, list[Options]]]) -> None:
+        missing = [
+            (suite, seed, tried) for suite, seed, tried in jobs
+            if not {label(each) for each in tried} <= results[suite].get(str(seed), {}).get("rtsvm", {}).keys()
+        ]  # fmt: skip
+        for job in as_completed([pool.submit(run, *job, options.quick) for job in missing]):
             suite, seed, record = job.result()
             results[suite][str(seed)] = record
-            save(files[suite], results[suite], options.quick)
+            save(files[suite], suite, results[suite], options.quick)
             print(f"{suite}, seed {seed}: {record['seconds']:.0f} s of processor time", flush=True)
+
+    # A worker imports torch afresh: threads of a forked one may hang.
+    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [(suite, seed) for seed in options.seeds for suite in options.suites]
+        compute(pool, [(suite, seed, variants(suite, options.quick)) for suite, seed in jobs
+                       if seed in CHOICE_SEEDS and suite in CHOICE_SUITES])  # fmt: skip
+        judged = distinct([START, rtsvm_defaults(), chosen(results) or START])
+        compute(pool, [(suite, seed, judged) for suite, seed in jobs if seed not in CHOICE_SEEDS])
     if options.out == RESULTS:
         table.write()
 

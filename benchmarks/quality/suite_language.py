@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -88,32 +88,38 @@ def corpora() -> dict[str, dict[str, Tensor]]:
     }  # fmt: skip
 
 
-def build(seed: int, quick: bool) -> Suite:
-    """Make the suite; `quick` trains far less, for tests."""
+def windows(text: Tensor, count: int, generator: torch.Generator) -> Batch:
+    """Draw windows of `LENGTH` bytes, each with the byte that follows as its target: two tensors (count, LENGTH)."""
+    starts = torch.randint(len(text) - LENGTH, (count, 1), generator=generator)
+    chosen = text[starts + torch.arange(LENGTH + 1)]
+    return chosen[:, :-1], chosen[:, 1:]
+
+
+def model() -> Transformer:
+    return Transformer(VOCABULARY, LENGTH, WIDTH, LAYERS, causal=True)
+
+
+def build(seed: int, quick: bool, known: Sequence[str] = ("prose", "code")) -> Suite:
+    """Make the suite, with the domains that the base has seen; `quick` trains far less, for tests."""
     data = corpora()
     generator = torch.Generator().manual_seed(seed)
     digest = hashlib.sha256(b"".join(bytes(t.to(torch.uint8).tolist()) for d in data.values() for t in d.values()))
 
-    def windows(text: Tensor, count: int) -> Batch:
-        starts = torch.randint(len(text) - LENGTH, (count, 1), generator=generator)
-        chosen = text[starts + torch.arange(LENGTH + 1)]
-        return chosen[:, :-1], chosen[:, 1:]
-
     def draw(*domains: str) -> Callable[[], Batch]:
         def batch() -> Batch:
-            parts = [windows(data[domain]["training"], 16 // len(domains)) for domain in domains]
+            parts = [windows(data[domain]["training"], 16 // len(domains), generator) for domain in domains]
             return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
 
         return batch
 
     counts = {"validation": 8, "test": 8} if quick else {"validation": 20, "test": 60}
     held_out = {
-        split: {domain: windows(texts[split], count) for domain, texts in data.items()}
+        split: {domain: windows(texts[split], count, generator) for domain, texts in data.items()}
         for split, count in counts.items()
     }
     return Suite(
-        model=lambda: Transformer(VOCABULARY, LENGTH, WIDTH, LAYERS, causal=True),
-        base_batch=draw("prose", "code"),
+        model=model,
+        base_batch=draw(*known),
         task_batches={domain: draw(domain) for domain in data},
         validation=held_out["validation"],
         test=held_out["test"],

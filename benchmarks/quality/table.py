@@ -6,213 +6,221 @@ python -m benchmarks.quality.table --check    # exit code 1 if README.md says so
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.quality.records import Record, records_of
-from benchmarks.quality.study import START, TABLE, label, mean, rtsvm_defaults
-from r_tsvm_kernels.bench import read_rows
+from benchmarks.quality.analysis import (
+    Records,
+    Results,
+    averages,
+    chosen,
+    comparable,
+    conditions,
+    differences,
+    load,
+    merged,
+    standard_error,
+)
+from benchmarks.quality.records import Record
+from benchmarks.quality.study import (
+    CHOICE_SUITES,
+    HELD_OUT_SEEDS,
+    READING_SUITES,
+    SUITES,
+    TABLE,
+    WEIGHTED,
+    Options,
+    candidates,
+    distinct,
+    label,
+    mean,
+    readings,
+    rtsvm_defaults,
+)
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "results" / "quality"
-README = HERE / "README.md"
-SUITES = ("digits", "language", "tables")
+README = Path(__file__).resolve().parent / "README.md"
 PART = re.compile(r"(<!-- results -->\n).*(\n<!-- end of results -->)", re.DOTALL)
 
-GROUPS = ("choice", "held_out")
-GOAL = 1.0  # points above `tsvm`
+METHODS = [method for method, _, _ in TABLE]
+SETTINGS = ("default", "tuned")
+COLUMNS: tuple[tuple[str, Callable[[Sequence[float]], float], int], ...] = (
+    ("accuracy", mean, 1), ("accuracy", min, 1), ("bits", mean, 2)
+)  # fmt: skip
 
-Seed = Record
-Results = dict[str, dict[str, list[Seed]]]  # by suite and group
-Value = Callable[[Seed], float]
-
-
-def load(results: Path = RESULTS) -> Results:
-    """Return for each suite the records of the choice seeds and of the held-out seeds that every suite has."""
-    files = [results / f"{suite}.json" for suite in SUITES]
-    rows = [read_rows(path) if path.exists() else [] for path in files]
-    data = [records_of(found) for found in rows]
-    settings = rows[0][0]["notes"] if rows[0] else {}
-    default = label(rtsvm_defaults())
-    groups = {}
-    for group in GROUPS:
-        groups[group] = [str(seed) for seed in settings.get(f"{group}_seeds", [])
-                         if all(default in found.get(str(seed), {}).get("rtsvm", {}) for found in data)]  # fmt: skip
-    return {
-        suite: {group: [records[seed] for seed in seeds] for group, seeds in groups.items()}
-        for suite, records in zip(SUITES, data, strict=True)
-    }
+Entry = dict[str, list[float]]  # scores by measure, task by task
+Variants = dict[str, str]  # of `rtsvm`: their names in tables, and their labels
 
 
-def complete(results: Results) -> bool:
-    """Whether there are seeds enough for a mean and a spread."""
-    return all(len(seeds) > 1 for groups in results.values() for seeds in groups.values())
-
-
-def merged(name: str, setting: str, measure: str, pick: Callable[[Sequence[float]], float] = mean) -> Value:
-    """A value of a method, or of the variant of `rtsvm` of that label."""
-
-    def value(seed: Seed) -> float:
-        entry = seed["methods"][name] if name in seed["methods"] else seed["rtsvm"][name]
-        return pick(entry[setting][measure])
-
-    return value
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def difference(first: Value, second: Value, seeds: Sequence[Seed]) -> list[float]:
-    return [first(seed) - second(seed) for seed in seeds]
+def gain(values: Sequence[float], digits: int = 1) -> str:
+    """Format a mean difference and its standard error."""
+    return f"{mean(values):+.{digits}f} ± {standard_error(values):.{digits}f}"
 
 
-def pooled(by_suite: Sequence[Sequence[float]]) -> list[float]:
-    return [value for values in by_suite for value in values]
+def row(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
-def signed(values: Sequence[float]) -> str:
-    return f"{mean(values):+.1f} ± {statistics.stdev(values):.1f}"
+def head(cells: Sequence[str]) -> list[str]:
+    return [row(cells), "|---" * len(cells) + "|"]
 
 
-def suite_table(seeds: Sequence[Seed], default: str) -> list[str]:
-    lines = ["| | mean | worst task | tuned: mean | worst task | bits |", "|---|---|---|---|---|---|"]
-    own = [[expert["accuracy"][task] for task, expert in enumerate(seed["experts"])] for seed in seeds]
-    bits = [mean([expert["bits"][task] for task, expert in enumerate(seed["experts"])]) for seed in seeds]
-    base = [seed["base"]["accuracy"] for seed in seeds]
-    for name, scores, cross_entropy in (
-        ("base", base, [mean(seed["base"]["bits"]) for seed in seeds]), ("experts, each on its task", own, bits)
-    ):  # fmt: skip
-        means, worst = spread([mean(values) for values in scores]), spread([min(values) for values in scores])
-        lines.append(f"| {name} | {means} | {worst} | | | {spread(cross_entropy, 2)} |")
-    for name, key in [(f"`{method}`", method) for method, _, _ in TABLE] + [("`rtsvm`", default)]:
-        cells = [spread([merged(key, setting, "accuracy", pick)(seed) for seed in seeds])
-                 for setting in ("default", "tuned") for pick in (mean, min)]  # fmt: skip
-        cells.append(spread([merged(key, "tuned", "bits")(seed) for seed in seeds], 2))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+def references() -> dict[str, Callable[[Record], Entry]]:
+    """Return what the base and the experts score; of an expert, its own task counts."""
+
+    def own(record: Record) -> Entry:
+        return {measure: [expert[measure][task] for task, expert in enumerate(record["experts"])]
+                for measure, _, _ in COLUMNS}  # fmt: skip
+
+    return {"base": lambda record: record["base"], "experts, each on its task": own}
 
 
-def best_of(methods: Sequence[str], setting: str, seeds: Sequence[Seed]) -> str:
-    return max(methods, key=lambda method: mean([merged(method, setting, "accuracy")(seed) for seed in seeds]))
+def merges(setting: str, variants: Variants) -> dict[str, Callable[[Record], Entry]]:
+    """Return what all merges score."""
+    names = {f"`{method}`": method for method in METHODS} | variants
+    return {name: lambda record, key=key: (record["methods"] | record["rtsvm"])[key][setting]
+            for name, key in names.items()}  # fmt: skip
 
 
-def gains(results: Results, default: str, rivals: Sequence[str], setting: str) -> list[list[float]]:
-    """Return by how much `rtsvm` is above one rival per suite, seed by seed: for each suite, then for their mean."""
-    ours = merged(default, setting, "accuracy")
-    by_suite = [
-        difference(ours, merged(rival, setting, "accuracy"), results[suite]["held_out"])
-        for suite, rival in zip(SUITES, rivals, strict=True)
-    ]
-    return [*by_suite, [mean(values) for values in zip(*by_suite, strict=True)]]
+def suite_table(records: Sequence[Record], variants: Variants) -> list[str]:
+    """Scores of all models of one suite."""
 
+    def cells(entry: Callable[[Record], Entry]) -> list[str]:
+        return [spread([pick(entry(record)[measure]) for record in records], digits)
+                for measure, pick, digits in COLUMNS]  # fmt: skip
 
-def rivals(results: Results, setting: str) -> dict[str, list[str]]:
-    """Name whom `rtsvm` is compared with: a label, and one method per suite."""
-    others = [method for method, _, _ in TABLE if method != "tsvm"]
-    best = [best_of(others, setting, results[suite]["held_out"]) for suite in SUITES]
-    whole = best_of(others, setting, [seed for suite in SUITES for seed in results[suite]["held_out"]])
-    return {
-        "`tsvm`": ["tsvm"] * len(SUITES),
-        f"`{whole}`, the best other method on the whole": [whole] * len(SUITES),
-        f"{', '.join(f'`{name}`' for name in best)}, the best other method of each suite": best,
-    }
-
-
-def verdict(results: Results, default: str) -> list[str]:
-    """Differences on the held-out seeds, in words and as a table."""
-    words, lines = (
-        [],
-        [f"| points above | {' | '.join(SUITES)} | mean of the suites | won |", "|---|---|---|---|---|---|"],
-    )
-    for setting in ("default", "tuned"):
-        for name, methods in rivals(results, setting).items():
-            *by_suite, average = gains(results, default, methods, setting)
-            won = sum(value > 0 for value in pooled(by_suite))
-            cells = [signed(values) for values in (*by_suite, average)]
-            lines.append(f"| {name}, {setting} | {' | '.join(cells)} | {won} of {len(pooled(by_suite))} |")
-            if len(set(methods)) == 1:
-                error = statistics.stdev(average) / math.sqrt(len(average))
-                words.append(f"- {name}, {setting}: **{mean(average):+.2f}** points (standard error {error:.2f})" + (
-                    f"; the goal of {GOAL:g} point is {'met' if mean(average) >= GOAL else 'missed'}."
-                    if methods[0] == "tsvm" else "."
-                ))  # fmt: skip
-    count = len(results[SUITES[0]]["held_out"])
-    return [f"The defaults of `rtsvm` (**{default}**) over {count} held-out seeds, on the mean of the suites, against",
-            "", *words, "", *lines]  # fmt: skip
-
-
-def ablation(results: Results, default: str) -> list[str]:
-    """Validation accuracy on the choice seeds, as the difference from TSVM's."""
-    head = f"{' | '.join(SUITES)} | mean"
-    lines = [f"| variant of `rtsvm` | {head} | tuned: {head} |", "|---" * 9 + "|"]
-    for variant in results[SUITES[0]]["choice"][0]["rtsvm"]:
-        cells = []
-        for setting in ("default", "tuned"):
-            gains = [
-                difference(merged(variant, setting, "validation"), merged("tsvm", setting, "validation"),
-                           results[suite]["choice"])
-                for suite in SUITES
-            ]  # fmt: skip
-            cells += [f"{mean(values):+.1f}" for values in gains]
-            cells.append(f"{mean([mean(values) for values in gains]):+.2f}")
-        name = f"**{variant}** (default)" if variant == default else variant
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def choice(results: Results, current: str) -> list[str]:
-    """Apply the rule of README.md to the choice seeds."""
-    variants = list(results[SUITES[0]]["choice"][0]["rtsvm"])
-
-    def above(variant: str, setting: str) -> list[list[float]]:
-        pair = merged(variant, setting, "validation"), merged(current, setting, "validation")
-        return [difference(*pair, results[suite]["choice"]) for suite in SUITES]
-
-    best = max(variants, key=lambda variant: mean(pooled(above(variant, "default"))))
-    by_suite, tuned = above(best, "default"), above(best, "tuned")
-    together = pooled(by_suite)
-    error = statistics.stdev(together) / math.sqrt(len(together))
-    accepted = (
-        best != current
-        and mean(together) > 2 * error
-        and all(mean(values) > 0 for values in by_suite)
-        and mean(pooled(tuned)) > 0
-    )
-    parts = ", ".join(f"{suite} {signed(values)}" for suite, values in zip(SUITES, by_suite, strict=True))
+    default, tuned = (merges(setting, variants) for setting in SETTINGS)
     return [
-        f"Best of {len(variants)} variants by validation accuracy at alpha 1: **{best}**. Points above **{current}**: "
-        f"{parts}; together {mean(together):+.2f}, standard error {error:.2f}; with alpha tuned "
-        f"{mean(pooled(tuned)):+.2f}. The rule {'chooses it' if accepted else 'leaves the defaults as they are'}."
+        *head(["", "mean", "worst task", "bits", "tuned: mean", "worst task", "bits"]),
+        *(row([name, *cells(entry), "", "", ""]) for name, entry in references().items()),
+        *(row([name, *cells(default[name]), *cells(tuned[name])]) for name in default),
     ]
 
 
-def text() -> str:
+def overview(results: Results, variants: Variants) -> list[str]:
+    """Mean accuracy of all models in all suites, at the default and tuned."""
+
+    def cells(entry: Callable[[Record], Entry]) -> list[str]:
+        means = [
+            mean([mean(entry(record)["accuracy"]) for record in groups["held_out"]]) for groups in results.values()
+        ]
+        return [f"{value:.1f}" for value in (*means, mean(means))]
+
+    default, tuned = (merges(setting, variants) for setting in SETTINGS)
+    return [
+        *head(["", *results, "mean"]),
+        *(row([name, *cells(entry)]) for name, entry in references().items()),
+        *(
+            row([name, *map(" / ".join, zip(cells(default[name]), cells(tuned[name]), strict=True))])
+            for name in default
+        ),
+    ]
+
+
+def best_of(setting: str, records: Sequence[Record]) -> str:
+    """Name the best method but `tsvm` and `rtsvm` by test accuracy, which is in its favour."""
+    others = [method for method in METHODS if method != "tsvm"]
+    return max(others, key=lambda method: mean([merged(method, setting, "accuracy")(record) for record in records]))
+
+
+def verdict(results: Results, name: str, key: str) -> list[str]:
+    """Differences of a variant of `rtsvm` from others on the held-out seeds, suite by suite."""
+    held_out = {suite: groups["held_out"] for suite, groups in results.items()}
+    whole = [record for records in held_out.values() for record in records]
+    # Its own setting, the rival's, and the rival.
+    columns = [(ours, theirs, rival) for rival in ("tsvm", "") for ours, theirs in
+               (("default", "default"), ("default", "tuned"), ("tuned", "tuned"))]  # fmt: skip
+    titles = [f"{'tuned' if ours == 'tuned' else 'default'} above {f'`{rival}`' if rival else 'the best other'}"
+              f"{', tuned' if theirs == 'tuned' else ''}" for ours, theirs, rival in columns]  # fmt: skip
+    cells: dict[str, list[str]] = {suite: [] for suite in (*held_out, "mean of the suites")}
+    for ours, theirs, rival in columns:
+
+        def above(other: str, records: Sequence[Record], ours: str = ours, theirs: str = theirs) -> list[float]:
+            return differences(merged(key, ours, "accuracy"), merged(other, theirs, "accuracy"), records)
+
+        for suite, records in held_out.items():
+            other = rival or best_of(theirs, records)
+            cells[suite].append(gain(above(other, records)) + ("" if rival else f" `{other}`"))
+        other = rival or best_of(theirs, whole)
+        average = averages(above(other, records) for records in held_out.values())
+        cells["mean of the suites"].append(gain(average, 2) + ("" if rival else f" `{other}`"))
+    return [f"Points of {name}:", "", *head(["", *titles]), *(row([suite, *found]) for suite, found in cells.items())]
+
+
+def compared(results: Results, suites: Sequence[str], tried: Sequence[Options], settings: Sequence[str]) -> list[str]:
+    """Validation accuracy of variants of `rtsvm` on the choice seeds, as the difference from that of `tsvm`."""
+    default = label(rtsvm_defaults())
+    titles = [f"{'tuned: ' if setting == 'tuned' and column == 0 else ''}{title}"
+              for setting in settings for column, title in enumerate((*suites, "mean"))]  # fmt: skip
+    lines = head(["options of `rtsvm`", *titles])
+    for options in distinct(tried):
+        cells, key = [], label(options)
+        for setting in settings:
+            pair = merged(key, setting, "validation"), merged("tsvm", setting, "validation")
+            means = [mean(differences(*pair, results[suite]["choice"])) for suite in suites]
+            cells += [*(f"{value:+.1f}" for value in means), f"{mean(means):+.2f}"]
+        lines.append(row([f"**{key}** (default)" if key == default else key, *cells]))
+    return lines
+
+
+def judgement(results: Results, candidate: Options | None) -> list[str]:
+    """The choice, and whether the rule accepts it."""
+    if candidate is None or not WEIGHTED:
+        return ["The candidates have not been measured in all choice suites yet."]
+    lines = [f"Best of {len(candidates())} candidates by validation accuracy at alpha 1: **{label(candidate)}**."]
+    if set(results) != set(SUITES) or any(len(groups["held_out"]) < len(HELD_OUT_SEEDS) for groups in results.values()):
+        return [*lines, "It has not been judged in all suites yet."]
+    found = conditions(results, label(candidate))
+    outcome = "makes it the default" if all(met for _, met in found) else "offers it as a preset; the defaults stay"
+    return [*lines, "", *(f"- {words}: **{'met' if met else 'missed'}**" for words, met in found), "",
+            f"The rule {outcome}."]  # fmt: skip
+
+
+def text(records: Records) -> str:
     """Return the generated part of README.md."""
-    results, default = load(), label(rtsvm_defaults())
-    if not complete(results):
-        return "The results are not complete: run `python -m benchmarks.quality.run`."
-    lines = ["### The choice of defaults (choice seeds, validation data)", "", *choice(results, label(START)), ""]
-    lines += ["### The verdict (held-out seeds, test data)", "", *verdict(results, default), ""]
-    for suite in SUITES:
-        seeds = results[suite]["held_out"]
-        lines += [f"### {suite.capitalize()} (held-out seeds, test data)", "", *suite_table(seeds, default), ""]
-    lines += ["### Ablation: points above `tsvm` (choice seeds, validation data)", "", *ablation(results, default)]
-    return "\n".join(lines)
+    results, candidate, default = comparable(records), chosen(records), label(rtsvm_defaults())
+    if not results:
+        return "There are no results: run `python -m benchmarks.quality.run`."
+    variants = {"`rtsvm`": default}
+    if candidate is not None and all(
+        label(candidate) in record["rtsvm"] for groups in results.values() for record in groups["held_out"]
+    ):
+        variants |= {f"`rtsvm`, {label(candidate)}": label(candidate)} if label(candidate) != default else {}
+    missing = [f"`{suite}`" for suite in SUITES if suite not in results]
+    count = len(next(iter(results.values()))["held_out"])
+
+    lines = [f"No results yet: {', '.join(missing)}. Means are over the other suites.", ""] if missing else []
+    lines += ["### The choice of defaults", "", *judgement(results, candidate), ""]
+    if WEIGHTED and candidate is not None:
+        lines += ["Points of the candidates above `tsvm` (choice seeds, validation data, alpha 1):", ""]
+        lines += [*compared(results, CHOICE_SUITES, candidates(), ["default"]), ""]
+    lines += [f"### The verdict ({count} held-out seeds, test data)", ""]
+    for name, key in variants.items():
+        lines += [*verdict(results, name, key), ""]
+    lines += ["### All suites (held-out seeds, test data): mean accuracy, default / tuned", ""]
+    lines += [*overview(results, variants), ""]
+    for suite, groups in results.items():
+        title = f"### {suite.capitalize()} (held-out seeds, test data)"
+        lines += [title, "", *suite_table(groups["held_out"], variants), ""]
+    measured = [suite for suite in READING_SUITES if suite in results]
+    lines += ["### Readings of the paper: points above `tsvm` (choice seeds, validation data)", ""]
+    return "\n".join([*lines, *compared(results, measured, readings(), SETTINGS)])
 
 
 def write() -> None:
-    README.write_text(PART.sub(lambda match: match[1] + text() + match[2], README.read_text()))
+    README.write_text(PART.sub(lambda match: match[1] + text(load()) + match[2], README.read_text()))
 
 
 def main() -> None:
     if "--check" not in sys.argv[1:]:
         write()
-    elif text() not in README.read_text():
+    elif text(load()) not in README.read_text():
         sys.exit("benchmarks/quality/README.md is not that of the results: run python -m benchmarks.quality.table")
 
 

@@ -11,8 +11,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Batch = tuple[Tensor, Tensor]  # inputs, and targets, each a class
+Batch = tuple[Tensor, Tensor]  # inputs, and targets, each a class; suites with their own scores give them a meaning
 StateDict = dict[str, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+IGNORED = -100  # a target that neither the loss nor a score counts
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean over the targets, in nats."""
+    inputs, targets = batch
+    return functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
+
+
+def train(
+    model: nn.Module, batch: Callable[[], Batch], steps: int, peak_rate: float, loss: Loss = cross_entropy
+) -> None:
+    """Train in place; parameters that require no gradient stay as they are."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps)
+    for _ in range(steps):
+        value = loss(model, batch())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def classification(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    """Return the accuracy in %, and the cross entropy in bits per target (per byte, for text)."""
+    inputs, targets = batch
+    hits = (model(inputs).argmax(-1) == targets)[targets != IGNORED]
+    return 100 * hits.double().mean().item(), cross_entropy(model, batch).item() / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -23,11 +53,14 @@ class Suite:
         model: makes an untrained model.
         base_batch: draws a batch for the base.
         task_batches: draw a batch for the expert of each task.
-        validation: for each task, the data on which alpha and density are tuned and defaults are chosen.
+        validation: for each task, the data on which alpha and density are tuned and defaults are chosen. Tasks without
+            an expert, which a merge should keep, come last.
         test: for each task, the data of the tables; disjoint from the others.
         base_steps: of training the base.
         expert_steps: of training each expert.
         peak_rate: of learning, for the base; experts take `expert_rate`.
+        train_expert: trains a copy of the base in place, as `train` does, and keeps the names of its weights.
+        scores: returns accuracy and bits of a model on the data of one task.
         notes: facts that belong to the results, e.g. a digest of the data.
     """
 
@@ -40,27 +73,17 @@ class Suite:
     expert_steps: int
     peak_rate: float
     expert_rate: float
+    train_expert: Callable[[nn.Module, Callable[[], Batch], int, float], None] = train
+    scores: Callable[[nn.Module, Batch], tuple[float, float]] = classification
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one model, task by task: accuracy in %, and cross entropy in bits per target (per byte, for text)."""
+    """Of one model, task by task: accuracy in %, and cross entropy in bits."""
 
     accuracy: list[float]
     bits: list[float]
-
-
-def train(model: nn.Module, batch: Callable[[], Batch], steps: int, peak_rate: float) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps)
-    for _ in range(steps):
-        inputs, targets = batch()
-        loss = functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
 
 
 def train_family(suite: Suite) -> tuple[StateDict, list[StateDict]]:
@@ -70,19 +93,15 @@ def train_family(suite: Suite) -> tuple[StateDict, list[StateDict]]:
     experts = []
     for batch in suite.task_batches.values():
         expert = copy.deepcopy(base)
-        train(expert, batch, suite.expert_steps, suite.expert_rate)
+        suite.train_expert(expert, batch, suite.expert_steps, suite.expert_rate)
         experts.append(expert.state_dict())
     return base.state_dict(), experts
 
 
 @torch.no_grad()
-def score(model: nn.Module, data: Mapping[str, Batch]) -> Scores:
-    accuracy, bits = [], []
-    for inputs, targets in data.values():
-        logits, flat = model(inputs).flatten(0, -2), targets.flatten()
-        accuracy.append(100 * (logits.argmax(1) == flat).double().mean().item())
-        bits.append(functional.cross_entropy(logits, flat).item() / math.log(2))
-    return Scores(accuracy, bits)
+def score(suite: Suite, model: nn.Module, data: Mapping[str, Batch]) -> Scores:
+    accuracy, bits = zip(*(suite.scores(model, batch) for batch in data.values()), strict=True)
+    return Scores(list(accuracy), list(bits))
 
 
 class Attention(nn.Module):
