@@ -125,9 +125,9 @@ def build(seed: int, quick: bool) -> Suite:
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     held_out = {
-        split: {task: pairs(draws[split], task, split, 20 if quick else count) for task in TASKS}
+        split: {task: pairs(draws[split], task, split, 10 if quick else count) for task in TASKS}
         | {"text": getattr(language, split)["prose"]}
-        for split, count in (("validation", 100), ("test", 300))
+        for split, count in (("validation", 40), ("test", 200))
     }
     return replace(
         language,
