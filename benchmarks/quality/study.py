@@ -50,7 +50,9 @@ TABLE: list[tuple[str, Options, tuple[str, Sequence[float]]]] = [
 
 # Where readings and candidates start. Options are spelled out, so that results keep their meaning when defaults change.
 START: Options = {
-    "outlier_weighting": "clip", "outlier_sigma": 3.0, "density": 1.0, "sparsity_eps": 0.1,
+    "outlier_weighting": "clip", "outlier_sigma": 3.0, "outlier_statistic": "magnitude", "outlier_measure": "share",
+    "outlier_exponent": 1.0, "weight_normalization": "mean", "density": 1.0, "pruning": "count", "prune_first": False,
+    "sparsity_eps": 0.1, "sparsity_relative": "mean", "sparsity_scope": "task",
     "rank": "sparsity", "rank_rho": 1.0, "rank_energy": 0.95,
 }  # fmt: skip
 WEIGHTED = "orthogonalization_power" in METHODS["rtsvm"].parameters.model_fields
@@ -59,18 +61,29 @@ if WEIGHTED:
 
 
 def readings() -> list[Options]:
-    """Options of `rtsvm` for what the paper may mean: one ingredient at a time, then weighting, density and rho."""
+    """Options of `rtsvm` for what the paper may mean: one ingredient at a time, then some together.
+
+    Tasks with many outliers are damped and boosted with the same strength.
+    """
     one_at_a_time: dict[str, Sequence[Any]] = {
-        "outlier_weighting": ("none", "damp", "boost"),
+        "outlier_weighting": ("none", "remove", "complement"),
         "outlier_sigma": (1.5, 2.0),
+        "outlier_statistic": ("signed",),
         "density": (0.8, 0.5, 0.2),
+        "pruning": ("threshold",),
         "sparsity_eps": (0.3, 1.0),
+        "sparsity_scope": ("consensus",),
         "rank_rho": (0.0, 2.0, 4.0),
-        "rank": ("noise",),
+        "rank": ("noise", "shared", "sparsity_power"),
     }
     chosen = [START] + [START | {name: value} for name, values in one_at_a_time.items() for value in values]
     chosen += [START | {"rank": "energy", "rank_energy": energy} for energy in (0.5, 0.8)]
-    for weighting, density, rho in product(("none", "damp"), (1.0, 0.8, 0.5), (0.0, 2.0)):
+    chosen.append(START | {"prune_first": True, "density": 0.8})
+    chosen.append(START | {"sparsity_relative": "max", "sparsity_eps": 0.01})
+    for measure, exponent, weighting in product(("share", "mass"), (0.25, 0.5, 1.0), ("damp", "boost")):
+        weights = {"outlier_measure": measure, "outlier_exponent": exponent}
+        chosen.append(START | {"outlier_weighting": weighting} | weights)
+    for weighting, density, rho in product(("none", "complement"), (1.0, 0.8, 0.5), (0.0, 2.0)):
         chosen.append(START | {"outlier_weighting": weighting, "density": density, "rank_rho": rho})
     return chosen
 
