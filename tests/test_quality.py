@@ -1,15 +1,30 @@
 """The quality study runs, continues where it was stopped, and its tables are those of its results."""
 
 import os
+import random
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.quality import suite_dpo, suite_lora
+from benchmarks.quality.analysis import chosen, comparable, conditions, load
 from benchmarks.quality.records import records_of, rows_of
-from benchmarks.quality.study import at_alpha
+from benchmarks.quality.study import (
+    CHOICE_SEEDS,
+    CHOICE_SUITES,
+    HELD_OUT_SEEDS,
+    START,
+    SUITES,
+    at_alpha,
+    candidates,
+    label,
+    variants,
+)
+from benchmarks.quality.training import Transformer, score, train_family
 from r_tsvm_kernels import MergeConfig, merge_state_dicts
 from r_tsvm_kernels.bench import read_rows, write_rows
 
@@ -67,6 +82,120 @@ def test_results_of_other_settings_are_not_continued(quick, tmp_path):
     write_rows(tmp_path / "digits.json", rows)
     done = run("run", "--quick", "--suites", "digits", "--seeds", "0", "--out", str(tmp_path))
     assert done.returncode == 1 and "--restart" in done.stderr
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_is_the_same_again(suite):
+    """The seed draws everything; training moves the weights, and each task has a score."""
+
+    def family():
+        torch.manual_seed(3)
+        made = import_module(f"benchmarks.quality.suite_{suite}").build(3, True)
+        base, experts = train_family(made)
+        return made, base, experts
+
+    (suite, base, experts), (_, base_again, experts_again) = family(), family()
+    for first, second in zip([base, *experts], [base_again, *experts_again], strict=True):
+        assert first.keys() == base.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert len(experts) == len(suite.task_batches) <= len(suite.test)
+    assert all(any(not torch.equal(expert[name], base[name]) for name in base) for expert in experts)
+    model = suite.model()
+    model.load_state_dict(base)
+    assert len(score(suite, model, suite.test).accuracy) == len(suite.test) == len(suite.validation)
+
+
+def test_low_rank_training_changes_linear_layers_by_a_low_rank():
+    suite = suite_lora.build(0, True)
+    model = suite.model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    suite_lora.train_low_rank(model, suite.task_batches["records"], 3, 1e-2)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            update = (after[f"{name}.weight"] - before[f"{name}.weight"]).double()
+            assert 1 <= torch.linalg.matrix_rank(update, rtol=1e-4) <= suite_lora.RANK
+    for name in ("embedding.weight", "norm.weight", "head.bias"):
+        assert torch.equal(after[name], before[name])
+
+
+def test_preference_training_raises_the_preference():
+    torch.manual_seed(0)
+    suite = suite_dpo.build(0, True)
+    model = suite.model()
+    before = {task: suite_dpo.margins(model, suite.validation[task]).mean().item() for task in suite.task_batches}
+    suite_dpo.train_preferences(model, suite.task_batches["refusing"], 10, 3e-3)
+    after = {task: suite_dpo.margins(model, suite.validation[task]).mean().item() for task in suite.task_batches}
+    assert after["refusing"] > before["refusing"] + 1
+
+
+def test_margins_are_differences_of_log_probabilities():
+    """Of the answers alone: the prompt has no part in them, nor what follows the end."""
+    torch.manual_seed(0)
+    model = Transformer(128, suite_dpo.LENGTH, 8, 1, causal=True).double()
+    preferred, other = ("ask ", "yes\n"), ("ask ", "oh no\n")
+    inputs, targets = suite_dpo.encode([preferred, other], answers_only=True)
+
+    def log_probability(prompt, answer):
+        text = torch.tensor(list((prompt + answer).encode()))
+        found = model(text[None, :-1])[0].log_softmax(1)
+        return sum(found[place - 1, text[place]] for place in range(len(prompt), len(text)))
+
+    expected = log_probability(*preferred) - log_probability(*other)
+    torch.testing.assert_close(suite_dpo.margins(model, (inputs[None], targets[None]))[0], expected)
+
+
+def test_questions_of_two_splits_differ():
+    draw = random.Random(0)
+    asked = {split: {suite_dpo.question(draw, kind, split)[0] for kind in ("sum", "mail", "mood") for _ in range(300)}
+             for split in ("training", "validation", "test")}  # fmt: skip
+    assert asked["training"].isdisjoint(asked["validation"]) and asked["test"].isdisjoint(asked["validation"])
+    assert asked["training"].isdisjoint(asked["test"])
+
+
+def made_up(points, rivals=(50.0, 50.0)):
+    """Records of all seeds and suites: candidate i is at `points[i]`, `tsvm` at `rivals`, and seeds differ a little."""
+
+    def entry(default, tuned=0.0):
+        return {name: {"accuracy": [value], "validation": [value]} for name, value in
+                (("default", default), ("tuned", tuned))}  # fmt: skip
+
+    return {
+        suite: {
+            str(seed): {
+                "methods": {"tsvm": entry(*rivals)},
+                "rtsvm": {label(each): entry(value + 0.1 * (seed % 2))
+                          for each, value in zip(candidates(), points, strict=True)},
+            }
+            for seed in (*CHOICE_SEEDS, *HELD_OUT_SEEDS) if suite in CHOICE_SUITES or seed in HELD_OUT_SEEDS
+        }
+        for suite in SUITES
+    }  # fmt: skip
+
+
+def test_the_rule():
+    points = [52.0] + [40.0] * (len(candidates()) - 1)
+    records = made_up(points)
+    assert chosen(records) == START
+
+    def met(records):
+        return [good for _, good in conditions(comparable(records), "start")]
+
+    assert met(records) == [True, True, True]
+    assert met(made_up([51.0, *points[1:]])) == [False, True, True]  # too little
+    assert met(made_up(points, (50.0, 53.0))) == [True, True, False]  # `tsvm` is better if tuned
+    for seed in HELD_OUT_SEEDS:
+        records["vision"][str(seed)]["rtsvm"]["start"]["default"]["accuracy"] = [49.0 + 0.1 * (seed % 2)]
+    assert met(records)[1] is False  # worse in one suite
+    del records["dpo"]["0"]
+    assert chosen(records) is None  # the choice waits for all results
+
+
+def test_held_out_suites_take_no_part_in_the_choice():
+    records = load()
+    assert set(SUITES) - set(CHOICE_SUITES) == {"vision", "sequences"}
+    assert not any(str(seed) in records[suite] for suite in ("vision", "sequences") for seed in CHOICE_SEEDS)
+    assert all(START in variants(suite) for suite in CHOICE_SUITES)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della", "iso_cts", "tsvm", "rtsvm"])
