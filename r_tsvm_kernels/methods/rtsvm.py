@@ -17,7 +17,7 @@ step has several readings, the first one is the default.
    Their scale, by `weight_normalization`: mean: mean(w) = 1; sum: sum(w) = 1.
 3. Pruning, by `pruning`: count: keep the ceil(density * m n) largest magnitudes, set the others to 0;
    threshold: set the small elements of step 4 to 0. With `prune_first`, this precedes step 1, which then measures the
-   pruned matrix, zeros included.
+   pruned matrix, zeros included; the unit u_t of a threshold is then that of the whole matrix.
 4. Sparsity: elements with |D_t| <= eps * u_t (eps: `sparsity_eps`) of the matrix after steps 2 and 3 are small. u_t, by
    `sparsity_relative`: mean: mean(a); max: max(a); absolute: 1; with the a of step 1.
    z_t, by `sparsity_scope`: task: share of the small elements of D_t; consensus: share of the elements that are small

@@ -398,8 +398,9 @@ refresh();
 // --- everything about one tensor
 
 function details(row) {
-  const perTask = { rank: row.ranks, weight: row.weights, sparsity: row.sparsities, "outlier mass": row.outlier_masses,
-    "captured energy": row.captured_energy, "norm of the task vector": row.task_norms };
+  const perTask = { rank: row.ranks, "rank that was asked for": row.ranks_asked, weight: row.weights,
+    sparsity: row.sparsities, "outlier mass": row.outlier_masses, "captured energy": row.captured_energy,
+    "norm of the task vector": row.task_norms };
   const measured = Object.entries(perTask).filter(([, values]) => values && values.length);
   const known = {
     treatment: row.reason ? `${row.treatment}: ${row.reason}` : row.treatment,

@@ -18,9 +18,9 @@ from .summaries import plain
 
 # The fields of each tensor, in this order; page.js uses their names.
 FIELDS = (
-    "name", "kind", "layer", "treatment", "reason", "shape", "dtype", "bytes", "ranks", "sparsities", "outlier_masses",
-    "weights", "parameters", "captured_energy", "interference", "task_norms", "update_norm", "error", "tolerance",
-    "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations", "stages",
+    "name", "kind", "layer", "treatment", "reason", "shape", "dtype", "bytes", "ranks", "ranks_asked", "sparsities",
+    "outlier_masses", "weights", "parameters", "captured_energy", "interference", "task_norms", "update_norm", "error",
+    "tolerance", "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations", "stages",
 )  # fmt: skip
 _CERTIFICATE = ("error", "tolerance", "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations")
 # Digits in the page; the JSON beside it has all of them.

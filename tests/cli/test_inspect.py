@@ -77,6 +77,11 @@ def test_json(inspect, method):
     assert plan["seconds"]["total"] > 0
 
 
+def test_shared_ranks_have_a_limit_of_their_own(inspect):
+    plan = json.loads(inspect("--json", "--method", "rtsvm", "--set", "rank=shared")[1])
+    assert plan["tensors"]["model.layers.0.mlp.weight"]["rank_limit"] == 15  # of 16, one is the other model's
+
+
 def test_time_is_measured_only_when_asked(inspect, monkeypatch):
     monkeypatch.setattr("r_tsvm_kernels.engine.calibrate.estimate_time", None)
     assert json.loads(inspect("--json")[1])["seconds"] is None

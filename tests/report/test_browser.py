@@ -140,7 +140,7 @@ def test_hostile_names_are_text(browser, tmp_path):
 
 def test_a_merge_of_which_little_is_known(browser, tmp_path):
     bare = {"certificate": None, "captured_energy": [], "interference": [], "task_norms": [], "update_norm": None,
-            "ranks": [], "sparsities": [], "outlier_masses": []}  # fmt: skip
+            "ranks": [], "ranks_asked": [], "sparsities": [], "outlier_masses": []}  # fmt: skip
     report = sample_report.report({"w": sample_report.entry(0, shape=(), bytes=2, **bare)})
     file = tmp_path / "bare.html"
     for tensors in (report, sample_report.report({})):
@@ -161,7 +161,7 @@ def test_models_parameters_and_advice(browser, page, tmp_path):
     assert browser.run("$('wide').hidden") is False
     # An element-wise method measures nothing but time; errors that are the same in print have one colour.
     bare = {"certificate": None, "captured_energy": [], "interference": [], "task_norms": [], "update_norm": None,
-            "ranks": [], "sparsities": [], "outlier_masses": [], "parameters": {}}  # fmt: skip
+            "ranks": [], "ranks_asked": [], "sparsities": [], "outlier_masses": [], "parameters": {}}  # fmt: skip
     names = list(sample_report.names(3))
     one = sample_report.entry(0)["certificate"]
     for fields, advice in ((bare, "--norms"), ({"certificate": one | {"error": 2e-3}}, "outside its tolerance")):
