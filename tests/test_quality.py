@@ -19,11 +19,13 @@ from benchmarks.quality.study import (
     HELD_OUT_SEEDS,
     START,
     SUITES,
+    TABLE,
     at_alpha,
     candidates,
     label,
     variants,
 )
+from benchmarks.quality.table import text
 from benchmarks.quality.training import Transformer, score, train_family
 from r_tsvm_kernels import MergeConfig, merge_state_dicts
 from r_tsvm_kernels.bench import read_rows, write_rows
@@ -157,13 +159,16 @@ def made_up(points, rivals=(50.0, 50.0)):
     """Records of all seeds and suites: candidate i is at `points[i]`, `tsvm` at `rivals`, and seeds differ a little."""
 
     def entry(default, tuned=0.0):
-        return {name: {"accuracy": [value], "validation": [value]} for name, value in
+        return {name: {"accuracy": [value], "validation": [value], "bits": [1.0]} for name, value in
                 (("default", default), ("tuned", tuned))}  # fmt: skip
 
     return {
         suite: {
             str(seed): {
-                "methods": {"tsvm": entry(*rivals)},
+                "base": {"accuracy": [10.0], "bits": [4.0]},
+                "experts": [{"accuracy": [90.0], "bits": [0.5]}],
+                "methods": {method: entry(40.0 + place, 41.0 + place) for place, (method, _, _) in enumerate(TABLE)}
+                | {"tsvm": entry(*rivals)},
                 "rtsvm": {label(each): entry(value + 0.1 * (seed % 2))
                           for each, value in zip(candidates(), points, strict=True)},
             }
@@ -189,6 +194,21 @@ def test_the_rule():
     assert met(records)[1] is False  # worse in one suite
     del records["dpo"]["0"]
     assert chosen(records) is None  # the choice waits for all results
+
+
+@pytest.mark.skipif(len(candidates()) < 2, reason="needs options of weighted orthogonalisation")
+def test_the_tables_say_what_the_rule_decides():
+    points = [50.5] * (len(candidates()) - 1) + [52.0]
+    best = label(candidates()[-1])
+    page = text(made_up(points))
+    assert f"Best of 24 candidates by validation accuracy at alpha 1: **{best}**." in page
+    assert page.count("**met**") == 3 and "The rule makes it the default." in page
+    assert f"| {best} | +2.0 | +2.0 | +2.0 | +2.0 | +2.0 | +2.0 | +2.03 |" in page
+    assert f"Points of `rtsvm`, {best}:" in page and "| mean of the suites | +2.04 ± 0.02 |" in page
+    for suite in SUITES:
+        assert f"### {suite.capitalize()} (held-out seeds, test data)" in page
+    page = text(made_up([50.5] * len(candidates())))
+    assert "**missed**" in page and "The rule offers it as a preset; the defaults stay." in page
 
 
 def test_held_out_suites_take_no_part_in_the_choice():

@@ -57,7 +57,7 @@ START: Options = {
 }  # fmt: skip
 WEIGHTED = "orthogonalization_power" in METHODS["rtsvm"].parameters.model_fields
 if WEIGHTED:
-    START |= {"orthogonalization_power": 0.0, "damping": 0.0, "retention": 0.0}
+    START |= {"rank": "auto", "orthogonalization_power": 0.0, "damping": 0.0, "retention": 0.0}
 
 
 def readings() -> list[Options]:
