@@ -56,7 +56,11 @@ def sparsity_rank(shape: tuple[int, int], tasks: int, sparsity: float, rho: floa
         >>> sparsity_rank((512, 128), 3, 0.5, 1.0)
         21
     """
-    return max(1, int(min(min(shape), rank_share(shape, tasks) * _dense_power(shape, sparsity, rho))))
+    try:
+        wanted = rank_share(shape, tasks) * _dense(shape, sparsity, rho) ** rho
+    except OverflowError:
+        wanted = math.inf
+    return max(1, int(min(min(shape), wanted)))
 
 
 def sparsity_power_rank(shape: tuple[int, int], tasks: int, sparsity: float, gamma: float) -> int:
@@ -96,9 +100,10 @@ def shared_ranks(shape: tuple[int, int], sparsities: Sequence[float], rho: float
     tasks, short = len(sparsities), min(shape)
     if tasks > short:
         raise ConfigError(f"{tasks} tasks cannot share {short} directions; each needs one")
-    powers = [_dense_power(shape, sparsity, rho) for sparsity in sparsities]
-    total = sum(powers)
-    shares = [short * power / total if total > 0 else short / tasks for power in powers]
+    dense = [_dense(shape, sparsity, rho) for sparsity in sparsities]
+    largest = max(dense) if rho >= 0 else min(dense)  # power, so that none overflows; 0 if all are 0
+    powers = [(part / largest) ** rho if largest > 0 else 1.0 for part in dense]
+    shares = [short * power / sum(powers) for power in powers]
     ranks = [max(1, int(share)) for share in shares]
     while sum(ranks) < short:
         ranks[max(range(tasks), key=lambda task: shares[task] - ranks[task])] += 1
@@ -107,16 +112,9 @@ def shared_ranks(shape: tuple[int, int], sparsities: Sequence[float], rho: float
     return ranks
 
 
-def _dense_power(shape: tuple[int, int], sparsity: float, rho: float) -> float:
-    """Return ``(1 - z)^rho``; for rho < 0, at least one element counts as not small, so that the power is finite."""
-    dense = 1.0 - sparsity
-    if rho < 0:
-        dense = max(dense, 1 / (shape[0] * shape[1]))
-    try:
-        power: float = dense**rho
-    except OverflowError:
-        power = 1e300  # above any rank
-    return power
+def _dense(shape: tuple[int, int], sparsity: float, rho: float) -> float:
+    """Return ``1 - z``; for rho < 0, at least one element counts as not small, so that the power is finite."""
+    return max(1.0 - sparsity, 1 / (shape[0] * shape[1])) if rho < 0 else 1.0 - sparsity
 
 
 def energy_rank(singular_values: Tensor, energy: float) -> int:

@@ -64,6 +64,7 @@ def test_shared_ranks_by_hand():
     assert shared_ranks((90, 200), [0.5, 0.0, 0.0], -1.0) == [45, 23, 22]  # 22.5 twice
     assert shared_ranks((10, 9), [0.2, 0.2], 2.0) == [5, 4]
     assert shared_ranks((90, 200), [1.0, 0.0], 1.0) == [1, 89]
+    assert shared_ranks((2, 4), [1.0, 0.7], -570.0) == [1, 1] and shared_ranks((9, 4), [1.0, 0.7], -570.0) == [3, 1]
     assert shared_ranks((90, 200), [1.0, 1.0], 1.0) == [45, 45]
     with pytest.raises(ConfigError, match="3 tasks cannot share 2 directions"):
         shared_ranks((2, 9), [0.0] * 3, 1.0)
