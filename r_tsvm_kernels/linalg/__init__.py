@@ -2,7 +2,7 @@
 
 from .arguments import nonzero_support
 from .certificate import Certificate, Mode
-from .factored import Factored, FactoredMerge, Triplets, leading_triplets, merge_factored, weighted_sum
+from .factored import Factored, FactoredMerge, Triplets, factored_gram, leading_triplets, merge_factored, weighted_sum
 from .interference import interference_above_chance, interference_of_bases, interference_of_gram
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .largest_singular_value import spectral_norm
@@ -54,6 +54,7 @@ __all__ = [
     "choose_rank",
     "core_space",
     "energy_rank",
+    "factored_gram",
     "fixed_rank",
     "interference_above_chance",
     "interference_of_bases",

@@ -199,6 +199,21 @@ def weighted_sum(matrices: Sequence[Factored], weights: Sequence[float]) -> Fact
     return Factored(torch.cat(left, dim=1), torch.cat([matrix.right.double() for matrix in matrices]))
 
 
+def factored_gram(matrices: Sequence[Factored]) -> Tensor:
+    """Return the products ``<D_s, D_t>`` of all matrices (T, T) in float64, without forming them.
+
+    Args:
+        matrices: T factored matrices of one shape.
+
+    Examples:
+        >>> factored_gram([Factored(torch.eye(6)[:, :1], torch.eye(4)[:1], scale) for scale in (1.0, -2.0)]).tolist()
+        [[1.0, -2.0], [-2.0, 4.0]]
+    """
+    wide = [(matrix.scale * matrix.left.double(), matrix.right.double()) for matrix in matrices]
+    rows = [[((B.mT @ other_B) * (A @ other_A.mT)).sum() for other_B, other_A in wide] for B, A in wide]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
 @dataclass(frozen=True, repr=False)
 class Triplets:
     """Leading singular triplets of a product, float64.

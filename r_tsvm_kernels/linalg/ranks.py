@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-RankRule = Literal["sparsity", "sparsity_power", "shared", "fixed", "energy", "noise"]
+RankRule = Literal["sparsity", "sparsity_power", "shared", "fixed", "full", "energy", "noise"]
 
 # A whole number, or a function of the singular values: (min(m, n),) float64, falling, in any unit.
 Rank = int | Callable[[Tensor], int]
@@ -198,11 +198,15 @@ def asked_rank(
         return sparsity_power_rank(shape, tasks, sparsity, rho)
     if rule == "fixed":
         return fixed_rank(shape, tasks)
+    if rule == "full":
+        return min(shape)
     if rule == "energy":
         return lambda singular_values: energy_rank(singular_values, energy)
     if rule == "noise":
         return lambda singular_values: noise_rank(singular_values, shape)
-    raise ConfigError(f"rank must be sparsity, sparsity_power, fixed, energy, noise or a positive number, got {rule!r}")
+    raise ConfigError(
+        f"rank must be sparsity, sparsity_power, fixed, full, energy, noise or a positive number, got {rule!r}"
+    )
 
 
 def limited(rank: Rank, limit: int) -> int | LimitedRule:

@@ -157,6 +157,9 @@ class TensorReport:
         seconds: wall time of the computation.
         stages: wall time and CPU time of the thread, in seconds, of ``merge`` (the computation), of its parts
             ``statistics`` and ``spectral`` if the method has them, and of ``read`` and ``write`` in an engine.
+        damping: factor g_t of each task by which `rtsvm` damps tasks that are far from the base.
+        retained: share of each task that weighted orthogonalisation keeps, ``<sum_s M_s, D_t> / norm(D_t)^2``.
+        gain: factor of the update by which `rtsvm` gives back what orthogonalisation took; None if not used.
     """
 
     method: str = ""
@@ -175,6 +178,9 @@ class TensorReport:
     update_norm: float | None = None
     seconds: float = 0.0
     stages: dict[str, list[float]] = field(default_factory=dict)
+    damping: list[float] = field(default_factory=list)
+    retained: list[float] = field(default_factory=list)
+    gain: float | None = None
 
     def __repr__(self) -> str:
         return f"TensorReport({shown(self)}, {self.seconds:.3g} s)"
@@ -255,8 +261,8 @@ def task_matrices(base: Tensor, tuned: Sequence[Tensor | Factored]) -> tuple[lis
 def factored_cost(job: TensorJob, ranks: Sequence[int]) -> Cost:
     """Return the cost of a merge of factored task matrices with these inner dimensions, with the merged matrix."""
     (m, n), inner = job.shape, float(sum(ranks))
-    # The cost of KnOTS, the largest: four times a matrix of that many rows for each task.
-    narrow = 8 * ((8 + 4 * job.tasks) * (m + n) * int(inner) + (16 + 4 * job.tasks) * int(inner) ** 2)
+    # The cost of KnOTS, four times a matrix of that many rows for each task, and of weighted cores.
+    narrow = 8 * ((8 + 4 * job.tasks) * (m + n) * int(inner) + (32 + 6 * job.tasks) * int(inner) ** 2)
     flops = 2.0 * job.elements * inner + 12.0 * (m + n) * inner**2 + 40.0 * inner**3
     return Cost((9 + 7 * job.itemsize) * job.elements + narrow, flops)
 

@@ -26,29 +26,36 @@ step has several readings, the first one is the default.
    sparsity: k_t = floor(r / T * (1 - z_t)^rho); sparsity_power: k_t = floor(r / T * (1 - z_t^rho));
    fixed: k_t = floor(r / T); a whole number: k_t; a number f below 1: k_t = floor(f * r);
    energy: the smallest k_t whose squared singular values hold the share `rank_energy` of their sum;
-   noise: the singular values above the edge of Gavish and Donoho.
-   All these are at least 1 and at most max(1, floor(r / T)).
+   noise: the singular values above the edge of Gavish and Donoho; full: k_t = r.
+   All these are at least 1 and, for q = 0 in step 6, at most max(1, floor(r / T)).
    shared: sum(k) = r and k_t ~ (1 - z_t)^rho, at least 1, with no other limit.
-6. TSV-Merge: U_t and V_t are the k_t leading left and right singular vectors of D_t, ``H_t = U_t^T D_t V_t``, and polar
-   is the orthogonal factor of the polar decomposition::
+   auto: full if q > 0 in step 6, sparsity if q = 0.
+6. Merging, with the w_t of step 2 times the weights of the models. U_t S_t V_t^T is the SVD of D_t with the k_t leading
+   triplets, polar the orthogonal factor of the polar decomposition, n_t = norm(D_t) (Frobenius), q the
+   `orthogonalization_power`::
 
-       W = W_0 + alpha * polar([U_1 .. U_T]) blockdiag(w_1 H_1 .. w_T H_T) polar([V_1 .. V_T])^T
+       [P_1 .. P_T] = polar([U_1 (S_1 / n_1)^q .. U_T (S_T / n_T)^q]),   Q_t from the V_t in the same way
+       M_t = P_t S_t Q_t^T,   W = W_0 + alpha * kappa * sum_t w_t g_t M_t
 
-   with the w_t of step 2 times the weights of the models.
+   q = 0 is TSV-Merge. For rectangles and q > 0 see `linalg.weighted_merge`.
+   Damping c: g_t = 1 / (1 + c * delta * rho_t^2), with rho_t = norm2(D_t) / max(norm2(W_0), max_s norm2(D_s)) (the
+   largest singular values) and delta = 1 - norm(mean_s D_s)^2 / mean_s norm(D_s)^2.
+   Retention p: kappa = x^-p with x = mean_t <sum_s M_s, D_t> / n_t^2, between 1/4 and 1;
+   auto: p = (1 - c)^4 / 2 with the mean cosine c >= 0 of all pairs of D_t.
 
 Source: Yang et al., arXiv 2502.06876; the preprint calls the method R-TSVM, the NeurIPS 2025 paper RESM. Its abstract
 names two ingredients: outlier-aware weighting (steps 1 and 2) and sparsity-adaptive rank selection (steps 4 and 5). We
 could not read its formulas: those of steps 1 to 5, and the defaults, are ours. Step 3 is our addition: the abstract
-reports pruning of redundant components as a finding, not as an ingredient. Step 6 is Gargiulo et al., "Task Singular
-Vectors", CVPR 2025, algorithm 1.
+reports pruning of redundant components as a finding, not as an ingredient. Step 6 with q = 0, c = 0 and p = 0 is
+Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1; q, damping and retention are ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -56,6 +63,7 @@ from ..linalg import Factored, Rank, RankRule, asked_rank, limited, rank_limit, 
 from ..ops import OutlierClipping, add_update, pruned_sparsity, reweight_prune, task_statistics
 from .base import FiniteFloat, MergeResult, MethodParameters, PerModel, TensorReport, register, timed
 from .gram import checked
+from .orthogonalization import merge_weighted_and_report
 from .rtsvm_readings import (
     Normalization,
     OutlierMeasure,
@@ -71,6 +79,17 @@ from .rtsvm_readings import (
 )
 from .spectral_costs import rtsvm_cost
 from .tsvm import TsvmParameters, merge_and_report
+
+# What `preset` sets, unless a recipe sets it itself. ``reconstruction`` is our reading of the paper.
+TSV_MERGE = {"orthogonalization_power": 0.0, "damping": 0.0, "retention": 0.0}
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "weighted": {"outlier_weighting": "none", "rank": "full"}
+    | {"orthogonalization_power": 1.0, "damping": 2.0, "retention": "auto"},
+    "reconstruction": TSV_MERGE | {"outlier_weighting": "clip", "rank": "sparsity"},
+    "tsvm": TSV_MERGE | {"outlier_weighting": "none", "rank": "fixed"},
+}
+Preset = Literal["default", "weighted", "reconstruction", "tsvm"]
 
 # Rules of ranks that look at the sparsities.
 SPARSITY_RULES = {"sparsity", "sparsity_power", "shared"}
@@ -109,15 +128,52 @@ class RtsvmParameters(TsvmParameters):
     )
     rank: PerModel[
         Annotated[
-            RankRule | Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
+            Literal["auto"] | RankRule | Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
             BeforeValidator(_whole),
         ]
     ] = Field(
-        default=("sparsity",),
-        description="sparsity, sparsity_power, shared, fixed, energy, noise, a whole number, or a fraction of r",
+        default=("auto",),
+        description="auto, full, sparsity, sparsity_power, shared, fixed, energy, noise, a number, or a fraction of r",
     )
     rank_rho: FiniteFloat = Field(default=1.0, description="rho: exponent of the rules that use sparsity")
     rank_energy: float = Field(default=0.95, gt=0, le=1, description="eta: energy kept by the energy rule")
+    orthogonalization_power: FiniteFloat = Field(
+        default=0.0, ge=0, description="q: directions weigh (s / norm)^q when orthogonalised; 0 is TSV-Merge"
+    )
+    damping: FiniteFloat = Field(default=0.0, ge=0, description="c: damps tasks that are far from the base")
+    retention: Literal["auto"] | FiniteFloat = Field(
+        default=0.0, description="p: gives back what orthogonalisation took, to this power; auto: by the mean cosine"
+    )
+    preset: Preset = Field(
+        default="default", description="defaults of other parameters: weighted, reconstruction, tsvm or default"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        """Set what the preset sets and the recipe does not."""
+        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
+            return values
+        chosen = dict(PRESETS[values["preset"]])
+        rank = chosen.pop("rank", "auto")
+        filled = {**chosen, **values}
+        if "rank" in values:  # one for each model, "auto" where the recipe sets none
+            given = values["rank"] if isinstance(values["rank"], list | tuple) else [values["rank"]]
+            filled["rank"] = tuple(rank if rule == "auto" else rule for rule in given)
+        else:
+            filled["rank"] = (rank,)
+        return filled
+
+    @property
+    def weighted(self) -> bool:
+        """Whether step 6 is more than TSV-Merge."""
+        return bool(self.orthogonalization_power or self.damping or self.retention)
+
+    @property
+    def rules(self) -> tuple[RankRule | int | float, ...]:
+        """The rules of step 5, `auto` resolved."""
+        automatic: RankRule = "full" if self.orthogonalization_power else "sparsity"
+        return tuple(automatic if rule == "auto" else rule for rule in self.rank)
 
     def for_tensor(self, name: str) -> MethodParameters:
         """Refuse values that contradict each other before tensors are read."""
@@ -135,7 +191,7 @@ class RtsvmParameters(TsvmParameters):
 def keeps_factors(options: RtsvmParameters) -> bool:
     """Whether no step needs single elements of the task matrices, so that products of factors can be used."""
     unchanged = options.outlier_weighting == "none" and options.pruning == "count" and min(options.density) == 1
-    return unchanged and SPARSITY_RULES.isdisjoint(options.rank)
+    return unchanged and SPARSITY_RULES.isdisjoint(options.rules)
 
 
 @register(
@@ -178,12 +234,17 @@ def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Merge
         report.sparsities, report.outlier_masses = sparsities, prepared.outlier_masses
     shape = (base.shape[0], base.shape[1])
     asked = _asked_ranks(options, shape, sparsities)
-    limit = min(shape) if "shared" in options.rank else rank_limit(shape, len(tuned))
+    unlimited = "shared" in options.rank or options.orthogonalization_power > 0
+    limit = min(shape) if unlimited else rank_limit(shape, len(tuned))
     ranks = [limited(rank, limit) for rank in asked]
-    merged = merge_and_report(task_matrices, ranks, options, report)
+    if options.weighted:
+        every = all(rank == min(shape) for rank in ranks)
+        update = merge_weighted_and_report(base, task_matrices, None if every else ranks, options, report)
+    else:
+        update = merge_and_report(task_matrices, ranks, options, report).matrix
     pairs = zip(ranks, asked, strict=True)
     report.ranks_asked = [wanted if isinstance(wanted, int) else getattr(rank, "asked", 0) for rank, wanted in pairs]
-    return MergeResult(add_update(base, merged.matrix, options.alpha), report)
+    return MergeResult(add_update(base, update, options.alpha), report)
 
 
 def prepared_by_kernels(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> Prepared:
@@ -207,5 +268,5 @@ def _asked_ranks(options: RtsvmParameters, shape: tuple[int, int], sparsities: S
     tasks, rho, energy = len(sparsities), options.rank_rho, options.rank_energy
     return [
         asked_rank(rule, shape, tasks, sparsity=sparsity, rho=rho, energy=energy)
-        for rule, sparsity in zip(options.rank, sparsities, strict=True)
+        for rule, sparsity in zip(options.rules, sparsities, strict=True)
     ]

@@ -6,10 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .. import dispatch
-from ..linalg import choose_rank, fixed_rank, tsv_merge_bytes, tsv_merge_flops
+from ..linalg import (
+    choose_rank,
+    fixed_rank,
+    tsv_merge_bytes,
+    tsv_merge_flops,
+    weighted_merge_bytes,
+    weighted_merge_flops,
+)
 from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import kept_count
 from .base import Cost, TensorJob
+from .gram import gram_bytes
 from .rtsvm_readings import needs_torch, prepared_bytes
 
 if TYPE_CHECKING:
@@ -47,8 +55,23 @@ def rtsvm_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
         statistics = (3 * job.itemsize + 28) * job.elements
         pruning = ((job.tasks + 5) * job.itemsize + 2) * job.elements
         preparing = max(statistics, pruning)
-    merging = spectral_cost(job, options, _largest_ranks(job, options))
+    merging = (
+        _weighted_cost(job, options) if options.weighted else spectral_cost(job, options, _largest_ranks(job, options))
+    )
     return Cost(max(preparing, merging.bytes), merging.flops + 40.0 * job.tasks * job.elements)
+
+
+def _weighted_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
+    """Return the cost of step 6 with its task matrices."""
+    shape, limited = (job.shape[0], job.shape[1]), set(options.rules) != {"full"}
+    power, itemsize = options.orthogonalization_power, job.itemsize
+    solving = weighted_merge_bytes(
+        shape, job.tasks, power=power, limited=limited, itemsize=itemsize, workspace=options.workspace
+    )
+    scaling, adding = 3 * itemsize * job.elements, (6 * itemsize + 1) * job.elements  # one after the other
+    held = (job.tasks * itemsize) * job.elements + gram_bytes(job)
+    flops = weighted_merge_flops(shape, job.tasks, power=power, limited=limited)
+    return Cost(held + max(solving, scaling, adding), flops)
 
 
 def _largest_ranks(job: TensorJob, options: RtsvmParameters) -> list[int]:
@@ -57,7 +80,7 @@ def _largest_ranks(job: TensorJob, options: RtsvmParameters) -> list[int]:
     if "shared" in options.rank:
         return [-(-min(shape) // job.tasks)] * job.tasks
     bounds = []
-    for rule, density in zip(options.rank, options.density, strict=True):
+    for rule, density in zip(options.rules, options.density, strict=True):
         # Pruned elements count as small for all values, but not in all readings.
         falling = options.rank_rho >= 0 and not needs_torch(options)
         dropped = 1 - kept_count(density, job.elements) / job.elements if falling else 0.0

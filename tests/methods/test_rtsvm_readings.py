@@ -273,7 +273,7 @@ def test_factors_are_kept_only_where_no_step_needs_elements(options):
     assert not METHODS["rtsvm"].factored(parameters)
     plain = parameters.model_copy(update={"outlier_weighting": "none", "pruning": "count", "density": (1.0,) * 3})
     kept = METHODS["rtsvm"].factored(plain)
-    assert kept == all(rule not in ("sparsity", "sparsity_power", "shared") for rule in plain.rank)
+    assert kept == all(rule not in ("sparsity", "sparsity_power", "shared") for rule in plain.rules)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""Weighted orthogonalisation, damping and retention: step 6 of the formulas at the top of rtsvm.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..linalg import Factored, Rank, factored_gram, spectral_norm, weighted_merge
+from .base import TensorReport, timed
+from .gram import cosines, gram_matrix
+
+if TYPE_CHECKING:
+    from .rtsvm import RtsvmParameters
+
+# Bounds of what a merge retains of its tasks, as retention uses it.
+LEAST_RETAINED = 0.25
+
+
+def task_products(matrices: Sequence[Tensor | Factored]) -> Tensor:
+    """Return the products ``<D_s, D_t>`` of all task matrices, (T, T) float64, CPU."""
+    factors = [matrix for matrix in matrices if isinstance(matrix, Factored)]
+    if len(factors) == len(matrices):
+        return factored_gram(factors).cpu()
+    return gram_matrix([matrix.dense() if isinstance(matrix, Factored) else matrix for matrix in matrices])
+
+
+def damping_factors(
+    gram: Tensor, base: Tensor, matrices: Sequence[Tensor | Factored], damping: float, workspace: int
+) -> list[float]:
+    """Return ``g_t = 1 / (1 + c delta rho_t^2)``, 1 for a zero task matrix.
+
+    ``rho_t = norm_2(D_t) / max(norm_2(W_0), max_s norm_2(D_s))`` is the size of an update relative to the base, and
+    ``delta = 1 - norm(mean D)^2 / mean norm(D)^2`` how much the tasks disagree, 0 if they are equal. Both are over the
+    tasks that are not zero.
+
+    Args:
+        gram: (T, T) the products of the task matrices.
+        base: (m, n) W_0.
+        matrices: T task matrices (m, n).
+        damping: c >= 0.
+        workspace: bytes for copies of matrix rows.
+    """
+    squares = gram.diagonal()
+    live = int((squares > 0).sum())
+    if not damping or live < 2:
+        return [1.0] * len(matrices)
+    disagreement = max(0.0, 1 - float(gram.sum() / live / squares.sum()))
+    norms = [spectral_norm(matrix, workspace=workspace) for matrix in matrices]
+    largest = max(spectral_norm(base, workspace=workspace), *norms)
+    return [1 / (1 + damping * disagreement * (norm / largest) ** 2) for norm in norms]
+
+
+def retention_exponent(gram: Tensor, retention: float | str) -> float:
+    """Return p: `retention`, or ``(1 - c)^4 / 2`` for ``auto``, with the mean cosine c >= 0 of the tasks.
+
+    Task matrices of zeros do not count.
+
+    Examples:
+        >>> retention_exponent(torch.eye(3), "auto"), retention_exponent(torch.ones(2, 2), "auto")
+        (0.5, 0.0)
+    """
+    if not isinstance(retention, str):
+        return retention
+    live = gram.diagonal() > 0
+    pairs = cosines(gram[live][:, live])
+    tasks = len(pairs)
+    if tasks < 2:
+        return 0.0
+    mean = float((pairs.sum() - tasks) / (tasks * (tasks - 1)))
+    return (1 - max(0.0, mean)) ** 4 / 2
+
+
+def merge_weighted_and_report(
+    base: Tensor,
+    matrices: Sequence[Tensor | Factored],
+    ranks: Sequence[Rank] | None,
+    options: RtsvmParameters,
+    report: TensorReport,
+) -> Tensor:
+    """Return ``kappa * sum(w_t g_t M_t)`` with the weights of the report; add what was measured to the report.
+
+    Args:
+        base: (m, n) W_0.
+        matrices: T task matrices (m, n), after reweighting and pruning.
+        ranks: largest ranks; None keeps all directions.
+        options: of the method.
+        report: its weights are those of the tasks.
+    """
+    with timed(report.stages, "spectral"):
+        gram = task_products(matrices)
+        report.damping = damping_factors(gram, base, matrices, options.damping, options.workspace)
+        merged = weighted_merge(
+            matrices,
+            [weight * factor for weight, factor in zip(report.weights, report.damping, strict=True)],
+            power=options.orthogonalization_power,
+            ranks=ranks,
+            mode=options.mode,
+            workspace=options.workspace,
+        )
+        live = [share for share, square in zip(merged.retained, gram.diagonal().tolist(), strict=True) if square]
+        retained = min(max(sum(live) / len(live), LEAST_RETAINED), 1.0) if live else 1.0
+        report.retained, report.gain = list(merged.retained), retained ** -retention_exponent(gram, options.retention)
+    report.ranks, report.certificate = list(merged.ranks), merged.certificate
+    return merged.matrix * report.gain if report.gain != 1 else merged.matrix
