@@ -188,6 +188,10 @@ const MAPS = [
     of: (r) => mean(r.interference), format: number, more: (r) => `left, right ${list(r.interference)}` },
   { title: "Captured energy", note: "share of the squared norm that the ranks keep, mean of the tasks", of: (r) => mean(r.captured_energy),
     format: percent, more: (r) => list(r.captured_energy, percent) },
+  { title: "Retained", note: "share of each task that orthogonalisation keeps, mean of the tasks", of: (r) => mean(r.retained),
+    format: percent, more: (r) => list(r.retained, percent) },
+  { title: "Damping", note: "factor of tasks that are far from the base, mean of the tasks", of: (r) => mean(r.damping),
+    format: number, more: (r) => list(r.damping) },
   { title: "Error estimate", note: "relative, of the merged update; colours are logarithmic", of: (r) => r.error, format: number, logarithmic: true,
     most: true, more: (r) => `${r.route}, tolerance ${number(r.tolerance)}` },
   { title: "Size of the update", note: "norm of the update over the mean norm of the task vectors", format: number,
@@ -400,13 +404,14 @@ refresh();
 function details(row) {
   const perTask = { rank: row.ranks, "rank that was asked for": row.ranks_asked, weight: row.weights,
     sparsity: row.sparsities, "outlier mass": row.outlier_masses, "captured energy": row.captured_energy,
-    "norm of the task vector": row.task_norms };
+    "norm of the task vector": row.task_norms, damping: row.damping, retained: row.retained };
   const measured = Object.entries(perTask).filter(([, values]) => values && values.length);
   const known = {
     treatment: row.reason ? `${row.treatment}: ${row.reason}` : row.treatment,
     "shape, dtype, size": `${row.shape.join(" \u00d7 ") || "scalar"}, ${row.dtype}, ${bytes(row.bytes)}`,
     parameters: Object.entries(row.parameters).map(([name, value]) => `${name} ${list([value].flat(), written)}`).join("\n"),
     "norm of the update": isNumber(row.update_norm) ? number(row.update_norm) : null,
+    "factor for retention": isNumber(row.gain) ? number(row.gain) : null,
     "interference, left and right": row.interference.length ? list(row.interference) : null,
     "error estimate": row.route ? `${number(row.error)}, tolerance ${number(row.tolerance)}` : null,
     solver: row.route,

@@ -21,6 +21,7 @@ FIELDS = (
     "name", "kind", "layer", "treatment", "reason", "shape", "dtype", "bytes", "ranks", "ranks_asked", "sparsities",
     "outlier_masses", "weights", "parameters", "captured_energy", "interference", "task_norms", "update_norm", "error",
     "tolerance", "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations", "stages",
+    "damping", "retained", "gain",
 )  # fmt: skip
 _CERTIFICATE = ("error", "tolerance", "route", "basis_rank", "basis_condition", "gap", "arbitrary", "escalations")
 # Digits in the page; the JSON beside it has all of them.

@@ -250,7 +250,7 @@ def test_a_model_in_one_screen(run, llama, monkeypatch, columns):
     assert notes["model.layers.0-31.self_attn.q_proj"] == "weight 0..1 / 1; alpha 0.5..1; density 1"
     assert notes["model.norm"] == "not a matrix; weight 0 / 1; alpha 0.5"
     common = " ".join(" ".join(lines[2:9]).split())
-    assert "rank sparsity" in common and "outlier_weighting clip" in common
+    assert "rank auto" in common and "outlier_weighting clip" in common
 
 
 def test_every_tensor_on_request(run, llama, monkeypatch):

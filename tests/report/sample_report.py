@@ -23,6 +23,7 @@ def entry(index, shape=(64, 96), models=2, **fields):
         [share / 2] * models, [1.0] * models, [1 - share / 2] * models, certificate, [share, share / 2],
         [0.5] * models, 0.25, 0.01,
         {"read": [0.1, 0.05], "merge": [0.01, 0.01], "spectral": [0.008, 0.008], "write": [0.002, 0.001]},
+        [1 - share / 4] * models, [1 - share / 3] * models, 1 + share / 5,
     )  # fmt: skip
     rest = {
         "parameters": {"alpha": 0.5 + index / 100}, "dtype": "bfloat16", "bytes": 2 * math.prod(shape),

@@ -55,7 +55,7 @@ def test_it_fits(browser, page, tmp_path, size, dark):
     # Wide things scroll inside their own boxes.
     assert browser.run("$('table').scrollWidth > $('table').clientWidth")
     # A map of each quantity and of the parameter with a gradient: 4 kinds by 40 layers, and the head, in many colours.
-    assert browser.run("document.querySelectorAll('.map').length") == 9
+    assert browser.run("document.querySelectorAll('.map').length") == 11
     assert (
         browser.run("[...document.querySelectorAll('.map svg')].map((s) => s.querySelectorAll('rect').length)")
         == [161] * 9
@@ -113,7 +113,7 @@ def test_tens_of_thousands_of_tensors(browser, tmp_path):
     assert browser.run(last) == list(report["tensors"])[-1] and browser.run(LINES) < 60
     search(browser, "layers.99. q_proj")
     assert browser.run(LINES) == 1
-    assert browser.run("document.querySelectorAll('.map rect').length") == 9 * 401
+    assert browser.run("document.querySelectorAll('.map rect').length") == 11 * 401
 
 
 def test_hostile_names_are_text(browser, tmp_path):
