@@ -53,11 +53,9 @@ START: Options = {
     "outlier_weighting": "clip", "outlier_sigma": 3.0, "outlier_statistic": "magnitude", "outlier_measure": "share",
     "outlier_exponent": 1.0, "weight_normalization": "mean", "density": 1.0, "pruning": "count", "prune_first": False,
     "sparsity_eps": 0.1, "sparsity_relative": "mean", "sparsity_scope": "task",
-    "rank": "sparsity", "rank_rho": 1.0, "rank_energy": 0.95,
+    "rank": "auto", "rank_rho": 1.0, "rank_energy": 0.95,
+    "orthogonalization_power": 0.0, "damping": 0.0, "retention": 0.0,
 }  # fmt: skip
-WEIGHTED = "orthogonalization_power" in METHODS["rtsvm"].parameters.model_fields
-if WEIGHTED:
-    START |= {"rank": "auto", "orthogonalization_power": 0.0, "damping": 0.0, "retention": 0.0}
 
 
 def readings() -> list[Options]:
@@ -90,10 +88,9 @@ def readings() -> list[Options]:
 
 def candidates() -> list[Options]:
     """Options of `rtsvm` among which the rule of README.md chooses the defaults."""
-    if not WEIGHTED:
-        return [START]
     return [
-        START | {"orthogonalization_power": power, "damping": damping, "retention": retention}
+        START
+        | {"outlier_weighting": "none", "orthogonalization_power": power, "damping": damping, "retention": retention}
         for power, damping, retention in product((0.0, 0.5, 0.75, 1.0), (0.0, 2.0), (0.0, 0.5, "auto"))
     ]
 

@@ -31,7 +31,6 @@ from benchmarks.quality.study import (
     READING_SUITES,
     SUITES,
     TABLE,
-    WEIGHTED,
     Options,
     candidates,
     distinct,
@@ -171,7 +170,7 @@ def compared(results: Results, suites: Sequence[str], tried: Sequence[Options], 
 
 def judgement(results: Results, candidate: Options | None) -> list[str]:
     """The choice, and whether the rule accepts it."""
-    if candidate is None or not WEIGHTED:
+    if candidate is None:
         return ["The candidates have not been measured in all choice suites yet."]
     lines = [f"Best of {len(candidates())} candidates by validation accuracy at alpha 1: **{label(candidate)}**."]
     if set(results) != set(SUITES) or any(len(groups["held_out"]) < len(HELD_OUT_SEEDS) for groups in results.values()):
@@ -197,7 +196,7 @@ def text(records: Records) -> str:
 
     lines = [f"No results yet: {', '.join(missing)}. Means are over the other suites.", ""] if missing else []
     lines += ["### The choice of defaults", "", *judgement(results, candidate), ""]
-    if WEIGHTED and candidate is not None:
+    if candidate is not None:
         lines += ["Points of the candidates above `tsvm` (choice seeds, validation data, alpha 1):", ""]
         lines += [*compared(results, CHOICE_SUITES, candidates(), ["default"]), ""]
     lines += [f"### The verdict ({count} held-out seeds, test data)", ""]
