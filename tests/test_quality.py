@@ -196,7 +196,6 @@ def test_the_rule():
     assert chosen(records) is None  # the choice waits for all results
 
 
-@pytest.mark.skipif(len(candidates()) < 2, reason="needs options of weighted orthogonalisation")
 def test_the_tables_say_what_the_rule_decides():
     points = [50.5] * (len(candidates()) - 1) + [52.0]
     best = label(candidates()[-1])
