@@ -41,13 +41,21 @@ def comparable(records: Records) -> Results:
 
     A suite counts if it has enough seeds for a spread. Those that are only judged have no choice seeds.
     """
-    name = label(rtsvm_defaults())
+    default = label(rtsvm_defaults())
+
+    def done(suite: str, group: str, seed: int) -> bool:
+        record = records[suite].get(str(seed), {})
+        return bool(record) if group == "choice" else default in record.get("rtsvm", {})
+
     wanted = {"choice": CHOICE_SEEDS, "held_out": HELD_OUT_SEEDS}
     found = {
-        suite: {group: {seed for seed in seeds if name in records[suite].get(str(seed), {}).get("rtsvm", {})}
-                for group, seeds in wanted.items() if group == "held_out" or suite in CHOICE_SUITES}
+        suite: {
+            group: {seed for seed in seeds if done(suite, group, seed)}
+            for group, seeds in wanted.items()
+            if group == "held_out" or suite in CHOICE_SUITES
+        }
         for suite in SUITES
-    }  # fmt: skip
+    }
     found = {suite: groups for suite, groups in found.items() if all(len(seeds) > 1 for seeds in groups.values())}
     shared = {
         group: [seed for seed in seeds if all(seed in groups.get(group, seeds) for groups in found.values())]
