@@ -58,7 +58,7 @@ def test_it_fits(browser, page, tmp_path, size, dark):
     assert browser.run("document.querySelectorAll('.map').length") == 11
     assert (
         browser.run("[...document.querySelectorAll('.map svg')].map((s) => s.querySelectorAll('rect').length)")
-        == [161] * 9
+        == [161] * 11
     )
     colours = "new Set([...document.querySelectorAll('.map rect')].map((r) => getComputedStyle(r).fill)).size"
     assert browser.run(colours) > 20
