@@ -38,35 +38,31 @@ def tsv_merge(deltas, ranks, weights):
     return merge_triplets(parts, weights)
 
 
-def weighted_merge(deltas, weights, power, ranks=None, lead=None):
+def weighted_merge(deltas, weights, power, ranks=None, lead=None, svd=thin_svd, eps=2.0**-23):
     """TSV-Merge with singular vectors scaled by (s / norm)^power; without `lead` both sides whole."""
     if len(deltas[0]) < deltas[0].shape[1]:
-        return weighted_merge([delta.T for delta in deltas], weights, power, ranks, lead).T
+        return weighted_merge([delta.T for delta in deltas], weights, power, ranks, lead, svd, eps).T
     parts = []
     for index, delta in enumerate(deltas):
-        left, values, right = thin_svd(delta)
-        k = (
-            int((values > np.finfo(np.float32).eps * np.linalg.norm(delta)).sum())
-            if power != 1 or ranks
-            else len(values)
-        )
+        left, values, right = svd(delta)
+        k = int((values > eps * np.linalg.norm(delta)).sum()) if power != 1 or ranks else len(values)
         k = min(k, ranks[index]) if ranks else k
         parts.append((left[:, :k], values[:k], right[:k].T, (values[:k] / np.linalg.norm(delta)) ** power))
     ends = np.cumsum([len(values) for _, values, _, _ in parts])[:-1]
     rights = np.hstack([right * scale for _, _, right, scale in parts])
-    Q = np.split(polar(rights), ends, axis=1)
+    Q = np.split(polar(rights, svd), ends, axis=1)
     if lead is None:
-        P = np.split(polar(np.hstack([left * scale for left, _, _, scale in parts])), ends, axis=1)
+        P = np.split(polar(np.hstack([left * scale for left, _, _, scale in parts]), svd), ends, axis=1)
         return sum(w * (p * part[1]) @ q.T for w, p, q, part in zip(weights, P, Q, parts, strict=True))
-    axes, values, _ = thin_svd(rights)
-    kept = values > 1e-6 * values[0]
-    inverse = (axes[:, kept] / values[kept] ** 2) @ axes[:, kept].T
-    P = polar(np.hstack([left[:, :lead] * scale[:lead] for left, _, _, scale in parts]))
+    axes, values, _ = svd(rights)
+    kept = values > 1e-6 * values[:1].sum()
+    root = (axes[:, kept] / values[kept]) @ axes[:, kept].T  # applied to Q, not its square to V: that loses digits
+    P = polar(np.hstack([left[:, :lead] * scale[:lead] for left, _, _, scale in parts]), svd)
     P = np.split(P, np.cumsum([min(lead, len(values)) for _, values, _, _ in parts])[:-1], axis=1)
     merged = 0
-    for w, p, q, (left, values, right, scale) in zip(weights, P, Q, parts, strict=True):
+    for w, p, q, (left, values, _, scale) in zip(weights, P, Q, parts, strict=True):
         k = p.shape[1]
-        tail = (left[:, k:] * values[k:] * scale[k:] ** 2) @ right[:, k:].T @ inverse
+        tail = (left[:, k:] * values[k:] * scale[k:]) @ q[:, k:].T @ root
         merged = merged + w * ((p * values[:k]) @ q[:, :k].T + tail)
     return merged
 

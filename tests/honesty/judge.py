@@ -23,6 +23,7 @@ from r_tsvm_kernels.linalg import (
     truncated_svd,
     tsv_merge,
     tsv_merge_layers,
+    weighted_merge,
 )
 
 from . import truth
@@ -224,6 +225,26 @@ def judge_tsv_merge(problem: Problem, mode: str, solver: str, layers: bool = Fal
     return compared(name, problem.label, got.matrix.double().numpy(), list(map(exact, SVDS)), got.certificate, size)
 
 
+def judge_weighted(problem: Problem, mode: str, rng: np.random.Generator) -> Verdict:
+    """`weighted_merge`: the merged matrix."""
+    tasks, kind = doubles(problem.matrices), single(problem.matrices[0])
+    power = float(rng.choice([1.0, 1.0, 0.0, 0.5, 0.75, 1.5]))
+    chosen = [rank for rank in problem.ranks if isinstance(rank, int)]
+    ranks = chosen if len(chosen) == len(tasks) and rng.random() < 0.3 else None
+    got = weighted_merge(problem.matrices, problem.weights, power=power, ranks=ranks, mode=mode)
+    label = f"{problem.label}, power {power:g}, {'these' if ranks else 'all'} ranks"
+
+    def exact(svd: Svd) -> np.ndarray:
+        return truth.weighted_merge(tasks, problem.weights, power, ranks, kind, svd)
+
+    if got.certificate.arbitrary:  # its choice cannot be seen from outside
+        found = Verdict("weighted_merge", label, "arbitrary", route=got.certificate.route)
+        return replace(found, needless=needless(exact, got.certificate))
+    size = float(np.sqrt(sum((w * np.linalg.norm(D)) ** 2 for w, D in zip(problem.weights, tasks, strict=True))))
+    truths = [exact(svd) for svd in SVDS]
+    return compared("weighted_merge", label, got.matrix.double().numpy(), truths, got.certificate, size)
+
+
 def _size(parts: Sequence[Triplets], weights: Sequence[float]) -> float:
     return float(
         np.sqrt(sum((weight * part.S) @ (weight * part.S) for weight, part in zip(weights, parts, strict=True)))
@@ -368,12 +389,14 @@ def judges(rng: np.random.Generator) -> Callable[[Problem], Verdict]:
     """Draw a function to judge, its mode and its solver."""
     mode = "exact" if rng.random() < 0.8 else "fast"
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.12:
         return lambda problem: judge_subspaces(problem, mode)
-    if kind < 0.25:
+    if kind < 0.2:
         return lambda problem: judge_subspaces(problem, mode, svd=True)
-    if kind < 0.5:
+    if kind < 0.38:
         return lambda problem: judge_tsv_merge(problem, mode, "eigen")
+    if kind < 0.5:
+        return lambda problem: judge_weighted(problem, mode, rng)
     if kind < 0.6:
         layers = rng.random() < 0.3
         return lambda problem: judge_tsv_merge(problem, mode, "products", layers)

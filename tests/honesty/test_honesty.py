@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from r_tsvm_kernels.errors import ConvergenceError
-from r_tsvm_kernels.linalg import BACKWARD_ERROR, Cut, eigenspaces
+from r_tsvm_kernels.linalg import BACKWARD_ERROR, Cut, eigenspaces, weighted_eigen
 from r_tsvm_kernels.linalg.products import merge as products_merge
 from r_tsvm_kernels.linalg.products.turning import interpret
 
 from .inputs import problem
-from .judge import Verdict, judge_subspaces, judge_tsv_merge, judged, sizes
+from .judge import Verdict, judge_subspaces, judge_tsv_merge, judge_weighted, judged, sizes
 
 CALLS = 40
 # Every batch takes as long; the others are left to `make test-all`.
@@ -41,7 +41,7 @@ def test_no_certificate_is_dishonest(batch):
 
 
 # Estimates that were once thought enough, or that leave something out: the judge must find each of them out.
-HONEST = Cut.error
+HONEST, CERTIFICATE = Cut.error, weighted_eigen._certificate
 
 
 def nothing(cut, allowed=0.0, **_):
@@ -68,6 +68,10 @@ def steady(numbers, k, widths, dominance):
     return replace(interpret(numbers, k, widths, dominance), turned=0.0, sensitivity=[0.0] * len(widths))
 
 
+def flat(tasks, roots, sides, cuts, fixed, tolerance):
+    return CERTIFICATE(tasks, roots, sides, [], 1e-12, tolerance)
+
+
 def subspaces(problem):
     return judge_subspaces(problem, "exact")
 
@@ -80,6 +84,10 @@ def products(problem):
     return judge_tsv_merge(problem, "exact", "products")
 
 
+def weighted(problem):
+    return judge_weighted(problem, "exact", np.random.default_rng(0))
+
+
 MUTATIONS = {
     "no estimate": (Cut, "error", nothing, eigen),
     "no estimate of subspaces": (Cut, "error", nothing, subspaces),
@@ -89,6 +97,7 @@ MUTATIONS = {
     "amplification left out": (Cut, "error", not_amplified, eigen),
     "left directions as right ones": (Cut, "error", as_right_ones, subspaces),
     "choices kept silent": (Cut, "error", silent, eigen),
+    "weighted: no estimate": (weighted_eigen, "_certificate", flat, weighted),
     "products: turning left out": (products_merge, "interpret", steady, products),
 }
 

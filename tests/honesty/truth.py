@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from oracle import merge_triplets as tsv_merge
 from oracle import polar, thin_svd
+from oracle import weighted_merge as weighted_triplets
 
-from r_tsvm_kernels.linalg import Rank
+from r_tsvm_kernels.linalg import Rank, long_side_is_whole
 
 EPS = 2.0**-53
 # Norm of what `blurred` adds, in units of eps times the norm of the matrix.
@@ -119,3 +120,29 @@ def core_space(deltas: Sequence[np.ndarray], weights: Sequence[float], single: b
     rank = int(min(sum(ranks), m, n) * (1 / len(kept)))
     parts = [leading(deltas[index], min(rank, ranks[index]), single, svd) for index in kept]
     return tsv_merge(parts, [weights[index] for index in kept], svd)
+
+
+def weighted_merge(
+    tasks: Sequence[np.ndarray],
+    weights: Sequence[float],
+    power: float,
+    ranks: Sequence[int] | None,
+    single: bool,
+    svd: Svd,
+) -> np.ndarray:
+    """Merge by weighted orthogonalisation; tasks, rows and columns of zeros take no part."""
+    merged, support = np.zeros_like(tasks[0]), np.any([task != 0 for task in tasks], axis=0)
+    rows, columns = support.any(1), support.any(0)
+    live = [index for index, task in enumerate(tasks) if task.any()]
+    if not live:
+        return merged
+    parts = [tasks[index][np.ix_(rows, columns)] for index in live]
+    own, shape = [weights[index] for index in live], parts[0].shape
+    if len(live) == 1 and ranks is None:
+        update = own[0] * parts[0]
+    else:
+        lead = None if long_side_is_whole(shape, len(live)) else -(-min(shape) // len(live))
+        eps = np.finfo(np.float32).eps if single else 2.0**-46
+        update = weighted_triplets(parts, own, power, ranks and [ranks[index] for index in live], lead, svd, eps)
+    merged[np.ix_(rows, columns)] = update
+    return merged

@@ -13,6 +13,7 @@ import r_tsvm_kernels.linalg as linalg
 
 merging = import_module("r_tsvm_kernels.linalg.weighted_eigen")
 solving = import_module("r_tsvm_kernels.linalg.leading_right_vectors")
+roots = import_module("r_tsvm_kernels.linalg.weighted_tasks")
 solve = solving._solve
 
 def spoiled_solve(matrix, rank, mode, route):  # every route to a task's subspace is given up but the last
@@ -36,7 +37,7 @@ def run(shape, tasks, spoil, options):
     with ExitStack() as stack:
         if spoil == "all":
             stack.enter_context(patch.object(solving, "_solve", spoiled_solve))
-            stack.enter_context(patch.object(merging, "root_of_gram", spoiled_root))
+            stack.enter_context(patch.object(roots, "root_of_gram", spoiled_root))
         start()
         linalg.weighted_merge(matrices, weights, **options)
         return growth()
