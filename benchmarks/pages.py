@@ -39,6 +39,10 @@ SPEED = (
             "FusionBench's function has one rank, r // T; our smaller ranks are compared with it too, because adaptive "
             "ranks replace that run. Errors are relative to float64 SVDs.",
             split=("series",), picture="plots/growth.svg"),
+    Section("weighted.json", "Weighted orthogonalisation", "python -m benchmarks.weighted",
+            "The preset `weighted` of `rtsvm` (the whole method) and `weighted_merge` alone, against our TSV-Merge and "
+            "FusionBench's function, in turns. Errors are relative to float64 SVDs; `condition` is that of each task "
+            "matrix, `power` is q.", split=("spectrum",)),
     Section("mergekit_cli.json", "mergekit's commands on our kernels",
             "python -m benchmarks.peers.compare_mergekit_cli",
             "`rtsvm mergekit yaml` against `mergekit-yaml`, whole commands. `checked` is the largest error of an "
