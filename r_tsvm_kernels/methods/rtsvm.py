@@ -80,8 +80,8 @@ from .rtsvm_readings import (
 from .spectral_costs import rtsvm_cost
 from .tsvm import TsvmParameters, merge_and_report
 
-# What `preset` sets, unless a recipe sets it itself. ``reconstruction`` is our reading of the paper; ``weighted`` is what
-# the rule of benchmarks/quality/README.md offers.
+# What `preset` sets, unless a recipe sets it itself. ``reconstruction`` is our reading of the paper; ``weighted`` is
+# what benchmarks/quality/README.md offers.
 TSV_MERGE = {"orthogonalization_power": 0.0, "damping": 0.0, "retention": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
