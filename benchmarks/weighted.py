@@ -1,6 +1,6 @@
 """Time and judge weighted orthogonalisation: `weighted_merge` and the preset `weighted` of `rtsvm`.
 
-    python -m benchmarks.weighted [--sizes 1024 1536 2048] [--tasks 3 8] [--rounds 5] [--peer-python PATH] [--json FILE]
+    python -m benchmarks.weighted [--largest 2048] [--rounds 5] [--peer-python PATH] [--json FILE]
 
 * time: the whole method (`merge_tensors` with the preset), `weighted_merge` alone, our TSV-Merge and FusionBench's
   function, in turns, on the same matrices: squares, and one rectangle of the shape of an MLP. Singular values are
@@ -30,7 +30,8 @@ from r_tsvm_kernels.linalg import fixed_rank, long_side_is_whole, tsv_merge, wei
 from tests import oracle
 from tests.spectra import spectrum
 
-RECTANGLE = (2048, 5632)
+# Shape, number of tasks, and the most rounds.
+TIMED = [((1024, 1024), 3, 5), ((1024, 1024), 8, 5), ((2048, 2048), 3, 5), ((2048, 5632), 3, 3)]
 POWERS, CONDITIONS, SHAPES = (0.0, 0.5, 0.75, 1.0), (1e1, 1e2, 1e3, 1e4), ((192, 192), (480, 192))
 
 
@@ -48,8 +49,7 @@ def times(peer: FusionBench | None, shape: tuple[int, int], tasks: int, rounds: 
     rank, turns = fixed_rank(shape, tasks), Turns()
     sides: dict[str, Callable[[], object]] = {
         "rtsvm, weighted": lambda: merge_tensors(base, tuned, "rtsvm", preset="weighted"),
-        "weighted_merge, q = 0.75": lambda: weighted_merge(matrices, weights, power=0.75),
-        "weighted_merge, q = 1": lambda: weighted_merge(matrices, weights),
+        "weighted_merge": lambda: weighted_merge(matrices, weights),
         "tsv_merge": lambda: tsv_merge(matrices, rank, weights),
     }
     if peer:
@@ -61,9 +61,7 @@ def times(peer: FusionBench | None, shape: tuple[int, int], tasks: int, rounds: 
             turns.add(name, timed(run))
     case: dict[str, Any] = {"shape": shape, "dtype": "float32", "options": {"spectrum": "power 0.5", "tasks": tasks}}
     rivals = ["tsv_merge", *([PEER] if peer else [])]
-    return turns.rows(
-        "weighted_merge", rivals, ["rtsvm, weighted", "weighted_merge, q = 0.75", "weighted_merge, q = 1"], **case
-    )
+    return turns.rows("weighted_merge", rivals, ["rtsvm, weighted", "weighted_merge"], **case)
 
 
 def with_condition(condition: float, shape: tuple[int, int], seed: int) -> Tensor:
@@ -97,16 +95,14 @@ def measure(peer: FusionBench | None, args: Namespace) -> Iterator[list[Row]]:
         for condition in CONDITIONS:
             for power in POWERS:
                 yield accuracy(shape, condition, power)
-    for shape in [*((n, n) for n in args.sizes), *([RECTANGLE] if args.rectangle else [])]:
-        for tasks in args.tasks:
-            yield times(peer, shape, tasks, args.rounds)
+    for shape, tasks, most in TIMED:
+        size = (min(shape[0], args.largest), min(shape[1], args.largest * shape[1] // shape[0]))
+        yield times(peer, size, tasks, min(args.rounds, most))
 
 
 def main() -> int:
     program = Program(__doc__, "weighted.json", rounds=5)
-    program.parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 1536, 2048])
-    program.parser.add_argument("--tasks", type=int, nargs="+", default=[3, 8])
-    program.parser.add_argument("--no-rectangle", dest="rectangle", action="store_false", help="squares only")
+    program.parser.add_argument("--largest", type=int, default=2048, help="most rows (%(default)s)")
     program.parser.add_argument("--peer-python", type=Path, help="Python of FusionBench's environment")
     args = program.arguments()
     results = Results(args.json, ("numpy", "safetensors"), replace=True)

@@ -37,6 +37,7 @@ from benchmarks.quality.study import (
     Options,
     distinct,
     label,
+    preset,
     rtsvm_defaults,
     run_seed,
     variants,
@@ -53,10 +54,10 @@ def settings(suite: str, quick: bool) -> dict[str, Any]:
     return as_json
 
 
-def run(suite: str, seed: int, tried: Sequence[Options], quick: bool) -> tuple[str, int, Record]:
+def run(suite: str, seed: int, tried: Sequence[Options], quick: bool, known: Record | None) -> tuple[str, int, Record]:
     torch.set_num_threads(1)
     build = import_module(f"benchmarks.quality.suite_{suite}").build
-    return suite, seed, run_seed(build, seed, tried, seed in CHOICE_SEEDS, quick)
+    return suite, seed, run_seed(build, seed, tried, seed in CHOICE_SEEDS, quick, known)
 
 
 def load(path: Path, suite: str, quick: bool) -> dict[str, Record] | None:
@@ -99,7 +100,8 @@ def main() -> None:
             (suite, seed, tried) for suite, seed, tried in jobs
             if not {label(each) for each in tried} <= results[suite].get(str(seed), {}).get("rtsvm", {}).keys()
         ]  # fmt: skip
-        for job in as_completed([pool.submit(run, *job, options.quick) for job in missing]):
+        submitted = [pool.submit(run, *job, options.quick, results[job[0]].get(str(job[1]))) for job in missing]
+        for job in as_completed(submitted):
             suite, seed, record = job.result()
             results[suite][str(seed)] = record
             save(files[suite], suite, results[suite], options.quick)
@@ -110,7 +112,7 @@ def main() -> None:
         jobs = [(suite, seed) for seed in options.seeds for suite in options.suites]
         compute(pool, [(suite, seed, variants(suite, options.quick)) for suite, seed in jobs
                        if seed in CHOICE_SEEDS and suite in CHOICE_SUITES])  # fmt: skip
-        judged = distinct([START, rtsvm_defaults(), chosen(results) or START])
+        judged = distinct([START, rtsvm_defaults(), chosen(results) or START, preset()])
         compute(pool, [(suite, seed, judged) for suite, seed in jobs if seed not in CHOICE_SEEDS])
     if options.out == RESULTS:
         table.write()

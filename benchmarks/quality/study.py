@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.quality.training import Batch, Scores, StateDict, Suite, score, train_family
 from r_tsvm_kernels import MergeConfig, merge_state_dicts
 from r_tsvm_kernels.methods import METHODS
+from r_tsvm_kernels.methods.rtsvm import PRESETS
 
 # Defaults are chosen on the choice seeds of the choice suites, and judged on the held-out seeds of all suites. To save
 # time, readings of the paper are compared on some suites only.
@@ -93,6 +94,11 @@ def candidates() -> list[Options]:
         | {"outlier_weighting": "none", "orthogonalization_power": power, "damping": damping, "retention": retention}
         for power, damping, retention in product((0.0, 0.5, 0.75, 1.0), (0.0, 2.0), (0.0, 0.5, "auto"))
     ]
+
+
+def preset() -> Options:
+    """Return what `preset: weighted` of `rtsvm` sets, in the form of `variants`."""
+    return START | {name: value for name, value in PRESETS["weighted"].items() if name != "rank"}
 
 
 def variants(suite: str, quick: bool = False) -> list[Options]:
@@ -178,7 +184,12 @@ def tune(
 
 
 def run_seed(
-    build: Callable[[int, bool], Suite], seed: int, tried: Sequence[Options], choosing: bool, quick: bool
+    build: Callable[[int, bool], Suite],
+    seed: int,
+    tried: Sequence[Options],
+    choosing: bool,
+    quick: bool,
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train one family of models, merge it, and return all that is measured.
 
@@ -189,6 +200,7 @@ def run_seed(
         choosing: compare those with `tsvm` on validation data, and test nothing; otherwise test every method at its
             defaults, and tuned.
         quick: train a few steps.
+        known: an earlier result, to which options that it lacks are added.
     """
     start = time.process_time()
     torch.manual_seed(seed)
@@ -200,8 +212,8 @@ def run_seed(
         "train_seconds": round(time.process_time() - start, 1),
         "methods": {},
         "rtsvm": {},
-    }
-    if not choosing:
+    } | dict(known or {})
+    if not choosing and not known:
         record |= {"base": judge.test(base), "experts": [judge.test(expert) for expert in experts]}
 
     def merger(method: str) -> Callable[[Options], StateDict]:
@@ -209,14 +221,15 @@ def run_seed(
         return lambda options: merge_state_dicts(base, experts, MergeConfig(method, **options, **seeded)).state_dict
 
     for method, options, (name, values) in TABLE:
-        if choosing and method != "tsvm":
+        if known or (choosing and method != "tsvm"):
             continue
         tuned = [options] + [options | {name: value} for value in values if options[name] != value]
         scalable = "alpha" in METHODS[method].parameters.model_fields
         record["methods"][method] = tune(judge, base, merger(method), tuned, scalable=scalable, test=not choosing)
     for options in tried:
-        record["rtsvm"][label(options)] = tune(
-            judge, base, merger("rtsvm"), [options], scalable=True, test=not choosing
-        )
-    record["seconds"] = round(time.process_time() - start, 1)
+        if label(options) not in record["rtsvm"]:
+            record["rtsvm"][label(options)] = tune(
+                judge, base, merger("rtsvm"), [options], scalable=True, test=not choosing
+            )
+    record["seconds"] = round(record.get("seconds", 0.0) + time.process_time() - start, 1)
     return record

@@ -36,6 +36,7 @@ from benchmarks.quality.study import (
     distinct,
     label,
     mean,
+    preset,
     readings,
     rtsvm_defaults,
 )
@@ -186,11 +187,11 @@ def text(records: Records) -> str:
     results, candidate, default = comparable(records), chosen(records), label(rtsvm_defaults())
     if not results:
         return "There are no results: run `python -m benchmarks.quality.run`."
-    variants = {"`rtsvm`": default}
-    if candidate is not None and all(
-        label(candidate) in record["rtsvm"] for groups in results.values() for record in groups["held_out"]
-    ):
-        variants |= {f"`rtsvm`, {label(candidate)}": label(candidate)} if label(candidate) != default else {}
+    named = {default: "`rtsvm`", label(preset()): "`rtsvm`, `preset: weighted`"}
+    if candidate is not None:
+        named = {label(candidate): f"`rtsvm`, {label(candidate)}"} | named
+    held_out = [record for groups in results.values() for record in groups["held_out"]]
+    variants = {name: key for key, name in named.items() if all(key in record["rtsvm"] for record in held_out)}
     missing = [f"`{suite}`" for suite in SUITES if suite not in results]
     count = len(next(iter(results.values()))["held_out"])
 

@@ -72,7 +72,7 @@ def test_presets():
     def merged(**options):
         return merge_tensors(base, tuned, "rtsvm", **options).weight
 
-    weighted = {"outlier_weighting": "none", "orthogonalization_power": 0.75, "damping": 2.0, "retention": "auto"}
+    weighted = {"outlier_weighting": "none", "orthogonalization_power": 1.0, "damping": 2.0, "retention": "auto"}
     assert torch.equal(merged(preset="weighted"), merged(**weighted, rank="full"))
     assert torch.equal(merged(preset="weighted", damping=0.0), merged(**weighted | {"damping": 0.0}))
     reconstruction = {"outlier_weighting": "clip", "rank": "sparsity", "orthogonalization_power": 0.0}
