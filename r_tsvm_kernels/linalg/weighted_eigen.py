@@ -167,9 +167,10 @@ def _hybrid(
 ) -> WeightedSum:
     """Orthogonalise the `lead` first directions on both sides, the others on the short side: see the top."""
     n, device = tasks[0].matrix.shape[1], target.device
+    grams = [] if exact else [task.short_gram() for task in tasks]
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)
-    for task in () if exact else tasks:
-        gram += task.short_gram()
+    for own in grams:
+        gram += own
     right = Root.of(gram, lambda: (task.right_basis() for task in tasks), exact)
     del gram
     R = right.inverse.matrix.bulk
@@ -180,7 +181,7 @@ def _hybrid(
     for task, block in zip(tasks, images.blocks, strict=True):
         assert task.vectors is not None
         count = block.stop - block.start
-        V, short = task.vectors.V[:, :count], task.short_times(R, exact)
+        V, short = task.vectors.V[:, :count], task.squared_basis_times(R) if exact else grams.pop(0) @ R
         onto = V.mT @ short
         heads.append(task.values[:count, None] ** (1 - task.power) * onto)
         rest = short.sub_(V @ onto)

@@ -68,10 +68,8 @@ class Task:
         add_gram(total, self.right_basis())
         return total
 
-    def short_times(self, R: Tensor, exact: bool) -> Tensor:
-        """Return ``F_t R`` (n, n); if `exact`, without squaring the singular values of D_t."""
-        if not exact:
-            return self.short_gram() @ R
+    def squared_basis_times(self, R: Tensor) -> Tensor:
+        """Return ``F_t R`` (n, n) without forming F_t, which would square the singular values of D_t."""
         basis = self.matrix.triangular_factor().div_(self.norm) if self.complete else self.right_basis()
         return basis.mT @ (basis @ R)
 
