@@ -18,6 +18,7 @@ from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.errors import CheckpointError, ConfigError, QuantisedRefusedError
 from r_tsvm_kernels.integrations import fusion_bench as integration
 from r_tsvm_kernels.methods import METHODS
+from r_tsvm_kernels.methods.rtsvm import PRESETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # FusionBench and lightning warn about many things of their own
 ABSENT = importlib.util.find_spec("fusion_bench") is None
@@ -179,7 +180,8 @@ def test_the_configurations_show_every_parameter_with_its_default():
         config = yaml.safe_load(path.read_text())
         schema = METHODS[config["merge_method"]].parameters
         assert path.name == f"{config['merge_method']}.yaml"
-        assert config["parameters"].keys() == schema.model_fields.keys() - {"int8_mask"}  # which changes nothing
+        left_out = {"int8_mask", *(PRESETS["weighted"] if "preset" in schema.model_fields else ())}
+        assert config["parameters"].keys() == schema.model_fields.keys() - left_out  # int8_mask changes nothing
         assert schema(**config["parameters"]) == schema()
         assert config["_target_"] == f"{integration.__name__}.MergeAlgorithm"
 
