@@ -192,16 +192,31 @@ def base_or_first(base: Any, tuned: Sequence[Any], config: MergeConfig) -> Any:
     return tuned[0]
 
 
-def check_same_names(base: Mapping[str, object], other: Mapping[str, object], label: str) -> None:
-    """Raise `CheckpointError` unless `other` has exactly the tensors of `base`."""
-    missing, extra = sorted(base.keys() - other.keys()), sorted(other.keys() - base.keys())
+def is_excluded(config: MergeConfig, name: str) -> bool:
+    """Whether a tensor takes no part in a merge because of the patterns of the config."""
+    return _matches(name, config.exclude) or bool(config.include and not _matches(name, config.include))
+
+
+def check_same_names(
+    base: Mapping[str, object], other: Mapping[str, object], label: str, config: MergeConfig
+) -> list[str]:
+    """Check that `other` has the tensors of `base`, apart from excluded ones; return those that only `other` has.
+
+    Raises:
+        CheckpointError: it lacks a tensor, or has one more.
+    """
+    beside = sorted(other.keys() - base.keys())
+    missing = [name for name in sorted(base.keys() - other.keys()) if not is_excluded(config, name)]
+    extra = [name for name in beside if not is_excluded(config, name)]
     if missing or extra:
         parts = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                  for kind, names in (("missing", missing), ("extra", extra)) if names]  # fmt: skip
         raise CheckpointError(
             f"{label}: its tensors are not the base's: {' and '.join(parts)}; "
-            "all models must be fine-tunes of the same base, with the same layers"
+            "all models must be fine-tunes of the same base, with the same layers. Tensors that differ on purpose can "
+            "be excluded (--exclude PATTERN): they keep the base's value"
         )
+    return beside
 
 
 def treatment(

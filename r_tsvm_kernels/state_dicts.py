@@ -80,7 +80,8 @@ def merge_state_dicts(
     Args:
         base: state dict, as of ``model.state_dict()`` or ``dict(model.named_parameters())``, or a module, whose state
             dict is taken; None for a method that needs no base (`linear`, `karcher`).
-        tuned: T state dicts or modules with the same names and shapes.
+        tuned: T state dicts or modules with the same names and shapes. Tensors that the config excludes keep the base's
+            value: they may be missing or have another shape, and those that the base lacks are dropped.
         config: name of a method, or a `MergeConfig`. If it lists models, there must be T.
         out_dtype: dtype of the floating-point tensors of the result, as in `merge_tensors`.
         parameters: parameters of the method, and other fields of `MergeConfig` such as ``exclude``, if `config` is a
@@ -111,8 +112,8 @@ def merge_state_dicts(
     refuse_quantised("base", start)
     for index, state_dict in enumerate(models):
         refuse_quantised(f"tuned[{index}]", state_dict)
-        check_same_names(start, state_dict, f"tuned[{index}]")
-    config.check_patterns(start)
+        check_same_names(start, state_dict, f"tuned[{index}]", config)
+    config.check_patterns({name for state_dict in (start, *models) for name in state_dict})
     if config.base_joins:
         config, models = config.with_base_listed(), [*models, start]
     positions, tied = layer_positions(start), tied_names(start, models)
@@ -130,9 +131,8 @@ def merge_state_dicts(
             reason = reports[original].reason or f"tied to {original}"
             reports[name] = replace(reports[original], reason=reason, seconds=0.0, stages={})
             continue
-        result = merge_tensors(
-            tensor, [state_dict[name] for state_dict in models], config, name=name, position=positions[name]
-        )
+        own = [state_dict.get(name, tensor) for state_dict in models]  # only excluded ones may be missing
+        result = merge_tensors(tensor, own, config, name=name, position=positions[name])
         merged[name], reports[name] = result.weight, result.report
     found = StateDictResult({name: merged[name] for name in start}, {name: reports[name] for name in start})
     _LOG.info("merged %s in %.3g s", summary(found.reports), math.fsum(report.seconds for report in reports.values()))

@@ -51,13 +51,17 @@ def tied_names(base: Mapping[str, Tensor], tuned: Sequence[Mapping[str, Tensor]]
         if tensor.dtype not in FLOAT_DTYPES or tensor.numel() == 0:
             continue
         alike = originals.setdefault(_sample(tensor), [])
-        found = (other for other in alike if all(is_copy(x[other], x[name]) for x in (base, *tuned)))
+        found = (other for other in alike if all(_is_copy_in(x, other, name) for x in (base, *tuned)))
         original = next(found, None)
         if original is None:
             alike.append(name)
         else:
             copies[name] = original
     return copies
+
+
+def _is_copy_in(tensors: Mapping[str, Tensor], other: str, name: str) -> bool:
+    return other in tensors and name in tensors and is_copy(tensors[other], tensors[name])
 
 
 def _sample(tensor: Tensor) -> Hashable:

@@ -79,7 +79,9 @@ def find_original(checkpoint: Checkpoint, name: str, among: Iterable[str]) -> st
 
 def seem_equal(checkpoint: Checkpoint, name: str, original: str) -> bool:
     """Whether two tensors have the same dtype, shape and values; of large tensors two rows are compared."""
-    header, other = checkpoint.tensors[name], checkpoint.tensors[original]
+    header, other = checkpoint.tensors.get(name), checkpoint.tensors.get(original)
+    if header is None or other is None:
+        return False
     if (header.shape, header.dtype) != (other.shape, other.dtype) or header.dtype not in FLOAT_DTYPES:
         return False
     middle = header.shape[0] // 2 if header.shape else 0

@@ -95,6 +95,7 @@ def _as_dict(
             for file in plan.input_files()
         ],
         "shards": plan.shards,
+        "dropped": {str(path): list(names) for path, names in plan.beside.items()},
         "schedule": {
             "device": device,
             "workers": chosen.workers,
@@ -218,6 +219,11 @@ def _summary(facts: dict[str, Any]) -> list[str]:
         f"write: {format_size(facts['bytes_written'])} to {_counted(len(facts['shards']), 'file')}",
         f"memory: at most {format_size(limits['peak_host_bytes'])} with {_counted(limits['workers'], 'thread')}; "
         f"--memory can be as low as {format_size(limits['smallest_host_bytes'])}",
+    ]
+    lines += [
+        f"dropped: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} of {path}; the base lacks "
+        f"{'it' if len(names) == 1 else f'these {len(names)} tensors'}"
+        for path, names in facts["dropped"].items()
     ]
     if limits["peak_device_bytes"]:
         lines.append(

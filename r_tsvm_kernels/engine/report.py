@@ -57,6 +57,7 @@ def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
         "device": str(job.device),
         "kernels": software(job.device)["kernels"],
         **run,
+        "dropped": {str(path): list(names) for path, names in plan.beside.items()},
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "stages": time_per_stage(tensors),

@@ -205,7 +205,9 @@ def check_tables(plan: MergePlan) -> None:
         if tensor.treatment.kind != "base" or not must_agree(own, excluded=tensor.treatment.excluded):
             continue
         for checkpoint in others:
-            header = checkpoint.tensors[name]
+            header = checkpoint.tensors.get(name)
+            if header is None:  # an excluded one may be missing
+                continue
             if header.shape != own.shape or not all(
                 same_values(plan.base.load(name, rows=rows), checkpoint.load(name, rows=rows)) for rows in _pieces(own)
             ):

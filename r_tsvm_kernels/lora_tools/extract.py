@@ -107,8 +107,11 @@ def extract_lora(
             beside = "of a module beside the one that an adapter belongs to" if plan.base.module(name).prefix else ""
             reason = beside or _not_expressible(tensor, embed_lora, tied)
             if reason:
-                squares = (float(piece.square().sum()) for _, piece in _task_vector(plan, name, torch.float64))
-                output.left_out[name] = LeftOut(reason, math.sqrt(sum(squares)))
+                norm = 0.0
+                if _comparable(plan, name):
+                    squares = (float(piece.square().sum()) for _, piece in _task_vector(plan, name, torch.float64))
+                    norm = math.sqrt(sum(squares))
+                output.left_out[name] = LeftOut(reason, norm)
                 if tensor.treatment.kind != "base" and not math.isfinite(output.left_out[name].norm):
                     raise _not_finite(name)
             else:
@@ -179,6 +182,13 @@ def _not_finite(name: str) -> NonFiniteError:
         f"{name}: a model holds NaN or infinity there, or the two differ by more than their dtype holds; "
         "repair the checkpoint or exclude the tensor"
     )
+
+
+def _comparable(plan: MergePlan, name: str) -> bool:
+    """Whether both models have the tensor, in one shape; an excluded one may differ."""
+    shape = plan.tensors[name].spec.shape
+    headers = [model.tensors.get(name) for model in plan.inputs if isinstance(model, Checkpoint)]
+    return all(header is not None and header.shape == shape for header in headers)
 
 
 def _task_vector(plan: MergePlan, name: str, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

@@ -54,7 +54,7 @@ class LeftOut:
 
     Attributes:
         reason: why it is left out.
-        norm: Frobenius norm of its change; 0.0 if it did not change.
+        norm: Frobenius norm of its change; 0.0 if it did not change, or is excluded and cannot be compared.
     """
 
     reason: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -116,6 +116,7 @@ class MergePlan:
         shards: maps file names, with the folder of their module, to tensor names in writing order.
         copies: tensors that are neither read nor written because they are tied to others; compared when the merge
             starts.
+        beside: by model, the excluded tensors that it has and the base lacks; the output has none of them.
     """
 
     base: Checkpoint
@@ -124,6 +125,7 @@ class MergePlan:
     tensors: dict[str, TensorPlan]
     shards: dict[str, list[str]]
     copies: tuple[Copy, ...]
+    beside: dict[Path, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> tuple[Checkpoint | Adapter, ...]:

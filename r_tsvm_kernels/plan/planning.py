@@ -20,7 +20,7 @@ from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, QuantisedRefusedError, ShapeError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
-from ..merge import Treatment, check_options, check_same_names, stored_dtype, treatment
+from ..merge import Treatment, check_options, check_same_names, is_excluded, stored_dtype, treatment
 from ..ops._checks import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
 from .inputs import open_inputs, sources
@@ -53,7 +53,7 @@ def make_plan(
     base, tuned, config = opened.base, opened.tuned, opened.config
     inputs = sources(base, tuned)
     checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
-    config.check_patterns(base.tensors)
+    config.check_patterns({name for checkpoint in checkpoints for name in checkpoint.tensors})
     if config.tokenizer_source is not None:
         check_same_vocabulary(base, checkpoints[1:])
     if config.num_layers is not None and config.num_layers != (layers := count_layers(base.tensors)):
@@ -64,11 +64,14 @@ def make_plan(
     copies = settle_copies(base, checkpoints[1:])
     dropped = {(copy.checkpoint, copy.name) for copy in copies if copy.dropped}
     names = {name: header for name, header in base.tensors.items() if (base, name) not in dropped}
+    beside: dict[Path, tuple[str, ...]] = {}
     for checkpoint in checkpoints[1:]:
         others = {n: header for n, header in checkpoint.tensors.items() if (checkpoint, n) not in dropped}
-        check_same_names(names, others, str(checkpoint.path))
+        if extra := check_same_names(names, others, str(checkpoint.path), config):
+            beside[checkpoint.path] = tuple(extra)
         for name, header in names.items():
-            _check_header(name, header.shape, others[name].shape, checkpoint.path)
+            if not is_excluded(config, name):
+                _check_header(name, header.shape, others[name].shape, checkpoint.path)
     adapted = [model for model in tuned if isinstance(model, AdaptedModel)]
     for model in adapted:
         if changed := [name for name in model.modules if (model.base, name) in dropped]:
@@ -106,7 +109,7 @@ def make_plan(
         )
         for name in names
     }
-    plan = MergePlan(base, tuned, config, tensors, shards, copies)
+    plan = MergePlan(base, tuned, config, tensors, shards, copies, beside)
     for name, tensor in tensors.items():
         if tensor.treatment.kind != "base":
             check_options(tensor.options, plan.accumulation(tensor), name)
@@ -132,7 +135,9 @@ def _shards(base: Checkpoint, specs: dict[str, TensorSpec], shard_bytes: int, st
 
 def _check_header(name: str, expected: tuple[int, ...], got: tuple[int, ...], path: Path) -> None:
     if expected != got:
-        hint = "; was its vocabulary resized?" if expected[1:] == got[1:] and len(expected) == 2 else ""
+        resized = expected[1:] == got[1:] and len(expected) == 2
+        hint = "; was its vocabulary resized?" if resized else ";"
+        hint += f" --exclude '{name}' keeps the base's value"
         raise ShapeError(f"{path}: {name} has shape {got}, the base has {expected}{hint}")
 
 

@@ -43,8 +43,8 @@ TENSOR = {
 }  # fmt: skip
 PLAN = {
     "method": str, "base": str, "models": list, "bytes_read": int, "bytes_written": int, "flops": float,
-    "input_files": list, "shards": dict, "schedule": dict, "seconds": (dict, type(None)), "groups": list,
-    "tensors": dict, "kinds": dict, "kernels": dict, "parameters": dict, "model_parameters": list,
+    "input_files": list, "shards": dict, "dropped": dict, "schedule": dict, "seconds": (dict, type(None)),
+    "groups": list, "tensors": dict, "kinds": dict, "kernels": dict, "parameters": dict, "model_parameters": list,
 }  # fmt: skip
 SCHEDULE = {
     "device": str, "workers": int, "read_bytes": int, "work_bytes": int, "peak_host_bytes": int,

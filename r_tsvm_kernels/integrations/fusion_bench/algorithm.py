@@ -99,7 +99,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         refuse_quantised("the pretrained model", start)
         for name, tensors in zip(names, tuned, strict=True):
             refuse_quantised(name, tensors)
-            check_same_names(dict.fromkeys(start), dict.fromkeys(tensors), name)  # keys() of a lazy one is not a set
+            # keys() of a lazy one is not a set
+            check_same_names(dict.fromkeys(start), dict.fromkeys(tensors), name, config)
 
         device, positions, self.reports = self.fabric.device, layer_positions(start), {}
         merged: dict[str, Tensor] = {}
@@ -110,10 +111,9 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
             if tensor.numel() and place in written:  # tied to a tensor that was merged before
                 _check_tied(name, written[place], dict(zip(names, tuned, strict=True)))
                 continue
-            result = merge_tensors(
-                tensor.to(device), [tensors[name].to(device) for tensors in tuned], config,
-                name=name, position=positions[name],
-            )  # fmt: skip
+            # Only excluded tensors may be missing. A lazy state dict has no get().
+            own = [(tensors[name] if name in tensors else tensor).to(device) for tensors in tuned]  # noqa: SIM401
+            result = merge_tensors(tensor.to(device), own, config, name=name, position=positions[name])
             INSTALLATION.count(config.merge_method)
             self.reports[name] = result.report
             if isinstance(base, LazyStateDict):
