@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -114,3 +118,12 @@ def test_a_wrong_estimate_is_found_out(name):
             if found.outcome == "dishonest":
                 return
     pytest.fail("the judge found nothing")
+
+
+@pytest.mark.exhaustive
+def test_the_program_of_make_fuzz(tmp_path):
+    root, file = Path(__file__).resolve().parents[2], tmp_path / "honesty.json"
+    command = [sys.executable, "-m", "benchmarks.honesty", "--minutes", "0.1", "--processes", "1", "--json", str(file)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row["metric"] for row in json.loads(file.read_text())["rows"]} >= {"calls", "judged", "dishonest"}

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from oracle import merge_triplets as tsv_merge
-from oracle import polar, thin_svd
-from oracle import weighted_merge as weighted_triplets
 
 from r_tsvm_kernels.linalg import Rank, long_side_is_whole
+from tests.oracle import merge_triplets as tsv_merge
+from tests.oracle import polar, thin_svd
+from tests.oracle import weighted_merge as weighted_triplets
 
 EPS = 2.0**-53
 # Norm of what `blurred` adds, in units of eps times the norm of the matrix.
