@@ -15,21 +15,22 @@ from .factored import Factored, leading_triplets
 from .on_device import gaussian
 from .tall_matrix import WORKSPACE, TallMatrix
 
-# Columns of a block, and the most blocks. With fewer columns than this the Gram matrix is decomposed.
-BLOCK, BLOCKS, SMALL = 8, 16, 128
+# Columns of a block, and the most blocks. Up to SMALL columns of the matrix, its Gram matrix is decomposed.
+BLOCK, BLOCKS, SMALL = 8, 16, 256
 
 
 def spectral_norm(matrix: Tensor | Factored, *, rtol: float = 1e-3, workspace: int = WORKSPACE) -> float:
-    """Estimate the largest singular value from below.
+    """Estimate the largest singular value from below, up to rounding.
 
-    The eigenvalue of ``D^T D`` in a Krylov space of random vectors grows until its residual is below `rtol`. The space
-    then holds an exact singular value this close; that it is not the largest is possible, but very unlikely for vectors
-    drawn at random (Musco and Musco, "Randomized Block Krylov Methods", 2015, theorem 1). Takes a few products of the
-    matrix with 8 vectors, in float32 (float64 for float64).
+    The largest eigenvalue of ``D^T D`` in a Krylov space of random vectors grows. The search ends when its residual is
+    below `rtol`: an exact singular value is then this close. That it is not the largest is possible, but very unlikely
+    for vectors drawn at random (Musco and Musco, "Randomized Block Krylov Methods", 2015, theorem 1). If the residual
+    is larger in 128 dimensions still, the value found there is returned. Takes a few products of the matrix with 8
+    vectors, in float32 (float64 for float64).
 
     Args:
         matrix: (m, n), float64, float32, float16 or bfloat16, finite; or a `Factored` matrix, whose value is exact.
-        rtol: relative residual of the eigenvalue; the singular value is accurate to half of it.
+        rtol: relative residual of the eigenvalue; a singular value is within half of it.
         workspace: bytes for copies of matrix rows.
 
     Returns:
@@ -80,7 +81,6 @@ def _largest_eigenvalue(matrix: TallMatrix, rtol: float) -> float:
         value, y = float(values[-1]), vectors[:, -1:]
         if float(torch.linalg.vector_norm(images @ y - value * (basis @ y))) <= rtol * value:
             break
-        for _ in range(2):  # once more, against rounding
-            image = image - basis @ (basis.mT @ image)
-        block = torch.linalg.qr(image).Q
+        # Of all columns together: of a matrix of low rank, nothing but rounding is left of the image beside the basis.
+        block = torch.linalg.qr(torch.cat([basis, image], dim=1)).Q[:, -BLOCK:]
     return value

@@ -4,8 +4,8 @@
 ``A_t = D_t / n_t``, and ``F_t = V diag((s / n_t)^(2 q)) V^T``; for q = 1 that is ``A_t^T A_t``, which needs no SVD. The
 Gram matrix of the short side is ``R = sum_t F_t``. The long side is treated in one of two ways:
 
-- `Whole`: with ``L = sum_t U diag((s / n_t)^(2 q)) U^T``, ``M_t = n_t L^(-1/2) A_t F_t R^(-1/2)``.
-- `Hybrid`: the k leading directions of each task are orthogonalised on both sides, the others on the short side alone.
+- `_whole`: with ``L = sum_t U diag((s / n_t)^(2 q)) U^T``, ``M_t = n_t L^(-1/2) A_t F_t R^(-1/2)``.
+- `_hybrid`: the k leading directions of each task are orthogonalised on both sides, the others on the short side alone.
   With ``Y_t = U_k diag((s_k / n_t)^q)``, ``X_t = diag((s_k / n_t)^(1 - q)) V_k^T F_t`` and
   ``P = [P_1 .. P_T] = polar([Y_1 .. Y_T])``::
 
@@ -72,7 +72,7 @@ def merge_weighted(
         target: (m, n), a view of the caller's result.
         power: q.
         ranks: largest number of directions of each task; None for all.
-        lead: k of `Hybrid`; None for `Whole`.
+        lead: k of `_hybrid`; None for `_whole`.
         mode: ``exact`` or ``fast``.
 
     Raises:
@@ -236,7 +236,7 @@ def _hybrid(
 
 @dataclass(frozen=True)
 class _Products:
-    """The last products of `Hybrid`.
+    """The last products of `_hybrid`.
 
     Attributes:
         tasks: T tasks.

@@ -74,8 +74,8 @@ def weighted_merge(
         [P_1 .. P_T] = polar([U_1 diag((s_1 / n_1)^q) .. U_T diag((s_T / n_T)^q)]),   Q_t in the same way from V_t
         M_t = P_t diag(s_t) Q_t^T,   merged = sum_t w_t M_t
 
-    With q = 0 and ranks ``min(m, n) // T`` this is TSV-Merge (Gargiulo et al., CVPR 2025, algorithm 1). With q = 1 and
-    all ranks it needs no SVD of any task: ``M_t = L^(-1/2) (D_t D_t^T D_t / n_t^2) R^(-1/2)`` with
+    With q = 0 and ranks ``min(m, n) // T`` this is TSV-Merge (Gargiulo et al., CVPR 2025, algorithm 1). With q = 1,
+    all ranks and both sides whole it needs no SVD of any task: ``M_t = L^(-1/2) (D_t D_t^T D_t / n_t^2) R^(-1/2)`` with
     ``L = sum_t D_t D_t^T / n_t^2`` and ``R = sum_t D_t^T D_t / n_t^2``. The weighting is our own extension.
 
     The polar factor of the long side of a rectangle would be larger than all other decompositions. Unless
@@ -83,9 +83,9 @@ def weighted_merge(
     sides, and the others on the short side alone. For D_t with m >= n, leading vectors V_k and
     ``F_t = V_t diag((s_t / n_t)^(2 q)) V_t^T`` these add ``D_t (I - V_k V_k^T) F_t R^-1`` to M_t.
 
-    One task, or equal ones, give the task matrix back; tasks in different rows and columns are kept as they are. A zero
-    matrix changes nothing. Rows and columns in which every task matrix is zero stay exactly zero. Singular values of
-    the concatenated vectors up to 1e-6 of the largest count as zero, see `polar`.
+    Without limits of the ranks, one task, or equal ones, give the task matrix back, and tasks in different rows and
+    columns are kept as they are. A zero matrix changes nothing. Rows and columns in which every task matrix is zero
+    stay exactly zero. Singular values of the concatenated vectors up to 1e-6 of the largest count as zero, see `polar`.
 
     Args:
         task_matrices: T matrices (m, n), as a list or a tensor (T, m, n); float32 or float64, finite, on one device. Or

@@ -14,7 +14,7 @@ from .gram import cosines, gram_matrix
 if TYPE_CHECKING:
     from .rtsvm import RtsvmParameters
 
-# Bounds of what a merge retains of its tasks, as retention uses it.
+# The least that retention counts as retained.
 LEAST_RETAINED = 0.25
 
 

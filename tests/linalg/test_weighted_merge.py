@@ -247,6 +247,20 @@ def test_spectral_norm(kind, shape):
     assert spectral_norm(half) == pytest.approx(float(torch.linalg.matrix_norm(half.double(), 2)), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [1, 3, 8, 12])
+def test_spectral_norm_of_low_rank(rank, dtype):
+    """The Krylov space has fewer dimensions than vectors."""
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in (600, 400))
+    matrix = (left @ right.mT).to(dtype)
+    expected = float(torch.linalg.matrix_norm(matrix.double(), 2))
+    assert spectral_norm(matrix) == pytest.approx(expected, rel=1e-6)
+    two = torch.zeros(300, 300, dtype=dtype)
+    two[5, 7], two[8, 9] = 3, 2.999
+    assert spectral_norm(two) == pytest.approx(3, rel=1e-6)
+
+
 def test_spectral_norm_of_products_and_nothing():
     factor = Factored(torch.randn(30, 3), torch.randn(3, 20), 0.5)
     assert spectral_norm(factor) == pytest.approx(float(torch.linalg.matrix_norm(factor.dense().double(), 2)), rel=1e-6)

@@ -124,6 +124,7 @@ print(json.dumps(found))
 """
 
 
+# Only Linux has /proc, from which the peak memory of the process is read.
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_memory_of_the_readings_of_rtsvm_stays_below_what_is_declared():
     own = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...config import MergeConfig, ModelEntry
 from ...errors import CheckpointError, ConfigError
-from ...merge import check_same_names, merge_tensors
+from ...merge import check_same_names, is_excluded, merge_tensors
 from ...methods import TensorReport, nearest
 from ...parameters import layer_positions
 from ...quantised import refuse_quantised
@@ -109,7 +109,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
             tensor = start[name]
             place = tensor.device, tensor.data_ptr(), tuple(tensor.shape)
             if tensor.numel() and place in written:  # tied to a tensor that was merged before
-                _check_tied(name, written[place], dict(zip(names, tuned, strict=True)))
+                if not is_excluded(config, name):
+                    _check_tied(name, written[place], dict(zip(names, tuned, strict=True)))
                 continue
             # Only excluded tensors may be missing. A lazy state dict has no get().
             own = [(tensors[name] if name in tensors else tensor).to(device) for tensors in tuned]  # noqa: SIM401
