@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,16 @@ def test_every_public_name_is_there():
 def test_every_public_name_is_documented():
     for name in r_tsvm_kernels.__all__:
         assert getattr(r_tsvm_kernels, name).__doc__, name
+
+
+def test_every_program_of_benchmarks_starts():
+    """Imported from the root of the repository as `python -m` does, without the paths that pytest adds."""
+    root = Path(__file__).resolve().parents[1]
+    hosts = {"check_peft", "compare_peft", "fusion_bench_clip", "fusion_bench_tsvm"}  # run in environments of peers
+    files = [file for file in sorted((root / "benchmarks").rglob("*.py")) if file.stem not in {"__init__", *hosts}]
+    names = [".".join(file.relative_to(root).with_suffix("").parts) for file in files]
+    code = f"from importlib import import_module\nfor name in {names}: import_module(name)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert len(names) > 25
+    assert done.returncode == 0, done.stderr
