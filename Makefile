@@ -6,11 +6,13 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
-# Python compiles what it imports: it need not compile everything that is installed. The CUDA module is built for the GPU
-# at hand. Without one nothing could run it; tests compile its sources.
+# The CUDA module is built for the GPU at hand. Without one nothing could run it; tests compile its sources.
 GPU = $(shell nvidia-smi -L 2>/dev/null)
 BUILD = PYTHONWARNINGS=ignore CUDAARCHS=$(or $(CUDAARCHS),native) RTSVM_BUILD_CUDA=$(or $(RTSVM_BUILD_CUDA),$(if $(GPU),auto,off))
+# Python compiles what it imports and keeps that: nothing else need be compiled. If it must not keep it, every process
+# compiles torch anew, which takes seconds and 60 MB.
 INSTALL = $(BUILD) $(PIP) install -q --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all test-sanitized test-integrations bench fuzz lint dev docs dist clean
 

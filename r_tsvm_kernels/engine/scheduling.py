@@ -20,7 +20,7 @@ from ..sizes import format_size
 _LOG = logging.getLogger(__name__)
 
 # Python, torch and this package; and for each worker its stack, BLAS buffers and memory that malloc retains: measured,
-# rounded up.
+# rounded up. Where Python keeps no bytecode, it compiles torch in each process, which takes about 60 MB more.
 PROGRAM_BYTES, WORKER_BYTES = 288 << 20, 32 << 20
 
 # Elements of a row tile. Larger tiles were no faster on a CPU, and malloc retains a multiple of them; a GPU needs more.
