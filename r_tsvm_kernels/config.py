@@ -12,10 +12,12 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from .errors import ConfigError
+from .experts import is_router
 from .files import read_regular
 from .methods import METHODS, Method, MethodParameters, Strict, did_you_mean, get_method, nearest
 from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
+from .recipe_forms import has_names, is_note, with_models, with_tokenizer_source
 from .safe_yaml import load_yaml
 from .text import dtype_name, shortened
 
@@ -34,6 +36,7 @@ _Name = Literal["float64", "float32", "float16", "bfloat16"]
 DTypeName = Annotated[_Name, BeforeValidator(_plain_dtype)]
 DTYPES = get_args(_Name)
 TokenizerSource = Literal["base", "union"]
+RouterChoice = Literal["merge", "base", "mean"]
 
 MAX_RECIPE_BYTES = 1_000_000
 
@@ -98,6 +101,8 @@ class MergeConfig(Strict):
             `torch.dtype` or its name.
         include: patterns (with ``*``) of the tensor names to merge; empty means all.
         exclude: patterns of the tensor names that keep the base's value.
+        router: what happens to the routers of mixtures of experts: ``merge`` (as any other tensor), ``base`` (the
+            base's value) or ``mean`` (of the task vectors).
         num_layers: number of layers of every model, from a recipe's ``slices``; models with other numbers are refused.
         tokenizer_source: ``base`` or ``union``: models must share a vocabulary. None does not look at tokenizers. The
             output has the base's tokenizer files in any case.
@@ -120,6 +125,7 @@ class MergeConfig(Strict):
     out_dtype: DTypeName | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    router: RouterChoice = "merge"
     num_layers: int | None = None
     tokenizer_source: TokenizerSource | None = None
 
@@ -164,19 +170,19 @@ class MergeConfig(Strict):
             >>> MergeConfig.from_dict({"merge_method": "ties", "parameters": {"density": [0.1, 0.3]}})
             MergeConfig('ties', parameters={'density': [0.1, 0.3]})
         """
-        if not _has_names(data):
+        if not has_names(data):
             raise ConfigError(f"a recipe is a mapping, got {type(data).__name__ if data else 'nothing'}")
-        data = _with_models(_with_tokenizer_source(data))
+        data = with_models(with_tokenizer_source(data))
         for key, advice in _UNSUPPORTED.items():
             if data.get(key) is not None:
                 raise ConfigError(f"{key}: {advice}")
         if data.get("tokenizer_source") not in (None, *get_args(TokenizerSource)):
             raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
-        present: dict[str, Any] = {key: value for key, value in data.items() if value is not None and not _is_note(key)}
+        present: dict[str, Any] = {key: value for key, value in data.items() if value is not None and not is_note(key)}
         for key in present.keys() - cls.model_fields.keys():
             raise ConfigError(_unknown_key(key, present.get("merge_method", "rtsvm"), under="under `parameters`"))
         if isinstance(present.get("models"), list):
-            odd = [entry for entry in present["models"] if isinstance(entry, Mapping) and not _has_names(entry)]
+            odd = [entry for entry in present["models"] if isinstance(entry, Mapping) and not has_names(entry)]
             if odd:
                 raise ConfigError(f"models: the keys of an entry are `model` and `parameters`, got {shortened(odd[0])}")
             present["models"] = tuple(
@@ -283,14 +289,19 @@ class MergeConfig(Strict):
         return _parse(schema, values).for_tensor(name if seeded_by is None else seeded_by)
 
     def check_patterns(self, names: Collection[str]) -> None:
-        """Refuse a pattern of `include` or `exclude` that matches no name, because it would have no effect.
+        """Refuse a pattern of `include` or `exclude`, and a choice of `router`, that would have no effect.
 
         Args:
             names: names of all tensors of the base.
 
         Raises:
-            ConfigError: the pattern, and the nearest name.
+            ConfigError: a pattern matches no name, or no tensor is a router; the message has the nearest name.
         """
+        if self.router != "merge" and not any(map(is_router, names)):
+            raise ConfigError(
+                f"router: {self.router} has no effect: no tensor is the router of a mixture of experts, such as "
+                "`layers.0.mlp.router.weight` or `layers.0.mlp.gate.weight`; leave it out, or use exclude"
+            )
         for key, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
@@ -404,58 +415,6 @@ def _unknown_key(key: str, method: object, *, fields: bool = True, under: str = 
     lists = "; ".join(f"{what}: {', '.join(sorted(group))}" for what, group in known.items() if group)
     where = dict.fromkeys(names, under and f", {under}")
     return f"unknown key {key!r}; {did_you_mean(key, [*known['recipe fields'], *names], lists, where)}"
-
-
-def _has_names(value: object) -> bool:
-    """Whether a value is a mapping with text as keys."""
-    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-
-
-def _is_note(key: str) -> bool:
-    """Whether a key of a recipe is ignored: its title, or a place for YAML anchors."""
-    return key == "name" or key.startswith("x-")
-
-
-def _with_tokenizer_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Write mergekit's newer ``tokenizer: {source: base}`` as ``tokenizer_source: base``."""
-    tokenizer = data.get("tokenizer")
-    if not isinstance(tokenizer, Mapping) or data.get("tokenizer_source") is not None:
-        return data
-    given = {key: value for key, value in tokenizer.items() if value is not None}
-    if given.keys() != {"source"} or given["source"] not in get_args(TokenizerSource):
-        return data
-    return {**data, "tokenizer": None, "tokenizer_source": given["source"]}
-
-
-def _with_models(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Write ``slices`` of whole models as ``models``; refuse any other slices."""
-    slices = data.get("slices")
-    if slices is None:
-        return data
-    advice = "only one slice of whole models, `layer_range: [0, number of layers]` for each, is supported"
-    if data.get("models") is not None:
-        raise ConfigError("slices: a recipe has either `slices` or `models`")
-    if not (isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], Mapping)):
-        raise ConfigError(f"slices: {advice}; got {len(slices) if isinstance(slices, list) else slices!r} slices")
-    (whole,) = slices
-    sources = whole.get("sources")
-    for key in whole:
-        if key not in ("sources", "base_model", "parameters"):
-            raise ConfigError(f"slices: {key} is not supported")
-    if not isinstance(sources, list) or not all(isinstance(source, Mapping) for source in sources) or not sources:
-        raise ConfigError("slices: `sources` is a list of `model` and `layer_range`")
-    ranges = [source.get("layer_range") for source in sources]
-    first, last = ranges[0] if isinstance(ranges[0], list) and len(ranges[0]) == 2 else (None, None)
-    if any(found != ranges[0] for found in ranges) or first != 0 or type(last) is not int or last < 1:
-        raise ConfigError(f"slices: {advice}; got {ranges}")
-    own = {"models": [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]}
-    parameters: dict[str, Any] = {}
-    for given in (data.get("parameters"), whole.get("parameters")):  # those of the slice take precedence
-        if not isinstance(given or {}, Mapping):
-            raise ConfigError(f"parameters: expected a mapping of names to values, got {given!r}")
-        parameters |= given or {}
-    base = whole.get("base_model") or data.get("base_model")
-    return {**data, **own, "slices": None, "parameters": parameters, "base_model": base, "num_layers": last}
 
 
 def _lookup(values: Mapping[str, Any], schema: type[MethodParameters], field_name: str) -> Any:

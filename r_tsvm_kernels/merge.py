@@ -6,27 +6,34 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
+from .blocks import WHOLE, Blocks, blocks_of
 from .config import MergeConfig, as_config, as_dtype
-from .errors import CheckpointError, ConfigError, DeviceError, DTypeError, NonFiniteError, RtsvmError, ShapeError
+from .errors import CheckpointError, ConfigError, DTypeError, NonFiniteError, RtsvmError
+from .experts import is_router
 from .linalg import Factored
-from .methods import METHODS, MergeResult, MethodParameters, TensorReport, mean_task_vector, timed
-from .ops import task_statistics
-from .ops._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, check_list, check_plain, is_finite
-from .quantised import differing_error, must_agree, same_values
+from .methods import (
+    METHODS,
+    MergeResult,
+    MethodParameters,
+    TensorJob,
+    TensorReport,
+    get_method,
+    mean_task_vector,
+    timed,
+)
+from .ops._checks import FLOAT_DTYPES, accumulation_dtype, check_group, check_list, is_finite
 from .text import dtype_name
+from .values import check_agreement, check_options, checked_inputs, detached, distances, formed, overflow, stored
 
 _LOG = logging.getLogger(__name__)
-
-# Elements of each tensor whose norms are computed at a time.
-_PIECE = 1 << 20
 
 # Spectral methods square the norms of weighted task matrices, in float64: the largest norm, with a margin.
 _LARGEST_NORM = 1e150
@@ -51,14 +58,16 @@ def merge_tensors(
     seeded_by: str | None = None,
     out_dtype: torch.dtype | str | None = None,
     measure_norms: bool | None = None,
+    blocks: Blocks | None = None,
     **parameters: Any,
 ) -> MergeResult:
     """Merge T fine-tuned versions of one tensor into its base.
 
     Args:
         base: the tensor that the others were fine-tuned from; None for a method that needs none (`linear`, `karcher`).
-            float64, float32, float16 or bfloat16. Spectral methods apply to (m, n) matrices; tensors of any other rank
-            get the mean task vector. Integer and bool tensors are returned unchanged, see `QuantisedRefusedError`.
+            float64, float32, float16 or bfloat16. Spectral methods apply to (m, n) matrices, also to each of several
+            packed experts (E, m, n), which the name tells; tensors of any other rank get the mean task vector. Integer
+            and bool tensors are returned unchanged, see `QuantisedRefusedError`.
         tuned: T tensors of the same shape and device; dtypes and strides may differ. A `Factored` update may stand in
             for a tensor: methods that support it never form the task matrix.
         config: name of a method, or a `MergeConfig`. If it lists models, there must be T.
@@ -69,6 +78,7 @@ def merge_tensors(
             ``dtype``, or the base's dtype.
         measure_norms: report the norms of the task vectors and of the update, which reads all inputs once more. None:
             only for spectral methods, where the cost is negligible.
+        blocks: how the tensor is divided into matrices, each merged alone; None: by its name and shape.
         parameters: parameters of the method, such as ``weight=[1.0, 0.5]`` or ``density=0.2``, if `config` is a name:
             see `MergeConfig`.
 
@@ -108,7 +118,7 @@ def merge_tensors(
     base = base_or_first(base, tuned, config)
     base = detached(base, f"{label} of the base")
     with timed(stages, "merge"), torch.no_grad():
-        result = _merged(base, tuned, config, name, position, seeded_by, dtype, measure_norms)
+        result = _merged(base, tuned, config, name, position, seeded_by, dtype, measure_norms, blocks)
         result.weight = result.weight.contiguous()  # safetensors saves no other
     result.report.stages |= stages
     result.report.seconds = stages["merge"][0]
@@ -125,55 +135,126 @@ def _merged(
     seeded_by: str | None,
     out_dtype: torch.dtype | None,
     measure_norms: bool | None,
+    blocks: Blocks | None,
 ) -> MergeResult:
-    label = name or "tensor"
     if config.base_joins:
         config, tuned = config.with_base_listed(), [*tuned, base]
-    options = config.options(len(tuned), name, position, seeded_by=seeded_by)
-    decided = treatment(config, options, name, tuple(base.shape), base.dtype, len(tuned))
-    if decided.kind == "base":
-        _check_agreement(base, tuned, config, decided, label)
-        result = MergeResult(base.clone(), TensorReport())
-    else:
+    shape = tuple(base.shape)
+    blocks = blocks_of(name, shape) if blocks is None else blocks
+    seed = name if seeded_by is None else seeded_by
+    one = _Merge(base, tuned, config, name, name or "tensor", position, seed, out_dtype, measure_norms)
+    decided = treatment(config, one.options, name, shape, base.dtype, len(tuned), blocks)
+    if decided.kind != "merge" or not blocks.divide or config.method.row_wise:
+        return one.run(decided)
+    check_group(base, [model for model in tuned if isinstance(model, Tensor)], op=one.label, optional_base=True)
+    weight = torch.empty(shape, dtype=out_dtype or stored_dtype(config, base.dtype), device=base.device)
+    divided = [blocks.of(model) if isinstance(model, Tensor) else [("", model)] for model in (base, *tuned)]
+    merges = [
+        replace(one, base=own[0][1], tuned=[model for _, model in own[1:]], label=one.label + own[0][0],
+                seed=seed + own[0][0])
+        for own in zip(*divided, strict=True)
+    ]  # fmt: skip
+    reports, places = list[TensorReport](), blocks.of(weight)
+    size = config.method.batch(job_of(blocks.largest(shape), base, tuned), one.options)
+    for first in range(0, len(merges), size):
+        for result in _run_batch(merges[first : first + size], decided):
+            places[len(reports)][1].copy_(result.weight)
+            reports.append(result.report)
+    report = TensorReport.of_blocks(reports, [label for label, _ in divided[0]])
+    report.treatment, report.reason, report.shape = decided.kind, decided.reason, shape
+    return MergeResult(weight, report)
+
+
+def job_of(shape: tuple[int, ...], base: Tensor, tuned: Sequence[Tensor | Factored]) -> TensorJob:
+    """Return the description of a merge of tensors of this shape, of the dtypes and on the device of these."""
+    models = (model.left if isinstance(model, Factored) else model for model in tuned)
+    return TensorJob(shape, len(tuned), accumulation_dtype(base, *models).itemsize, base.device.type)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """The merge of one matrix, or of one tensor of another rank."""
+
+    base: Tensor
+    tuned: Sequence[Tensor | Factored]
+    config: MergeConfig
+    name: str
+    label: str
+    position: float
+    seed: str
+    out_dtype: torch.dtype | None
+    measure_norms: bool | None
+
+    @cached_property
+    def options(self) -> MethodParameters:
+        """The parameters of the method for this tensor."""
+        return self.config.options(len(self.tuned), self.name, self.position, seeded_by=self.seed)
+
+    def run(self, decided: Treatment) -> MergeResult:
+        """Check the inputs, merge and store."""
+        if decided.kind == "base":
+            check_agreement(self.base, self.tuned, self.config, decided.excluded, self.label)
+            return self.finished(MergeResult(self.base.clone(), TensorReport()), decided)
+        checked = self.checked(decided)
+        with _named(self.label):
+            result = checked.computed(decided.kind)
+        return checked.finished(result, decided)
+
+    def checked(self, decided: Treatment) -> _Merge:
+        """Return the merge of the inputs as they are loaded, after checks."""
+        config, options = self.config, self.options
         differences = decided.kind == "mean" or config.method.needs_base
         limit = math.inf
         if config.method.matrices_only and decided.kind == "merge":
-            limit = _LARGEST_NORM / math.sqrt(base.numel()) / max(1.0, *map(abs, options.weight))
-        base, tuned = _checked_inputs(base, tuned, config, label, limit if differences else None)
+            limit = _LARGEST_NORM / math.sqrt(self.base.numel()) / max(1.0, *map(abs, options.weight))
+        base, tuned = checked_inputs(self.base, self.tuned, config, self.label, limit if differences else None)
         dtype = accumulation_dtype(base, *(model.left if isinstance(model, Factored) else model for model in tuned))
-        check_options(options, dtype, label)
-        with _named(label):
-            result = _run(base, tuned, config, options, decided.kind, label)
-    if base.is_floating_point():
-        wide, result.weight = result.weight, stored(result.weight, out_dtype or stored_dtype(config, base.dtype), label)
-        if decided.kind != "base" and not is_finite(result.weight):
-            raise NonFiniteError(_overflow(wide, options, label))
-    report = result.report
-    report.method, report.treatment, report.reason = config.method.name, decided.kind, decided.reason
-    report.shape = tuple(base.shape)
-    if decided.kind != "base" and (config.method.matrices_only if measure_norms is None else measure_norms):
-        dense = [model for model in tuned if isinstance(model, Tensor)]
-        *distances, report.update_norm = _distances(base, [*dense, result.weight])
-        found = iter(distances)
-        report.task_norms = [model.norm() if isinstance(model, Factored) else next(found) for model in tuned]
-    return result
+        check_options(options, dtype, self.label)
+        return replace(self, base=base, tuned=tuned)
+
+    def computed(self, kind: str) -> MergeResult:
+        """Merge by the method or by the mean; return the result in the dtype of the computation."""
+        method, options = self.config.method, self.options
+        if kind != "mean" and method.factored(options) and all(isinstance(model, Factored) for model in self.tuned):
+            return method.run(self.base, self.tuned, options)
+        models = formed(self.base, self.tuned, self.label)
+        if kind != "mean":
+            return method.run(self.base, models, options)
+        if method.needs_base:
+            return mean_task_vector(self.base, models, options.weight, getattr(options, "alpha", 1.0))
+        linear = get_method("linear")
+        return linear.run(self.base, models, linear.parameters(weight=options.weight))
+
+    def finished(self, result: MergeResult, decided: Treatment) -> MergeResult:
+        """Store the result in its dtype, and complete its report."""
+        base, config, label = self.base, self.config, self.label
+        if base.is_floating_point():
+            wide = result.weight
+            result.weight = stored(wide, self.out_dtype or stored_dtype(config, base.dtype), label)
+            if decided.kind != "base" and not is_finite(result.weight):
+                raise NonFiniteError(overflow(wide, self.options, label))
+        report = result.report
+        report.method, report.treatment, report.reason = config.method.name, decided.kind, decided.reason
+        report.shape = tuple(base.shape)
+        measure = config.method.matrices_only if self.measure_norms is None else self.measure_norms
+        if decided.kind != "base" and measure:
+            dense = [model for model in self.tuned if isinstance(model, Tensor)]
+            *norms, report.update_norm = distances(base, [*dense, result.weight])
+            found = iter(norms)
+            report.task_norms = [model.norm() if isinstance(model, Factored) else next(found) for model in self.tuned]
+        return result
 
 
-def _run(
-    base: Tensor,
-    tuned: Sequence[Tensor | Factored],
-    config: MergeConfig,
-    options: MethodParameters,
-    kind: str,
-    label: str,
-) -> MergeResult:
-    """Merge by the method or by the mean of the task vectors; return the result in the dtype of the computation."""
-    if kind != "mean" and config.method.factored(options) and all(isinstance(model, Factored) for model in tuned):
-        return config.method.run(base, tuned, options)
-    formed = _formed(base, tuned, label)
-    if kind == "mean":
-        return mean_task_vector(base, formed, options.weight, getattr(options, "alpha", 1.0))
-    return config.method.run(base, formed, options)
+def _run_batch(merges: Sequence[_Merge], decided: Treatment) -> list[MergeResult]:
+    """Merge several matrices, in one batch if the method has batches."""
+    batch = merges[0].config.method.run_batch
+    if batch is None or len(merges) == 1:
+        return [merge.run(decided) for merge in merges]
+    checked = [merge.checked(decided) for merge in merges]
+    models = [formed(merge.base, merge.tuned, merge.label) for merge in checked]
+    with _named(checked[0].label):
+        results = batch([merge.base for merge in checked], models, checked[0].options)
+    return [merge.finished(result, decided) for merge, result in zip(checked, results, strict=True)]
 
 
 def base_or_first(base: Any, tuned: Sequence[Any], config: MergeConfig) -> Any:
@@ -226,8 +307,9 @@ def treatment(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     tasks: int,
+    blocks: Blocks = WHOLE,
 ) -> Treatment:
-    """Decide what happens to a tensor, from its header alone.
+    """Decide what happens to a tensor, from its header alone; `blocks` says how it is divided.
 
     Raises:
         DTypeError: the tensor is of a floating-point format that cannot be merged (float8, complex).
@@ -243,9 +325,12 @@ def treatment(
         raise DTypeError(f"{name or 'tensor'}: {dtype} cannot be merged; {advice}")
     if 0 in shape:
         return Treatment("base", "empty")
+    if config.router != "merge" and is_router(name):
+        return Treatment(config.router, "router")
     if config.method.matrices_only:
+        shape = blocks.largest(shape)
         if len(shape) != 2:
-            return Treatment("mean", "not a matrix")
+            return Treatment("mean", "biases of experts" if blocks.packed else "not a matrix")
         if _matches(name, getattr(options, "exclude_keys", ())):
             return Treatment("mean", "in exclude_keys")
         if config.method.rank_per_task and min(shape) < tasks:
@@ -262,182 +347,6 @@ def stored_dtype(config: MergeConfig, base_dtype: torch.dtype) -> torch.dtype:
         return base_dtype
     dtype: torch.dtype = getattr(torch, chosen)
     return dtype
-
-
-def _check_agreement(
-    base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, decided: Treatment, label: str
-) -> None:
-    """Raise an error if a model has other integers than the base: see `must_agree`."""
-    if not must_agree(base, excluded=decided.excluded):
-        return
-    for owner, model in zip(_owners(config, len(tuned)), tuned, strict=True):
-        if isinstance(model, Factored):
-            raise DTypeError(f"{label} of {owner}: an update cannot be added to {base.dtype}; dequantise the base")
-        if not same_values(base, model):
-            raise differing_error(label, owner, model, base)
-
-
-def _owners(config: MergeConfig, count: int) -> list[str]:
-    """Return the names of the models for messages."""
-    owners = [entry.model or f"tuned[{index}]" for index, entry in enumerate(config.models)]
-    return owners + [f"tuned[{index}]" for index in range(len(owners), count)]
-
-
-def _checked_inputs(
-    base: Tensor, tuned: Sequence[Tensor | Factored], config: MergeConfig, label: str, limit: float | None
-) -> tuple[Tensor, list[Tensor | Factored]]:
-    """Check that the inputs match and are finite, and round them to the config's dtype.
-
-    Unless `limit` is None, differences from the base must not exceed `limit` or the range of their dtype.
-    """
-    check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=label, optional_base=True)
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-
-    def loaded(tensor: Tensor, owner: str) -> tuple[Tensor, float]:
-        largest = check_finite(tensor, f"{label} of {owner}")
-        return tensor if dtype is None else stored(tensor, dtype, f"{label} of {owner}"), largest
-
-    models = list[Tensor | Factored]()
-    start, height = loaded(base, "the base")
-    for owner, model in zip(_owners(config, len(tuned)), tuned, strict=True):
-        if isinstance(model, Factored):
-            _check_factored(base, model, f"{label} of {owner}")
-            models.append(model)
-        else:
-            tensor, largest = loaded(model, owner)
-            if limit is not None:
-                _check_difference(start, tensor, height + largest, limit, f"{label} of {owner}")
-            models.append(tensor)
-    return start, models
-
-
-def _check_factored(base: Tensor, update: Factored, label: str) -> None:
-    if update.shape != tuple(base.shape):
-        raise ShapeError(f"{label}: the update has shape {update.shape}, the base {tuple(base.shape)}")
-    if update.left.device != base.device:
-        raise DeviceError(f"{label}: the update is on {update.left.device}, the base on {base.device}")
-    for factor in (update.left, update.right):
-        check_finite(factor, label)
-
-
-def _formed(base: Tensor, tuned: Sequence[Tensor | Factored], label: str) -> list[Tensor]:
-    """Return the tuned tensors; form those that are given as updates, in float32, or float64 if anything is."""
-    formed = [base_plus(base, model) if isinstance(model, Factored) else model for model in tuned]
-    for index, model in enumerate(tuned):
-        if isinstance(model, Factored) and not is_finite(formed[index]):
-            name = dtype_name(formed[index].dtype)
-            raise NonFiniteError(f"{label} of tuned[{index}]: the base plus its update overflows {name}")
-    return formed
-
-
-def base_plus(base: Tensor, update: Factored) -> Tensor:
-    """Return ``base + update`` in the dtype that task vectors are formed in; the base itself if there is no update."""
-    if not update.left.shape[1]:
-        return base
-    dtype = accumulation_dtype(base, update.left)
-    return torch.addmm(base.to(dtype), update.left.to(dtype) * update.scale, update.right.to(dtype))
-
-
-def _check_difference(base: Tensor, tuned: Tensor, bound: float, limit: float, label: str) -> None:
-    """Require a task vector to stay within `limit` and within the dtype that it is formed in.
-
-    Args:
-        base: the base.
-        tuned: the model.
-        bound: an upper bound of the magnitudes of the task vector, which is formed only if the bound is too large.
-        limit: the largest magnitude.
-        label: for the message.
-
-    Raises:
-        NonFiniteError: it is too large.
-    """
-    dtype = accumulation_dtype(base, tuned)
-    limit = min(limit, torch.finfo(dtype).max)
-    if bound <= limit:
-        return
-    pieces = zip(*(torch.split(tensor.flatten(), _PIECE) for tensor in (base, tuned)), strict=True)
-    largest = max(float((after.to(dtype) - before.to(dtype)).abs().amax()) for before, after in pieces)
-    if not largest <= limit:
-        raise NonFiniteError(
-            f"{label}: differs from the base by {largest:.3g}, above the {limit:.3g} that {dtype_name(dtype)} allows "
-            "here; repair the checkpoint, scale it down or exclude the tensor"
-            + (", or set dtype: float64" if dtype == torch.float32 else "")
-        )
-
-
-def _distances(base: Tensor, others: Sequence[Tensor]) -> list[float]:
-    """Return the Frobenius norms of the differences from the base, in pieces, to avoid a copy of the whole tensor."""
-    flat = [tensor.flatten() for tensor in (base, *others)]
-    squares = torch.zeros(len(others), dtype=torch.float64, device="cpu")
-    for first in range(0, base.numel(), _PIECE):
-        origin, *pieces = (tensor[first : first + _PIECE] for tensor in flat)
-        found = task_statistics(origin, pieces, sigma=math.inf, eps=0.0)
-        squares += found.numel * (found.mean.square() + found.sd.square()).cpu()
-    distances: list[float] = squares.sqrt().tolist()
-    return distances
-
-
-def stored(weight: Tensor, dtype: torch.dtype, label: str) -> Tensor:
-    """Round to a dtype; a finite value that overflows is an error, other values stay infinite or NaN.
-
-    Raises:
-        NonFiniteError: a value does not fit.
-    """
-    if weight.dtype == dtype:
-        return weight
-    stored = weight.to(dtype)
-    if not is_finite(stored) and bool((stored.isinf() & weight.isfinite()).any()):
-        largest = float(weight.where(weight.isfinite(), 0).abs().amax())
-        raise NonFiniteError(
-            f"{label}: a value of magnitude {largest:.3g} does not fit {dtype_name(dtype)}; "
-            "choose a wider dtype or out_dtype, or a smaller alpha"
-        )
-    return stored
-
-
-def check_options(options: MethodParameters, dtype: torch.dtype, label: str) -> None:
-    """Require the factors of a merge to fit the dtype of the computation.
-
-    Raises:
-        ConfigError: a weight, alpha or t does not.
-    """
-    for name in ("weight", "alpha", "t"):
-        value = getattr(options, name, ())
-        for number in value if isinstance(value, tuple) else (value,):
-            if abs(number) > torch.finfo(dtype).max:
-                raise ConfigError(
-                    f"{label}: {name} is {number:g}, beyond {dtype_name(dtype)}, in which the tensor is merged; "
-                    "choose a smaller one"
-                )
-
-
-def _overflow(weight: Tensor, options: MethodParameters, label: str) -> str:
-    """Return the message for a merge of finite tensors that is not finite, with its factors."""
-    given = {name: getattr(options, name) for name in ("weight", "alpha", "t") if hasattr(options, name)}
-    factors = ", ".join(f"{name} {value}" for name, value in given.items())
-    return (
-        f"{label}: {int(weight.numel() - weight.isfinite().sum())} of {weight.numel()} merged values are NaN or "
-        f"infinite: the merge overflows {dtype_name(weight.dtype)} ({factors}); choose smaller factors, exclude the "
-        "tensor, or set dtype: float64"
-    )
-
-
-def detached(tensor: object, label: str) -> Tensor:
-    """Return a plain tensor with the same memory and without a graph.
-
-    Raises:
-        DTypeError: not a tensor, or not a plain dense one (sparse, wrapped, quantised, uninitialized).
-        DeviceError: it is on the meta device and has no values.
-    """
-    if isinstance(tensor, Tensor) and is_lazy(tensor):
-        raise DTypeError(f"{label}: a parameter of a lazy module has no values; run the module on an input first")
-    if isinstance(tensor, torch.nn.Module):
-        raise DTypeError(f"{label}: expected a torch.Tensor, got the module {type(tensor).__name__}; use merge_models")
-    check_plain(tensor, label)
-    assert isinstance(tensor, Tensor)
-    if tensor.device.type == "meta":
-        raise DeviceError(f"{label}: is on the meta device and has no values; load the weights first")
-    return tensor.detach().as_subclass(Tensor)
 
 
 @contextmanager

@@ -12,15 +12,17 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .blocks import blocks_of
 from .config import MergeConfig, as_config, as_dtype
 from .errors import ConfigError, DTypeError
-from .merge import base_or_first, check_same_names, detached, merge_tensors, treatment
+from .merge import base_or_first, check_same_names, merge_tensors, treatment
 from .methods import MethodParameters, TensorReport
 from .ops._checks import FLOAT_DTYPES, check_list
 from .parameters import layer_positions
 from .quantised import refuse_quantised
 from .text import dtype_name
 from .tied import same_memory, tied_names
+from .values import detached
 
 _LOG = logging.getLogger(__name__)
 
@@ -117,6 +119,7 @@ def merge_state_dicts(
     if config.base_joins:
         config, models = config.with_base_listed(), [*models, start]
     positions, tied = layer_positions(start), tied_names(start, models)
+    shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
     merged: dict[str, Tensor] = {}
     reports: dict[str, TensorReport] = {}
 
@@ -132,7 +135,8 @@ def merge_state_dicts(
             reports[name] = replace(reports[original], reason=reason, seconds=0.0, stages={})
             continue
         own = [state_dict.get(name, tensor) for state_dict in models]  # only excluded ones may be missing
-        result = merge_tensors(tensor, own, config, name=name, position=positions[name])
+        blocks = blocks_of(name, tuple(tensor.shape), shapes.get)
+        result = merge_tensors(tensor, own, config, name=name, position=positions[name], blocks=blocks)
         merged[name], reports[name] = result.weight, result.report
     found = StateDictResult({name: merged[name] for name in start}, {name: reports[name] for name in start})
     _LOG.info("merged %s in %.3g s", summary(found.reports), math.fsum(report.seconds for report in reports.values()))

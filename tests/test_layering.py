@@ -12,14 +12,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 
 # Modules and folders of the package, from the bottom up.
 LAYERS = [
-    {"errors", "parameters", "text"},
-    {"sizes", "files", "safe_yaml", "quantised"},
+    {"errors", "experts", "parameters", "text"},
+    {"blocks", "recipe_forms", "sizes", "files", "safe_yaml", "quantised"},
     {"backends"},
     {"dispatch"},
     {"ops"},
     {"linalg", "checkpoint"},
     {"methods", "lora"},
     {"config", "tied"},
+    {"values"},
     {"merge"},
     {"state_dicts", "plan"},
     {"report"},

@@ -3,7 +3,7 @@
 No values are read except tables of integers. A row stands for the tensors of all layers that are treated in the same
 way. Below it are the values of parameters that gradients and filters set. Columns: number of tensors; names, without
 ".weight"; shape; by: the method, "mean" (of the task vectors) or "base" (the base's value); the largest rank of a task;
-memory for one of the tensors.
+memory for one of the tensors. Packed experts are merged one by one: their rank is that of one expert.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ def _as_dict(
                 "parameters": varying_parameters(plan.config, tensor.options),
                 "shape": list(tensor.spec.shape),
                 "dtype": dtype_name(tensor.spec.dtype),
+                "matrices": tensor.merged_apart.count(tensor.spec.shape),
+                "matrix_shape": list(tensor.merged_apart.largest(tensor.spec.shape)),
                 "rank_limit": _rank_limit(plan, name),
                 "bytes_read": tensor.bytes_read,
                 "bytes_written": tensor.spec.nbytes,
@@ -194,6 +196,9 @@ def _row(plan: MergePlan, facts: dict[str, Any], kind: Kind, each: bool) -> tupl
     words = {"merge": plan.config.merge_method, "mean": "mean", "base": "base"}
     rows = tensor["shape"][0] if tensor["shape"] else 1
     notes = [tensor["reason"]] if tensor["reason"] else []
+    if tensor["matrix_shape"] != tensor["shape"]:
+        size = "x".join(map(str, tensor["matrix_shape"]))
+        notes.append(f"experts: {_counted(tensor['matrices'], 'matrix' if 'x' in size else 'vector')} of {size}")
     if tensor["tile_rows"] < rows:
         notes.append(f"{tensor['tile_rows']} rows at a time")
     notes += [f"{key} {value}" for key, value in kind.parameters.items()]
@@ -237,7 +242,8 @@ def _summary(facts: dict[str, Any]) -> list[str]:
 
 
 def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
+    many = "matrices" if noun == "matrix" else f"{noun}s"
+    return f"{count} {noun if count == 1 else many}"
 
 
 def _rank_limit(plan: MergePlan, name: str) -> int | None:
@@ -247,7 +253,7 @@ def _rank_limit(plan: MergePlan, name: str) -> int | None:
     tensor = plan.tensors[name]
     if not plan.config.method.rank_per_task or tensor.treatment.kind != "merge":
         return None
-    rows, columns = tensor.spec.shape
+    rows, columns = tensor.merged_apart.largest(tensor.spec.shape)
     if "shared" in getattr(tensor.options, "rank", ()):  # all others have one direction
         return min(rows, columns) - len(plan.tuned) + 1
     return fixed_rank((rows, columns), len(plan.tuned))

@@ -37,7 +37,8 @@ def kinds_of(plan: MergePlan, *, each: bool = False) -> list[Kind]:
     groups: dict[object, list[str]] = {}
     for name, tensor in plan.tensors.items():
         pattern = name if each else tuple("" if part.isdecimal() else part for part in name.split("."))
-        groups.setdefault((pattern, tensor.treatment, tensor.spec.shape, tensor.spec.dtype), []).append(name)
+        key = (pattern, tensor.treatment, tensor.spec.shape, tensor.spec.dtype, tensor.merged_apart)
+        groups.setdefault(key, []).append(name)
     return [Kind(label(names), tuple(names), _parameters(plan, names)) for names in groups.values()]
 
 

@@ -40,6 +40,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", metavar="PATTERN", action="append", default=[], help="these tensors keep the base's value; repeat"
     )
     group.add_argument(
+        "--router", choices=("merge", "base", "mean"), help="routers of experts: merged, the base's, or the mean"
+    )
+    group.add_argument(
         "--allow-pickle", action="store_true", help="read models that exist only as pickle (nothing but tensors)"
     )
     group.add_argument(
@@ -86,7 +89,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         )
         config = MergeConfig(arguments.method, base_model=arguments.base, models=models)
     changes: dict[str, Any] = {
-        key: getattr(arguments, key) for key in ("dtype", "out_dtype") if getattr(arguments, key)
+        key: getattr(arguments, key) for key in ("dtype", "out_dtype", "router") if getattr(arguments, key)
     }
     changes |= {
         key: (*getattr(config, key), *getattr(arguments, key))

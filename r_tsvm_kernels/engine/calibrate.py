@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..blocks import WHOLE
 from ..errors import CheckpointError
 from ..files import open_regular
 from ..linalg import Factored
 from ..merge import merge_tensors
-from ..plan import MergePlan, tensor_cost
+from ..plan import MergePlan, matrix_cost, tensor_cost
 
 SAMPLE_BYTES = 128 << 20
 SAMPLE_ELEMENTS = 1 << 21
@@ -59,8 +60,8 @@ def estimate_time(plan: MergePlan, workers: int, device: torch.device) -> TimeEs
     files = plan.input_files()
     rate = _read_rate(max(files, key=lambda file: file.bytes_read).path)
     merging = [name for name, tensor in plan.tensors.items() if tensor.treatment.kind != "base"]
-    together = [name for name in merging if not plan.row_wise(name)]
-    apart = [name for name in merging if plan.row_wise(name)]
+    together = [name for name in merging if not plan.row_wise(name) or plan.tensors[name].merged_apart.divide]
+    apart = [name for name in merging if name not in set(together)]
     seconds = 0.0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as every worker of an engine
@@ -72,7 +73,7 @@ def estimate_time(plan: MergePlan, workers: int, device: torch.device) -> TimeEs
             shape = (SAMPLE_SIDE, SAMPLE_SIDE)
             largest = max(together, key=lambda name: tensor_cost(plan, name).flops)
             flops = sum(tensor_cost(plan, name).flops for name in together)
-            seconds += flops / tensor_cost(plan, largest, shape).flops * _sample(plan, [largest], shape, device)
+            seconds += flops / matrix_cost(plan, largest, shape).flops * _sample(plan, [largest], shape, device)
     finally:
         torch.set_num_threads(threads)
     return TimeEstimate(plan.bytes_read / rate, seconds / workers, plan.bytes_written / rate)
@@ -93,10 +94,11 @@ def _sample(plan: MergePlan, names: Sequence[str], shape: tuple[int, int], devic
             tuned.append((base + 0.01 * draw(*shape).to(device)).to(base.dtype))
         else:
             tuned.append(Factored(draw(shape[0], rank), draw(rank, shape[1]), 0.01).to(device))
+    whole = WHOLE if tensor.merged_apart.divide else None  # the sample is one of the matrices
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        result = merge_tensors(base, tuned, plan.config, name=tensor.name, position=tensor.position)
+        result = merge_tensors(base, tuned, plan.config, name=tensor.name, position=tensor.position, blocks=whole)
         result.weight.cpu()
         times.append(time.perf_counter() - start)
     return min(times)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..errors import ConfigError, MemoryBudgetError
-from ..plan import MergePlan, footprint
+from ..plan import MergePlan, footprint, rows_at_a_time
 from ..sizes import format_size
 
 _LOG = logging.getLogger(__name__)
@@ -155,6 +155,8 @@ def _tensor_schedules(plan: MergePlan, elements: int, on_gpu: bool) -> dict[str,
         rows = tile_rows = tensor.rows
         if plan.row_wise(name) and tensor.spec.shape:
             tile_rows = min(rows, elements // max(1, math.prod(tensor.spec.shape[1:])))
+            together = rows_at_a_time(plan, name, "cuda" if on_gpu else "cpu")
+            tile_rows = max(tile_rows // together, 1) * together
         tile_rows = max(1, tile_rows)
         needs = footprint(plan, name, tile_rows, "cuda" if on_gpu else "cpu")
         found[name] = TensorSchedule(rows, tile_rows, needs.inputs, needs.work, needs.output)

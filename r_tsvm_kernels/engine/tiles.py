@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
-from ..merge import base_plus, merge_tensors, stored
+from ..merge import merge_tensors
 from ..methods import MergeResult, TensorReport, timed
 from ..plan import MergePlan
 from ..quantised import differing_error, must_agree, same_values
 from ..text import dtype_name
+from ..values import base_plus, stored
 from .journal import Finished
 from .scheduling import TensorSchedule
 from .shards import Shards
@@ -120,6 +121,7 @@ def merge_tile(
             seeded_by=tensor.seeded_by,
             out_dtype=tensor.spec.dtype,
             measure_norms=measure_norms,
+            blocks=replace(tensor.blocks, first=tile.first),
         )
         result.weight = result.weight.cpu()
     except torch.cuda.OutOfMemoryError as error:

@@ -152,7 +152,8 @@ def tsv_merge_layers(
     numbers = [given_ranks(own, len(layer), op) for own, layer in zip(ranks, layers, strict=True)]
     all_weights: Sequence[Any] = [None] * len(layers) if weights is None else weights
     factors = [given_weights(own, len(layer), op) for own, layer in zip(all_weights, layers, strict=True)]
-    results = merge_layers_by_products(layers, numbers, factors, mode) if solver == "products" else {}
+    several = solver == "products" and len(layers) > 1
+    results = merge_layers_by_products(layers, numbers, factors, mode) if several else {}
     for i, layer in enumerate(layers):
         if i not in results:
             results[i] = tsv_merge(layer, numbers[i], factors[i], mode=mode, solver=solver, workspace=workspace)

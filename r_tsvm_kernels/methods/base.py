@@ -126,10 +126,15 @@ def shown(report: TensorReport) -> str:
     if report.treatment != "merge":
         words = {"mean": "mean task vector", "base": "the base's value"}[report.treatment]
         parts.append(f"{words} ({report.reason})")
+    parts += [f"{len(report.blocks)} blocks"] if report.blocks else []
     parts += [listed(report.ranks)] if report.ranks else []
     if report.certificate is not None:
         parts.append(report.certificate.verdict)
     return ", ".join(part for part in parts if part)
+
+
+# Lists of a report of which blocks have a mean.
+_AVERAGED = ("sparsities", "outlier_masses", "weights", "captured_energy", "interference", "damping", "retained")
 
 
 @dataclass(repr=False)
@@ -160,6 +165,9 @@ class TensorReport:
         damping: factor g_t of each task by which `rtsvm` damps tasks that are far from the base.
         retained: share of each task that weighted orthogonalisation keeps, ``<sum_s M_s, D_t> / norm(D_t)^2``.
         gain: factor of the update by which `rtsvm` gives back what orthogonalisation took; None if not used.
+        part: index of a block in its tensor, such as ``[3]`` for an expert; empty for a whole tensor.
+        blocks: the report of each block of a tensor that was merged in blocks, such as packed experts. In the report of
+            such a tensor, ranks are empty, other numbers are means, and the certificate is the worst.
     """
 
     method: str = ""
@@ -181,18 +189,51 @@ class TensorReport:
     damping: list[float] = field(default_factory=list)
     retained: list[float] = field(default_factory=list)
     gain: float | None = None
+    part: str = ""
+    blocks: list[TensorReport] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"TensorReport({shown(self)}, {self.seconds:.3g} s)"
 
+    @classmethod
+    def of_blocks(cls, reports: Sequence[TensorReport], parts: Sequence[str]) -> TensorReport:
+        """Return the report of a tensor from those of its blocks."""
+        found = cls(reports[0].method, blocks=list(reports))
+        for report, part in zip(reports, parts, strict=True):
+            found._add_times(report)
+            report.part, report.seconds, report.stages = part, 0.0, {}
+        found._average()
+        return found
+
+    def _average(self) -> None:
+        """Take means, norms over all blocks, and the worst certificate."""
+        reports = self.blocks
+        for name in _AVERAGED:
+            lists = [getattr(report, name) for report in reports if getattr(report, name)]
+            setattr(self, name, [math.fsum(values) / len(values) for values in zip(*lists, strict=True)])
+        gains = [report.gain for report in reports if report.gain is not None]
+        self.gain = math.fsum(gains) / len(gains) if gains else None
+        certificates = [report.certificate for report in reports if report.certificate is not None]
+        self.certificate = max(certificates, key=lambda found: found.error, default=None)
+        self.task_norms = [math.hypot(*norms) for norms in zip(*(report.task_norms for report in reports), strict=True)]
+        updates = [report.update_norm for report in reports if report.update_norm is not None]
+        self.update_norm = math.hypot(*updates) if updates else None
+
     def add_rows(self, other: TensorReport) -> None:
-        """Add the times and norms in the report of other rows of the same tensor."""
-        self.seconds += other.seconds
-        for stage, spent in other.stages.items():
-            self.stages[stage] = [a + b for a, b in zip(self.stages.get(stage, [0.0, 0.0]), spent, strict=True)]
+        """Add the times and norms in the report of other rows of the same tensor, or its blocks."""
+        self._add_times(other)
+        if self.blocks:
+            self.blocks += other.blocks
+            self._average()
+            return
         self.task_norms = [math.hypot(a, b) for a, b in zip(self.task_norms, other.task_norms, strict=True)]
         if self.update_norm is not None and other.update_norm is not None:
             self.update_norm = math.hypot(self.update_norm, other.update_norm)
+
+    def _add_times(self, other: TensorReport) -> None:
+        self.seconds += other.seconds
+        for stage, spent in other.stages.items():
+            self.stages[stage] = [a + b for a, b in zip(self.stages.get(stage, [0.0, 0.0]), spent, strict=True)]
 
 
 @dataclass(repr=False)
@@ -214,6 +255,7 @@ class MergeResult:
 
 
 Run = Callable[[Tensor, Sequence[Any], Any], MergeResult]
+RunBatch = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]], Any], list[MergeResult]]
 
 
 @dataclass(frozen=True)
@@ -300,6 +342,9 @@ class Method:
         factored: whether, with these options, `run` also takes all task matrices as `Factored` instead of the models.
         aliases: its other names, in papers and in other tools.
         cost: memory and operations of a job with its options.
+        batch: number of matrices such as this that are merged at a time, if a tensor has several. It depends on the
+            shape and the options alone, because it may change how sums are rounded.
+        run_batch: ``run`` for a batch: the bases, the models of each, and the options; None if there is none.
     """
 
     name: str
@@ -316,6 +361,8 @@ class Method:
     factored: Callable[[Any], bool] = lambda options: False
     aliases: tuple[str, ...] = ()
     cost: Callable[[TensorJob, Any], Cost] = elementwise_cost
+    batch: Callable[[TensorJob, Any], int] = lambda job, options: 1
+    run_batch: RunBatch | None = None
 
 
 METHODS: dict[str, Method] = {}

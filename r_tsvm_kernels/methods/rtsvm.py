@@ -78,7 +78,7 @@ from .rtsvm_readings import (
     prepared_in_torch,
 )
 from .spectral_costs import rtsvm_cost
-from .tsvm import TsvmParameters, merge_and_report
+from .tsvm import TsvmParameters, merge_and_report, tsvm_batch_size
 
 # What `preset` sets, unless a recipe sets it itself. ``reconstruction`` is our reading of the paper; ``weighted`` is
 # what benchmarks/quality/README.md offers, with the power that needs no SVD.
@@ -195,6 +195,23 @@ def keeps_factors(options: RtsvmParameters) -> bool:
     return unchanged and SPARSITY_RULES.isdisjoint(options.rules)
 
 
+def merge_rtsvm_batch(
+    bases: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], options: RtsvmParameters
+) -> list[MergeResult]:
+    """Merge several matrices by `rtsvm`, in one batch if the solver can."""
+    if options.weighted:
+        return [rtsvm(base, models, options) for base, models in zip(bases, tuned, strict=True)]
+    layers, ranks, reports = zip(
+        *(_matrices_and_ranks(base, models, options) for base, models in zip(bases, tuned, strict=True)), strict=True
+    )
+    found = merge_and_report(layers, ranks, options, reports)
+    results = []
+    for base, merged, own, report in zip(bases, found, ranks, reports, strict=True):
+        _add_ranks_asked(report, own)
+        results.append(MergeResult(add_update(base, merged.matrix, options.alpha), report))
+    return results
+
+
 @register(
     "rtsvm",
     pretty_name="R-TSVM",
@@ -206,6 +223,8 @@ def keeps_factors(options: RtsvmParameters) -> bool:
     mean_if_rankless=True,
     factored=keeps_factors,
     cost=rtsvm_cost,
+    batch=lambda job, options: 1 if options.weighted else tsvm_batch_size(job, options),
+    run_batch=merge_rtsvm_batch,
 )
 def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> MergeResult:
     """Merge by R-TSVM: the steps at the top of this module.
@@ -217,6 +236,20 @@ def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Merge
         >>> rtsvm(base, tuned, options).report.ranks  # at most 20 / 3
         [6, 6, 6]
     """
+    matrices, ranks, report = _matrices_and_ranks(base, tuned, options)
+    if options.weighted:
+        every = all(rank == min(base.shape) for rank in ranks)
+        update = merge_weighted_and_report(base, matrices, None if every else ranks, options, report)
+    else:
+        update = merge_and_report([matrices], [ranks], options, [report])[0].matrix
+    _add_ranks_asked(report, ranks)
+    return MergeResult(add_update(base, update, options.alpha), report)
+
+
+def _matrices_and_ranks(
+    base: Tensor, tuned: Sequence[Any], options: RtsvmParameters
+) -> tuple[list[Tensor | Factored], list[Rank], TensorReport]:
+    """Take steps 1 to 5; return the task matrices, their limited ranks, and the report with the ranks asked for."""
     report = TensorReport(weights=list(options.weight))
     if isinstance(tuned[0], Factored):
         task_matrices, sparsities = list(tuned), [0.0] * len(tuned)
@@ -237,15 +270,14 @@ def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Merge
     asked = _asked_ranks(options, shape, sparsities)
     unlimited = "shared" in options.rank or options.orthogonalization_power > 0
     limit = min(shape) if unlimited else rank_limit(shape, len(tuned))
-    ranks = [limited(rank, limit) for rank in asked]
-    if options.weighted:
-        every = all(rank == min(shape) for rank in ranks)
-        update = merge_weighted_and_report(base, task_matrices, None if every else ranks, options, report)
-    else:
-        update = merge_and_report(task_matrices, ranks, options, report).matrix
-    pairs = zip(ranks, asked, strict=True)
-    report.ranks_asked = [wanted if isinstance(wanted, int) else getattr(rank, "asked", 0) for rank, wanted in pairs]
-    return MergeResult(add_update(base, update, options.alpha), report)
+    report.ranks_asked = [rank if isinstance(rank, int) else 0 for rank in asked]
+    return task_matrices, [limited(rank, limit) for rank in asked], report
+
+
+def _add_ranks_asked(report: TensorReport, ranks: Sequence[Rank]) -> None:
+    """Add the ranks that rules asked for, which are known after the merge."""
+    pairs = zip(ranks, report.ranks_asked, strict=True)
+    report.ranks_asked = [getattr(rank, "asked", wanted) for rank, wanted in pairs]
 
 
 def prepared_by_kernels(base: Tensor, tuned: Sequence[Tensor], options: RtsvmParameters) -> Prepared:

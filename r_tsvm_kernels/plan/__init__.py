@@ -1,6 +1,6 @@
 """Plan a merge of checkpoints from headers alone: inputs, treatment of each tensor, memory and operations."""
 
-from .costs import Footprint, footprint, tensor_cost, total_flops
+from .costs import Footprint, footprint, matrix_cost, rows_at_a_time, tensor_cost, total_flops
 from .inputs import Inputs, open_inputs
 from .merge_plan import InputFile, MergePlan, Part, TensorPlan
 from .parameters import common_parameters, model_parameters, varying_parameters
@@ -16,8 +16,10 @@ __all__ = [
     "common_parameters",
     "footprint",
     "make_plan",
+    "matrix_cost",
     "model_parameters",
     "open_inputs",
+    "rows_at_a_time",
     "tensor_cost",
     "total_flops",
     "varying_parameters",

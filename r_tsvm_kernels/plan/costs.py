@@ -41,11 +41,38 @@ def tensor_cost(plan: MergePlan, name: str, shape: tuple[int, ...] | None = None
     Args:
         plan: the merge.
         name: of the tensor.
-        shape: shape of another tensor with the same treatment; None means the tensor's own shape.
+        shape: shape of some of its rows; None means the whole tensor.
         device_type: ``cpu`` or ``cuda``.
     """
     tensor = plan.tensors[name]
     shape = tensor.spec.shape if shape is None else shape
+    if not tensor.merged_apart.divide:
+        return matrix_cost(plan, name, shape, device_type)
+    blocks = tensor.merged_apart.shapes(shape)
+    costs = [matrix_cost(plan, name, block, device_type) for block in blocks]
+    itemsize = plan.accumulation(tensor).itemsize
+    job = TensorJob(tensor.merged_apart.largest(shape), len(plan.tuned), itemsize, device_type)
+    together = plan.config.method.batch(job, tensor.options)
+    # The results of a batch, and the whole tensor in its stored dtype.
+    stored = tensor.spec.dtype.itemsize * (math.prod(shape) + together * job.elements)
+    count = tensor.merged_apart.count(shape) / len(blocks)
+    return Cost(together * max(cost.bytes for cost in costs) + stored, count * sum(cost.flops for cost in costs))
+
+
+def rows_at_a_time(plan: MergePlan, name: str, device_type: str) -> int:
+    """Return how many packed experts have to be merged together, because a batch changes how sums are rounded."""
+    tensor = plan.tensors[name]
+    if not tensor.merged_apart.packed:
+        return 1
+    job = TensorJob(
+        tensor.merged_apart.largest(tensor.spec.shape), len(plan.tuned), plan.accumulation(tensor).itemsize, device_type
+    )
+    return min(tensor.rows, plan.config.method.batch(job, tensor.options))
+
+
+def matrix_cost(plan: MergePlan, name: str, shape: tuple[int, ...], device_type: str = "cpu") -> Cost:
+    """Return the cost of one matrix of this shape, or of a tensor of another rank, with the treatment of a tensor."""
+    tensor = plan.tensors[name]
     if tensor.treatment.kind == "base":
         return Cost(tensor.dtypes[0].itemsize * math.prod(shape), 0.0)
     job = TensorJob(shape, len(plan.tuned), plan.accumulation(tensor).itemsize, device_type)

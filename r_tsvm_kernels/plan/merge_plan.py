@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..blocks import WHOLE, Blocks
 from ..checkpoint import Checkpoint, Copy, TensorHeader, TensorSpec
 from ..config import MergeConfig
 from ..lora import Adapter
@@ -52,6 +53,7 @@ class TensorPlan:
         parts: parts of the inputs to read, the base first; only that of the base if its value stays.
         options: parameters of the method for this tensor.
         seeded_by: name of the tensor that it is tied to and shares random masks with; None if it is not tied.
+        blocks: how the tensor is divided into matrices.
     """
 
     name: str
@@ -61,6 +63,12 @@ class TensorPlan:
     parts: tuple[Part, ...]
     options: MethodParameters
     seeded_by: str | None = None
+    blocks: Blocks = WHOLE
+
+    @property
+    def merged_apart(self) -> Blocks:
+        """The blocks, if the method merges them one by one; otherwise one block."""
+        return self.blocks if self.treatment.kind == "merge" else WHOLE
 
     @property
     def rows(self) -> int:
@@ -133,12 +141,13 @@ class MergePlan:
         return sources(self.base, self.tuned)
 
     def row_wise(self, name: str) -> bool:
-        """Whether rows of a tensor can be merged separately with the same bits.
+        """Whether rows of a tensor, or packed experts, can be merged separately with the same bits.
 
         Rows of a product of factors cannot: matrix libraries may round them differently.
         """
         tensor = self.tensors[name]
-        return not tensor.factor_ranks and (self.config.method.row_wise or tensor.treatment.kind != "merge")
+        apart = self.config.method.row_wise or tensor.treatment.kind != "merge" or tensor.merged_apart.packed
+        return not tensor.factor_ranks and apart
 
     def keeps_factors(self, name: str) -> bool:
         """Whether a tensor is merged from the factors of its updates, without forming a task matrix."""
@@ -159,7 +168,8 @@ class MergePlan:
         """Return the names of tensors in groups of equal treatment, shape, dtypes and ranks."""
         found: dict[object, list[str]] = {}
         for name, tensor in self.tensors.items():
-            key = (tensor.treatment.kind, tensor.spec.shape, tensor.spec.dtype, tensor.dtypes, tensor.factor_ranks)
+            facts = (tensor.spec.shape, tensor.spec.dtype, tensor.dtypes, tensor.factor_ranks, tensor.merged_apart)
+            key = (tensor.treatment.kind, *facts)
             found.setdefault(key, []).append(name)
         return list(found.values())
 

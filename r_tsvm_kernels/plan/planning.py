@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..blocks import WHOLE, blocks_of
 from ..checkpoint import (
     Checkpoint,
     TensorSpec,
@@ -20,9 +21,10 @@ from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, QuantisedRefusedError, ShapeError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
-from ..merge import Treatment, check_options, check_same_names, is_excluded, stored_dtype, treatment
+from ..merge import Treatment, check_same_names, is_excluded, stored_dtype, treatment
 from ..ops._checks import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
+from ..values import check_options
 from .inputs import open_inputs, sources
 from .merge_plan import MergePlan, Part, TensorPlan
 
@@ -79,10 +81,12 @@ def make_plan(
     seeds = shared_seeds(base, checkpoints[1:]) if "seed" in config.method.parameters.model_fields else {}
 
     positions = layer_positions(names)
-    specs, treatments, options = {}, {}, {}
+    specs, treatments, options, blocks = {}, {}, {}, {}
+    shape_of = {name: header.shape for name, header in names.items()}.get
     for name, header in names.items():
         options[name] = config.options(len(tuned), name, positions[name], seeded_by=seeds.get(name))
-        decided = treatment(config, options[name], name, header.shape, header.dtype, len(tuned))
+        divided = WHOLE if config.method.row_wise else blocks_of(name, header.shape, shape_of)
+        decided = treatment(config, options[name], name, header.shape, header.dtype, len(tuned), divided)
         if decided.kind != "base":
             for checkpoint in checkpoints:
                 if checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
@@ -94,7 +98,7 @@ def make_plan(
             unchanged = all(model.base is base and name not in model.modules for model in adapted)
             if config.method.needs_base and len(adapted) == len(tuned) and unchanged:
                 decided = Treatment("base", "no adapter changes it")
-        treatments[name] = decided
+        treatments[name], blocks[name] = decided, divided
         specs[name] = TensorSpec(stored_dtype(config, header.dtype), header.shape)
     shards = _shards(base, specs, shard_bytes, stem)
     tensors = {
@@ -106,6 +110,7 @@ def make_plan(
             _parts(name, treatments[name], inputs, adapted),
             options[name],
             seeds.get(name),
+            blocks[name],
         )
         for name in names
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..parameters import split_layer
 from ..text import printable
-from .summaries import plain
+from .summaries import by_blocks, plain
 
 # The fields of each tensor, in this order; page.js uses their names.
 FIELDS = (
@@ -56,8 +56,9 @@ def report_page(report: Mapping[str, Any]) -> str:
 def _page_data(report: Mapping[str, Any]) -> dict[str, Any]:
     names = kinds(report["tensors"])
     rows = []
-    for name, entry in report["tensors"].items():
-        kind, layer = names.get(name, (None, None))
+    for name, entry in by_blocks(report["tensors"]).items():
+        part = entry.get("part", "")
+        kind, layer = names.get(name.removesuffix(part), (None, None))
         facts = {**entry, "name": name, "kind": kind, "layer": layer}
         facts |= {key: (entry["certificate"] or {}).get(key) for key in _CERTIFICATE}
         rows.append([_rounded(facts[field]) for field in FIELDS])

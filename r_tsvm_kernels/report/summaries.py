@@ -21,19 +21,20 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         A dict; values are None where nothing was measured.
 
         - ``tensors``, ``elements``: their numbers.
-        - ``treatments``, ``routes``: number of tensors of each treatment and of each solver.
+        - ``treatments``: number of tensors of each treatment. In the next four, each block counts as a tensor.
+        - ``routes``: number of tensors of each solver.
         - ``escalated``: tensors that a more exact solver recomputed.
         - ``arbitrary``: tensors whose result depends on a choice among equal singular values.
         - ``largest_error``: the largest error estimate, with its tensor and tolerance.
         - ``captured_energy``: mean and least; ``interference``: mean (0: independent tasks, 1: the same subspaces).
         - ``task_norms``, ``update_norm``: Frobenius norms over the whole model.
     """
-    entries = tensors.values()
-    certificates = {name: e["certificate"] for name, e in tensors.items() if e["certificate"]}
+    entries, matrices = tensors.values(), by_blocks(tensors)
+    certificates = {name: e["certificate"] for name, e in matrices.items() if e["certificate"]}
     errors = {name: c["error"] for name, c in certificates.items() if _is_finite(c["error"])}
     worst = max(errors, key=errors.__getitem__, default=None)
-    energies = [value for e in entries for value in e["captured_energy"]]
-    overlaps = [value for e in entries for value in e["interference"]]
+    energies = [value for e in matrices.values() for value in e["captured_energy"]]
+    overlaps = [value for e in matrices.values() for value in e["interference"]]
     norms = [e["task_norms"] for e in entries if e["task_norms"]]
     return {
         "tensors": len(tensors),
@@ -50,6 +51,20 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "task_norms": [math.hypot(*of_task) for of_task in zip(*norms, strict=True)] if norms else None,
         "update_norm": math.hypot(*(e["update_norm"] or 0.0 for e in entries)) if norms else None,
     }  # fmt: skip
+
+
+def by_blocks(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the entries of all tensors, with blocks in place of tensors that were merged in blocks.
+
+    The name of a block is that of the tensor with its index, as in ``mlp.experts.down_proj[3]``.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, entry in tensors.items():
+        whole = math.prod(entry["shape"])
+        for block in entry.get("blocks") or [{"part": ""}]:
+            share = math.prod(block["shape"]) / whole if block["part"] else 1
+            found[name + block["part"]] = {**entry, **block, "bytes": round(entry.get("bytes", 0) * share)}
+    return found
 
 
 def time_per_stage(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -264,7 +264,7 @@ def test_memory_stays_below_the_plan(tmp_path):
 
 def test_no_task_matrix_is_formed(tmp_path, monkeypatch):
     base, adapters, _ = inputs(tmp_path)
-    monkeypatch.setattr("r_tsvm_kernels.merge.base_plus", None)
+    monkeypatch.setattr("r_tsvm_kernels.values.base_plus", None)
     for method in ("tsvm", "iso_c", "star", "linear", "task_arithmetic"):
         merge_checkpoints(config_for(base, adapters, method), tmp_path / method)
 

@@ -41,7 +41,7 @@ def base_tensor(dtype=torch.float64):
 def test_no_task_matrix_is_formed(method, options, monkeypatch):
     base, given, config = base_tensor(), updates(), MergeConfig(method, weight=WEIGHTS, **options)
     formed = merge_tensors(base, [base + update.dense() for update in given], config)
-    monkeypatch.setattr("r_tsvm_kernels.merge.base_plus", None)
+    monkeypatch.setattr("r_tsvm_kernels.values.base_plus", None)
     kept = merge_tensors(base, given, config)
     assert relative_error(kept.weight - base, formed.weight - base) < 1e-9
     assert kept.report.ranks == formed.report.ranks and kept.report.weights == formed.report.weights

@@ -13,7 +13,8 @@ from fusion_bench.models.utils import get_target_state_dict
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ...config import MergeConfig, ModelEntry
+from ...blocks import Shape, blocks_of
+from ...config import MergeConfig, ModelEntry, RouterChoice
 from ...errors import CheckpointError, ConfigError
 from ...merge import check_same_names, is_excluded, merge_tensors
 from ...methods import TensorReport, nearest
@@ -35,6 +36,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         model_parameters: values for single models of the pool, by name, e.g. ``{math: {weight: 0.5}}``.
         include: patterns (with ``*``) of the tensors that take part; None means all.
         exclude: patterns of tensors that keep the pretrained model's values.
+        router: what happens to the routers of mixtures of experts: ``merge``, ``base`` or ``mean``.
 
     Attributes:
         reports: reports of the last run, one per tensor.
@@ -50,6 +52,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         model_parameters: Mapping[str, Mapping[str, Any]] | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        router: RouterChoice = "merge",
         **metadata: Any,
     ) -> None:
         if unknown := sorted(metadata.keys() - METADATA):
@@ -74,6 +77,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
             parameters=_plain(self.parameters) or {},
             include=tuple(self.include or ()),
             exclude=tuple(self.exclude or ()),
+            router=self.router,
         )
 
     @torch.no_grad()
@@ -105,6 +109,10 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         device, positions, self.reports = self.fabric.device, layer_positions(start), {}
         merged: dict[str, Tensor] = {}
         written: dict[Any, str] = {}
+
+        def shape_of(name: str) -> Shape | None:
+            return tuple(start[name].shape) if name in start else None
+
         for name in sorted(start, reverse=True):  # of tied tensors, first the one whose name is used: see `tied_names`
             tensor = start[name]
             place = tensor.device, tensor.data_ptr(), tuple(tensor.shape)
@@ -114,7 +122,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 continue
             # Only excluded tensors may be missing. A lazy state dict has no get().
             own = [(tensors[name] if name in tensors else tensor).to(device) for tensors in tuned]  # noqa: SIM401
-            result = merge_tensors(tensor.to(device), own, config, name=name, position=positions[name])
+            blocks = blocks_of(name, tuple(tensor.shape), shape_of)
+            result = merge_tensors(tensor.to(device), own, config, name=name, position=positions[name], blocks=blocks)
             INSTALLATION.count(config.merge_method)
             self.reports[name] = result.report
             if isinstance(base, LazyStateDict):

@@ -1,0 +1,62 @@
+"""Rewrite forms of mergekit's recipes that mean the same as the fields of `MergeConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ConfigError
+
+TOKENIZER_SOURCES = ("base", "union")
+
+
+def has_names(value: object) -> bool:
+    """Whether a value is a mapping with text as keys."""
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def is_note(key: str) -> bool:
+    """Whether a key of a recipe is ignored: its title, or a place for YAML anchors."""
+    return key == "name" or key.startswith("x-")
+
+
+def with_tokenizer_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write mergekit's newer ``tokenizer: {source: base}`` as ``tokenizer_source: base``."""
+    tokenizer = data.get("tokenizer")
+    if not isinstance(tokenizer, Mapping) or data.get("tokenizer_source") is not None:
+        return data
+    given = {key: value for key, value in tokenizer.items() if value is not None}
+    if given.keys() != {"source"} or given["source"] not in TOKENIZER_SOURCES:
+        return data
+    return {**data, "tokenizer": None, "tokenizer_source": given["source"]}
+
+
+def with_models(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write ``slices`` of whole models as ``models``; refuse any other slices."""
+    slices = data.get("slices")
+    if slices is None:
+        return data
+    advice = "only one slice of whole models, `layer_range: [0, number of layers]` for each, is supported"
+    if data.get("models") is not None:
+        raise ConfigError("slices: a recipe has either `slices` or `models`")
+    if not (isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], Mapping)):
+        raise ConfigError(f"slices: {advice}; got {len(slices) if isinstance(slices, list) else slices!r} slices")
+    (whole,) = slices
+    sources = whole.get("sources")
+    for key in whole:
+        if key not in ("sources", "base_model", "parameters"):
+            raise ConfigError(f"slices: {key} is not supported")
+    if not isinstance(sources, list) or not all(isinstance(source, Mapping) for source in sources) or not sources:
+        raise ConfigError("slices: `sources` is a list of `model` and `layer_range`")
+    ranges = [source.get("layer_range") for source in sources]
+    first, last = ranges[0] if isinstance(ranges[0], list) and len(ranges[0]) == 2 else (None, None)
+    if any(found != ranges[0] for found in ranges) or first != 0 or type(last) is not int or last < 1:
+        raise ConfigError(f"slices: {advice}; got {ranges}")
+    own = {"models": [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]}
+    parameters: dict[str, Any] = {}
+    for given in (data.get("parameters"), whole.get("parameters")):  # those of the slice take precedence
+        if not isinstance(given or {}, Mapping):
+            raise ConfigError(f"parameters: expected a mapping of names to values, got {given!r}")
+        parameters |= given or {}
+    base = whole.get("base_model") or data.get("base_model")
+    return {**data, **own, "slices": None, "parameters": parameters, "base_model": base, "num_layers": last}
