@@ -17,7 +17,7 @@ from .files import read_regular
 from .methods import METHODS, Method, MethodParameters, Strict, did_you_mean, get_method, nearest
 from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
-from .recipe_forms import has_names, is_note, with_models, with_tokenizer_source
+from .recipe_forms import from_mergekit, has_names
 from .safe_yaml import load_yaml
 from .text import dtype_name, shortened
 
@@ -35,16 +35,11 @@ PathText = Annotated[str, BeforeValidator(_plain_path)]
 _Name = Literal["float64", "float32", "float16", "bfloat16"]
 DTypeName = Annotated[_Name, BeforeValidator(_plain_dtype)]
 DTYPES = get_args(_Name)
+Missing = Literal["error", "base", "mean_of_present"]
 TokenizerSource = Literal["base", "union"]
 RouterChoice = Literal["merge", "base", "mean"]
 
 MAX_RECIPE_BYTES = 1_000_000
-
-_UNSUPPORTED = {
-    "modules": "multi-module recipes are not supported; merge one module at a time, under `models`",
-    "tokenizer": "only `source: base` or `source: union` is supported, for models that share a vocabulary",
-    "chat_template": "setting a chat template is not supported; the one of the base is copied",
-}
 
 
 class ModelEntry(Strict):
@@ -103,6 +98,9 @@ class MergeConfig(Strict):
         exclude: patterns of the tensor names that keep the base's value.
         router: what happens to the routers of mixtures of experts: ``merge`` (as any other tensor), ``base`` (the
             base's value) or ``mean`` (of the task vectors).
+        missing: what becomes of tensors that only some models have. ``error`` refuses the merge. ``base`` gives the
+            output the base's value, and no tensor that the base lacks. ``mean_of_present`` gives it the mean of the
+            models that have the tensor.
         num_layers: number of layers of every model, from a recipe's ``slices``; models with other numbers are refused.
         tokenizer_source: ``base`` or ``union``: models must share a vocabulary. None does not look at tokenizers. The
             output has the base's tokenizer files in any case.
@@ -126,6 +124,7 @@ class MergeConfig(Strict):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     router: RouterChoice = "merge"
+    missing: Missing = "error"
     num_layers: int | None = None
     tokenizer_source: TokenizerSource | None = None
 
@@ -172,13 +171,10 @@ class MergeConfig(Strict):
         """
         if not has_names(data):
             raise ConfigError(f"a recipe is a mapping, got {type(data).__name__ if data else 'nothing'}")
-        data = with_models(with_tokenizer_source(data))
-        for key, advice in _UNSUPPORTED.items():
-            if data.get(key) is not None:
-                raise ConfigError(f"{key}: {advice}")
+        data = from_mergekit(data)
         if data.get("tokenizer_source") not in (None, *get_args(TokenizerSource)):
             raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
-        present: dict[str, Any] = {key: value for key, value in data.items() if value is not None and not is_note(key)}
+        present: dict[str, Any] = {key: value for key, value in data.items() if value is not None}
         for key in present.keys() - cls.model_fields.keys():
             raise ConfigError(_unknown_key(key, present.get("merge_method", "rtsvm"), under="under `parameters`"))
         if isinstance(present.get("models"), list):

@@ -29,8 +29,8 @@ from .methods import (
     mean_task_vector,
     timed,
 )
-from .ops._checks import FLOAT_DTYPES, accumulation_dtype, check_group, check_list, is_finite
-from .text import dtype_name
+from .ops._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, check_list, is_finite
+from .text import dtype_name, some
 from .values import check_agreement, check_options, checked_inputs, detached, distances, formed, overflow, stored
 
 _LOG = logging.getLogger(__name__)
@@ -41,11 +41,19 @@ _LARGEST_NORM = 1e150
 
 @dataclass(frozen=True)
 class Treatment:
-    """How one tensor is treated (``merge``, ``mean`` or ``base``) and why; `excluded` if patterns decide it."""
+    """How one tensor is treated, and why.
+
+    Attributes:
+        kind: ``merge``, ``mean`` or ``base``.
+        reason: why it is not merged by the method.
+        excluded: whether patterns decide it.
+        present_only: whether some models lack the tensor, and the mean is that of the values of the others.
+    """
 
     kind: str
     reason: str = ""
     excluded: bool = False
+    present_only: bool = False
 
 
 def merge_tensors(
@@ -257,6 +265,42 @@ def _run_batch(merges: Sequence[_Merge], decided: Treatment) -> list[MergeResult
     return [merge.finished(result, decided) for merge, result in zip(checked, results, strict=True)]
 
 
+def mean_of_present(
+    present: Sequence[Tensor],
+    config: MergeConfig,
+    reason: str,
+    *,
+    name: str = "",
+    out_dtype: torch.dtype | None = None,
+) -> MergeResult:
+    """Return the mean of those models that have a tensor which others lack; the value itself if it is one model.
+
+    Args:
+        present: values of the models, of one shape.
+        config: the config; its dtypes apply.
+        reason: for the report.
+        name: of the tensor.
+        out_dtype: dtype of the result; None means the one that the first value would be stored in.
+
+    Raises:
+        ShapeError, NonFiniteError: shapes differ; an input is not finite, or a value does not fit.
+    """
+    first, label = present[0], name or "tensor"
+    check_group(first, present, op=label)
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    for tensor in present:
+        check_finite(tensor, label)
+    mean = first if dtype is None else stored(first, dtype, label)
+    if len(present) > 1:
+        wide = accumulation_dtype(*present)
+        mean = torch.zeros_like(first, dtype=wide)
+        for tensor in present:
+            mean += (tensor if dtype is None else stored(tensor, dtype, label)).to(wide) / len(present)
+    weight = stored(mean, out_dtype or stored_dtype(config, first.dtype), label)
+    weight = weight.clone() if weight is first else weight
+    return MergeResult(weight, TensorReport(config.merge_method, "mean", reason, tuple(first.shape)))
+
+
 def base_or_first(base: Any, tuned: Sequence[Any], config: MergeConfig) -> Any:
     """Return the base, or without one the first model, whose shape and dtype the result then has.
 
@@ -284,18 +328,19 @@ def check_same_names(
     """Check that `other` has the tensors of `base`, apart from excluded ones; return those that only `other` has.
 
     Raises:
-        CheckpointError: it lacks a tensor, or has one more.
+        CheckpointError: it lacks a tensor, or has one more, and ``config.missing`` is ``error``.
     """
     beside = sorted(other.keys() - base.keys())
     missing = [name for name in sorted(base.keys() - other.keys()) if not is_excluded(config, name)]
     extra = [name for name in beside if not is_excluded(config, name)]
-    if missing or extra:
-        parts = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                 for kind, names in (("missing", missing), ("extra", extra)) if names]  # fmt: skip
+    if config.missing == "error" and (missing or extra):
+        kinds = {"missing": missing, "extra": extra}
+        parts = [f"{len(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names]
         raise CheckpointError(
             f"{label}: its tensors are not the base's: {' and '.join(parts)}; "
-            "all models must be fine-tunes of the same base, with the same layers. Tensors that differ on purpose can "
-            "be excluded (--exclude PATTERN): they keep the base's value"
+            "all models must be fine-tunes of the same base, with the same layers. If they differ on purpose, "
+            f"--exclude {some([repr(name) for name in missing + extra], 1)}, or choose what becomes of them with "
+            "--missing base (the base's value, if it has one) or --missing mean_of_present"
         )
     return beside
 

@@ -77,11 +77,16 @@ def split_layer(name: str) -> tuple[str, int, str] | None:
     return None if match is None else (match[1], int(match[2]), name[match.end() :])
 
 
-def layer_positions(names: Iterable[str]) -> dict[str, float]:
+def layer_positions(names: Iterable[str], layers: int = 0, further: int = 0) -> dict[str, float]:
     """Map each tensor name to the position of its layer in [0, 1]: ``index / (layers - 1)``.
 
     The layer index is the first whole number among the dot-separated parts of the name; layers are counted per prefix.
     Names without an index (embeddings, final norm, head) have position 0, as in mergekit; a single layer has 1.
+
+    Args:
+        names: names of all tensors.
+        layers: number of layers, if known from a config.
+        further: number of layers behind them that predict further tokens; they have position 1.
 
     Examples:
         >>> layer_positions(["embed", "layers.0.w", "layers.1.w", "layers.2.w"])
@@ -92,8 +97,9 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
     for match in found.values():
         if match:
             last[match[1]] = max(last.get(match[1], 0), int(match[2]))
+    last = {prefix: layers - 1 if layers <= index < layers + further else index for prefix, index in last.items()}
     return {
-        name: 0.0 if match is None else (int(match[2]) / last[match[1]] if last[match[1]] else 1.0)
+        name: 0.0 if match is None else (min(1.0, int(match[2]) / last[match[1]]) if last[match[1]] else 1.0)
         for name, match in found.items()
     }
 

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError
+from .methods import METHODS
+from .text import printable
+
+_LOG = logging.getLogger(__name__)
 
 TOKENIZER_SOURCES = ("base", "union")
+_UNSUPPORTED = {
+    "modules": "multi-module recipes are not supported; merge one module at a time, under `models`",
+    "tokenizer": "only `source: base` or `source: union` is supported, for models that share a vocabulary",
+    "chat_template": "setting a chat template is not supported; the one of the base is copied",
+}
+
+# Parameters of mergekit's methods. It ignores those that the method of a recipe does not read.
+_MERGEKIT = frozenset((
+    "weight", "density", "lambda", "normalize", "int8_mask", "rescale", "gamma", "epsilon", "t", "select_topk",
+    "filter_wise", "random_seed", "max_iter", "tol", "eps",
+))  # fmt: skip
+
+
+def from_mergekit(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe without what is only mergekit's.
+
+    Raises:
+        ConfigError: it asks for what is not supported.
+    """
+    found = _without_unread(with_models(with_tokenizer_source(data)))
+    for key, advice in _UNSUPPORTED.items():
+        if found.get(key) is not None:
+            raise ConfigError(f"{key}: {advice}")
+    return {key: value for key, value in found.items() if not is_note(key)}
 
 
 def has_names(value: object) -> bool:
@@ -60,3 +89,38 @@ def with_models(data: Mapping[str, Any]) -> Mapping[str, Any]:
         parameters |= given or {}
     base = whole.get("base_model") or data.get("base_model")
     return {**data, **own, "slices": None, "parameters": parameters, "base_model": base, "num_layers": last}
+
+
+def _without_unread(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out parameters of other methods of mergekit, as mergekit does, with a warning."""
+    method = data.get("merge_method", "rtsvm")
+    if not isinstance(method, str) or method not in METHODS:
+        return data
+    changed = dict(data)
+    if isinstance(data.get("parameters"), Mapping):
+        changed["parameters"] = _read(data["parameters"], method, "parameters", per_model=False)
+    if isinstance(data.get("models"), list):
+        changed["models"] = [
+            {**entry, "parameters": _read(entry["parameters"], method, f"model {entry.get('model')}", per_model=True)}
+            if isinstance(entry, Mapping) and isinstance(entry.get("parameters"), Mapping)
+            else entry
+            for entry in data["models"]
+        ]
+    return changed
+
+
+def _read(parameters: Mapping[str, Any], method: str, where: str, per_model: bool) -> dict[str, Any]:
+    """Return the parameters that a method reads, and those that mergekit does not know either."""
+    schema = METHODS[method].parameters
+    names = schema.names()
+    kept = {}
+    for key, value in parameters.items():
+        unread = key not in names or (method == "slerp" and key == "weight")
+        common = per_model and key in names and not schema.is_per_model(names[key])
+        if key not in _MERGEKIT or not (unread or common):
+            kept[key] = value
+            continue
+        why = "it is one value for all models, under `parameters`" if common else f"{method} does not read it"
+        seed = "; set `seed`" if key == "random_seed" and "seed" in names else ""
+        _LOG.warning("%s", printable(f"{where}: {key} is ignored: {why}{seed}"))
+    return kept

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from .blocks import blocks_of
 from .config import MergeConfig, as_config, as_dtype
 from .errors import ConfigError, DTypeError
-from .merge import base_or_first, check_same_names, merge_tensors, treatment
+from .merge import (
+    Treatment,
+    base_or_first,
+    check_same_names,
+    is_excluded,
+    mean_of_present,
+    merge_tensors,
+    stored_dtype,
+    treatment,
+)
 from .methods import MethodParameters, TensorReport
 from .ops._checks import FLOAT_DTYPES, check_list
 from .parameters import layer_positions
@@ -25,6 +34,8 @@ from .tied import same_memory, tied_names
 from .values import detached
 
 _LOG = logging.getLogger(__name__)
+
+_MISSING = "missing in some models"
 
 Module = TypeVar("Module", bound=nn.Module)
 StateDict = Mapping[str, Tensor]
@@ -83,7 +94,8 @@ def merge_state_dicts(
         base: state dict, as of ``model.state_dict()`` or ``dict(model.named_parameters())``, or a module, whose state
             dict is taken; None for a method that needs no base (`linear`, `karcher`).
         tuned: T state dicts or modules with the same names and shapes. Tensors that the config excludes keep the base's
-            value: they may be missing or have another shape, and those that the base lacks are dropped.
+            value: they may be missing or have another shape, and those that the base lacks are dropped. ``missing`` of
+            the config says what becomes of others that only some have.
         config: name of a method, or a `MergeConfig`. If it lists models, there must be T.
         out_dtype: dtype of the floating-point tensors of the result, as in `merge_tensors`.
         parameters: parameters of the method, and other fields of `MergeConfig` such as ``exclude``, if `config` is a
@@ -118,12 +130,13 @@ def merge_state_dicts(
     config.check_patterns({name for state_dict in (start, *models) for name in state_dict})
     if config.base_joins:
         config, models = config.with_base_listed(), [*models, start]
-    positions, tied = layer_positions(start), tied_names(start, models)
+    extra = _extra_tensors(start, models, config)
+    positions, tied = layer_positions([*start, *extra]), tied_names(start, models)
     shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
     merged: dict[str, Tensor] = {}
     reports: dict[str, TensorReport] = {}
 
-    def rule(name: str, tensor: Tensor, original: str) -> tuple[MethodParameters, object]:
+    def rule(name: str, tensor: Tensor, original: str) -> tuple[MethodParameters, Treatment]:
         options = config.options(len(models), name, positions[name], seeded_by=original)
         return options, treatment(config, options, name, tuple(tensor.shape), tensor.dtype, len(models))
 
@@ -134,12 +147,37 @@ def merge_state_dicts(
             reason = reports[original].reason or f"tied to {original}"
             reports[name] = replace(reports[original], reason=reason, seconds=0.0, stages={})
             continue
-        own = [state_dict.get(name, tensor) for state_dict in models]  # only excluded ones may be missing
-        blocks = blocks_of(name, tuple(tensor.shape), shapes.get)
-        result = merge_tensors(tensor, own, config, name=name, position=positions[name], blocks=blocks)
+        own = [state_dict[name] for state_dict in models if name in state_dict]
+        decided = rule(name, tensor, name)[1]
+        if len(own) == len(models) or decided.kind == "base":
+            # An excluded tensor may be missing; its value is the base's.
+            own = own + [tensor] * (len(models) - len(own))
+            blocks = blocks_of(name, tuple(tensor.shape), shapes.get)
+            result = merge_tensors(tensor, own, config, name=name, position=positions[name], blocks=blocks)
+        elif own and config.missing == "mean_of_present":
+            result = mean_of_present(own, config, _MISSING, name=name, out_dtype=stored_dtype(config, tensor.dtype))
+        else:
+            result = mean_of_present([tensor], config, _MISSING, name=name)
+            result.report.treatment = "base"
         merged[name], reports[name] = result.weight, result.report
-    found = StateDictResult({name: merged[name] for name in start}, {name: reports[name] for name in start})
+    for name, values in extra.items():
+        result = mean_of_present(values, config, _MISSING, name=name)
+        merged[name], reports[name] = result.weight, result.report
+    order = [*start, *extra]
+    found = StateDictResult({name: merged[name] for name in order}, {name: reports[name] for name in order})
     _LOG.info("merged %s in %.3g s", summary(found.reports), math.fsum(report.seconds for report in reports.values()))
+    return found
+
+
+def _extra_tensors(
+    start: Mapping[str, Tensor], models: Sequence[Mapping[str, Tensor]], config: MergeConfig
+) -> dict[str, list[Tensor]]:
+    """Return the values of tensors that the base lacks and that its policy for missing tensors adds to the result."""
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in ((name, tensor) for state_dict in models for name, tensor in state_dict.items()):
+        wanted = config.missing == "mean_of_present" and name not in start and not is_excluded(config, name)
+        if wanted and tensor.dtype in FLOAT_DTYPES and tensor.numel():
+            found.setdefault(name, []).append(tensor)
     return found
 
 

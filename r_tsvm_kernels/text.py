@@ -62,3 +62,14 @@ def listed(ranks: Sequence[int]) -> str:
     if len(ranks) > 8:
         return f"{len(ranks)} ranks from {min(ranks)} to {max(ranks)}"
     return f"ranks {'/'.join(map(str, ranks))}"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are.
+
+    Examples:
+        >>> some(["a", "b"]), some(["a", "b", "c", "d", "e"])
+        ('a, b', 'a, b, c and 2 more')
+    """
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

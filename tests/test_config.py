@@ -310,3 +310,24 @@ def test_a_pattern_that_no_tensor_has(key, pattern, similar):
     with pytest.raises(ConfigError, match=f"{key}: .* matches no tensor.*Did you mean {similar}"):
         merge_state_dicts(base, [base], config)
     merge_state_dicts(base, [base], MergeConfig(merge_method="linear", **{key: ("*layers*", "lm_head.weight")}))
+
+
+@pytest.mark.parametrize(
+    ("method", "common", "own", "kept"),
+    [
+        ("linear", {"int8_mask": True, "normalize": True}, {"density": 0.5}, ({"normalize": True}, [])),
+        ("breadcrumbs_ties", {"random_seed": 145}, {"weight": 0.4, "gamma": 0.01}, ({}, ["weight", "gamma"])),
+        ("ties", {}, {"density": 0.4, "normalize": False}, ({}, ["density"])),
+        ("slerp", {"t": 0.5}, {"weight": 0.5}, ({"t": 0.5}, [])),
+        ("dare_ties", {"random_seed": [1, 2]}, {}, ({}, [])),
+    ],
+)  # fmt: skip
+def test_parameters_of_other_methods_are_ignored_with_a_note(method, common, own, kept, caplog):
+    recipe = {"merge_method": method, "models": [{"model": "a", "parameters": own}], "parameters": common}
+    config = MergeConfig.from_dict(recipe)
+    assert (config.parameters, list(config.models[0].parameters)) == kept
+    for key in (common.keys() | own.keys()) - {*kept[0], *kept[1]}:
+        assert f"{key} is ignored" in caplog.text
+    assert ("set `seed`" in caplog.text) == (method == "dare_ties")
+    with pytest.raises(ConfigError, match=r"unknown key"):  # not mergekit's
+        MergeConfig.from_dict(recipe | {"parameters": {"rank_roh": 1}})

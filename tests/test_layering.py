@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 # Modules and folders of the package, from the bottom up.
 LAYERS = [
     {"errors", "experts", "parameters", "text"},
-    {"blocks", "recipe_forms", "sizes", "files", "safe_yaml", "quantised"},
+    {"blocks", "sizes", "files", "safe_yaml", "quantised"},
     {"backends"},
     {"dispatch"},
     {"ops"},
     {"linalg", "checkpoint"},
     {"methods", "lora"},
+    {"recipe_forms"},
     {"config", "tied"},
     {"values"},
     {"merge"},

@@ -4,6 +4,7 @@ from .checksums import Checksum, byte_view, checksum
 from .copies import Copy, settle_copies, shared_seeds
 from .headers import FileState, TensorHeader, read_json
 from .hub import is_model_id
+from .model_config import contradictions, layer_count
 from .reader import Checkpoint
 from .sidecar_files import SIDECAR_FOLDERS, is_sidecar_file
 from .vocabulary import check_same_vocabulary
@@ -22,8 +23,10 @@ __all__ = [
     "byte_view",
     "check_same_vocabulary",
     "checksum",
+    "contradictions",
     "is_model_id",
     "is_sidecar_file",
+    "layer_count",
     "plan_shards",
     "read_json",
     "settle_copies",

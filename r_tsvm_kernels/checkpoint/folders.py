@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError, PickleRefusedError
@@ -15,6 +15,10 @@ _PICKLE_ADVICE = (
     "or allow it with --allow-pickle (allow_pickle=True); then only tensors are unpickled"
 )
 _INDEXES = (f"{_SUFFIX}.index.json", ".bin.index.json")
+# Names of the weights that loaders look for, before any others.
+_STEMS = ("model", "diffusion_pytorch_model")
+# Beside Hugging Face weights: the same ones in the vendor's own layout.
+_VENDORS = "consolidated"
 # Files that training leaves beside the weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
@@ -28,27 +32,39 @@ class WeightFiles:
         stem: of the files of an output, e.g. ``model``.
         index: tensor names to file names, if there is an index.
         index_state: of the index file.
+        ignored: names of other safetensors files and indexes in the folder.
     """
 
     files: list[Path]
     stem: str
     index: dict[str, str] | None = None
     index_state: FileState | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def find_weights(path: Path, allow_pickle: bool) -> WeightFiles:
-    """Find the weights of a model folder, or take the named file; safetensors take precedence over pickles.
+    """Find the weights of a model folder, or take the named file.
+
+    Safetensors take precedence over pickles, ``model.safetensors.index.json`` over ``model.safetensors``, and both over
+    files of other names.
 
     Raises:
         CheckpointError: no candidate, or more than one, or an index that is damaged or not safe.
         PickleRefusedError: there are only pickles, which are not allowed.
     """
     if path.is_dir():
-        return _find_in_folder(path, allow_pickle)
+        found = _find_in_folder(path, allow_pickle)
+        used = {file.name for file in found.files} | {found.index_state.path.name if found.index_state else ""}
+        others = sorted({*path.glob(f"*{_SUFFIX}"), *path.glob(f"*{_SUFFIX}.index.json")})
+        return replace(found, ignored=tuple(file.name for file in others if file.name not in used))
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file, and not a model id such as org/name")
     if path.suffix in PICKLE_SUFFIXES and not allow_pickle:
         raise PickleRefusedError(f"{path}: pickled weights; {_PICKLE_ADVICE}")
+    if path.name.endswith(_INDEXES):
+        raise CheckpointError(
+            f"{path}: an index; give its folder. If the folder has several, model.safetensors.index.json is read"
+        )
     if path.suffix != _SUFFIX and path.suffix not in PICKLE_SUFFIXES:
         raise CheckpointError(f"{path}: expected a model folder or a .safetensors file")
     return WeightFiles([path], _stem(path.name, path.suffix))
@@ -65,9 +81,12 @@ def _is_weights(file: Path) -> bool:
 
 def _find_in_folder(folder: Path, allow_pickle: bool) -> WeightFiles:
     files = sorted(folder.glob(f"*{_SUFFIX}"))
-    for stem in ("model", "diffusion_pytorch_model"):
-        if (folder / f"{stem}{_SUFFIX}").exists():
-            return WeightFiles([folder / f"{stem}{_SUFFIX}"], stem)
+    for stem in _STEMS:
+        file, index = folder / f"{stem}{_SUFFIX}", folder / f"{stem}{_SUFFIX}.index.json"
+        if index.exists() and not (file.exists() and _is_left_over(index, file.name)):
+            return _read_index(index, _SUFFIX, allow_pickle)
+        if file.exists():
+            return WeightFiles([file], stem)
     indexes = sorted(folder.glob(f"*{_SUFFIX}.index.json"))
     if files or indexes:
         return _only_one(folder, files, indexes, _SUFFIX, allow_pickle)
@@ -83,11 +102,13 @@ def _find_in_folder(folder: Path, allow_pickle: bool) -> WeightFiles:
 
 
 def _only_one(folder: Path, files: list[Path], indexes: list[Path], suffix: str, allow_pickle: bool) -> WeightFiles:
-    """Return the only index, else the only file."""
+    """Return the only index, else the only file; the vendor's own only if there are no others."""
+    files, indexes = ([x for x in found if not x.name.startswith(_VENDORS)] or found for found in (files, indexes))
     if len(indexes) == 1:
         return _read_index(indexes[0], suffix, allow_pickle)
     if indexes:
-        raise CheckpointError(f"{folder}: {len(indexes)} index files; name the weight file that is meant")
+        names = ", ".join(index.name for index in indexes)
+        raise CheckpointError(f"{folder}: {len(indexes)} index files ({names}); move those away that are not meant")
     if any(file.name.startswith("adapter_model") for file in files):
         raise CheckpointError(f"{folder}: a LoRA adapter, not a model; give it beside its base, as model+adapter")
     if len(files) > 1:
@@ -95,6 +116,14 @@ def _only_one(folder: Path, files: list[Path], indexes: list[Path], suffix: str,
             f"{folder}: {len(files)} {files[0].suffix} files and no index; name the one that is meant"
         )
     return WeightFiles(files, _stem(files[0].name, files[0].suffix))
+
+
+def _is_left_over(index: Path, single: str) -> bool:
+    """Whether an index names files that are gone, beside the single file that replaced them."""
+    names = read_json(index)[0].get("weight_map")
+    names = set(names.values()) if isinstance(names, dict) else set()
+    safe = all(isinstance(name, str) and "/" not in name for name in names)
+    return safe and single not in names and not all((index.parent / name).is_file() for name in names)
 
 
 def _read_index(file: Path, suffix: str, allow_pickle: bool) -> WeightFiles:

@@ -13,6 +13,8 @@ from .sidecar_files import SIDECAR_FILES, SIDECAR_FOLDERS
 
 _MODEL_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _WEIGHTS = ["*.safetensors"]
+# The weights of some models once more, in the layout of their vendor.
+_VENDORS = "consolidated*"
 _PICKLES = ["pytorch_model*.bin"]
 
 
@@ -37,7 +39,9 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Path:
         return usable_path(model)
     repo, revision = match["repo"], match["revision"]
     # Subfolders hold other formats of the same weights, unless the model lists them as modules.
-    folder = _fetch(model, repo, revision, [*_WEIGHTS, *SIDECAR_FILES], ["*/*"])
+    folder = _fetch(model, repo, revision, [*_WEIGHTS, *SIDECAR_FILES], ["*/*", _VENDORS])
+    if not any(folder.glob(_WEIGHTS[0])):
+        folder = _fetch(model, repo, revision, [*_WEIGHTS, *SIDECAR_FILES], ["*/*"])
     if allow_pickle and not any(folder.glob(_WEIGHTS[0])):
         folder = _fetch(model, repo, revision, [*_PICKLES, *SIDECAR_FILES], ["*/*"])
     inner = [f"{name}/{kind}" for name in SIDECAR_FOLDERS for kind in SIDECAR_FILES]

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..errors import CheckpointError, InputChangedError
 from ..files import open_regular, usable_path
 from ..quantised import refuse_quantised
+from ..text import some
 from .checksums import byte_view
 from .headers import FileState, TensorHeader, read_headers, read_json
 from .modules import Module, find_modules
 from .pickles import PICKLE_SUFFIXES, PickleFile
+from .prefixes import same_but_for_prefix
 
 
 class Checkpoint:
@@ -35,6 +37,7 @@ class Checkpoint:
         tensors: header of every tensor, in the order of the files and of the bytes in them. Names of modules other than
             the main one begin with their folder: ``2_Dense/linear.weight``.
         config: parsed ``config.json``; empty if there is none.
+        notes: what of the files was ignored, and why.
 
     Raises:
         CheckpointError: a file is missing, damaged or hostile; the message names the file.
@@ -48,13 +51,14 @@ class Checkpoint:
         self._states: dict[Path, FileState] = {}
         self._pickles: dict[Path, PickleFile] = {}
         self._modules: dict[Path, Module] = {}
-        self._shared: dict[str, str] = {}
+        self._stored: dict[str, str] = {}
         found = find_modules(self.path, allow_pickle)
         self._states.update((state.path, state) for state in found.states)
         self.folders, self.modules = found.folders, found.modules
         self.main = self.folder and self.folder / found.main
         self.stem = self.modules[0].weights.stem
         self.tensors: dict[str, TensorHeader] = {}
+        self.notes: list[str] = []
         for module in self.modules:
             self._read_module(module)
         if not self.tensors:
@@ -131,20 +135,37 @@ class Checkpoint:
     def share(self, name: str, original: str) -> None:
         """From now on, read a tensor that is not stored from the tensor that it is tied to."""
         self.tensors[name] = self.tensors[original]
-        self._shared[name] = original
+        self._stored[name] = self._stored.get(original, original)
+
+    def take_names(self, base: Checkpoint) -> None:
+        """Give tensors whose names differ from the base's in the prefix of a model class the names of the base."""
+        names = same_but_for_prefix(self.tensors, base.tensors)
+        self.tensors = {names.get(name, name): header for name, header in self.tensors.items()}
+        self._stored |= {new: name for name, new in names.items()}
+        if names:
+            name, new = next(iter(names.items()))
+            self.notes.append(f"{self.path}: {len(names)} tensors take the names of the base ({name} is its {new})")
 
     def module(self, name: str) -> Module:
-        """Return the module of a tensor."""
-        return self._modules[self.tensors[name].file]
+        """Return the module of a tensor; of one that is not stored, the module that its name belongs to."""
+        if name in self.tensors:
+            return self._modules[self.tensors[name].file]
+        return max((x for x in self.modules if name.startswith(x.prefix)), key=lambda x: len(x.prefix))
 
     def _read_module(self, module: Module) -> None:
         weights = module.weights
+        if weights.ignored:
+            read = weights.index_state.path.name if weights.index_state else weights.files[0].name
+            self.notes.append(f"{self.path / module.folder}: {read} is read, {some(weights.ignored)} ignored")
+        unlisted: list[str] = []
         for file in weights.files:
             self._modules[file] = module
-            self._read_headers(file, module.prefix)
+            unlisted += self._read_headers(file, module.prefix, weights.index)
         if weights.index is not None and weights.index_state is not None:
             self._check_index(module, weights.index)
             self._states[weights.index_state.path] = weights.index_state
+        if unlisted:
+            self.notes.append(f"{self.path / module.folder}: {some(unlisted)} ignored: not where the index says")
 
     def _read_config(self, module: Module) -> tuple[dict[str, Any], list[str]]:
         """Return the configuration of a module, and the names of all JSON files beside its weights."""
@@ -156,39 +177,39 @@ class Checkpoint:
             config, self._states[folder / "config.json"] = read_json(folder / "config.json")
         return config, sorted(file.name for file in folder.glob("*.json"))
 
-    def _read_headers(self, file: Path, prefix: str) -> None:
+    def _read_headers(self, file: Path, prefix: str, index: dict[str, str] | None) -> list[str]:
+        """Read the tensors of a file that the index, if there is one, places in it; return the names of the others."""
         if file.suffix in PICKLE_SUFFIXES:
             self._pickles[file] = PickleFile(file)
             headers, self._states[file] = self._pickles[file].headers, self._pickles[file].state
         else:
             headers, self._states[file] = read_headers(file)
+        unlisted = []
         for local_name, header in headers.items():
             name = prefix + local_name
+            if index is not None and PurePosixPath(index.get(local_name, "")).name != file.name:
+                unlisted.append(name)
+                continue
             if name in self.tensors:
                 raise CheckpointError(f"{self.path}: {name} is both in {self.tensors[name].file.name} and {file.name}")
             self.tensors[name] = header
+        return unlisted
 
     def _copy_pickled(self, header: TensorHeader, name: str, rows: tuple[int, int] | None) -> Tensor:
         state = self._states[header.file]
         # Before and after: the file is mapped, and a truncated file must not be read.
         require_unchanged(header.file, state)
         prefix = self._modules[header.file].prefix
-        stored = self._shared.get(name, name).removeprefix(prefix)
+        stored = self._stored.get(name, name).removeprefix(prefix)
         tensor = self._pickles[header.file].copy(stored, rows)
         require_unchanged(header.file, state)
         return tensor
 
     def _check_index(self, module: Module, index: dict[str, str]) -> None:
-        listed = {module.prefix + name: file for name, file in index.items()}
-        for name, file in listed.items():
+        for name, file in ((module.prefix + name, file) for name, file in index.items()):
             header = self.tensors.get(name)
             if header is None or header.file.name != PurePosixPath(file).name:
                 raise CheckpointError(f"{self.path}: the index places {name} in {file}, but it is not there")
-        unlisted = {name for name in self.tensors.keys() - listed.keys() if self.module(name) is module}
-        if unlisted:
-            raise CheckpointError(
-                f"{self.path}: {min(unlisted)} is in a shard but not in the index; the two do not match"
-            )
 
 
 def _read_fully(file: int, buffer: memoryview, offset: int) -> bool:

@@ -26,7 +26,7 @@ from . import (
     verify,
 )
 from .signals import Terminated, sigterm_raises
-from .terminal import standard_streams, tell
+from .terminal import standard_streams, tell, told_warnings
 
 # Commands that print their result, which is lost if stdout is closed. The others write theirs to disk.
 _PRINTING = ("inspect", "verify", "info", "bench")
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        with sigterm_raises():
+        with sigterm_raises(), told_warnings(getattr(arguments, "quiet", False)):
             code: int = arguments.run(arguments)
     except RtsvmError as error:
         tell(f"rtsvm {arguments.command}: error: {error}")

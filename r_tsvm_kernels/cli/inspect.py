@@ -96,6 +96,7 @@ def _as_dict(
         ],
         "shards": plan.shards,
         "dropped": {str(path): list(names) for path, names in plan.beside.items()},
+        "notes": list(plan.notes),
         "schedule": {
             "device": device,
             "workers": chosen.workers,
@@ -230,6 +231,7 @@ def _summary(facts: dict[str, Any]) -> list[str]:
         f"{'it' if len(names) == 1 else f'these {len(names)} tensors'}"
         for path, names in facts["dropped"].items()
     ]
+    lines += [f"note: {note}" for note in facts["notes"]]
     if limits["peak_device_bytes"]:
         lines.append(
             f"GPU memory for tensors on {limits['device']}: at most {format_size(limits['peak_device_bytes'])}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -85,6 +86,23 @@ def say(line: object) -> None:
 def tell(line: object) -> None:
     """Print one line on stderr, with everything escaped that is not printable."""
     print(printable(line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def told_warnings(quiet: bool) -> Iterator[None]:
+    """Print the warnings of the package on stderr, as notes; none if quiet."""
+    handler = _Notes(logging.CRITICAL if quiet else logging.WARNING)
+    logger = logging.getLogger("r_tsvm_kernels")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(f"note: {record.getMessage()}")
 
 
 def console(width: int = WIDTH) -> Console:

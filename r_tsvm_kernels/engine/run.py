@@ -18,6 +18,7 @@ from ..ops._checks import whole
 from ..plan import make_plan
 from ..sizes import parse_size
 from ..state_dicts import summary
+from ..text import printable
 from .job import MergeJob, open_job
 from .journal import as_report
 from .local import run_local
@@ -92,7 +93,8 @@ def merge_checkpoints(
     Tensors stream through memory of a fixed size. The output is written to ``.OUT.partial`` beside `out` and moved to
     `out` when it is complete. If an error, a signal or a power cut stops the merge, finished tensors stay there, and
     resuming gives the same bytes. The result does not depend on `threads`, `memory`, the engine, or on whether and
-    where the merge was resumed. The logger ``r_tsvm_kernels`` records decisions (INFO) and tensors (DEBUG).
+    where the merge was resumed. The logger ``r_tsvm_kernels`` records the notes of
+    the plan (WARNING), decisions (INFO) and tensors (DEBUG).
 
     Args:
         config: recipe, or the path of its YAML file, with ``models``, and with ``base_model`` if the method needs one.
@@ -157,6 +159,8 @@ def merge_checkpoints(
         "%s of %d models into %s: %d tensors, %d bytes to read, on %s with the %s engine",
         *(config.merge_method, len(plan.tuned), out, len(plan.tensors), plan.bytes_read, target, engine),
     )
+    for note in plan.notes:
+        _LOG.warning("%s", printable(note))
     schedule = make_schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
     check_copies(plan)
     with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:

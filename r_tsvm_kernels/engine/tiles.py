@@ -19,9 +19,9 @@ from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
-from ..merge import merge_tensors
+from ..merge import mean_of_present, merge_tensors
 from ..methods import MergeResult, TensorReport, timed
-from ..plan import MergePlan
+from ..plan import MergePlan, TensorPlan
 from ..quantised import differing_error, must_agree, same_values
 from ..text import dtype_name
 from ..values import base_plus, stored
@@ -110,6 +110,8 @@ def merge_tile(
             plan.inputs[part.source]: values.to(device, non_blocking=True)
             for part, values in zip(tensor.parts, inputs, strict=True)
         }
+        if tensor.treatment.present_only:
+            return _mean(plan, tensor, on_device)
         base = _whole(on_device[plan.base])
         models = [_model(plan, model, on_device) for model in plan.tuned]
         result = merge_tensors(
@@ -133,6 +135,22 @@ def merge_tile(
     certificate = result.report.certificate
     if certificate is not None and certificate.escalations:
         _LOG.info("%s: solved by %s after %s", tile.name, certificate.route, "; ".join(certificate.escalations))
+    return result
+
+
+def _mean(plan: MergePlan, tensor: TensorPlan, loaded: Mapping[Checkpoint | Adapter, Tensor | Factored]) -> MergeResult:
+    """Return the mean of the models that have a tensor."""
+    present = []
+    for model in plan.tuned:
+        origin = model.base if isinstance(model, AdaptedModel) else model
+        if origin in loaded:
+            update = loaded.get(model.adapter) if isinstance(model, AdaptedModel) else None
+            base = _whole(loaded[origin])
+            present.append(base_plus(base, update) if isinstance(update, Factored) else base)
+    result = mean_of_present(
+        present, plan.config, tensor.treatment.reason, name=tensor.name, out_dtype=tensor.spec.dtype
+    )
+    result.weight, result.report.shape = result.weight.cpu(), tensor.spec.shape
     return result
 
 
@@ -203,12 +221,14 @@ def check_tables(plan: MergePlan) -> None:
     """
     others = [source for source in plan.inputs[1:] if isinstance(source, Checkpoint)]
     for name, tensor in plan.tensors.items():
+        if tensor.treatment.kind != "base":
+            continue
         own = plan.base.tensors[name]
-        if tensor.treatment.kind != "base" or not must_agree(own, excluded=tensor.treatment.excluded):
+        if not must_agree(own, excluded=tensor.treatment.excluded):
             continue
         for checkpoint in others:
             header = checkpoint.tensors.get(name)
-            if header is None:  # an excluded one may be missing
+            if header is None:  # an excluded one may be missing, and so may any by the policy
                 continue
             if header.shape != own.shape or not all(
                 same_values(plan.base.load(name, rows=rows), checkpoint.load(name, rows=rows)) for rows in _pieces(own)

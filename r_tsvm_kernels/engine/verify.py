@@ -104,7 +104,9 @@ def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | A
         if is_adapter(usable_path(path)):
             yield adapt(base, Adapter(path))
         else:
-            yield Checkpoint(path, allow_pickle=allow_pickle)
+            model = Checkpoint(path, allow_pickle=allow_pickle)
+            model.take_names(base)
+            yield model
 
 
 def _checksum_of_input(model: Checkpoint | AdaptedModel, name: str) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.prefixes import without_prefix
 from ..errors import CheckpointError, ConfigError, DTypeError, ShapeError
 from ..files import exists
 from ..ops._checks import FLOAT_DTYPES
@@ -99,6 +100,8 @@ def _weight_name(base: Checkpoint, adapter: Adapter, name: str) -> str:
     if name in base.tensors:
         return name
     similar = [other for other in base.tensors if name.endswith(f".{other}") or other.endswith(f".{name}")]
+    # Multimodal models were saved as language_model.model.* and as model.language_model.*
+    similar = similar or [other for other in base.tensors if without_prefix(other) == without_prefix(name)]
     if len(similar) == 1:
         return similar[0]
     hint = "; it is tied to the embedding" if name.endswith("lm_head.weight") else ""

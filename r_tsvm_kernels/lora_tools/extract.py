@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,10 @@ from ..lora import from_triplets, is_head, rank_of, transposed
 from ..lora.adapted_model import AdaptedModel
 from ..ops._checks import is_finite
 from ..plan import MergePlan, TensorPlan, make_plan
-from ..text import dtype_name
+from ..text import dtype_name, printable
 from .output import AdapterResult, LeftOut, ModuleReport, adapter_output, finish
+
+_LOG = logging.getLogger(__name__)
 
 # mergekit-extract-lora's default.
 DEFAULT_RANK = 128
@@ -95,6 +98,8 @@ def extract_lora(
     plan = make_plan(config, 2**63)
     if isinstance(plan.tuned[0], AdaptedModel):
         raise ConfigError(f"{model}: is a LoRA adapter already; to cut it to a smaller rank, use resize-lora")
+    for note in plan.notes:
+        _LOG.warning("%s", printable(note))
     check_copies(plan)
     if fan_in_fan_out is None:
         fan_in_fan_out = plan.base.config.get("model_type") in _FAN_IN_FAN_OUT

@@ -67,7 +67,9 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
 
     def opened(path: Path) -> Checkpoint:
         key = path.resolve()
-        checkpoints[key] = checkpoints.get(key) or Checkpoint(path, allow_pickle=allow_pickle)
+        if key not in checkpoints:
+            checkpoints[key] = Checkpoint(path, allow_pickle=allow_pickle)
+            checkpoints[key].take_names(next(iter(checkpoints.values())))  # those of the base, which is opened first
         return checkpoints[key]
 
     base = opened(found[0][1] if base_path is None else base_path)

@@ -124,7 +124,8 @@ class MergePlan:
         shards: maps file names, with the folder of their module, to tensor names in writing order.
         copies: tensors that are neither read nor written because they are tied to others; compared when the merge
             starts.
-        beside: by model, the excluded tensors that it has and the base lacks; the output has none of them.
+        beside: by model, the tensors that it has and the base lacks, if the output has none of them either.
+        notes: what deserves attention: files that were ignored, configs that contradict each other, missing tensors.
     """
 
     base: Checkpoint
@@ -134,6 +135,7 @@ class MergePlan:
     shards: dict[str, list[str]]
     copies: tuple[Copy, ...]
     beside: dict[Path, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def inputs(self) -> tuple[Checkpoint | Adapter, ...]:

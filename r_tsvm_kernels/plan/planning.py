@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -12,21 +11,24 @@ from ..checkpoint import (
     Checkpoint,
     TensorSpec,
     check_same_vocabulary,
+    contradictions,
+    layer_count,
     plan_shards,
     settle_copies,
     shard_name,
     shared_seeds,
 )
 from ..config import MergeConfig
-from ..errors import CheckpointError, ConfigError, QuantisedRefusedError, ShapeError
+from ..errors import CheckpointError, ConfigError, QuantisedRefusedError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
-from ..merge import Treatment, check_same_names, is_excluded, stored_dtype, treatment
+from ..merge import Treatment, stored_dtype, treatment
 from ..ops._checks import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
 from ..values import check_options
 from .inputs import open_inputs, sources
 from .merge_plan import MergePlan, Part, TensorPlan
+from .presence import compare_tensors
 
 
 def make_plan(
@@ -58,38 +60,34 @@ def make_plan(
     config.check_patterns({name for checkpoint in checkpoints for name in checkpoint.tensors})
     if config.tokenizer_source is not None:
         check_same_vocabulary(base, checkpoints[1:])
-    if config.num_layers is not None and config.num_layers != (layers := count_layers(base.tensors)):
+    layers, further = layer_count(base.config) or (count_layers(base.tensors), 0)
+    if config.num_layers not in (None, layers, count_layers(base.tensors)):
         raise ConfigError(
             f"slices: {config.num_layers} layers were asked for, but {base.path} has {layers}; only whole models "
             "are merged"
         )
     copies = settle_copies(base, checkpoints[1:])
     dropped = {(copy.checkpoint, copy.name) for copy in copies if copy.dropped}
-    names = {name: header for name, header in base.tensors.items() if (base, name) not in dropped}
-    beside: dict[Path, tuple[str, ...]] = {}
-    for checkpoint in checkpoints[1:]:
-        others = {n: header for n, header in checkpoint.tensors.items() if (checkpoint, n) not in dropped}
-        if extra := check_same_names(names, others, str(checkpoint.path), config):
-            beside[checkpoint.path] = tuple(extra)
-        for name, header in names.items():
-            if not is_excluded(config, name):
-                _check_header(name, header.shape, others[name].shape, checkpoint.path)
+    models = {model.base if isinstance(model, AdaptedModel) else model for model in tuned}
+    presence = compare_tensors(base, checkpoints[1:], models, dropped, config)
+    names = presence.headers
     adapted = [model for model in tuned if isinstance(model, AdaptedModel)]
     for model in adapted:
         if changed := [name for name in model.modules if (model.base, name) in dropped]:
             raise CheckpointError(f"{model.path}: changes {changed[0]}, which the base ties to the embedding")
     seeds = shared_seeds(base, checkpoints[1:]) if "seed" in config.method.parameters.model_fields else {}
 
-    positions = layer_positions(names)
+    positions = layer_positions(names, layers, further)
     specs, treatments, options, blocks = {}, {}, {}, {}
     shape_of = {name: header.shape for name, header in names.items()}.get
     for name, header in names.items():
         options[name] = config.options(len(tuned), name, positions[name], seeded_by=seeds.get(name))
         divided = WHOLE if config.method.row_wise else blocks_of(name, header.shape, shape_of)
         decided = treatment(config, options[name], name, header.shape, header.dtype, len(tuned), divided)
+        decided = presence.treatment(name, decided)
         if decided.kind != "base":
             for checkpoint in checkpoints:
-                if checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
+                if name in checkpoint.tensors and checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
                     raise QuantisedRefusedError(
                         f"{checkpoint.path}: {name} is {checkpoint.tensors[name].dtype}, where the base has "
                         f"{header.dtype}; if the model is quantised, dequantise it and merge that; if the tensor is a "
@@ -114,7 +112,11 @@ def make_plan(
         )
         for name in names
     }
-    plan = MergePlan(base, tuned, config, tensors, shards, copies, beside)
+    notes = [note for checkpoint in checkpoints for note in checkpoint.notes] + presence.notes()
+    for checkpoint in checkpoints[1:]:
+        if found := contradictions(base.config, checkpoint.config):
+            notes.append(f"{checkpoint.path}: its config has {'; '.join(found)} in the base; is it a fine-tune of it?")
+    plan = MergePlan(base, tuned, config, tensors, shards, copies, presence.beside, tuple(notes))
     for name, tensor in tensors.items():
         if tensor.treatment.kind != "base":
             check_options(tensor.options, plan.accumulation(tensor), name)
@@ -138,14 +140,6 @@ def _shards(base: Checkpoint, specs: dict[str, TensorSpec], shard_bytes: int, st
     return shards
 
 
-def _check_header(name: str, expected: tuple[int, ...], got: tuple[int, ...], path: Path) -> None:
-    if expected != got:
-        resized = expected[1:] == got[1:] and len(expected) == 2
-        hint = "; was its vocabulary resized?" if resized else ";"
-        hint += f" --exclude '{name}' keeps the base's value"
-        raise ShapeError(f"{path}: {name} has shape {got}, the base has {expected}{hint}")
-
-
 def _parts(
     name: str, decided: Treatment, inputs: Sequence[Checkpoint | Adapter], adapted: Sequence[AdaptedModel]
 ) -> tuple[Part, ...]:
@@ -154,7 +148,7 @@ def _parts(
     found = []
     for index, source in enumerate(inputs[:1] if decided.kind == "base" else inputs):
         if isinstance(source, Checkpoint):
-            found.append(Part(index, source.tensors[name].dtype))
+            found += [Part(index, source.tensors[name].dtype)] if name in source.tensors else []
         elif name in modules[source]:
             A, B = source.headers(modules[source][name])
             rank = A.shape[0]

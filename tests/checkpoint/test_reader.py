@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import family, save, state_dict
 from compare import same_bits
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from r_tsvm_kernels import CheckpointError, InputChangedError
 from r_tsvm_kernels.checkpoint import Checkpoint
@@ -67,7 +67,6 @@ def rewrite_index(folder, change):
         (lambda i: i["weight_map"].update(scale=".."), "not a file name inside this folder"),
         (lambda i: i["weight_map"].update(scale="pytorch_model.bin"), "not a .safetensors file"),
         (lambda i: i["weight_map"].update(ghost="model-00001-of-00002.safetensors"), "places ghost in .* not there"),
-        (lambda i: i["weight_map"].pop("scale"), "scale is in a shard but not in the index"),
         (lambda i: i.pop("weight_map"), "expected a weight_map"),
         (lambda i: i.update(weight_map=[1]), "expected a weight_map"),
         (lambda i: i.update(weight_map={"a": 3}), "expected a weight_map"),
@@ -108,7 +107,9 @@ def test_the_same_tensor_in_two_shards(tmp_path):
     folder = save(tmp_path / "m", state_dict(0), 2)
     first, second = sorted(folder.glob("*.safetensors"))
     second.write_bytes(first.read_bytes())
-    with pytest.raises(CheckpointError, match="is both in"):
+    with pytest.raises(
+        CheckpointError, match=r"the index places .* in model-00002-of-00002.safetensors, but it is not"
+    ):
         Checkpoint(folder)
 
 
@@ -247,3 +248,47 @@ def test_the_system_may_read_less_than_it_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: preadv(file, [buffers[0][:7]], offset))
     assert same_bits(checkpoint.load("a"), tensors["a"])
     assert same_bits(checkpoint.load("a", rows=(3, 77)), tensors["a"][3:77])
+
+
+def test_the_index_of_the_model_is_followed(tmp_path):
+    folder = save(tmp_path / "m", state_dict(0), 2)
+    for part in (1, 2):  # the vendor's own copy, under other names
+        save_file({f"v{part}": torch.ones(2)}, folder / f"consolidated-{part:05d}-of-00002.safetensors")
+    places = {f"v{part}": f"consolidated-{part:05d}-of-00002.safetensors" for part in (1, 2)}
+    (folder / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.tensors.keys() == state_dict(0).keys()
+    assert "consolidated.safetensors.index.json" in checkpoint.notes[0]
+    with pytest.raises(CheckpointError, match="an index; give its folder"):
+        Checkpoint(folder / "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_index_beside_a_single_file(tmp_path, gone):
+    folder = save(tmp_path / "m", state_dict(0), 2)
+    save_file({"other": torch.ones(2)}, folder / "model.safetensors")
+    if gone:  # the shards were joined, the index was left
+        (folder / "model-00001-of-00002.safetensors").unlink()
+    found = Checkpoint(folder)
+    assert ("other" in found.tensors) == gone
+    assert ("model.safetensors" if not gone else "index.json") in found.notes[0]
+
+
+def test_the_vendors_file_is_read_if_there_is_no_other(tmp_path):
+    save_file({"vendor": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    assert list(Checkpoint(tmp_path).tensors) == ["vendor"]
+    save_file({"w": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    assert list(Checkpoint(tmp_path).tensors) == ["w"]
+
+
+def test_tensors_that_the_index_does_not_place_there_are_ignored(tmp_path):
+    folder = save(tmp_path / "m", state_dict(0), 2)
+    first, second = sorted(folder.glob("*.safetensors"))
+    save_file(load_file(second) | {"rotary.inv_freq": torch.ones(3)}, second)
+    doubled = next(iter(load_file(second)))
+    save_file(load_file(first) | {doubled: torch.zeros(5)}, first)
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.tensors.keys() == state_dict(0).keys()
+    assert torch.equal(checkpoint.load(doubled), load_file(second)[doubled])
+    assert doubled in checkpoint.notes[0]
+    assert "rotary.inv_freq" in checkpoint.notes[0]

@@ -39,11 +39,12 @@ def test_the_plan_is_shown_and_nothing_is_written(inspect, tmp_path):
 TENSOR = {
     "treatment": str, "reason": str, "parameters": dict, "shape": list, "dtype": str,
     "rank_limit": (int, type(None)), "bytes_read": int, "bytes_written": int, "flops": float,
-    "tile_rows": int, "tile_input_bytes": int, "tile_work_bytes": int,
+    "tile_rows": int, "tile_input_bytes": int, "tile_work_bytes": int, "matrices": int, "matrix_shape": list,
 }  # fmt: skip
 PLAN = {
     "method": str, "base": str, "models": list, "bytes_read": int, "bytes_written": int, "flops": float,
-    "input_files": list, "shards": dict, "dropped": dict, "schedule": dict, "seconds": (dict, type(None)),
+    "input_files": list, "shards": dict, "dropped": dict, "notes": list, "schedule": dict,
+    "seconds": (dict, type(None)),
     "groups": list, "tensors": dict, "kinds": dict, "kernels": dict, "parameters": dict, "model_parameters": list,
 }  # fmt: skip
 SCHEDULE = {

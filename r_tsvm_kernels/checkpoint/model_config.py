@@ -1,0 +1,80 @@
+"""Facts of a model's ``config.json``: layers, vocabulary, and what must agree for weights to mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# The part of a multimodal model's config that describes its language model.
+_TEXT = ("text_config", "llm_config", "language_config")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Settings that change what the same weights compute.
+_MEANING = (
+    "model_type", "architectures", "num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "head_dim",
+    "rope_theta", "rope_type", "rope_factor", "partial_rotary_factor", "rotary_pct", "position_embedding_type",
+    "max_position_embeddings", "sliding_window", "layer_types", "hidden_act", "hidden_activation",
+    "activation_function", "num_experts_per_tok", "norm_topk_prob", "scoring_func", "query_pre_attn_scalar",
+    "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "embedding_multiplier", "residual_multiplier",
+    "attention_multiplier", "logits_scaling", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that describes the language model, often all of it."""
+    return next((config[key] for key in _TEXT if isinstance(config.get(key), dict)), config)
+
+
+def layer_count(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the number of layers, and that of the layers behind them that predict further tokens; None if unknown."""
+    for part in (text_config(config), config):
+        layers = next(filter(None, (_count(part.get(key)) for key in _LAYERS)), 0)
+        if layers:
+            return layers, _count(part.get("num_nextn_predict_layers"))
+    return None
+
+
+def contradictions(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the settings in which two configs give the same weights another meaning.
+
+    A setting that only one config has is its class's default in the other, and not compared.
+
+    Examples:
+        >>> contradictions({"rope_theta": 1e4, "head_dim": 64}, {"rope_theta": 1e6})
+        ['rope_theta 1000000.0 instead of 10000.0']
+    """
+    first, second = (dict(_settings(x)) for x in (config, other))
+    return [
+        f"{key} {_shown(second[key])} instead of {_shown(value)}"
+        for key, value in first.items()
+        if second.get(key) is not None and second[key] != value
+    ]
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    parts = [config] if text_config(config) is config else [config, text_config(config)]
+    for part, prefix in zip(parts, ("", "text "), strict=False):
+        found = {**part, **_rope(part)}
+        yield from ((prefix + key, found[key]) for key in _MEANING if found.get(key) is not None)
+
+
+def _rope(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of rotary positions: transformers 5 writes them in one mapping, older ones in two places."""
+    keys = ("rope_parameters", "rope_scaling")
+    if not any(key in part for key in keys):
+        return {}
+    rope: Mapping[str, Any] = next((part[key] for key in keys if isinstance(part.get(key), dict)), {})
+    return {
+        "rope_theta": rope.get("rope_theta", part.get("rope_theta")),
+        "rope_type": rope.get("rope_type", rope.get("type", "default")),
+        "rope_factor": rope.get("factor", 1.0),
+    }
+
+
+def _count(value: object) -> int:
+    """Return a count of a config; 0 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
