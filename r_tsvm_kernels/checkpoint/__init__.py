@@ -6,6 +6,7 @@ from .headers import FileState, TensorHeader, read_json
 from .hub import is_model_id
 from .model_config import contradictions, layer_count
 from .reader import Checkpoint
+from .scaled import ScaledHeader, without_quantisation
 from .sidecar_files import SIDECAR_FOLDERS, is_sidecar_file
 from .vocabulary import check_same_vocabulary
 from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
@@ -16,6 +17,7 @@ __all__ = [
     "Checksum",
     "Copy",
     "FileState",
+    "ScaledHeader",
     "ShardFile",
     "ShardLayout",
     "TensorHeader",
@@ -32,5 +34,6 @@ __all__ = [
     "settle_copies",
     "shard_name",
     "shared_seeds",
+    "without_quantisation",
     "write_index",
 ]

@@ -58,6 +58,16 @@ class TensorHeader:
     offset: int
     nbytes: int
 
+    @property
+    def stored(self) -> tuple[TensorHeader, ...]:
+        """The tensors in files that hold the values: this one, or a weight and its scales."""
+        return (self,)
+
+    @property
+    def written_as(self) -> torch.dtype:
+        """The dtype of an output, if the recipe sets none."""
+        return self.dtype
+
 
 @dataclass(frozen=True)
 class FileState:

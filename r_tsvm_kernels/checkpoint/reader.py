@@ -18,6 +18,7 @@ from .headers import FileState, TensorHeader, read_headers, read_json
 from .modules import Module, find_modules
 from .pickles import PICKLE_SUFFIXES, PickleFile
 from .prefixes import same_but_for_prefix
+from .scaled import ScaledHeader, find_scaled, load_scaled, without_quantisation
 
 
 class Checkpoint:
@@ -35,7 +36,8 @@ class Checkpoint:
         main: folder of configuration and tokenizer: that of the main module; None for a single file.
         stem: stem of the weight files, e.g. ``model``.
         tensors: header of every tensor, in the order of the files and of the bytes in them. Names of modules other than
-            the main one begin with their folder: ``2_Dense/linear.weight``.
+            the main one begin with their folder: ``2_Dense/linear.weight``. Weights with scales (FP8, MXFP4) have the
+            dtype and shape of the values they stand for, and their scales are left out: see `scaled`.
         config: parsed ``config.json``; empty if there is none.
         notes: what of the files was ignored, and why.
 
@@ -67,7 +69,11 @@ class Checkpoint:
         for module in self.modules:
             config, beside = self._read_config(module)
             own = {name: header for name, header in self.tensors.items() if self.module(name) is module}
-            refuse_quantised(self.path / module.folder, own, config, beside)
+            own = self._with_values(own, config)
+            readable = (
+                without_quantisation(config) if any(isinstance(x, ScaledHeader) for x in own.values()) else config
+            )
+            refuse_quantised(self.path / module.folder, own, readable, beside)
             if not module.prefix:
                 self.config = config
 
@@ -97,6 +103,8 @@ class Checkpoint:
         header = self.tensors[name]
         shape = header.shape
         first, last = rows or (0, shape[0] if shape else 1)
+        if isinstance(header, ScaledHeader):
+            return load_scaled(header, (first, last), self._read_rows, pin).to(device)
         if rows and not (shape and 0 <= first <= last <= shape[0]):
             raise CheckpointError(f"{header.file}: {name} has shape {shape}, rows {first} to {last} were asked for")
         if header.file in self._pickles:
@@ -105,6 +113,17 @@ class Checkpoint:
         offset = header.offset + first * (header.nbytes // shape[0]) if first else header.offset
         size = (last - first, *shape[1:]) if rows else shape
         tensor = torch.empty(size, dtype=header.dtype, device="cpu", pin_memory=pin)
+        self._fill(tensor, header, offset, name)
+        return tensor.to(device)
+
+    def _read_rows(self, header: TensorHeader, first: int, last: int, columns: int) -> Tensor:
+        """Return rows of a stored tensor, taken as a matrix."""
+        tensor = torch.empty(last - first, columns, dtype=header.dtype, device="cpu")
+        self._fill(tensor, header, header.offset + first * columns * header.dtype.itemsize, "a weight")
+        return tensor
+
+    def _fill(self, tensor: Tensor, header: TensorHeader, offset: int, name: str) -> None:
+        """Read the bytes of a tensor from the file of `header`."""
         # Read, not mapped: mapped pages would count as memory of this process, and a truncated file would end it with
         # SIGBUS instead of an error. The file is opened for each tensor, so that a missing file is noticed.
         try:
@@ -117,7 +136,11 @@ class Checkpoint:
             raise CheckpointError(f"{header.file}: cannot read {name}: {error.strerror or error}") from error
         if not (complete and unchanged):
             raise _changed(header.file, f", noticed while reading {name}")
-        return tensor.to(device)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether some weights are stored with scales."""
+        return any(isinstance(header, ScaledHeader) for header in self.tensors.values())
 
     def files(self) -> tuple[FileState, ...]:
         """Return every file of this checkpoint, with its state at opening."""
@@ -151,6 +174,13 @@ class Checkpoint:
         if name in self.tensors:
             return self._modules[self.tensors[name].file]
         return max((x for x in self.modules if name.startswith(x.prefix)), key=lambda x: len(x.prefix))
+
+    def _with_values(self, own: dict[str, TensorHeader], config: dict[str, Any]) -> dict[str, TensorHeader]:
+        """Put the values of scaled weights in place of the weights among the tensors of a module, and return these."""
+        stored = {name: header for name, header in own.items() if header.file not in self._pickles}
+        found = find_scaled(stored, config)
+        self.tensors = found.visible(self.tensors)
+        return found.visible(own)
 
     def _read_module(self, module: Module) -> None:
         weights = module.weights

@@ -95,6 +95,7 @@ def _as_dict(
             for file in plan.input_files()
         ],
         "shards": plan.shards,
+        "dequantised": plan.dequantised,
         "dropped": {str(path): list(names) for path, names in plan.beside.items()},
         "notes": list(plan.notes),
         "schedule": {
@@ -232,6 +233,10 @@ def _summary(facts: dict[str, Any]) -> list[str]:
         for path, names in facts["dropped"].items()
     ]
     lines += [f"note: {note}" for note in facts["notes"]]
+    lines += [
+        f"dequantised: {_counted(count, 'weight')} of {path}, read as the values that FP8 or MXFP4 and scales stand for"
+        for path, count in facts["dequantised"].items()
+    ]
     if limits["peak_device_bytes"]:
         lines.append(
             f"GPU memory for tensors on {limits['device']}: at most {format_size(limits['peak_device_bytes'])}; "

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import SIDECAR_FOLDERS, Checkpoint, is_sidecar_file, read_json
+from ..checkpoint import SIDECAR_FOLDERS, Checkpoint, is_sidecar_file, read_json, without_quantisation
 from ..files import copy_file, write_json
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None) -> None:
-    """Copy the sidecar files of the base; record a changed dtype in ``config.json``.
+    """Copy the sidecar files of the base; record a changed dtype in ``config.json``, and that nothing is quantised.
 
     Args:
         base: the base; a single file has no sidecar files.
@@ -28,9 +28,12 @@ def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None) -> None
     for folder in base.folders:
         for place in (folder, *(f"{folder}/{name}".lstrip("/") for name in SIDECAR_FOLDERS)):
             _copy_files(base.folder / place, stage / place)
-    if dtype is not None:
-        for module in base.modules:
-            _record_dtype(stage / module.folder / "config.json", dtype, add=not module.prefix)
+    for module in base.modules:
+        file = stage / module.folder / "config.json"
+        if base.is_scaled and file.is_file():
+            write_json(file, without_quantisation(read_json(file)[0]))
+        if dtype is not None:
+            _record_dtype(file, dtype, add=not module.prefix)
 
 
 def _record_dtype(file: Path, dtype: str, add: bool) -> None:

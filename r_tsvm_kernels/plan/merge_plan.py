@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..blocks import WHOLE, Blocks
-from ..checkpoint import Checkpoint, Copy, TensorHeader, TensorSpec
+from ..checkpoint import Checkpoint, Copy, ScaledHeader, TensorHeader, TensorSpec
 from ..config import MergeConfig
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
@@ -29,15 +29,17 @@ class Part:
         dtype: dtype of the values.
         rank: inner dimension of the factors; None for a tensor.
         factor_bytes: size of the factors; 0 for a tensor.
+        file_bytes: size in files of a tensor that is stored as a weight with scales; None if that is its size.
     """
 
     source: int
     dtype: torch.dtype
     rank: int | None = None
     factor_bytes: int = 0
+    file_bytes: int | None = None
 
     def nbytes(self, elements: int) -> int:
-        """Return the bytes to read for this number of elements of the tensor; factors are read whole."""
+        """Return the bytes in memory of this number of elements of the tensor; factors are read whole."""
         return self.dtype.itemsize * elements if self.rank is None else self.factor_bytes
 
 
@@ -83,7 +85,7 @@ class TensorPlan:
     @property
     def bytes_read(self) -> int:
         """Bytes to read from all inputs."""
-        return sum(part.nbytes(self.elements) for part in self.parts)
+        return sum(part.nbytes(self.elements) if part.file_bytes is None else part.file_bytes for part in self.parts)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -142,6 +144,16 @@ class MergePlan:
         """Checkpoints and adapters to read, each once, the base first."""
         return sources(self.base, self.tuned)
 
+    @property
+    def dequantised(self) -> dict[str, int]:
+        """By checkpoint, the number of weights that are stored with scales; without checkpoints that have none."""
+        checkpoints = [source for source in self.inputs if isinstance(source, Checkpoint)]
+        counts = {
+            str(checkpoint.path): sum(isinstance(header, ScaledHeader) for header in checkpoint.tensors.values())
+            for checkpoint in checkpoints
+        }
+        return {path: count for path, count in counts.items() if count}
+
     def row_wise(self, name: str) -> bool:
         """Whether rows of a tensor, or packed experts, can be merged separately with the same bits.
 
@@ -182,18 +194,21 @@ class MergePlan:
         last: dict[int, TensorHeader] = {}
         for name, tensor in self.tensors.items():
             for part in tensor.parts:
-                for header in self._headers(part, name):
+                headers = self._headers(part, name)
+                for header in headers:
+                    size[header.file] += header.nbytes
+                # Scales of weights, which may be anywhere, are too small to count as a pass.
+                for header in headers if part.file_bytes is None else headers[:1]:
                     before = last.get(part.source)
                     passes[header.file] += before is None or header.file != before.file or header.offset < before.offset
-                    size[header.file] += header.nbytes
                     last[part.source] = header
-        return [InputFile(file, size[file], passes[file]) for file in passes]
+        return [InputFile(file, size[file], max(1, passes[file])) for file in size]
 
     def _headers(self, part: Part, name: str) -> tuple[TensorHeader, ...]:
         """Return the headers of one part of a tensor."""
         source = self.inputs[part.source]
         if isinstance(source, Checkpoint):
-            return (source.tensors[name],)
+            return source.tensors[name].stored
         return source.headers(self.module(source, name))
 
     def module(self, adapter: Adapter, name: str) -> str:

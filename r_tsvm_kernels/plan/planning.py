@@ -97,7 +97,7 @@ def make_plan(
             if config.method.needs_base and len(adapted) == len(tuned) and unchanged:
                 decided = Treatment("base", "no adapter changes it")
         treatments[name], blocks[name] = decided, divided
-        specs[name] = TensorSpec(stored_dtype(config, header.dtype), header.shape)
+        specs[name] = TensorSpec(stored_dtype(config, header.written_as), header.shape)
     shards = _shards(base, specs, shard_bytes, stem)
     tensors = {
         name: TensorPlan(
@@ -148,7 +148,9 @@ def _parts(
     found = []
     for index, source in enumerate(inputs[:1] if decided.kind == "base" else inputs):
         if isinstance(source, Checkpoint):
-            found += [Part(index, source.tensors[name].dtype)] if name in source.tensors else []
+            if header := source.tensors.get(name):
+                stored = sum(tensor.nbytes for tensor in header.stored)
+                found.append(Part(index, header.dtype, file_bytes=None if header.stored == (header,) else stored))
         elif name in modules[source]:
             A, B = source.headers(modules[source][name])
             rank = A.shape[0]

@@ -15,7 +15,7 @@ from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.lora_tools import extract_lora
 
 FLOATS = {"q.weight": torch.arange(64.0).reshape(8, 8), "norm.weight": torch.ones(8)}
-FP8 = {"q.weight": torch.ones(8, 8).to(torch.float8_e4m3fn), "q.weight_scale_inv": torch.ones(1, 1)}
+INT8 = {"q.weight": torch.ones(8, 8, dtype=torch.int8), "q.weight_scale": torch.ones(8, 1)}
 GPTQ = {"q.qweight": torch.ones(2, 8, dtype=torch.int32), "q.scales": torch.ones(1, 8).half()}
 
 
@@ -31,7 +31,7 @@ def table_models(folder, table, other):
     return [save(folder / name, FLOATS | {"table": values}) for name, values in tables.items()]
 
 
-@pytest.mark.parametrize("tensors", [FP8, GPTQ], ids=["fp8", "gptq"])
+@pytest.mark.parametrize("tensors", [INT8, GPTQ], ids=["int8", "gptq"])
 @pytest.mark.parametrize("command", ["merge", "inspect", "extract-lora"])
 @pytest.mark.parametrize("bare", [False, True])
 def test_commands_refuse_quantised_models(tmp_path, capsys, tensors, command, bare):
@@ -54,7 +54,7 @@ def test_commands_refuse_quantised_models(tmp_path, capsys, tensors, command, ba
 
 
 def test_a_quantised_base_of_an_adapter(tmp_path):
-    base = save(tmp_path / "base", FP8)
+    base = save(tmp_path / "base", INT8)
     adapter = save_adapter(tmp_path / "adapter", {"q": factors((8, 8), 2, 0)})
     with pytest.raises(QuantisedRefusedError, match="base: the checkpoint is quantised"):
         merge_checkpoints(recipe(base, adapter), tmp_path / "out")
