@@ -9,7 +9,7 @@
 # machine that limits commands to ten minutes, make these calls one after the other with the same OUT (BUDGET: seconds for
 # the whole call; the last stages get what is left):
 #
-#   BUDGET=580 STAGES="wheels machine build info tests products" benchmarks/gpu_suite.sh
+#   BUDGET=580 STAGES="wheels machine build info selfcheck tests products" benchmarks/gpu_suite.sh
 #   BUDGET=580 STAGES="kernels dispatch layer" benchmarks/gpu_suite.sh
 #   BUDGET=580 STAGES="ceilings model memcheck racecheck" benchmarks/gpu_suite.sh
 #   BUDGET=580 STAGES="merges" benchmarks/gpu_suite.sh
@@ -71,6 +71,9 @@ if [ -z "$dry" ]; then
   stage build 300 "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
 fi
 stage info 60 "$PYTHON" -m r_tsvm_kernels info
+# First of all: what passes is what later stages may run. A kernel that fails makes this stage fail, not the others.
+export RTSVM_CACHE="$OUT/cache"
+stage selfcheck 120 "$PYTHON" -m r_tsvm_kernels selfcheck --device "$device" --json
 # Many processes, because compiling takes most of the time; warnings of other versions of torch are not failures.
 processes=$("$PYTHON" -c "import xdist; print('${dry:+0}' or 8)" 2> /dev/null)
 tests=("$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu)

@@ -1,21 +1,22 @@
 """Which implementation of an op runs. The only file that decides.
 
 Each op describes itself where it is defined: `ops/<op>/__init__.py` decorates the public function with `op`. A backend
-asked for by name runs or raises; only the automatic choice moves on to the next one. The choice depends only on the
-device of the tensors, the order of the op's backends and the installed software. Triton's interpreter, for tests, takes
-tensors on the CPU; it must be asked for by name.
+asked for by name runs or raises; only the automatic choice moves on to the next one. On a GPU, it takes the fastest
+backend that passed its self-check there (`verdicts`), on a CPU the first of the op's order that is ready. A process
+that has made a choice keeps to it. Triton's interpreter, for tests, takes tensors on the CPU; it must be asked for by
+name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ContextDecorator, contextmanager
+from contextvars import ContextVar, Token
 from functools import update_wrapper
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from . import backends
+from . import backends, verdicts
 from .errors import BackendUnavailableError, DeviceError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ Result = TypeVar("Result")
 MODULE = {"torch": "reference", "cpu": "cpu_kernel", "cuda": "cuda_kernel", "triton": "triton_kernel"}
 
 _forced: ContextVar[dict[str, str]] = ContextVar("forced_backends")
+# (op, device type) -> backend
+_settled: ContextVar[dict[tuple[str, str], str | None]] = ContextVar("settled_backends")
 
 
 class Op(Generic[Arguments, Result]):
@@ -37,7 +40,7 @@ class Op(Generic[Arguments, Result]):
     Attributes:
         name: of the op, its folder, its kernels, its test and its benchmark.
         topic: under which the reference lists it.
-        order: device type -> backends in order of preference, fastest first. "torch", the reference, is always one.
+        order: device type -> backends, probably the fastest first. "torch", the reference, is always the last one.
         accuracy: None if every backend gives the bits of the reference; or the largest distance of a floating-point
             result from the reference's, relative to its largest element.
         small: attribute of the op's Triton kernel -> a value with which tensors of a few hundred elements, all that
@@ -108,8 +111,7 @@ def op(
     Args:
         topic: see `Op`.
         cpu: backends for tensors on a CPU, fastest first.
-        cuda: backends for tensors on a CUDA device. The reference comes first until the kernels have run on a GPU: a
-            kernel that was only compiled must be asked for by name.
+        cuda: backends for tensors on a CUDA device. The fastest of those that pass their self-check there is taken.
         accuracy: see `Op`.
         small: see `Op`.
     """
@@ -128,9 +130,8 @@ def ops() -> Mapping[str, Op[..., Any]]:
     return _OPS
 
 
-@contextmanager
-def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
-    """Force backends inside a ``with`` block.
+class use_backend(ContextDecorator):
+    """Force backends inside a ``with`` block; a call alone forces nothing.
 
     Args:
         backend: for every op that has it, on any device; other ops choose automatically. None forces nothing.
@@ -144,20 +145,28 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
         ...     chosen("elect_and_sum", "cpu")
         'torch'
     """
-    if backend is not None and backend not in MODULE:
-        raise BackendUnavailableError(f"no backend {backend!r}; expected one of {', '.join(MODULE)}")
-    known = {name: found.backends for name, found in ops().items()}
-    for name, wanted in per_op.items():
-        if name not in known:
-            raise BackendUnavailableError(f"no op {name!r}; expected one of {', '.join(sorted(known))}")
-        if wanted not in known[name]:
-            raise BackendUnavailableError(f"{name}: no backend {wanted!r}; expected one of {', '.join(known[name])}")
-    choice = {name: backend for name, names in known.items() if backend in names} | per_op
-    token = _forced.set({**_forced.get({}), **choice})
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+
+    def __init__(self, backend: str | None = None, /, **per_op: str) -> None:
+        if backend is not None and backend not in MODULE:
+            raise BackendUnavailableError(f"no backend {backend!r}; expected one of {', '.join(MODULE)}")
+        known = {name: found.backends for name, found in ops().items()}
+        for name, wanted in per_op.items():
+            if name not in known:
+                raise BackendUnavailableError(f"no op {name!r}; expected one of {', '.join(sorted(known))}")
+            if wanted not in known[name]:
+                raise BackendUnavailableError(
+                    f"{name}: no backend {wanted!r}; expected one of {', '.join(known[name])}"
+                )
+        self._choice = {name: backend for name, names in known.items() if backend in names} | per_op
+        self._tokens: list[Token[dict[str, str]]] = []
+
+    def __enter__(self) -> None:
+        """Force the backends, on top of those that are forced already."""
+        self._tokens.append(_forced.set({**_forced.get({}), **self._choice}))
+
+    def __exit__(self, *error: object) -> None:
+        """Force what was forced before."""
+        _forced.reset(self._tokens.pop())
 
 
 def forced_backends() -> dict[str, str]:
@@ -165,18 +174,79 @@ def forced_backends() -> dict[str, str]:
     return dict(_forced.get({}))
 
 
+@contextmanager
+def settled(choice: Mapping[str, str | None], device_type: str) -> Iterator[None]:
+    """Keep to these backends, by op, on a device type inside a ``with`` block; `use_backend` takes precedence.
+
+    A merge that is resumed, or spread over processes, runs the same kernels everywhere with this.
+    """
+    token = _settled.set({**_settled.get({}), **{(op, device_type): backend for op, backend in choice.items()}})
+    try:
+        yield
+    finally:
+        _settled.reset(token)
+
+
+def prepare(names: Iterable[str], device_type: str) -> None:
+    """Check kernels of these ops that have no verdict on a device type yet, all together: see `verdicts.require`."""
+    if device_type in verdicts.CHECKED:
+        verdicts.require({name: _kernels(name, device_type) for name in names}, device_type)
+
+
+def _kernels(name: str, device_type: str) -> list[str]:
+    """Return the backends of an op beside the reference that the installed software can run."""
+    order = ops()[name].order.get(device_type, ())
+    return [backend for backend in order if backend != "torch" and backends.state(backend) == backends.READY]
+
+
 def explain(name: str, device_type: str) -> list[tuple[str, str]]:
-    """List the candidates of an op on a device type, each with ``"ready"`` or the reason why it cannot run."""
-    return [(backend, backends.state(backend)) for backend in ops()[name].order.get(device_type, ())]
+    """List the candidates of an op on a device type, each with ``"ready"`` or the reason why it cannot run.
+
+    Nothing is checked here: a kernel that has no verdict yet is ready.
+    """
+    found = verdicts.known(name, device_type)
+    candidates = []
+    for backend in ops()[name].order.get(device_type, ()):
+        verdict, state = found.get(backend), backends.state(backend)
+        if state == backends.READY and verdict is not None and not verdict.passed:
+            state = f"its self-check failed: {verdict.reason}"
+        candidates.append((backend, state))
+    return candidates
 
 
-def chosen(name: str, device_type: str) -> str | None:
-    """Return the backend that an op takes on a device type now: the forced one, or the first that is ready.
+def chosen(name: str, device_type: str, *, check: bool = True) -> str | None:
+    """Return the backend that an op takes on a device type now: the forced one, or the automatic choice.
 
     The only answer to "which backend will run?": memory is planned and merges are compared by it.
+
+    Args:
+        name: of the op.
+        device_type: ``cpu`` or ``cuda``.
+        check: whether to run self-checks on which the choice depends; without, kernels that have no verdict are not
+            taken.
     """
-    ready = (backend for backend, state in explain(name, device_type) if state == backends.READY)
-    return _forced.get({}).get(name) or next(ready, None)
+    wanted = _forced.get({}).get(name) or _settled.get({}).get((name, device_type))
+    if wanted is not None:
+        return wanted
+    if check:
+        prepare([name], device_type)
+    ready = [backend for backend, state in explain(name, device_type) if state == backends.READY]
+    if device_type not in verdicts.CHECKED:
+        return next(iter(ready), None)
+    found = verdicts.known(name, device_type)
+    times = {backend: found[backend].seconds for backend in ready if backend in found}
+    timed = {backend: seconds for backend, seconds in times.items() if seconds is not None}
+    return min(timed, key=lambda backend: timed[backend], default="torch" if "torch" in ready else None)
+
+
+def unusable(name: str, backend: str | None, device_type: str) -> str | None:
+    """Return why the automatic choice could not be this backend; None if it could."""
+    state = dict(explain(name, device_type)).get(backend or "", "the op has no such kernel")
+    if state != backends.READY:
+        return state
+    if backend == "torch" or device_type not in verdicts.CHECKED or backend in verdicts.known(name, device_type):
+        return None
+    return "it has no verdict of a self-check" if verdicts.enabled() else "RTSVM_SELFCHECK=off leaves out kernels"
 
 
 def by_reference(device_type: str, *names: str) -> bool:
@@ -201,12 +271,14 @@ def select(name: str, *tensors: Tensor, backend: str | None = None) -> Callable[
             f"{name}: all tensors must be on one device of type {' or '.join(sorted(order))}, "
             f"got {', '.join(sorted(devices))}; move them with .to()"
         )
-    wanted = backend or _forced.get({}).get(name)
+    wanted = backend or chosen(name, device_type)
+    if wanted != "torch":
+        prepare([name], device_type)
     candidates = explain(name, device_type)
     if wanted == "triton" and device_type == "cpu" and "triton" in order.get("cuda", ()):
         candidates.append(("triton", backends.triton_interpreter_state()))
     for candidate, state in candidates:
-        if state == backends.READY and wanted in (None, candidate):
+        if state == backends.READY and wanted == candidate:
             run: Callable[..., Any] = import_module(f"r_tsvm_kernels.ops.{name}.{MODULE[candidate]}").run
             return no_grad()(run)
     tried = "; ".join(f"{candidate}: {state}" for candidate, state in candidates)

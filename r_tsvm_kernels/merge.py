@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .blocks import WHOLE, Blocks, blocks_of
 from .config import MergeConfig, as_config, as_dtype
+from .dispatch import ops, prepare
 from .errors import CheckpointError, ConfigError, DTypeError, NonFiniteError, RtsvmError
 from .experts import is_router
 from .linalg import Factored
@@ -125,6 +126,7 @@ def merge_tensors(
     ]
     base = base_or_first(base, tuned, config)
     base = detached(base, f"{label} of the base")
+    prepare(ops() if config.method.ops is None else config.method.ops, base.device.type)
     with timed(stages, "merge"), torch.no_grad():
         result = _merged(base, tuned, config, name, position, seeded_by, dtype, measure_norms, blocks)
         result.weight = result.weight.contiguous()  # safetensors saves no other

@@ -14,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Deterministic algorithms, below, want it on a GPU: without it torch warns at every product, and warnings are errors.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Tests name the backends they run, whether or not these pass a self-check, and read nothing from the user's cache.
+os.environ["RTSVM_SELFCHECK"] = "off"
+
 import torch
 from hypothesis import HealthCheck, settings
 

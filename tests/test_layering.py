@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 LAYERS = [
     {"errors", "experts", "parameters", "text"},
     {"blocks", "sizes", "files", "safe_yaml", "quantised"},
-    {"backends"},
+    {"backends", "verdicts"},
     {"dispatch"},
     {"ops"},
     {"linalg", "checkpoint"},
@@ -29,6 +29,7 @@ LAYERS = [
     {"lora_tools"},
     {"integrations"},
     {"bench"},
+    {"selfcheck"},
     {"cli"},
     {"__main__"},
 ]

@@ -23,13 +23,14 @@ from . import (
     mergekit,
     report,
     resize_lora,
+    selfcheck,
     verify,
 )
 from .signals import Terminated, sigterm_raises
 from .terminal import standard_streams, tell, told_warnings
 
 # Commands that print their result, which is lost if stdout is closed. The others write theirs to disk.
-_PRINTING = ("inspect", "verify", "info", "bench")
+_PRINTING = ("inspect", "verify", "info", "selfcheck", "bench")
 # Messages of torch and Python, in exceptions of general classes, when the system refuses memory or threads.
 _EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
 
@@ -39,7 +40,7 @@ _GROUPS: dict[str, tuple[Any, ...]] = {
     "merging": (merge, inspect, verify, report),
     "LoRA adapters": (extract_lora, resize_lora, merge_lora),
     "inside other tools": (mergekit, fusion_bench),
-    "this machine": (info, bench),
+    "this machine": (info, selfcheck, bench),
 }
 
 

@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..bench.peers import taking_part
     from ..bench.plot import plot, require_matplotlib
     from ..bench.table import legend, result_tables, where
+    from ..dispatch import ops, prepare
     from ..engine import choose_device
     from ..errors import OutputExistsError
 
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         require_matplotlib()
         if os.path.lexists(arguments.plot):
             raise OutputExistsError(f"{arguments.plot} exists and is not overwritten: choose another name or remove it")
+    prepare(ops(), device.type)  # or kernels would be checked in the middle of measuring
     plan = PLANS["full" if arguments.full else "dry-run" if arguments.dry_run else "quick"]
 
     results = Results(arguments.json, taking_part(benchmarks))

@@ -51,10 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _collect() -> dict[str, Any]:
     import torch
 
-    from .. import __version__, backends, dispatch
+    from .. import __version__, backends, dispatch, verdicts
     from ..methods import METHODS
+    from ..verdicts.store import as_json
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = ["cpu", *(["cuda"] if gpus else [])]
     return {
         "versions": {"r_tsvm_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "gpus": gpus,
@@ -66,9 +68,10 @@ def _collect() -> dict[str, Any]:
             for op, order in ((op, found.order) for op, found in dispatch.ops().items())
         },
         "chosen": {
-            device: {op: dispatch.chosen(op, device) for op in dispatch.ops()}
-            for device in ("cpu", *(["cuda"] if gpus else []))
+            device: {op: dispatch.chosen(op, device, check=False) for op in dispatch.ops()} for device in devices
         },
+        "selfcheck": "on" if verdicts.enabled() else "off",
+        "verdicts": {device: as_json({op: verdicts.known(op, device) for op in dispatch.ops()}) for device in devices},
         "methods": {name: _method_facts(method) for name, method in sorted(METHODS.items())},
     }
 
@@ -113,12 +116,30 @@ def _print(facts: dict[str, Any]) -> None:
             chosen = facts["chosen"].get(device, {}).get(op)
             cells.append(f"{device}: {', '.join(name + '*' * (name == chosen) for name in names)}")
         say(f"  {op:<20}{cells[0]:<20}{'  '.join(cells[1:])}".rstrip())
-    if "cuda" in devices:
-        say("  The reference in torch precedes kernels that have not run on a GPU yet; --backend chooses others.")
+    for device in devices:
+        for line in _self_checks(device, facts):
+            say(f"  {line}")
     say("")
     say("Merge methods; `rtsvm info METHOD` has parameters, formula and paper")
     for line in textwrap.wrap(", ".join(facts["methods"]), 76):
         say(f"  {line}")
+
+
+def _self_checks(device: str, facts: dict[str, Any]) -> list[str]:
+    """Return what is known of the kernels on a type of device; on a CPU, which needs no checks, what is stored."""
+    if facts["selfcheck"] == "off":
+        return ["Self-checks are off (RTSVM_SELFCHECK=off): references only."] if device == "cuda" else []
+    passed, failed, missing = 0, list[str](), 0
+    for op, orders in sorted(facts["ops"].items()):
+        for backend in [name for name in orders[device] if name != "torch" and facts["backends"][name] == "ready"]:
+            verdict = facts["verdicts"][device][op].get(backend)
+            passed += bool(verdict and verdict["passed"])
+            missing += verdict is None
+            failed += [f"  failed: {op}, {backend}: {verdict['reason']}"] if verdict and not verdict["passed"] else []
+    if device == "cpu" and not passed and not failed:
+        return []
+    later = f", {missing} not checked yet (rtsvm selfcheck --device {device})" if missing else ""
+    return [f"Self-checks on {device}: {passed} kernels passed, {len(failed)} failed{later}", *failed]
 
 
 def _wrapped(text: str) -> list[str]:

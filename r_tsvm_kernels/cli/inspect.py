@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..engine import choose_device, choose_workers, make_schedule, smallest_schedule
     from ..engine.calibrate import estimate_time
-    from ..engine.fingerprint import software
+    from ..engine.fingerprint import kernels
     from ..engine.tiles import check_tables
     from ..plan import make_plan
     from ..sizes import parse_size
@@ -67,10 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
     with chosen_backends(arguments.backend, device):
         plan = make_plan(config, parse_size(arguments.shard_size), allow_pickle=arguments.allow_pickle)
         check_tables(plan)
+        backends = kernels(device, config.method)
         chosen = make_schedule(plan, choose_workers(arguments.threads, device), *budgets, on_gpu=on_gpu)
         seconds = estimate_time(plan, chosen.workers, device) if arguments.estimate_time else None
-        smallest, kernels = smallest_schedule(plan, on_gpu), software(device)["kernels"]
-        facts = _as_dict(plan, chosen, smallest, str(device), seconds) | {"kernels": kernels}
+        smallest = smallest_schedule(plan, on_gpu)
+        facts = _as_dict(plan, chosen, smallest, str(device), seconds) | {"kernels": backends}
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:

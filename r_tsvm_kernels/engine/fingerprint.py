@@ -10,11 +10,12 @@ import torch
 
 from .. import __version__, dispatch
 from ..checkpoint import checksum
+from ..methods import Method
 from ..plan import MergePlan
 from .shards import layouts
 
 # Increased when journals of older versions cannot be resumed.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def fingerprint(plan: MergePlan, device: torch.device) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def fingerprint(plan: MergePlan, device: torch.device) -> dict[str, Any]:
     shards = {layout.file_name: [layout.size, checksum(layout.header)] for layout in layouts(plan)}
     content = {
         "format": _FORMAT,
-        **software(device),
+        **software(device, plan.config.method),
         "recipe": plan.config.model_dump(mode="json"),
         "models": [str(model.path) for model in plan.inputs],
         "inputs": inputs,
@@ -35,13 +36,20 @@ def fingerprint(plan: MergePlan, device: torch.device) -> dict[str, Any]:
     return normal
 
 
-def software(device: torch.device) -> dict[str, Any]:
-    """Return the facts of this machine that the bytes depend on, as JSON."""
+def software(device: torch.device, method: Method) -> dict[str, Any]:
+    """Return the facts of this machine that the bytes of a merge depend on, as JSON."""
     return {
         "versions": {"r_tsvm_kernels": __version__, "torch": torch.__version__},
         "device": device.type,
-        "kernels": {op: dispatch.chosen(op, device.type) for op in sorted(dispatch.ops())},
+        "kernels": kernels(device, method),
     }
+
+
+def kernels(device: torch.device, method: Method) -> dict[str, str | None]:
+    """Return the backend of each op that a method may call; kernels without a verdict are checked first, together."""
+    names = sorted(dispatch.ops() if method.ops is None else method.ops)
+    dispatch.prepare(names, device.type)
+    return {op: dispatch.chosen(op, device.type) for op in names}
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:

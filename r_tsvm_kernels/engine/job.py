@@ -11,15 +11,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoint import ShardLayout
+from ..dispatch import forced_backends, unusable
 from ..errors import JournalError, OutputUnfinishedError, ResumeRefusedError, RtsvmError
 from ..plan import MergePlan
 from ..text import dtype_name
-from .fingerprint import difference, fingerprint
-from .journal import Finished, Journal, as_report
+from .fingerprint import difference, fingerprint, kernels
+from .journal import Finished, Journal, as_report, read_journal
 from .output import Stage, writing
 from .shards import Shards, layouts
 
@@ -94,6 +97,29 @@ class MergeJob:
                 self.shards.sync()
                 self._journal.append(batch)
             self._committed = time.monotonic()
+
+
+def settled_kernels(plan: MergePlan, out: Path, device: torch.device, resume: bool) -> dict[str, str | None]:
+    """Return the backends, by op, that a merge keeps to: those of the stopped merge if it is resumed.
+
+    Raises:
+        ResumeRefusedError: one of those cannot run here now.
+    """
+    chosen, stage = kernels(device, plan.config.method), Stage(out.parent.resolve() / out.name)
+    before: dict[str, Any] = {}
+    with suppress(JournalError):  # `open_job` says what is wrong with it
+        before = read_journal(stage.journal)[0] if resume else {}
+    if before.get("device") != device.type:
+        return chosen
+    for op in chosen.keys() & before["kernels"].keys() - forced_backends().keys():
+        chosen[op] = before["kernels"][op]
+        reason = unusable(op, chosen[op], device.type)
+        if reason is not None:
+            raise ResumeRefusedError(
+                f"{stage.folder}: cannot be resumed, because {op} ran on the backend {chosen[op]} before, which cannot "
+                f"run now: {reason}; make it run, or start over with --restart (restart=True)"
+            )
+    return chosen
 
 
 @contextmanager

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from ..dispatch import forced_backends, use_backend
+from ..dispatch import forced_backends, settled, unusable, use_backend
 from ..errors import BackendUnavailableError, ClusterError, DeviceError, MemoryBudgetError, RtsvmError
 from ..plan import MergePlan
 from ..sizes import format_size
-from .fingerprint import software
+from .fingerprint import kernels, software
 from .job import COMMIT_SECONDS, MergeJob
 from .journal import Finished
 from .local import run_local
@@ -68,6 +68,7 @@ class _Order:
     measure_norms: bool | None
     software: dict[str, Any]
     backends: dict[str, str]
+    kernels: dict[str, str | None]
     folder: Path
 
 
@@ -105,7 +106,9 @@ def run_ray(
         waiting = deque(_groups(job, slots))
         most = tasks or len(waiting)  # Ray queues tasks that lack resources
         task = ray.remote(**options)(merge_group)
-        here = (job.device.type, job.measure_norms, software(job.device), forced_backends(), Path.cwd())
+        method = job.plan.config.method
+        choice = forced_backends(), kernels(job.device, method)
+        here = (job.device.type, job.measure_norms, software(job.device, method), *choice, Path.cwd())
         order = ray.put(_Order(job.plan, schedule, job.stage.folder, *here))
         running: list[Any] = []
         try:
@@ -131,18 +134,25 @@ def merge_group(order: _Order, names: list[str]) -> list[Finished]:
 
     Errors of reading, merging and writing are raised here.
     """
-    with use_backend(**order.backends):
+    with use_backend(**order.backends), settled(order.kernels, order.device_type):
         return _merge_group(order, names)
 
 
 def _merge_group(order: _Order, names: list[str]) -> list[Finished]:
     device = own_gpu() if order.device_type == "cuda" else torch.device("cpu")
-    here = software(device)
+    here = software(device, order.plan.config.method)
     if here != order.software:
         raise ClusterError(
             f"{platform.node()}: its software differs from the driver's, {here} here and {order.software} there; "
             "install the same versions everywhere, or start Ray on this machine alone"
         )
+    for op, backend in order.kernels.items():
+        reason = unusable(op, backend, order.device_type)
+        if reason is not None:
+            raise ClusterError(
+                f"{platform.node()}: {op} cannot run on the backend {backend} here, as it does on the driver: "
+                f"{reason}; force another backend (--backend {op}=torch), or start Ray on this machine alone"
+            )
     with suppress(OSError):  # only relative paths need it
         os.chdir(order.folder)
     group = [layout for layout in layouts(order.plan) if not layout.specs.keys().isdisjoint(names)]

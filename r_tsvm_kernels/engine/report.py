@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..files import read_regular, write_json, write_text
 from ..plan import MergePlan, common_parameters, model_parameters, varying_parameters
 from ..report import inherited_terms, model_card, plain, report_page, short_name, summary, time_per_stage
-from .fingerprint import software
+from .fingerprint import kernels
 from .job import MergeJob
 from .journal import Finished, as_report
 from .output import page_path, report_path, writing
@@ -55,7 +55,7 @@ def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
         },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": str(job.device),
-        "kernels": software(job.device)["kernels"],
+        "kernels": kernels(job.device, method),
         **run,
         "dropped": {str(path): list(names) for path, names in plan.beside.items()},
         "notes": list(plan.notes),

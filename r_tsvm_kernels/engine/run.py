@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .. import dispatch
 from ..config import MergeConfig
 from ..errors import ConfigError, DeviceError
 from ..files import write_text
@@ -19,7 +20,7 @@ from ..plan import make_plan
 from ..sizes import parse_size
 from ..state_dicts import summary
 from ..text import printable
-from .job import MergeJob, open_job
+from .job import MergeJob, open_job, settled_kernels
 from .journal import as_report
 from .local import run_local
 from .output import is_single_file, locked_stage, refuse_existing, report_path
@@ -161,27 +162,28 @@ def merge_checkpoints(
     )
     for note in plan.notes:
         _LOG.warning("%s", printable(note))
-    schedule = make_schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
-    check_copies(plan)
-    with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
-        job.measure_norms = measure_norms
-        if not single:  # first: an unreadable file should stop the merge before the work
-            copy_sidecar_files(plan.base, stage.folder, config.out_dtype or config.dtype)
-        if job.resumed:
-            _LOG.info("resumed: %d of %d tensors are finished already", job.resumed, len(plan.tensors))
-        tensor_done = _reporter(job, progress)
-        if engine == "ray":
-            run_ray(job, schedule, tensor_done, tasks=threads, address=ray_address)
-        else:
-            run_local(job, schedule, tensor_done)
-        seconds = time.perf_counter() - start
-        _complete(job)
-        run = {"engine": engine, "threads": schedule.workers, "seconds": seconds, "resumed_tensors": job.resumed}
-        write_report(job, run)
-        stage.publish()
-    _LOG.info("merged %d tensors into %s in %.1f s", len(plan.tensors) - job.resumed, out, seconds)
-    reports = {name: as_report(job.finished[name].report) for name in plan.tensors}
-    return CheckpointResult(out, report_path(out), reports, job.resumed, seconds)
+    with dispatch.settled(settled_kernels(plan, out, target, resume), target.type):
+        schedule = make_schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
+        check_copies(plan)
+        with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
+            job.measure_norms = measure_norms
+            if not single:  # first: an unreadable file should stop the merge before the work
+                copy_sidecar_files(plan.base, stage.folder, config.out_dtype or config.dtype)
+            if job.resumed:
+                _LOG.info("resumed: %d of %d tensors are finished already", job.resumed, len(plan.tensors))
+            tensor_done = _reporter(job, progress)
+            if engine == "ray":
+                run_ray(job, schedule, tensor_done, tasks=threads, address=ray_address)
+            else:
+                run_local(job, schedule, tensor_done)
+            seconds = time.perf_counter() - start
+            _complete(job)
+            run = {"engine": engine, "threads": schedule.workers, "seconds": seconds, "resumed_tensors": job.resumed}
+            write_report(job, run)
+            stage.publish()
+        _LOG.info("merged %d tensors into %s in %.1f s", len(plan.tensors) - job.resumed, out, seconds)
+        reports = {name: as_report(job.finished[name].report) for name in plan.tensors}
+        return CheckpointResult(out, report_path(out), reports, job.resumed, seconds)
 
 
 def choose_device(device: str) -> torch.device:

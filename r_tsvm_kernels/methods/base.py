@@ -254,6 +254,9 @@ class MergeResult:
         return f"MergeResult({', '.join(part for part in (form, rest) if part)})"
 
 
+# Ops of methods that decompose matrices: the update, the mean of tensors that are none, and norms.
+SPECTRAL_OPS = ("add_update", "elect_and_sum", "task_statistics")
+
 Run = Callable[[Tensor, Sequence[Any], Any], MergeResult]
 RunBatch = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]], Any], list[MergeResult]]
 
@@ -339,6 +342,7 @@ class Method:
         row_wise: whether rows may be merged separately: rows of the result depend only on the same rows of the inputs,
             to the bit.
         tasks: the only number of fine-tuned models it merges; None for any.
+        ops: the ops that `run`, `cost` and the mean of other tensors may call; None: any.
         factored: whether, with these options, `run` also takes all task matrices as `Factored` instead of the models.
         aliases: its other names, in papers and in other tools.
         cost: memory and operations of a job with its options.
@@ -358,6 +362,7 @@ class Method:
     mean_if_rankless: bool = False
     row_wise: bool = False
     tasks: int | None = None
+    ops: tuple[str, ...] | None = None
     factored: Callable[[Any], bool] = lambda options: False
     aliases: tuple[str, ...] = ()
     cost: Callable[[TensorJob, Any], Cost] = elementwise_cost

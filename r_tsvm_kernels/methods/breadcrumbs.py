@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..ops import Sparsifier, kept_count
 from .base import MergeResult, PerModel, register
-from .sparsify import Share, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
+from .sparsify import SPARSE_OPS, Share, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
 
 
 class BreadcrumbsParameters(SparseParameters):
@@ -48,6 +48,7 @@ def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: Breadcrumb
     pretty_name="Model Breadcrumbs",
     paper_url="https://arxiv.org/abs/2312.06795",
     parameters=BreadcrumbsParameters,
+    ops=SPARSE_OPS,
     cost=sparse_cost,
 )
 def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:
@@ -66,6 +67,7 @@ def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParam
     pretty_name="Model Breadcrumbs with TIES",
     paper_url="https://arxiv.org/abs/2312.06795",
     parameters=BreadcrumbsParameters,
+    ops=SPARSE_OPS,
     cost=sparse_cost,
 )
 def breadcrumbs_ties(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..linalg import Certificate, Factored, core_space, nonzero_support, truncated_svd
 from ..ops import add_update
-from .base import Cost, MergeResult, TensorJob, TensorReport, always, register, task_matrices
+from .base import SPECTRAL_OPS, Cost, MergeResult, TensorJob, TensorReport, always, register, task_matrices
 from .common_basis import CommonBasisParameters, merge_parts, part_norms
 from .iso_c import IsoCParameters, iso_c
 
@@ -51,6 +51,7 @@ def core_space_cost(job: TensorJob, options: CoreSpaceParameters) -> Cost:
     pretty_name="Core Space",
     paper_url="https://arxiv.org/abs/2509.17786",
     parameters=CoreSpaceParameters,
+    ops=SPECTRAL_OPS,
     matrices_only=True,
     factored=always,
     cost=core_space_cost,

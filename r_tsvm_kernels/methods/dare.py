@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops import Sparsifier
 from .base import MergeResult, register
-from .sparsify import RandomParameters, merge_kept, sparse_cost
+from .sparsify import SPARSE_OPS, RandomParameters, merge_kept, sparse_cost
 
 
 def dare_masks(options: RandomParameters) -> list[Sparsifier]:
@@ -34,6 +34,7 @@ def dare_masks(options: RandomParameters) -> list[Sparsifier]:
     pretty_name="DARE",
     paper_url="https://arxiv.org/abs/2311.03099",
     parameters=RandomParameters,
+    ops=SPARSE_OPS,
     aliases=("dare", "dare_task_arithmetic"),
     cost=sparse_cost,
 )
@@ -53,6 +54,7 @@ def dare_linear(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters
     pretty_name="DARE-TIES",
     paper_url="https://arxiv.org/abs/2311.03099",
     parameters=RandomParameters,
+    ops=SPARSE_OPS,
     aliases=("dare_ties_merging",),
     cost=sparse_cost,
 )

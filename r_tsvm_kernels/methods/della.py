@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import dispatch
 from ..ops import Election, RankedSparsifier, Sparsifier, della_probabilities, magnitude_ranks, ranked_mask
 from .base import Cost, FiniteFloat, MergeResult, MethodParameters, PerModel, TensorJob, register
-from .sparsify import RandomParameters, merge_kept, sparse_cost
+from .sparsify import SPARSE_OPS, RandomParameters, merge_kept, sparse_cost
 
 
 class DellaLinearParameters(RandomParameters):
@@ -83,6 +83,7 @@ def _merge_ranked(
     pretty_name="DELLA",
     paper_url="https://arxiv.org/abs/2406.11617",
     parameters=DellaLinearParameters,
+    ops=(*SPARSE_OPS, "magnitude_ranks", "ranked_mask"),
     cost=della_cost,
 )
 def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> MergeResult:
@@ -101,6 +102,7 @@ def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearPara
     pretty_name="DELLA-TIES",
     paper_url="https://arxiv.org/abs/2406.11617",
     parameters=DellaParameters,
+    ops=(*SPARSE_OPS, "magnitude_ranks", "ranked_mask"),
     aliases=("della_ties",),
     cost=della_cost,
 )

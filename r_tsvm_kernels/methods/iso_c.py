@@ -24,7 +24,18 @@ from ..linalg.inverse_root import RANK_TOLERANCE
 from ..linalg.rounding import EPS
 from ..ops import add_update
 from ..ops._checks import accumulation_dtype
-from .base import Cost, FiniteFloat, MergeResult, MethodParameters, TensorJob, TensorReport, always, register, timed
+from .base import (
+    SPECTRAL_OPS,
+    Cost,
+    FiniteFloat,
+    MergeResult,
+    MethodParameters,
+    TensorJob,
+    TensorReport,
+    always,
+    register,
+    timed,
+)
 
 # Singular values that count as zero are left out of the mean if their sum is at most this share of the tolerance.
 LOST = 0.01
@@ -52,6 +63,7 @@ def iso_c_cost(job: TensorJob, options: IsoCParameters) -> Cost:
     pretty_name="Iso-C",
     paper_url="https://arxiv.org/abs/2502.04959",
     parameters=IsoCParameters,
+    ops=SPECTRAL_OPS,
     matrices_only=True,
     factored=always,
     cost=iso_c_cost,

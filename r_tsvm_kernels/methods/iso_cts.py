@@ -27,7 +27,7 @@ from ..linalg.leading_right_vectors import ROUTES
 from ..linalg.merge_accuracy import PolarPair, WeightedCores, polar_pair
 from ..ops import add_update
 from ..ops._checks import accumulation_dtype
-from .base import Cost, MergeResult, TensorJob, TensorReport, register, timed
+from .base import SPECTRAL_OPS, Cost, MergeResult, TensorJob, TensorReport, register, timed
 from .iso_c import IsoCParameters, sum_of_tasks
 
 
@@ -56,6 +56,7 @@ def common_and_own_ranks(short: int, tasks: int, fraction: float) -> tuple[int, 
     pretty_name="Iso-CTS",
     paper_url="https://arxiv.org/abs/2502.04959",
     parameters=IsoCtsParameters,
+    ops=SPECTRAL_OPS,
     matrices_only=True,
     cost=iso_cts_cost,
 )

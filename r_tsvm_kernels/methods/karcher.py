@@ -61,6 +61,7 @@ def karcher_coefficients(directions: Tensor, w: Tensor, max_iter: int, tol: floa
     pretty_name="Karcher mean",
     paper_url="https://arxiv.org/abs/2603.04972",
     parameters=KarcherParameters,
+    ops=("elect_and_sum", "task_gram"),
     needs_base=False,
     cost=geometric_cost,
 )

@@ -25,7 +25,7 @@ from ..linalg import BACKWARD_ERROR, Certificate, Factored, JointSvd, joint_svd,
 from ..linalg.decompositions import frobenius_norm
 from ..linalg.eigenspaces import MEASURED, PROBES
 from ..ops import add_update
-from .base import Cost, MergeResult, TensorJob, TensorReport, always, register, task_matrices
+from .base import SPECTRAL_OPS, Cost, MergeResult, TensorJob, TensorReport, always, register, task_matrices
 from .common_basis import CommonBasisParameters, merge_parts, part_norms
 
 
@@ -52,6 +52,7 @@ def knots_cost(job: TensorJob, options: KnotsParameters) -> Cost:
     pretty_name="KnOTS",
     paper_url="https://arxiv.org/abs/2410.19735",
     parameters=KnotsParameters,
+    ops=SPECTRAL_OPS,
     aliases=("knots_ties",),
     matrices_only=True,
     factored=always,

@@ -33,6 +33,7 @@ class LinearParameters(MethodParameters):
     pretty_name="Linear (weighted average)",
     paper_url="https://arxiv.org/abs/2203.05482",
     parameters=LinearParameters,
+    ops=("add_update", "elect_and_sum"),
     aliases=("simple_average", "weighted_average", "rewarded_soup"),
     needs_base=False,
     row_wise=True,

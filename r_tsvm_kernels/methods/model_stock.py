@@ -57,6 +57,7 @@ def model_stock_cost(job: TensorJob, options: ModelStockParameters) -> Cost:
     pretty_name="Model Stock",
     paper_url="https://arxiv.org/abs/2403.19522",
     parameters=ModelStockParameters,
+    ops=("add_update", "elect_and_sum", "task_gram"),
     cost=model_stock_cost,
 )
 def model_stock(base: Tensor, tuned: Sequence[Tensor], options: ModelStockParameters) -> MergeResult:

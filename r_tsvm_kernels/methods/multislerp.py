@@ -35,6 +35,7 @@ class MultiSlerpParameters(MethodParameters):
     pretty_name="Multi-SLERP",
     paper_url="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
     parameters=MultiSlerpParameters,
+    ops=("elect_and_sum", "task_gram"),
     aliases=("multi_slerp",),
     cost=geometric_cost,
 )

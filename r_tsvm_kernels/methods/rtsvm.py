@@ -60,8 +60,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..linalg import Factored, Rank, RankRule, asked_rank, limited, rank_limit, shared_ranks
+from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import OutlierClipping, add_update, pruned_sparsity, reweight_prune, task_statistics
-from .base import FiniteFloat, MergeResult, MethodParameters, PerModel, TensorReport, register, timed
+from .base import SPECTRAL_OPS, FiniteFloat, MergeResult, MethodParameters, PerModel, TensorReport, register, timed
 from .gram import checked
 from .orthogonalization import merge_weighted_and_report
 from .rtsvm_readings import (
@@ -217,6 +218,7 @@ def merge_rtsvm_batch(
     pretty_name="R-TSVM",
     paper_url="https://arxiv.org/abs/2502.06876",
     parameters=RtsvmParameters,
+    ops=(*SPECTRAL_OPS, *PRODUCTS, "magnitude_select", "reweight_prune", "task_gram"),
     aliases=("resm",),
     matrices_only=True,
     rank_per_task=True,

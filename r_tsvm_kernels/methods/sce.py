@@ -44,6 +44,7 @@ def sce_cost(job: TensorJob, options: SceParameters) -> Cost:
     pretty_name="SCE",
     paper_url="https://arxiv.org/abs/2408.07990",
     parameters=SceParameters,
+    ops=("elect_and_sum", "magnitude_select", "task_gram", "task_spread"),
     cost=sce_cost,
 )
 def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeResult:

@@ -42,6 +42,7 @@ class SlerpParameters(MethodParameters):
     pretty_name="SLERP",
     paper_url="https://en.wikipedia.org/wiki/Slerp",
     parameters=SlerpParameters,
+    ops=("elect_and_sum", "task_gram"),
     tasks=1,
     cost=geometric_cost,
 )

@@ -16,6 +16,9 @@ from ..ops.elect_and_sum import normalized
 from .base import Cost, MergeResult, MethodParameters, PerModel, TensorJob, TensorReport
 from .task_arithmetic import TaskArithmeticParameters
 
+# Ops of methods that keep some elements and sum or elect them.
+SPARSE_OPS = ("elect_and_sum", "magnitude_select", "random_mask", "task_statistics")
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

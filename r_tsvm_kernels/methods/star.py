@@ -23,6 +23,7 @@ from ..linalg.decompositions import frobenius_norm
 from ..linalg.leading_right_vectors import EXACT
 from ..ops import add_update
 from .base import (
+    SPECTRAL_OPS,
     Cost,
     FiniteFloat,
     MergeResult,
@@ -62,6 +63,7 @@ def star_cost(job: TensorJob, options: StarParameters) -> Cost:
     pretty_name="STAR",
     paper_url="https://arxiv.org/abs/2502.10339",
     parameters=StarParameters,
+    ops=SPECTRAL_OPS,
     aliases=("star_merging",),
     matrices_only=True,
     factored=always,

@@ -36,6 +36,7 @@ class TaskArithmeticParameters(MethodParameters):
     pretty_name="Task Arithmetic",
     paper_url="https://arxiv.org/abs/2212.04089",
     parameters=TaskArithmeticParameters,
+    ops=("add_update", "elect_and_sum"),
     row_wise=True,
     factored=always,
 )

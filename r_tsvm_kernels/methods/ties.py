@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .base import MergeResult, register
-from .sparsify import SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
+from .sparsify import SPARSE_OPS, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
 
 
 class TiesParameters(SparseParameters):
@@ -33,6 +33,7 @@ class TiesParameters(SparseParameters):
     pretty_name="TIES",
     paper_url="https://arxiv.org/abs/2306.01708",
     parameters=TiesParameters,
+    ops=SPARSE_OPS,
     aliases=("ties_merging",),
     cost=sparse_cost,
 )

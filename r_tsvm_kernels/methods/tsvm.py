@@ -27,9 +27,11 @@ from ..linalg import (
     interference_above_chance,
     tsv_merge_layers,
 )
+from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import add_update
 from ..sizes import parse_size
 from .base import (
+    SPECTRAL_OPS,
     FiniteFloat,
     MergeResult,
     MethodParameters,
@@ -91,6 +93,7 @@ def merge_tsvm_batch(
     pretty_name="TSV-Merge",
     paper_url="https://arxiv.org/abs/2412.00081",
     parameters=TsvmParameters,
+    ops=(*SPECTRAL_OPS, *PRODUCTS),
     aliases=("task_singular_vector",),
     matrices_only=True,
     rank_per_task=True,

@@ -83,6 +83,17 @@ def difference(op: Op[..., Any], got: object, expected: object) -> str | None:
     return None
 
 
+def distance(got: object, expected: object) -> float:
+    """Return the largest distance of a floating-point tensor from the reference's, relative to its largest element.
+
+    Infinity if the tensors differ in number, shape or dtype, or in where they are finite.
+    """
+    mine, theirs = list(leaves(got)), list(leaves(expected))
+    if [(x.dtype, x.shape) for x in mine] != [(x.dtype, x.shape) for x in theirs]:
+        return float("inf")
+    return max((_distance(a, b) for a, b in zip(mine, theirs, strict=True) if b.is_floating_point()), default=0.0)
+
+
 def _bytes(x: Tensor) -> Tensor:
     # A copy: one element may have any stride and still be contiguous.
     return x.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)

@@ -242,7 +242,7 @@ class TestInProcess:
     def test_other_software_is_refused(self, tmp_path, monkeypatch):
         paths, _, _ = family(tmp_path / "in")
         other = {"versions": {"r_tsvm_kernels": "0.0.1"}}
-        monkeypatch.setattr(ray_engine, "software", lambda device: other)
+        monkeypatch.setattr(ray_engine, "software", lambda device, method: other)
         with pytest.raises(ClusterError, match=r"its software differs"):
             merge_checkpoints(config_for(paths), tmp_path / "out", engine="ray")
 

@@ -8,7 +8,7 @@ from ... import dispatch
 from .._checks import accumulation_dtype, check_factors, check_group, numbers_of
 
 
-@dispatch.op("Sparse task vectors and elections", cuda=("torch", "triton"), small={"BLOCK": 128})
+@dispatch.op("Sparse task vectors and elections", cuda=("triton", "torch"), small={"BLOCK": 128})
 def add_update(base: Tensor, update: Tensor, alpha: float = 1.0, *, backend: str | None = None) -> Tensor:
     """Return ``base + alpha * update``; where ``alpha * update`` is 0, the bits of the base, including -0.0.
 

@@ -83,7 +83,7 @@ class Sparsifier:
 
 
 @dispatch.op(
-    "Sparse task vectors and elections", cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"BLOCK": 128}
+    "Sparse task vectors and elections", cpu=("cpu", "torch"), cuda=("cuda", "triton", "torch"), small={"BLOCK": 128}
 )
 def elect_and_sum(
     base: Tensor,

@@ -10,7 +10,7 @@ from ...errors import ShapeError
 from .._checks import check_floating, check_group
 
 
-@dispatch.op("Selection by magnitude", cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"LONGEST": 64})
+@dispatch.op("Selection by magnitude", cpu=("cpu", "torch"), cuda=("cuda", "triton", "torch"), small={"LONGEST": 64})
 def magnitude_ranks(x: Tensor, *, base: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Rank the magnitudes of each row of `x`, or of ``x - base``: 0 for the smallest, cols - 1 for the largest.
 

@@ -109,7 +109,7 @@ def magnitude_select(
 @dispatch.op(
     "Selection by magnitude",
     cpu=("cpu", "torch"),
-    cuda=("torch", "cuda", "triton"),
+    cuda=("cuda", "triton", "torch"),
     small={"BLOCK": 128, "PROGRAMS": 2},
 )
 def magnitude_select(

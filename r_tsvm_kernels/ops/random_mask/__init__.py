@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from .._checks import numbers_of, whole
 
 
-@dispatch.op("Random masks", cpu=("cpu", "torch"), cuda=("torch", "triton"), small={"BLOCK": 128})
+@dispatch.op("Random masks", cpu=("cpu", "torch"), cuda=("triton", "torch"), small={"BLOCK": 128})
 def random_mask(
     shape: Sequence[int],
     keep_probability: float,

@@ -12,7 +12,7 @@ from ..elect_and_sum.ranked import check_probabilities, rank_thresholds
 from ..random_mask import checked_draw
 
 
-@dispatch.op("Random masks", cpu=("cpu", "torch"), cuda=("torch", "triton"), small={"BLOCK": 128})
+@dispatch.op("Random masks", cpu=("cpu", "torch"), cuda=("triton", "torch"), small={"BLOCK": 128})
 def ranked_mask(
     x: Tensor,
     keep_probabilities: Tensor,

@@ -16,7 +16,7 @@ from ..task_statistics import TaskStatistics, task_statistics
 OutlierClipping = Literal["clip", "none"]
 
 
-@dispatch.op("Reweighting and pruning", cpu=("cpu", "torch"), cuda=("torch", "cuda", "triton"), small={"BLOCK": 128})
+@dispatch.op("Reweighting and pruning", cpu=("cpu", "torch"), cuda=("cuda", "triton", "torch"), small={"BLOCK": 128})
 def reweight_prune(
     base: Tensor,
     tuned: Sequence[Tensor],

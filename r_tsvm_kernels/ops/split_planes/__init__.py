@@ -11,7 +11,7 @@ from .._checks import check_plain
 from .._planes import Planes
 
 
-@dispatch.op("Products for tensor cores", cuda=("torch", "triton"), small={"BLOCK": 128})
+@dispatch.op("Products for tensor cores", cuda=("triton", "torch"), small={"BLOCK": 128})
 def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> Planes:
     """Return ``hi = fp16(x / scale)`` and ``lo = fp16((x / scale - hi) * 2^11)`` (arXiv 2203.03341, section 4).
 

@@ -13,7 +13,7 @@ from .._checks import check_group, check_mask
 @dispatch.op(
     "Statistics of task vectors",
     cpu=("cpu", "torch"),
-    cuda=("torch", "triton"),
+    cuda=("triton", "torch"),
     accuracy=1e-13,
     small={"BLOCK": 128, "STEPS": 2},
 )

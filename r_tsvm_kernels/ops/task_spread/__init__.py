@@ -10,7 +10,7 @@ from ... import dispatch
 from .._checks import check_group
 
 
-@dispatch.op("Statistics of task vectors", cpu=("cpu", "torch"), cuda=("torch", "triton"), small={"BLOCK": 128})
+@dispatch.op("Statistics of task vectors", cpu=("cpu", "torch"), cuda=("triton", "torch"), small={"BLOCK": 128})
 def task_spread(base: Tensor, tuned: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     """Return ``sum over t of (D_t - mean)^2`` for each element, ``D_t = tuned[t] - base``: T times the variance.
 

@@ -43,7 +43,7 @@ class TaskStatistics:
 @dispatch.op(
     "Statistics of task vectors",
     cpu=("cpu", "torch"),
-    cuda=("torch", "triton"),
+    cuda=("triton", "torch"),
     accuracy=1e-12,
     small={"BLOCK": 128},
 )
