@@ -22,7 +22,18 @@ def test_dry_run(tmp_path):
     done = subprocess.run([script, "--dry-run"], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (tmp_path / "suite.log").read_text()[-3000:]
     stages = [line.split()[0] for line in done.stdout.splitlines()]
-    assert stages == ["info", "selfcheck", "tests", "products", "kernels", "dispatch", "layer", "ceilings", "model", "merges"]
+    assert stages == [
+        "info",
+        "selfcheck",
+        "tests",
+        "products",
+        "kernels",
+        "dispatch",
+        "layer",
+        "ceilings",
+        "model",
+        "merges",
+    ]
     order = json.loads((tmp_path / "dispatch_order.json").read_text())["order"]
     assert order.keys() == ops().keys()
     files = {"kernels", "merges", "layer", "model", "ceilings", "products"}

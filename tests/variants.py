@@ -34,8 +34,12 @@ def every_backend(op, *, reference=True):
 
 def some_backends(op, *ways):
     """Parametrise `backend` over these ways to run the op: see `every_backend`."""
-    parameters = [pytest.param((op, way), id=way, marks=_marks(way)) for way in ways]
-    return pytest.mark.parametrize("backend", parameters, indirect=True)
+    return pytest.mark.parametrize("backend", ways_to_run(op, *ways), indirect=True)
+
+
+def ways_to_run(op, *ways):
+    """Return the parameters of the fixture `backend` for these ways to run the op: see `every_backend`."""
+    return [pytest.param((op, way), id=way, marks=_marks(way)) for way in ways]
 
 
 def on_devices(op):

@@ -43,6 +43,7 @@ def features(case: Case) -> set[Hashable]:
     for x in inputs:
         layout = "contiguous" if x.is_contiguous() else "strided"
         found |= {x.dtype, layout, ("offset", x.storage_offset() > 0), ("size", _size(x))}
+        found.add(("odd sides", any(side % 2 for side in x.shape)))
     if case.raises is None:
         return found
     return {(case.raises.__name__, frozenset(pair)) for pair in combinations_with_replacement(found, 2)}

@@ -108,7 +108,10 @@ def test_resuming_is_refused_where_a_kernel_fails_now(merge, monkeypatch):
     monkeypatch.setenv("RTSVM_SELFCHECK", "off")
     with pytest.raises(ResumeRefusedError, match="RTSVM_SELFCHECK=off leaves out kernels"):
         merge("out", resume=True)
-    with pytest.raises(ResumeRefusedError, match=f"kernels: {OP} was cuda, is triton"), use_backend(elect_and_sum="triton"):
+    with (
+        pytest.raises(ResumeRefusedError, match=f"kernels: {OP} was cuda, is triton"),
+        use_backend(elect_and_sum="triton"),
+    ):
         merge("out", resume=True)
     monkeypatch.setenv("RTSVM_SELFCHECK", "on")
     assert merge("out", restart=True)[1] == {"triton"}
