@@ -73,7 +73,7 @@ fi
 stage info 60 "$PYTHON" -m r_tsvm_kernels info
 # First of all: what passes is what later stages may run. A kernel that fails makes this stage fail, not the others.
 export RTSVM_CACHE="$OUT/cache"
-stage selfcheck 120 "$PYTHON" -m r_tsvm_kernels selfcheck --device "$device" --json
+stage selfcheck 120 "$PYTHON" -m r_tsvm_kernels selfcheck --device "$device"
 # Many processes, because compiling takes most of the time; warnings of other versions of torch are not failures.
 processes=$("$PYTHON" -c "import xdist; print('${dry:+0}' or 8)" 2> /dev/null)
 tests=("$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu)

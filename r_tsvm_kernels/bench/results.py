@@ -45,7 +45,7 @@ UNITS = {
 SCHEMA = 2
 PACKAGE = Path(__file__).resolve().parents[1]
 # Measuring, printing and the command line do not change what is measured.
-NOT_MEASURED = ("bench", "cli", "report")
+NOT_MEASURED = ("bench", "cli", "report", "selfcheck")
 _MOST_BYTES = 1 << 28  # of a file of results
 
 Row = dict[str, Any]

@@ -39,7 +39,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> argparse._Argumen
         action="append",
         default=[],
         help=f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}: the kernels of every op that has such; OP=B for one op; "
-        "repeat (default: the first of each op that is ready, see `rtsvm info`)",
+        "repeat (default: see `rtsvm info`)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="tensors merged at a time (default: one per core)")
     group.add_argument(

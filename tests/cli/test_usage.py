@@ -18,7 +18,7 @@ from r_tsvm_kernels.methods import METHODS
 
 COMMANDS = {
     "merge", "inspect", "verify", "report", "extract-lora", "resize-lora", "merge-lora", "mergekit", "fusion-bench",
-    "info", "bench",
+    "info", "selfcheck", "bench",
 }  # fmt: skip
 
 
