@@ -29,7 +29,7 @@ from .ranks import (
 )
 from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import Subspaces, TruncatedSVD, leading_subspaces, truncated_svd
-from .weighted_merging import WeightedMerge, long_side_is_whole, weighted_merge
+from .weighted_merging import WeightedMerge, long_side_is_whole, weighted_merge, weighted_merge_layers
 
 __all__ = [
     "BACKWARD_ERROR",
@@ -83,5 +83,6 @@ __all__ = [
     "weighted_merge",
     "weighted_merge_bytes",
     "weighted_merge_flops",
+    "weighted_merge_layers",
     "weighted_sum",
 ]

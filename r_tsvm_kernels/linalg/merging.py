@@ -21,6 +21,16 @@ from .tall_matrix import WORKSPACE, TallMatrix
 Solver = Literal["eigen", "products"]
 
 
+def check_solver(solver: str) -> None:
+    """Check that there is such a solver.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if solver not in get_args(Solver):
+        raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
+
+
 def tsv_merge(
     task_matrices: Sequence[Tensor | Factored],
     ranks: Sequence[Rank] | Rank,
@@ -67,8 +77,7 @@ def tsv_merge(
         TsvMerge(40x30 float32, ranks 10/10/10, error 5e-07 ok)
     """
     tolerance_of(mode)  # or an error
-    if solver not in get_args(Solver):
-        raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
+    check_solver(solver)
     numbers = given_ranks(ranks, len(task_matrices), "tsv_merge")
     factors = given_weights(weights, len(task_matrices), "tsv_merge")
     shapes = {tuple(getattr(matrix, "shape", ())) for matrix in task_matrices}
@@ -152,6 +161,7 @@ def tsv_merge_layers(
     numbers = [given_ranks(own, len(layer), op) for own, layer in zip(ranks, layers, strict=True)]
     all_weights: Sequence[Any] = [None] * len(layers) if weights is None else weights
     factors = [given_weights(own, len(layer), op) for own, layer in zip(all_weights, layers, strict=True)]
+    check_solver(solver)
     several = solver == "products" and len(layers) > 1
     results = merge_layers_by_products(layers, numbers, factors, mode) if several else {}
     for i, layer in enumerate(layers):

@@ -85,7 +85,8 @@ def merge_weighted(
         try:
             tasks = _decompose(matrices, power, ranks, lead, mode, routes)
             merge = _whole if lead is None else partial(_hybrid, lead=lead)
-            found = merge(tasks, Scales.of(tasks, weights), target, tolerance_of(mode), routes == EXACT)
+            scales = Scales.of([task.norm / task.matrix.scale for task in tasks], weights)
+            found = merge(tasks, scales, target, tolerance_of(mode), routes == EXACT)
             found.certificate.require()
             break
         except ConvergenceError as failure:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, ConvergenceError, ShapeError
 from ..text import kind_of
 from .arguments import finite, finite_number, given_matrices, given_ranks, given_weights, nonzero_support
 from .certificate import Certificate, Mode, tolerance_of
 from .factored import Factored, check_factored
 from .joint_spaces import core_space
+from .merging import Solver, check_solver
+from .products.layers import batches_of_layers
+from .products.weighted import weighted_sums_by_products
 from .ranks import Rank, pad_for_rule
 from .tall_matrix import WORKSPACE, TallMatrix
 from .weighted_eigen import WeightedSum, merge_weighted
@@ -64,6 +68,7 @@ def weighted_merge(
     power: float = 1.0,
     ranks: Sequence[Rank] | Rank | None = None,
     mode: Mode = "exact",
+    solver: Solver = "eigen",
     workspace: int = WORKSPACE,
 ) -> WeightedMerge:
     """Merge task matrices by TSV-Merge with a weighted orthogonalisation.
@@ -95,6 +100,9 @@ def weighted_merge(
         ranks: largest rank of each task, or a function of the singular values (see `choose_rank`): one for all tasks,
             or one for each; None keeps all directions.
         mode: ``exact`` or ``fast``, see `Certificate`.
+        solver: ``eigen``: eigenvalues of Gram matrices. ``products``: matrix products on tensor cores; simulated and
+            slow on a CPU. ``products`` falls back to ``eigen`` if its estimated error is too large, if q is not 1 or
+            the ranks are limited, and for `Factored` matrices.
         workspace: bytes for copies of matrix rows on rectangles.
 
     Returns:
@@ -104,8 +112,8 @@ def weighted_merge(
         ShapeError: the matrices, ranks and weights do not match, or a rank is negative.
         DTypeError: a matrix is not a dense tensor of float32 or float64.
         DeviceError: the matrices are not on one device.
-        ConfigError: an unknown mode, a negative power, a rank that is not a whole number, or a weight that is not
-            finite.
+        ConfigError: an unknown mode or solver, a negative power, a rank that is not a whole number, or a weight that is
+            not finite.
         NonFiniteError: a matrix holds NaN or infinity, or the merged one overflows its dtype.
         ConvergenceError: no solver reached the tolerance of `mode`.
 
@@ -115,17 +123,13 @@ def weighted_merge(
         >>> weighted_merge(tasks)
         WeightedMerge(40x30 float32, retained from ..., error ... ok)
     """
-    tolerance_of(mode)  # or an error
-    power = finite_number(power, "weighted_merge: power")
-    if power < 0:
-        raise ConfigError(f"weighted_merge: power must be >= 0, got {power}")
     count = len(task_matrices)
     factors = given_weights(weights, count, "weighted_merge")
     limits = None if ranks is None else given_ranks(ranks, count, "weighted_merge")
+    options = _Options.given(power, limits, mode, solver, workspace)
     shapes = {tuple(getattr(matrix, "shape", ())) for matrix in task_matrices}
     if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
         raise ShapeError(f"weighted_merge: expected matrices of one shape, got {sorted(shapes)}")
-    options = _Options(power, limits, mode, workspace)
     if all(isinstance(matrix, Factored) for matrix in task_matrices):
         return _merge_factors([matrix for matrix in task_matrices if isinstance(matrix, Factored)], factors, options)
     dense = given_matrices(
@@ -146,14 +150,94 @@ def weighted_merge(
     return WeightedMerge(finite(result, "weighted_merge"), found.ranks, found.retained, found.certificate)
 
 
+def weighted_merge_layers(
+    layers: Sequence[Sequence[Tensor | Factored]],
+    weights: Sequence[Sequence[float] | Tensor | float] | None = None,
+    *,
+    power: float = 1.0,
+    mode: Mode = "exact",
+    solver: Solver = "eigen",
+    workspace: int = WORKSPACE,
+) -> list[WeightedMerge]:
+    """Merge several layers; solver ``products`` merges layers of one shape and number of tasks in one batch.
+
+    Layers that cannot join a batch (rows, columns or tasks of zeros, a result that is not accurate enough) are merged
+    one by one. So are all layers with solver ``eigen``.
+
+    Args:
+        layers: L lists of task matrices, see `weighted_merge`.
+        weights: for each layer a factor for all M_t, or one for each; None means 1.
+        power: as for `weighted_merge`.
+        mode: as for `weighted_merge`.
+        solver: as for `weighted_merge`.
+        workspace: as for `weighted_merge`.
+
+    Returns:
+        L merged layers.
+
+    Raises:
+        ShapeError: another number of weights than layers, or as `weighted_merge`.
+        DTypeError, DeviceError, ConfigError, NonFiniteError, ConvergenceError: as `weighted_merge`.
+
+    Examples:
+        >>> layers = torch.randn(2, 3, 40, 30, generator=torch.Generator().manual_seed(0))
+        >>> [merged.ranks for merged in weighted_merge_layers(layers)]
+        [(30, 30, 30), (30, 30, 30)]
+    """
+    if weights is not None and len(weights) != len(layers):
+        raise ShapeError(f"weighted_merge_layers: {len(layers)} layers, weights for {len(weights)}; give each its own")
+    options = _Options.given(power, None, mode, solver, workspace)
+    given: Sequence[Any] = [None] * len(layers) if weights is None else weights
+    factors = [
+        given_weights(own, len(layer), "weighted_merge_layers") for own, layer in zip(given, layers, strict=True)
+    ]
+    results: dict[int, WeightedMerge] = {}
+    for group, batch in batches_of_layers(layers, "weighted_merge_layers") if options.by_products else ():
+        if bool(batch.flatten(2).any(-1).all()):
+            lead = _lead((batch.shape[-2], batch.shape[-1]), batch.shape[1])
+            merges = weighted_sums_by_products(batch, [factors[i] for i in group], lead, mode)
+            results |= {
+                i: WeightedMerge(
+                    finite(matrix, "weighted_merge_layers"), found.ranks, found.retained, found.certificate
+                )
+                for i, (matrix, found) in zip(group, merges, strict=True)
+                if found.certificate.met  # the others are merged alone, and report the failure
+            }
+    for i, layer in enumerate(layers):
+        if i not in results:
+            results[i] = weighted_merge(layer, factors[i], power=power, mode=mode, solver=solver, workspace=workspace)
+    return [results[i] for i in range(len(layers))]
+
+
 @dataclass(frozen=True)
 class _Options:
-    """What `weighted_merge` was given: q, the largest ranks, mode and workspace."""
+    """What `weighted_merge` was given: q, the largest ranks, mode, solver and workspace."""
 
     power: float
     ranks: list[Rank] | None
     mode: Mode
+    solver: Solver
     workspace: int
+
+    @classmethod
+    def given(cls, power: float, ranks: list[Rank] | None, mode: Mode, solver: Solver, workspace: int) -> _Options:
+        """Check the options."""
+        tolerance_of(mode)  # or an error
+        check_solver(solver)
+        power = finite_number(power, "weighted_merge: power")
+        if power < 0:
+            raise ConfigError(f"weighted_merge: power must be >= 0, got {power}")
+        return cls(power, ranks, mode, solver, workspace)
+
+    @property
+    def by_products(self) -> bool:
+        """Whether solver ``products`` is wanted, and can merge with these options."""
+        return self.solver == "products" and self.power == 1 and self.ranks is None
+
+
+def _lead(shape: tuple[int, int], tasks: int) -> int | None:
+    """Return the number of directions of each task that are orthogonalised on both sides, None for all."""
+    return None if long_side_is_whole(shape, tasks) else -(-min(shape) // tasks)
 
 
 def _merge(
@@ -180,21 +264,51 @@ def _merge(
         return replace(
             found, ranks=tuple(size if t in live else 0 for t in range(len(parts))), retained=(1.0,) * len(parts)
         )
-    limits = options.ranks and [pad_for_rule(options.ranks[index], min(shape)) for index in live]
-    found = merge_weighted(
-        [tall[index] for index in live],
-        [weights[index] for index in live],
-        target.mT if shape[0] < shape[1] else target,
-        power=options.power,
-        ranks=limits,
-        lead=None if long_side_is_whole(shape, len(live)) else -(-min(shape) // len(live)),
-        mode=options.mode,
-    )
+    own = replace(options, ranks=options.ranks and [options.ranks[t] for t in live])
+    found = _solve([tall[t] for t in live], [weights[t] for t in live], shape, own, target)
     ranks, retained = dict(zip(live, found.ranks, strict=True)), dict(zip(live, found.retained, strict=True))
     every = range(len(parts))
     return replace(
         found, ranks=tuple(ranks.get(t, 0) for t in every), retained=tuple(retained.get(t, 1.0) for t in every)
     )
+
+
+def _solve(
+    tall: Sequence[TallMatrix], weights: Sequence[float], shape: tuple[int, int], options: _Options, target: Tensor
+) -> WeightedSum:
+    """Write the merged matrix of tasks that are not zero to `target`, by the solver that was asked for or by ``eigen``.
+
+    Args:
+        tall: T matrices.
+        weights: T factors.
+        shape: as for `_merge`.
+        options: of the merge.
+        target: as for `_merge`.
+    """
+    lead = _lead(shape, len(tall))
+    escalations: tuple[str, ...] = ()
+    if options.solver == "products":
+        try:
+            if not options.by_products:
+                raise ConvergenceError("products: needs power 1 and no limits of the ranks")
+            layers = torch.stack([part.matrix.mT if part.transposed else part.matrix for part in tall])[None]
+            ((merged, found),) = weighted_sums_by_products(layers, [weights], lead, options.mode)
+            found.certificate.require()
+            target.copy_(merged)
+            return found
+        except ConvergenceError as failure:
+            escalations = (str(failure),)
+    found = merge_weighted(
+        tall,
+        weights,
+        target.mT if shape[0] < shape[1] else target,
+        power=options.power,
+        ranks=options.ranks and [pad_for_rule(rank, min(shape)) for rank in options.ranks],
+        lead=lead,
+        mode=options.mode,
+    )
+    reasons = (*escalations, *found.certificate.escalations)
+    return replace(found, certificate=replace(found.certificate, escalations=reasons))
 
 
 def _merge_factors(matrices: Sequence[Factored], weights: Sequence[float], options: _Options) -> WeightedMerge:
@@ -203,7 +317,7 @@ def _merge_factors(matrices: Sequence[Factored], weights: Sequence[float], optio
     space = core_space(matrices)
     shape = int(space.left.any(1).sum()), int(space.right.any(0).sum())
     core = torch.zeros_like(space.cores[0])
-    found = _merge(space.cores, weights, shape, options, core)
+    found = _merge(space.cores, weights, shape, replace(options, solver="eigen"), core)
     dtype = torch.float64 if any(matrix.left.dtype == torch.float64 for matrix in matrices) else torch.float32
     result = ((space.left @ core) @ space.right).to(dtype)
     certificate = found.certificate.rounded(dtype)

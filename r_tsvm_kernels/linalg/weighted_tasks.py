@@ -121,13 +121,12 @@ class Scales:
     common: float | None
 
     @classmethod
-    def of(cls, tasks: Sequence[Task], weights: Sequence[float]) -> Scales:
-        """Multiply the norms by the weights.
+    def of(cls, norms: Sequence[float], weights: Sequence[float]) -> Scales:
+        """Multiply the n_t by the weights.
 
         Raises:
             NonFiniteError: a product overflows.
         """
-        norms = [task.norm / task.matrix.scale for task in tasks]
         unit = 2.0 ** min(max(math.frexp(max(norms))[1], -1000), 1000)
         plain = [norm / unit for norm in norms]
         weighted = [weight * norm for weight, norm in zip(weights, plain, strict=True)]

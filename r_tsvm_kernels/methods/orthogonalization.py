@@ -97,6 +97,7 @@ def merge_weighted_and_report(
             power=options.orthogonalization_power,
             ranks=ranks,
             mode=options.mode,
+            solver=options.solver,
             workspace=options.workspace,
         )
         live = [share for share, square in zip(merged.retained, gram.diagonal().tolist(), strict=True) if square]

@@ -225,14 +225,15 @@ def judge_tsv_merge(problem: Problem, mode: str, solver: str, layers: bool = Fal
     return compared(name, problem.label, got.matrix.double().numpy(), list(map(exact, SVDS)), got.certificate, size)
 
 
-def judge_weighted(problem: Problem, mode: str, rng: np.random.Generator) -> Verdict:
-    """`weighted_merge`: the merged matrix."""
+def judge_weighted(problem: Problem, mode: str, rng: np.random.Generator, solver: str | None = None) -> Verdict:
+    """`weighted_merge`: the merged matrix. None draws a solver."""
     tasks, kind = doubles(problem.matrices), single(problem.matrices[0])
     power = float(rng.choice([1.0, 1.0, 0.0, 0.5, 0.75, 1.5]))
     chosen = [rank for rank in problem.ranks if isinstance(rank, int)]
     ranks = chosen if len(chosen) == len(tasks) and rng.random() < 0.3 else None
-    got = weighted_merge(problem.matrices, problem.weights, power=power, ranks=ranks, mode=mode)
-    label = f"{problem.label}, power {power:g}, {'these' if ranks else 'all'} ranks"
+    solver = solver or ("products" if power == 1 and rng.random() < 0.5 else "eigen")
+    got = weighted_merge(problem.matrices, problem.weights, power=power, ranks=ranks, mode=mode, solver=solver)
+    label = f"{problem.label}, power {power:g}, {'these' if ranks else 'all'} ranks, {solver}"
 
     def exact(svd: Svd) -> np.ndarray:
         return truth.weighted_merge(tasks, problem.weights, power, ranks, kind, svd)

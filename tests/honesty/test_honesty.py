@@ -16,7 +16,9 @@ import pytest
 from r_tsvm_kernels.errors import ConvergenceError
 from r_tsvm_kernels.linalg import BACKWARD_ERROR, Cut, eigenspaces, weighted_eigen
 from r_tsvm_kernels.linalg.products import merge as products_merge
+from r_tsvm_kernels.linalg.products import weighted
 from r_tsvm_kernels.linalg.products.turning import interpret
+from r_tsvm_kernels.linalg.products.weighted_accuracy import Accuracy
 
 from .inputs import problem
 from .judge import Verdict, judge_subspaces, judge_tsv_merge, judge_weighted, judged, sizes
@@ -46,6 +48,7 @@ def test_no_certificate_is_dishonest(batch):
 
 # Estimates that were once thought enough, or that leave something out: the judge must find each of them out.
 HONEST, CERTIFICATE = Cut.error, weighted_eigen._certificate
+GOOD = Accuracy(1e-7, 1e-7, 0.0, (1.0, 1.0), 1.0)
 
 
 def nothing(cut, allowed=0.0, **_):
@@ -88,8 +91,12 @@ def products(problem):
     return judge_tsv_merge(problem, "exact", "products")
 
 
-def weighted(problem):
+def weighted_eigenvalues(problem):
     return judge_weighted(problem, "exact", np.random.default_rng(0))
+
+
+def weighted_products(problem):
+    return judge_weighted(problem, "exact", np.random.default_rng(0), "products")
 
 
 MUTATIONS = {
@@ -101,7 +108,8 @@ MUTATIONS = {
     "amplification left out": (Cut, "error", not_amplified, eigen),
     "left directions as right ones": (Cut, "error", as_right_ones, subspaces),
     "choices kept silent": (Cut, "error", silent, eigen),
-    "weighted: no estimate": (weighted_eigen, "_certificate", flat, weighted),
+    "weighted: no estimate": (weighted_eigen, "_certificate", flat, weighted_eigenvalues),
+    "weighted products: no estimate": (weighted, "accuracy_of_whole", lambda *_: GOOD, weighted_products),
     "products: turning left out": (products_merge, "interpret", steady, products),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -60,17 +60,9 @@ def merge_layers_by_products(
 
     Leave out layers that cannot join a batch, and those whose result is not accurate enough.
     """
-    op = "tsv_merge_layers"
-    groups: dict[tuple[object, ...], list[int]] = {}
-    stacks: dict[int, Tensor] = {}
-    for index, layer in enumerate(layers):
-        stack = stack_tasks(layer, ranks[index])
-        if stack is not None:
-            stacks[index] = stack
-            groups.setdefault((stack.shape, stack.dtype, stack.device), []).append(index)
+    op, short = "tsv_merge_layers", [min(layer[0].shape) if layer else 0 for layer in layers]
     results: dict[int, TsvMerge] = {}
-    for group in (group for group in groups.values() if len(group) > 1):
-        batch = torch.stack([stacks.pop(i) for i in group])
+    for group, batch in batches_of_layers(layers, op, lambda i: accepts(ranks[i], short[i])):
         own = [require_numbers(ranks[i], min(batch.shape[-2:])) for i in group]
         merges = products_tsv_merges(batch, own, [weights[i] for i in group], tolerance=_tolerance(mode))
         for i, merged, matrices in zip(group, merges, batch, strict=True):
@@ -80,7 +72,31 @@ def merge_layers_by_products(
     return results
 
 
-def stack_tasks(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank]) -> Tensor | None:
+def batches_of_layers(
+    layers: Sequence[Sequence[Tensor | Factored]], op: str, accepted: Callable[[int], bool] = lambda _: True
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield the indices of two or more layers of one shape, dtype, device and number of tasks, and their stack.
+
+    Args:
+        layers: L lists of task matrices.
+        op: named in errors.
+        accepted: whether the layer of an index may join.
+
+    Yields:
+        The indices, and a tensor (layers, T, m, n).
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    stacks: dict[int, Tensor] = {}
+    for index, layer in enumerate(layers):
+        stack = stack_tasks(layer, op)
+        if stack is not None and accepted(index):
+            stacks[index] = stack
+            groups.setdefault((stack.shape, stack.dtype, stack.device), []).append(index)
+    for group in (group for group in groups.values() if len(group) > 1):
+        yield group, torch.stack([stacks.pop(i) for i in group])
+
+
+def stack_tasks(layer: Sequence[Tensor | Factored], op: str) -> Tensor | None:
     """Return the tasks of a layer as one tensor (T, m, n); None if they cannot join a batch.
 
     They can if they are finite matrices of one shape, dtype and device without common rows or columns of zeros.
@@ -90,14 +106,20 @@ def stack_tasks(layer: Sequence[Tensor | Factored], ranks: Sequence[Rank]) -> Te
     if len(kinds) != 1 or len(layer) != len(dense):
         return None
     try:
-        dense = given_matrices(dense, "tsv_merge_layers", one_device=True)
-        require_numbers(ranks, min(dense[0].shape))
-    except RtsvmError:  # `tsv_merge` reports what is wrong
+        dense = given_matrices(dense, op, one_device=True)
+    except RtsvmError:  # the caller merges it alone, and reports what is wrong
         return None
     rows, columns = nonzero_support(dense)
     stack = torch.stack(dense)
     whole = (len(rows), len(columns)) == dense[0].shape and bool(torch.isfinite(stack).all())
     return stack if whole else None
+
+
+def accepts(ranks: Sequence[Rank], short: int) -> bool:
+    """Whether `require_numbers` accepts the ranks."""
+    with suppress(ConvergenceError):
+        return bool(require_numbers(ranks, short))
+    return False
 
 
 def require_numbers(ranks: Sequence[Rank], short: int) -> list[int]:

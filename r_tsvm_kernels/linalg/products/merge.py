@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .number_formats import Precision, arithmetic
 from .polar_express import polar_express
-from .subspaces import LARGEST_RATIO, TOLERANCE, ProductsSubspaces, extremes, products_subspaces, unit_columns
-from .turning import Turning, interpret, measure
+from .subspaces import ProductsSubspaces, accurate_subspaces, extremes, unit_columns
+from .turning import Turning, interpret, measure, solve_gram
 
 # Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Smaller singular values are not
 # resolved.
@@ -67,28 +68,18 @@ def products_tsv_merges(
 ) -> list[ProductsMerge]:
     """TSV-Merge (see `tsv_merge`) of the same-shape task matrices of several layers, from matrix products alone.
 
-    All matrices of all layers are solved in one batch, and those with an `error_estimate` above `tolerance` again with
-    a compressed spectrum. The concatenated bases must have full rank: the caller leaves out rows and columns that are
-    zero in all tasks, and takes another solver if `error` is too large.
+    All matrices of all layers are solved in one batch. The concatenated bases must have full rank: the caller leaves
+    out rows and columns that are zero in all tasks, and takes another solver if `error` is too large.
 
     Args:
         layers: (L, T, m, n) float32 or float64, finite.
         ranks: T ranks for each layer, of sum at most min(m, n), none above the numerical rank.
         weights: T factors of the cores for each layer; None means 1.
         precision: as for `products_subspaces`.
-        tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always, None
-            for `TOLERANCE`.
+        tolerance: as for `accurate_subspaces`.
     """
-    limit = TOLERANCE[precision] if tolerance is None else tolerance
-    tasks = layers.shape[1]
-    matrices, flat_ranks = layers.flatten(0, 1), [rank for layer in ranks for rank in layer]
-    parts = products_subspaces(matrices, flat_ranks, precision)
-    again = [i for i, part in enumerate(parts) if part.error_estimate > limit and part.ratio < LARGEST_RATIO]
-    if again:
-        levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=layers.device)
-        solved = products_subspaces(matrices[again], [flat_ranks[i] for i in again], precision, levels)
-        for i, part in zip(again, solved, strict=True):
-            parts[i] = part
+    tasks, flat_ranks = layers.shape[1], [rank for layer in ranks for rank in layer]
+    parts = accurate_subspaces(layers.flatten(0, 1), flat_ranks, precision, tolerance)
     of_layers = [parts[first : first + tasks] for first in range(0, len(parts), tasks)]
     cores = [_Core.of(layer, [1.0] * tasks if weights is None else weights[i]) for i, layer in enumerate(of_layers)]
     lefts = _orthogonalize(
@@ -181,7 +172,9 @@ def _orthogonalize(
     batch = polar_express(stack, bound, lower_bound(min(smallest for _, smallest in found)) / bound, precision)
     table = torch.stack(
         [
-            torch.cat([core.dominance[None], measure(X, Q.double(), R, core.of_side(transposed), own)])
+            torch.cat(
+                [core.dominance[None], measure(X, Q.double(), partial(solve_gram, R), core.of_side(transposed), own)]
+            )
             for X, Q, R, core, own in zip(stack, batch.matrix, factors, cores, directions, strict=True)
         ]
     ).tolist()

@@ -156,6 +156,29 @@ def products_subspaces(
     ]
 
 
+def accurate_subspaces(
+    matrices: Tensor, ranks: Sequence[int], precision: Precision = "fp16x3", tolerance: float | None = None
+) -> list[ProductsSubspaces]:
+    """Find leading singular subspaces, those with a larger `error_estimate` again with a compressed spectrum.
+
+    Args:
+        matrices: as for `products_subspaces`.
+        ranks: as for `products_subspaces`.
+        precision: as for `products_subspaces`.
+        tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always, None
+            for `TOLERANCE`.
+    """
+    limit = TOLERANCE[precision] if tolerance is None else tolerance
+    parts = products_subspaces(matrices, ranks, precision)
+    again = [i for i, part in enumerate(parts) if part.error_estimate > limit and part.ratio < LARGEST_RATIO]
+    if again:
+        levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=matrices.device)
+        solved = products_subspaces(matrices[again], [ranks[i] for i in again], precision, levels)
+        for i, part in zip(again, solved, strict=True):
+            parts[i] = part
+    return parts
+
+
 def _summarize(
     bases: tuple[Tensor, Tensor, Tensor],
     directions: tuple[Tensor, Tensor, Tensor],

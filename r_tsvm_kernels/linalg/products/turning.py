@@ -12,7 +12,7 @@ they are treated separately, in the span of Z. For the others, the geometric mea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,26 +42,27 @@ class Turning:
     sensitivity: list[float]
 
 
-def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+Solve = Callable[[Tensor], Tensor]
+
+
+def measure(
+    X: Tensor, Q: Tensor, inverse: Solve, core: Tensor, directions: Sequence[tuple[Tensor, Tensor]] = ()
+) -> Tensor:
     """Measure the numbers for a `Turning`, see `interpret`; all in one tensor on the device.
 
     Args:
         X: (m, k) float64.
         Q: (m, k) float64, its polar factor.
-        R: (k, k) float64, upper triangular, ``R^T R = X^T X``.
-        core: (k, k) float64, the factor of Q.
-        directions: for each task, columns a (k_t, d) in its block of X, and as many columns b (m, d), of norm 1.
+        inverse: returns ``(X^T X)^-1 z``, float64.
+        core: (k, any number) float64, the factor of Q.
+        directions: for each task, columns a (k_t, d) in its block of X, and as many columns b (m, d), by which an error
+            moves X.
     """
-    k = R.shape[0]
+    k, device = X.shape[1], X.device
     tiny = torch.finfo(core.dtype).tiny
     size = torch.linalg.vector_norm(core).clamp(min=tiny)
 
-    def inverse(z: Tensor) -> Tensor:
-        halfway = torch.linalg.solve_triangular(R.mT, z, upper=False)
-        solution: Tensor = torch.linalg.solve_triangular(R, halfway, upper=True)
-        return solution
-
-    Z = gaussian(k, min(SMALLEST, k), R.device)
+    Z = gaussian(k, min(SMALLEST, k), device)
     for _ in range(ROUNDS):
         Z, _ = cholesky_qr(inverse(Z), passes=2)
 
@@ -74,9 +75,9 @@ def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[
         """Return ``S z = (X^T X)^-1 X^T Q z``."""
         return inverse(X.mT @ (Q @ z))
 
-    z = gaussian(k, PROBES, R.device)
+    z = gaussian(k, PROBES, device)
     defects = []
-    for probes in (z, core @ z):
+    for probes in (z, core @ gaussian(core.shape[1], PROBES, device)):
         norm = torch.linalg.vector_norm(probes).clamp(min=tiny)
         defects.append(torch.linalg.vector_norm(Q.mT @ (Q @ probes) - probes) / norm)
     skew = torch.linalg.vector_norm(Q.mT @ (X @ z) - X.mT @ (Q @ z)) / (2 * k * PROBES**0.5)
@@ -98,7 +99,7 @@ def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[
     ]
     first = 0
     for inside, beyond in directions:
-        a = R.new_zeros(k, inside.shape[1])
+        a = X.new_zeros(k, inside.shape[1])
         a[first : first + len(inside)] = inside
         first += len(inside)
         y = Q.mT @ beyond
@@ -112,6 +113,13 @@ def measure(X: Tensor, Q: Tensor, R: Tensor, core: Tensor, directions: Sequence[
             of_both += [half, (plain * full).sqrt(), full, torch.linalg.vector_norm(moved, dim=0), smallest]
         numbers += [x.flatten() for x in of_both]
     return torch.cat(numbers)
+
+
+def solve_gram(R: Tensor, z: Tensor) -> Tensor:
+    """Return ``(R^T R)^-1 z`` for upper triangular R."""
+    halfway = torch.linalg.solve_triangular(R.mT, z, upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(R, halfway, upper=True)
+    return solution
 
 
 def interpret(numbers: Sequence[float], k: int, widths: Sequence[int], dominance: float) -> Turning:
