@@ -66,7 +66,13 @@ def _weighted_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
     shape, limited = (job.shape[0], job.shape[1]), set(options.rules) != {"full"}
     power, itemsize = options.orthogonalization_power, job.itemsize
     solving = weighted_merge_bytes(
-        shape, job.tasks, power=power, limited=limited, itemsize=itemsize, workspace=options.workspace
+        shape,
+        job.tasks,
+        power=power,
+        limited=limited,
+        itemsize=itemsize,
+        solver=options.solver,
+        workspace=options.workspace,
     )
     scaling, adding = 3 * itemsize * job.elements, (6 * itemsize + 1) * job.elements  # one after the other
     held = (job.tasks * itemsize) * job.elements + gram_bytes(job)

@@ -55,6 +55,8 @@ CASES = [
     ((4096, 256), 16, "rows", {}),
     ((4096, 512), 3, "", {"workspace": 16 << 20}),
     ((2048, 512), 3, "", {"ranks": 100}),
+    ((320, 320), 6, "", {"solver": "products"}),
+    ((320, 1024), 3, "rows", {"solver": "products"}),
 ]
 
 
@@ -67,7 +69,7 @@ def found():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_measured_memory_is_below_the_bound(found, case):
     shape, tasks, _, options = case
-    given = {name: options[name] for name in ("power", "workspace") if name in options}
+    given = {name: options[name] for name in ("power", "workspace", "solver") if name in options}
     bound = weighted_merge_bytes(shape, tasks, limited="ranks" in options, **given)
     assert bound / 3.5 < found[str(case)] < bound
 
