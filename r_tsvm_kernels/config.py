@@ -101,6 +101,7 @@ class MergeConfig(Strict):
         missing: what becomes of tensors that only some models have. ``error`` refuses the merge. ``base`` gives the
             output the base's value, and no tensor that the base lacks. ``mean_of_present`` gives it the mean of the
             models that have the tensor.
+        requantise: write the weights that the base has in FP8 in its layout, with new scales, instead of bfloat16.
         num_layers: number of layers of every model, from a recipe's ``slices``; models with other numbers are refused.
         tokenizer_source: ``base`` or ``union``: models must share a vocabulary. None does not look at tokenizers. The
             output has the base's tokenizer files in any case.
@@ -125,6 +126,7 @@ class MergeConfig(Strict):
     exclude: tuple[str, ...] = ()
     router: RouterChoice = "merge"
     missing: Missing = "error"
+    requantise: bool = False
     num_layers: int | None = None
     tokenizer_source: TokenizerSource | None = None
 

@@ -1,6 +1,10 @@
 """Weights with scales, as quantisers write them, and the values they stand for, in plain PyTorch."""
 
+from pathlib import Path
+
 import torch
+
+from r_tsvm_kernels.checkpoint import ScaledHeader, TensorHeader
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 
@@ -32,3 +36,10 @@ def mxfp4(experts, rows, columns, seed=0):
     pairs = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], dim=-1).flatten(-2)
     values = torch.ldexp(pairs, scales.int().unsqueeze(-1) - 127)
     return blocks, scales, values.flatten(-2).mT.contiguous()
+
+
+def scaled_header(weight, scales, block=(128, 128)):
+    """The header of a weight that no file holds."""
+    stored = [TensorHeader(Path("none"), t.dtype, tuple(t.shape), 0, t.nbytes) for t in (weight, scales)]
+    shape = tuple(weight.shape)
+    return ScaledHeader(Path("none"), torch.float32, shape, 0, 4 * weight.numel(), *stored, block, "scales")

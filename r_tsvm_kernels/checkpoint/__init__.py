@@ -6,6 +6,7 @@ from .headers import FileState, TensorHeader, read_json
 from .hub import is_model_id
 from .model_config import contradictions, layer_count
 from .reader import Checkpoint
+from .requantised import first_scale_row, requantise, rows_of_scale
 from .scaled import ScaledHeader, without_quantisation
 from .sidecar_files import SIDECAR_FOLDERS, is_sidecar_file
 from .vocabulary import check_same_vocabulary
@@ -26,11 +27,14 @@ __all__ = [
     "check_same_vocabulary",
     "checksum",
     "contradictions",
+    "first_scale_row",
     "is_model_id",
     "is_sidecar_file",
     "layer_count",
     "plan_shards",
     "read_json",
+    "requantise",
+    "rows_of_scale",
     "settle_copies",
     "shard_name",
     "shared_seeds",

@@ -18,7 +18,7 @@ from .headers import FileState, TensorHeader, read_headers, read_json
 from .modules import Module, find_modules
 from .pickles import PICKLE_SUFFIXES, PickleFile
 from .prefixes import same_but_for_prefix
-from .scaled import ScaledHeader, find_scaled, load_scaled, without_quantisation
+from .scaled import ScaledHeader, find_scaled, load_packed, load_scaled, load_scales, without_quantisation
 
 
 class Checkpoint:
@@ -27,6 +27,7 @@ class Checkpoint:
     Args:
         path: a folder, or a .safetensors file.
         allow_pickle: read pickled weights if there are no others; only tensors are unpickled.
+        as_stored: show every tensor as it is stored, quantised or not, instead of values.
 
     Attributes:
         path: the path that was given.
@@ -40,6 +41,8 @@ class Checkpoint:
             dtype and shape of the values they stand for, and their scales are left out: see `scaled`.
         config: parsed ``config.json``; empty if there is none.
         notes: what of the files was ignored, and why.
+        activation_scales: headers of the scales of activations and caches that belong to weights with scales; they are
+            not among the tensors.
 
     Raises:
         CheckpointError: a file is missing, damaged or hostile; the message names the file.
@@ -47,7 +50,7 @@ class Checkpoint:
         PickleRefusedError: there are only pickled weights, and pickle is not allowed or holds code.
     """
 
-    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False, as_stored: bool = False) -> None:
         self.path = usable_path(path)
         self.folder = self.path if self.path.is_dir() else None
         self._states: dict[Path, FileState] = {}
@@ -61,6 +64,7 @@ class Checkpoint:
         self.stem = self.modules[0].weights.stem
         self.tensors: dict[str, TensorHeader] = {}
         self.notes: list[str] = []
+        self.activation_scales: dict[str, TensorHeader] = {}
         for module in self.modules:
             self._read_module(module)
         if not self.tensors:
@@ -69,11 +73,12 @@ class Checkpoint:
         for module in self.modules:
             config, beside = self._read_config(module)
             own = {name: header for name, header in self.tensors.items() if self.module(name) is module}
-            own = self._with_values(own, config)
+            own = own if as_stored else self._with_values(own, config)
             readable = (
                 without_quantisation(config) if any(isinstance(x, ScaledHeader) for x in own.values()) else config
             )
-            refuse_quantised(self.path / module.folder, own, readable, beside)
+            if not as_stored:
+                refuse_quantised(self.path / module.folder, own, readable, beside)
             if not module.prefix:
                 self.config = config
 
@@ -137,6 +142,22 @@ class Checkpoint:
         if not (complete and unchanged):
             raise _changed(header.file, f", noticed while reading {name}")
 
+    def show_activation_scales(self) -> None:
+        """From now on, count the scales of activations as tensors."""
+        self.tensors |= self.activation_scales
+
+    def load_fp8(self, name: str, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Read rows of a weight in FP8 and their scales, as they are stored."""
+        header = self.tensors[name]
+        assert isinstance(header, ScaledHeader)
+        return load_packed(header, rows, self._read_rows), self.load_scales(name, rows)
+
+    def load_scales(self, name: str, rows: tuple[int, int]) -> Tensor:
+        """Read the stored scales of rows of a weight."""
+        header = self.tensors[name]
+        assert isinstance(header, ScaledHeader)
+        return load_scales(header, rows, self._read_rows)
+
     @property
     def is_scaled(self) -> bool:
         """Whether some weights are stored with scales."""
@@ -179,6 +200,8 @@ class Checkpoint:
         """Put the values of scaled weights in place of the weights among the tensors of a module, and return these."""
         stored = {name: header for name, header in own.items() if header.file not in self._pickles}
         found = find_scaled(stored, config)
+        scales = {header.scale_name for header in found.headers.values()}
+        self.activation_scales |= {name: stored[name] for name in sorted(found.hidden - scales)}
         self.tensors = found.visible(self.tensors)
         return found.visible(own)
 

@@ -34,7 +34,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BLOCK = 128
 # Elements that are converted at a time.
-_PIECE = 1 << 20
+PIECE = 1 << 20
 _GROUP, _GROUP_BYTES = 32, 16
 _FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -59,6 +59,11 @@ class ScaledHeader(TensorHeader):
     def stored(self) -> tuple[TensorHeader, ...]:
         """The stored tensors."""
         return self.weight, self.scales
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it is FP8, and not MXFP4."""
+        return self.weight.dtype in _FP8
 
     @property
     def written_as(self) -> torch.dtype:
@@ -208,10 +213,44 @@ def _block_of(shape: tuple[int, ...], scales: tuple[int, ...], blocks: tuple[int
     return found[0], found[1]
 
 
+def matrix_scales(header: ScaledHeader) -> tuple[int, int]:
+    """Return rows and columns of the scales of one matrix."""
+    height, width = header.shape[-2:]
+    return -(-height // header.block[0]), -(-width // header.block[1])
+
+
+def load_scales(header: ScaledHeader, rows: tuple[int, int], read: ReadRows) -> Tensor:
+    """Return the stored scales of rows of the leading dimension, which do not cut a block."""
+    per_matrix, per_row = matrix_scales(header)
+    own = header.scales.shape
+    total = math.prod(own)
+    if len(header.shape) == 3:
+        if total == per_matrix * per_row:
+            return read(header.scales, 0, per_matrix, per_row).reshape(own)
+        return read(header.scales, rows[0] * per_matrix, rows[1] * per_matrix, per_row).reshape(-1, *own[1:])
+    low, high = rows[0] // header.block[0], -(-rows[1] // header.block[0])
+    found = read(header.scales, low, high, per_row)
+    return found.reshape(-1, *own[1:]) if own else found.reshape(())
+
+
+def load_packed(header: ScaledHeader, rows: tuple[int, int], read: ReadRows) -> Tensor:
+    """Return rows of the leading dimension as stored, in FP8."""
+    *outer, height, width = header.shape
+    per_row = height if outer else 1
+    return read(header.weight, rows[0] * per_row, rows[1] * per_row, width).view(-1, *header.shape[1:])
+
+
+def spread_scales(scales: Tensor, each: int, width: int) -> Tensor:
+    """Return a scale for each column, from one for each `each` columns; a view if one scale holds for all or each."""
+    if scales.shape[1] in (1, width):
+        return scales
+    return scales.repeat_interleave(each, dim=1)[:, :width]
+
+
 def _read_fp8(header: ScaledHeader, rows: tuple[int, int], read: ReadRows, values: Tensor) -> None:
     *outer, height, width = header.shape
     tall, each = header.block
-    per_row, per_matrix = -(-width // each), -(-height // tall)
+    per_matrix, per_row = matrix_scales(header)
     flat = values.view(-1, width)
     first = rows[0] * height if outer else rows[0]
     several = math.prod(header.scales.shape) > per_matrix * per_row  # each expert has its own
@@ -240,7 +279,7 @@ def _multiply(piece: Tensor, scales: Tensor, each: int) -> None:
 
 def _pieces(first: int, last: int, height: int, width: int) -> Iterator[tuple[int, int]]:
     """Yield rows of pieces that do not cross from one matrix of so many rows to the next."""
-    step = max(1, _PIECE // max(1, width))
+    step = max(1, PIECE // max(1, width))
     while first < last:
         stop = min(first + step, last, (first // height + 1) * height)
         yield first, stop

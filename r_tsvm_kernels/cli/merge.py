@@ -9,6 +9,7 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import math
 
 from .progress import shown_progress
 from .recipe import add_recipe_arguments, make_config
@@ -79,6 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
         if overlaps:
             share = round(sum(overlaps) / len(overlaps), 2) + 0.0  # -0.0 becomes 0.0
             say(f"interference: {share:.2f} on average (0: independent tasks, 1: the same subspaces)")
+        rounded = [report for report in result.reports.values() if report.rounding_norm is not None]
+        if rounded:
+            change = math.hypot(*(report.rounding_norm or 0.0 for report in rounded))
+            whole = math.hypot(*(report.weight_norm or 0.0 for report in rounded))
+            say(f"rounding to FP8 changed {len(rounded)} weights by {100 * change / (whole or 1):.2g} % (norms)")
         chosen = sum(bool(entry.certificate and entry.certificate.arbitrary) for entry in result.reports.values())
         if chosen:
             say(f"arbitrary choice among equal singular values in {chosen} tensors: see the report")

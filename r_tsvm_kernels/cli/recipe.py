@@ -49,6 +49,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "them (default error)",
     )
     group.add_argument(
+        "--requantise", action="store_true", help="write FP8 where the base has it, with new scales, not bfloat16"
+    )
+    group.add_argument(
         "--allow-pickle", action="store_true", help="read models that exist only as pickle (nothing but tensors)"
     )
     group.add_argument(
@@ -102,6 +105,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         for key in ("include", "exclude")
         if getattr(arguments, key)
     }
+    changes |= {"requantise": True} if arguments.requantise else {}
     changes["parameters"] = config.parameters | dict(_parse_setting(item) for item in arguments.set)
     fields: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
     return MergeConfig(**(fields | changes))

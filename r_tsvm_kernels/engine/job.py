@@ -22,7 +22,7 @@ from ..errors import JournalError, OutputUnfinishedError, ResumeRefusedError, Rt
 from ..plan import MergePlan
 from ..text import dtype_name
 from .fingerprint import difference, fingerprint, kernels
-from .journal import Finished, Journal, as_report, read_journal
+from .journal import Finished, Journal, read_journal
 from .output import Stage, writing
 from .shards import Shards, layouts
 
@@ -53,7 +53,9 @@ class MergeJob:
         self.stage = stage
         self.shards = shards
         self.finished = {
-            name: entry for name, entry in journal.finished.items() if shards.checksum(name) == entry.checksum
+            name: entry
+            for name, entry in journal.finished.items()
+            if all(shards.checksum(stored) == checksum for stored, (_, checksum) in entry.stored.items())
         }
         self.resumed = len(self.finished)
         self._journal = journal
@@ -165,13 +167,8 @@ def open_job(
             raise
 
 
-def _written(entry: Finished) -> tuple[object, ...]:
-    """Return place, dtype and shape of a tensor according to a journal."""
-    return entry.shard, entry.offset, entry.nbytes, entry.dtype, as_report(entry.report).shape
-
-
 def _laid_out(layout: ShardLayout, name: str) -> tuple[object, ...]:
-    """Return the same facts according to a plan."""
+    """Return place, size, dtype and shape of a tensor according to a plan."""
     spec = layout.specs[name]
     return layout.file_name, layout.offsets[name], spec.nbytes, dtype_name(spec.dtype), spec.shape
 
@@ -179,9 +176,10 @@ def _laid_out(layout: ShardLayout, name: str) -> tuple[object, ...]:
 def _check_entries(journal: Journal, plan: MergePlan) -> None:
     """Raise `JournalError` unless every tensor of a journal has the place, dtype and shape of the plan."""
     layout_of = {name: layout for layout in layouts(plan) for name in layout.specs}
-    for name, entry in journal.finished.items():
+    stored = ((n, place) for entry in journal.finished.values() for n, (place, _) in entry.stored.items())
+    for name, place in stored:
         layout = layout_of.get(name)
-        if layout is None or _written(entry) != _laid_out(layout, name):
+        if layout is None or place != _laid_out(layout, name):
             raise JournalError(
                 f"{journal.file}: {name[:80]!a} is not in this merge, or has another place, dtype or shape; start "
                 "over with --restart (restart=True)"

@@ -23,6 +23,19 @@ from ..methods import TensorReport
 
 
 @dataclass(frozen=True)
+class FinishedScales:
+    """Scales of a weight in FP8, in their shard."""
+
+    name: str
+    shard: str
+    offset: int
+    nbytes: int
+    dtype: str
+    checksum: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Finished:
     """A tensor whose values are in their shard.
 
@@ -36,6 +49,7 @@ class Finished:
         inputs: one checksum per input, the base first. That of an adapter covers both factors, and is empty if the
             adapter does not change the tensor. A tensor that keeps the base's value has the base's checksum only.
         report: its `TensorReport`, as JSON.
+        scales: of a weight that was written in FP8.
     """
 
     name: str
@@ -46,6 +60,17 @@ class Finished:
     checksum: str
     inputs: tuple[str, ...]
     report: dict[str, Any]
+    scales: FinishedScales | None = None
+
+    @property
+    def stored(self) -> dict[str, tuple[tuple[object, ...], str]]:
+        """Place, size, dtype and shape, and the checksum, of every tensor that was written, by name."""
+        shape = as_report(self.report).shape
+        found: dict[str, tuple[tuple[object, ...], str]]
+        found = {self.name: ((self.shard, self.offset, self.nbytes, self.dtype, shape), self.checksum)}
+        if (own := self.scales) is not None:
+            found[own.name] = ((own.shard, own.offset, own.nbytes, own.dtype, own.shape), own.checksum)
+        return found
 
 
 class Journal:

@@ -289,13 +289,14 @@ class _Pipeline:
     def _write_in_order(self, merged: _Merged) -> None:
         """Write the tiles of a tensor in order, which its checksum needs."""
         name = merged.tile.name
+        tensor = self.job.plan.tensors[name]
         output = self._outputs.setdefault(name, _Output())
         output.waiting[merged.tile.index] = merged
         while (following := output.waiting.pop(output.written, None)) is not None:
-            output.assembly.write(following.tile, following.result, self.job.shards)
+            output.assembly.write(tensor, following.tile, following.result, self.job.shards)
             output.written += 1
             self._work.give_back(self.schedule.tensors[name].output)
             if following.tile.is_last:
                 del self._outputs[name]
-                self.job.record(output.assembly.finish(name, following.checksums, self.job.shards))
+                self.job.record(output.assembly.finish(tensor, following.checksums, self.job.shards))
                 self.written.put(name)

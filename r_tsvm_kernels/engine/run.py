@@ -168,7 +168,8 @@ def merge_checkpoints(
         with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
             job.measure_norms = measure_norms
             if not single:  # first: an unreadable file should stop the merge before the work
-                copy_sidecar_files(plan.base, stage.folder, config.out_dtype or config.dtype)
+                dtype = config.out_dtype or config.dtype
+                copy_sidecar_files(plan.base, stage.folder, dtype, quantised=config.requantise)
             if job.resumed:
                 _LOG.info("resumed: %d of %d tensors are finished already", job.resumed, len(plan.tensors))
             tensor_done = _reporter(job, progress)

@@ -14,10 +14,11 @@ from ..plan import MergePlan
 
 def layouts(plan: MergePlan) -> list[ShardLayout]:
     """Return the layout of every shard of a plan."""
+    specs = plan.specs
     return [
         ShardLayout(
             file,
-            {name: plan.tensors[name].spec for name in names},
+            {name: specs[name] for name in names},
             plan.base.module(names[0]).prefix if names else "",  # some modules have a file without tensors
         )
         for file, names in plan.shards.items()

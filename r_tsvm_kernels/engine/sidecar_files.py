@@ -11,13 +11,14 @@ from ..files import copy_file, write_json
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
-def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None) -> None:
+def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None, *, quantised: bool = False) -> None:
     """Copy the sidecar files of the base; record a changed dtype in ``config.json``, and that nothing is quantised.
 
     Args:
         base: the base; a single file has no sidecar files.
         stage: an existing folder; files of the same names are replaced.
         dtype: dtype of the merged tensors; None if each tensor keeps its own.
+        quantised: whether the output is in the base's FP8 layout.
 
     Raises:
         CheckpointError: a file of the base cannot be read.
@@ -30,7 +31,7 @@ def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None) -> None
             _copy_files(base.folder / place, stage / place)
     for module in base.modules:
         file = stage / module.folder / "config.json"
-        if base.is_scaled and file.is_file():
+        if base.is_scaled and not quantised and file.is_file():
             write_json(file, without_quantisation(read_json(file)[0]))
         if dtype is not None:
             _record_dtype(file, dtype, add=not module.prefix)

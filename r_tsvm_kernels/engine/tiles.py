@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, Checksum, TensorHeader
+from ..checkpoint import Checkpoint, Checksum, TensorHeader, first_scale_row, requantise
 from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
 from ..lora import Adapter
@@ -25,7 +26,7 @@ from ..plan import MergePlan, TensorPlan
 from ..quantised import differing_error, must_agree, same_values
 from ..text import dtype_name
 from ..values import base_plus, stored
-from .journal import Finished
+from .journal import Finished, FinishedScales
 from .scheduling import TensorSchedule
 from .shards import Shards
 
@@ -104,6 +105,9 @@ def merge_tile(
     tensor = plan.tensors[tile.name]
     if tensor.treatment.kind == "base":
         report = TensorReport(plan.config.merge_method, "base", tensor.treatment.reason, tensor.spec.shape)
+        if tensor.fp8 is not None:
+            weight, scales = plan.base.load_fp8(tile.name, (tile.first, tile.last))
+            return MergeResult(weight, report, scales)
         return MergeResult(stored(_whole(inputs[0]), tensor.spec.dtype, tile.name), report)
     try:
         on_device = {
@@ -111,7 +115,7 @@ def merge_tile(
             for part, values in zip(tensor.parts, inputs, strict=True)
         }
         if tensor.treatment.present_only:
-            return _mean(plan, tensor, on_device)
+            return _as_written(plan, tile, _mean(plan, tensor, on_device))
         base = _whole(on_device[plan.base])
         models = [_model(plan, model, on_device) for model in plan.tuned]
         result = merge_tensors(
@@ -121,7 +125,7 @@ def merge_tile(
             name=tile.name,
             position=tensor.position,
             seeded_by=tensor.seeded_by,
-            out_dtype=tensor.spec.dtype,
+            out_dtype=tensor.merged_dtype,
             measure_norms=measure_norms,
             blocks=replace(tensor.blocks, first=tile.first),
         )
@@ -135,6 +139,16 @@ def merge_tile(
     certificate = result.report.certificate
     if certificate is not None and certificate.escalations:
         _LOG.info("%s: solved by %s after %s", tile.name, certificate.route, "; ".join(certificate.escalations))
+    return _as_written(plan, tile, result)
+
+
+def _as_written(plan: MergePlan, tile: Tile, result: MergeResult) -> MergeResult:
+    """Round the result to FP8 if the tensor is written in it, and add to the report what that changed."""
+    layout = plan.tensors[tile.name].fp8
+    if layout is not None:
+        rounded = requantise(result.weight, layout, plan.base.load_scales(tile.name, (tile.first, tile.last)))
+        result.weight, result.scales = rounded.weight, rounded.scales
+        result.report.rounding_norm, result.report.weight_norm = rounded.rounding_norm, rounded.weight_norm
     return result
 
 
@@ -148,7 +162,7 @@ def _mean(plan: MergePlan, tensor: TensorPlan, loaded: Mapping[Checkpoint | Adap
             base = _whole(loaded[origin])
             present.append(base_plus(base, update) if isinstance(update, Factored) else base)
     result = mean_of_present(
-        present, plan.config, tensor.treatment.reason, name=tensor.name, out_dtype=tensor.spec.dtype
+        present, plan.config, tensor.treatment.reason, name=tensor.name, out_dtype=tensor.merged_dtype
     )
     result.weight, result.report.shape = result.weight.cpu(), tensor.spec.shape
     return result
@@ -178,38 +192,48 @@ class Assembly:
 
     def __init__(self) -> None:
         self._checksum = Checksum()
+        self._scales = Checksum()
         self._report: TensorReport | None = None
 
-    def write(self, tile: Tile, result: MergeResult, shards: Shards) -> None:
+    def write(self, tensor: TensorPlan, tile: Tile, result: MergeResult, shards: Shards) -> None:
         """Write the next tile to its shard."""
+        whole = tile.count == 1
         with timed(result.report.stages, "write"):
-            shards.write(tile.name, result.weight, None if tile.count == 1 else tile.first)
+            shards.write(tile.name, result.weight, None if whole else tile.first)
             self._checksum.update(result.weight)
+            if tensor.fp8 is not None and result.scales is not None:
+                row = None if whole else first_scale_row(tensor.fp8, tile.first)
+                shards.write(tensor.fp8.scale_name, result.scales, row)
+                self._scales.update(result.scales)
         if self._report is None:
             self._report = result.report
         else:
             self._report.add_rows(result.report)
 
-    def finish(self, name: str, inputs: Sequence[str], shards: Shards) -> Finished:
+    def finish(self, tensor: TensorPlan, inputs: Sequence[str], shards: Shards) -> Finished:
         """Return the journal entry, once all tiles are written.
 
         Args:
-            name: of the tensor.
+            tensor: the plan of the tensor.
             inputs: checksums of the inputs.
             shards: the shards that it was written to.
         """
         assert self._report is not None
-        layout = shards.layout(name)
-        spec = layout.specs[name]
+
+        def written(name: str, checksum: Checksum) -> dict[str, Any]:
+            layout = shards.layout(name)
+            spec = layout.specs[name]
+            place = {"shard": layout.file_name, "offset": layout.offsets[name], "nbytes": spec.nbytes}
+            return {"name": name, **place, "dtype": dtype_name(spec.dtype), "checksum": checksum.hexdigest()}
+
+        scales = [
+            FinishedScales(**written(name, self._scales), shape=spec.shape) for name, spec in tensor.scales.items()
+        ]
         return Finished(
-            name,
-            shard=layout.file_name,
-            offset=layout.offsets[name],
-            nbytes=spec.nbytes,
-            dtype=dtype_name(spec.dtype),
-            checksum=self._checksum.hexdigest(),
+            **written(tensor.name, self._checksum),
             inputs=tuple(inputs),
             report=asdict(self._report),
+            scales=scales[0] if scales else None,
         )
 
 

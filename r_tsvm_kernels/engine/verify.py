@@ -11,7 +11,7 @@ from ..files import usable_path
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter
 from ..text import dtype_name
-from .journal import as_report, read_journal
+from .journal import read_journal
 from .output import journal_path
 from .tiles import update_checksum
 
@@ -71,23 +71,26 @@ def verify_output(
     """
     out = Path(out)
     fingerprint, finished = read_journal(journal_path(out))
-    output = Checkpoint(out)
+    output = Checkpoint(out, as_stored=True)
+    stored = {name for entry in finished.values() for name in entry.stored}
     found = Verification(
-        len(finished),
-        missing=[name for name in finished if name not in output.tensors],
-        extra=[name for name in output.tensors if name not in finished],
+        len(stored),
+        missing=sorted(stored - output.tensors.keys()),
+        extra=[name for name in output.tensors if name not in stored],
     )
     models = list(_opened(fingerprint["models"], allow_pickle)) if inputs else []
     if checkpoints := [model for model in models if isinstance(model, Checkpoint)]:
         settle_copies(checkpoints[0], checkpoints[1:])
+        if fingerprint.get("recipe", {}).get("requantise"):
+            checkpoints[0].show_activation_scales()
     for done, (name, entry) in enumerate(finished.items(), 1):
-        header = output.tensors.get(name)
-        if header is not None:
-            file = header.file.relative_to(output.folder or out.parent).as_posix()
-            here = (file, header.offset, dtype_name(header.dtype), header.shape)
-            then = (entry.shard, entry.offset, entry.dtype, as_report(entry.report).shape)
-            if here != then or checksum_of(output, name) != entry.checksum:
-                found.changed.append(name)
+        for own, (place, checksum) in entry.stored.items():
+            header = output.tensors.get(own)
+            if header is not None:
+                file = header.file.relative_to(output.folder or out.parent).as_posix()
+                here = (file, header.offset, header.nbytes, dtype_name(header.dtype), header.shape)
+                if here != place or checksum_of(output, own) != checksum:
+                    found.changed.append(own)
         for model, recorded in zip(models, entry.inputs, strict=False):
             if recorded and _checksum_of_input(model, name) != recorded:
                 found.inputs_changed.append(f"{model.path}: {name}")

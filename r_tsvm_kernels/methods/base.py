@@ -165,6 +165,8 @@ class TensorReport:
         damping: factor g_t of each task by which `rtsvm` damps tasks that are far from the base.
         retained: share of each task that weighted orthogonalisation keeps, ``<sum_s M_s, D_t> / norm(D_t)^2``.
         gain: factor of the update by which `rtsvm` gives back what orthogonalisation took; None if not used.
+        rounding_norm: Frobenius norm of what rounding to FP8 changed; None if the tensor is not written in FP8.
+        weight_norm: Frobenius norm of the merged tensor before that.
         part: index of a block in its tensor, such as ``[3]`` for an expert; empty for a whole tensor.
         blocks: the report of each block of a tensor that was merged in blocks, such as packed experts. In the report of
             such a tensor, ranks are empty, other numbers are means, and the certificate is the worst.
@@ -189,6 +191,8 @@ class TensorReport:
     damping: list[float] = field(default_factory=list)
     retained: list[float] = field(default_factory=list)
     gain: float | None = None
+    rounding_norm: float | None = None
+    weight_norm: float | None = None
     part: str = ""
     blocks: list[TensorReport] = field(default_factory=list)
 
@@ -222,18 +226,24 @@ class TensorReport:
     def add_rows(self, other: TensorReport) -> None:
         """Add the times and norms in the report of other rows of the same tensor, or its blocks."""
         self._add_times(other)
+        self.rounding_norm = _joined(self.rounding_norm, other.rounding_norm)
+        self.weight_norm = _joined(self.weight_norm, other.weight_norm)
         if self.blocks:
             self.blocks += other.blocks
             self._average()
             return
         self.task_norms = [math.hypot(a, b) for a, b in zip(self.task_norms, other.task_norms, strict=True)]
-        if self.update_norm is not None and other.update_norm is not None:
-            self.update_norm = math.hypot(self.update_norm, other.update_norm)
+        self.update_norm = _joined(self.update_norm, other.update_norm)
 
     def _add_times(self, other: TensorReport) -> None:
         self.seconds += other.seconds
         for stage, spent in other.stages.items():
             self.stages[stage] = [a + b for a, b in zip(self.stages.get(stage, [0.0, 0.0]), spent, strict=True)]
+
+
+def _joined(norm: float | None, other: float | None) -> float | None:
+    """Return the norm of two parts of a tensor; None if it was not measured."""
+    return None if norm is None or other is None else math.hypot(norm, other)
 
 
 @dataclass(repr=False)
@@ -243,10 +253,12 @@ class MergeResult:
     Attributes:
         weight: the merged tensor.
         report: ranks, sparsities, weights, certificate, time.
+        scales: of a weight that an engine writes in FP8; otherwise None.
     """
 
     weight: Tensor
     report: TensorReport
+    scales: Tensor | None = None
 
     def __repr__(self) -> str:
         shape, _, rest = shown(self.report).partition(", ")

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checkpoint import rows_of_scale
 from ..lora.adapted_model import AdaptedModel
 from ..methods import Cost, TensorJob, elementwise_cost, factored_cost
 from .merge_plan import MergePlan
 
 # Scalars, masks of a row, whole pages.
 _SMALL = 1 << 19
+# Pieces of a tensor that is rounded to FP8.
+_ROUNDING = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,24 @@ def tensor_cost(plan: MergePlan, name: str, shape: tuple[int, ...] | None = None
     job = TensorJob(tensor.merged_apart.largest(shape), len(plan.tuned), itemsize, device_type)
     together = plan.config.method.batch(job, tensor.options)
     # The results of a batch, and the whole tensor in its stored dtype.
-    stored = tensor.spec.dtype.itemsize * (math.prod(shape) + together * job.elements)
+    stored = tensor.merged_dtype.itemsize * (math.prod(shape) + together * job.elements)
     count = tensor.merged_apart.count(shape) / len(blocks)
     return Cost(together * max(cost.bytes for cost in costs) + stored, count * sum(cost.flops for cost in costs))
 
 
 def rows_at_a_time(plan: MergePlan, name: str, device_type: str) -> int:
-    """Return how many packed experts have to be merged together, because a batch changes how sums are rounded."""
+    """Return how many rows have to be merged together: those that share scales, or experts of a batch.
+
+    A batch changes how sums are rounded.
+    """
     tensor = plan.tensors[name]
+    unit = 1 if tensor.fp8 is None else rows_of_scale(tensor.fp8)
     if not tensor.merged_apart.packed:
-        return 1
+        return unit
     job = TensorJob(
         tensor.merged_apart.largest(tensor.spec.shape), len(plan.tuned), plan.accumulation(tensor).itemsize, device_type
     )
-    return min(tensor.rows, plan.config.method.batch(job, tensor.options))
+    return min(tensor.rows, math.lcm(unit, plan.config.method.batch(job, tensor.options)))
 
 
 def matrix_cost(plan: MergePlan, name: str, shape: tuple[int, ...], device_type: str = "cpu") -> Cost:
@@ -102,6 +109,8 @@ def footprint(plan: MergePlan, name: str, rows: int | None = None, device_type: 
     stored = tensor.spec.dtype.itemsize * elements
     result = tensor.dtypes[0] if tensor.treatment.kind == "base" else plan.accumulation(tensor)
     rounding = 0 if result == tensor.spec.dtype else stored  # the wide and the stored tensor
+    if tensor.fp8 is not None:
+        rounding += tensor.merged_dtype.itemsize * elements + _ROUNDING
     work = max(tensor_cost(plan, name, shape, device_type).bytes, result.itemsize * elements + rounding)
     if tensor.treatment.kind != "base" and plan.config.dtype is not None:
         loaded: torch.dtype = getattr(torch, plan.config.dtype)

@@ -56,6 +56,7 @@ class TensorPlan:
         options: parameters of the method for this tensor.
         seeded_by: name of the tensor that it is tied to and shares random masks with; None if it is not tied.
         blocks: how the tensor is divided into matrices.
+        fp8: layout in FP8 that the tensor is written in; None if it is written as `spec` alone says.
     """
 
     name: str
@@ -66,6 +67,19 @@ class TensorPlan:
     options: MethodParameters
     seeded_by: str | None = None
     blocks: Blocks = WHOLE
+    fp8: ScaledHeader | None = None
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """The dtype that the merged tensor is rounded to, before it is written in FP8."""
+        return self.spec.dtype if self.fp8 is None else torch.float32
+
+    @property
+    def scales(self) -> dict[str, TensorSpec]:
+        """The scales that are written beside the tensor, by name."""
+        if self.fp8 is None:
+            return {}
+        return {self.fp8.scale_name: TensorSpec(self.fp8.scales.dtype, self.fp8.scales.shape)}
 
     @property
     def merged_apart(self) -> Blocks:
@@ -223,9 +237,17 @@ class MergePlan:
         return torch.float64 if torch.float64 in tensor.dtypes else torch.float32
 
     @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtypes and shapes of all tensors of the output, with the scales of weights."""
+        found: dict[str, TensorSpec] = {}
+        for tensor in self.tensors.values():
+            found |= {tensor.name: tensor.spec, **tensor.scales}
+        return found
+
+    @property
     def bytes_written(self) -> int:
         """Size of the merged tensors in bytes."""
-        return sum(plan.spec.nbytes for plan in self.tensors.values())
+        return sum(spec.nbytes for spec in self.specs.values())
 
     @property
     def bytes_read(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from ..blocks import WHOLE, blocks_of
 from ..checkpoint import (
     Checkpoint,
+    ScaledHeader,
     TensorSpec,
     check_same_vocabulary,
     contradictions,
@@ -71,6 +72,8 @@ def make_plan(
     models = {model.base if isinstance(model, AdaptedModel) else model for model in tuned}
     presence = compare_tensors(base, checkpoints[1:], models, dropped, config)
     names = presence.headers
+    layouts = _fp8_layouts(base, config)
+    names |= base.activation_scales if config.requantise else {}
     adapted = [model for model in tuned if isinstance(model, AdaptedModel)]
     for model in adapted:
         if changed := [name for name in model.modules if (model.base, name) in dropped]:
@@ -85,6 +88,8 @@ def make_plan(
         divided = WHOLE if config.method.row_wise else blocks_of(name, header.shape, shape_of)
         decided = treatment(config, options[name], name, header.shape, header.dtype, len(tuned), divided)
         decided = presence.treatment(name, decided)
+        if name in base.activation_scales:
+            decided = Treatment("base", "scale of activations")
         if decided.kind != "base":
             for checkpoint in checkpoints:
                 if name in checkpoint.tensors and checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
@@ -98,7 +103,10 @@ def make_plan(
                 decided = Treatment("base", "no adapter changes it")
         treatments[name], blocks[name] = decided, divided
         specs[name] = TensorSpec(stored_dtype(config, header.written_as), header.shape)
-    shards = _shards(base, specs, shard_bytes, stem)
+        if name in layouts:
+            specs[name] = TensorSpec(layouts[name].weight.dtype, header.shape)
+        elif name in base.activation_scales:
+            specs[name] = TensorSpec(header.dtype, header.shape)
     tensors = {
         name: TensorPlan(
             name,
@@ -109,6 +117,7 @@ def make_plan(
             options[name],
             seeds.get(name),
             blocks[name],
+            layouts.get(name),
         )
         for name in names
     }
@@ -116,11 +125,29 @@ def make_plan(
     for checkpoint in checkpoints[1:]:
         if found := contradictions(base.config, checkpoint.config):
             notes.append(f"{checkpoint.path}: its config has {'; '.join(found)} in the base; is it a fine-tune of it?")
-    plan = MergePlan(base, tuned, config, tensors, shards, copies, presence.beside, tuple(notes))
+    plan = MergePlan(base, tuned, config, tensors, {}, copies, presence.beside, tuple(notes))
+    plan.shards.update(_shards(base, plan.specs, shard_bytes, stem))
     for name, tensor in tensors.items():
         if tensor.treatment.kind != "base":
             check_options(tensor.options, plan.accumulation(tensor), name)
     return plan
+
+
+def _fp8_layouts(base: Checkpoint, config: MergeConfig) -> dict[str, ScaledHeader]:
+    """Return the weights of the base that are written in FP8.
+
+    Raises:
+        ConfigError: the recipe asks for it, but the base has none, or has MXFP4.
+    """
+    if not config.requantise:
+        return {}
+    scaled = {name: header for name, header in base.tensors.items() if isinstance(header, ScaledHeader)}
+    if not scaled:
+        raise ConfigError(f"requantise: {base.path} has no weights in FP8 with scales; leave it out")
+    if other := [name for name, header in scaled.items() if not header.is_fp8]:
+        raise ConfigError(f"requantise: {other[0]} of {base.path} is MXFP4, and only FP8 can be written; leave it out")
+    base.show_activation_scales()
+    return scaled
 
 
 def _shards(base: Checkpoint, specs: dict[str, TensorSpec], shard_bytes: int, stem: str | None) -> dict[str, list[str]]:

@@ -73,6 +73,8 @@ if (largest) {
   tile("Recomputed", number(summary.escalated), "tensors that needed a more exact solver");
   if (summary.arbitrary) tile("Arbitrary choices", number(summary.arbitrary), "tensors with equal singular values at the cut");
 }
+const rounding = summary.rounding;
+if (rounding) tile("Rounding to FP8", percent(rounding.relative), `of the weights, in norm; at most ${percent(rounding.largest.relative)}: ${rounding.largest.tensor}`);
 if (growth !== null) tile("Norm of the update", number(summary.update_norm), `${number(growth)} x the mean norm of the task vectors`);
 
 // --- what the figures mean, and what to do next

@@ -28,6 +28,8 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         - ``largest_error``: the largest error estimate, with its tensor and tolerance.
         - ``captured_energy``: mean and least; ``interference``: mean (0: independent tasks, 1: the same subspaces).
         - ``task_norms``, ``update_norm``: Frobenius norms over the whole model.
+        - ``rounding``: what rounding to FP8 changed, relative to the norm of the weights: ``relative``, of all
+          together, and ``largest``, of the worst tensor.
     """
     entries, matrices = tensors.values(), by_blocks(tensors)
     certificates = {name: e["certificate"] for name, e in matrices.items() if e["certificate"]}
@@ -36,6 +38,7 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     energies = [value for e in matrices.values() for value in e["captured_energy"]]
     overlaps = [value for e in matrices.values() for value in e["interference"]]
     norms = [e["task_norms"] for e in entries if e["task_norms"]]
+    rounded = {name: e for name, e in tensors.items() if e.get("rounding_norm") is not None}
     return {
         "tensors": len(tensors),
         "elements": sum(math.prod(e["shape"]) for e in entries),
@@ -50,7 +53,16 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "interference": sum(overlaps) / len(overlaps) if overlaps else None,
         "task_norms": [math.hypot(*of_task) for of_task in zip(*norms, strict=True)] if norms else None,
         "update_norm": math.hypot(*(e["update_norm"] or 0.0 for e in entries)) if norms else None,
+        "rounding": _rounding(rounded) if rounded else None,
     }  # fmt: skip
+
+
+def _rounding(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what rounding to FP8 changed, relative to the weights: of all tensors, and of the worst."""
+    shares = {name: e["rounding_norm"] / e["weight_norm"] if e["weight_norm"] else 0.0 for name, e in tensors.items()}
+    worst = max(shares, key=shares.__getitem__)
+    changed, norm = (math.hypot(*(e[key] for e in tensors.values())) for key in ("rounding_norm", "weight_norm"))
+    return {"relative": changed / norm if norm else 0.0, "largest": {"tensor": worst, "relative": shares[worst]}}
 
 
 def by_blocks(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

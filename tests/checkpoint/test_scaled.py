@@ -45,7 +45,7 @@ def test_fp8(tmp_path, monkeypatch, layout):
     assert (header.dtype, header.shape, header.written_as) == (torch.float32, shape, torch.bfloat16)
     assert torch.equal(checkpoint.load(names[0]), values)
     for piece in (1, 50, 1000):
-        monkeypatch.setattr("r_tsvm_kernels.checkpoint.scaled._PIECE", piece)
+        monkeypatch.setattr("r_tsvm_kernels.checkpoint.scaled.PIECE", piece)
         for rows in ((0, 1), (1, 3), (shape[0] - 1, shape[0]), (2, 2)):
             assert torch.equal(checkpoint.load(names[0], rows=rows), values[slice(*rows)])
 
@@ -80,7 +80,7 @@ def test_mxfp4(tmp_path, monkeypatch):
     checkpoint = Checkpoint(folder(tmp_path / "m", {f"{name}_blocks": blocks, f"{name}_scales": scales}))
     assert list(checkpoint.tensors) == [name] and checkpoint.tensors[name].shape == (3, 64, 10)
     for piece in (1 << 20, 100, 1):
-        monkeypatch.setattr("r_tsvm_kernels.checkpoint.scaled._PIECE", piece)
+        monkeypatch.setattr("r_tsvm_kernels.checkpoint.scaled.PIECE", piece)
         assert torch.equal(checkpoint.load(name).float(), values)
         assert torch.equal(checkpoint.load(name, rows=(1, 3)).float(), values[1:])
 
