@@ -209,7 +209,7 @@ def explain(name: str, device_type: str) -> list[tuple[str, str]]:
     for backend in ops()[name].order.get(device_type, ()):
         verdict, state = found.get(backend), backends.state(backend)
         if state == backends.READY and verdict is not None and not verdict.passed:
-            state = f"its self-check failed: {verdict.reason}"
+            state = verdict.reason if verdict == verdicts.UNCHECKED else f"its self-check failed: {verdict.reason}"
         candidates.append((backend, state))
     return candidates
 

@@ -109,7 +109,7 @@ def _print(facts: dict[str, Any]) -> None:
         say(f"  {name:<8}{state}")
     devices = list(facts["chosen"])
     say("")
-    say("Kernels of each op, in order of preference; * runs here")
+    say("Kernels of each op; * runs here: on a CPU the first, on a GPU the fastest")
     for op, orders in sorted(facts["ops"].items()):
         cells = []
         for device, names in orders.items():

@@ -68,6 +68,7 @@ def chosen_backends(given: list[str], device: torch.device) -> AbstractContextMa
     per_op = dict(item.split("=", 1) for item in given if "=" in item)
     if given:
         with dispatch.use_backend(*for_all, **per_op):
+            dispatch.prepare(dispatch.forced_backends(), device.type)
             for op in dispatch.forced_backends():  # refuse what cannot run before anything is read
                 dispatch.select(op, torch.empty(0, device=device))
     return dispatch.use_backend(*for_all, **per_op)

@@ -74,13 +74,31 @@ def difference(op: Op[..., Any], got: object, expected: object) -> str | None:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return f"tensor {index}: {a.dtype} {tuple(a.shape)}, expected {b.dtype} {tuple(b.shape)}"
         if op.accuracy is None or not a.is_floating_point():
-            if not _same_bits(a, b):
+            if not same_bits(a, b):
                 return f"tensor {index}: {int((_bytes(a) != _bytes(b)).sum())} bytes differ from the reference's"
         else:
             error, allowed = _distance(a, b), max(op.accuracy, coarsest)
             if error > allowed:
                 return f"tensor {index}: relative error {error:.1e}, expected at most {allowed:.1e}"
     return None
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of arguments, as they are stored: of planes each."""
+    yield from (part for part in parts_of(value) if isinstance(part, Tensor))
+
+
+def parts_of(value: object) -> Iterator[object]:
+    """Yield the tensors, numbers and words of arguments."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from parts_of(item)
+    elif isinstance(value, dict):
+        yield from parts_of(list(value.values()))
+    elif is_dataclass(value):
+        yield from parts_of([getattr(value, part.name) for part in fields(value)])
+    else:
+        yield value
 
 
 def distance(got: object, expected: object) -> float:
@@ -99,8 +117,8 @@ def _bytes(x: Tensor) -> Tensor:
     return x.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """NaN is NaN, whatever its payload: which one an operation gives is up to the processor."""
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors have the same bits. NaN is NaN, whatever its payload, which is up to the processor."""
     if a.is_floating_point() and b.isnan().any():
         return torch.equal(a.isnan(), b.isnan()) and torch.equal(_bytes(a.nan_to_num(7.0)), _bytes(b.nan_to_num(7.0)))
     return torch.equal(_bytes(a), _bytes(b))

@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..bench import REGISTRY, Stopwatch, interleaved
 from ..bench import Case as Benchmark
 from ..bench.case import Inputs
 from ..dispatch import Op, ops
-from ..ops._cases import difference, distance
+from ..ops._cases import difference, distance, same_bits, tensors_in
 from ..verdicts.store import Verdict
 from .hard_cases import hard_cases
 
@@ -38,12 +39,14 @@ class Trial:
         run: calls the op with a backend.
         raises: the error that it must raise; None for a result.
         judge: returns the error of a result, and what is wrong with it, if anything.
+        inputs: tensors that the call must leave as they are.
     """
 
     label: str
     run: Callable[[str], object]
     raises: type[Exception] | None
     judge: Callable[[object], tuple[float, str | None]]
+    inputs: Sequence[Tensor] = ()
 
 
 def check_op(name: str, kernels: Sequence[str], device: torch.device) -> Iterator[Line]:
@@ -88,6 +91,7 @@ def _verdict(trials: Sequence[Trial], kernel: str, device: torch.device) -> Verd
 
 def _outcome(trial: Trial, kernel: str, device: torch.device) -> tuple[float, str | None]:
     """Return the error of a kernel in a trial, and what is wrong."""
+    before = [x.clone() for x in trial.inputs]
     try:
         got = trial.run(kernel)
         if device.type == "cuda":
@@ -100,6 +104,8 @@ def _outcome(trial: Trial, kernel: str, device: torch.device) -> tuple[float, st
         return 0.0, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
     if trial.raises is not None:
         return 0.0, f"accepted, where {trial.raises.__name__} is expected"
+    if not all(map(same_bits, trial.inputs, before)):
+        return 0.0, "it changes its inputs"
     return trial.judge(got)
 
 
@@ -111,7 +117,8 @@ def _hard_trials(op: Op[..., Any], device: torch.device) -> Iterator[Trial]:
             return op(*case.args, **case.options, backend=backend)
 
         expected = None if case.raises else run("torch")
-        yield Trial(case.label, run, case.raises, _judged_as(op, expected))
+        inputs = list(tensors_in([case.args, case.options]))
+        yield Trial(case.label, run, case.raises, _judged_as(op, expected), inputs)
 
 
 def _judged_as(op: Op[..., Any], expected: object) -> Callable[[object], tuple[float, str | None]]:

@@ -6,13 +6,12 @@ All cases would compile up to 300 variants of a kernel, which takes minutes.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Hashable, Iterable
 from itertools import combinations_with_replacement
 
 from torch import Tensor
 
-from ..ops._cases import Case
+from ..ops._cases import Case, parts_of
 
 
 def hard_cases(cases: Iterable[Case]) -> list[Case]:
@@ -36,7 +35,7 @@ def features(case: Case) -> set[Hashable]:
     Of a call that must be refused, each pair of these counts: a kernel may see NaN on one path and not on another.
     """
     found: set[Hashable] = {*re.findall(r"[^\W\d_]{2,}", case.label)}
-    parts = list(_parts([case.args, case.options]))
+    parts = list(parts_of([case.args, case.options]))
     inputs = [part for part in parts if isinstance(part, Tensor)]
     found.add(frozenset(x.dtype for x in inputs if x.is_floating_point()))
     found |= {(type(part).__name__, bool(part)) for part in parts if not isinstance(part, Tensor)}
@@ -53,16 +52,3 @@ def _size(x: Tensor) -> str:
     if x.numel() < 2:
         return f"{x.numel()} of {x.ndim} dimensions"
     return "odd" if x.numel() % 2 else "a multiple of 16" if x.numel() % 16 == 0 else "even"
-
-
-def _parts(value: object) -> Iterator[object]:
-    """Yield the tensors and the numbers and words of arguments."""
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _parts(item)
-    elif isinstance(value, dict):
-        yield from _parts(list(value.values()))
-    elif is_dataclass(value):
-        yield from _parts([getattr(value, part.name) for part in fields(value)])
-    else:
-        yield value

@@ -13,14 +13,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 from ..errors import ConfigError
 from . import children, store
-from .store import Verdict
+from .store import UNCHECKED, Verdict
 
-__all__ = ["BUDGET", "CHECKED", "Verdict", "check", "devices", "enabled", "forget", "known", "require"]
+__all__ = ["BUDGET", "CHECKED", "UNCHECKED", "Verdict", "check", "devices", "enabled", "forget", "known", "require"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ Verdicts = dict[str, dict[str, Verdict]]
 _lock = threading.RLock()
 _known: dict[str, Verdicts] = {}  # by device, what this process keeps to
 _told: set[tuple[str, ...]] = set()
+_complete: set[tuple[str, str, tuple[str, ...]]] = set()  # type of device, op, backends: all have verdicts
 
 
 def enabled() -> bool:
@@ -74,14 +76,16 @@ def require(kernels: Mapping[str, Sequence[str]], device_type: str) -> None:
     """
     if device_type not in CHECKED or not enabled():
         return
+    asked = {(device_type, op, tuple(names)) for op, names in kernels.items()}
+    if asked <= _complete:
+        return
     with _lock:
         for device in devices(device_type):
-            verdicts = _of(device)
-            missing = {op: [b for b in names if b not in verdicts.get(op, {})] for op, names in kernels.items()}
-            missing = {op: names for op, names in missing.items() if names}
+            missing = _without_verdict(kernels, _of(device))
             if missing:
                 _obtain(device, missing)
             _tell_failures(device, kernels)
+        _complete.update(asked)
 
 
 def check(
@@ -99,11 +103,8 @@ def check(
     """
     found = children.run_checks(device, kernels, progress=progress)
     place = store.place_of(device)
-    try:
-        with store.locked(place):
-            store.add(place, found)
-    except OSError as error:
-        _tell_unwritable(error)
+    with _locked(place, -1):
+        _store(place, found)
     return found
 
 
@@ -126,6 +127,7 @@ def forget() -> None:
     with _lock:
         _known.clear()
         _told.clear()
+        _complete.clear()
 
 
 def _of(device: str) -> Verdicts:
@@ -141,22 +143,39 @@ def _obtain(device: str, missing: Mapping[str, Sequence[str]]) -> None:
     """Add verdicts of these kernels to what is known: stored ones, or new ones, which are stored."""
     place = store.place_of(device)
     deadline = time.monotonic() + BUDGET
+    with _locked(place, BUDGET):  # another process may be checking the same
+        found = store.read(place)
+        left = _without_verdict(missing, found)
+        if left:
+            new = _announced(device, left, deadline)
+            _store(place, new)
+            found = {op: found.get(op, {}) | new.get(op, {}) for op in missing}
+    for op, names in missing.items():
+        verdicts = found.get(op, {})
+        _known[device][op] = dict.fromkeys(names, UNCHECKED) | _known[device].get(op, {}) | verdicts
+
+
+def _without_verdict(kernels: Mapping[str, Sequence[str]], found: Verdicts) -> dict[str, list[str]]:
+    left = {op: [name for name in names if name not in found.get(op, {})] for op, names in kernels.items()}
+    return {op: names for op, names in left.items() if names}
+
+
+@contextmanager
+def _locked(place: store.Place, seconds: float) -> Iterator[None]:
+    """Lock the file of a place against other processes, if it can be locked."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(store.locked(place, seconds))
+        except OSError as error:
+            _tell_unwritable(error)
+        yield
+
+
+def _store(place: store.Place, found: Verdicts) -> None:
     try:
-        with store.locked(place, BUDGET):  # another process may be checking the same
-            verdicts = store.read(place)
-            left = {op: [b for b in names if b not in verdicts.get(op, {})] for op, names in missing.items()}
-            left = {op: names for op, names in left.items() if names}
-            if left:
-                new = _announced(device, left, deadline)
-                store.add(place, new)
-                _merge(verdicts, new)
+        store.add(place, found)
     except OSError as error:
         _tell_unwritable(error)
-        verdicts = _announced(device, missing, deadline)
-    own = _known[device]
-    _merge(own, {op: {b: verdicts.get(op, {}).get(b, store.UNCHECKED) for b in names} for op, names in missing.items()})
-    for op in missing:  # the reference was timed beside them
-        own[op].update({b: v for b, v in verdicts.get(op, {}).items() if b == "torch"})
 
 
 def _announced(device: str, kernels: Mapping[str, Sequence[str]], deadline: float) -> Verdicts:
@@ -166,11 +185,6 @@ def _announced(device: str, kernels: Mapping[str, Sequence[str]], deadline: floa
         f"{len(kernels)} ops" if len(kernels) > 1 else next(iter(kernels)), store.name_of(device), BUDGET,
     )  # fmt: skip
     return children.run_checks(device, kernels, deadline)
-
-
-def _merge(target: Verdicts, new: Verdicts) -> None:
-    for op, verdicts in new.items():
-        target[op] = target.get(op, {}) | verdicts
 
 
 def _tell_failures(device: str, kernels: Mapping[str, Sequence[str]]) -> None:

@@ -26,6 +26,9 @@ COMMAND = (sys.executable, "-m", "r_tsvm_kernels.selfcheck")
 START_SECONDS = 60.0  # to import torch from a slow disk
 STEP_SECONDS = 30.0  # one kernel, with its compilation
 AT_ONCE = 4  # children on a GPU: compiling takes most of the time, one core each
+CHILD_BYTES = 4 << 30  # of GPU memory that a child may need
+# Signals that no kernel causes: Ctrl-C, a scheduler, a machine without memory.
+FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)
 
 Verdicts = dict[str, dict[str, Verdict]]
 
@@ -49,24 +52,38 @@ def run_checks(
         device had no memory for it, or no child could start.
     """
     names = [op for op in kernels if kernels[op]]
-    count = min(AT_ONCE if device.startswith("cuda") else 1, os.cpu_count() or 1, len(names))
+    count = max(1, min(_at_once(device), len(names)))
     parts = [{op: kernels[op] for op in names[start::count]} for start in range(count)]
     found: Verdicts = {}
-    with ThreadPoolExecutor(max(1, count)) as pool:
-        for part in pool.map(lambda part: _run_part(device, part, deadline, progress), parts):
-            found |= part
+    limit = _Limit(deadline)
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for part in pool.map(lambda part: _run_part(device, part, limit, progress), parts):
+                found |= part
+        except BaseException:  # such as Ctrl-C
+            limit.stop()
+            raise
     return found
 
 
+def _at_once(device: str) -> int:
+    """Return how many children work at a time: on a CPU one, because its kernels use all cores."""
+    if not device.startswith("cuda"):
+        return 1
+    import torch
+
+    return min(AT_ONCE, os.cpu_count() or 1, torch.cuda.mem_get_info(device)[0] // CHILD_BYTES)
+
+
 def _run_part(
-    device: str, kernels: Mapping[str, Sequence[str]], deadline: float | None, progress: Callable[[str], None]
+    device: str, kernels: Mapping[str, Sequence[str]], limit: _Limit, progress: Callable[[str], None]
 ) -> Verdicts:
     """Check kernels one after the other."""
     found: Verdicts = {}
     left = {op: list(names) for op, names in kernels.items()}
     while left:
         before, at = sum(map(len, left.values())), None
-        with _child(device, left, deadline) as (lines, ended):
+        with _child(device, left, limit) as (lines, ended):
             for line in lines:
                 at = _note(line, found, left)
                 if at is not None:
@@ -78,7 +95,11 @@ def _run_part(
         left = {op: names for op, names in left.items() if names}
         if reason is None or sum(map(len, left.values())) == before:  # the end, or no child can start
             break
-    return found
+    # One that passed and was not timed, because the time was up, is not done.
+    return {
+        op: {name: verdict for name, verdict in own.items() if not verdict.passed or verdict.seconds is not None}
+        for op, own in found.items()
+    }
 
 
 def _note(line: dict[str, Any], found: Verdicts, left: dict[str, list[str]]) -> tuple[str, list[str]] | None:
@@ -90,7 +111,8 @@ def _note(line: dict[str, Any], found: Verdicts, left: dict[str, list[str]]) -> 
     for backend, verdict in line.get("verdicts", {}).items():
         own[backend] = Verdict(**verdict)
     for backend, seconds in line.get("seconds", {}).items():
-        own[backend] = replace(own.get(backend, Verdict(True)), seconds=seconds)
+        if backend in own or backend == "torch":
+            own[backend] = replace(own.get(backend, Verdict(True)), seconds=seconds)
     done = {*line.get("verdicts", {}), *line.get("unchecked", [])}
     left[op] = [name for name in left.get(op, []) if name not in done]
     return None
@@ -98,9 +120,9 @@ def _note(line: dict[str, Any], found: Verdicts, left: dict[str, list[str]]) -> 
 
 @contextmanager
 def _child(
-    device: str, kernels: Mapping[str, Sequence[str]], deadline: float | None
+    device: str, kernels: Mapping[str, Sequence[str]], limit: _Limit
 ) -> Iterator[tuple[Iterator[dict[str, Any]], Callable[[], str | None]]]:
-    """Yield the lines of a child, and a function that says how it ended: None if it was done or the time was up."""
+    """Yield the lines of a child, and a function that says how its kernels ended it; None if they did not."""
     environment = os.environ | {"RTSVM_SELFCHECK": "off"}
     with tempfile.TemporaryFile() as errors:
         # In the folder of the package, which `-m` puts first: the child must check the kernels of this process.
@@ -109,7 +131,7 @@ def _child(
         )
         asked, said = process.stdin, process.stdout
         assert asked is not None and said is not None
-        watch = _Watch(process, deadline)
+        watch = limit.watch(process)
         try:
             with suppress(OSError), asked:  # it may have died at once
                 asked.write(json.dumps({"device": device, "kernels": kernels}).encode())
@@ -121,21 +143,45 @@ def _child(
             said.close()
 
 
+class _Limit:
+    """The end of all checks, at a time of `time.monotonic` or when they are stopped."""
+
+    def __init__(self, deadline: float | None) -> None:
+        self._deadline = float("inf") if deadline is None else deadline
+        self._watches: list[_Watch] = []
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def watch(self, process: subprocess.Popen[bytes]) -> _Watch:
+        """Return a watch over a child."""
+        watch = _Watch(process, self)
+        self._watches.append(watch)
+        return watch
+
+    def stop(self) -> None:
+        """End all checks now."""
+        self._deadline = 0.0
+        for watch in self._watches:
+            watch.expect(0.0)
+
+
 class _Watch:
     """Kills a child that is silent for too long, or when the time is up."""
 
-    def __init__(self, process: subprocess.Popen[bytes], deadline: float | None) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], limit: _Limit) -> None:
         self.hung: float | None = None
         self.late = False
-        self._process, self._deadline = process, deadline
+        self._process, self._limit = process, limit
         self._timer: threading.Timer | None = None
         self.expect(START_SECONDS)
 
     def expect(self, seconds: float) -> None:
         """Allow so many seconds until the next line."""
         self.stop()
-        left = float("inf") if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        self._timer = threading.Timer(min(seconds, left), self._kill, [seconds, left < seconds])
+        left = self._limit.left()
+        self._timer = threading.Timer(min(seconds, left), self._kill, [seconds, left <= seconds])
         self._timer.daemon = True
         self._timer.start()
 
@@ -159,7 +205,7 @@ def _lines(stream: IO[bytes], watch: _Watch) -> Iterator[dict[str, Any]]:
 def _end(process: subprocess.Popen[bytes], watch: _Watch, errors: IO[bytes]) -> str | None:
     code = process.wait()
     watch.stop()
-    if watch.late or code == 0:
+    if watch.late or code == 0 or (-code in FROM_OUTSIDE and watch.hung is None):
         return None
     if watch.hung is not None:
         return f"it did not end within {watch.hung:.0f} s"

@@ -1,13 +1,15 @@
 """Processes that check kernels may crash, hang, fail to start, or be stopped because the time is up."""
 
-import os
+import subprocess
 import sys
 import time
 
 import pytest
 
 from r_tsvm_kernels.verdicts import Verdict, children
+from r_tsvm_kernels.verdicts.store import PACKAGE
 
+COMMAND = children.COMMAND
 # A child whose kernels do what they are called.
 CHILD = """
 import json, os, signal, sys, time
@@ -25,6 +27,8 @@ for op, kernels in asked["kernels"].items():
             time.sleep(100)
         if kernel == "cut":
             os.write(1, b'{"op": "a", "verd')
+            os.kill(os.getpid(), signal.SIGABRT)
+        if kernel == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if kernel == "memory":
             say(op=op, unchecked=[kernel])
@@ -36,7 +40,7 @@ for op, kernels in asked["kernels"].items():
         say(op=op, begins=["late"])
         sys.exit(7)
     say(op=op, begins=kernels)
-    say(op=op, seconds={kernel: 1.0 for kernel in ["torch", *kernels] if kernel == "good" or kernel == "torch"})
+    say(op=op, seconds={kernel: 1.0 for kernel in ["torch", *kernels] if kernel != "untimed"})
 """
 GOOD = Verdict(True, seconds=1.0)
 
@@ -57,16 +61,15 @@ def reasons(found):
         ("crash", "it crashed its process (SIGSEGV)"),
         ("exit", "it crashed its process (exit code 1, CUDA error: an illegal memory access was encountered)"),
         ("hang", "it did not end within 1 s"),
-        ("cut", "it crashed its process (SIGKILL)"),
+        ("cut", "it crashed its process (SIGABRT)"),
         ("bad", "no"),
-        ("poison", ""),  # only what comes after it would fail
     ],
 )
 def test_what_a_kernel_does_to_its_process_is_its_verdict_alone(kernel, reason):
     seen = []
     found = children.run_checks("cpu", {"a": ["good", kernel, "other"], "b": ["good"]}, progress=seen.append)
     assert reasons(found)[f"a {kernel}"] == reason
-    assert found["a"][kernel].passed == (kernel == "poison")
+    assert not found["a"][kernel].passed
     assert found["a"]["other"].passed and found["b"]["good"] == GOOD == found["b"]["torch"]
     assert {f"a: {kernel}", "a: other", "b: good"} <= set(seen)
 
@@ -75,6 +78,12 @@ def test_a_kernel_that_fails_when_it_is_timed():
     found = children.run_checks("cpu", {"a": ["late"], "b": ["good"]})
     assert not found["a"]["late"].passed and "exit code 7" in found["a"]["late"].reason
     assert found["b"]["good"] == GOOD
+
+
+def test_the_program():
+    """It imports what it needs, and what it is asked for."""
+    done = subprocess.run(COMMAND, input=b'{"device": "cpu", "kernels": {}}', capture_output=True, cwd=PACKAGE.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_no_memory_is_no_verdict():
@@ -93,15 +102,37 @@ def test_the_time_is_up():
     assert found == {"a": {"good": GOOD, "torch": GOOD}}
 
 
+@pytest.mark.parametrize("kernel", ["killed", "untimed", "poison"])
+def test_what_is_no_verdict(kernel):
+    """The system killed the child; there was no time, or the child ended, between the check and the timing."""
+    found = children.run_checks("cpu", {"b": ["good"], "a": [kernel]})
+    assert found["b"] == {"good": GOOD, "torch": GOOD} and kernel not in found.get("a", {})
+
+
+def test_stopping(monkeypatch):
+    """An exception, as of Ctrl-C, ends all children at once."""
+    monkeypatch.setattr(children, "_at_once", lambda device: 2)
+    monkeypatch.setattr(children, "STEP_SECONDS", 60.0)
+
+    def interrupt(what):
+        if what == "a: good":
+            raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        children.run_checks("cuda:0", {"a": ["good"], "b": ["hang"]}, progress=interrupt)
+    assert time.monotonic() - start < 20
+
+
 def test_on_a_gpu_several_children_share_the_ops(monkeypatch):
     pids = """
 import json, os, sys
 asked = json.load(sys.stdin)
 assert os.environ["RTSVM_SELFCHECK"] == "off" and asked["device"] == "cuda:0"
 for op in asked["kernels"]:
-    print(json.dumps({"op": op, "verdicts": {"good": {"passed": True, "reason": str(os.getpid())}}}))
+    print(json.dumps({"op": op, "verdicts": {"good": {"passed": False, "reason": str(os.getpid())}}}))
 """
     monkeypatch.setattr(children, "COMMAND", (sys.executable, "-c", pids))
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(children, "_at_once", lambda device: 3)
     found = children.run_checks("cuda:0", {name: ["good"] for name in "abcde"} | {"f": []})
     assert sorted(found) == list("abcde") and len(set(reasons(found).values())) == 3
