@@ -80,6 +80,7 @@ def test_a_kernel_that_fails_when_it_is_timed():
     assert found["b"]["good"] == GOOD
 
 
+@pytest.mark.exhaustive  # imports torch once more
 def test_the_program():
     """It imports what it needs, and what it is asked for."""
     done = subprocess.run(COMMAND, input=b'{"device": "cpu", "kernels": {}}', capture_output=True, cwd=PACKAGE.parent)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 import simulated_device
@@ -141,6 +142,19 @@ def test_kernels_of_the_cpu_are_not_checked_by_themselves(checks, monkeypatch):
     assert chosen("task_spread", "cpu") == "torch" and chosen("task_gram", "cpu") == "cpu"
     with pytest.raises(BackendUnavailableError, match="its self-check failed: a broken compiler"):
         select("task_spread", torch.zeros(1), backend="cpu")
+
+
+def test_facts_of_gpus(monkeypatch):
+    names = {"cuda:0": "A", "cuda:1": "A", "cuda:2": "B"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names.get(device) or list(names.values())[device])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 << 30, 80 << 30))
+    assert verdicts.devices.__wrapped__("cuda") == ("cuda:0", "cuda:2")  # one of each kind
+    facts = store.circumstances.__wrapped__("cuda:2")
+    assert (facts["device"], facts["capability"]) == ("B", "9.0") and facts["driver"] is not None
+    assert facts.keys() == store.circumstances("cpu").keys()
+    assert verdicts.children._at_once("cuda:0") == min(2, os.cpu_count())  # by the free memory
 
 
 def test_devices_of_two_kinds(monkeypatch):
