@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from .errors import ConfigError
 from .experts import is_router
@@ -31,12 +31,17 @@ def _plain_path(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+def _vocabulary(value: str) -> str:
+    if value not in ("base", "union") and not (value.startswith("model:") and value != "model:"):
+        raise ValueError(f"expected 'base', 'union' or 'model:PATH', got {shortened(value)}")
+    return value
+
+
 PathText = Annotated[str, BeforeValidator(_plain_path)]
 _Name = Literal["float64", "float32", "float16", "bfloat16"]
 DTypeName = Annotated[_Name, BeforeValidator(_plain_dtype)]
 DTYPES = get_args(_Name)
 Missing = Literal["error", "base", "mean_of_present"]
-TokenizerSource = Literal["base", "union"]
 RouterChoice = Literal["merge", "base", "mean"]
 
 MAX_RECIPE_BYTES = 1_000_000
@@ -103,8 +108,9 @@ class MergeConfig(Strict):
             models that have the tensor.
         requantise: write the weights that the base has in FP8 in its layout, with new scales, instead of bfloat16.
         num_layers: number of layers of every model, from a recipe's ``slices``; models with other numbers are refused.
-        tokenizer_source: ``base`` or ``union``: models must share a vocabulary. None does not look at tokenizers. The
-            output has the base's tokenizer files in any case.
+        vocabulary: the tokens of the output: ``base``, ``union`` (the base's, then those that only models have), or
+            ``model:PATH``, those of one model. Rows of embeddings and heads are aligned by their tokens. None does not
+            look at tokenizers: all models must have as many rows.
 
     Raises:
         ConfigError: an unknown keyword, method or parameter (the message names the nearest), or a value out of range.
@@ -128,7 +134,7 @@ class MergeConfig(Strict):
     missing: Missing = "error"
     requantise: bool = False
     num_layers: int | None = None
-    tokenizer_source: TokenizerSource | None = None
+    vocabulary: Annotated[str, AfterValidator(_vocabulary)] | None = None
 
     def __init__(self, merge_method: str | None = None, /, **data: Any) -> None:
         if merge_method is not None:
@@ -174,8 +180,6 @@ class MergeConfig(Strict):
         if not has_names(data):
             raise ConfigError(f"a recipe is a mapping, got {type(data).__name__ if data else 'nothing'}")
         data = from_mergekit(data)
-        if data.get("tokenizer_source") not in (None, *get_args(TokenizerSource)):
-            raise ConfigError(f"tokenizer_source: 'base' or 'union' is supported, got {data['tokenizer_source']!r}")
         present: dict[str, Any] = {key: value for key, value in data.items() if value is not None}
         for key in present.keys() - cls.model_fields.keys():
             raise ConfigError(_unknown_key(key, present.get("merge_method", "rtsvm"), under="under `parameters`"))

@@ -8,14 +8,16 @@ from typing import Any
 
 from .errors import ConfigError
 from .methods import METHODS
-from .text import printable
+from .text import printable, shortened
 
 _LOG = logging.getLogger(__name__)
 
-TOKENIZER_SOURCES = ("base", "union")
+_TOKENIZER_ADVICE = {
+    "tokens": ": the rows of single tokens cannot be chosen; `rtsvm mergekit yaml` runs such a recipe",
+    "pad_to_multiple_of": ": a union keeps the padding of the base; `rtsvm mergekit yaml` runs such a recipe",
+}
 _UNSUPPORTED = {
     "modules": "multi-module recipes are not supported; merge one module at a time, under `models`",
-    "tokenizer": "only `source: base` or `source: union` is supported, for models that share a vocabulary",
     "chat_template": "setting a chat template is not supported; the one of the base is copied",
 }
 
@@ -32,7 +34,7 @@ def from_mergekit(data: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: it asks for what is not supported.
     """
-    found = _without_unread(with_models(with_tokenizer_source(data)))
+    found = _without_unread(with_models(with_vocabulary(data)))
     for key, advice in _UNSUPPORTED.items():
         if found.get(key) is not None:
             raise ConfigError(f"{key}: {advice}")
@@ -49,15 +51,29 @@ def is_note(key: str) -> bool:
     return key == "name" or key.startswith("x-")
 
 
-def with_tokenizer_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Write mergekit's newer ``tokenizer: {source: base}`` as ``tokenizer_source: base``."""
-    tokenizer = data.get("tokenizer")
-    if not isinstance(tokenizer, Mapping) or data.get("tokenizer_source") is not None:
+def with_vocabulary(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write mergekit's ``tokenizer_source``, and its newer ``tokenizer: {source: ...}``, as ``vocabulary``.
+
+    Raises:
+        ConfigError: it asks for more than the vocabulary of the output.
+    """
+    old, new = data.get("tokenizer_source"), data.get("tokenizer")
+    if old is None and new is None:
         return data
-    given = {key: value for key, value in tokenizer.items() if value is not None}
-    if given.keys() != {"source"} or given["source"] not in TOKENIZER_SOURCES:
-        return data
-    return {**data, "tokenizer": None, "tokenizer_source": given["source"]}
+    given = [key for key in ("vocabulary", "tokenizer_source", "tokenizer") if data.get(key) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: a recipe has one of them")
+    if new is not None:
+        if not isinstance(new, Mapping):
+            raise ConfigError(f"tokenizer: expected a mapping with `source`, got {shortened(new)}")
+        for key, value in new.items():
+            if key != "source" and value is not None:
+                raise ConfigError(f"tokenizer: {key} is not supported{_TOKENIZER_ADVICE.get(key, '')}")
+        old = new.get("source") or "union"  # mergekit's default
+    if not isinstance(old, str):
+        raise ConfigError(f"{given[0]}: expected base, union or the path of a model, got {shortened(old)}")
+    source = old if old in ("base", "union") else f"model:{old.removeprefix('model:')}"
+    return {**data, "tokenizer": None, "tokenizer_source": None, "vocabulary": source}
 
 
 def with_models(data: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -120,6 +120,8 @@ def merge_state_dicts(
     config = as_config(config, parameters)
     if out_dtype is not None:
         config = config.model_copy(update={"out_dtype": dtype_name(as_dtype(out_dtype))})
+    if config.vocabulary is not None:
+        raise ConfigError("vocabulary: state dicts have no tokenizers; use merge_checkpoints, or leave it out")
     check_list(tuned, "state dicts or modules", "tuned")
     models = [_state_dict(given, f"tuned[{index}]") for index, given in enumerate(tuned)]
     start = _state_dict(base_or_first(base, models, config), "the base")

@@ -74,11 +74,16 @@ def test_a_slice_of_whole_models_is_a_list_of_models(tmp_path):
     assert (config.base_model, config.options(2).weight) == ("c", (1.0, 3.0))
 
 
-@pytest.mark.parametrize("source", ["base", "union"])
-def test_both_spellings_of_the_tokenizer_s_source(source):
+@pytest.mark.parametrize(
+    ("source", "vocabulary"),
+    [("base", "base"), ("union", "union"), ("org/chat", "model:org/chat"), ("model:org/chat", "model:org/chat")],
+)
+def test_the_spellings_of_the_tokenizer_s_source(source, vocabulary):
     config = MergeConfig.from_dict({"merge_method": "linear", "tokenizer": {"source": source, "tokens": None}})
     assert config == MergeConfig.from_dict({"merge_method": "linear", "tokenizer_source": source})
-    assert config.tokenizer_source == source
+    assert config.vocabulary == vocabulary
+    assert config == MergeConfig.from_dict({"merge_method": "linear", "vocabulary": vocabulary})
+    assert MergeConfig.from_dict({"merge_method": "linear", "tokenizer": {"source": None}}).vocabulary == "union"
 
 
 def test_empty_values_count_as_absent():
@@ -215,10 +220,14 @@ def test_a_gradient_of_ranks_gives_whole_ranks():
             r"whole models.*\[\[0, 8\], \[0, 9\]\]",
         ),
         ({"modules": {"a": {}}}, "modules?.*not supported|multi-module"),
-        ({"tokenizer": {"source": "some/model"}}, "tokenizer: only `source: base` or `source: union`"),
-        ({"tokenizer": {"source": "base", "tokens": {"<s>": {"source": "a"}}}}, "tokenizer: only `source"),
-        ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "tokenizer: only `source"),
-        ({"tokenizer_source": "some/model"}, "tokenizer_source: 'base' or 'union'.*some/model"),
+        ({"tokenizer": {"source": "base", "tokens": {"<s>": {"source": "a"}}}}, "tokenizer: tokens is not supported"),
+        ({"tokenizer": {"pad_to_multiple_of": 64}}, "tokenizer: pad_to_multiple_of is not supported"),
+        ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "tokenizer_source and tokenizer: .* one of"),
+        ({"tokenizer": "base"}, "tokenizer: expected a mapping with `source`, got 'base'"),
+        ({"tokenizer_source": {"model": "a"}}, "tokenizer_source: expected base, union or the path"),
+        ({"vocabulary": "largest"}, "vocabulary: expected 'base', 'union' or 'model:PATH', got 'largest'"),
+        ({"vocabulary": "model:"}, "vocabulary: expected 'base'"),
+        ({"missing": "mean"}, "missing: .*'mean_of_present'"),
         ({"chat_template": "auto"}, "chat_template"),
         ([1, 2], "mapping"),
         ({1: 2}, "mapping"),

@@ -2,14 +2,15 @@
 
 from .checksums import Checksum, byte_view, checksum
 from .copies import Copy, settle_copies, shared_seeds
-from .headers import FileState, TensorHeader, read_json
+from .embeddings import embedding_height, vocabulary_tensors
+from .headers import FileState, TensorHeader, read_json, read_tokenizer_json
 from .hub import is_model_id
-from .model_config import contradictions, layer_count
-from .reader import Checkpoint
+from .model_config import contradictions, layer_count, text_config
+from .reader import Checkpoint, runs
 from .requantised import first_scale_row, requantise, rows_of_scale
 from .scaled import ScaledHeader, without_quantisation
-from .sidecar_files import SIDECAR_FOLDERS, is_sidecar_file
-from .vocabulary import check_same_vocabulary
+from .sidecar_files import SIDECAR_FOLDERS, is_sidecar_file, is_tokenizer_file
+from .tokenizers import Tokenizer, read_tokenizer
 from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
 
 __all__ = [
@@ -23,21 +24,28 @@ __all__ = [
     "ShardLayout",
     "TensorHeader",
     "TensorSpec",
+    "Tokenizer",
     "byte_view",
-    "check_same_vocabulary",
     "checksum",
     "contradictions",
+    "embedding_height",
     "first_scale_row",
     "is_model_id",
     "is_sidecar_file",
+    "is_tokenizer_file",
     "layer_count",
     "plan_shards",
     "read_json",
+    "read_tokenizer",
+    "read_tokenizer_json",
     "requantise",
     "rows_of_scale",
+    "runs",
     "settle_copies",
     "shard_name",
     "shared_seeds",
+    "text_config",
+    "vocabulary_tensors",
     "without_quantisation",
     "write_index",
 ]

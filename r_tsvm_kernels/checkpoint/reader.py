@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,12 +16,15 @@ from ..errors import CheckpointError, InputChangedError
 from ..files import open_regular, usable_path
 from ..quantised import refuse_quantised
 from ..text import some
-from .checksums import byte_view
+from .checksums import Checksum, byte_view
 from .headers import FileState, TensorHeader, read_headers, read_json
 from .modules import Module, find_modules
 from .pickles import PICKLE_SUFFIXES, PickleFile
 from .prefixes import same_but_for_prefix
 from .scaled import ScaledHeader, find_scaled, load_packed, load_scaled, load_scales, without_quantisation
+
+# Rows are read in pieces of about this size where they are not wanted together.
+_PIECE_BYTES = 1 << 20
 
 
 class Checkpoint:
@@ -129,18 +135,8 @@ class Checkpoint:
 
     def _fill(self, tensor: Tensor, header: TensorHeader, offset: int, name: str) -> None:
         """Read the bytes of a tensor from the file of `header`."""
-        # Read, not mapped: mapped pages would count as memory of this process, and a truncated file would end it with
-        # SIGBUS instead of an error. The file is opened for each tensor, so that a missing file is noticed.
-        try:
-            with open_regular(header.file) as stream:
-                file = stream.fileno()
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                complete = _read_fully(file, byte_view(tensor), offset)
-                unchanged = self._states[header.file].same_file(os.fstat(file))
-        except OSError as error:
-            raise CheckpointError(f"{header.file}: cannot read {name}: {error.strerror or error}") from error
-        if not (complete and unchanged):
-            raise _changed(header.file, f", noticed while reading {name}")
+        with self._opened(header, name) as file:
+            _read_fully(file, byte_view(tensor), offset)
 
     def show_activation_scales(self) -> None:
         """From now on, count the scales of activations as tensors."""
@@ -163,9 +159,54 @@ class Checkpoint:
         """Whether some weights are stored with scales."""
         return any(isinstance(header, ScaledHeader) for header in self.tensors.values())
 
+    def load_rows(self, name: str, rows: Tensor, out: Tensor) -> None:
+        """Read single rows of a tensor into another tensor.
+
+        Args:
+            name: name of the tensor.
+            rows: int64 (n,), for each row of `out` the row of the tensor; -1 leaves the row of `out` as it is.
+            out: n rows on the CPU, contiguous, of any dtype.
+
+        Raises:
+            InputChangedError, CheckpointError: as `load`.
+        """
+        header = self.tensors[name]
+        size = header.nbytes // max(1, header.shape[0])
+        if header.file in self._pickles or isinstance(header, ScaledHeader):
+            for place, first, last in runs(rows, most=max(1, _PIECE_BYTES // max(1, size))):
+                out[place : place + last - first] = self.load(name, rows=(first, last))
+            return
+        with self._opened(header, name) as file:
+            for place, first, last in runs(rows, most=max(1, _PIECE_BYTES // max(1, size))):
+                target = out[place : place + last - first]
+                values = target if out.dtype == header.dtype else torch.empty_like(target, dtype=header.dtype)
+                _read_fully(file, byte_view(values), header.offset + first * size)
+                if values is not target:
+                    target.copy_(values)
+
+    def checksum(self, name: str) -> str:
+        """Return the checksum of a tensor on disk, read some rows at a time.
+
+        Raises:
+            InputChangedError, CheckpointError: as `load`.
+        """
+        header = self.tensors[name]
+        state = Checksum()
+        step = max(1, _PIECE_BYTES * header.shape[0] // max(1, header.nbytes)) if header.shape else 1
+        if not header.shape or step >= header.shape[0]:
+            state.update(self.load(name))
+            return state.hexdigest()
+        for first in range(0, header.shape[0], step):
+            state.update(self.load(name, rows=(first, min(first + step, header.shape[0]))))
+        return state.hexdigest()
+
     def files(self) -> tuple[FileState, ...]:
         """Return every file of this checkpoint, with its state at opening."""
         return tuple(self._states.values())
+
+    def watch(self, state: FileState) -> None:
+        """Add a file that was read beside the weights to those of this checkpoint."""
+        self._states[state.path] = state
 
     def check_unchanged(self) -> None:
         """Compare size and times of every file with its state at opening.
@@ -204,6 +245,24 @@ class Checkpoint:
         self.activation_scales |= {name: stored[name] for name in sorted(found.hidden - scales)}
         self.tensors = found.visible(self.tensors)
         return found.visible(own)
+
+    @contextmanager
+    def _opened(self, header: TensorHeader, name: str) -> Iterator[int]:
+        """Yield the descriptor of the file of a tensor; check afterwards that the file is whole and unchanged."""
+        # Read, not mapped: mapped pages would count as memory of this process, and a truncated file would end it with
+        # SIGBUS instead of an error. The file is opened for each tensor, so that a missing file is noticed.
+        try:
+            with open_regular(header.file) as stream:
+                file = stream.fileno()
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                yield file
+                unchanged = self._states[header.file].same_file(os.fstat(file))
+        except EOFError:
+            unchanged = False
+        except OSError as error:
+            raise CheckpointError(f"{header.file}: cannot read {name}: {error.strerror or error}") from error
+        if not unchanged:
+            raise _changed(header.file, f", noticed while reading {name}")
 
     def _read_module(self, module: Module) -> None:
         weights = module.weights
@@ -265,15 +324,31 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: the index places {name} in {file}, but it is not there")
 
 
-def _read_fully(file: int, buffer: memoryview, offset: int) -> bool:
-    """Fill the buffer from a file. Returns whether the file was long enough. One call reads at most 2 GiB."""
+def runs(rows: Tensor, most: int) -> Iterator[tuple[int, int, int]]:
+    """Yield runs of successive rows, without those of -1: the place of the first, the first and last (exclusive) row.
+
+    Examples:
+        >>> list(runs(torch.tensor([4, 5, -1, 0, 1, 2]), most=2))
+        [(0, 4, 6), (3, 0, 2), (5, 2, 3)]
+    """
+    places = torch.nonzero(rows >= 0).flatten()
+    wanted = rows[places]
+    joined = (wanted.diff() == 1) & (places.diff() == 1)
+    starts = (torch.nonzero(~joined).flatten() + 1).tolist()
+    for start, stop in pairwise([0, *starts, len(places)] if len(places) else []):
+        for first in range(start, stop, most):
+            row = int(wanted[first])
+            yield int(places[first]), row, row + min(first + most, stop) - first
+
+
+def _read_fully(file: int, buffer: memoryview, offset: int) -> None:
+    """Fill the buffer from a file; an EOFError if it is too short. One call reads at most 2 GiB."""
     done = 0
     while done < len(buffer):
         count = os.preadv(file, [buffer[done:]], offset + done)
         if not count:
-            return False
+            raise EOFError
         done += count
-    return True
 
 
 def require_unchanged(file: Path, state: FileState) -> None:

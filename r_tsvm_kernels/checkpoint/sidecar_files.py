@@ -16,6 +16,12 @@ SIDECAR_FILES = (
     "LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "USE_POLICY*",
 )  # fmt: skip
 
+# Those of them that belong to a tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*vocab*.txt",
+    "merges*.txt", "chat_template*", "*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "*.bpe", "tekken.json",
+)  # fmt: skip
+
 # Exceptions: files of adapters, quantised weights, training runs and earlier merges; in lower case.
 _FOREIGN = (
     "adapter*.json", "lora_*.json", "peft_*.json",
@@ -49,3 +55,13 @@ def is_sidecar_file(name: str) -> bool:
         return False
     low = name.lower()
     return PurePosixPath(low).suffix not in _WEIGHTS and not any(fnmatchcase(low, kind) for kind in _FOREIGN)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a sidecar file belongs to the tokenizer of a model.
+
+    Examples:
+        >>> [is_tokenizer_file(name) for name in ("tokenizer_config.json", "generation_config.json")]
+        [True, False]
+    """
+    return is_sidecar_file(name) and any(fnmatchcase(name, kind) for kind in _TOKENIZER_FILES)

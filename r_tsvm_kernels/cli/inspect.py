@@ -99,6 +99,7 @@ def _as_dict(
         "dequantised": plan.dequantised,
         "dropped": {str(path): list(names) for path, names in plan.beside.items()},
         "notes": list(plan.notes),
+        "vocabulary": None if plan.vocabulary is None else plan.vocabulary.summary(),
         "schedule": {
             "device": device,
             "workers": chosen.workers,
@@ -233,6 +234,7 @@ def _summary(facts: dict[str, Any]) -> list[str]:
         f"{'it' if len(names) == 1 else f'these {len(names)} tensors'}"
         for path, names in facts["dropped"].items()
     ]
+    lines += facts["vocabulary"]["lines"] if facts["vocabulary"] else []
     lines += [f"note: {note}" for note in facts["notes"]]
     lines += [
         f"dequantised: {_counted(count, 'weight')} of {path}, read as the values that FP8 or MXFP4 and scales stand for"

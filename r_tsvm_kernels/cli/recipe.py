@@ -43,6 +43,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--router", choices=("merge", "base", "mean"), help="routers of experts: merged, the base's, or the mean"
     )
     group.add_argument(
+        "--vocabulary",
+        metavar="V",
+        help="align embeddings and heads by their tokens; the output has the tokens of the base (base), of all models "
+        "(union) or of one (model:PATH)",
+    )
+    group.add_argument(
         "--missing",
         choices=("error", "base", "mean_of_present"),
         help="tensors that only some models have: refuse, keep the base's, or take the mean of the models that have "
@@ -98,7 +104,9 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         )
         config = MergeConfig(arguments.method, base_model=arguments.base, models=models)
     changes: dict[str, Any] = {
-        key: getattr(arguments, key) for key in ("dtype", "out_dtype", "missing", "router") if getattr(arguments, key)
+        key: getattr(arguments, key)
+        for key in ("dtype", "out_dtype", "missing", "router", "vocabulary")
+        if getattr(arguments, key)
     }
     changes |= {
         key: (*getattr(config, key), *getattr(arguments, key))

@@ -60,6 +60,7 @@ def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
         "dropped": {str(path): list(names) for path, names in plan.beside.items()},
         "notes": list(plan.notes),
         "dequantised": plan.dequantised,
+        "vocabulary": None if plan.vocabulary is None else plan.vocabulary.summary(),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "stages": time_per_stage(tensors),

@@ -30,6 +30,7 @@ from .scheduling import make_schedule
 from .shards import layouts, write_indexes
 from .sidecar_files import copy_sidecar_files
 from .tiles import check_copies
+from .tokenizer_files import fit_vocabulary
 
 _LOG = logging.getLogger(__name__)
 
@@ -170,6 +171,8 @@ def merge_checkpoints(
             if not single:  # first: an unreadable file should stop the merge before the work
                 dtype = config.out_dtype or config.dtype
                 copy_sidecar_files(plan.base, stage.folder, dtype, quantised=config.requantise)
+                if plan.vocabulary is not None:
+                    fit_vocabulary(plan.vocabulary, plan.base, stage.folder)
             if job.resumed:
                 _LOG.info("resumed: %d of %d tensors are finished already", job.resumed, len(plan.tensors))
             tensor_done = _reporter(job, progress)

@@ -22,6 +22,8 @@ _LOG = logging.getLogger(__name__)
 # Python, torch and this package; and for each worker its stack, BLAS buffers and memory that malloc retains: measured,
 # rounded up. Where Python keeps no bytecode, it compiles torch in each process, which takes about 60 MB more.
 PROGRAM_BYTES, WORKER_BYTES = 288 << 20, 32 << 20
+# Reading three tokenizers of 128,000 tokens took 98 MB above the rest of the program: 270 bytes for each token.
+TOKEN_BYTES = 320
 
 # Elements of a row tile. Larger tiles were no faster on a CPU, and malloc retains a multiple of them; a GPU needs more.
 # Smaller tiles save little: a merge by single rows took 7 times as long, for 0.2 % less memory.
@@ -74,6 +76,7 @@ class Schedule:
         work_bytes: limit of the other bytes of tensors in host memory.
         device_bytes: limit of the bytes of tensors on the GPU; 0 without one.
         tensors: by name, in the order of the plan.
+        program_bytes: bytes of everything else.
     """
 
     workers: int
@@ -81,11 +84,12 @@ class Schedule:
     work_bytes: int
     device_bytes: int
     tensors: dict[str, TensorSchedule]
+    program_bytes: int
 
     @property
     def peak_host_bytes(self) -> int:
         """Upper bound of the memory of the whole process."""
-        return PROGRAM_BYTES + self.workers * WORKER_BYTES + self.read_bytes + self.work_bytes
+        return self.program_bytes + self.read_bytes + self.work_bytes
 
     @property
     def peak_device_bytes(self) -> int:
@@ -135,7 +139,7 @@ def make_schedule(
 
 def smallest_schedule(plan: MergePlan, on_gpu: bool = False) -> Schedule:
     """Return the schedule that needs the least memory: one worker, the smallest tiles, nothing read ahead."""
-    return _limited(_tensor_schedules(plan, TILE_ELEMENTS[-1], on_gpu), 1, 0, on_gpu)
+    return _limited(plan, _tensor_schedules(plan, TILE_ELEMENTS[-1], on_gpu), 1, 0, on_gpu)
 
 
 def _candidates(plan: MergePlan, workers: int, on_gpu: bool) -> Iterator[Schedule]:
@@ -144,7 +148,7 @@ def _candidates(plan: MergePlan, workers: int, on_gpu: bool) -> Iterator[Schedul
     tiled = [_tensor_schedules(plan, factor * elements, on_gpu) for elements in TILE_ELEMENTS]
     for count in range(workers, 0, -1):
         for tensors in tiled:
-            yield _limited(tensors, count, 1, on_gpu)
+            yield _limited(plan, tensors, count, 1, on_gpu)
     yield smallest_schedule(plan, on_gpu)
 
 
@@ -163,13 +167,15 @@ def _tensor_schedules(plan: MergePlan, elements: int, on_gpu: bool) -> dict[str,
     return found
 
 
-def _limited(tensors: dict[str, TensorSchedule], workers: int, ahead: int, on_gpu: bool) -> Schedule:
+def _limited(plan: MergePlan, tensors: dict[str, TensorSchedule], workers: int, ahead: int, on_gpu: bool) -> Schedule:
     """Return a schedule whose limits admit as many successive tiles as workers, and the inputs of `ahead` more."""
     values = list(tensors.values())
     inputs = _largest_run([(t.inputs, t.count) for t in values], workers + ahead)
     work = _largest_run([(t.output if on_gpu else t.work, t.count) for t in values], workers)
     device = _largest_run([(t.inputs + t.work, t.count) for t in values], workers) if on_gpu else 0
-    return Schedule(workers, inputs, work, device, tensors)
+    program = PROGRAM_BYTES + workers * WORKER_BYTES
+    program += 0 if plan.vocabulary is None else TOKEN_BYTES * plan.vocabulary.tokens_read
+    return Schedule(workers, inputs, work, device, tensors, program)
 
 
 def _largest_run(sizes: Sequence[tuple[int, int]], length: int) -> int:
@@ -185,7 +191,7 @@ def _fits(peak: int, budget: int | None) -> bool:
 
 def _too_small(plan: MergePlan, smallest: Schedule, memory: int | None, device_memory: int | None) -> MemoryBudgetError:
     """Make the error that says how much the smallest schedule needs, for what, and what helps."""
-    program = PROGRAM_BYTES + smallest.workers * WORKER_BYTES
+    program = smallest.program_bytes
     largest = max(smallest.tensors, key=lambda name: smallest.tensors[name].inputs + smallest.tensors[name].work)
     refused = []
     if memory is not None and memory < (peak := smallest.peak_host_bytes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None, *, quan
         return
     for folder in base.folders:
         for place in (folder, *(f"{folder}/{name}".lstrip("/") for name in SIDECAR_FOLDERS)):
-            _copy_files(base.folder / place, stage / place)
+            copy_files(base.folder / place, stage / place)
     for module in base.modules:
         file = stage / module.folder / "config.json"
         if base.is_scaled and not quantised and file.is_file():
@@ -46,13 +47,13 @@ def _record_dtype(file: Path, dtype: str, add: bool) -> None:
         write_json(file, config)
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def copy_files(source: Path, target: Path, wanted: Callable[[str], bool] = is_sidecar_file) -> None:
     """Copy the sidecar files of one folder of a model, if the folder exists."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.iterdir()):
             # Dangling links raise an error instead of being skipped.
-            if is_sidecar_file(file.name) and (file.is_file() or not file.exists()):
+            if wanted(file.name) and (file.is_file() or not file.exists()):
                 copy_file(file, target / file.name)
 
 

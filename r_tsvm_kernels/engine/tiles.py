@@ -26,6 +26,7 @@ from ..plan import MergePlan, TensorPlan
 from ..quantised import differing_error, must_agree, same_values
 from ..text import dtype_name
 from ..values import base_plus, stored
+from .aligned_rows import read_aligned, restore_untouched
 from .journal import Finished, FinishedScales
 from .scheduling import TensorSchedule
 from .shards import Shards
@@ -64,6 +65,8 @@ def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor 
     Raises:
         InputChangedError, CheckpointError: an input cannot be read, or has changed.
     """
+    if plan.tensors[tile.name].aligned:
+        return read_aligned(plan, tile.name, tile.first, tile.last, pin=pin)
     rows = None if tile.count == 1 else (tile.first, tile.last)
     sources = [plan.inputs[part.source] for part in plan.tensors[tile.name].parts]
     return [
@@ -81,8 +84,14 @@ def update_checksum(checksum: Checksum, values: Tensor | Factored) -> None:
 
 
 def checksums_by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]) -> list[str]:
-    """Return one checksum per input, up to the last input that has a part of the tensor; empty for those without."""
+    """Return one checksum per input, up to the last input that has a part of the tensor; empty for those without.
+
+    Tensors whose rows were aligned are read once more for it, because their rows were read in another order.
+    """
     found = {part.source: sums.hexdigest() for part, sums in zip(plan.tensors[name].parts, checksums, strict=True)}
+    if plan.tensors[name].aligned:
+        sources = ((source, plan.inputs[source]) for source in found)
+        found |= {source: model.checksum(name) for source, model in sources if isinstance(model, Checkpoint)}
     return [found.get(source, "") for source in range(max(found) + 1)]
 
 
@@ -130,6 +139,8 @@ def merge_tile(
             blocks=replace(tensor.blocks, first=tile.first),
         )
         result.weight = result.weight.cpu()
+        if tensor.aligned:
+            restore_untouched(plan, tile.name, tile.first, _whole(inputs[0]), result.weight)
     except torch.cuda.OutOfMemoryError as error:
         raise MemoryBudgetError(
             f"{tile.name}: {device} is out of memory ({error}); set --threads 1 or a smaller --device-memory, "

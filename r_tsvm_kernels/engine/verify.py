@@ -15,8 +15,6 @@ from .journal import read_journal
 from .output import journal_path
 from .tiles import update_checksum
 
-_PIECE_BYTES = 64 << 20
-
 
 @dataclass(repr=False)
 class Verification:
@@ -89,7 +87,7 @@ def verify_output(
             if header is not None:
                 file = header.file.relative_to(output.folder or out.parent).as_posix()
                 here = (file, header.offset, header.nbytes, dtype_name(header.dtype), header.shape)
-                if here != place or checksum_of(output, own) != checksum:
+                if here != place or output.checksum(own) != checksum:
                     found.changed.append(own)
         for model, recorded in zip(models, entry.inputs, strict=False):
             if recorded and _checksum_of_input(model, name) != recorded:
@@ -115,22 +113,9 @@ def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | A
 def _checksum_of_input(model: Checkpoint | AdaptedModel, name: str) -> str | None:
     """Return the checksum of the part of a tensor that an input has; None if it has none."""
     if isinstance(model, Checkpoint):
-        return checksum_of(model, name) if name in model.tensors else None
+        return model.checksum(name) if name in model.tensors else None
     if name not in model.modules:
         return None
     state = Checksum()
     update_checksum(state, model.adapter.task_matrix(model.modules[name]))
-    return state.hexdigest()
-
-
-def checksum_of(checkpoint: Checkpoint, name: str) -> str:
-    """Return the checksum of a tensor on disk, read some rows at a time."""
-    header = checkpoint.tensors[name]
-    state = Checksum()
-    if not header.shape or header.nbytes <= _PIECE_BYTES:
-        state.update(checkpoint.load(name))
-        return state.hexdigest()
-    step = max(1, _PIECE_BYTES * header.shape[0] // header.nbytes)
-    for first in range(0, header.shape[0], step):
-        state.update(checkpoint.load(name, rows=(first, min(first + step, header.shape[0]))))
     return state.hexdigest()

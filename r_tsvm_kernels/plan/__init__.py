@@ -5,14 +5,17 @@ from .inputs import Inputs, open_inputs
 from .merge_plan import InputFile, MergePlan, Part, TensorPlan
 from .parameters import common_parameters, model_parameters, varying_parameters
 from .planning import make_plan
+from .vocabulary import AlignedVocabulary, TokenGroup
 
 __all__ = [
+    "AlignedVocabulary",
     "Footprint",
     "InputFile",
     "Inputs",
     "MergePlan",
     "Part",
     "TensorPlan",
+    "TokenGroup",
     "common_parameters",
     "footprint",
     "make_plan",

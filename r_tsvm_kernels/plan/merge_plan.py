@@ -18,6 +18,7 @@ from ..lora.adapted_model import AdaptedModel
 from ..merge import Treatment
 from ..methods import MethodParameters
 from .inputs import sources
+from .vocabulary import AlignedVocabulary
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class TensorPlan:
         seeded_by: name of the tensor that it is tied to and shares random masks with; None if it is not tied.
         blocks: how the tensor is divided into matrices.
         fp8: layout in FP8 that the tensor is written in; None if it is written as `spec` alone says.
+        aligned: whether its rows are read in the order of `MergePlan.vocabulary`.
     """
 
     name: str
@@ -68,6 +70,7 @@ class TensorPlan:
     seeded_by: str | None = None
     blocks: Blocks = WHOLE
     fp8: ScaledHeader | None = None
+    aligned: bool = False
 
     @property
     def merged_dtype(self) -> torch.dtype:
@@ -142,6 +145,7 @@ class MergePlan:
             starts.
         beside: by model, the tensors that it has and the base lacks, if the output has none of them either.
         notes: what deserves attention: files that were ignored, configs that contradict each other, missing tensors.
+        vocabulary: of the output, if the recipe asks for one.
     """
 
     base: Checkpoint
@@ -152,6 +156,7 @@ class MergePlan:
     copies: tuple[Copy, ...]
     beside: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    vocabulary: AlignedVocabulary | None = None
 
     @cached_property
     def inputs(self) -> tuple[Checkpoint | Adapter, ...]:

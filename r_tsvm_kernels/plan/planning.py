@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
 
 import torch
 
@@ -11,7 +13,6 @@ from ..checkpoint import (
     Checkpoint,
     ScaledHeader,
     TensorSpec,
-    check_same_vocabulary,
     contradictions,
     layer_count,
     plan_shards,
@@ -30,6 +31,7 @@ from ..values import check_options
 from .inputs import open_inputs, sources
 from .merge_plan import MergePlan, Part, TensorPlan
 from .presence import compare_tensors
+from .vocabulary import align_vocabularies, aligned_tensors
 
 
 def make_plan(
@@ -48,7 +50,8 @@ def make_plan(
 
     Raises:
         ConfigError: no models, or no base although the method needs one; a single output file for several modules; a
-            pattern that matches no tensor; or a weight that does not fit the dtype of the merge.
+            pattern that matches no tensor; a weight that does not fit the dtype of the merge; or vocabularies that
+            cannot be aligned.
         CheckpointError, PickleRefusedError: an input is missing or damaged, or has other tensors than the base.
         QuantisedRefusedError: an input is quantised.
         ShapeError: shapes differ.
@@ -59,8 +62,7 @@ def make_plan(
     inputs = sources(base, tuned)
     checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
     config.check_patterns({name for checkpoint in checkpoints for name in checkpoint.tensors})
-    if config.tokenizer_source is not None:
-        check_same_vocabulary(base, checkpoints[1:])
+    vocabulary = None if config.vocabulary is None else align_vocabularies(config, base, tuned, checkpoints)
     layers, further = layer_count(base.config) or (count_layers(base.tensors), 0)
     if config.num_layers not in (None, layers, count_layers(base.tensors)):
         raise ConfigError(
@@ -70,11 +72,12 @@ def make_plan(
     copies = settle_copies(base, checkpoints[1:])
     dropped = {(copy.checkpoint, copy.name) for copy in copies if copy.dropped}
     models = {model.base if isinstance(model, AdaptedModel) else model for model in tuned}
-    presence = compare_tensors(base, checkpoints[1:], models, dropped, config)
+    adapted = [model for model in tuned if isinstance(model, AdaptedModel)]
+    aligned = aligned_tensors(vocabulary, config, base, adapted)
+    presence = compare_tensors(base, checkpoints[1:], models, dropped, config, aligned)
     names = presence.headers
     layouts = _fp8_layouts(base, config)
     names |= base.activation_scales if config.requantise else {}
-    adapted = [model for model in tuned if isinstance(model, AdaptedModel)]
     for model in adapted:
         if changed := [name for name in model.modules if (model.base, name) in dropped]:
             raise CheckpointError(f"{model.path}: changes {changed[0]}, which the base ties to the embedding")
@@ -84,9 +87,10 @@ def make_plan(
     specs, treatments, options, blocks = {}, {}, {}, {}
     shape_of = {name: header.shape for name, header in names.items()}.get
     for name, header in names.items():
+        shape = header.shape if vocabulary is None or name not in aligned else (vocabulary.height, *header.shape[1:])
         options[name] = config.options(len(tuned), name, positions[name], seeded_by=seeds.get(name))
-        divided = WHOLE if config.method.row_wise else blocks_of(name, header.shape, shape_of)
-        decided = treatment(config, options[name], name, header.shape, header.dtype, len(tuned), divided)
+        divided = WHOLE if config.method.row_wise else blocks_of(name, shape, shape_of)
+        decided = treatment(config, options[name], name, shape, header.dtype, len(tuned), divided)
         decided = presence.treatment(name, decided)
         if name in base.activation_scales:
             decided = Treatment("base", "scale of activations")
@@ -101,9 +105,14 @@ def make_plan(
             unchanged = all(model.base is base and name not in model.modules for model in adapted)
             if config.method.needs_base and len(adapted) == len(tuned) and unchanged:
                 decided = Treatment("base", "no adapter changes it")
+        if name in aligned and vocabulary is not None and (decided.kind == "base" or decided.present_only):
+            if decided.present_only or vocabulary.moves_base(base):
+                raise ConfigError(f"vocabulary: {name} cannot be aligned: {decided.reason}; exclude it from the merge, "
+                                  "or leave the vocabulary as the base's")  # fmt: skip
+            aligned -= {name}
         treatments[name], blocks[name] = decided, divided
-        specs[name] = TensorSpec(stored_dtype(config, header.written_as), header.shape)
-        if name in layouts:
+        specs[name] = TensorSpec(stored_dtype(config, header.written_as), shape)
+        if name in layouts and name not in aligned:
             specs[name] = TensorSpec(layouts[name].weight.dtype, header.shape)
         elif name in base.activation_scales:
             specs[name] = TensorSpec(header.dtype, header.shape)
@@ -113,11 +122,12 @@ def make_plan(
             treatments[name],
             specs[name],
             positions[name],
-            _parts(name, treatments[name], inputs, adapted),
+            _parts(name, treatments[name], inputs, adapted, name in aligned),
             options[name],
             seeds.get(name),
             blocks[name],
-            layouts.get(name),
+            None if name in aligned else layouts.get(name),
+            name in aligned,
         )
         for name in names
     }
@@ -125,7 +135,8 @@ def make_plan(
     for checkpoint in checkpoints[1:]:
         if found := contradictions(base.config, checkpoint.config):
             notes.append(f"{checkpoint.path}: its config has {'; '.join(found)} in the base; is it a fine-tune of it?")
-    plan = MergePlan(base, tuned, config, tensors, {}, copies, presence.beside, tuple(notes))
+    notes += vocabulary.notes if vocabulary is not None else ()
+    plan = MergePlan(base, tuned, config, tensors, {}, copies, presence.beside, tuple(notes), vocabulary)
     plan.shards.update(_shards(base, plan.specs, shard_bytes, stem))
     for name, tensor in tensors.items():
         if tensor.treatment.kind != "base":
@@ -168,9 +179,16 @@ def _shards(base: Checkpoint, specs: dict[str, TensorSpec], shard_bytes: int, st
 
 
 def _parts(
-    name: str, decided: Treatment, inputs: Sequence[Checkpoint | Adapter], adapted: Sequence[AdaptedModel]
+    name: str,
+    decided: Treatment,
+    inputs: Sequence[Checkpoint | Adapter],
+    adapted: Sequence[AdaptedModel],
+    aligned: bool,
 ) -> tuple[Part, ...]:
-    """Return the parts of a tensor to read; only that of the base if its value stays."""
+    """Return the parts of a tensor to read; only that of the base if its value stays.
+
+    Aligned tensors are read in one dtype, because a model's rows may be completed with those of others.
+    """
     modules = {model.adapter: model.modules for model in adapted}
     found = []
     for index, source in enumerate(inputs[:1] if decided.kind == "base" else inputs):
@@ -182,4 +200,7 @@ def _parts(
             A, B = source.headers(modules[source][name])
             rank = A.shape[0]
             found.append(Part(index, torch.promote_types(A.dtype, B.dtype), rank, A.nbytes + B.nbytes))
+    if aligned:
+        widest = reduce(torch.promote_types, (part.dtype for part in found if part.rank is None))
+        found = [part if part.rank is not None else replace(part, dtype=widest) for part in found]
     return tuple(found)

@@ -105,7 +105,8 @@ def _is_added(config: MergeConfig, name: str, tensors: Mapping[str, TensorHeader
 
 def _check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...], path: Path) -> None:
     if expected != got:
-        resized = expected[1:] == got[1:] and len(expected) == 2
-        hint = "; was its vocabulary resized?" if resized else ";"
-        hint += f" --exclude '{name}' keeps the base's value"
-        raise ShapeError(f"{path}: {name} has shape {got}, the base has {expected}{hint}")
+        resized = expected[1:] == got[1:] and (len(expected) == 2 or name.endswith("bias"))
+        hint = f"--exclude '{name}' keeps the base's value"
+        if resized:
+            hint = f"was its vocabulary resized? --vocabulary base or union aligns the rows by their tokens, {hint}"
+        raise ShapeError(f"{path}: {name} has shape {got}, the base has {expected}; {hint}")

@@ -80,6 +80,7 @@ if (growth !== null) tile("Norm of the update", number(summary.update_norm), `${
 // --- what the figures mean, and what to do next
 
 const advice = (report.notes || []).map((note) => ["Note", note]), scale = "alpha" in report.parameters ? "alpha" : "weight";
+if (report.vocabulary) advice.push(["Vocabulary", report.vocabulary.lines.join("; ")]);
 if (largest) {
   advice.push(["Error estimate", within
     ? "Good: every spectral result is within its tolerance of a float64 computation."

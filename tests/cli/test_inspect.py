@@ -44,6 +44,7 @@ TENSOR = {
 PLAN = {
     "method": str, "base": str, "models": list, "bytes_read": int, "bytes_written": int, "flops": float,
     "input_files": list, "shards": dict, "dropped": dict, "dequantised": dict, "notes": list, "schedule": dict,
+    "vocabulary": (dict, type(None)),
     "seconds": (dict, type(None)),
     "groups": list, "tensors": dict, "kinds": dict, "kernels": dict, "parameters": dict, "model_parameters": list,
 }  # fmt: skip

@@ -112,7 +112,7 @@ def test_without_a_journal(out):
 
 
 def test_large_tensors_are_read_in_pieces(out, monkeypatch):
-    monkeypatch.setattr("r_tsvm_kernels.engine.verify._PIECE_BYTES", 100)
+    monkeypatch.setattr("r_tsvm_kernels.checkpoint.reader._PIECE_BYTES", 100)
     assert verify_output(out, inputs=True).ok
 
 

@@ -1,0 +1,121 @@
+"""Read the tokens of a model and their ids from the files of its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..files import read_regular
+from .headers import MAX_JSON_BYTES, FileState, file_state, read_json, read_tokenizer_json
+from .reader import Checkpoint
+
+# Files that only the libraries of their makers can read.
+_FOREIGN = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "tekken.json")
+_FOREIGN_ENDINGS = (".tiktoken", ".model", ".spm")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokens of a model.
+
+    Attributes:
+        file: the file with most of them.
+        ids: id by token, as text.
+        added: tokens beside the model's own, with their flags, by token.
+        kind: class of the tokenizer's model, such as ``BPE``; empty if unknown.
+    """
+
+    file: Path
+    ids: Mapping[str, int]
+    added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kind: str = ""
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """Read the tokenizer beside a checkpoint; the checkpoint watches the files from then on.
+
+    Returns:
+        The tokenizer, or None if there is none.
+
+    Raises:
+        CheckpointError: a file is damaged, or only the library of its makers can read it.
+    """
+    folder = checkpoint.main
+    if folder is None:
+        return None
+    config: dict[str, Any] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        config, state = read_tokenizer_json(folder / "tokenizer_config.json")
+        checkpoint.watch(state)
+    declared = dict(_declared(config.get("added_tokens_decoder")))
+    for name, read in (("tokenizer.json", _whole), ("vocab.json", _plain), ("vocab.txt", _lines)):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            found, states = read(file)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: not a tokenizer file as expected: {error!r}") from error
+        for state in states:
+            checkpoint.watch(state)
+        added = {**{token: entry for token, (_, entry) in declared.items()}, **found.added}
+        ids = {token: index for token, (index, _) in declared.items()} | dict(found.ids)
+        if not ids or not all(isinstance(x, str) and type(i) is int and i >= 0 for x, i in ids.items()):
+            raise CheckpointError(f"{file}: not a tokenizer file as expected: no tokens, or ids that are none")
+        return Tokenizer(file, ids, added, found.kind)
+    foreign = [file.name for file in sorted(folder.iterdir()) if _is_foreign(file.name)]
+    if foreign:
+        raise CheckpointError(
+            f"{folder}: has {foreign[0]} but no tokenizer.json, from which tokens are read; write it with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers"
+        )
+    return None
+
+
+def _is_foreign(name: str) -> bool:
+    return name in _FOREIGN or name.endswith(_FOREIGN_ENDINGS)
+
+
+def _whole(file: Path) -> tuple[Tokenizer, list[FileState]]:
+    """Read ``tokenizer.json``."""
+    content, state = read_tokenizer_json(file, merges=False)
+    model, entries = content.get("model") or {}, content.get("added_tokens") or []
+    vocabulary = model.get("vocab") or {}
+    # Unigram models list pairs of token and score, in the order of the ids.
+    ids = vocabulary if isinstance(vocabulary, dict) else {item[0]: i for i, item in enumerate(vocabulary)}
+    added = {item["content"]: item for item in entries}
+    # Older files do not name the class.
+    kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if isinstance(vocabulary, list) else "")
+    return Tokenizer(file, ids | {item["content"]: item["id"] for item in entries}, added, str(kind)), [state]
+
+
+def _plain(file: Path) -> tuple[Tokenizer, list[FileState]]:
+    """Read ``vocab.json``, and ``added_tokens.json`` beside it."""
+    ids, state = read_json(file)
+    beside, states = file.with_name("added_tokens.json"), [state]
+    added: dict[str, Any] = {}
+    if beside.is_file():
+        added, state = read_json(beside)
+        states.append(state)
+    return Tokenizer(file, ids | added, {token: {} for token in added}, "BPE"), states
+
+
+def _lines(file: Path) -> tuple[Tokenizer, list[FileState]]:
+    """Read ``vocab.txt``, whose lines are the tokens in the order of their ids."""
+    try:
+        raw = read_regular(file, MAX_JSON_BYTES)
+        state = file_state(file, file.stat(), raw)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    tokens = raw.decode("utf-8").removesuffix("\n").split("\n")
+    return Tokenizer(file, {token.rstrip("\r"): i for i, token in enumerate(tokens)}, {}, "WordPiece"), [state]
+
+
+def _declared(entries: object) -> Iterator[tuple[str, tuple[int, Mapping[str, Any]]]]:
+    """Yield the tokens of ``added_tokens_decoder`` with their ids and flags."""
+    for index, entry in entries.items() if isinstance(entries, dict) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(index).isdecimal():
+            yield entry["content"], (int(index), entry)

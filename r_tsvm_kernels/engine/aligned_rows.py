@@ -1,0 +1,77 @@
+"""Rows of embeddings and heads whose vocabularies were aligned: read them in the order of the output.
+
+Every model gets all rows of the output. A row that a model lacks is the base's, so that its task vector is zero there.
+A row that the base lacks is, in the base and in all models, that of the only model that knows the token, or the mean
+of those that do. After the merge, rows without any task vector are written with the bits that were read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, runs
+from ..linalg import Factored
+from ..lora.adapted_model import AdaptedModel
+from ..plan import AlignedVocabulary, MergePlan
+from ..values import stored
+
+# Rows that are averaged at a time.
+_ROWS = 256
+
+
+def read_aligned(plan: MergePlan, name: str, first: int, last: int, *, pin: bool = False) -> list[Tensor | Factored]:
+    """Read rows `first` to `last` (exclusive) of the output from every input that has a part of the tensor, base first.
+
+    Raises:
+        InputChangedError, CheckpointError: an input cannot be read, or has changed.
+    """
+    vocabulary, tensor = plan.vocabulary, plan.tensors[name]
+    assert vocabulary is not None
+    shape = (last - first, *tensor.spec.shape[1:])
+    base = torch.zeros(shape, dtype=tensor.parts[0].dtype, pin_memory=pin, device="cpu")
+    plan.base.load_rows(name, vocabulary.rows[plan.base][first:last], base)
+    _read_new_rows(plan, vocabulary, name, first, base)
+    found: list[Tensor | Factored] = [base]
+    for part in tensor.parts[1:]:
+        source = plan.inputs[part.source]
+        if isinstance(source, Checkpoint):
+            own = torch.empty(shape, dtype=part.dtype, pin_memory=pin, device="cpu").copy_(base)
+            source.load_rows(name, vocabulary.rows[source][first:last], own)
+            found.append(own)
+        else:
+            found.append(source.task_matrix(plan.module(source, name), pin=pin))
+    return found
+
+
+def restore_untouched(plan: MergePlan, name: str, first: int, base: Tensor, merged: Tensor) -> None:
+    """Write the rows without any task vector over those of the merge, with the bits that were read."""
+    assert plan.vocabulary is not None
+    untouched = plan.vocabulary.untouched[first : first + len(merged)]
+    places = torch.arange(len(merged)).masked_fill(~untouched, -1)
+    dtype = None if plan.config.dtype is None else getattr(torch, plan.config.dtype)
+    for _, begin, end in runs(places, _ROWS):
+        rows = base[begin:end] if dtype is None else stored(base[begin:end], dtype, name)
+        merged[begin:end] = stored(rows, merged.dtype, name)
+
+
+def _read_new_rows(plan: MergePlan, vocabulary: AlignedVocabulary, name: str, first: int, base: Tensor) -> None:
+    """Complete the rows that the base lacks: those of the only model that has them, or the mean of several."""
+    last = first + len(base)
+    new = vocabulary.rows[plan.base][first:last] < 0
+    if not bool(new.any()):
+        return
+    models = dict.fromkeys(model.base if isinstance(model, AdaptedModel) else model for model in plan.tuned)
+    rows = {model: vocabulary.rows[model][first:last] for model in models}
+    count = torch.stack([own >= 0 for own in rows.values()]).sum(0)
+    for model, own in rows.items():
+        model.load_rows(name, own.masked_fill(~new | (count > 1), -1), base)
+    shared = torch.nonzero(new & (count > 1)).flatten()
+    for start in range(0, len(shared), _ROWS):
+        places = shared[start : start + _ROWS]
+        total = torch.zeros((len(places), *base.shape[1:]), dtype=torch.promote_types(base.dtype, torch.float32))
+        for model, own in rows.items():
+            values = torch.zeros_like(total)
+            model.load_rows(name, own[places], values)
+            total += values
+        base[places] = (total / count[places].reshape(-1, *[1] * (total.ndim - 1))).to(base.dtype)

@@ -1,0 +1,176 @@
+"""Embeddings and heads are aligned by their tokens, whatever the ids; the other files of the output fit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from vocabularies import BIAS, EMBEDDING, HEAD, LAYER, PIECES, ids_of, tensors_of, tokenizer_json, write
+
+from r_tsvm_kernels import MergeConfig, merge_checkpoints, verify_output
+
+ALIGNED = (EMBEDDING, HEAD, BIAS)
+# Base; a chat tune with two tokens more; a tune with other ids, one token of its own, and padding to 16 rows.
+TOKENIZERS = {
+    "base": tokenizer_json(PIECES, ["<s>"]),
+    "chat": tokenizer_json(PIECES, ["<s>", "<pad>", "<chat>"]),
+    "odd": tokenizer_json(PIECES[::-1], ["<img>", "<s>", "<chat>"]),
+}
+HEIGHTS = {"base": 9, "chat": 11, "odd": 16}
+ALPHA = 0.5
+
+
+@pytest.fixture
+def family(tmp_path):
+    """Write the models; return their paths and tensors by name."""
+    tensors = {name: tensors_of(HEIGHTS[name], seed) for seed, name in enumerate(TOKENIZERS)}
+    extra = {"generation_config": {"eos_token_id": 8, "top_p": 0.9}}
+    paths = {
+        name: write(tmp_path / name, tensors[name], TOKENIZERS[name], {"eos_token_id": 8, "pad_token_id": i}, **extra)
+        for i, name in enumerate(TOKENIZERS)
+    }
+    return paths, tensors
+
+
+def merged(paths, out, method="task_arithmetic", **options):
+    config = MergeConfig(method, base_model=paths["base"], models=[paths["chat"], paths["odd"]], **options)
+    result = merge_checkpoints(config, out)
+    return load_file(out / "model.safetensors"), result
+
+
+def row_of(name, token, tensors):
+    """The row of a token in a tensor of a model, or None."""
+    return {
+        model: own[name][ids_of(TOKENIZERS[model])[token]]
+        for model, own in tensors.items()
+        if token in ids_of(TOKENIZERS[model])
+    }
+
+
+def expected_row(name, token, tensors):
+    """Task arithmetic where the base knows the token; otherwise the mean of those that do."""
+    rows = row_of(name, token, tensors)
+    if "base" not in rows:
+        return sum(rows.values()) / len(rows)
+    return rows["base"] + ALPHA * sum(row - rows["base"] for row in rows.values())
+
+
+@pytest.mark.parametrize("source", ["base", "union", "model:odd", "model:chat"])
+def test_rows_follow_their_tokens(family, tmp_path, source):
+    paths, tensors = family
+    vocabulary = f"model:{paths[source[6:]]}" if ":" in source else source
+    found, result = merged(paths, tmp_path / "out", alpha=ALPHA, vocabulary=vocabulary)
+    content = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    ids = ids_of(content)
+    wanted = {"base": TOKENIZERS["base"], "model:odd": TOKENIZERS["odd"], "model:chat": TOKENIZERS["chat"]}
+    if source == "union":
+        assert ids == ids_of(TOKENIZERS["base"]) | {"<pad>": 9, "<chat>": 10, "<img>": 11}
+    else:
+        assert content == wanted[source]
+    height = {"base": 9, "union": 12, "model:odd": 16, "model:chat": 11}[source]
+    for name in ALIGNED:
+        assert found[name].shape[0] == height
+        for token, index in ids.items():
+            assert torch.allclose(found[name][index], expected_row(name, token, tensors), atol=1e-6), (name, token)
+    expected = tensors["base"][LAYER] + ALPHA * sum(tensors[x][LAYER] - tensors["base"][LAYER] for x in ("chat", "odd"))
+    assert torch.allclose(found[LAYER], expected, atol=1e-6)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == height
+    assert verify_output(tmp_path / "out", inputs=True).ok
+    report = json.loads(result.report_path.read_text())["vocabulary"]
+    assert sum(group["count"] for group in report["groups"]) == height == report["rows"]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "ties", "dare_ties", "tsvm"])
+@pytest.mark.parametrize("rows", [2, 1 << 16])
+def test_rows_that_no_model_changes_keep_their_bits(family, tmp_path, method, rows, monkeypatch):
+    monkeypatch.setattr("r_tsvm_kernels.engine.scheduling.TILE_ELEMENTS", (rows * 4,) * 3)
+    paths, tensors = family
+    config = MergeConfig(method, base_model=paths["base"], models=[paths["chat"]], vocabulary=f"model:{paths['chat']}")
+    merge_checkpoints(config, tmp_path / "chat_out")
+    found = load_file(tmp_path / "chat_out" / "model.safetensors")
+    for name in ALIGNED:  # the base lacks rows 9 and 10
+        assert torch.equal(found[name][9:], tensors["chat"][name][9:])
+    config = MergeConfig(method, base_model=paths["chat"], models=[paths["base"]], vocabulary="base")
+    merge_checkpoints(config, tmp_path / "base_out")
+    found = load_file(tmp_path / "base_out" / "model.safetensors")
+    for name in ALIGNED:  # only the base has rows 9 and 10
+        assert torch.equal(found[name][9:], tensors["chat"][name][9:])
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "tsvm", "sce"])
+def test_the_ids_make_no_difference(tmp_path, method):
+    """Merging a model with permuted ids gives the bits of merging the same model in the base's order."""
+    order = torch.tensor([3, 0, 7, 1, 8, 2, 6, 5, 4])  # the base's row of each row of the permuted model
+    base, same = tensors_of(9, 0), tensors_of(9, 1)
+    odd = {name: value[order] if name in ALIGNED else value for name, value in same.items()}
+    plain = tokenizer_json([*PIECES, "i"])
+    permuted = tokenizer_json([[*PIECES, "i"][index] for index in order])
+    paths = [write(tmp_path / "base", base, plain), write(tmp_path / "same", same, plain)]
+    paths.append(write(tmp_path / "odd", odd, permuted))
+    for index, name in ((1, "out_same"), (2, "out_odd")):
+        merge_checkpoints(
+            MergeConfig(method, base_model=paths[0], models=[paths[index]], vocabulary="base"), tmp_path / name
+        )
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out_same", "out_odd"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_padding(tmp_path):
+    """A padded base stays padded, and new tokens take the place of its padding first."""
+    base, chat = tensors_of(16, 0, torch.bfloat16, tied=True), tensors_of(11, 1, torch.bfloat16, tied=True)
+    tied = {"tie_word_embeddings": True}
+    many = tokenizer_json(PIECES, [f"<{i}>" for i in range(10)])
+    paths = {
+        "base": write(tmp_path / "base", base, TOKENIZERS["base"], tied),
+        "chat": write(tmp_path / "chat", chat, TOKENIZERS["chat"], tied),
+        "odd": write(tmp_path / "odd", tensors_of(18, 2, torch.bfloat16, tied=True), many, tied),
+    }
+    config = MergeConfig("ties", base_model=paths["base"], models=[paths["chat"]], vocabulary="union")
+    merge_checkpoints(config, tmp_path / "few")
+    few = load_file(tmp_path / "few" / "model.safetensors")[EMBEDDING]
+    assert few.shape[0] == 16
+    assert torch.equal(few[9:11], chat[EMBEDDING][9:11])
+    assert torch.equal(few[11:], base[EMBEDDING][11:])
+    found, result = merged(paths, tmp_path / "out", "ties", vocabulary="union")
+    assert found[EMBEDDING].shape[0] == 32  # 9 + 2 + 10 tokens, a multiple of 16
+    assert torch.equal(found[EMBEDDING][21:], base[EMBEDDING][-1:].expand(11, -1))
+    assert HEAD not in found
+    groups = json.loads(result.report_path.read_text())["vocabulary"]["groups"]
+    assert {(group["rows"], group["count"]) for group in groups} == {("merged", 8), ("merged", 1), ("model", 2),
+                                                                    ("model", 10), ("padding", 11)}  # fmt: skip
+
+
+def test_a_model_of_another_dtype_keeps_the_bits_of_its_tokens(tmp_path):
+    base, chat = tensors_of(9, 0, torch.bfloat16), tensors_of(11, 1)
+    chat[EMBEDDING][9, 0] = -0.0
+    paths = [write(tmp_path / "base", base, TOKENIZERS["base"]), write(tmp_path / "chat", chat, TOKENIZERS["chat"])]
+    config = MergeConfig("ties", base_model=paths[0], models=paths[1:], vocabulary="union", out_dtype="float32")
+    merge_checkpoints(config, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")[EMBEDDING]
+    assert torch.equal(found[9:].view(torch.int32), chat[EMBEDDING][9:].view(torch.int32))
+
+
+def test_the_same_vocabulary_moves_nothing(tmp_path):
+    paths = [write(tmp_path / f"m{i}", tensors_of(9, i), TOKENIZERS["base"]) for i in range(3)]
+    for vocabulary, name in ((None, "plain"), ("union", "aligned")):
+        config = MergeConfig("dare_ties", base_model=paths[0], models=paths[1:], vocabulary=vocabulary)
+        merge_checkpoints(config, tmp_path / name)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "aligned"))
+    assert first == second
+
+
+def test_resumption_gives_the_same_bytes(family, tmp_path):
+    paths, _ = family
+    expected, _ = merged(paths, tmp_path / "whole", vocabulary="union")
+
+    def stop(state):
+        if state.tensors_done == 2:
+            raise KeyboardInterrupt
+
+    config = MergeConfig("task_arithmetic", base_model=paths["base"], models=[paths["chat"], paths["odd"]],
+                         vocabulary="union")  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(config, tmp_path / "out", progress=stop, threads=1)
+    assert merge_checkpoints(config, tmp_path / "out", resume=True).resumed >= 2
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
