@@ -15,7 +15,7 @@ from .blocks import WHOLE, Blocks, Shape, blocks_of
 from .errors import ConfigError
 from .experts import is_router
 from .files import read_regular
-from .fused import known_splits
+from .fused import require_splits
 from .methods import METHODS, Method, MethodParameters, Strict, did_you_mean, get_method, nearest
 from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
@@ -310,15 +310,7 @@ class MergeConfig(Strict):
         Raises:
             ConfigError: `split` is ``auto``, and no fused tensor is known.
         """
-        if self.split != "auto":
-            return self.split
-        found = known_splits(model_config or {}, shapes)
-        if not found:
-            raise ConfigError(
-                "split: auto knows no fused tensor of this model; give the sizes, as in "
-                '{"*qkv_proj*": [4096, 1024, 1024]}, or leave it out'
-            )
-        return found
+        return require_splits(model_config or {}, shapes) if self.split == "auto" else self.split
 
     def blocks(
         self, name: str, shape: Shape, shape_of: Callable[[str], Shape | None], splits: Mapping[str, Shape]

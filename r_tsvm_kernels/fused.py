@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .errors import ConfigError
+
 Shape = tuple[int, ...]
 
 # Names of tensors that are q, k and v of one width, whatever the model: torch's MultiheadAttention, timm's attention.
@@ -39,6 +41,21 @@ def known_splits(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict
             sizes = (shape[0] // 3,) * 3
         if sizes and sum(sizes) in shape[:2]:
             found[name] = sizes
+    return found
+
+
+def require_splits(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return `known_splits`.
+
+    Raises:
+        ConfigError: no fused tensor is known.
+    """
+    found = known_splits(config, shapes)
+    if not found:
+        raise ConfigError(
+            "split: auto knows no fused tensor of this model; give the sizes, as in "
+            '{"*qkv_proj*": [4096, 1024, 1024]}, or leave it out'
+        )
     return found
 
 

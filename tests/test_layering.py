@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 
 # Modules and folders of the package, from the bottom up.
 LAYERS = [
-    {"errors", "experts", "fused", "parameters", "text"},
-    {"blocks", "sizes", "files", "safe_yaml", "quantised"},
+    {"errors", "experts", "parameters", "text"},
+    {"blocks", "fused", "sizes", "files", "safe_yaml", "quantised"},
     {"backends", "verdicts"},
     {"dispatch"},
     {"ops"},
