@@ -107,8 +107,10 @@ def make_plan(
                 decided = Treatment("base", "no adapter changes it")
         if name in aligned and vocabulary is not None and (decided.kind == "base" or decided.present_only):
             if decided.present_only or vocabulary.moves_base(base):
-                raise ConfigError(f"vocabulary: {name} cannot be aligned: {decided.reason}; exclude it from the merge, "
-                                  "or leave the vocabulary as the base's")  # fmt: skip
+                raise ConfigError(
+                    f"vocabulary: the rows of {name} cannot be aligned: {decided.reason}; use --vocabulary base and "
+                    "--missing base, which keep those of the base"
+                )
             aligned -= {name}
         treatments[name], blocks[name] = decided, divided
         specs[name] = TensorSpec(stored_dtype(config, header.written_as), shape)
