@@ -14,7 +14,7 @@ BUILD = PYTHONWARNINGS=ignore CUDAARCHS=$(or $(CUDAARCHS),native) RTSVM_BUILD_CU
 INSTALL = $(BUILD) $(PIP) install -q --no-compile -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-sanitized test-integrations bench fuzz lint dev docs dist clean
+.PHONY: help demo test test-all test-sanitized test-integrations test-models bench fuzz lint dev docs dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +34,9 @@ test-sanitized: $(VENV)/.dev ## test the native code for errors of memory and ra
 test-integrations: $(VENV)/.dev ## test our backend inside other libraries, each in an environment of its own
 	for host in mergekit fusion_bench peft sd_mecha; do \
 	  PYTHON=$(abspath $(BIN)/python) tests/integrations/run_suite.sh $$host || exit; done
+
+test-models: $(VENV)/.dev ## merge real models and run the results, in an environment with transformers, diffusers and PEFT
+	PYTHON=$(abspath $(BIN)/python) tests/models/run.sh
 
 bench: $(VENV)/.dev ## rtsvm bench, about two minutes; BASE=<commit>: compared with that commit, in turns; ARGS="--full ..."
 	$(if $(BASE),$(BIN)/python -m benchmarks.against $(BASE),$(BIN)/rtsvm bench) $(ARGS)

@@ -14,6 +14,10 @@ _PICKLE_ADVICE = (
     "loading pickle can run code. Convert it to safetensors first (save_pretrained does), "
     "or allow it with --allow-pickle (allow_pickle=True); then only tensors are unpickled"
 )
+_GGUF_ADVICE = (
+    "GGUF weights; expected safetensors. Take the safetensors that they were made from, or let transformers read them: "
+    "from_pretrained(FOLDER, gguf_file=FILE), then save_pretrained"
+)
 _INDEXES = (f"{_SUFFIX}.index.json", ".bin.index.json")
 # Names of the weights that loaders look for, before any others.
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -65,6 +69,8 @@ def find_weights(path: Path, allow_pickle: bool) -> WeightFiles:
         raise CheckpointError(
             f"{path}: an index; give its folder. If the folder has several, model.safetensors.index.json is read"
         )
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path}: {_GGUF_ADVICE}")
     if path.suffix != _SUFFIX and path.suffix not in PICKLE_SUFFIXES:
         raise CheckpointError(f"{path}: expected a model folder or a .safetensors file")
     return WeightFiles([path], _stem(path.name, path.suffix))
@@ -93,6 +99,8 @@ def _find_in_folder(folder: Path, allow_pickle: bool) -> WeightFiles:
     pickles = sorted(file for file in folder.iterdir() if _is_weights(file))
     indexes = sorted(folder.glob("*.bin.index.json"))
     if not pickles and not indexes:
+        if any(folder.glob("*.gguf")):
+            raise CheckpointError(f"{folder}: {_GGUF_ADVICE}")
         raise CheckpointError(f"{folder}: no .safetensors file and no index; expected a Hugging Face model folder")
     if not allow_pickle:
         raise PickleRefusedError(f"{folder}: only pickled weights ({(pickles + indexes)[0].name}); {_PICKLE_ADVICE}")

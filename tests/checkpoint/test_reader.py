@@ -126,6 +126,14 @@ def test_what_is_no_checkpoint(tmp_path):
         Checkpoint(tmp_path / "empty.safetensors")
 
 
+def test_gguf(tmp_path):
+    file = tmp_path / "model.Q8_0.gguf"
+    file.write_bytes(b"GGUF")
+    for path in (file, tmp_path):
+        with pytest.raises(CheckpointError, match=r"GGUF weights; .*gguf_file=.*save_pretrained"):
+            Checkpoint(path)
+
+
 def test_ambiguous_folders(tmp_path):
     for name in ("a", "b"):
         save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")

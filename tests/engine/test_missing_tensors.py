@@ -98,3 +98,23 @@ def test_the_refusal_names_remedies_that_work(folders, tmp_path, capsys):
 def test_what_only_the_base_has_stays(folders):
     merged = merge_state_dicts(BASE, TUNED[:1], "ties", missing="mean_of_present")
     assert torch.equal(merged.state_dict[HEAD], BASE[HEAD])
+
+
+@pytest.mark.parametrize("holder", ["base", "tuned", "both"])
+def test_averages_of_training(tmp_path, holder):
+    """A checkpoint may hold moving averages of its weights beside them, which most fine-tunes drop."""
+    averages = {"model_ema.layers0wweight": torch.ones(8, 8), "model_ema.num_updates": torch.tensor(9)}
+    tensors = {"base": dict(BASE), "tuned": model(1)}
+    for name, own in tensors.items():
+        if holder in (name, "both"):
+            own |= {key: value + (name == "tuned") for key, value in averages.items()}
+        save_file(own, tmp_path / f"{name}.safetensors")
+    base, tuned = (str(tmp_path / f"{name}.safetensors") for name in tensors)
+    if holder != "both":
+        with pytest.raises(CheckpointError, match=r"2 (missing|extra).*model_ema"):
+            merge_checkpoints(MergeConfig("ties", base_model=base, models=[tuned]), tmp_path / "refused")
+    kept = {"missing": "base"} if holder != "both" else {"exclude": ["model_ema.*"]}
+    merge_checkpoints(MergeConfig("ties", base_model=base, models=[tuned], **kept), tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    assert merged.keys() == tensors["base"].keys() and torch.allclose(merged[W], tensors["tuned"][W], atol=1e-6)
+    assert all(torch.equal(merged[name], averages[name]) for name in merged.keys() & averages.keys())
