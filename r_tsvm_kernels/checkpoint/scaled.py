@@ -262,7 +262,7 @@ def _read_fp8(header: ScaledHeader, rows: tuple[int, int], read: ReadRows, value
         low, high = row // tall, (row + stop - start - 1) // tall + 1
         scales = read(header.scales, own + low, own + high, per_row).float()
         if tall > 1:
-            index = torch.arange(row, row + stop - start) // tall - low
+            index = torch.arange(row, row + stop - start, device=scales.device) // tall - low
             scales = scales[index]
         _multiply(piece, scales, each)
 

@@ -48,7 +48,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(purification, "STEPS", dict.fromkeys(purification.STEPS, 4))  # each does the same
     for op in PRODUCTS:
         order = ops()[op].order
-        monkeypatch.setitem(order, "meta", order["cuda"])
+        monkeypatch.setitem(order, "meta", ("torch", *order["cuda"]))
     with NoCopies():
         yield torch.device("meta")
 

@@ -71,7 +71,7 @@ def gram_polar(matrix: Tensor, precision: Precision = "fp16x3") -> GramPolar:
     growth, scale, steps = 1.0, 1.0, 0
     smallest = largest = bound
     for stage in range(1, STAGES + 1):
-        low, high = _ends(gram[..., :k, :k])
+        low, high = ends_of_gram(gram[..., :k, :k])
         smallest = bound * low / growth
         largest = bound * high if stage == 1 else largest
         lower = scale * float(low.amin()) / 1.2  # an estimate from above
@@ -116,7 +116,7 @@ def even_parts(gram: Operand, quintics: tuple[Quintic, ...], numbers: Arithmetic
     return result
 
 
-def _ends(gram: Tensor) -> tuple[Tensor, Tensor]:
+def ends_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Estimate the smallest and the largest singular value of X; 0 for one that the Gram matrix does not resolve."""
     factors, failed = torch.linalg.cholesky_ex(gram.double(), upper=True)
     found = torch.stack([torch.stack(extremes(factor)[:2]) for factor in factors])

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .number_formats import Precision, arithmetic
+from .gram_polar import ends_of_gram
+from .number_formats import Precision, arithmetic, padded
 from .polar_express import polar_express
 from .subspaces import ProductsSubspaces, accurate_subspaces, extremes, unit_columns
 from .turning import Turning, interpret, measure, solve_gram
@@ -21,6 +22,9 @@ from .turning import Turning, interpret, measure, solve_gram
 # Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Smaller singular values are not
 # resolved.
 LOWER = 2.0**-17
+
+# Roots of eps down to which the Gram matrix of the bases resolves their singular values well enough for a lower bound.
+RESOLVED = 8
 
 # Power iteration underestimates the largest singular value of a core.
 LARGEST = 1.2
@@ -164,25 +168,37 @@ def _orthogonalize(
     if len({basis.shape for basis in bases}) > 1:
         apart = zip(bases, cores, directions, strict=True)
         return [_orthogonalize([X], [core], transposed, [own], precision)[0] for X, core, own in apart]
-    stack = torch.stack(bases)
-    factors = torch.linalg.cholesky_ex(stack.mT @ stack, upper=True).L
-    ends = [extremes(factor)[:2] for factor in factors]
-    found = torch.stack([torch.stack(pair) for pair in ends]).nan_to_num(0.0).tolist()
-    bound = len(directions[0]) ** 0.5
-    batch = polar_express(stack, bound, lower_bound(min(smallest for _, smallest in found)) / bound, precision)
+    stack, numbers = torch.stack(bases), arithmetic(precision)
+    X = numbers.load(padded(stack, stack.shape[-1]))
+    k, bound = stack.shape[-1], len(directions[0]) ** 0.5
+    smallest, _ = ends_of_gram(numbers.dense(numbers.gram(X))[..., :k, :k])
+    # A Gram matrix resolves singular values down to a few roots of eps.
+    seen = [value if value > RESOLVED * numbers.eps**0.5 * bound else 0.0 for value in smallest.tolist()]
+    batch = polar_express(stack, bound, lower_bound(min(seen)) / bound, precision)
+    H = numbers.dense(numbers.multiply(X.mT, numbers.load(padded(batch.matrix, k))))[..., :k, :k].double()
+    factors = torch.linalg.cholesky_ex((H + H.mT) / 2, upper=True).L  # of (X^T X)^(1/2)
     table = torch.stack(
         [
             torch.cat(
-                [core.dominance[None], measure(X, Q.double(), partial(solve_gram, R), core.of_side(transposed), own)]
+                [
+                    torch.stack([*extremes(R)[:2], core.dominance]),
+                    measure(X, Q.double(), partial(_inverse, R), core.of_side(transposed), own),
+                ]
             )
             for X, Q, R, core, own in zip(stack, batch.matrix, factors, cores, directions, strict=True)
         ]
     ).tolist()
     sides = []
-    for Q, row, (largest, smallest), own in zip(batch.matrix, table, found, directions, strict=True):
-        turning = interpret(row[1:], Q.shape[1], [a.shape[1] for a, _ in own], row[0])
-        sides.append(_Side(Q, batch.steps, turning, largest / smallest if smallest else math.inf))
+    for Q, (largest, smallest, dominance, *rest), own in zip(batch.matrix, table, directions, strict=True):
+        turning = interpret(rest, k, [a.shape[1] for a, _ in own], dominance)
+        condition = (largest / smallest) ** 2 if smallest > 0 else math.inf
+        sides.append(_Side(Q, batch.steps, turning, condition))
     return sides
+
+
+def _inverse(R: Tensor, z: Tensor) -> Tensor:
+    """Return ``(X^T X)^-1 z`` from the Cholesky factor of the root of ``X^T X``."""
+    return solve_gram(R, solve_gram(R, z))
 
 
 def lower_bound(smallest: float) -> float:

@@ -74,13 +74,16 @@ class Polar:
 
     Attributes:
         matrix: (..., m, k) float32, or float64 if that was the precision.
-        orthogonality: (...) largest entry of ``|Q^T Q - I|``. Near 1 if singular values were below `lower`.
         steps: number of quintic steps.
     """
 
     matrix: Tensor
-    orthogonality: Tensor
     steps: int
+
+    @property
+    def orthogonality(self) -> Tensor:
+        """Largest entry of ``|Q^T Q - I|`` (...), computed in float64. Near 1 if singular values were below `lower`."""
+        return orthogonality(self.matrix.double())
 
 
 def polar_express(
@@ -104,7 +107,7 @@ def polar_express(
     X = numbers.load(padded(matrix / bound, columns))
     steps = coefficients(lower, max(tolerance, numbers.eps), 64 * numbers.eps)
     result = numbers.dense(replayed(compose, X, steps, numbers))[..., :columns]
-    return Polar(result, orthogonality(result.double()), len(steps))
+    return Polar(result, len(steps))
 
 
 def compose(X: Operand, steps: tuple[Quintic, ...], numbers: Arithmetic) -> Operand:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..on_device import gaussian
-from ..orthonormal import cholesky_qr, orthogonality
+from ..orthonormal import cholesky_qr
 from .near_cut import Step, below_filter, near_cut
 from .number_formats import Precision, arithmetic, padded
 from .purification import compress, leading_eigenspaces
@@ -43,7 +43,7 @@ class ProductsSubspaces:
         U: (m, k) float64, orthonormal columns.
         core: (k, k) float64.
         Vh: (k, n) float64, orthonormal rows.
-        orthogonality: largest entry of ``|Q^T Q - I|`` over U and V.
+        orthogonality: ``norm(Q^T Q z - z) / norm(z)`` for random vectors z, the larger one of U and V.
         residual: ``norm(D V - U core) / norm(D)``: the error of the factorisation.
         invariance: ``norm(D^T U - V core^T) / norm(D)``: distance of the subspaces from singular ones.
         rank_defect: distance of the projector's trace from k. Beyond 0.1 the boundary at k was not resolved.
@@ -132,9 +132,9 @@ def products_subspaces(
             image = image[:, : ranks[index]]
         else:
             image = D @ V
-        U, R = cholesky_qr(image)
+        U, R = cholesky_qr(image, passes=2)
         found.append((U, R * unit[index], V))
-        skew = torch.maximum(orthogonality(U), orthogonality(V))
+        skew = torch.maximum(_isometry(U), _isometry(V))
         largest, smallest, last = extremes(R)
         residuals, relative = _residuals(D, U, R, V)
         directions.append(_directions(D, V, last, relative))
@@ -256,12 +256,19 @@ def _steps(history: list[float]) -> list[Step]:
 def _residuals(D: Tensor, U: Tensor, R: Tensor, V: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the norms of D and of the residuals of ``D V = U R``, ``D^T U = V R^T`` and ``D^T U R^-T = V``.
 
-    Also returns the last residual, on random vectors, itself: (n, any number).
+    The residuals are measured on random vectors. Also returns the last one itself: (n, any number).
     """
     z = gaussian(R.shape[0], PROBES, R.device)
     relative = D.mT @ (U @ torch.linalg.solve_triangular(R.mT, z, upper=False)) - V @ z
-    norms = [torch.linalg.vector_norm(x) for x in (D, D @ V - U @ R, D.mT @ U - V @ R.mT)]
-    return [*norms, torch.linalg.vector_norm(relative) / PROBES**0.5], relative
+    residuals = (D @ (V @ z) - U @ (R @ z), D.mT @ (U @ z) - V @ (R.mT @ z), relative)
+    return [torch.linalg.vector_norm(D), *(torch.linalg.vector_norm(x) / PROBES**0.5 for x in residuals)], relative
+
+
+def _isometry(Q: Tensor) -> Tensor:
+    """Return ``norm(Q^T Q z - z) / norm(z)`` for random vectors z."""
+    z = gaussian(Q.shape[1], PROBES, Q.device)
+    defect: Tensor = torch.linalg.vector_norm(Q.mT @ (Q @ z) - z) / torch.linalg.vector_norm(z)
+    return defect
 
 
 def _directions(D: Tensor, V: Tensor, last: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:

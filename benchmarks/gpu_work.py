@@ -1,0 +1,204 @@
+"""Work that solver ``products`` gives a GPU: operations, launches and waits, counted without one.
+
+    python -m benchmarks.gpu_work [--json FILE]
+
+A merge runs on the CPU with matrices of 1/16 of the size, on the path that a GPU takes: every loop runs to its limit,
+because nobody waits for the device to ask whether all is done. Operations are multiplied by 16^3 (16^2 where a factor
+is a few vectors wide). Counted per matrix:
+
+* fp16: operations on tensor cores; a product of two pairs of planes takes three, a symmetric one half of them. Squares
+  of a matrix that is done cost nothing, as in the kernels;
+* float64: operations of products, triangular solves and factorisations;
+* launches: of the product kernels, and of torch's operations outside them;
+* waits of the host for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.program import Program, finish
+from r_tsvm_kernels import dispatch
+from r_tsvm_kernels.bench import Results, Row, row
+from r_tsvm_kernels.linalg import tsv_merge, weighted_merge
+from r_tsvm_kernels.linalg.products import purification
+from r_tsvm_kernels.linalg.products.cuda_graph import PRODUCTS
+from tests.spectra import spectrum
+
+SCALE, TASKS = 16, 3
+SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096))
+THIN = 32  # columns of random vectors, which are as many at any size
+
+# Operations that launch nothing.
+FREE = [
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "unbind",
+    "unsqueeze",
+    "squeeze",
+    "as_strided",
+    "alias",
+    "detach",
+    "split",
+    "split_with_sizes",
+    "reshape",
+    "_reshape_alias",
+    "diagonal",
+    "lift_fresh",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "_local_scalar_dense",
+]
+
+
+class Work(TorchDispatchMode):
+    """Counts what runs inside its ``with`` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+        self.waits = 0
+        self._inside = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1].rstrip("_")
+        if self._inside:
+            return result
+        self.waits += name == "_local_scalar_dense"
+        if name not in FREE:
+            self.launches[name] += 1
+            self._count(name, args, kwargs or {}, result)
+        return result
+
+    def _count(self, name: str, args: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        operations = 0.0
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            a, b = args[:2] if name in ("mm", "bmm") else args[1:3]
+            operations = 2 * math.prod(a.shape) * b.shape[-1] * scaled(min(a.shape[-2], b.shape[-1]))
+        elif "cholesky" in name:
+            a = args[0]
+            operations = math.prod(a.shape) * a.shape[-1] / 3 * scaled(a.shape[-1])
+        elif "solve_triangular" in name or name == "triangular_solve":
+            a, b = args[:2]
+            other = b.shape[-1] if options.get("left", True) else b.shape[-2]
+            operations = math.prod(a.shape) * other * scaled(other)
+        elif "eigh" in name or "svd" in name:
+            a = args[0]
+            operations = 9 * math.prod(a.shape) * a.shape[-1] * scaled(a.shape[-1])
+        if operations:
+            self.operations[str(a.dtype).removeprefix("torch.")] += operations
+
+    def product(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap an op of planes."""
+
+        def counted(*args: Any, **options: Any) -> Any:
+            self._inside += 1
+            try:
+                result = run(*args, **options)
+            finally:
+                self._inside -= 1
+            self.launches[name] += 1
+            planes = args[0]
+            if name == "gemm3":
+                self.operations["fp16"] += 3 * 2 * math.prod(planes.shape) * args[1].shape[-1] * SCALE**3
+            elif name != "split_planes":
+                columns = planes.shape[-1]
+                running = 1.0
+                if name == "symm_square" and args[3] is not None:
+                    running = float((args[3] == 0).double().mean())
+                self.operations["fp16"] += 3 * math.prod(planes.shape) * columns * running * SCALE**3
+            return result
+
+        return counted
+
+
+def scaled(columns: int) -> float:
+    """Return the factor to full size of a product whose smallest side is that wide."""
+    return SCALE ** (2 if columns <= THIN else 3)
+
+
+@contextmanager
+def counted() -> Iterator[Work]:
+    """Count the work inside a ``with`` block, on the path of a GPU."""
+    work, select, tolist = Work(), dispatch.select, Tensor.tolist
+
+    def listed(tensor: Tensor) -> Any:
+        work.waits += 1
+        return tolist(tensor)
+
+    def chosen(name: str, *tensors: Tensor, backend: str | None = None) -> Callable[..., Any]:
+        run = select(name, *tensors, backend=backend)
+        return work.product(name, run) if name in PRODUCTS else run
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(dispatch, "select", chosen))
+        stack.enter_context(patch.object(purification, "_all", lambda done: False))
+        stack.enter_context(patch.object(Tensor, "tolist", listed))
+        stack.enter_context(work)
+        yield work
+
+
+def work_of(merge: Callable[..., Any], shape: tuple[int, int], kind: str) -> tuple[Work, Any]:
+    """Count one merge of matrices of a shape, at 1/16 of its size, with solver ``products``."""
+    m, n = (size // SCALE for size in shape)
+    matrices = [1e-3 * spectrum(kind, m, n, seed) for seed in range(TASKS)]
+    with counted() as work:
+        merged = merge(matrices, min(m, n) // TASKS)
+    return work, merged.certificate
+
+
+MERGES: dict[str, Callable[[list[Tensor], int], Any]] = {
+    "tsv_merge": lambda matrices, rank: tsv_merge(matrices, rank, solver="products"),
+    "weighted_merge": lambda matrices, rank: weighted_merge(matrices, solver="products"),
+}
+
+
+def rows(name: str, shape: tuple[int, int], kind: str) -> list[Row]:
+    """Return the rows of one merge."""
+    work, certificate = work_of(MERGES[name], shape, kind)
+    case: dict[str, Any] = {"shape": shape, "dtype": "float32", "options": {"spectrum": kind, "tasks": TASKS}}
+    counts = {
+        "fp16": (work.operations["fp16"], "operations"),
+        "float64": (work.operations["float64"], "operations"),
+        "launches": (sum(work.launches.values()), "launches"),
+        "waits": (work.waits, "waits"),
+    }
+    notes = {"route": certificate.route, "escalations": list(certificate.escalations)}
+    return [row(name, "products", metric, value, unit=unit, notes=notes, **case)
+            for metric, (value, unit) in counts.items()]  # fmt: skip
+
+
+def main() -> int:
+    program = Program(__doc__, "gpu_work.json")
+    args = program.arguments()
+    results = Results(args.json, replace=True)
+    for name in MERGES:
+        for shape in SHAPES:
+            for kind in ("flat", "power 0.5"):
+                results.add(rows(name, shape, kind))
+    return finish(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
