@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -11,9 +11,11 @@ import torch
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from .blocks import WHOLE, Blocks, Shape, blocks_of
 from .errors import ConfigError
 from .experts import is_router
 from .files import read_regular
+from .fused import require_splits
 from .methods import METHODS, Method, MethodParameters, Strict, did_you_mean, get_method, nearest
 from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
@@ -43,6 +45,8 @@ DTypeName = Annotated[_Name, BeforeValidator(_plain_dtype)]
 DTYPES = get_args(_Name)
 Missing = Literal["error", "base", "mean_of_present"]
 RouterChoice = Literal["merge", "base", "mean"]
+ConvChoice = Literal["mean", "flatten"]
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
 
 MAX_RECIPE_BYTES = 1_000_000
 
@@ -106,6 +110,10 @@ class MergeConfig(Strict):
         missing: what becomes of tensors that only some models have. ``error`` refuses the merge. ``base`` gives the
             output the base's value, and no tensor that the base lacks. ``mean_of_present`` gives it the mean of the
             models that have the tensor.
+        conv: what spectral methods do with the weight of a convolution, (out, in, k, ...): ``mean`` (of the task
+            vectors) or ``flatten`` (merge the matrix (out, in * k * ...)).
+        split: sizes of the matrices in fused tensors, by patterns of names, as ``{"*qkv_proj*": [4096, 1024, 1024]}``,
+            each merged as a tensor of its own; or ``auto``, for those of known models: see `known_splits`.
         requantise: write the weights that the base has in FP8 in its layout, with new scales, instead of bfloat16.
         num_layers: number of layers of every model, from a recipe's ``slices``; models with other numbers are refused.
         vocabulary: the tokens of the output: ``base``, ``union`` (the base's, then those that only models have), or
@@ -132,6 +140,8 @@ class MergeConfig(Strict):
     exclude: tuple[str, ...] = ()
     router: RouterChoice = "merge"
     missing: Missing = "error"
+    conv: ConvChoice = "mean"
+    split: Literal["auto"] | dict[str, Sizes] = Field(default={})
     requantise: bool = False
     num_layers: int | None = None
     vocabulary: Annotated[str, AfterValidator(_vocabulary)] | None = None
@@ -290,8 +300,29 @@ class MergeConfig(Strict):
             values[field_name] = tuple(fallback if v is None else v for v in own or [None] * tasks)
         return _parse(schema, values).for_tensor(name if seeded_by is None else seeded_by)
 
+    def splits(self, shapes: Mapping[str, Shape], model_config: Mapping[str, Any] | None = None) -> Mapping[str, Shape]:
+        """Return `split` with the sizes of known models in place of ``auto``.
+
+        Args:
+            shapes: shapes of all tensors.
+            model_config: content of the base's ``config.json``.
+
+        Raises:
+            ConfigError: `split` is ``auto``, and no fused tensor is known.
+        """
+        return require_splits(model_config or {}, shapes) if self.split == "auto" else self.split
+
+    def blocks(
+        self, name: str, shape: Shape, shape_of: Callable[[str], Shape | None], splits: Mapping[str, Shape]
+    ) -> Blocks:
+        """Return how the method divides a tensor: see `blocks_of`."""
+        if self.method.row_wise:
+            return WHOLE
+        flatten = self.conv == "flatten" and self.method.matrices_only
+        return blocks_of(name, shape, shape_of, split=splits, flatten=flatten)
+
     def check_patterns(self, names: Collection[str]) -> None:
-        """Refuse a pattern of `include` or `exclude`, and a choice of `router`, that would have no effect.
+        """Refuse a pattern of `include`, `exclude` or `split`, and a choice of `router`, that would have no effect.
 
         Args:
             names: names of all tensors of the base.
@@ -304,7 +335,8 @@ class MergeConfig(Strict):
                 f"router: {self.router} has no effect: no tensor is the router of a mixture of experts, such as "
                 "`layers.0.mlp.router.weight` or `layers.0.mlp.gate.weight`; leave it out, or use exclude"
             )
-        for key, patterns in (("include", self.include), ("exclude", self.exclude)):
+        split = () if self.split == "auto" else tuple(self.split)
+        for key, patterns in (("include", self.include), ("exclude", self.exclude), ("split", split)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     wider = f"*{pattern.strip('*')}*"

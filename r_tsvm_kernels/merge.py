@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import WHOLE, Blocks, blocks_of
+from .blocks import WHOLE, Blocks
 from .config import MergeConfig, as_config, as_dtype
 from .dispatch import ops, prepare
 from .errors import CheckpointError, ConfigError, DTypeError, NonFiniteError, RtsvmError
@@ -32,7 +32,17 @@ from .methods import (
 )
 from .ops._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, check_list, is_finite
 from .text import dtype_name, some
-from .values import check_agreement, check_options, checked_inputs, detached, distances, formed, overflow, stored
+from .values import (
+    check_agreement,
+    check_factored,
+    check_options,
+    checked_inputs,
+    detached,
+    distances,
+    formed,
+    overflow,
+    stored,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,15 +160,19 @@ def _merged(
     if config.base_joins:
         config, tuned = config.with_base_listed(), [*tuned, base]
     shape = tuple(base.shape)
-    blocks = blocks_of(name, shape) if blocks is None else blocks
+    if blocks is None:
+        blocks = config.blocks(name, shape, lambda other: None, config.splits({name: shape}) if config.split else {})
     seed = name if seeded_by is None else seeded_by
     one = _Merge(base, tuned, config, name, name or "tensor", position, seed, out_dtype, measure_norms)
     decided = treatment(config, one.options, name, shape, base.dtype, len(tuned), blocks)
     if decided.kind != "merge" or not blocks.divide or config.method.row_wise:
         return one.run(decided)
-    check_group(base, [model for model in tuned if isinstance(model, Tensor)], op=one.label, optional_base=True)
+    check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=one.label)
+    for model in tuned:
+        if isinstance(model, Factored):
+            check_factored(base, model, one.label)
     weight = torch.empty(shape, dtype=out_dtype or stored_dtype(config, base.dtype), device=base.device)
-    divided = [blocks.of(model) if isinstance(model, Tensor) else [("", model)] for model in (base, *tuned)]
+    divided = [_divided(blocks, model) for model in (base, *tuned)]
     merges = [
         replace(one, base=own[0][1], tuned=[model for _, model in own[1:]], label=one.label + own[0][0],
                 seed=seed + own[0][0])
@@ -173,6 +187,17 @@ def _merged(
     report = TensorReport.of_blocks(reports, [label for label, _ in divided[0]])
     report.treatment, report.reason, report.shape = decided.kind, decided.reason, shape
     return MergeResult(weight, report)
+
+
+def _divided(blocks: Blocks, model: Tensor | Factored) -> list[tuple[str, Tensor | Factored]]:
+    """Return the blocks of a tensor, or of an update of a matrix."""
+    if isinstance(model, Tensor):
+        return [*blocks.of(model)]
+    if not blocks.sizes:
+        return [("", model)]
+    factor, axis = ("left", 0) if blocks.axis == 0 else ("right", 1)
+    parts = [getattr(model, factor).narrow(axis, *part) for part in blocks.ranges()]
+    return [("", replace(model, **{factor: part})) for part in parts]
 
 
 def job_of(shape: tuple[int, ...], base: Tensor, tuned: Sequence[Tensor | Factored]) -> TensorJob:

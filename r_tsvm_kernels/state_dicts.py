@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .blocks import blocks_of
 from .config import MergeConfig, as_config, as_dtype
 from .errors import ConfigError, DTypeError
 from .merge import (
@@ -135,6 +134,7 @@ def merge_state_dicts(
     extra = _extra_tensors(start, models, config)
     positions, tied = layer_positions([*start, *extra]), tied_names(start, models)
     shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
+    splits = config.splits(shapes, _model_config(base))
     merged: dict[str, Tensor] = {}
     reports: dict[str, TensorReport] = {}
 
@@ -154,7 +154,7 @@ def merge_state_dicts(
         if len(own) == len(models) or decided.kind == "base":
             # An excluded tensor may be missing; its value is the base's.
             own = own + [tensor] * (len(models) - len(own))
-            blocks = blocks_of(name, tuple(tensor.shape), shapes.get)
+            blocks = config.blocks(name, shapes[name], shapes.get, splits)
             result = merge_tensors(tensor, own, config, name=name, position=positions[name], blocks=blocks)
         elif own and config.missing == "mean_of_present":
             result = mean_of_present(own, config, _MISSING, name=name, out_dtype=stored_dtype(config, tensor.dtype))
@@ -253,6 +253,13 @@ def _check_tied(name: str, value: Tensor, earlier: Tensor) -> None:
             f"{name} is a tied parameter of the base, but a fine-tune does not tie it or the config treats its names "
             "differently, so it has two merged values; use merge_state_dicts, which returns both"
         )
+
+
+def _model_config(model: object) -> Mapping[str, Any]:
+    """Return the configuration of a model of transformers; empty for anything else."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    found = to_dict() if isinstance(model, nn.Module) and callable(to_dict) else {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _state_dict(given: object, label: str) -> dict[str, Tensor]:

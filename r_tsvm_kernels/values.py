@@ -59,7 +59,7 @@ def checked_inputs(
     start, height = loaded(base, "the base")
     for owner, model in zip(_owners(config, len(tuned)), tuned, strict=True):
         if isinstance(model, Factored):
-            _check_factored(base, model, f"{label} of {owner}")
+            check_factored(base, model, f"{label} of {owner}")
             models.append(model)
         else:
             tensor, largest = loaded(model, owner)
@@ -69,7 +69,8 @@ def checked_inputs(
     return start, models
 
 
-def _check_factored(base: Tensor, update: Factored, label: str) -> None:
+def check_factored(base: Tensor, update: Factored, label: str) -> None:
+    """Require an update to be finite, of the shape of the base, and on its device."""
     if update.shape != tuple(base.shape):
         raise ShapeError(f"{label}: the update has shape {update.shape}, the base {tuple(base.shape)}")
     if update.left.device != base.device:

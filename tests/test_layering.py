@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 # Modules and folders of the package, from the bottom up.
 LAYERS = [
     {"errors", "experts", "parameters", "text"},
-    {"blocks", "sizes", "files", "safe_yaml", "quantised"},
+    {"blocks", "fused", "sizes", "files", "safe_yaml", "quantised"},
     {"backends", "verdicts"},
     {"dispatch"},
     {"ops"},

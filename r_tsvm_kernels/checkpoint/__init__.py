@@ -10,7 +10,7 @@ from .reader import Checkpoint, runs
 from .requantised import first_scale_row, requantise, rows_of_scale
 from .scaled import ScaledHeader, without_quantisation
 from .sidecar_files import SIDECAR_FOLDERS, is_sidecar_file, is_tokenizer_file
-from .tokenizers import Tokenizer, read_tokenizer
+from .tokenizers import Tokenizer, read_tokenizer, same_tokenizer
 from .writer import ShardFile, ShardLayout, TensorSpec, plan_shards, shard_name, write_index
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "requantise",
     "rows_of_scale",
     "runs",
+    "same_tokenizer",
     "settle_copies",
     "shard_name",
     "shared_seeds",

@@ -21,6 +21,8 @@ _HEADS = (
     "predictions.bias", "predictions.decoder.weight", "predictions.decoder.bias", "lm_head.decoder.weight",
     "lm_head.decoder.bias", "generator_lm_head.weight", "generator_lm_head.bias",
 )  # fmt: skip
+# Of biases with tokens as columns, (1, n).
+_COLUMNS = "final_logits_bias"
 
 
 def embedding_height(checkpoint: Checkpoint) -> int:
@@ -46,7 +48,7 @@ def vocabulary_tensors(heights: Mapping[Checkpoint, int], excluded: Callable[[st
     """Return the names of the tensors with one row per token, in any model.
 
     They have the known names of embeddings and heads; or their numbers of rows differ between models, as the
-    vocabularies do; or they are matrices outside of the layers with the embedding's shape.
+    vocabularies do; or they are matrices outside of the layers with the embedding's shape, or biases of its height.
 
     Args:
         heights: the models, each with the number of rows of its embedding.
@@ -60,13 +62,17 @@ def vocabulary_tensors(heights: Mapping[Checkpoint, int], excluded: Callable[[st
     for checkpoint, height in heights.items():
         widths = {s[1] for name, s in shapes[checkpoint].items() if _ends(name, _EMBEDDINGS) and s[0] == height}
         for name, shape in shapes[checkpoint].items():
-            like = _outside(name) and len(shape) == 2 and shape[1] in widths - {height}
+            bias = shape == (height,) and name.endswith("bias") and height not in widths
+            like = _outside(name) and (bias or (len(shape) == 2 and shape[1] in widths - {height}))
             if shape[0] == height and (_ends(name, (*_EMBEDDINGS, *_HEADS)) or like):
                 found.add(name)
     for name in {name for own in shapes.values() for name in own}:
         rows = {x: own[name][0] for x, own in shapes.items() if name in own}
         if len(set(rows.values())) > 1 and all(height == heights[x] for x, height in rows.items()):
             found.add(name)
+    for name in sorted(name for own in shapes.values() for name in own):
+        if name.endswith(_COLUMNS) and not excluded(name):
+            raise ShapeError(f"{name} has one column for each token, and only rows are aligned; exclude it")
     for name in sorted(found):
         if excluded(name):
             continue

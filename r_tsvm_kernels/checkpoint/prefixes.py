@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 # Parts of names that model classes, and wrappers around models, put before the names of the same tensors.
 _WRAPPERS = frozenset((
     "model", "transformer", "language_model", "llm", "base_model", "backbone", "module", "_orig_mod",
-    "bert", "roberta", "distilbert", "electra", "deberta", "albert", "mpnet", "longformer", "esm", "vit", "gpt_neox",
+    "bert", "roberta", "distilbert", "electra", "deberta", "albert", "mpnet", "longformer", "esm", "gpt_neox", "rwkv",
+    "mobilebert", "ernie", "rembert", "roformer", "funnel", "fnet", "nystromformer", "canine", "luke", "biogpt",
+    "layoutlm", "layoutlmv2", "layoutlmv3", "data2vec_text", "wav2vec2", "hubert", "wavlm", "vit", "deit", "beit",
+    "swin", "swinv2", "dinov2", "convnext",
 ))  # fmt: skip
 
 

@@ -15,6 +15,10 @@ from .reader import Checkpoint
 # Files that only the libraries of their makers can read.
 _FOREIGN = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "tekken.json")
 _FOREIGN_ENDINGS = (".tiktoken", ".model", ".spm")
+# The files with the tokens' ids, of which a model needs one.
+_READ = ("tokenizer.json", "vocab.json", "vocab.txt")
+# Far above any vocabulary, so that a hostile id allocates no memory to speak of.
+_MOST_IDS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         config, state = read_tokenizer_json(folder / "tokenizer_config.json")
         checkpoint.watch(state)
     declared = dict(_declared(config.get("added_tokens_decoder")))
-    for name, read in (("tokenizer.json", _whole), ("vocab.json", _plain), ("vocab.txt", _lines)):
+    for name, read in zip(_READ, (_whole, _plain, _lines), strict=True):
         file = folder / name
         if not file.is_file():
             continue
@@ -63,7 +67,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
             checkpoint.watch(state)
         added = {**{token: entry for token, (_, entry) in declared.items()}, **found.added}
         ids = {token: index for token, (index, _) in declared.items()} | dict(found.ids)
-        if not ids or not all(isinstance(x, str) and type(i) is int and i >= 0 for x, i in ids.items()):
+        if not ids or not all(isinstance(x, str) and type(i) is int and 0 <= i < _MOST_IDS for x, i in ids.items()):
             raise CheckpointError(f"{file}: not a tokenizer file as expected: no tokens, or ids that are none")
         return Tokenizer(file, ids, added, found.kind)
     foreign = [file.name for file in sorted(folder.iterdir()) if _is_foreign(file.name)]
@@ -73,6 +77,34 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
             "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers"
         )
     return None
+
+
+def same_tokenizer(checkpoint: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two models have the same file of tokens, byte by byte, in any format; both watch their files then."""
+    folders = [model.main for model in (checkpoint, other) if model.main]
+    if len(folders) < 2:
+        return False
+    name = next((name for name in (*_READ, *_FOREIGN) if (folders[0] / name).is_file()), None)
+    files = [folder / str(name) for folder in folders]
+    if name is None or not files[1].is_file():
+        return False
+    # Tokens added by these are not in the file.
+    beside = [[_content(folder / x) for x in ("added_tokens.json", "tokenizer_config.json")] for folder in folders]
+    added = [(tokens, config.get("added_tokens_decoder")) for tokens, config in beside]
+    states = []
+    for file in files:
+        try:
+            raw = read_regular(file, MAX_JSON_BYTES)
+            states.append(file_state(file, file.stat(), raw))
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    checkpoint.watch(states[0])
+    other.watch(states[1])
+    return states[0].header_checksum == states[1].header_checksum and (name == _READ[0] or added[0] == added[1])
+
+
+def _content(file: Path) -> dict[str, Any]:
+    return read_tokenizer_json(file)[0] if file.is_file() else {}
 
 
 def _is_foreign(name: str) -> bool:

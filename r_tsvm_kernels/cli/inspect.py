@@ -202,7 +202,7 @@ def _row(plan: MergePlan, facts: dict[str, Any], kind: Kind, each: bool) -> tupl
     notes = [tensor["reason"]] if tensor["reason"] else []
     if tensor["matrix_shape"] != tensor["shape"]:
         size = "x".join(map(str, tensor["matrix_shape"]))
-        notes.append(f"experts: {_counted(tensor['matrices'], 'matrix' if 'x' in size else 'vector')} of {size}")
+        notes.append(f"{_counted(tensor['matrices'], 'matrix' if 'x' in size else 'vector')} of at most {size}")
     if tensor["tile_rows"] < rows:
         notes.append(f"{tensor['tile_rows']} rows at a time")
     notes += [f"{key} {value}" for key, value in kind.parameters.items()]

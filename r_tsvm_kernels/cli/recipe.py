@@ -55,6 +55,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "them (default error)",
     )
     group.add_argument(
+        "--conv", choices=("mean", "flatten"), help="convolutions under spectral methods: the mean, or as matrices"
+    )
+    group.add_argument(
+        "--split",
+        metavar="PATTERN=SIZES",
+        action="append",
+        default=[],
+        help="matrices in fused tensors, e.g. '*qkv_proj*=4096,1024,1024'; repeat; or auto",
+    )
+    group.add_argument(
         "--requantise", action="store_true", help="write FP8 where the base has it, with new scales, not bfloat16"
     )
     group.add_argument(
@@ -105,7 +115,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         config = MergeConfig(arguments.method, base_model=arguments.base, models=models)
     changes: dict[str, Any] = {
         key: getattr(arguments, key)
-        for key in ("dtype", "out_dtype", "missing", "router", "vocabulary")
+        for key in ("dtype", "out_dtype", "missing", "router", "vocabulary", "conv")
         if getattr(arguments, key)
     }
     changes |= {
@@ -114,9 +124,24 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         if getattr(arguments, key)
     }
     changes |= {"requantise": True} if arguments.requantise else {}
+    changes |= {"split": _parse_splits(arguments.split)} if arguments.split else {}
     changes["parameters"] = config.parameters | dict(_parse_setting(item) for item in arguments.set)
     fields: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
     return MergeConfig(**(fields | changes))
+
+
+def _parse_splits(items: list[str]) -> str | dict[str, list[int]]:
+    from ..errors import ConfigError
+
+    if items == ["auto"]:
+        return "auto"
+    found = {}
+    for item in items:
+        pattern, _, sizes = item.rpartition("=")
+        if not pattern or not all(size.strip().isdecimal() for size in sizes.split(",")):
+            raise ConfigError(f"--split takes PATTERN=SIZE,SIZE,... or auto alone, got {item!r}")
+        found[pattern] = [int(size) for size in sizes.split(",")]
+    return found
 
 
 def _parse_setting(item: str) -> tuple[str, Any]:

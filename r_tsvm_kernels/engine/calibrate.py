@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..blocks import WHOLE
+from ..blocks import WHOLE, Blocks
 from ..errors import CheckpointError
 from ..files import open_regular
 from ..linalg import Factored
@@ -94,11 +94,12 @@ def _sample(plan: MergePlan, names: Sequence[str], shape: tuple[int, int], devic
             tuned.append((base + 0.01 * draw(*shape).to(device)).to(base.dtype))
         else:
             tuned.append(Factored(draw(shape[0], rank), draw(rank, shape[1]), 0.01).to(device))
-    whole = WHOLE if tensor.merged_apart.divide else None  # the sample is one of the matrices
+    # The sample is one matrix; for a mean, its rows are taken as vectors.
+    blocks = WHOLE if tensor.treatment.kind == "merge" else Blocks(packed=True)
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        result = merge_tensors(base, tuned, plan.config, name=tensor.name, position=tensor.position, blocks=whole)
+        result = merge_tensors(base, tuned, plan.config, name=tensor.name, position=tensor.position, blocks=blocks)
         result.weight.cpu()
         times.append(time.perf_counter() - start)
     return min(times)

@@ -161,6 +161,8 @@ def merge_checkpoints(
         "%s of %d models into %s: %d tensors, %d bytes to read, on %s with the %s engine",
         *(config.merge_method, len(plan.tuned), out, len(plan.tensors), plan.bytes_read, target, engine),
     )
+    if single and plan.vocabulary is not None and (plan.vocabulary.names or plan.vocabulary.owner is not plan.base):
+        _LOG.warning("%s: a single file has no tokenizer beside it; merge into a folder to get the one that fits", out)
     for note in plan.notes:
         _LOG.warning("%s", printable(note))
     with dispatch.settled(settled_kernels(plan, out, target, resume), target.type):

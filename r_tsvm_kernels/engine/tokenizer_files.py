@@ -124,8 +124,9 @@ def _add_tokens(vocabulary: AlignedVocabulary, folder: Path) -> None:
     if (folder / "tokenizer_config.json").is_file():
         config = read_tokenizer_json(folder / "tokenizer_config.json")[0]
         declared = {str(entry["id"]): {k: v for k, v in entry.items() if k != "id"} for entry in entries.values()}
-        config["added_tokens_decoder"] = {**(config.get("added_tokens_decoder") or {}), **declared}
-        write_json(folder / "tokenizer_config.json", config)
+        if "added_tokens_decoder" in config:  # transformers 5 leaves it out
+            config["added_tokens_decoder"] = {**(config["added_tokens_decoder"] or {}), **declared}
+            write_json(folder / "tokenizer_config.json", config)
     if (folder / "added_tokens.json").is_file():
         added = read_json(folder / "added_tokens.json")[0]
         write_json(folder / "added_tokens.json", added | {token: entry["id"] for token, entry in entries.items()})

@@ -169,7 +169,7 @@ class TensorReport:
         weight_norm: Frobenius norm of the merged tensor before that.
         part: index of a block in its tensor, such as ``[3]`` for an expert; empty for a whole tensor.
         blocks: the report of each block of a tensor that was merged in blocks, such as packed experts. In the report of
-            such a tensor, ranks are empty, other numbers are means, and the certificate is the worst.
+            a tensor with several, ranks are empty, other numbers are means, and the certificate is the worst.
     """
 
     method: str = ""
@@ -207,6 +207,8 @@ class TensorReport:
             found._add_times(report)
             report.part, report.seconds, report.stages = part, 0.0, {}
         found._average()
+        if not parts[0]:  # the whole tensor, as one matrix
+            found.ranks, found.ranks_asked = list(reports[0].ranks), list(reports[0].ranks_asked)
         return found
 
     def _average(self) -> None:

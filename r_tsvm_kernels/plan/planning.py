@@ -8,7 +8,6 @@ from functools import reduce
 
 import torch
 
-from ..blocks import WHOLE, blocks_of
 from ..checkpoint import (
     Checkpoint,
     ScaledHeader,
@@ -85,11 +84,12 @@ def make_plan(
 
     positions = layer_positions(names, layers, further)
     specs, treatments, options, blocks = {}, {}, {}, {}
-    shape_of = {name: header.shape for name, header in names.items()}.get
+    shapes = {name: header.shape for name, header in names.items()}
+    splits = config.splits(shapes, base.config)
     for name, header in names.items():
         shape = header.shape if vocabulary is None or name not in aligned else (vocabulary.height, *header.shape[1:])
         options[name] = config.options(len(tuned), name, positions[name], seeded_by=seeds.get(name))
-        divided = WHOLE if config.method.row_wise else blocks_of(name, shape, shape_of)
+        divided = config.blocks(name, shape, shapes.get, splits)
         decided = treatment(config, options[name], name, shape, header.dtype, len(tuned), divided)
         decided = presence.treatment(name, decided)
         if name in base.activation_scales:
@@ -107,8 +107,10 @@ def make_plan(
                 decided = Treatment("base", "no adapter changes it")
         if name in aligned and vocabulary is not None and (decided.kind == "base" or decided.present_only):
             if decided.present_only or vocabulary.moves_base(base):
-                raise ConfigError(f"vocabulary: {name} cannot be aligned: {decided.reason}; exclude it from the merge, "
-                                  "or leave the vocabulary as the base's")  # fmt: skip
+                raise ConfigError(
+                    f"vocabulary: the rows of {name} cannot be aligned: {decided.reason}; use --vocabulary base and "
+                    "--missing base, which keep those of the base"
+                )
             aligned -= {name}
         treatments[name], blocks[name] = decided, divided
         specs[name] = TensorSpec(stored_dtype(config, header.written_as), shape)

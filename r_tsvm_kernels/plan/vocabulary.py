@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, Tokenizer, embedding_height, read_tokenizer, vocabulary_tensors
+from ..checkpoint import (
+    Checkpoint,
+    Tokenizer,
+    embedding_height,
+    read_tokenizer,
+    same_tokenizer,
+    vocabulary_tensors,
+)
 from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError
 from ..lora.adapted_model import AdaptedModel
@@ -64,7 +71,8 @@ class AlignedVocabulary:
         height: number of rows.
         names: tensors whose rows move; none if every model has every row in its place.
         rows: for each checkpoint its row for each row of the output, int64 (height,); -1 if it has none.
-        untouched: rows that no model but one with its own value has, or that the base lacks, bool (height,).
+        untouched: rows that are written as they were read, because only the base has them or it lacks them, bool
+            (height,).
         owner: the checkpoint whose tokenizer files and token ids the output has.
         added: tokens of other models in a union.
         groups: where the rows come from.
@@ -97,7 +105,7 @@ class AlignedVocabulary:
         found = [f"vocabulary {self.source}: {self.height} rows, {len(self.added)} tokens more than the base's"]
         for group in self.groups:
             text = f"{group.count} {words.get(group.rows, group.rows)} {' and '.join(group.models)}".rstrip()
-            found.append(f"{text} ({', '.join(map(ascii, group.tokens))}{', ...' * (group.count > len(group.tokens))})"
+            found.append(f"{text} ({', '.join(map(repr, group.tokens))}{', ...' * (group.count > len(group.tokens))})"
                          if group.tokens else text)  # fmt: skip
         return found
 
@@ -133,9 +141,11 @@ def align_vocabularies(
     """
     source = str(config.vocabulary)
     heights = {checkpoint: embedding_height(checkpoint) for checkpoint in inputs}
+    owner = base if source in ("base", "union") else _named(source.removeprefix("model:"), config, base, tuned)
+    if len(set(heights.values())) == 1 and all(same_tokenizer(base, other) for other in inputs[1:]):
+        return _unmoved(source, owner, inputs, heights[base])
     notes: list[str] = []
     tokenizers = dict(_tokenizers(base, inputs, heights, notes))
-    owner = base if source in ("base", "union") else _named(source.removeprefix("model:"), config, base, tuned)
     ids, height = dict(tokenizers[owner].ids), heights[owner]
     added: dict[str, AddedToken] = {}
     if source == "union":
@@ -143,8 +153,10 @@ def align_vocabularies(
         ids |= {token: new.index for token, new in added.items()}
         height = _united_height(tokenizers[base], heights[base], max(ids.values()) + 1)
     rows = {x: _rows(ids, height, tokenizers[x].ids, heights[x]) for x in inputs}
-    models = list(dict.fromkeys(model.base if isinstance(model, AdaptedModel) else model for model in tuned))
-    known = torch.stack([rows[model] >= 0 for model in models])
+    in_place = all(heights[x] == height and torch.equal(rows[x], torch.arange(height)) for x in inputs)
+    names = frozenset() if in_place else vocabulary_tensors(heights, lambda name: is_excluded(config, name))
+    models = _models(base, tuned, names)
+    known = torch.stack([rows[model] >= 0 for model in models]) if models else torch.zeros(0, height, dtype=torch.bool)
     groups = tuple(_groups(ids, height, rows[base] >= 0, known, models))
     # Rows that nobody has: padding like the base's, or zeros.
     nobody = (rows[base] < 0) & ~known.any(0)
@@ -152,11 +164,18 @@ def align_vocabularies(
         rows[base] = rows[base].masked_fill(nobody, spare[0])
     elif int(nobody.sum()):
         notes.append(f"{int(nobody.sum())} rows of the vocabulary are in no model; they are zero")
-    in_place = all(heights[x] == height and torch.equal(rows[x], torch.arange(height)) for x in inputs)
-    names = frozenset() if in_place else vocabulary_tensors(heights, lambda name: is_excluded(config, name))
     untouched = (rows[base] < 0) | ~known.any(0)
     tokens_read = sum(len(tokenizer.ids) for tokenizer in tokenizers.values())
     return AlignedVocabulary(source, height, names, rows, untouched, owner, added, groups, tuple(notes), tokens_read)
+
+
+def _unmoved(source: str, owner: Checkpoint, inputs: Sequence[Checkpoint], height: int) -> AlignedVocabulary:
+    """Return the vocabulary of models that share one tokenizer: no row moves."""
+    rows = dict.fromkeys(inputs, torch.arange(height))
+    group = TokenGroup("merged", tuple(str(x.path) for x in inputs[1:]), height, ())
+    return AlignedVocabulary(
+        source, height, frozenset(), rows, torch.zeros(height, dtype=torch.bool), owner, groups=(group,)
+    )
 
 
 def aligned_tensors(
@@ -209,6 +228,16 @@ def _tokenizers(
         # Equal texts share memory.
         ids = {texts.get(token, token): index for token, index in found.ids.items()}
         yield checkpoint, Tokenizer(found.file, ids, found.added, found.kind)
+
+
+def _models(base: Checkpoint, tuned: Sequence[Checkpoint | AdaptedModel], names: frozenset[str]) -> list[Checkpoint]:
+    """Return the checkpoints with rows of their own: the base only if an adapter changes its rows."""
+    found: dict[Checkpoint, None] = {}
+    for model in tuned:
+        origin = model.base if isinstance(model, AdaptedModel) else model
+        if origin is not base or (isinstance(model, AdaptedModel) and names.intersection(model.modules)):
+            found[origin] = None
+    return list(found)
 
 
 def _named(path: str, config: MergeConfig, base: Checkpoint, tuned: Sequence[Checkpoint | AdaptedModel]) -> Checkpoint:

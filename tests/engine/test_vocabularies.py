@@ -150,8 +150,9 @@ def test_a_model_of_another_dtype_keeps_the_bits_of_its_tokens(tmp_path):
     assert torch.equal(found[9:].view(torch.int32), chat[EMBEDDING][9:].view(torch.int32))
 
 
-def test_the_same_vocabulary_moves_nothing(tmp_path):
-    paths = [write(tmp_path / f"m{i}", tensors_of(9, i), TOKENIZERS["base"]) for i in range(3)]
+@pytest.mark.parametrize("spelled", [TOKENIZERS["base"], tokenizer_json([*PIECES, "<s>"])], ids=["same", "other file"])
+def test_the_same_vocabulary_moves_nothing(tmp_path, spelled):
+    paths = [write(tmp_path / f"m{i}", tensors_of(9, i), TOKENIZERS["base"] if i < 2 else spelled) for i in range(3)]
     for vocabulary, name in ((None, "plain"), ("union", "aligned")):
         config = MergeConfig("dare_ties", base_model=paths[0], models=paths[1:], vocabulary=vocabulary)
         merge_checkpoints(config, tmp_path / name)
@@ -174,3 +175,16 @@ def test_resumption_gives_the_same_bytes(family, tmp_path):
     assert merge_checkpoints(config, tmp_path / "out", resume=True).resumed >= 2
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_average_with_the_base_keeps_what_only_the_base_knows(family, tmp_path):
+    """Three equal rows have a mean of other bits than theirs."""
+    paths, tensors = family
+    config = MergeConfig("linear", base_model=paths["chat"], models=[paths["base"], paths["chat"], paths["base"]],
+                         vocabulary="base")  # fmt: skip
+    merge_checkpoints(config, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ALIGNED:
+        assert torch.equal(found[name][9:], tensors["chat"][name][9:])
+        mean = (2 * tensors["base"][name] + tensors["chat"][name][:9]) / 3
+        assert torch.allclose(found[name][:9], mean, atol=1e-6)

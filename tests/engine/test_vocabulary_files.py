@@ -1,6 +1,7 @@
 """The tokenizer and the configs of a merge with a vocabulary of its own, and what is refused."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from vocabularies import EMBEDDING, HEAD, LAYER, PIECES, WIDTH, ids_of, tensors_
 
 from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, ShapeError, merge_checkpoints, merge_state_dicts
 from r_tsvm_kernels.cli import main
+from r_tsvm_kernels.engine.aligned_rows import read_aligned
+from r_tsvm_kernels.plan import make_plan
 
 BASE, CHAT = tokenizer_json(PIECES, ["<s>"]), tokenizer_json(PIECES, ["<s>", "<pad>", "<chat>"])
 
@@ -133,6 +136,13 @@ def test_what_cannot_be_aligned_is_refused(tmp_path):
     kept = merge(paths, tmp_path / "kept", "base", exclude=("*embed_tokens*",))
     assert torch.equal(kept[EMBEDDING], tensors_of(9, 0)[EMBEDDING])
     assert not torch.equal(kept[HEAD], tensors_of(9, 0)[HEAD])
+    head = tensors_of(9, 0)
+    save_file(
+        {name: value for name, value in tensors_of(11, 1).items() if name != HEAD}, tmp_path / "chat/model.safetensors"
+    )
+    with pytest.raises(ConfigError, match=r"rows of lm_head.weight cannot be aligned: only the base has it; use"):
+        merge(paths, tmp_path / "none", "union", missing="base")
+    assert torch.equal(merge(paths, tmp_path / "one", "base", missing="base")[HEAD], head[HEAD])
     with pytest.raises(ConfigError, match=r"model:elsewhere is none of the models: .*base.*chat; list it"):
         merge(paths, tmp_path / "none", "model:elsewhere")
     with pytest.raises(ConfigError, match="state dicts have no tokenizers"):
@@ -191,3 +201,71 @@ def test_the_command(tmp_path, capsys):
     assert main(["merge", str(recipe), str(tmp_path / "again")]) == 0
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
     assert files[0] == files[1]
+
+
+def test_one_tokenizer_of_any_format_moves_nothing(tmp_path):
+    paths = pair(tmp_path, None, None)
+    for path in paths:
+        (tmp_path / path / "tokenizer.model").write_bytes(b"sentencepiece")
+    merge(paths, tmp_path / "out", "union")
+    plain = merge(paths, tmp_path / "plain", None)
+    assert all(torch.equal(plain[x], y) for x, y in load_file(tmp_path / "out" / "model.safetensors").items())
+    (tmp_path / "chat" / "added_tokens.json").write_text('{"<new>": 8}')
+    with pytest.raises(CheckpointError, match=r"has tokenizer\.model but no tokenizer\.json"):
+        merge(paths, tmp_path / "none", "union")
+
+
+def test_heads_of_unknown_names(tmp_path):
+    """Heads are found by their shapes where all heights are equal, too."""
+    order = torch.arange(8, -1, -1)
+    base, odd = tokenizer_json([*PIECES, "i"]), tokenizer_json([*PIECES, "i"][::-1])
+    tensors = tensors_of(9, 0, tied=True) | {"decoder.weight": torch.randn(9, WIDTH), "decoder.bias": torch.randn(9)}
+    moved = (EMBEDDING, "decoder.weight", "decoder.bias")
+    turned = {name: value[order] if name in moved else value for name, value in tensors.items()}
+    paths = [write(tmp_path / "base", tensors, base), write(tmp_path / "odd", turned, odd)]
+    found = merge(paths, tmp_path / "out", "base")
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+
+
+def test_tokens_in_columns_are_refused(tmp_path):
+    tensors = tensors_of(9, 0) | {"final_logits_bias": torch.zeros(1, 9)}
+    paths = pair(tmp_path)
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ShapeError, match="one column for each token"):
+        merge(paths, tmp_path / "none", missing="base")
+    merge(paths, tmp_path / "out", exclude=("final_logits_bias",))
+
+
+@pytest.mark.parametrize("ids", ['{"a": 99999999999}', '{"a": -1}', '{"a": "0"}', '{"a": true}', "{}", '[["a"], [7]]'])
+def test_hostile_ids(tmp_path, ids):
+    paths = pair(tmp_path)
+    (tmp_path / "chat" / "tokenizer.json").write_text(f'{{"model": {{"vocab": {ids}}}}}')
+    with pytest.raises(CheckpointError, match="not a tokenizer file as expected"):
+        merge(paths, tmp_path / "none")
+
+
+def test_a_token_may_look_like_the_list_of_merges(tmp_path):
+    odd = ['"merges": [', "[", "]", "merges", 'a"b\\']
+    base, chat = (tokenizer_json(PIECES, ["<s>", *more], merges=[['"', "["], "a b"]) for more in ([], odd))
+    merge(pair(tmp_path, base, chat), tmp_path / "out")
+    found = read(tmp_path / "out", "tokenizer")
+    assert ids_of(found) == ids_of(chat)
+    assert found["model"]["merges"] == [['"', "["], "a b"]
+
+
+def test_a_single_file_says_that_it_has_no_tokenizer(tmp_path, caplog):
+    paths = pair(tmp_path)
+    merge_checkpoints(
+        MergeConfig("ties", base_model=paths[0], models=paths[1:], vocabulary="union"), tmp_path / "o.safetensors"
+    )
+    assert "a single file has no tokenizer beside it" in caplog.text
+    assert load_file(tmp_path / "o.safetensors")[EMBEDDING].shape[0] == 11
+
+
+def test_a_plan_can_be_sent_to_another_process(tmp_path):
+    paths = pair(tmp_path)
+    config = MergeConfig("ties", base_model=paths[0], models=paths[1:], vocabulary="union")
+    plan = make_plan(config, 2**30)
+    there = pickle.loads(pickle.dumps(plan))
+    here, other = (read_aligned(x, EMBEDDING, 0, 11) for x in (plan, there))
+    assert all(torch.equal(first, second) for first, second in zip(here, other, strict=True))

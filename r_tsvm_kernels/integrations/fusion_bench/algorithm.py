@@ -13,8 +13,8 @@ from fusion_bench.models.utils import get_target_state_dict
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ...blocks import Shape, blocks_of
-from ...config import MergeConfig, ModelEntry, RouterChoice
+from ...blocks import Shape
+from ...config import ConvChoice, MergeConfig, ModelEntry, RouterChoice
 from ...errors import CheckpointError, ConfigError
 from ...merge import check_same_names, is_excluded, merge_tensors
 from ...methods import TensorReport, nearest
@@ -37,6 +37,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         include: patterns (with ``*``) of the tensors that take part; None means all.
         exclude: patterns of tensors that keep the pretrained model's values.
         router: what happens to the routers of mixtures of experts: ``merge``, ``base`` or ``mean``.
+        conv: what spectral methods do with convolutions: ``mean`` or ``flatten``.
+        split: sizes of the matrices in fused tensors, by patterns of names; or ``auto``.
 
     Attributes:
         reports: reports of the last run, one per tensor.
@@ -53,6 +55,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         router: RouterChoice = "merge",
+        conv: ConvChoice = "mean",
+        split: Mapping[str, Sequence[int]] | str | None = None,
         **metadata: Any,
     ) -> None:
         if unknown := sorted(metadata.keys() - METADATA):
@@ -78,6 +82,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
             include=tuple(self.include or ()),
             exclude=tuple(self.exclude or ()),
             router=self.router,
+            conv=self.conv,
+            split=_plain(self.split) or {},
         )
 
     @torch.no_grad()
@@ -110,6 +116,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         merged: dict[str, Tensor] = {}
         written: dict[Any, str] = {}
 
+        splits = config.splits({n: tuple(start[n].shape) for n in start} if config.split == "auto" else {})
+
         def shape_of(name: str) -> Shape | None:
             return tuple(start[name].shape) if name in start else None
 
@@ -122,7 +130,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 continue
             # Only excluded tensors may be missing. A lazy state dict has no get().
             own = [(tensors[name] if name in tensors else tensor).to(device) for tensors in tuned]  # noqa: SIM401
-            blocks = blocks_of(name, tuple(tensor.shape), shape_of)
+            blocks = config.blocks(name, tuple(tensor.shape), shape_of, splits)
             result = merge_tensors(tensor.to(device), own, config, name=name, position=positions[name], blocks=blocks)
             INSTALLATION.count(config.merge_method)
             self.reports[name] = result.report
