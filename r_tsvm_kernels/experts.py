@@ -8,12 +8,14 @@ weights of convolutions.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 # Modules that hold experts.
 _PLACES = {"experts", "moe", "block_sparse_moe"}
 # Layers of packed experts under another name (JetMoe, Granite).
 _LAYERS = {"input_linear", "output_linear"}
 # A part of a name that selects one expert, or belongs to a convolution.
+_SELECTED = re.compile(r"\d+|expert_?\d+")
 _ONE = re.compile(r"\d+|expert_?\d+|.*conv.*")
 _ROUTER = re.compile(r"(?:.*\.)?(?:router|gate)\.(?:weight|bias|e_score_correction_bias|(?:wg|layer|classifier)\.\w+)")
 _ROUTER_BIAS = re.compile(r"(?:.*\.)?(?:router_bias|e_score_correction_bias)")
@@ -47,6 +49,17 @@ def is_router(name: str) -> bool:
         [True, True, False]
     """
     return bool(_ROUTER.fullmatch(name) or _ROUTER_BIAS.fullmatch(name))
+
+
+def is_of_one_expert(module: str) -> bool:
+    """Whether a module belongs to one expert of a model that holds its experts one by one.
+
+    Examples:
+        >>> is_of_one_expert("model.layers.0.mlp.experts.3.up_proj"), is_of_one_expert("model.layers.0.mlp.up_proj")
+        (True, False)
+    """
+    parts = module.split(".")
+    return any(a in _PLACES and _SELECTED.fullmatch(b) for a, b in pairwise(parts))
 
 
 def layer_after(name: str) -> str | None:

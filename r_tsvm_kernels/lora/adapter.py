@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint, FileState, ShardFile, ShardLayout, TensorHe
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import require_unchanged
 from ..errors import AdapterRefusedError, CheckpointError, NonFiniteError, PickleRefusedError, ShapeError
+from ..experts import is_of_one_expert, is_router
 from ..files import write_json
 from ..linalg import Factored
 from ..ops._checks import FLOAT_DTYPES, check_finite, is_finite
@@ -201,6 +202,9 @@ class Adapter:
 class AdapterWriter:
     """Write an adapter one module at a time; a context manager.
 
+    Experts and routers of a mixture of experts get one rank, the largest of the adapter, with factors of zeros where
+    theirs is smaller.
+
     Factors are kept in an unnamed file until the end, because the header precedes them and needs all ranks.
 
     Args:
@@ -224,7 +228,7 @@ class AdapterWriter:
             OSError: writing failed.
         """
         rank = matrix.left.shape[1]
-        if not rank:
+        if not rank and not is_of_one_expert(module):
             return
         for name, factor in stored_factors(module, matrix, self.dtype, embedding=embedding).items():
             self._store(name, factor.cpu())
@@ -250,19 +254,48 @@ class AdapterWriter:
         Raises:
             CheckpointError: no module was added, or writing failed.
         """
-        if not self.ranks:
+        if not any(self.ranks.values()):
             raise CheckpointError("nothing to write: no module is changed")
+        widened = self._give_experts_one_rank()
         # Wide dtypes first, which keeps every tensor aligned to its element size.
         places = dict(sorted(self._places.items(), key=lambda item: -item[1][1].dtype.itemsize))
-        layout = ShardLayout(WEIGHTS_FILE, {name: spec for name, (_, spec) in places.items()})
+        specs = {name: TensorSpec(spec.dtype, widened.get(name, spec.shape)) for name, (_, spec) in places.items()}
+        layout = ShardLayout(WEIGHTS_FILE, specs)
         with ShardFile.create(self.folder / WEIGHTS_FILE, layout) as file:
             for name, (offset, spec) in places.items():
                 values = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
-                self._waiting.seek(offset)
-                self._waiting.readinto(byte_view(values))
+                if values.numel():
+                    self._waiting.seek(offset)
+                    self._waiting.readinto(byte_view(values))
+                if spec.shape != specs[name].shape:
+                    narrow, values = values, torch.zeros(specs[name].shape, dtype=spec.dtype, device="cpu")
+                    values[: spec.shape[0], : spec.shape[1]] = narrow
                 file.write(name, values)
         config = make_config(self.ranks, self._scales, base=base, task_type=task_type, fan_in_fan_out=fan_in_fan_out)
         write_json(self.folder / CONFIG_FILE, config)
+
+    def _give_experts_one_rank(self) -> dict[str, tuple[int, int]]:
+        """Raise the rank of experts and routers to the largest, and return the new shapes of their factors.
+
+        transformers 5 stacks the factors of experts, and adapts routers without patterns of ranks.
+        """
+        experts = [module for module in self.ranks if is_of_one_expert(module)]
+        rank, shapes = max(self.ranks.values()), {}
+        if not any(self.ranks[module] for module in experts):  # no expert has changed
+            for module in experts:
+                del self.ranks[module]
+                for ending in _LINEAR:
+                    del self._places[_PREFIX + module + ending]
+            experts = []
+        routers = [module for module in self.ranks if is_router(f"{module}.weight")] if experts else []
+        for module in experts + routers:
+            for ending, axis in zip(_LINEAR, (0, 1), strict=True):
+                name = _PREFIX + module + ending
+                shape = list(self._places[name][1].shape)
+                shape[axis] = rank
+                shapes[name] = (shape[0], shape[1])
+            self.ranks[module] = rank
+        return shapes
 
     def __enter__(self) -> AdapterWriter:
         return self

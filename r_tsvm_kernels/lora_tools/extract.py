@@ -37,6 +37,10 @@ _EMBEDDINGS = _TOKEN_EMBEDDINGS | {"wpe", "position_embedding", "position_embedd
 # Model types with weights stored (in, out).
 _FAN_IN_FAN_OUT = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
+# Modules that PEFT refuses to adapt, because their kernels use the weights of the base.
+_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+_NOT_IN_MAMBA = {"out_proj", "conv1d"}
+
 # Task vectors are formed in pieces of about this size.
 _PIECE_BYTES = 64 << 20
 
@@ -110,7 +114,7 @@ def extract_lora(
     with adapter_output(out, dtype, sizes, progress) as output:
         for name, tensor in plan.tensors.items():
             beside = "of a module beside the one that an adapter belongs to" if plan.base.module(name).prefix else ""
-            reason = beside or _not_expressible(tensor, embed_lora, tied)
+            reason = beside or _not_expressible(tensor, embed_lora, tied, plan.base.config.get("model_type"))
             if reason:
                 norm = 0.0
                 if _comparable(plan, name):
@@ -143,7 +147,7 @@ def extract_lora(
         return finish(output, Path(out), "extract-lora", request, start)
 
 
-def _not_expressible(tensor: TensorPlan, embed_lora: bool, tied: bool) -> str:
+def _not_expressible(tensor: TensorPlan, embed_lora: bool, tied: bool, model_type: object) -> str:
     """Return the reason to leave a tensor out; empty if it is adapted."""
     name, module = tensor.name, _last_part(tensor.name)
     if tensor.treatment.kind == "base":
@@ -152,6 +156,8 @@ def _not_expressible(tensor: TensorPlan, embed_lora: bool, tied: bool) -> str:
         return f"{len(tensor.spec.shape)}-D: LoRA adapts matrices"
     if not name.endswith(".weight"):
         return "not the weight of a module"
+    if model_type in _MAMBA and module in _NOT_IN_MAMBA:
+        return f"PEFT does not adapt {module} of models of type {model_type}"
     if not embed_lora and (module in _EMBEDDINGS or is_head(module)):
         return "embedding or output head; adapted with --embed-lora (embed_lora=True)"
     if tied and module in _TOKEN_EMBEDDINGS:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from adapters import dense_updates
 from checkpoints import save
+from safetensors.torch import load_file
 
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.errors import CheckpointError, ConfigError, NonFiniteError, OutputExistsError, OutputUnfinishedError
+from r_tsvm_kernels.lora import Adapter
 from r_tsvm_kernels.lora_tools import extract_lora
 
 SHAPES = {
@@ -200,3 +202,44 @@ def test_command(models, capsys):
     assert "8/8 tensors" in captured.err
     assert main([*command, str(folder / "out")]) == 2
     assert "a finished adapter is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"rank": 8}, {"energy": 0.9}], ids=str)
+def test_experts_and_routers_have_one_rank(tmp_path, options):
+    """PEFT stacks the factors of experts over transformers 5, and gives routers the common rank."""
+    generator = torch.Generator().manual_seed(0)
+    place = "model.layers.0.mlp"
+    shapes = {f"{place}.experts.{i}.{n}.weight": (12, 16) for i in range(3) for n in ("up_proj", "gate_proj")}
+    shapes |= {f"{place}.gate.weight": (3, 16), "model.layers.0.self_attn.q_proj.weight": (16, 16)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tuned = {name: t + torch.randn(t.shape, generator=generator) for name, t in base.items()}
+    still = f"{place}.experts.2.up_proj.weight"
+    tuned[still] = base[still]
+    save(tmp_path / "base", base)
+    save(tmp_path / "tuned", tuned)
+    _, updates, _ = extract(tmp_path, **options)
+    factors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    ranks = {name: len(t) for name, t in factors.items() if "lora_A" in name and "mlp" in name}
+    assert len(ranks) == 7 and len(set(ranks.values())) == 1
+    assert not updates[still.removesuffix(".weight")].any()
+    for name, delta in ((n, tuned[n].double() - base[n].double()) for n in shapes if n != still):
+        least = (delta - best(delta, 8)[0]).norm() if "rank" in options else 0.1**0.5 * delta.norm()
+        assert (updates[name.removesuffix(".weight")] - delta).norm() <= 1.0001 * least + 1e-5
+    assert Adapter(tmp_path / "out").modules.keys() == {name.removesuffix(".weight") for name in shapes}
+
+
+def test_experts_that_nobody_changed_are_not_written(tmp_path):
+    base = {"mlp.experts.0.up_proj.weight": torch.randn(4, 4), "q.weight": torch.randn(4, 4)}
+    save(tmp_path / "base", base)
+    save(tmp_path / "tuned", {**base, "q.weight": base["q.weight"] + 1})
+    assert set(extract(tmp_path, rank=2)[1]) == {"q"}
+
+
+def test_modules_that_peft_does_not_adapt_are_left_out(tmp_path):
+    base = {f"backbone.layers.0.mixer.{name}.weight": torch.zeros(4, 4) for name in ("in_proj", "out_proj")}
+    for model_type, count in (("mamba", 1), ("llama", 2)):
+        folder = tmp_path / model_type
+        save(folder / "base", base, config={"model_type": model_type})
+        save(folder / "tuned", {name: t + torch.eye(4) for name, t in base.items()})
+        result, updates, _ = extract(folder, rank=2)
+        assert len(updates) == count and len(result.left_out) == 2 - count
