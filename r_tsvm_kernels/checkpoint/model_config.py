@@ -51,8 +51,9 @@ def contradictions(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    parts = [config] if text_config(config) is config else [config, text_config(config)]
-    for part, prefix in zip(parts, ("", "text "), strict=False):
+    text = text_config(config)
+    # A language model may be merged into a multimodal one, so that its settings are those of the inner config.
+    for part, prefix in [(text, "")] + ([] if text is config else [(config, "top-level ")]):
         found = {**part, **_rope(part)}
         yield from ((prefix + key, found[key]) for key in _MEANING if found.get(key) is not None)
 

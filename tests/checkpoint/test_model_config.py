@@ -54,9 +54,9 @@ def test_contradictions(other, words):
 
 
 def test_nested_contradictions():
-    assert contradictions({"text_config": {"head_dim": 8}}, {"text_config": {"head_dim": 4}}) == [
-        "text head_dim 4 instead of 8"
-    ]
+    whole = {"model_type": "llava", "text_config": {"model_type": "llama", "head_dim": 8}}
+    assert contradictions(whole, {"model_type": "llama", "head_dim": 4}) == ["head_dim 4 instead of 8"]
+    assert contradictions(whole, whole | {"model_type": "idefics"}) == ["top-level model_type idefics instead of llava"]
 
 
 def test_prefixes():

@@ -85,3 +85,15 @@ def test_layers_behind_the_last_one_are_not_counted(tmp_path):
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for layer, value in enumerate([0.0, 2.0, 3.0]):
         assert torch.allclose(merged[f"model.layers.{layer}.q_proj.weight"], torch.tensor(value))
+
+
+def test_a_language_model_is_merged_into_a_multimodal_one(tmp_path):
+    vision = {"model.visual.blocks.0.w": torch.ones(3), "lm_head.weight": torch.zeros(5, 4)}
+    text = layers("model.", value=3.0) | {"lm_head.weight": torch.ones(5, 4)}
+    paths = [write(tmp_path / "base", layers("model.language_model.") | vision), write(tmp_path / "text", text)]
+    config = MergeConfig("task_arithmetic", base_model=paths[0], models=paths[1:], missing="base")
+    merge_checkpoints(config, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    expected = layers("model.language_model.", value=3.0) | vision | {"lm_head.weight": text["lm_head.weight"]}
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], value) for name, value in expected.items())
