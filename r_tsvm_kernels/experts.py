@@ -8,6 +8,7 @@ weights of convolutions.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from itertools import pairwise
 
 # Modules that hold experts.
@@ -17,6 +18,7 @@ _LAYERS = {"input_linear", "output_linear"}
 # A part of a name that selects one expert, or belongs to a convolution.
 _SELECTED = re.compile(r"\d+|expert_?\d+")
 _ONE = re.compile(r"\d+|expert_?\d+|.*conv.*")
+_EXPERTS = re.compile(r"(?:^|\.)experts\.(\d+\.)?\w+")
 _ROUTER = re.compile(r"(?:.*\.)?(?:router|gate)\.(?:weight|bias|e_score_correction_bias|(?:wg|layer|classifier)\.\w+)")
 _ROUTER_BIAS = re.compile(r"(?:.*\.)?(?:router_bias|e_score_correction_bias)")
 # Two matrices in one, and the name of the layer after it.
@@ -39,6 +41,19 @@ def are_experts(name: str, shape: tuple[int, ...]) -> bool:
     if place is None or any(_ONE.fullmatch(part) for part in parts[place + 1 :]):
         return False
     return len(shape) == 3 or (len(shape) == 2 and parts[-1].endswith("bias"))
+
+
+def layout_of_experts(names: Iterable[str]) -> str | None:
+    """Return how experts are stored, ``packed`` or ``one by one``, as the first names of experts say; None without any.
+
+    Examples:
+        >>> layout_of_experts(["norm.weight", "layers.0.mlp.experts.3.down_proj.weight"])
+        'one by one'
+        >>> layout_of_experts(["layers.0.mlp.experts.down_proj"])
+        'packed'
+    """
+    found = next(filter(None, map(_EXPERTS.search, names)), None)
+    return None if found is None else "one by one" if found[1] else "packed"
 
 
 def is_router(name: str) -> bool:

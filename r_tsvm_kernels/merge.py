@@ -18,7 +18,7 @@ from .blocks import WHOLE, Blocks
 from .config import MergeConfig, as_config, as_dtype
 from .dispatch import ops, prepare
 from .errors import CheckpointError, ConfigError, DTypeError, NonFiniteError, RtsvmError
-from .experts import is_router
+from .experts import is_router, layout_of_experts
 from .linalg import Factored
 from .methods import (
     METHODS,
@@ -355,11 +355,18 @@ def check_same_names(
     """Check that `other` has the tensors of `base`, apart from excluded ones; return those that only `other` has.
 
     Raises:
-        CheckpointError: it lacks a tensor, or has one more, and ``config.missing`` is ``error``.
+        CheckpointError: it lacks a tensor, or has one more, and ``config.missing`` is ``error``; or only one of them
+            packs its experts.
     """
     beside = sorted(other.keys() - base.keys())
     missing = [name for name in sorted(base.keys() - other.keys()) if not is_excluded(config, name)]
     extra = [name for name in beside if not is_excluded(config, name)]
+    layouts = layout_of_experts(missing), layout_of_experts(extra)
+    if None not in layouts and layouts[0] != layouts[1]:
+        raise CheckpointError(
+            f"{label}: its experts are stored {layouts[1]}, those of the base {layouts[0]}; save both models with one "
+            "version of one library, such as transformers: from_pretrained, then save_pretrained"
+        )
     if config.missing == "error" and (missing or extra):
         kinds = {"missing": missing, "extra": extra}
         parts = [f"{len(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names]

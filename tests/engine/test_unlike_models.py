@@ -61,6 +61,22 @@ def test_adapters_of_other_prefixes(tmp_path, base, adapted):
     assert torch.equal(merged[f"{base}layers.1.q_proj.weight"], torch.full((4, 4), 3.0))
 
 
+@pytest.mark.parametrize("missing", ["error", "base", "mean_of_present"])
+def test_experts_in_other_layouts(tmp_path, missing):
+    """No choice for missing tensors makes one of the other: it would leave the experts as they are."""
+    place = "model.layers.0.mlp.experts"
+    single = {f"{place}.{i}.up_proj.weight": torch.ones(4, 4) for i in range(2)}
+    packed = {f"{place}.up_proj": torch.ones(2, 4, 4)}
+    paths = [write(tmp_path / str(len(own)), {"norm": torch.ones(4)} | own) for own in (single, packed)]
+    layouts = "packed", "one by one"
+    for base, tuned, (own, other) in ((*paths, layouts), (*paths[::-1], layouts[::-1])):
+        config = MergeConfig("ties", base_model=base, models=[tuned], missing=missing)
+        with pytest.raises(CheckpointError, match=f"its experts are stored {own}, those of the base {other};"):
+            merge_checkpoints(config, tmp_path / "out")
+        excluded = config.model_copy(update={"exclude": ("*experts*",)})
+        merge_checkpoints(excluded, tmp_path / f"without {own}")
+
+
 def test_contradicting_configs_are_said(tmp_path, capsys):
     paths = [
         write(tmp_path / "base", layers("model."), {"rope_theta": 1e4, "num_attention_heads": 2}),

@@ -33,7 +33,7 @@ def test_prefixes_of_two_generations(tmp_path):
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 def test_packed_experts_do_not_match_experts_one_by_one(tmp_path, name):
     base, tuned = two_layouts(FAMILIES[name], tmp_path)
-    with pytest.raises(CheckpointError, match=r"missing \(model.layers.0.\w+.experts.0"):
+    with pytest.raises(CheckpointError, match=r"its experts are stored packed, those of the base one by one"):
         merge_checkpoints(MergeConfig("ties", base_model=base, models=[tuned]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
