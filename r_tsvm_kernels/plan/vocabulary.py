@@ -101,10 +101,15 @@ class AlignedVocabulary:
 
     def lines(self) -> list[str]:
         """Say in words where the rows come from."""
-        words = {"merged": "merged, known to", "base": "the base's", "model": "of", "mean": "the mean of"}
+        words = {
+            "merged": "merged, known to",
+            "base": "of the base",
+            "mean": "are the mean of",
+            "padding": "of padding",
+        }
         found = [f"vocabulary {self.source}: {self.height} rows, {len(self.added)} tokens more than the base's"]
         for group in self.groups:
-            text = f"{group.count} {words.get(group.rows, group.rows)} {' and '.join(group.models)}".rstrip()
+            text = f"{group.count} rows {words.get(group.rows, 'of')} {' and '.join(group.models)}".rstrip()
             found.append(f"{text} ({', '.join(map(repr, group.tokens))}{', ...' * (group.count > len(group.tokens))})"
                          if group.tokens else text)  # fmt: skip
         return found

@@ -191,7 +191,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["inspect", *command]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "vocabulary union: 11 rows, 2 tokens more than the base's" in out
-    assert "2 of" in out
+    assert "2 rows of" in out
     assert "'<pad>', '<chat>'" in out
     assert main(["merge", *command, str(tmp_path / "out")]) == 0
     recipe = tmp_path / "recipe.yaml"
