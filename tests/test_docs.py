@@ -71,6 +71,17 @@ def test_the_recipe_is_valid(file, alpha):
     assert (options.weight, options.density, options.alpha) == ((0.8, 1.0), (1.0, 1.0), alpha)
 
 
+def test_every_kind_of_checkpoint_has_its_tests():
+    section = (ROOT / "docs" / "merging.md").read_text().split("### Kinds of checkpoints")[1].split("\n## ")[0]
+    _, _, *rows = re.findall(r"^\|.*\|$", section, re.MULTILINE)
+    named = [re.findall(r"`(test_\w+\.py)`", row.split("|")[-2]) for row in rows]
+    assert len(rows) > 20 and all(named)
+    files = {path.name: path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    listed = {name for names in named for name in names}
+    assert listed <= files.keys()
+    assert {name for name, folder in files.items() if folder == "models"} <= listed
+
+
 def commands(text):
     """The lines of all code blocks that call rtsvm, as words."""
     lines = text.replace("\\\n", " ").splitlines()

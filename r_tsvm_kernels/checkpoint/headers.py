@@ -114,7 +114,10 @@ def read_headers(file: Path) -> tuple[dict[str, TensorHeader], FileState]:
     try:
         with open_regular(file) as stream:
             stat = os.fstat(stream.fileno())
-            length = int.from_bytes(stream.read(8), "little")
+            first = stream.read(8)
+            if first == b"version ":  # https://git-lfs.github.com/spec/v1
+                raise ValueError("it is a pointer of Git LFS to the weights; fetch them: git lfs pull")
+            length = int.from_bytes(first, "little")
             if stat.st_size < 8 or not 2 <= length <= stat.st_size - 8:
                 raise ValueError(f"it has {stat.st_size} bytes and announces a header of {length}; truncated?")
             if length > MAX_JSON_BYTES:

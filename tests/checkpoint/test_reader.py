@@ -96,6 +96,12 @@ def test_truncated_files(tmp_path, keep):
         Checkpoint(folder)
 
 
+def test_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"pointer of Git LFS .* git lfs pull"):
+        Checkpoint(tmp_path)
+
+
 def test_a_header_that_claims_too_much(tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(b"\xff" * 8 + b"{}")
