@@ -155,6 +155,7 @@ def weighted_merge_layers(
     weights: Sequence[Sequence[float] | Tensor | float] | None = None,
     *,
     power: float = 1.0,
+    ranks: Sequence[Sequence[Rank] | Rank | None] | None = None,
     mode: Mode = "exact",
     solver: Solver = "eigen",
     workspace: int = WORKSPACE,
@@ -168,6 +169,7 @@ def weighted_merge_layers(
         layers: L lists of task matrices, see `weighted_merge`.
         weights: for each layer a factor for all M_t, or one for each; None means 1.
         power: as for `weighted_merge`.
+        ranks: for each layer, as for `weighted_merge`; None limits none.
         mode: as for `weighted_merge`.
         solver: as for `weighted_merge`.
         workspace: as for `weighted_merge`.
@@ -176,7 +178,7 @@ def weighted_merge_layers(
         L merged layers.
 
     Raises:
-        ShapeError: another number of weights than layers, or as `weighted_merge`.
+        ShapeError: another number of weights or ranks than layers, or as `weighted_merge`.
         DTypeError, DeviceError, ConfigError, NonFiniteError, ConvergenceError: as `weighted_merge`.
 
     Examples:
@@ -184,28 +186,30 @@ def weighted_merge_layers(
         >>> [merged.ranks for merged in weighted_merge_layers(layers)]
         [(30, 30, 30), (30, 30, 30)]
     """
-    if weights is not None and len(weights) != len(layers):
-        raise ShapeError(f"weighted_merge_layers: {len(layers)} layers, weights for {len(weights)}; give each its own")
+    op = "weighted_merge_layers"
+    for name, own in (("weights", weights), ("ranks", ranks)):
+        if own is not None and len(own) != len(layers):
+            raise ShapeError(f"{op}: {len(layers)} layers, {name} for {len(own)}; give each layer its own")
     options = _Options.given(power, None, mode, solver, workspace)
     given: Sequence[Any] = [None] * len(layers) if weights is None else weights
-    factors = [
-        given_weights(own, len(layer), "weighted_merge_layers") for own, layer in zip(given, layers, strict=True)
-    ]
+    limits: Sequence[Any] = [None] * len(layers) if ranks is None else ranks
+    factors = [given_weights(own, len(layer), op) for own, layer in zip(given, layers, strict=True)]
     results: dict[int, WeightedMerge] = {}
-    for group, batch in batches_of_layers(layers, "weighted_merge_layers") if options.by_products else ():
+    together = options.by_products and len(layers) > 1
+    for group, batch in batches_of_layers(layers, op, lambda i: limits[i] is None) if together else ():
         if bool(batch.flatten(2).any(-1).all()):
             lead = _lead((batch.shape[-2], batch.shape[-1]), batch.shape[1])
             merges = weighted_sums_by_products(batch, [factors[i] for i in group], lead, mode)
             results |= {
-                i: WeightedMerge(
-                    finite(matrix, "weighted_merge_layers"), found.ranks, found.retained, found.certificate
-                )
+                i: WeightedMerge(finite(matrix, op), found.ranks, found.retained, found.certificate)
                 for i, (matrix, found) in zip(group, merges, strict=True)
                 if found.certificate.met  # the others are merged alone, and report the failure
             }
     for i, layer in enumerate(layers):
         if i not in results:
-            results[i] = weighted_merge(layer, factors[i], power=power, mode=mode, solver=solver, workspace=workspace)
+            results[i] = weighted_merge(
+                layer, factors[i], power=power, ranks=limits[i], mode=mode, solver=solver, workspace=workspace
+            )
     return [results[i] for i in range(len(layers))]
 
 

@@ -170,6 +170,8 @@ class TensorReport:
         part: index of a block in its tensor, such as ``[3]`` for an expert; empty for a whole tensor.
         blocks: the report of each block of a tensor that was merged in blocks, such as packed experts. In the report of
             a tensor with several, ranks are empty, other numbers are means, and the certificate is the worst.
+        solver: ``eigen`` or ``products``, the solver that began; ``certificate.route`` is the one that ended. Empty
+            if the method has no choice.
     """
 
     method: str = ""
@@ -195,6 +197,7 @@ class TensorReport:
     weight_norm: float | None = None
     part: str = ""
     blocks: list[TensorReport] = field(default_factory=list)
+    solver: str = ""
 
     def __repr__(self) -> str:
         return f"TensorReport({shown(self)}, {self.seconds:.3g} s)"

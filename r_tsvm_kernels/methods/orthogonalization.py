@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..linalg import Factored, Rank, factored_gram, spectral_norm, weighted_merge
+from ..linalg import Factored, Rank, factored_gram, spectral_norm, weighted_merge_layers
 from .base import TensorReport, timed
 from .gram import cosines, gram_matrix
+from .spectral_costs import solver_for
 
 if TYPE_CHECKING:
     from .rtsvm import RtsvmParameters
@@ -73,35 +74,42 @@ def retention_exponent(gram: Tensor, retention: float | str) -> float:
 
 
 def merge_weighted_and_report(
-    base: Tensor,
-    matrices: Sequence[Tensor | Factored],
-    ranks: Sequence[Rank] | None,
+    bases: Sequence[Tensor],
+    layers: Sequence[Sequence[Tensor | Factored]],
+    ranks: Sequence[Sequence[Rank]],
     options: RtsvmParameters,
-    report: TensorReport,
-) -> Tensor:
-    """Return ``kappa * sum(w_t g_t M_t)`` with the weights of the report; add what was measured to the report.
+    reports: Sequence[TensorReport],
+) -> list[Tensor]:
+    """Return ``kappa * sum(w_t g_t M_t)`` of each layer with the weights of its report; add to it what was measured.
 
     Args:
-        base: (m, n) W_0.
-        matrices: T task matrices (m, n), after reweighting and pruning.
-        ranks: largest ranks; None keeps all directions.
+        bases: L matrices (m, n), W_0 of each layer.
+        layers: of each, T task matrices (m, n), after reweighting and pruning.
+        ranks: largest ranks of each.
         options: of the method.
-        report: its weights are those of the tasks.
+        reports: of each; the weights are those of the tasks.
     """
-    with timed(report.stages, "spectral"):
-        gram = task_products(matrices)
-        report.damping = damping_factors(gram, base, matrices, options.damping, options.workspace)
-        merged = weighted_merge(
-            matrices,
-            [weight * factor for weight, factor in zip(report.weights, report.damping, strict=True)],
+    solver = solver_for(options, bases[0].device.type)
+    spent: dict[str, list[float]] = {}
+    with timed(spent, "spectral"):
+        grams = [task_products(matrices) for matrices in layers]
+        for base, matrices, gram, report in zip(bases, layers, grams, reports, strict=True):
+            report.damping = damping_factors(gram, base, matrices, options.damping, options.workspace)
+        found = weighted_merge_layers(
+            layers,
+            [[w * g for w, g in zip(report.weights, report.damping, strict=True)] for report in reports],
             power=options.orthogonalization_power,
-            ranks=ranks,
+            ranks=[None if set(own) == {min(base.shape)} else own for base, own in zip(bases, ranks, strict=True)],
             mode=options.mode,
-            solver=options.solver,
+            solver=solver,
             workspace=options.workspace,
         )
+    updates = []
+    for merged, gram, report in zip(found, grams, reports, strict=True):
         live = [share for share, square in zip(merged.retained, gram.diagonal().tolist(), strict=True) if square]
         retained = min(max(sum(live) / len(live), LEAST_RETAINED), 1.0) if live else 1.0
         report.retained, report.gain = list(merged.retained), retained ** -retention_exponent(gram, options.retention)
-    report.ranks, report.certificate = list(merged.ranks), merged.certificate
-    return merged.matrix * report.gain if report.gain != 1 else merged.matrix
+        report.ranks, report.certificate, report.solver = list(merged.ranks), merged.certificate, solver
+        report.stages["spectral"] = [seconds / len(layers) for seconds in spent["spectral"]]
+        updates.append(merged.matrix * report.gain if report.gain != 1 else merged.matrix)
+    return updates

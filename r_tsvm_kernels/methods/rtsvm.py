@@ -200,16 +200,17 @@ def merge_rtsvm_batch(
     bases: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], options: RtsvmParameters
 ) -> list[MergeResult]:
     """Merge several matrices by `rtsvm`, in one batch if the solver can."""
-    if options.weighted:
-        return [rtsvm(base, models, options) for base, models in zip(bases, tuned, strict=True)]
     layers, ranks, reports = zip(
         *(_matrices_and_ranks(base, models, options) for base, models in zip(bases, tuned, strict=True)), strict=True
     )
-    found = merge_and_report(layers, ranks, options, reports)
+    if options.weighted:
+        updates = merge_weighted_and_report(bases, layers, ranks, options, reports)
+    else:
+        updates = [merged.matrix for merged in merge_and_report(layers, ranks, options, reports)]
     results = []
-    for base, merged, own, report in zip(bases, found, ranks, reports, strict=True):
+    for base, update, own, report in zip(bases, updates, ranks, reports, strict=True):
         _add_ranks_asked(report, own)
-        results.append(MergeResult(add_update(base, merged.matrix, options.alpha), report))
+        results.append(MergeResult(add_update(base, update, options.alpha), report))
     return results
 
 
@@ -225,7 +226,7 @@ def merge_rtsvm_batch(
     mean_if_rankless=True,
     factored=keeps_factors,
     cost=rtsvm_cost,
-    batch=lambda job, options: 1 if options.weighted else tsvm_batch_size(job, options),
+    batch=tsvm_batch_size,
     run_batch=merge_rtsvm_batch,
 )
 def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> MergeResult:
@@ -238,14 +239,7 @@ def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Merge
         >>> rtsvm(base, tuned, options).report.ranks  # at most 20 / 3
         [6, 6, 6]
     """
-    matrices, ranks, report = _matrices_and_ranks(base, tuned, options)
-    if options.weighted:
-        every = all(rank == min(base.shape) for rank in ranks)
-        update = merge_weighted_and_report(base, matrices, None if every else ranks, options, report)
-    else:
-        update = merge_and_report([matrices], [ranks], options, [report])[0].matrix
-    _add_ranks_asked(report, ranks)
-    return MergeResult(add_update(base, update, options.alpha), report)
+    return merge_rtsvm_batch([base], [tuned], options)[0]
 
 
 def _matrices_and_ranks(

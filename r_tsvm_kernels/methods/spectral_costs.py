@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .. import dispatch
 from ..linalg import (
+    Solver,
     choose_rank,
     fixed_rank,
     tsv_merge_bytes,
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
     from .tsvm import TsvmParameters
 
 
+def solver_for(options: TsvmParameters, device_type: str) -> Solver:
+    """Return the solver on a type of device: with ``auto``, ``products`` where kernels run all of its ops.
+
+    A CPU only simulates the formats of tensor cores; so do the references on a GPU.
+    """
+    if options.solver == "eigen" or options.solver == "products":
+        return options.solver
+    return "eigen" if device_type == "cpu" or dispatch.by_reference(device_type, *PRODUCTS) else "products"
+
+
 def spectral_cost(job: TensorJob, options: TsvmParameters, ranks: Sequence[int]) -> Cost:
     """Return the cost of TSV-Merge with its task matrices, at these ranks or smaller ones."""
     shape = (job.shape[0], job.shape[1])
@@ -34,7 +45,7 @@ def spectral_cost(job: TensorJob, options: TsvmParameters, ranks: Sequence[int])
         shape,
         ranks,
         itemsize=job.itemsize,
-        solver=options.solver,
+        solver=solver_for(options, job.device_type),
         workspace=options.workspace,
         simulated=simulated,
     )
@@ -71,7 +82,7 @@ def _weighted_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
         power=power,
         limited=limited,
         itemsize=itemsize,
-        solver=options.solver,
+        solver=solver_for(options, job.device_type),
         workspace=options.workspace,
     )
     scaling, adding = 3 * itemsize * job.elements, (6 * itemsize + 1) * job.elements  # one after the other

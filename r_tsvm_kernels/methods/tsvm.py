@@ -12,7 +12,7 @@ Source: Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1. `linal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 from torch import Tensor
@@ -21,7 +21,6 @@ from ..linalg import (
     Factored,
     Mode,
     Rank,
-    Solver,
     TsvMerge,
     fixed_rank,
     interference_above_chance,
@@ -42,7 +41,7 @@ from .base import (
     task_matrices,
     timed,
 )
-from .spectral_costs import tsvm_cost
+from .spectral_costs import solver_for, tsvm_cost
 
 # An eighth of the default of `tsv_merge`: measured to be no slower, and it halves the memory of tall matrices. It
 # affects how sums are rounded, so it does not depend on the memory budget.
@@ -57,7 +56,9 @@ class TsvmParameters(MethodParameters):
 
     alpha: FiniteFloat = Field(default=1.0, alias="lambda", description="scale of the merged task vector")
     mode: Mode = Field(default="exact", description="exact (1e-4 of float64) or fast (1e-2)")
-    solver: Solver = Field(default="eigen", description="eigen, or products (tensor cores)")
+    solver: Literal["auto", "eigen", "products"] = Field(
+        default="auto", description="eigen, products (tensor cores), or auto: products on a GPU whose kernels passed"
+    )
     workspace: Annotated[int, BeforeValidator(parse_size), Field(ge=1)] = Field(
         default=WORKSPACE, description="memory for copies of rows, e.g. 64MB: less is slower and changes the last bits"
     )
@@ -68,7 +69,7 @@ class TsvmParameters(MethodParameters):
 
 def tsvm_batch_size(job: TensorJob, options: TsvmParameters) -> int:
     """Return the number of matrices to merge at a time: solver ``products`` merges equal shapes in one batch."""
-    if options.solver != "products":
+    if solver_for(options, job.device_type) != "products":
         return 1
     return max(1, BATCH_ELEMENTS["cpu" if job.device_type == "cpu" else "cuda"] // max(1, job.tasks * job.elements))
 
@@ -126,6 +127,8 @@ def merge_and_report(
 
     That is ranks, energies, interference, certificate, and an equal share of the time.
     """
+    first = layers[0][0]
+    solver = solver_for(options, (first.left if isinstance(first, Factored) else first).device.type)
     spent: dict[str, list[float]] = {}
     with timed(spent, "spectral"):
         found = tsv_merge_layers(
@@ -133,13 +136,13 @@ def merge_and_report(
             ranks,
             [report.weights for report in reports],
             mode=options.mode,
-            solver=options.solver,
+            solver=solver,
             workspace=options.workspace,
         )
     for merged, matrices, report in zip(found, layers, reports, strict=True):
         report.stages["spectral"] = [seconds / len(layers) for seconds in spent["spectral"]]
         report.ranks, report.captured_energy = list(merged.ranks), list(merged.captured_energy)
-        report.certificate = merged.certificate
+        report.certificate, report.solver = merged.certificate, solver
         sides = zip(merged.interference, matrices[0].shape, strict=True)
         above = [interference_above_chance(overlap, merged.ranks, size) for overlap, size in sides]
         report.interference = [value for value in above if value is not None]

@@ -102,7 +102,7 @@ def test_arguments():
     layer = [spectrum("flat", 20, 10, t) for t in range(2)]
     with pytest.raises(ConfigError, match="solver must be one of"):
         weighted_merge(layer, solver="lapack")
-    with pytest.raises(ShapeError, match="2 layers, weights for 1"):
+    with pytest.raises(ShapeError, match="2 layers, weights for 1; give each layer its own"):
         weighted_merge_layers([layer, layer], [1.0])
     with pytest.raises(NonFiniteError):
         weighted_merge(layer, [1e308, 1e308], solver="products")

@@ -10,6 +10,7 @@ from spectra import spectrum
 from r_tsvm_kernels import MergeConfig, merge_tensors
 from r_tsvm_kernels.errors import ConfigError
 from r_tsvm_kernels.linalg import Factored, long_side_is_whole
+from r_tsvm_kernels.methods import METHODS
 
 SHAPES = [(40, 40), (60, 25), (25, 60)]
 
@@ -129,3 +130,20 @@ def test_factors_are_merged_without_their_products(shape, monkeypatch):
     assert relative_error(got.weight - base, (dense.weight - base).double()) < 1e-5
     assert got.report.damping == pytest.approx(dense.report.damping, rel=1e-5)
     assert got.report.gain == pytest.approx(dense.report.gain, rel=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["eigen", "products"])
+def test_several_matrices_are_merged_as_one_by_one(solver):
+    generator = torch.Generator().manual_seed(0)
+    bases = [torch.randn(24, 20, generator=generator) for _ in range(3)]
+    tuned = [[base + torch.randn(24, 20, generator=generator) for _ in range(2)] for base in bases]
+    method, given = METHODS["rtsvm"], {"weight": [1.0, 2.0], "density": [1.0] * 2, "rank": ["full"] * 2}
+    options = method.parameters(preset="weighted", solver=solver, **given)
+    together = method.run_batch(bases, tuned, options)
+    for base, models, found in zip(bases, tuned, together, strict=True):
+        alone = method.run(base, models, options)
+        assert torch.allclose(found.weight, alone.weight, atol=1e-5)
+        assert found.report.solver == alone.report.solver == solver
+        assert found.report.certificate.route.startswith("products") == (solver == "products")
+        assert found.report.gain == pytest.approx(alone.report.gain, abs=1e-5)
+        assert found.report.damping == alone.report.damping

@@ -6,7 +6,9 @@ from compare import relative_error, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r_tsvm_kernels import MergeConfig, merge_tensors
+from r_tsvm_kernels import MergeConfig, dispatch, merge_tensors
+from r_tsvm_kernels.methods.spectral_costs import solver_for
+from r_tsvm_kernels.methods.tsvm import TsvmParameters
 
 CONFIG = MergeConfig("tsvm")
 
@@ -125,3 +127,23 @@ def test_float64_keeps_its_precision():
     exact = oracle.tsvm(*doubles(base, tuned))
     assert relative_error(merge_tensors(base, tuned, CONFIG).weight, exact) < 1e-12
     assert np.isfinite(exact).all()
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels", "solver"), [("cpu", True, "eigen"), ("cuda", False, "eigen"), ("cuda", True, "products")]
+)
+def test_auto_takes_products_where_their_kernels_run(monkeypatch, device, kernels, solver):
+    monkeypatch.setattr(dispatch, "by_reference", lambda device, *ops: not kernels)
+    assert solver_for(TsvmParameters(), device) == solver
+    assert {solver_for(TsvmParameters(solver=given), device) for given in ("eigen", "products")} == {
+        "eigen",
+        "products",
+    }
+
+
+def test_the_report_names_the_solver():
+    base, tuned = torch.zeros(12, 8), [torch.randn(12, 8) for _ in range(2)]
+    assert merge_tensors(base, tuned, "tsvm").report.solver == "eigen"
+    products = merge_tensors(base, tuned, "tsvm", solver="products").report
+    assert products.solver == "products"
+    assert merge_tensors(base, tuned, "ties").report.solver == ""
