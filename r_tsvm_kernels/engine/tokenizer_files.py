@@ -19,13 +19,14 @@ from ..checkpoint import (
 )
 from ..checkpoint.headers import merges_of
 from ..errors import CheckpointError
-from ..files import write_json, write_text
+from ..files import copy_file, write_json, write_text
 from ..plan import AlignedVocabulary
 from .sidecar_files import copy_files
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Files of older tokenizers, which hold the model's own tokens without those that a union adds.
 _OLDER = ("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm", "*.tiktoken")
+_GENERATION = "generation_config.json"
 _ID_ENDINGS = ("_token_id", "_token_ids", "_token_index")
 
 
@@ -50,9 +51,14 @@ def fit_vocabulary(vocabulary: AlignedVocabulary, base: Checkpoint, stage: Path)
         assert owner.main is not None
         _replace_tokenizer(owner.main, folder)
         ids = vocabulary.new_ids(base)
+        if not (folder / _GENERATION).is_file() and (owner.main / _GENERATION).is_file():
+            copy_file(owner.main / _GENERATION, folder / _GENERATION)
     if vocabulary.added:
-        _add_tokens(vocabulary, folder)
-    for name in ("config.json", "generation_config.json"):
+        try:
+            _add_tokens(vocabulary, folder)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{base.main}: its tokenizer is not as expected: {error!r}") from error
+    for name in ("config.json", _GENERATION):
         if not (folder / name).is_file():
             continue
         before = config = read_json(folder / name)[0]
@@ -87,16 +93,14 @@ def _with_height(config: dict[str, Any], height: int) -> dict[str, Any]:
 
 def _with_ids(config: Mapping[str, Any], owner: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, Any]:
     """Return a config with the token ids of the owner's; those that it lacks move with their tokens, or are dropped."""
-    changed: dict[str, Any] = {}
+    changed = {key: value for key, value in owner.items() if key.endswith(_ID_ENDINGS)}
     for key, value in config.items():
         if isinstance(value, dict):
             inner = owner.get(key)
             changed[key] = _with_ids(value, inner if isinstance(inner, dict) else {}, ids)
-        elif not key.endswith(_ID_ENDINGS) or value is None:
+        elif not key.endswith(_ID_ENDINGS) or (value is None and key not in owner):
             changed[key] = value
-        elif key in owner:
-            changed[key] = owner[key]
-        elif all(index in ids for index in (value if isinstance(value, list) else [value])):
+        elif key not in owner and all(index in ids for index in (value if isinstance(value, list) else [value])):
             changed[key] = [ids[index] for index in value] if isinstance(value, list) else ids[value]
     return changed
 
@@ -134,7 +138,7 @@ def _add_tokens(vocabulary: AlignedVocabulary, folder: Path) -> None:
 
 def _write_tokenizer(file: Path, content: Mapping[str, Any], with_merges: bool) -> None:
     """Replace the content of a tokenizer; unless it has the merges, those of the file stay."""
-    text = json.dumps(content, ensure_ascii=False).encode("utf-8")
+    text = json.dumps(content).encode()
     first, last = merges_of(text)
     if last and not with_merges:
         before = file.read_bytes()
@@ -173,7 +177,7 @@ def _fix_ids(file: Path, content: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the model cannot take the token.
     """
-    vocabulary = content["model"]["vocab"]
+    vocabulary = content["model"].get("vocab") or {}
     own: Mapping[str, int] = vocabulary if isinstance(vocabulary, dict) else {x[0]: i for i, x in enumerate(vocabulary)}
     if all(entry["id"] == found for entry, found in zip(content["added_tokens"], _counted(content, own), strict=True)):
         return

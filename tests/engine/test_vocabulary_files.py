@@ -83,11 +83,13 @@ def test_token_ids_follow_the_vocabulary(tmp_path):
     paths = pair(tmp_path, chat=tokenizer_json(PIECES[::-1], ["<x>", "<s>"]), config=config,
                  generation_config={"eos_token_id": 8, "unk_token_id": 3, "top_k": 5})  # fmt: skip
     (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
+    (tmp_path / "chat" / "config.json").write_text('{"vocab_size": 10, "sep_token_id": 2}')
     (tmp_path / "chat" / "chat_template.jinja").write_text("template")
     (tmp_path / "base" / "special_tokens_map.json").write_text("{}")
     merge(paths, tmp_path / "out", f"model:{paths[1]}")
     found = read(tmp_path / "out", "config")
     assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (7, [9, 6], None)
+    assert found["sep_token_id"] == 2  # only the model has it
     assert found["text_config"]["vocab_size"] == found["vocab_size"] == 10
     assert read(tmp_path / "out", "generation_config") == {"eos_token_id": [9, 8], "unk_token_id": 4, "top_k": 5}
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "template"
@@ -183,6 +185,34 @@ def test_adapters_beside_models(tmp_path, module, vocabulary):
         assert torch.allclose(found[name][:rows], expected, atol=1e-5)
     if vocabulary == "union":
         assert torch.equal(found[EMBEDDING][9:], chat[EMBEDDING][9:])
+
+
+def test_a_generation_config_that_only_the_chosen_model_has(tmp_path):
+    paths = pair(tmp_path)
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": 10, "top_k": 3}')
+    merge(paths, tmp_path / "out", f"model:{paths[1]}")
+    assert read(tmp_path / "out", "generation_config") == {"eos_token_id": 10, "top_k": 3}
+    merge(paths, tmp_path / "union", "union")
+    assert not (tmp_path / "union" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("model", ['{"merges": [5], "vocab": {"a": 0}, "type": "BPE"}', "null"])
+def test_a_damaged_tokenizer_of_the_base(tmp_path, model):
+    paths = pair(tmp_path, chat=tokenizer_json([*PIECES, "z"], ["<s>"], merges=["a b"]))
+    added = '[{"id": 8, "content": "<s>"}]'
+    (tmp_path / "base" / "tokenizer.json").write_text(f'{{"model": {model}, "added_tokens": {added}}}')
+    with pytest.raises((CheckpointError, ConfigError), match=r"not as expected|cannot take those"):
+        merge(paths, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_token_that_is_no_text(tmp_path):
+    paths = pair(tmp_path)
+    text = json.dumps(tokenizer_json([*PIECES[:-1], "\ud800"], ["<s>"]))
+    (tmp_path / "base" / "tokenizer.json").write_text(text)
+    assert merge(paths, tmp_path / "out")[EMBEDDING].shape[0] == 12
+    assert ids_of(read(tmp_path / "out", "tokenizer"))["\ud800"] == 7
+    assert main(["report", str(tmp_path / "out")]) == 0
 
 
 def test_the_command(tmp_path, capsys):
