@@ -127,14 +127,21 @@ __device__ inline void for_differences(const MatrixView& base, int count, const 
   }
 }
 
+// One instruction for 16 bytes: nvcc splits an assignment into single elements where the kernel also stores those. The
+// lines leave the cache first, because no kernel reads what it has stored.
+__device__ inline void store_whole(const float (&in)[kItems], float* to) {
+  __stcs(reinterpret_cast<float4*>(to), float4{in[0], in[1], in[2], in[3]});
+}
+__device__ inline void store_whole(const double (&in)[kItems], double* to) {
+  __stcs(reinterpret_cast<double2*>(to), double2{in[0], in[1]});
+  __stcs(reinterpret_cast<double2*>(to + 2), double2{in[2], in[3]});
+}
+
 template <class Real>
 __device__ inline void store_four(const Real (&in)[kItems], Real* to, int64_t index, int64_t elements) {
   to += index;
   if (is_whole(to, index, elements)) {
-    Four<Real> four;
-#pragma unroll
-    for (int j = 0; j < kItems; ++j) four.item[j] = in[j];
-    *reinterpret_cast<Four<Real>*>(to) = four;
+    store_whole(in, to);
   } else {
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {

@@ -101,6 +101,17 @@ T atomicAdd(T* address, T value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned __float_as_uint(float value) { return cuda_on_cpu::bits_as<unsigned>(value); }
 inline float __uint_as_float(unsigned value) { return cuda_on_cpu::bits_as<float>(value); }
