@@ -38,8 +38,8 @@ def gemm3(
     """Return ``alpha A @ B + beta C``, rounded once to the output format.
 
     Three fp16 products per element (one without low planes), accumulated in float32 (Ootomo and Yokota, arXiv
-    2203.03341). Kernels have the error of a float32 product, not the bits of the reference. Fastest where k and n are
-    multiples of 16.
+    2203.03341). Kernels have the error of a float32 product, not the bits of the reference. Fastest where m, k and n
+    are multiples of 64: kernels copy other matrices and fill them up with zeros.
 
     Args:
         A: (..., m, k); ``A.mT`` for a transposed factor.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._planes import OutDtype, Planes
 from .._triton import device_of
-from .._triton_products import low_plane, product_tile, tile_of
+from .._triton_products import aligned, cut, low_plane, padded, product_tile, tile_of
 
 GROUP = 8  # blocks of rows that share their columns in the cache
 
@@ -20,9 +20,10 @@ def gemm3_kernel(
     stride_ab, stride_am, stride_ak, stride_bb, stride_bk, stride_bn, stride_cb, stride_cm, stride_cn,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``out = scale A B + share C`` of matrix ``program_id(1)``, one tile; no C where `c_ptr` is None."""
-    index, batch = tl.program_id(0), tl.program_id(1)
+    """``out = scale A B + share C`` of a batch of matrices, one tile; no C where `c_ptr` is None."""
     blocks = tl.cdiv(n, BN)
+    tiles = tl.cdiv(m, BM) * blocks
+    index, batch = tl.program_id(0) % tiles, tl.program_id(0) // tiles  # the second axis of a grid ends at 65535
     first_row = index // (GROUP * blocks) * GROUP
     height = min(tl.cdiv(m, BM) - first_row, GROUP)
     row = first_row + index % (GROUP * blocks) % height
@@ -61,24 +62,24 @@ def run(
     A: Planes, B: Planes, scale: Tensor, share: Tensor, C: Tensor | Planes | None, out_dtype: OutDtype
 ) -> Tensor | Planes:
     """Return ``scale A @ B + share C``, planes without their scales; one leading dimension."""
-    (batch, m, k), n = A.shape, B.shape[-1]
+    (batch, m, _), n = A.shape, B.shape[-1]
     tile = tile_of(A.hi)
-    a_hi, a_lo = _alike(A.hi, A.lo)
-    b_hi, b_lo = _alike(B.hi, B.lo)
-    c, c_lo = _alike(C.hi, C.lo) if isinstance(C, Planes) else (C, None)
+    A, B = aligned(A, tile.BK), aligned(B, tile.BK)
+    (_, rows, k), columns = A.shape, B.shape[-1]
+    c: Tensor | None
+    if isinstance(C, Planes):
+        C = aligned(C, tile.BK)
+        c, c_lo = C.hi, C.lo
+    else:
+        c, c_lo = C if C is None or (rows, columns) == (m, n) else padded(C, tile.BK), None
     dtype = out_dtype if isinstance(out_dtype, torch.dtype) else torch.float16
-    first = torch.empty((batch, m, n), dtype=dtype, device=a_hi.device)
-    second = torch.empty_like(first) if out_dtype == "planes" and a_lo is not None else None
+    first = torch.empty((batch, rows, columns), dtype=dtype, device=A.hi.device)
+    second = torch.empty_like(first) if out_dtype == "planes" and A.lo is not None else None
     if first.numel():
         with device_of(first):
-            gemm3_kernel[(triton.cdiv(m, tile.BM) * triton.cdiv(n, tile.BN), batch)](
-                a_hi, a_lo, b_hi, b_lo, scale, share, c, c_lo, first, second, m, n, k,
-                *a_hi.stride(), *b_hi.stride(), *((0, 0, 0) if c is None else c.stride()),
+            gemm3_kernel[(triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN) * batch,)](
+                A.hi, A.lo, B.hi, B.lo, scale, share, c, c_lo, first, second, rows, columns, k,
+                *A.hi.stride(), *B.hi.stride(), *((0, 0, 0) if c is None else c.stride()),
                 GROUP=GROUP, **tile.options(),
             )  # fmt: skip
-    return Planes(first, second, torch.ones_like(A.scale)) if out_dtype == "planes" else first
-
-
-def _alike(hi: Tensor, lo: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both planes with the same strides."""
-    return (hi, lo) if lo is None or lo.stride() == hi.stride() else (hi.contiguous(), lo.contiguous())
+    return cut(Planes(first, second, torch.ones_like(A.scale)) if out_dtype == "planes" else first, m, n)

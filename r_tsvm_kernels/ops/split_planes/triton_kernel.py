@@ -16,10 +16,12 @@ BLOCK = 2048
 
 @triton.jit
 def split_kernel(x_ptr, inverse_ptr, hi_ptr, lo_ptr, numel, BLOCK: tl.constexpr):
-    """``hi = fp16(x inverse)``, ``lo = fp16((x inverse - hi) 2^11)`` for matrix ``program_id(1)``."""
-    batch = tl.program_id(1)
-    offsets, inside = block_offsets(tl.program_id(0), numel, BLOCK)
-    offsets += batch.to(tl.int64) * numel
+    """``hi = fp16(x inverse)``, ``lo = fp16((x inverse - hi) 2^11)`` for a batch of matrices."""
+    blocks = tl.cdiv(numel, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    block, batch = program % blocks, program // blocks  # the second axis of a grid ends at 65535
+    offsets, inside = block_offsets(block, numel, BLOCK)
+    offsets += batch * numel
     # The inverse of a power of two within the normal numbers: exact.
     value = tl.load(x_ptr + offsets, mask=inside, other=0.0) * tl.load(inverse_ptr + batch)
     hi = value.to(tl.float16)
@@ -35,7 +37,7 @@ def run(x: Tensor, scale: Tensor, low: bool) -> Planes:
     numel = x.shape[-2] * x.shape[-1]
     if x.numel():
         with device_of(x):
-            split_kernel[(triton.cdiv(numel, BLOCK), x.numel() // numel)](
+            split_kernel[(triton.cdiv(numel, BLOCK) * (x.numel() // numel),)](
                 flat(x), 1 / scale.reshape(-1), planes.hi, planes.lo, numel, BLOCK, **LAUNCH
             )  # fmt: skip
     return planes

@@ -12,7 +12,7 @@ from .._planes import Planes
 from ..split_planes import split_planes
 
 # See `_cases`.
-WIDTHS = {"symmetric_kernel": (16, 4)}
+WIDTHS = {"symmetric_kernel": (16, 16)}
 
 
 def cases(device: torch.device | str) -> Iterator[Case]:
