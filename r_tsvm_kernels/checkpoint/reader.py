@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -226,11 +226,15 @@ class Checkpoint:
         self.tensors[name] = self.tensors[original]
         self._stored[name] = self._stored.get(original, original)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names: the new ones by the stored ones."""
+        self.tensors = {names.get(name, name): header for name, header in self.tensors.items()}
+        self._stored |= {new: name for name, new in names.items()}
+
     def take_names(self, base: Checkpoint) -> None:
         """Give tensors whose names differ from the base's in the prefix of a model class the names of the base."""
         names = same_but_for_prefix(self.tensors, base.tensors)
-        self.tensors = {names.get(name, name): header for name, header in self.tensors.items()}
-        self._stored |= {new: name for name, new in names.items()}
+        self.rename(names)
         if names:
             name, new = next(iter(names.items()))
             self.notes.append(f"{self.path}: {len(names)} tensors take the names of the base ({name} is its {new})")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, runs
 from ..linalg import Factored
+from ..lora import Change
 from ..lora.adapted_model import AdaptedModel
 from ..plan import AlignedVocabulary, MergePlan
 from ..values import stored
@@ -20,7 +21,9 @@ from ..values import stored
 _ROWS = 256
 
 
-def read_aligned(plan: MergePlan, name: str, first: int, last: int, *, pin: bool = False) -> list[Tensor | Factored]:
+def read_aligned(
+    plan: MergePlan, name: str, first: int, last: int, *, pin: bool = False
+) -> list[Tensor | Factored | Change]:
     """Read rows `first` to `last` (exclusive) of the output from every input that has a part of the tensor, base first.
 
     Raises:
@@ -32,7 +35,7 @@ def read_aligned(plan: MergePlan, name: str, first: int, last: int, *, pin: bool
     base = torch.zeros(shape, dtype=tensor.parts[0].dtype, pin_memory=pin, device="cpu")
     plan.base.load_rows(name, vocabulary.rows[plan.base][first:last], base)
     _read_new_rows(plan, vocabulary, name, first, base)
-    found: list[Tensor | Factored] = [base]
+    found: list[Tensor | Factored | Change] = [base]
     for part in tensor.parts[1:]:
         source = plan.inputs[part.source]
         if isinstance(source, Checkpoint):
@@ -40,7 +43,7 @@ def read_aligned(plan: MergePlan, name: str, first: int, last: int, *, pin: bool
             source.load_rows(name, vocabulary.rows[source][first:last], own)
             found.append(own)
         else:
-            found.append(source.task_matrix(plan.module(source, name), pin=pin))
+            found.append(source.load_change(plan.module(source, name), pin=pin))
     return found
 
 

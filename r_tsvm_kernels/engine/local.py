@@ -19,17 +19,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from ..checkpoint import Checksum
-from ..linalg import Factored
 from ..methods import MergeResult, timed
 from ..plan import MergePlan
 from .job import COMMIT_SECONDS
 from .journal import Finished
 from .scheduling import Schedule
 from .shards import Shards
-from .tiles import Assembly, Tile, checksums_by_input, merge_tile, read_tile, tiles_of, update_checksum
+from .tiles import Assembly, Tile, Values, checksums_by_input, merge_tile, read_tile, tiles_of, update_checksum
 
 # Seconds that a stopped merge waits for tiles that are being merged.
 GRACE_SECONDS = 2.0
@@ -118,7 +116,7 @@ class _Read:
     """A tile that was read: its inputs, the time of reading and, with the last tile of a tensor, all checksums."""
 
     tile: Tile
-    inputs: list[Tensor | Factored]
+    inputs: list[Values]
     checksums: list[str]
     stages: dict[str, list[float]]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Checksum, TensorHeader, first_scale_row, requantise
 from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
-from ..lora import Adapter
+from ..lora import Adapter, Change
 from ..lora.adapted_model import AdaptedModel
 from ..merge import mean_of_present, merge_tensors
 from ..methods import MergeResult, TensorReport, timed
@@ -30,6 +30,9 @@ from .aligned_rows import read_aligned, restore_untouched
 from .journal import Finished, FinishedScales
 from .scheduling import TensorSchedule
 from .shards import Shards
+
+# A tensor, or what an adapter does to one.
+Values = Tensor | Factored | Change
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ def tiles_of(name: str, schedule: TensorSchedule) -> Iterator[Tile]:
         yield Tile(name, index, schedule.count, first, last)
 
 
-def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor | Factored]:
+def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Values]:
     """Read a tile of every input that has a part of the tensor, the base first. Adapters give their factors.
 
     Raises:
@@ -70,16 +73,20 @@ def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Tensor 
     rows = None if tile.count == 1 else (tile.first, tile.last)
     sources = [plan.inputs[part.source] for part in plan.tensors[tile.name].parts]
     return [
-        source.task_matrix(plan.module(source, tile.name), pin=pin)  # never cut: see `MergePlan.row_wise`
+        source.load_change(plan.module(source, tile.name), pin=pin)  # never cut: see `MergePlan.row_wise`
         if isinstance(source, Adapter)
         else source.load(tile.name, rows=rows, pin=pin)
         for source in sources
     ]
 
 
-def update_checksum(checksum: Checksum, values: Tensor | Factored) -> None:
+def update_checksum(checksum: Checksum, values: Values) -> None:
     """Add a tensor, or both factors of an update, to a checksum."""
-    for tensor in (values.left, values.right) if isinstance(values, Factored) else (values,):
+    if isinstance(values, Tensor):
+        tensors: tuple[Tensor, ...] = (values,)
+    else:
+        tensors = (values.left, values.right) if isinstance(values, Factored) else values.tensors
+    for tensor in tensors:
         checksum.update(tensor.contiguous())
 
 
@@ -98,7 +105,7 @@ def checksums_by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]
 def merge_tile(
     plan: MergePlan,
     tile: Tile,
-    inputs: Sequence[Tensor | Factored],
+    inputs: Sequence[Values],
     device: torch.device,
     measure_norms: bool | None = None,
 ) -> MergeResult:
@@ -163,7 +170,7 @@ def _as_written(plan: MergePlan, tile: Tile, result: MergeResult) -> MergeResult
     return result
 
 
-def _mean(plan: MergePlan, tensor: TensorPlan, loaded: Mapping[Checkpoint | Adapter, Tensor | Factored]) -> MergeResult:
+def _mean(plan: MergePlan, tensor: TensorPlan, loaded: Mapping[Checkpoint | Adapter, Values]) -> MergeResult:
     """Return the mean of the models that have a tensor."""
     present = []
     for model in plan.tuned:
@@ -171,7 +178,7 @@ def _mean(plan: MergePlan, tensor: TensorPlan, loaded: Mapping[Checkpoint | Adap
         if origin in loaded:
             update = loaded.get(model.adapter) if isinstance(model, AdaptedModel) else None
             base = _whole(loaded[origin])
-            present.append(base_plus(base, update) if isinstance(update, Factored) else base)
+            present.append(base if update is None else _tuned(base, update))
     result = mean_of_present(
         present, plan.config, tensor.treatment.reason, name=tensor.name, out_dtype=tensor.merged_dtype
     )
@@ -180,20 +187,28 @@ def _mean(plan: MergePlan, tensor: TensorPlan, loaded: Mapping[Checkpoint | Adap
 
 
 def _model(
-    plan: MergePlan, model: Checkpoint | AdaptedModel, loaded: Mapping[Checkpoint | Adapter, Tensor | Factored]
+    plan: MergePlan, model: Checkpoint | AdaptedModel, loaded: Mapping[Checkpoint | Adapter, Values]
 ) -> Tensor | Factored:
     """Return the values that a model has for a tensor, or the update that it adds to the base."""
     origin = model.base if isinstance(model, AdaptedModel) else model
     base = _whole(loaded[origin])
     update = loaded.get(model.adapter) if isinstance(model, AdaptedModel) else None
-    if isinstance(update, Factored):
-        return update if origin is plan.base else base_plus(base, update)
+    if update is not None:
+        return update if isinstance(update, Factored) and origin is plan.base else _tuned(base, update)
     if origin is not plan.base or not any(isinstance(values, Factored) for values in loaded.values()):
         return base
     return Factored(base.new_zeros(base.shape[0], 0), base.new_zeros(0, base.shape[1]))
 
 
-def _whole(values: Tensor | Factored) -> Tensor:
+def _tuned(base: Tensor, update: Values) -> Tensor:
+    """Return the tuned tensor of a model whose adapter changes the base."""
+    if isinstance(update, Factored):
+        return base_plus(base, update)
+    assert not isinstance(update, Tensor)
+    return update.applied(base)
+
+
+def _whole(values: Values) -> Tensor:
     assert isinstance(values, Tensor)
     return values
 

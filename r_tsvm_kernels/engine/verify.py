@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint, Checksum, settle_copies
 from ..files import usable_path
-from ..lora import Adapter
+from ..lora import WholeAdapter
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter
 from ..text import dtype_name
 from .journal import read_journal
@@ -103,7 +103,7 @@ def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | A
     yield base
     for path in paths[1:]:
         if is_adapter(usable_path(path)):
-            yield adapt(base, Adapter(path))
+            yield adapt(base, WholeAdapter(path, allow_pickle=allow_pickle))
         else:
             model = Checkpoint(path, allow_pickle=allow_pickle)
             model.take_names(base)
@@ -117,5 +117,5 @@ def _checksum_of_input(model: Checkpoint | AdaptedModel, name: str) -> str | Non
     if name not in model.modules:
         return None
     state = Checksum()
-    update_checksum(state, model.adapter.task_matrix(model.modules[name]))
+    update_checksum(state, model.adapter.load_change(model.modules[name]))
     return state.hexdigest()

@@ -12,15 +12,19 @@ from .adapter import (
     transposed,
 )
 from .adapter_config import AdapterConfig, make_config, parse_config
+from .changes import Change
 from .in_memory import InMemoryAdapter
 from .updates import from_triplets, rank_of, truncated
+from .whole_adapter import WholeAdapter
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterWriter",
+    "Change",
     "InMemoryAdapter",
     "LoraModule",
+    "WholeAdapter",
     "base_layer_name",
     "common_base_layers",
     "common_modules",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.prefixes import without_prefix
-from ..errors import CheckpointError, ConfigError, DTypeError, ShapeError
+from ..errors import AdapterRefusedError, CheckpointError, ConfigError, DTypeError, ShapeError
 from ..files import exists
 from ..ops._checks import FLOAT_DTYPES
 from .adapter import WEIGHTS_FILE, Adapter
@@ -21,7 +21,8 @@ class AdaptedModel:
     Attributes:
         base: the checkpoint.
         adapter: the adapter.
-        modules: maps the checkpoint's names of changed weights to the names of the adapter's modules.
+        modules: maps the checkpoint's names of changed weights to the keys of the adapter's changes, most of them names
+            of modules.
     """
 
     base: Checkpoint
@@ -48,20 +49,23 @@ def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
         CheckpointError: the checkpoint lacks such a weight.
         ShapeError: a weight and its update differ in shape.
         DTypeError: a weight is not floating-point, as in quantised models.
+        AdapterRefusedError: a weight is changed in two ways.
     """
     modules = {}
-    for module in adapter.modules.values():
-        name = _weight_name(base, adapter, module.weight_name)
+    for weight_name, shape, key in adapter.weight_shapes():
+        name = _weight_name(base, adapter, weight_name)
         header = base.tensors[name]
-        shape = module.shape[::-1] if module.transposed else module.shape
-        if header.shape != shape:
+        if name in modules:
+            raise AdapterRefusedError(f"{adapter.path}: changes {name} in two ways, which is not supported")
+        rows = shape[:1] == (-1,)  # some rows of any number
+        if header.shape[rows:] != shape[rows:]:
             raise ShapeError(
                 f"{adapter.path}: the update of {name} has shape {shape}, the weight in {base.path} "
                 f"{header.shape}; the adapter belongs to another model, or a vocabulary was resized"
             )
         if header.dtype not in FLOAT_DTYPES:
             raise DTypeError(f"{adapter.path}: changes {name}, which is {header.dtype} in {base.path}; dequantise it")
-        modules[name] = module.name
+        modules[name] = key
     return AdaptedModel(base, adapter, modules)
 
 
@@ -90,7 +94,7 @@ def split_reference(model: str) -> tuple[str, str | None]:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter and no model."""
-    files = (CONFIG_FILE, WEIGHTS_FILE)
+    files = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
     weights = ("model.safetensors", "model.safetensors.index.json")
     return any((path / file).is_file() for file in files) and not any((path / file).exists() for file in weights)
 

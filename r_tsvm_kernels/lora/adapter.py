@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,14 +23,23 @@ from ..linalg import Factored
 from ..ops._checks import FLOAT_DTYPES, check_finite, is_finite
 from ..text import dtype_name
 from .adapter_config import CONFIG_FILE, make_config, read_config
+from .changes import Change
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # Endings of the names of A and B: of a linear module, of an embedding.
-_LINEAR = (".lora_A.weight", ".lora_B.weight")
-_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+LINEAR = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 # Copy of the base weight, which PEFT stores beside the factors of embeddings and heads.
-_BASE_LAYER = ".base_layer.weight"
+BASE_LAYER = ".base_layer.weight"
+
+
+# Names in a checkpoint of a training: with the name of the adapter.
+_NAMED = re.compile(
+    r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"\.(?!weight$)(?P<adapter>\w+)(?:\.weight)?"
+)
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>\w+)\.(?P<rest>.+)")
 
 
 class Weights(Protocol):
@@ -70,12 +80,18 @@ class LoraModule:
         """Name of the weight in the base model."""
         return f"{self.name}.weight"
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the weight in the base model."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+
 
 class Adapter:
     """A folder with ``adapter_config.json`` and ``adapter_model.safetensors``. Only headers are read before `load`.
 
     Args:
         path: the folder, or the Hugging Face id of the adapter.
+        allow_pickle: read ``adapter_model.bin`` if there is nothing else; only tensors are unpickled.
 
     Attributes:
         path: the folder.
@@ -89,16 +105,23 @@ class Adapter:
         PickleRefusedError: the weights exist only as pickle.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    # Settings of a config beyond plain LoRA that a subclass can carry out.
+    accepted: frozenset[str] = frozenset()
+
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
         self.path = resolve(str(path))
-        self.config, self._config_state = read_config(self.path)
+        self.config, self._config_state = read_config(self.path, self.accepted)
         weights = self.path / WEIGHTS_FILE
-        if not weights.exists() and (self.path / "adapter_model.bin").exists():
-            raise PickleRefusedError(
-                f"{self.path}: only pickled weights (adapter_model.bin), which can run code when they are loaded; "
-                "load the adapter with PEFT and save it again"
-            )
-        self._file = Checkpoint(weights)
+        if not weights.exists() and (pickled := self.path / "adapter_model.bin").exists():
+            if not allow_pickle:
+                raise PickleRefusedError(
+                    f"{self.path}: only pickled weights (adapter_model.bin), which can run code when they are loaded; "
+                    "`rtsvm merge --allow-pickle` reads the tensors alone, or load the adapter with PEFT and save it "
+                    "again"
+                )
+            weights = pickled
+        self._file = Checkpoint(weights, allow_pickle=allow_pickle)
+        self._file.rename(plain_names(self._file.tensors, str(weights)))
         self._open(self._file, str(weights))
 
     def load(self, module: str, device: str | torch.device = "cpu", *, pin: bool = False) -> Factored:
@@ -124,6 +147,23 @@ class Adapter:
         matrix = self.load(module, device, pin=pin)
         return transposed(matrix) if self.modules[module].transposed else matrix
 
+    def load_change(self, key: str, *, pin: bool = False) -> Factored | Change:
+        """Read the change of a weight; see `weight_shapes` for its key.
+
+        Raises:
+            InputChangedError, CheckpointError, NonFiniteError: as `load`.
+        """
+        return self.task_matrix(key, pin=pin)
+
+    def weight_shapes(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Yield name and shape of every weight that is changed, as the base stores it, and the key of the change."""
+        for module in self.modules.values():
+            yield module.weight_name, module.weight_shape, module.name
+
+    def is_product(self, key: str) -> bool:
+        """Whether a change is a product of two factors."""
+        return True
+
     def load_base_layer(self, module: str, *, rows: tuple[int, int] | None = None) -> Tensor:
         """Read the base weight, or some of its rows, that the adapter stores for a module of `base_layers`.
 
@@ -137,10 +177,9 @@ class Adapter:
         """Return the header of the weight that `load_base_layer` reads."""
         return self._file.tensors[base_layer_name(module)]
 
-    def headers(self, module: str) -> tuple[TensorHeader, TensorHeader]:
+    def headers(self, key: str) -> tuple[TensorHeader, ...]:
         """Return the headers of A and B."""
-        A, B = (self._file.tensors[name] for name in self._names(module))
-        return A, B
+        return tuple(self._file.tensors[name] for name in self._names(key))
 
     def files(self) -> tuple[FileState, ...]:
         """Return the files of the adapter, with their state at opening."""
@@ -157,15 +196,15 @@ class Adapter:
 
     def _names(self, module: str) -> tuple[str, str]:
         """Return the names of A and B in the file."""
-        a, b = _EMBEDDING if self.modules[module].embedding else _LINEAR
-        return _PREFIX + module + a, _PREFIX + module + b
+        a, b = EMBEDDING if self.modules[module].embedding else LINEAR
+        return PREFIX + module + a, PREFIX + module + b
 
     def _open(self, weights: Weights, source: str) -> None:
         """Find the modules; `source` is for messages."""
         self._weights = weights
         self.modules = {module.name: module for module in self._find_modules(source)}
-        names = (name.removeprefix(_PREFIX) for name in weights.tensors if name.endswith(_BASE_LAYER))
-        self.base_layers = [name.removesuffix(_BASE_LAYER) for name in names]
+        names = (name.removeprefix(PREFIX) for name in weights.tensors if name.endswith(BASE_LAYER))
+        self.base_layers = [name.removesuffix(BASE_LAYER) for name in names]
         for module_name in self.base_layers:
             if module_name not in self.modules:
                 raise AdapterRefusedError(f"{source}: {module_name} is replaced, not adapted; not supported")
@@ -173,13 +212,13 @@ class Adapter:
     def _find_modules(self, source: str) -> Iterator[LoraModule]:
         tensors = self._weights.tensors
         for name, header in tensors.items():
-            if name.startswith(_PREFIX) and name.endswith(_BASE_LAYER):
+            if name.startswith(PREFIX) and name.endswith(BASE_LAYER):
                 continue
-            endings = next((pair for pair in (_LINEAR, _EMBEDDING) if name.endswith(pair)), None)
-            if endings is None or not name.startswith(_PREFIX):
+            endings = next((pair for pair in (LINEAR, EMBEDDING) if name.endswith(pair)), None)
+            if endings is None or not name.startswith(PREFIX):
                 raise AdapterRefusedError(f"{source}: {name} is not a factor of a LoRA update; {_meaning(name)}")
-            module = name.removeprefix(_PREFIX).removesuffix(endings[0]).removesuffix(endings[1])
-            pair = [tensors.get(_PREFIX + module + ending) for ending in endings]
+            module = name.removeprefix(PREFIX).removesuffix(endings[0]).removesuffix(endings[1])
+            pair = [tensors.get(PREFIX + module + ending) for ending in endings]
             if pair[0] is None or pair[1] is None:
                 raise CheckpointError(f"{source}: {name} lacks the other factor")
             if not name.endswith(endings[0]):
@@ -193,7 +232,7 @@ class Adapter:
                 raise CheckpointError(
                     f"{source}: {module} has rank {A[0]}, {CONFIG_FILE} says {self.config.rank(module)}"
                 )
-            embedding = endings is _EMBEDDING
+            embedding = endings is EMBEDDING
             turned = embedding or (self.config.fan_in_fan_out and not is_head(module))
             scale, nbytes = self.config.scale(module, A[0]), pair[0].nbytes + pair[1].nbytes
             yield LoraModule(module, A[0], scale, (B[0], A[1]), embedding, turned, nbytes)
@@ -284,13 +323,13 @@ class AdapterWriter:
         if not any(self.ranks[module] for module in experts):  # no expert has changed
             for module in experts:
                 del self.ranks[module]
-                for ending in _LINEAR:
-                    del self._places[_PREFIX + module + ending]
+                for ending in LINEAR:
+                    del self._places[PREFIX + module + ending]
             experts = []
         routers = [module for module in self.ranks if is_router(f"{module}.weight")] if experts else []
         for module in experts + routers:
-            for ending, axis in zip(_LINEAR, (0, 1), strict=True):
-                name = _PREFIX + module + ending
+            for ending, axis in zip(LINEAR, (0, 1), strict=True):
+                name = PREFIX + module + ending
                 shape = list(self._places[name][1].shape)
                 shape[axis] = rank
                 shapes[name] = (shape[0], shape[1])
@@ -314,9 +353,9 @@ def stored_factors(module: str, matrix: Factored, dtype: torch.dtype, *, embeddi
     Raises:
         NonFiniteError: a factor does not fit `dtype`.
     """
-    endings = _EMBEDDING if embedding else _LINEAR
+    endings = EMBEDDING if embedding else LINEAR
     stored = {
-        _PREFIX + module + ending: factor.to(dtype)
+        PREFIX + module + ending: factor.to(dtype)
         for ending, factor in zip(endings, (matrix.right, matrix.left), strict=True)
     }
     if not all(map(is_finite, stored.values())):
@@ -329,7 +368,7 @@ def stored_factors(module: str, matrix: Factored, dtype: torch.dtype, *, embeddi
 
 def base_layer_name(module: str) -> str:
     """Return the name of the base weight that is stored beside the factors of a module."""
-    return _PREFIX + module + _BASE_LAYER
+    return PREFIX + module + BASE_LAYER
 
 
 def common_modules(sources: Sequence[Adapter]) -> list[str]:
@@ -378,9 +417,37 @@ def is_head(module: str) -> bool:
     return module.rpartition(".")[2] in ("lm_head", "embed_out")
 
 
+def plain_names(names: Iterable[str], source: str) -> dict[str, str]:
+    """Map names that hold the name of an adapter, as in checkpoints of a training, to the names in PEFT's files.
+
+    Raises:
+        AdapterRefusedError: the file holds several adapters.
+
+    Examples:
+        >>> plain_names(["base_model.model.q.lora_A.default.weight"], "file")
+        {'base_model.model.q.lora_A.default.weight': 'base_model.model.q.lora_A.weight'}
+    """
+    found, adapters = {}, set()
+    for name in names:
+        match = _NAMED.fullmatch(name)
+        if match:
+            adapters.add(match["adapter"])
+            end = "" if match["kind"].startswith(("lora_embedding", "lora_magnitude")) else ".weight"
+            found[name] = f"{match['module']}.{match['kind']}{end}"
+        elif match := _SAVED.fullmatch(name):
+            adapters.add(match["adapter"])
+            found[name] = f"{match['module']}.{match['rest']}"
+    if len(adapters) > 1:
+        raise AdapterRefusedError(f"{source}: holds several adapters: {', '.join(sorted(adapters))}; save one of them")
+    return found
+
+
 def _meaning(name: str) -> str:
     if "lora_magnitude_vector" in name:
-        return "DoRA is not supported"
+        return "DoRA is not supported here; it can be merged into a model (rtsvm merge)"
     if ".base_layer." in name:
         return "adapters inside adapters, as those of bare parameters, are not supported"
-    return "adapters that replace or add whole tensors (modules_to_save, biases) are not supported"
+    return (
+        "adapters that replace or add whole tensors (modules_to_save, biases) are not supported here; if their config "
+        "says so, they can be merged into a model (rtsvm merge)"
+    )

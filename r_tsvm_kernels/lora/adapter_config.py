@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -50,7 +50,10 @@ class AdapterConfig(BaseModel):
         use_rslora: divide by the square root of the rank.
         fan_in_fan_out: whether weights are stored (in, out), as in GPT-2.
         init_lora_weights: how the factors were initialised.
-        bias: ``none``.
+        bias: ``none``, ``all`` or ``lora_only``: which biases the adapter replaces.
+        use_dora: whether rows of the sums are scaled, see `changes.Dora`.
+        modules_to_save: modules that the adapter replaces.
+        trainable_token_indices: rows of embeddings that the adapter replaces, by module or of the input embedding.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -66,6 +69,21 @@ class AdapterConfig(BaseModel):
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str | None = True
     bias: str = "none"
+    use_dora: bool = False
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    @property
+    def replaces_tensors(self) -> bool:
+        """Whether the adapter holds whole tensors in place of some of the base."""
+        return bool(self.modules_to_save) or self.bias != "none"
+
+    def token_indices(self, module: str) -> tuple[int, ...]:
+        """Return the rows of an embedding that the adapter replaces."""
+        given = self.trainable_token_indices or []
+        if isinstance(given, dict):
+            given = next((rows for name, rows in given.items() if f".{module}".endswith(f".{name}")), [])
+        return tuple(given)
 
     def rank(self, module: str) -> int:
         """Return the rank of a module."""
@@ -77,8 +95,8 @@ class AdapterConfig(BaseModel):
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
 
-def read_config(folder: Path) -> tuple[AdapterConfig, FileState]:
-    """Read and check the ``adapter_config.json`` of a folder.
+def read_config(folder: Path, accepted: Collection[str] = ()) -> tuple[AdapterConfig, FileState]:
+    """Read and check the ``adapter_config.json`` of a folder; for `accepted` see `parse_config`.
 
     Returns:
         The config, and the state of the file.
@@ -91,15 +109,16 @@ def read_config(folder: Path) -> tuple[AdapterConfig, FileState]:
     if not file.is_file():
         raise CheckpointError(f"{folder}: no {CONFIG_FILE}; expected the folder of a PEFT adapter")
     data, state = read_json(file)
-    return parse_config(data, str(file)), state
+    return parse_config(data, str(file), accepted), state
 
 
-def parse_config(data: Mapping[str, Any], source: str) -> AdapterConfig:
+def parse_config(data: Mapping[str, Any], source: str, accepted: Collection[str] = ()) -> AdapterConfig:
     """Check the content of an ``adapter_config.json``, or PEFT's ``LoraConfig.to_dict()``.
 
     Args:
         data: settings by name.
         source: origin of the settings, for messages.
+        accepted: settings beyond plain LoRA that the caller can carry out.
 
     Returns:
         The settings that decide the update.
@@ -115,7 +134,8 @@ def parse_config(data: Mapping[str, Any], source: str) -> AdapterConfig:
     if data.get("peft_type") != "LORA":
         raise AdapterRefusedError(f"{source}: peft_type is {str(data.get('peft_type'))[:40]!a}; only LORA is supported")
     for key, value in data.items():
-        if value and (key in _REFUSED or (key.startswith("use_") and key != "use_rslora")):
+        unknown = key.startswith("use_") and key != "use_rslora"
+        if value and key not in accepted and (key in _REFUSED or unknown):
             raise AdapterRefusedError(
                 f"{source}: {key[:40]} is set: {_REFUSED.get(key, 'unknown here')}; not supported"
             )
@@ -127,7 +147,7 @@ def parse_config(data: Mapping[str, Any], source: str) -> AdapterConfig:
     except (ValidationError, re.error) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source}: not a valid LoRA config: {reason[:300]}") from None
-    if config.bias != "none":
+    if config.bias != "none" and not ("bias" in accepted and config.bias in ("all", "lora_only")):
         raise AdapterRefusedError(
             f"{source}: bias is {config.bias[:40]!a}: it replaces biases of the base; not supported"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter
+from .adapter import Adapter, plain_names
 from .adapter_config import parse_config
 
 
@@ -28,7 +28,8 @@ class InMemoryAdapter(Adapter):
     def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str = "adapter") -> None:
         self.path = Path(name)
         self.config = parse_config(config, name)
-        self._open(_StateDict(tensors), name)
+        names = plain_names(tensors, name)
+        self._open(_StateDict({names.get(own, own): tensor for own, tensor in tensors.items()}), name)
 
     def check_unchanged(self) -> None:
         """Do nothing: changes of tensors in memory are not detected."""

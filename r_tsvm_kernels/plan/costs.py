@@ -90,6 +90,7 @@ def matrix_cost(plan: MergePlan, name: str, shape: tuple[int, ...], device_type:
     cost = cost_of(job, tensor.options)
     # The tuned tensors, formed in sequence, and a float32 or float64 copy of the tensor that the update is added to.
     formed = sum(isinstance(model, AdaptedModel) for model in plan.tuned) + 1 if tensor.factor_ranks else 0
+    formed += 2 * any(part.whole for part in tensor.parts)
     flops = 2.0 * job.elements * sum(ranks)
     return Cost(cost.bytes + formed * job.itemsize * job.elements, cost.flops + flops)
 

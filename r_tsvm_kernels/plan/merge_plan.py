@@ -30,6 +30,7 @@ class Part:
         dtype: dtype of the values.
         rank: inner dimension of the factors; None for a tensor.
         factor_bytes: size of the factors; 0 for a tensor.
+        whole: whether an adapter's change is more than a product, so that the tuned tensor has to be formed.
         file_bytes: size in files of a tensor that is stored as a weight with scales; None if that is its size.
     """
 
@@ -38,6 +39,7 @@ class Part:
     rank: int | None = None
     factor_bytes: int = 0
     file_bytes: int | None = None
+    whole: bool = False
 
     def nbytes(self, elements: int) -> int:
         """Return the bytes in memory of this number of elements of the tensor; factors are read whole."""
@@ -188,6 +190,7 @@ class MergePlan:
         return (
             bool(tensor.factor_ranks)
             and tensor.treatment.kind == "merge"
+            and not any(part.whole for part in tensor.parts)
             and self.config.method.factored(tensor.options)
             and all((model.base if isinstance(model, AdaptedModel) else model) is self.base for model in self.tuned)
         )

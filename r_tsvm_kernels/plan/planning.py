@@ -199,9 +199,13 @@ def _parts(
                 stored = sum(tensor.nbytes for tensor in header.stored)
                 found.append(Part(index, header.dtype, file_bytes=None if header.stored == (header,) else stored))
         elif name in modules[source]:
-            A, B = source.headers(modules[source][name])
-            rank = A.shape[0]
-            found.append(Part(index, torch.promote_types(A.dtype, B.dtype), rank, A.nbytes + B.nbytes))
+            key = modules[source][name]
+            first, *others = source.headers(key)
+            dtype, product = first.dtype, source.is_product(key)
+            for header in others:
+                dtype = torch.promote_types(dtype, header.dtype)
+            size = first.nbytes + sum(header.nbytes for header in others)
+            found.append(Part(index, dtype, first.shape[0] if product else 0, size, whole=not product))
     if aligned:
         widest = reduce(torch.promote_types, (part.dtype for part in found if part.rank is None))
         found = [part if part.rank is not None else replace(part, dtype=widest) for part in found]

@@ -13,7 +13,7 @@ from compare import relative_error, same_bits
 from memory import measured
 from safetensors.torch import load_file
 
-from r_tsvm_kernels import AdapterRefusedError, CheckpointError, ConfigError, MergeConfig, ShapeError, merge_checkpoints
+from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, ShapeError, merge_checkpoints
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.engine import scheduling, smallest_schedule
 from r_tsvm_kernels.engine.tiles import Tile, merge_tile, read_tile
@@ -292,7 +292,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
             random_adapter(tmp_path / "head", 0, shapes={"lm_head": (24, 8)}))  # fmt: skip
     refused(CheckpointError, "changes layers.7.q.weight, .* trained on some/base",
             random_adapter(tmp_path / "more", 0, shapes={"layers.7.q": (24, 16)}))  # fmt: skip
-    refused(AdapterRefusedError, "use_dora", random_adapter(tmp_path / "dora", 0, shapes=FIRST, use_dora=True))
+    refused(CheckpointError, "use_dora is set, but", random_adapter(tmp_path / "dora", 0, shapes=FIRST, use_dora=True))
     refused(ConfigError, r"base_model: \S+a is a LoRA adapter", base_model=first)
     refused(ConfigError, r"base_model: \S+base\+\S+a is a LoRA adapter", base_model=f"{base}+{first}")
     refused(ConfigError, r"expected a model, or model\+adapter", "a+b+c")
