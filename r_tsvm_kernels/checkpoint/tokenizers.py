@@ -50,23 +50,18 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     folder = checkpoint.main
     if folder is None:
         return None
-    config: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        config, state = read_tokenizer_json(folder / "tokenizer_config.json")
-        checkpoint.watch(state)
-    declared = dict(_declared(config.get("added_tokens_decoder")))
+    beside = _beside(checkpoint, folder)
     for name, read in zip(_READ, (_whole, _plain, _lines), strict=True):
         file = folder / name
         if not file.is_file():
             continue
         try:
-            found, states = read(file)
+            found, state = read(file)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: not a tokenizer file as expected: {error!r}") from error
-        for state in states:
-            checkpoint.watch(state)
-        added = {**{token: entry for token, (_, entry) in declared.items()}, **found.added}
-        ids = {token: index for token, (index, _) in declared.items()} | dict(found.ids)
+        checkpoint.watch(state)
+        added = {**{token: entry for token, (_, entry) in beside.items()}, **found.added}
+        ids = {token: index for token, (index, _) in beside.items()} | dict(found.ids)
         if not ids or not all(isinstance(x, str) and type(i) is int and 0 <= i < _MOST_IDS for x, i in ids.items()):
             raise CheckpointError(f"{file}: not a tokenizer file as expected: no tokens, or ids that are none")
         return Tokenizer(file, ids, added, found.kind)
@@ -81,37 +76,37 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 def same_tokenizer(checkpoint: Checkpoint, other: Checkpoint) -> bool:
     """Whether two models have the same file of tokens, byte by byte, in any format; both watch their files then."""
-    folders = [model.main for model in (checkpoint, other) if model.main]
-    if len(folders) < 2:
+    if checkpoint.main is None or other.main is None:
         return False
-    name = next((name for name in (*_READ, *_FOREIGN) if (folders[0] / name).is_file()), None)
-    files = [folder / str(name) for folder in folders]
-    if name is None or not files[1].is_file():
+    name = next((name for name in (*_READ, *_FOREIGN) if (checkpoint.main / name).is_file()), None)
+    if name is None or not (other.main / name).is_file():
         return False
-    # Tokens added by these are not in the file.
-    beside = [[_content(folder / x) for x in ("added_tokens.json", "tokenizer_config.json")] for folder in folders]
-    added = [(tokens, config.get("added_tokens_decoder")) for tokens, config in beside]
-    states = []
-    for file in files:
-        try:
-            raw = read_regular(file, MAX_JSON_BYTES)
-            states.append(file_state(file, file.stat(), raw))
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
-    checkpoint.watch(states[0])
-    other.watch(states[1])
-    return states[0].header_checksum == states[1].header_checksum and (name == _READ[0] or added[0] == added[1])
+    contents = []
+    for model, folder in ((checkpoint, checkpoint.main), (other, other.main)):
+        state = _bytes(folder / name)[1]
+        model.watch(state)
+        beside = _beside(model, folder)
+        contents.append((state.header_checksum, {token: index for token, (index, _) in beside.items()}))
+    return contents[0] == contents[1]
 
 
-def _content(file: Path) -> dict[str, Any]:
-    return read_tokenizer_json(file)[0] if file.is_file() else {}
+def _beside(checkpoint: Checkpoint, folder: Path) -> dict[str, tuple[int, Mapping[str, Any]]]:
+    """Return the tokens, with their ids and flags, that files beside that of a tokenizer's model add."""
+    found: dict[str, tuple[int, Mapping[str, Any]]] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            content, state = read_tokenizer_json(folder / name)
+            checkpoint.watch(state)
+            plain = name == "added_tokens.json"
+            found |= {x: (i, {}) for x, i in content.items()} if plain else dict(_declared(content))
+    return found
 
 
 def _is_foreign(name: str) -> bool:
     return name in _FOREIGN or name.endswith(_FOREIGN_ENDINGS)
 
 
-def _whole(file: Path) -> tuple[Tokenizer, list[FileState]]:
+def _whole(file: Path) -> tuple[Tokenizer, FileState]:
     """Read ``tokenizer.json``."""
     content, state = read_tokenizer_json(file, merges=False)
     model, entries = content.get("model") or {}, content.get("added_tokens") or []
@@ -121,33 +116,33 @@ def _whole(file: Path) -> tuple[Tokenizer, list[FileState]]:
     added = {item["content"]: item for item in entries}
     # Older files do not name the class.
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if isinstance(vocabulary, list) else "")
-    return Tokenizer(file, ids | {item["content"]: item["id"] for item in entries}, added, str(kind)), [state]
+    return Tokenizer(file, ids | {item["content"]: item["id"] for item in entries}, added, str(kind)), state
 
 
-def _plain(file: Path) -> tuple[Tokenizer, list[FileState]]:
-    """Read ``vocab.json``, and ``added_tokens.json`` beside it."""
+def _plain(file: Path) -> tuple[Tokenizer, FileState]:
+    """Read ``vocab.json``."""
     ids, state = read_json(file)
-    beside, states = file.with_name("added_tokens.json"), [state]
-    added: dict[str, Any] = {}
-    if beside.is_file():
-        added, state = read_json(beside)
-        states.append(state)
-    return Tokenizer(file, ids | added, {token: {} for token in added}, "BPE"), states
+    return Tokenizer(file, ids, {}, "BPE"), state
 
 
-def _lines(file: Path) -> tuple[Tokenizer, list[FileState]]:
+def _lines(file: Path) -> tuple[Tokenizer, FileState]:
     """Read ``vocab.txt``, whose lines are the tokens in the order of their ids."""
+    raw, state = _bytes(file)
+    tokens = raw.decode("utf-8").removesuffix("\n").split("\n")
+    return Tokenizer(file, {token.rstrip("\r"): i for i, token in enumerate(tokens)}, {}, "WordPiece"), state
+
+
+def _bytes(file: Path) -> tuple[bytes, FileState]:
     try:
         raw = read_regular(file, MAX_JSON_BYTES)
-        state = file_state(file, file.stat(), raw)
+        return raw, file_state(file, file.stat(), raw)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
-    tokens = raw.decode("utf-8").removesuffix("\n").split("\n")
-    return Tokenizer(file, {token.rstrip("\r"): i for i, token in enumerate(tokens)}, {}, "WordPiece"), [state]
 
 
-def _declared(entries: object) -> Iterator[tuple[str, tuple[int, Mapping[str, Any]]]]:
+def _declared(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, Mapping[str, Any]]]]:
     """Yield the tokens of ``added_tokens_decoder`` with their ids and flags."""
+    entries = config.get("added_tokens_decoder")
     for index, entry in entries.items() if isinstance(entries, dict) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(index).isdecimal():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and index.isdecimal() and len(index) < 20:
             yield entry["content"], (int(index), entry)

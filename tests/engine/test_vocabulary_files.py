@@ -109,6 +109,21 @@ def test_older_tokenizer_files(tmp_path, kind):
     assert merge(paths, tmp_path / "kept", "base")[EMBEDDING].shape[0] == 9
 
 
+@pytest.mark.parametrize("name", ["added_tokens", "tokenizer_config"])
+def test_tokens_beside_the_tokenizer(tmp_path, name):
+    """Some tunes have the base's tokenizer.json, and their own tokens only beside it."""
+    paths = pair(tmp_path)
+    (tmp_path / "chat" / "tokenizer.json").write_text(json.dumps(BASE))
+    added = {"<pad>": 9, "<chat>": 10}
+    content = added if name == "added_tokens" else {
+        "added_tokens_decoder": {str(i): {"content": x, "special": True} for x, i in added.items()} | {"9" * 5000: {}}
+    }  # fmt: skip
+    (tmp_path / "chat" / f"{name}.json").write_text(json.dumps(content))
+    found = merge(paths, tmp_path / "out")
+    assert torch.equal(found[EMBEDDING][9:], tensors_of(11, 1)[EMBEDDING][9:])
+    assert ids_of(read(tmp_path / "out", "tokenizer")) == ids_of(BASE) | added
+
+
 def test_models_without_tokenizers(tmp_path, caplog):
     paths = pair(tmp_path, chat=None)
     merge(paths, tmp_path / "out", "base")
