@@ -52,6 +52,7 @@ def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
         AdapterRefusedError: a weight is changed in two ways.
     """
     modules = {}
+    adapter.find_experts(base.tensors)
     for weight_name, shape, key in adapter.weight_shapes():
         name = _weight_name(base, adapter, weight_name)
         header = base.tensors[name]

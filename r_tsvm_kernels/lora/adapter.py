@@ -155,6 +155,9 @@ class Adapter:
         """
         return self.task_matrix(key, pin=pin)
 
+    def find_experts(self, base: Mapping[str, TensorHeader]) -> None:
+        """Find the packed experts of a base that the adapter changes: none."""
+
     def weight_shapes(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """Yield name and shape of every weight that is changed, as the base stores it, and the key of the change."""
         for module in self.modules.values():

@@ -53,6 +53,7 @@ class AdapterConfig(BaseModel):
         bias: ``none``, ``all`` or ``lora_only``: which biases the adapter replaces.
         use_dora: whether rows of the sums are scaled, see `changes.Dora`.
         modules_to_save: modules that the adapter replaces.
+        target_parameters: bare parameters that the adapter adapts, such as packed experts, by the ends of their names.
         trainable_token_indices: rows of embeddings that the adapter replaces, by module or of the input embedding.
     """
 
@@ -72,6 +73,7 @@ class AdapterConfig(BaseModel):
     use_dora: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
 
     @property
     def replaces_tensors(self) -> bool:

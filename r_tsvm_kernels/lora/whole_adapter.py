@@ -7,7 +7,7 @@ products: `Adapter` refuses them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..linalg import Factored
 from ..ops._checks import FLOAT_DTYPES, check_finite
 from .adapter import BASE_LAYER, LINEAR, PREFIX, Adapter, Weights
 from .changes import Change, Convolution, Dora, Replaced, ReplacedRows
+from .expert_factors import ExpertUpdate, find_targets, module_of
 
 _MAGNITUDE = ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -31,12 +32,13 @@ class WholeChange:
     """A change that is more than a product.
 
     Attributes:
-        kind: ``tensor``, ``rows``, ``convolution`` or ``dora``.
+        kind: ``tensor``, ``rows``, ``convolution``, ``dora`` or ``experts``.
         names: of its tensors in the adapter.
         weight_name: of the weight in the base model.
         shape: of the weight.
         module: module of the factors; empty if there are none.
         indices: of the rows, if it replaces some.
+        transposed: whether experts are stored (in, out).
     """
 
     kind: str
@@ -45,6 +47,7 @@ class WholeChange:
     shape: tuple[int, ...]
     module: str = ""
     indices: tuple[int, ...] = ()
+    transposed: bool = False
 
 
 class WholeAdapter(Adapter):
@@ -54,18 +57,48 @@ class WholeAdapter(Adapter):
         changes: the changes that are more than products, by the names of their weights in the base model.
     """
 
-    accepted = frozenset({"use_dora", "modules_to_save", "trainable_token_indices", "bias"})
+    accepted = frozenset({"use_dora", "modules_to_save", "trainable_token_indices", "bias", "target_parameters"})
 
     def _open(self, weights: Weights, source: str) -> None:
         names = [name for name in weights.tensors if name.startswith(PREFIX)]
         self.changes: dict[str, WholeChange] = {}
-        taken: set[str] = set()
+        self._expert_pairs = self._find_expert_pairs(weights, source)
+        taken = {name for pairs in self._expert_pairs.values() for pair in pairs for name in pair}
+        names = [name for name in names if name not in taken]
         for change in self._find_changes(weights, names, source):
             self.changes[change.weight_name] = change
             taken |= {name for name in change.names if change.kind != "dora" or name.endswith(_MAGNITUDE)}
         super()._open(_Rest(weights, taken), source)
         self._weights = weights
         self._check_complete(source)
+
+    def find_experts(self, base: Mapping[str, TensorHeader]) -> None:
+        """Add the changes of packed experts, whose tensors only the base shows.
+
+        Raises:
+            CheckpointError, AdapterRefusedError: the base has no tensor that fits, or several.
+        """
+        targets = self.config.target_parameters or []
+        found = find_targets(self._expert_pairs, self._file.tensors, targets, base, str(self.path))
+        for target in found:
+            facts = (target.weight_name, target.shape, target.module, (), target.transposed)
+            self.changes[target.weight_name] = WholeChange("experts", target.names, *facts)
+
+    def _find_expert_pairs(self, weights: Weights, source: str) -> dict[str, list[tuple[str, str]]]:
+        """Return the names of the factors of bare parameters, by module."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for name in weights.tensors:
+            own = name.removeprefix(PREFIX)
+            if not own.endswith(LINEAR[0]) or not self.config.target_parameters:
+                continue
+            module = module_of(own.removesuffix(LINEAR[0]), self.config.target_parameters)
+            if module is None:
+                continue
+            other = name.removesuffix(LINEAR[0]) + LINEAR[1]
+            if other not in weights.tensors:
+                raise CheckpointError(f"{source}: {name} lacks the other factor")
+            found.setdefault(module, []).append((name, other))
+        return found
 
     def _check_complete(self, source: str) -> None:
         """Refuse an adapter that lacks what its config announces.
@@ -112,6 +145,11 @@ class WholeAdapter(Adapter):
         values = [self._checked(name) for name in change.names]
         if change.kind == "tensor":
             return Replaced(values[0])
+        if change.kind == "experts":
+            A, B = values
+            experts = change.shape[0] if len(change.shape) == 3 else 1
+            scale = self.config.scale(change.module, A.shape[0] // experts)
+            return ExpertUpdate(A, B, scale, experts, change.transposed)
         if change.kind == "rows":
             return ReplacedRows(change.indices, values[0])
         A, B = (value.to(torch.promote_types(values[0].dtype, values[1].dtype)) for value in values)

@@ -170,3 +170,68 @@ def test_tools_that_write_adapters_refuse_them(tmp_path):
     assert WholeAdapter(plain).modules == Adapter(plain).modules and not WholeAdapter(plain).changes
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["use_dora"]
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def expert_model(transposed, square=False):
+    """Packed experts with gate and up fused, stored (E, in, out) or (E, out, in), and a router."""
+    width, inner = (12, 12) if square else (12, 10)
+    up, down = ((3, width, 2 * inner), (3, inner, width)) if transposed else ((3, 2 * inner, width), (3, width, inner))
+    names = f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj", "model.layers.0.mlp.router.weight"
+    return {
+        name: draw(*shape, seed=i) for i, (name, shape) in enumerate(zip(names, (up, down, (3, width)), strict=True))
+    }
+
+
+def expert_factors(inputs, outputs, rank, seed):
+    """A of (E r, in) and B of (out, r E), and the sums of products (E, out, in)."""
+    A, B = draw(3 * rank, inputs, seed=seed), draw(outputs, rank * 3, seed=seed + 1)
+    updates = torch.einsum("ore,eri->eoi", B.view(outputs, rank, 3).double(), A.view(3, rank, inputs).double())
+    return A, B, updates
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("square", [True, False])
+def test_packed_experts_and_routers(tmp_path, transposed, square):
+    tensors = expert_model(transposed, square)
+    width, inner = (12, 12) if square else (12, 10)
+    up, down = expert_factors(width, 2 * inner, 2, 1), expert_factors(inner, width, 2, 3)
+    router = draw(2, width, seed=5), draw(3, 2, seed=6)
+    stored = {
+        f"{PREFIX}{module}.lora_{x}.weight": factor
+        for module, pair in ((f"{EXPERTS}.base_layer", down), (EXPERTS, up), ("model.layers.0.mlp.router", router))
+        for x, factor in zip("AB", pair[:2], strict=True)
+    }
+    settings = {"r": 2, "lora_alpha": 6, "target_parameters": [*tensors]}
+    base = save(tmp_path / "base", tensors)
+    adapter = save_adapter(tmp_path / "a", {}, stored, **settings)
+    merge_checkpoints(MergeConfig("task_arithmetic", base_model=base, models=[adapter]), tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    updates = [up[2], down[2], router[1].double() @ router[0].double()]
+    for (name, start), update in zip(tensors.items(), updates, strict=True):
+        update = update.mT if transposed and update.ndim == 3 else update
+        torch.testing.assert_close(merged[name].double(), start.double() + 3 * update, rtol=1e-5, atol=1e-5)
+    assert verify_output(tmp_path / "out", inputs=True).ok
+    spectral = MergeConfig("iso_c", base_model=base, models=[adapter])
+    result = merge_checkpoints(spectral, tmp_path / "spectral")
+    assert len(result.reports[f"{EXPERTS}.down_proj"].blocks) == 3
+
+
+def test_experts_that_do_not_fit(tmp_path):
+    A, B, _ = expert_factors(12, 20, 2, 1)
+    stored = {f"{PREFIX}{EXPERTS}.lora_A.weight": A, f"{PREFIX}{EXPERTS}.lora_B.weight": B}
+    adapter = save_adapter(tmp_path / "a", {}, stored, r=2, target_parameters=["mlp.experts.gate_up_proj"])
+    apart = save(tmp_path / "apart", {f"{EXPERTS}.0.up_proj.weight": torch.zeros(10, 12)})
+    wider = save(tmp_path / "wider", {f"{EXPERTS}.gate_up_proj": torch.zeros(3, 13, 20)})
+    more = save(tmp_path / "more", {f"{EXPERTS}.gate_up_proj": torch.zeros(4, 12, 20)})
+    fits = save(tmp_path / "fits", {f"{EXPERTS}.gate_up_proj": torch.zeros(3, 12, 20)})
+    for base, error, message in (
+        (apart, CheckpointError, "one by one"),
+        (wider, AdapterRefusedError, "no tensor fits"),
+        (more, AdapterRefusedError, "no equal ranks for 4 experts"),
+    ):
+        with pytest.raises(error, match=message):
+            merge_checkpoints(MergeConfig("linear", base_model=base, models=[adapter]), tmp_path / "out")
+    merge_checkpoints(MergeConfig("linear", base_model=fits, models=[adapter]), tmp_path / "out")
