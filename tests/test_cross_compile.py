@@ -1,5 +1,6 @@
-"""The CUDA sources compile for every architecture that is shipped, without register spills."""
+"""The CUDA sources compile for every architecture that is shipped, without register spills and with wide accesses."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -16,6 +17,13 @@ NVCC = shutil.which("nvcc")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")]
 
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+# The bytes that one thread stores, or loads, at once.
+WIDTHS = dict.fromkeys(["prune_kernel", "elect_kernel", "sum_kernel"], ("STG", 16)) | {"pattern_kernel": ("LDG", 16)}
+TRITON = importlib.util.find_spec("triton")
+DISASSEMBLER = shutil.which("cuobjdump") or (
+    TRITON and str(Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+)
+
 USAGE = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
@@ -24,6 +32,15 @@ def readable(symbol: str) -> str:
     name = re.search(r"([a-z_]+_kernel)(?:I([fd])E)?", symbol)
     assert name is not None, symbol
     return name[1] + {"f": "<float>", "d": "<double>", None: ""}[name[2]]
+
+
+def widest(sass: str, kernel: str, instruction: str) -> int:
+    """Return the bytes of the widest access among the instructions (LDG or STG) of a kernel."""
+    for part in sass.split("Function : ")[1:]:
+        if readable(part.split(maxsplit=1)[0]) == kernel:
+            kinds = re.findall(rf"\b{instruction}\.([\w.]+)", part)
+            return max((int(bits) // 8 for kind in kinds for bits in re.findall(r"\d+$", kind)), default=4)
+    raise AssertionError(f"no {kernel} in the listing")
 
 
 @pytest.mark.parametrize(
@@ -52,4 +69,10 @@ def test_no_kernel_spills(source, architecture, tmp_path, capsys):
     with capsys.disabled():
         sys.stdout.write("\n".join(["", f"sm_{architecture}", *sorted(table), ""]))
     assert rows, "no kernel was reported"
+    if DISASSEMBLER:
+        command = [DISASSEMBLER, "-sass", str(tmp_path / "kernels.cubin")]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for name in {name for name, *_ in rows if name.split("<")[0] in WIDTHS}:
+            instruction, least = WIDTHS[name.split("<")[0]]
+            assert widest(listing, name, instruction) >= least, name
     assert [name for name, _, _, spilled in rows if spilled] == []

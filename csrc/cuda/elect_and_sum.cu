@@ -39,21 +39,14 @@ __global__ void __launch_bounds__(kThreads)
                const __grid_constant__ TieRules rules, int64_t elements) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
-    Real origin[kItems], values[kItems];
-    bool loaded = false;
-    for (int t = 0; t < count; ++t) {
-      const Task<Real>& task = tasks[t];
-      const bool kept = task.kept >= 0 && is_open(rules, task.kept);
-      const bool dropped = task.dropped >= 0 && is_open(rules, task.dropped);
-      if (!kept && !dropped) continue;
-      if (!loaded) load_four(base, index, elements, origin);
-      loaded = true;
-      load_four(task.view, index, elements, values);
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) values[j] -= origin[j];
-      if (kept) count_ties(rules, task.kept, values, slice, elements);
-      if (dropped) count_ties(rules, task.dropped, values, slice, elements);
-    }
+    const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
+    const auto counts = [&](int rule) { return rule >= 0 && is_open(rules, rule); };
+    const auto is_tied = [&](int t) { return counts(tasks[t].kept) || counts(tasks[t].dropped); };
+    Real origin[kItems];
+    for_differences(base, count, is_tied, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
+      if (counts(tasks[t].kept)) count_ties(rules, tasks[t].kept, values, slice, elements);
+      if (counts(tasks[t].dropped)) count_ties(rules, tasks[t].dropped, values, slice, elements);
+    });
   }
 }
 
@@ -114,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t index = first_item(slice);
     const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
     Real origin[kItems], sum[kItems] = {};
-    for_differences(base, count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
+    for_differences(base, count, Every(), view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
       int place[kItems];
       sparsify(tasks[t], rules, slice, elements, values, place);
       const double* const factor = factors(tasks[t]);
@@ -139,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 4 : 2)
     Real origin[kItems], elected[kItems];
     double votes[kItems] = {};
     Real positive[kItems] = {}, negative[kItems] = {}, positive_weight[kItems] = {}, negative_weight[kItems] = {};
-    for_differences(base, count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
+    for_differences(base, count, Every(), view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
       int place[kItems];
       sparsify(tasks[t], rules, slice, elements, values, place);
       const double* const factor = factors(tasks[t]);

@@ -40,4 +40,13 @@ inline int device_attribute(const Queue& queue, cudaDeviceAttr attribute) {
   return value;
 }
 
+// How many blocks of a kernel run at the same time. More of a kernel that loops would run after the first ones, alone.
+template <class... Parameters>
+int64_t resident_blocks(const Queue& queue, void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), queue.op,
+        "cannot read how many blocks fit a processor");
+  return std::max<int64_t>(blocks, 1) * device_attribute(queue, cudaDevAttrMultiProcessorCount);
+}
+
 }  // namespace r_tsvm

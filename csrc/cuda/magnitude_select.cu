@@ -18,9 +18,14 @@ constexpr int kChooseThreads = 1024;
 constexpr int kPatternThreads = 1024;
 constexpr int kPatternBits = 15;  // of a 16-bit float
 constexpr size_t kPatternBytes = sizeof(uint32_t) << kPatternBits;
-constexpr int kBlocksPerProcessor = 8;
+constexpr int kPatternItems = 8;  // of a thread, in one read
+constexpr int kPatternTile = kPatternThreads * kPatternItems;
 
 using Count = unsigned long long;
+
+struct alignas(kPatternItems * sizeof(uint16_t)) Patterns {
+  uint16_t item[kPatternItems];
+};
 
 // What is known about the sought magnitude after some digits: it begins with `prefix`, and `left` of the magnitudes
 // with this prefix are kept.
@@ -78,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(const __grid_constant__
     const int64_t index = first_item(slice);
     const auto view_of = [&](int i) -> const MatrixView& { return of.tensor[i]; };
     Real base[kItems];
-    for_differences(of.base, of.tensors, view_of, index, elements, base, [&](int i, Real(&values)[kItems]) {
+    for_differences(of.base, of.tensors, Every(), view_of, index, elements, base, [&](int i, Real(&values)[kItems]) {
       clip(of.theta[i], values);
       for (int k = 0; k < each; ++k) {
         const uint64_t wanted = choices == nullptr ? 0 : choices[i * of.keeps + k].prefix;
@@ -99,25 +104,34 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(const __grid_constant__
   }
 }
 
-// The same for all digits of a 16-bit float at once.
+__device__ inline Patterns load_patterns(const uint16_t* data, int64_t index, int64_t elements) {
+  const uint16_t* from = data + index;
+  if (index + kPatternItems <= elements && reinterpret_cast<uintptr_t>(from) % alignof(Patterns) == 0) {
+    return *reinterpret_cast<const Patterns*>(from);
+  }
+  Patterns patterns{};
+#pragma unroll
+  for (int j = 0; j < kPatternItems; ++j) patterns.item[j] = index + j < elements ? from[j] : 0;
+  return patterns;
+}
+
+// The same for all digits of a 16-bit float at once. The counters fill the shared memory of a processor, so one block
+// has to keep enough reads in flight.
 __global__ void __launch_bounds__(kPatternThreads)
     pattern_kernel(const __grid_constant__ MatrixView x, int64_t elements, Count* counts) {
   constexpr int kBins = 1 << kPatternBits;
-  constexpr int64_t kStride = kPatternThreads * kItems;
   for (int i = threadIdx.x; i < kBins; i += kPatternThreads) dynamic_shared[i] = 0;
   __syncthreads();
   const uint16_t* data = static_cast<const uint16_t*>(x.data);
-  for (int64_t first = blockIdx.x * kStride; first < elements; first += gridDim.x * kStride) {
-    const int64_t index = first + static_cast<int64_t>(threadIdx.x) * kItems;
-    Four<uint16_t> patterns{};
-    if (is_whole(data + index, index, elements)) {
-      patterns = *reinterpret_cast<const Four<uint16_t>*>(data + index);
-    } else {
+  const int64_t stride = int64_t{gridDim.x} * kPatternTile;
+  const int64_t mine = static_cast<int64_t>(threadIdx.x) * kPatternItems;
+  Patterns next = load_patterns(data, blockIdx.x * int64_t{kPatternTile} + mine, elements);
+  for (int64_t first = blockIdx.x * int64_t{kPatternTile}; first < elements; first += stride) {
+    const int64_t index = first + mine;
+    const Patterns patterns = next;
+    next = load_patterns(data, index + stride, elements);
 #pragma unroll
-      for (int j = 0; j < kItems; ++j) patterns.item[j] = index + j < elements ? data[index + j] : 0;
-    }
-#pragma unroll
-    for (int j = 0; j < kItems; ++j) {
+    for (int j = 0; j < kPatternItems; ++j) {
       const int pattern = patterns.item[j] & (kBins - 1);
       count_in(dynamic_shared, index + j < elements, pattern == 0, pattern);
     }
@@ -176,10 +190,10 @@ size_t counts_bytes(int selections, int passes, int bits) {
 template <class Real>
 void count_digits(const Queue& queue, const Magnitudes& of, int shift, int bits, const Choice* choices, Count* counts) {
   const int64_t elements = element_count(of.tensor[0]);
-  const int64_t busy = int64_t{kBlocksPerProcessor} * device_attribute(queue, cudaDevAttrMultiProcessorCount);
-  const int bins = of.tensors * (choices == nullptr ? 1 : of.keeps) << bits;
-  launch_kernel(queue, "digit_kernel", std::min(slice_count(elements), busy), kThreads, sizeof(uint32_t) * bins,
-                digit_kernel<Real>, of, elements, shift, bits, choices, counts);
+  const size_t bytes = sizeof(uint32_t) * (of.tensors * (choices == nullptr ? 1 : of.keeps)) << bits;
+  const int64_t blocks = std::min(slice_count(elements), resident_blocks(queue, digit_kernel<Real>, kThreads, bytes));
+  launch_kernel(queue, "digit_kernel", blocks, kThreads, bytes, digit_kernel<Real>, of, elements, shift, bits, choices,
+                counts);
 }
 
 template <class Real>
@@ -205,7 +219,7 @@ void select_by_pattern(const Queue& queue, const Magnitudes& of, const KeepCount
                        Count* counts, Choice* choices) {
   const MatrixView& x = of.tensor[0];
   const int64_t elements = element_count(x);
-  const int64_t blocks = (elements + kPatternThreads * kItems - 1) / (kPatternThreads * kItems);
+  const int64_t blocks = (elements + kPatternTile - 1) / kPatternTile;
   const int64_t busy = device_attribute(queue, cudaDevAttrMultiProcessorCount);
   check(cudaMemsetAsync(counts, 0, counts_bytes(1, 1, kPatternBits), queue.stream), queue.op,
         "cannot clear the counters");

@@ -19,24 +19,15 @@ template <class Real>
 __global__ void __launch_bounds__(kThreads)
     tie_kernel(const __grid_constant__ MatrixView base, const __grid_constant__ Tasks tasks,
                const __grid_constant__ TieRules rules, int64_t elements) {
-  bool any = false;
-  for (int t = 0; t < tasks.count; ++t) {
-    any = any || (tasks.task[t].selection >= 0 && is_open(rules, tasks.task[t].selection));
-  }
-  if (!any) return;
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
-    Real origin[kItems], values[kItems];
-    load_four(base, index, elements, origin);
-    for (int t = 0; t < tasks.count; ++t) {
-      const int rule = tasks.task[t].selection;
-      if (rule < 0 || !is_open(rules, rule)) continue;
-      load_four(tasks.task[t].tuned, index, elements, values);
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) values[j] -= origin[j];
+    const auto view_of = [&](int t) -> const MatrixView& { return tasks.task[t].tuned; };
+    const auto is_tied = [&](int t) { return tasks.task[t].selection >= 0 && is_open(rules, tasks.task[t].selection); };
+    Real origin[kItems];
+    for_differences(base, tasks.count, is_tied, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
       clip(tasks.task[t].theta, values);
-      count_ties(rules, rule, values, slice, elements);
-    }
+      count_ties(rules, tasks.task[t].selection, values, slice, elements);
+    });
   }
 }
 
@@ -48,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t index = first_item(slice);
     const auto view_of = [&](int t) -> const MatrixView& { return tasks.task[t].tuned; };
     Real origin[kItems];
-    for_differences(base, tasks.count, view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
+    for_differences(base, tasks.count, Every(), view_of, index, elements, origin, [&](int t, Real(&values)[kItems]) {
       const PruneTaskCuda& task = tasks.task[t];
       clip(task.theta, values);
       if (task.selection >= 0) {

@@ -107,25 +107,39 @@ __device__ inline void load_four(const MatrixView& view, int64_t index, int64_t 
   widen(view.type, load_raw<Real>(view, index, elements), out);
 }
 
-// Calls body(t, values) for each of `count` tensors in order, with values = view_of(t) - base; a base without data is
-// 0. `origin` becomes the base. The next tensor is read while the current one is processed.
-template <class Real, class ViewOf, class Body>
-__device__ inline void for_differences(const MatrixView& base, int count, const ViewOf& view_of, int64_t index,
-                                       int64_t elements, Real (&origin)[kItems], const Body& body) {
+// Calls body(t, values) for each of `count` tensors that is `wanted`, in order, with values = view_of(t) - base; a base
+// without data is 0. `origin` becomes the base if any tensor is wanted. The next tensor is read while the current one
+// is processed.
+template <class Real, class Wanted, class ViewOf, class Body>
+__device__ inline void for_differences(const MatrixView& base, int count, const Wanted& wanted, const ViewOf& view_of,
+                                       int64_t index, int64_t elements, Real (&origin)[kItems], const Body& body) {
+  const auto next_wanted = [&](int t) {
+    while (t < count && !wanted(t)) ++t;
+    return t;
+  };
+  int t = next_wanted(0);
+  if (t >= count) return;
   Raw<Real> first{};
   if (base.data != nullptr) first = load_raw<Real>(base, index, elements);
-  Raw<Real> next = load_raw<Real>(view_of(0), index, elements);
+  Raw<Real> next = load_raw<Real>(view_of(t), index, elements);
   widen(base.type, first, origin);
-  for (int t = 0; t < count; ++t) {
+  while (t < count) {
+    const int current = t;
     const Raw<Real> raw = next;
-    if (t + 1 < count) next = load_raw<Real>(view_of(t + 1), index, elements);
+    t = next_wanted(t + 1);
+    if (t < count) next = load_raw<Real>(view_of(t), index, elements);
     Real values[kItems];
-    widen(view_of(t).type, raw, values);
+    widen(view_of(current).type, raw, values);
 #pragma unroll
     for (int j = 0; j < kItems; ++j) values[j] -= origin[j];
-    body(t, values);
+    body(current, values);
   }
 }
+
+// Which tensors for_differences takes if all are wanted.
+struct Every {
+  __device__ bool operator()(int) const { return true; }
+};
 
 // One instruction for 16 bytes: nvcc splits an assignment into single elements where the kernel also stores those. The
 // lines leave the cache first, because no kernel reads what it has stored.
