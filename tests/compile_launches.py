@@ -52,16 +52,37 @@ def widest(ptx, instruction):
     return max(sizes, default=0)
 
 
-def resources(cubin):
-    """Return registers, and bytes of local memory (spills, for kernels without arrays of their own) of each thread."""
+def unguarded_writes(ptx):
+    """Return the writes to shared memory between a wait for tensor cores and the next barrier of the block.
+
+    A warpgroup waits for its own products; another one may still read what is overwritten.
+    """
+    found, waited = [], False
+    for line in ptx.splitlines():
+        if "wgmma.wait_group" in line or "bar.sync" in line:
+            waited = "wgmma" in line
+        elif waited and re.search(r"cp\.async\.(?:c[ag]|bulk)|st\.shared", line):
+            found.append(line.strip())
+    return found
+
+
+def listing(cubin, option):
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack, local = map(int, RESOURCES.search(listing).groups())
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin):
+    """Return registers, and bytes of local memory (spills, for kernels without arrays of their own) of each thread."""
+    registers, stack, local = map(int, RESOURCES.search(listing(cubin, "--dump-resource-usage")).groups())
     return registers, stack + local
+
+
+def serialized(sass):
+    """Whether ptxas lets each product of a warpgroup wait for the one before it, as it does where it sees a hazard."""
+    return 0 < len(re.findall(r"\bHGMMA\.", sass)) <= len(re.findall(r"\bWARPGROUP\.DEPBAR", sass))
 
 
 def report(op, label, name, kernel, aligned):
@@ -74,6 +95,8 @@ def report(op, label, name, kernel, aligned):
         row |= {
             "inexact": [text for text in INEXACT if text in ptx],
             "products": sorted({found[0] for found in PRODUCT.finditer(ptx)}),
+            "unguarded": unguarded_writes(ptx),
+            "serialized": "wgmma" in ptx and serialized(listing(kernel.asm["cubin"], "-sass")),
         }
     return row | {"narrow": narrow_program_ids(kernel.asm["ttir"])}
 

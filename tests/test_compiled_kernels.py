@@ -83,6 +83,8 @@ def check(architecture, rows):
         wrong(lambda row: row["kernel"] in PRODUCTS and not any(p.startswith(instruction) for p in row["products"]))
         == []
     )
+    assert wrong(lambda row: row["unguarded"]) == []
+    assert wrong(lambda row: row["serialized"]) == []
     most = (227 if architecture in (90, 100) else 99) * 1024
     assert wrong(lambda row: row["shared"] > most) == []
     narrower = {
@@ -130,6 +132,26 @@ def test_the_width_of_accesses():
     assert (widest(ptx, "ld"), widest(ptx, "st"), widest("", "ld")) == (4, 2, 0)
     assert widest("@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", "ld") == 16
     assert widest("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", "ld") == 16
+
+
+def test_products_that_wait_for_each_other_would_be_seen():
+    from compile_launches import serialized
+
+    product, wait = "HGMMA.64x128x16.F32 R88, gdesc[UR12], R88, gsb0 ;", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+    assert serialized("\n".join([product, wait, product, wait]))
+    assert not serialized("\n".join([product, product, wait])) and not serialized("")
+
+
+def test_an_overwrite_without_a_barrier_would_be_seen():
+    from compile_launches import unguarded_writes
+
+    wait, barrier, copy = (
+        "wgmma.wait_group.sync.aligned 0;",
+        "bar.sync 0;",
+        "cp.async.cg.shared.global [ %r1 ], [ %r2 ];",
+    )
+    assert unguarded_writes("\n".join([wait, copy, barrier])) == [copy]
+    assert unguarded_writes("\n".join([copy, wait, barrier, copy, "st.shared.b32 [ %r1 ], %r2;"])) == []
 
 
 @pytest.mark.parametrize("architecture", [pytest.param("gfx942", marks=exhaustive)])

@@ -56,6 +56,8 @@ def cases(device: torch.device | str) -> Iterator[Case]:
     )
     yield Case("one low plane", (small, planes(6, 4, low=False)), raises=DTypeError)
     yield Case("to float64", (small, small.mT), {"out_dtype": torch.float64}, raises=DTypeError)
+    odd = planes(2, 33, 65), planes(2, 31, 65).mT, 0.5, 1.0, normal((2, 33, 31), random).bfloat16()
+    yield Case("odd sizes", odd, compiled=True)
     for low in (True, False):
         left, right = planes(2, 64, 96, low=low), planes(2, 96, 64, low=low)
         third = planes(2, 64, 64, low=low)
