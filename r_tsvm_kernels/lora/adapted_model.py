@@ -54,6 +54,8 @@ def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
     modules = {}
     adapter.find_experts(base.tensors)
     for weight_name, shape, key in adapter.weight_shapes():
+        if _find(base, weight_name) is None and any(_find(base, other) for other in adapter.copies_of(key)):
+            continue  # tied to another tensor, and only that is stored
         name = _weight_name(base, adapter, weight_name)
         header = base.tensors[name]
         if name in modules:
@@ -100,15 +102,19 @@ def is_adapter(path: Path) -> bool:
     return any((path / file).is_file() for file in files) and not any((path / file).exists() for file in weights)
 
 
-def _weight_name(base: Checkpoint, adapter: Adapter, name: str) -> str:
+def _find(base: Checkpoint, name: str) -> str | None:
     """Return the checkpoint's name of a weight. One of the two names may have a prefix of the model class."""
     if name in base.tensors:
         return name
     similar = [other for other in base.tensors if name.endswith(f".{other}") or other.endswith(f".{name}")]
     # Multimodal models were saved as language_model.model.* and as model.language_model.*
     similar = similar or [other for other in base.tensors if without_prefix(other) == without_prefix(name)]
-    if len(similar) == 1:
-        return similar[0]
+    return similar[0] if len(similar) == 1 else None
+
+
+def _weight_name(base: Checkpoint, adapter: Adapter, name: str) -> str:
+    if found := _find(base, name):
+        return found
     hint = "; it is tied to the embedding" if name.endswith("lm_head.weight") else ""
     raise CheckpointError(
         f"{adapter.path}: changes {name}, which {base.path} does not have{hint}; "

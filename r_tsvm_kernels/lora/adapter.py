@@ -163,6 +163,10 @@ class Adapter:
         for module in self.modules.values():
             yield module.weight_name, module.weight_shape, module.name
 
+    def copies_of(self, key: str) -> list[str]:
+        """Return the names of other weights that the adapter gives the same values, as if they were tied."""
+        return []
+
     def is_product(self, key: str) -> bool:
         """Whether a change is a product of two factors."""
         return True

@@ -161,6 +161,22 @@ class WholeAdapter(Adapter):
         change = self.changes.get(key)
         return super().headers(key) if change is None else tuple(self._file.tensors[name] for name in change.names)
 
+    def copies_of(self, key: str) -> list[str]:
+        """Return the names of other tensors that are replaced by the same values, as if they were tied.
+
+        Raises:
+            InputChangedError, CheckpointError, NonFiniteError: as `load`.
+        """
+        change = self.changes.get(key)
+        if change is None or change.kind != "tensor":
+            return []
+        values = self._checked(change.names[0])
+        return [
+            other.weight_name for other in self.changes.values()
+            if other is not change and (other.kind, other.shape) == ("tensor", change.shape)
+            and torch.equal(self._checked(other.names[0]), values)
+        ]  # fmt: skip
+
     def is_product(self, key: str) -> bool:
         """Whether a change is a product of two factors."""
         return key not in self.changes

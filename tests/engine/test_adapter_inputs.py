@@ -322,6 +322,21 @@ def test_copies_of_the_base_in_an_adapter(tmp_path, dtype):
             merge_checkpoints(config_for(base, [adapter_with(f"other{len(other)}", other)]), tmp_path / "no")
 
 
+def test_copies_of_tied_tensors_in_an_adapter(tmp_path):
+    """PEFT stores a trained bias under each of its names (BERT's head), a base under one of them."""
+    base = save(tmp_path / "base", base_tensors() | {"head.bias": torch.zeros(9)})
+    names, bias = ("head.bias", "head.decoder.bias"), torch.randn(9)
+
+    def adapter_with(name, *values):
+        stored = {f"base_model.model.{own}": value for own, value in zip(names, values, strict=True)}
+        return save_adapter(tmp_path / name, {"layers.0.q": factors((24, 16), 2, 0)}, stored, bias="all")
+
+    got = merged(config_for(base, [adapter_with("tied", bias, bias.clone())]), tmp_path / "out")
+    assert torch.equal(got["head.bias"], bias) and names[1] not in got
+    with pytest.raises(CheckpointError, match=r"changes head\.decoder\.bias, which \S+base does not have"):
+        merged(config_for(base, [adapter_with("untied", bias, bias + 1)]), tmp_path / "no")
+
+
 def test_ranks_that_differ_between_modules(tmp_path):
     base, _, _ = inputs(tmp_path)
     modules = {"layers.0.q": factors((24, 16), 2, 0), "layers.0.up": factors((40, 16), 6, 1)}
