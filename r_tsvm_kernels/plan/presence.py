@@ -108,5 +108,5 @@ def _check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...], pat
         resized = expected[1:] == got[1:] and (len(expected) == 2 or name.endswith("bias"))
         hint = f"--exclude '{name}' keeps the base's value"
         if resized:
-            hint = f"was its vocabulary resized? --vocabulary base or union aligns the rows by their tokens, {hint}"
+            hint = f"was its vocabulary resized? {hint}; a merge with --vocabulary base or union aligns its tokens"
         raise ShapeError(f"{path}: {name} has shape {got}, the base has {expected}; {hint}")

@@ -12,7 +12,7 @@ from compare import same_bits
 from safetensors.torch import load_file, save_file
 
 from r_tsvm_kernels import CheckpointError, InputChangedError
-from r_tsvm_kernels.checkpoint import Checkpoint
+from r_tsvm_kernels.checkpoint import Checkpoint, checksum
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -306,3 +306,25 @@ def test_tensors_that_the_index_does_not_place_there_are_ignored(tmp_path):
     assert torch.equal(checkpoint.load(doubled), load_file(second)[doubled])
     assert doubled in checkpoint.notes[0]
     assert "rotary.inv_freq" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_single_rows(tmp_path, kind, dtype, monkeypatch):
+    monkeypatch.setattr("r_tsvm_kernels.checkpoint.reader._PIECE_BYTES", 30)  # two rows of three values
+    tensors = {"other": torch.ones(5), "w": torch.arange(30, dtype=torch.float32).reshape(10, 3)}
+    if kind.endswith(".bin"):
+        torch.save(tensors, tmp_path / kind)
+    else:
+        save_file(tensors, tmp_path / kind)
+    checkpoint = Checkpoint(tmp_path, allow_pickle=True)
+    rows = torch.tensor([3, 4, 5, 6, 7, -1, 0, 9, 8, -1, -1, 0])
+    out = torch.full((len(rows), 3), -7, dtype=dtype)
+    checkpoint.load_rows("w", rows, out)
+    expected = tensors["w"][rows.clamp(min=0)].to(dtype)
+    expected[rows < 0] = -7
+    assert torch.equal(out, expected)
+    assert checkpoint.checksum("w") == checksum(tensors["w"])
+    (tmp_path / kind).write_bytes((tmp_path / kind).read_bytes()[:-8])
+    with pytest.raises(InputChangedError):
+        checkpoint.load_rows("w", rows, out)
