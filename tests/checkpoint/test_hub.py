@@ -106,6 +106,14 @@ def serve(folder, *names):
         (folder / name).touch()
 
 
+@pytest.mark.parametrize("other", [["model.safetensors"], []])
+def test_the_vendors_copy_is_fetched_only_if_there_is_no_other(repository, other):
+    served, fetched = repository
+    serve(served, "config.json", "consolidated.safetensors", *other)
+    hub.resolve("org/name")
+    assert set().union(*fetched) == {"config.json", *(other or ["consolidated.safetensors"])}
+
+
 def test_what_is_fetched(repository):
     """Fetches pickles only if they are allowed and there are no safetensors; from subfolders only code and
     templates."""
