@@ -10,8 +10,11 @@ from ..checkpoint.prefixes import without_prefix
 from ..errors import AdapterRefusedError, CheckpointError, ConfigError, DTypeError, ShapeError
 from ..files import exists
 from ..ops._checks import FLOAT_DTYPES
-from .adapter import WEIGHTS_FILE, Adapter
+from .adapter import WEIGHTS_FILE, Adapter, is_head
 from .adapter_config import CONFIG_FILE
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
+_WITH_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "LMHeadModel")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,7 @@ def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
         CheckpointError: the checkpoint lacks such a weight.
         ShapeError: a weight and its update differ in shape.
         DTypeError: a weight is not floating-point, as in quantised models.
-        AdapterRefusedError: a weight is changed in two ways.
+        AdapterRefusedError: a weight is changed in two ways, or an embedding without the head that is tied to it.
     """
     modules = {}
     adapter.find_experts(base.tensors)
@@ -68,6 +71,12 @@ def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
             )
         if header.dtype not in FLOAT_DTYPES:
             raise DTypeError(f"{adapter.path}: changes {name}, which is {header.dtype} in {base.path}; dequantise it")
+        if adapter.replaces(key) and _is_head_too(base, name) and not _keeps_ties(adapter, key):
+            raise AdapterRefusedError(
+                f"{adapter.path}: replaces {name}, which {base.path} also uses as its output head; PEFT trained them "
+                "apart, and the merge would change the output head, too. Merge the adapter into its model with PEFT "
+                "(merge_and_unload), which unties them, and give the model"
+            )
         modules[name] = key
     return AdaptedModel(base, adapter, modules)
 
@@ -100,6 +109,23 @@ def is_adapter(path: Path) -> bool:
     files = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
     weights = ("model.safetensors", "model.safetensors.index.json")
     return any((path / file).is_file() for file in files) and not any((path / file).exists() for file in weights)
+
+
+def _is_head_too(base: Checkpoint, name: str) -> bool:
+    """Whether a model has the weight of an embedding for its output head. Configs may omit that it is the default."""
+    if not name.endswith(_EMBEDDINGS):
+        return False
+    text = base.config.get("text_config")
+    default = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    ties = base.config.get("tie_word_embeddings", default)
+    if ties is None:
+        architectures = base.config.get("architectures") or [""]
+        ties = str(architectures[0]).endswith(_WITH_HEADS)
+    return bool(ties) and not any(is_head(other.removesuffix(".weight")) for other in base.tensors)
+
+
+def _keeps_ties(adapter: Adapter, key: str) -> bool:
+    return adapter.config.ensure_weight_tying or bool(adapter.copies_of(key))
 
 
 def _find(base: Checkpoint, name: str) -> str | None:

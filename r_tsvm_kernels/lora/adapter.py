@@ -163,6 +163,10 @@ class Adapter:
         for module in self.modules.values():
             yield module.weight_name, module.weight_shape, module.name
 
+    def replaces(self, key: str) -> bool:
+        """Whether a change is another value of the whole tensor."""
+        return False
+
     def copies_of(self, key: str) -> list[str]:
         """Return the names of other weights that the adapter gives the same values, as if they were tied."""
         return []

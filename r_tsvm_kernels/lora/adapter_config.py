@@ -55,6 +55,7 @@ class AdapterConfig(BaseModel):
         modules_to_save: modules that the adapter replaces.
         target_parameters: bare parameters that the adapter adapts, such as packed experts, by the ends of their names.
         trainable_token_indices: rows of embeddings that the adapter replaces, by module or of the input embedding.
+        ensure_weight_tying: whether what is tied in the base stays so where the adapter replaces it.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -74,6 +75,7 @@ class AdapterConfig(BaseModel):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
+    ensure_weight_tying: bool = False
 
     @property
     def replaces_tensors(self) -> bool:

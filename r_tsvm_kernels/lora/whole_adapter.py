@@ -161,15 +161,19 @@ class WholeAdapter(Adapter):
         change = self.changes.get(key)
         return super().headers(key) if change is None else tuple(self._file.tensors[name] for name in change.names)
 
+    def replaces(self, key: str) -> bool:
+        """Whether a change is another value of the whole tensor."""
+        return key in self.changes and self.changes[key].kind == "tensor"
+
     def copies_of(self, key: str) -> list[str]:
         """Return the names of other tensors that are replaced by the same values, as if they were tied.
 
         Raises:
             InputChangedError, CheckpointError, NonFiniteError: as `load`.
         """
-        change = self.changes.get(key)
-        if change is None or change.kind != "tensor":
+        if not self.replaces(key):
             return []
+        change = self.changes[key]
         values = self._checked(change.names[0])
         return [
             other.weight_name for other in self.changes.values()

@@ -13,7 +13,7 @@ from compare import relative_error, same_bits
 from memory import measured
 from safetensors.torch import load_file
 
-from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, ShapeError, merge_checkpoints
+from r_tsvm_kernels import AdapterRefusedError, CheckpointError, ConfigError, MergeConfig, ShapeError, merge_checkpoints
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.engine import scheduling, smallest_schedule
 from r_tsvm_kernels.engine.tiles import Tile, merge_tile, read_tile
@@ -335,6 +335,26 @@ def test_copies_of_tied_tensors_in_an_adapter(tmp_path):
     assert torch.equal(got["head.bias"], bias) and names[1] not in got
     with pytest.raises(CheckpointError, match=r"changes head\.decoder\.bias, which \S+base does not have"):
         merged(config_for(base, [adapter_with("untied", bias, bias + 1)]), tmp_path / "no")
+
+
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {"architectures": ["GemmaForCausalLM"]}, {}])
+def test_an_embedding_without_the_head_that_is_tied_to_it(tmp_path, config):
+    """PEFT trains a copy of the embedding beside the head of the base, unless it is told to tie them."""
+    name = "model.embed_tokens.weight"
+    base = save(tmp_path / "base", base_tensors() | {name: torch.zeros(9, 4)}, config=config)
+
+    def adapter_with(folder, *names, **settings):
+        stored = {f"base_model.model.{own}": torch.ones(9, 4) for own in names}
+        factors_of_one = {"layers.0.q": factors((24, 16), 2, 0)}
+        return save_adapter(tmp_path / folder, factors_of_one, stored, modules_to_save=["embed_tokens"], **settings)
+
+    alone = adapter_with("alone", name)
+    if config:
+        with pytest.raises(AdapterRefusedError, match=r"would change the output head, too\. Merge"):
+            merged(config_for(base, [alone]), tmp_path / "no")
+    kept = [adapter_with("told", name, ensure_weight_tying=True), adapter_with("both", name, "lm_head.weight")]
+    for number, adapter in enumerate(kept if config else [alone]):
+        assert torch.equal(merged(config_for(base, [adapter]), tmp_path / str(number))[name], torch.ones(9, 4))
 
 
 def test_ranks_that_differ_between_modules(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, assert_runs, assert_same, load, peft
 
-from r_tsvm_kernels import AdapterRefusedError, MergeConfig, merge_checkpoints, merge_state_dicts
+from r_tsvm_kernels import CheckpointError, MergeConfig, merge_checkpoints, merge_state_dicts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn about many things of their own
 
@@ -23,36 +23,27 @@ ADAPTERS = {
     "states": ("mamba", {"target_modules": ["in_proj", "x_proj"]}),
     "transformer of images": ("flux", {"target_modules": ["to_q", "proj_out"]}),
     "convolutions": ("unet", {"target_modules": ["to_q", "to_v", "conv1"]}),
-    "experts that are packed in memory": (
-        "mixtral",
-        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.gate.weight"]},
-    ),
     "packed experts": ("gpt-oss", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
 }
 
 
-def marks(name):
-    """Adapters of one kind are refused yet."""
-    refused = "target_parameters" in ADAPTERS[name][1]
-    reason = "refused: adapters of bare parameters (target_parameters)"
-    xfail = pytest.mark.xfail(reason=reason, raises=AdapterRefusedError, strict=True)
-    return pytest.param(name, marks=xfail if refused else [])
+def train(family, base, path, seed=0, **options):
+    """Save an adapter with noise in all that PEFT trains; return the model that PEFT makes of both."""
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(load(family, base), peft.LoraConfig(r=4, lora_alpha=8, **options))
+    with torch.no_grad():
+        for parameter in filter(lambda x: x.requires_grad, model.parameters()):
+            parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    return model.merge_and_unload()
 
 
-@pytest.mark.parametrize("name", [marks(name) for name in ADAPTERS])
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_are_merged_as_peft_merges_each(tmp_path, name):
     family, options = FAMILIES[ADAPTERS[name][0]], ADAPTERS[name][1]
-    base, adapters, tuned = tmp_path / "base", [tmp_path / "first", tmp_path / "second"], []
+    base, adapters = tmp_path / "base", [tmp_path / "first", tmp_path / "second"]
     family.build().save_pretrained(base)
-    for seed, path in enumerate(adapters):
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(r=4, lora_alpha=8, **options)
-        model = peft.get_peft_model(load(family, base), config)
-        with torch.no_grad():
-            for parameter in filter(lambda x: x.requires_grad, model.parameters()):
-                parameter += 0.05 * torch.randn_like(parameter)
-        model.save_pretrained(path)
-        tuned.append(model.merge_and_unload().state_dict())
+    tuned = [train(family, base, path, seed, **options).state_dict() for seed, path in enumerate(adapters)]
     start = load(family, base)
     for method in ("task_arithmetic", "tsvm"):
         merge_checkpoints(MergeConfig(method, base_model=base, models=adapters), tmp_path / method)
@@ -63,3 +54,31 @@ def test_adapters_are_merged_as_peft_merges_each(tmp_path, name):
         else:
             expected = {key: t + sum(other[key] - t for other in tuned) for key, t in start.state_dict().items()}
         assert_same(merged, expected, 1e-5)
+
+
+REFUSED = {
+    "experts that are packed in memory alone": (
+        "mixtral",
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        r"merge the adapter into its model with PEFT",
+    ),
+    "a tied embedding without its head": (
+        "llama, tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        r"would change the output head, too",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_way_out_of_a_refusal(tmp_path, name):
+    """The messages say to merge the adapter with PEFT: the model that this gives is merged."""
+    family, options, message = FAMILIES[REFUSED[name][0]], *REFUSED[name][1:]
+    base, adapter, model = tmp_path / "base", tmp_path / "adapter", tmp_path / "model"
+    family.build().save_pretrained(base)
+    tuned = train(family, base, adapter, **options)
+    tuned.save_pretrained(model)
+    with pytest.raises(CheckpointError, match=message):
+        merge_checkpoints(MergeConfig("ties", base_model=base, models=[adapter]), tmp_path / "no")
+    merge_checkpoints(MergeConfig("linear", models=[model, model]), tmp_path / "out")
+    assert_same(load(family, tmp_path / "out"), tuned.state_dict(), 1e-6)
