@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConvergenceError
 from .arguments import whole_number
 from .decompositions import svd
-from .eigenspaces import gram_float32, gram_float64
+from .eigenspaces import ForeseenError, gram_float32, gram_float64
 from .ranks import Rank
 from .rounding import BACKWARD_ERROR, Cut
 from .tall_matrix import TallMatrix
@@ -84,6 +84,8 @@ def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[st
     for route in routes:
         try:
             found = _solve(matrix, rank, mode, route)
+        except ForeseenError:  # nothing was lost
+            continue
         except ConvergenceError as failure:
             escalations.append(str(failure))
             continue
