@@ -72,14 +72,14 @@ def requantise(values: Tensor, header: ScaledHeader, before: Tensor) -> Requanti
     smallest = magnitudes / largest
     fits = (own >= smallest) & ((own <= _SLACK * smallest) | (smallest == 0)) & (own > 0) & own.isfinite()
     scales = torch.where(fits, own, smallest).clamp(min=least).to(scale_dtype)
-    squares = torch.zeros(2, dtype=torch.float64)
+    squares = torch.zeros(2, dtype=torch.float64, device="cpu")
     for index, matrix in enumerate(matrices):
         chosen = scales[index if len(scales) > 1 else 0].float()
         out = weight.view(-1, height, width)[index]
         step = max(1, PIECE // max(1, width))
         for start in range(0, height, step):
             piece = matrix[start : start + step]
-            rows = torch.arange(start, start + len(piece)) // tall
+            rows = torch.arange(start, start + len(piece), device=piece.device) // tall
             factors = spread_scales(chosen[rows], header.block[1], width)
             rounded = (piece / factors).clamp_(-largest, largest).to(dtype)
             out[start : start + step] = rounded
@@ -96,7 +96,7 @@ def _magnitudes(matrix: Tensor, tall: int, each: int, per_row: int) -> Tensor:
         rows = matrix[start : start + tall]
         # Of a column over all rows first: no copy of the rows is made.
         column = torch.maximum(rows.amax(0), -rows.amin(0))
-        padded = torch.zeros(per_row * each, dtype=column.dtype)
+        padded = column.new_zeros(per_row * each)
         padded[: len(column)] = column
         found.append(padded.view(per_row, each).amax(1))
     return torch.stack(found)

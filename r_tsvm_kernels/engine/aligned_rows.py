@@ -51,7 +51,7 @@ def restore_untouched(plan: MergePlan, name: str, first: int, base: Tensor, merg
     """Write the rows without any task vector over those of the merge, with the bits that were read."""
     assert plan.vocabulary is not None
     untouched = plan.vocabulary.untouched[first : first + len(merged)]
-    places = torch.arange(len(merged)).masked_fill(~untouched, -1)
+    places = torch.arange(len(merged), device=untouched.device).masked_fill(~untouched, -1)
     dtype = None if plan.config.dtype is None else getattr(torch, plan.config.dtype)
     for _, begin, end in runs(places, _ROWS):
         rows = base[begin:end] if dtype is None else stored(base[begin:end], dtype, name)
@@ -72,7 +72,9 @@ def _read_new_rows(plan: MergePlan, vocabulary: AlignedVocabulary, name: str, fi
     shared = torch.nonzero(new & (count > 1)).flatten()
     for start in range(0, len(shared), _ROWS):
         places = shared[start : start + _ROWS]
-        total = torch.zeros((len(places), *base.shape[1:]), dtype=torch.promote_types(base.dtype, torch.float32))
+        total = torch.zeros(
+            (len(places), *base.shape[1:]), dtype=torch.promote_types(base.dtype, torch.float32), device=base.device
+        )
         for model, own in rows.items():
             values = torch.zeros_like(total)
             model.load_rows(name, own[places], values)

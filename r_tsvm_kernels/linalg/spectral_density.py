@@ -68,7 +68,7 @@ def _value(nodes: Tensor, counts: Tensor, place: float) -> float:
     """Return the eigenvalue with `place` larger ones, linear between the middles of the nodes."""
     nodes, counts = nodes.flip(0).clamp(min=0), counts.flip(0)
     middles = counts.cumsum(0) - counts / 2
-    after = int(torch.searchsorted(middles, torch.tensor(float(place), dtype=middles.dtype)))
+    after = int(torch.searchsorted(middles, middles.new_tensor(float(place))))
     if after == 0:
         return float(nodes[0])
     if after == len(nodes):

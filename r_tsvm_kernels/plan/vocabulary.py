@@ -93,7 +93,7 @@ class AlignedVocabulary:
 
     def moves_base(self, base: Checkpoint) -> bool:
         """Whether the rows of the output are others than those of the base."""
-        return not torch.equal(self.rows[base], torch.arange(self.height))
+        return not torch.equal(self.rows[base], torch.arange(self.height, device="cpu"))
 
     def new_ids(self, base: Checkpoint) -> dict[int, int]:
         """Map the base's rows to those of the output."""
@@ -158,10 +158,14 @@ def align_vocabularies(
         ids |= {token: new.index for token, new in added.items()}
         height = _united_height(tokenizers[base], heights[base], max(ids.values()) + 1)
     rows = {x: _rows(ids, height, tokenizers[x].ids, heights[x]) for x in inputs}
-    in_place = all(heights[x] == height and torch.equal(rows[x], torch.arange(height)) for x in inputs)
+    in_place = all(heights[x] == height and torch.equal(rows[x], torch.arange(height, device="cpu")) for x in inputs)
     names = frozenset() if in_place else vocabulary_tensors(heights, lambda name: is_excluded(config, name))
     models = _models(base, tuned, names)
-    known = torch.stack([rows[model] >= 0 for model in models]) if models else torch.zeros(0, height, dtype=torch.bool)
+    known = (
+        torch.stack([rows[model] >= 0 for model in models])
+        if models
+        else torch.zeros(0, height, dtype=torch.bool, device="cpu")
+    )
     groups = tuple(_groups(ids, height, rows[base] >= 0, known, models))
     # Rows that nobody has: padding like the base's, or zeros.
     nobody = (rows[base] < 0) & ~known.any(0)
@@ -176,10 +180,10 @@ def align_vocabularies(
 
 def _unmoved(source: str, owner: Checkpoint, inputs: Sequence[Checkpoint], height: int) -> AlignedVocabulary:
     """Return the vocabulary of models that share one tokenizer: no row moves."""
-    rows = dict.fromkeys(inputs, torch.arange(height))
+    rows = dict.fromkeys(inputs, torch.arange(height, device="cpu"))
     group = TokenGroup("merged", tuple(str(x.path) for x in inputs[1:]), height, ())
     return AlignedVocabulary(
-        source, height, frozenset(), rows, torch.zeros(height, dtype=torch.bool), owner, groups=(group,)
+        source, height, frozenset(), rows, torch.zeros(height, dtype=torch.bool, device="cpu"), owner, groups=(group,)
     )
 
 
@@ -314,7 +318,7 @@ def _rows(ids: Mapping[str, int], height: int, own: Mapping[str, int], own_heigh
     for index in range(min(height, own_height)):
         if index not in taken and index not in own_taken:
             rows[index] = index
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _groups(

@@ -188,7 +188,7 @@ def expert_model(transposed, square=False):
 def expert_factors(inputs, outputs, rank, seed):
     """A of (E r, in) and B of (out, r E), and the sums of products (E, out, in)."""
     A, B = draw(3 * rank, inputs, seed=seed), draw(outputs, rank * 3, seed=seed + 1)
-    updates = torch.einsum("ore,eri->eoi", B.view(outputs, rank, 3).double(), A.view(3, rank, inputs).double())
+    updates = torch.einsum("fre,eri->efi", B.view(outputs, rank, 3).double(), A.view(3, rank, inputs).double())
     return A, B, updates
 
 
