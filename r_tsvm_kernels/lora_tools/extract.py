@@ -32,14 +32,19 @@ DEFAULT_RANK = 128
 
 # Last parts of the names of embeddings, which PEFT adapts in a form of their own. An output head may share the first
 # ones, those of tokens.
-_TOKEN_EMBEDDINGS = {"embed_tokens", "embed_in", "wte", "shared", "word_embeddings", "token_embedding"}
-_EMBEDDINGS = _TOKEN_EMBEDDINGS | {"wpe", "position_embedding", "position_embeddings", "token_type_embeddings"}
+_TOKEN_EMBEDDINGS = {
+    "embed_tokens", "embed_in", "wte", "shared", "word_embeddings", "token_embedding", "tok_embeddings", "embeddings",
+}  # fmt: skip
+_EMBEDDINGS = _TOKEN_EMBEDDINGS | {
+    "wpe", "position_embedding", "position_embeddings", "token_type_embeddings", "embed_positions",
+    "relative_attention_bias", "rel_embeddings", "embed_tokens_per_layer",
+}  # fmt: skip
 # Model types with weights stored (in, out).
 _FAN_IN_FAN_OUT = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
-# Modules that PEFT refuses to adapt, because their kernels use the weights of the base.
-_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
-_NOT_IN_MAMBA = {"out_proj", "conv1d"}
+# Modules that PEFT refuses to adapt, by the type of the model: kernels use their weights, or their class is no layer.
+_MAMBA = {key: {"out_proj", "conv1d"} for key in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")}
+_NOT_ADAPTED = _MAMBA | {"gpt_oss": {"router"}}
 
 # Task vectors are formed in pieces of about this size.
 _PIECE_BYTES = 64 << 20
@@ -156,7 +161,7 @@ def _not_expressible(tensor: TensorPlan, embed_lora: bool, tied: bool, model_typ
         return f"{len(tensor.spec.shape)}-D: LoRA adapts matrices"
     if not name.endswith(".weight"):
         return "not the weight of a module"
-    if model_type in _MAMBA and module in _NOT_IN_MAMBA:
+    if module in _NOT_ADAPTED.get(str(model_type), ()):
         return f"PEFT does not adapt {module} of models of type {model_type}"
     if not embed_lora and (module in _EMBEDDINGS or is_head(module)):
         return "embedding or output head; adapted with --embed-lora (embed_lora=True)"

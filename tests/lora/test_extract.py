@@ -236,10 +236,23 @@ def test_experts_that_nobody_changed_are_not_written(tmp_path):
 
 
 def test_modules_that_peft_does_not_adapt_are_left_out(tmp_path):
-    base = {f"backbone.layers.0.mixer.{name}.weight": torch.zeros(4, 4) for name in ("in_proj", "out_proj")}
-    for model_type, count in (("mamba", 1), ("llama", 2)):
+    base = {f"backbone.layers.0.mixer.{name}.weight": torch.zeros(4, 4) for name in ("router", "out_proj")}
+    for model_type, count in (("mamba", 1), ("gpt_oss", 1), ("llama", 2)):
         folder = tmp_path / model_type
         save(folder / "base", base, config={"model_type": model_type})
         save(folder / "tuned", {name: t + torch.eye(4) for name, t in base.items()})
         result, updates, _ = extract(folder, rank=2)
         assert len(updates) == count and len(result.left_out) == 2 - count
+
+
+def test_embeddings_of_positions_are_adapted_as_embeddings(tmp_path):
+    """PEFT ignores factors of a linear layer for them without a word."""
+    names = "decoder.embed_positions", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    base = {f"{name}.weight": torch.zeros(6, 4) for name in names}
+    save(tmp_path / "base", base)
+    save(tmp_path / "tuned", {name: t + torch.eye(6, 4) for name, t in base.items()})
+    extract_lora(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "out", rank=2, embed_lora=True)
+    factors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name for name in factors if "lora_embedding_A" in name} == {
+        f"base_model.model.{name}.lora_embedding_A" for name in names
+    }
