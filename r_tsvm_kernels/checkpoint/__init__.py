@@ -3,7 +3,7 @@
 from .checksums import Checksum, byte_view, checksum
 from .copies import Copy, settle_copies, shared_seeds
 from .embeddings import embedding_height, vocabulary_tensors
-from .headers import FileState, TensorHeader, read_json, read_tokenizer_json
+from .headers import FileState, TensorHeader, read_headers, read_json, read_metadata, read_tokenizer_json
 from .hub import is_model_id
 from .model_config import contradictions, layer_count, text_config
 from .reader import Checkpoint, runs
@@ -35,7 +35,9 @@ __all__ = [
     "is_tokenizer_file",
     "layer_count",
     "plan_shards",
+    "read_headers",
     "read_json",
+    "read_metadata",
     "read_tokenizer",
     "read_tokenizer_json",
     "requantise",

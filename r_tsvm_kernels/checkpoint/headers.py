@@ -133,6 +133,22 @@ def read_headers(file: Path) -> tuple[dict[str, TensorHeader], FileState]:
     return headers, file_state(file, stat, raw)
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the metadata in the header of a safetensors file that `read_headers` has accepted.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with open_regular(file) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            content = _parse_json(stream.read(min(length, MAX_JSON_BYTES)), strict=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
+    metadata: dict[str, str] = content.get("__metadata__", {})
+    return metadata
+
+
 def read_json(file: Path, *, strict: bool = False) -> tuple[dict[str, Any], FileState]:
     """Read a JSON object of bounded size; `strict` refuses names that occur twice, and NaN.
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint, Checksum, settle_copies
 from ..files import usable_path
-from ..lora import WholeAdapter
-from ..lora.adapted_model import AdaptedModel, adapt, is_adapter
+from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter
 from ..text import dtype_name
 from .journal import read_journal
 from .output import journal_path
@@ -103,7 +102,7 @@ def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | A
     yield base
     for path in paths[1:]:
         if is_adapter(usable_path(path)):
-            yield adapt(base, WholeAdapter(path, allow_pickle=allow_pickle))
+            yield adapt(base, open_adapter(usable_path(path), allow_pickle))
         else:
             model = Checkpoint(path, allow_pickle=allow_pickle)
             model.take_names(base)

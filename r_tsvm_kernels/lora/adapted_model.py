@@ -12,6 +12,8 @@ from ..files import exists
 from ..ops._checks import FLOAT_DTYPES
 from .adapter import WEIGHTS_FILE, Adapter, is_head
 from .adapter_config import CONFIG_FILE
+from .image_adapter import ImageAdapter, is_image_adapter
+from .whole_adapter import WholeAdapter
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
 _WITH_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "LMHeadModel")
@@ -64,7 +66,8 @@ def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
         if name in modules:
             raise AdapterRefusedError(f"{adapter.path}: changes {name} in two ways, which is not supported")
         rows = shape[:1] == (-1,)  # some rows of any number
-        if header.shape[rows:] != shape[rows:]:
+        trailing = (1,) * (len(shape) - 2)  # of convolutions of one pixel, which some files have for matrices
+        if header.shape[rows:] not in (shape[rows:], shape[:2] if shape[2:] == trailing else shape[rows:]):
             raise ShapeError(
                 f"{adapter.path}: the update of {name} has shape {shape}, the weight in {base.path} "
                 f"{header.shape}; the adapter belongs to another model, or a vocabulary was resized"
@@ -105,10 +108,21 @@ def split_reference(model: str) -> tuple[str, str | None]:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """Whether a path is an adapter and no model: a folder of PEFT or diffusers, or a file of factors."""
+    if is_image_adapter(path):
+        return True
     files = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
     weights = ("model.safetensors", "model.safetensors.index.json")
     return any((path / file).is_file() for file in files) and not any((path / file).exists() for file in weights)
+
+
+def open_adapter(path: Path, allow_pickle: bool = False) -> Adapter:
+    """Open an adapter of PEFT, diffusers or kohya.
+
+    Raises:
+        CheckpointError, AdapterRefusedError, PickleRefusedError: as the classes say.
+    """
+    return ImageAdapter(path) if is_image_adapter(path) else WholeAdapter(path, allow_pickle=allow_pickle)
 
 
 def _is_head_too(base: Checkpoint, name: str) -> bool:
@@ -139,7 +153,7 @@ def _find(base: Checkpoint, name: str) -> str | None:
 
 
 def _weight_name(base: Checkpoint, adapter: Adapter, name: str) -> str:
-    if found := _find(base, name):
+    if found := adapter.weight_in(base.tensors, name) or _find(base, name):
         return found
     hint = "; it is tied to the embedding" if name.endswith("lm_head.weight") else ""
     raise CheckpointError(

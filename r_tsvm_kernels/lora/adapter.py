@@ -155,6 +155,10 @@ class Adapter:
         """
         return self.task_matrix(key, pin=pin)
 
+    def weight_in(self, base: Iterable[str], name: str) -> str | None:
+        """Return the base's name of a weight if this kind of adapter has names of its own; otherwise None."""
+        return None
+
     def find_experts(self, base: Mapping[str, TensorHeader]) -> None:
         """Find the packed experts of a base that the adapter changes: none."""
 

@@ -92,7 +92,7 @@ class Convolution:
     def applied(self, base: Tensor) -> Tensor:
         """Return the base plus the update."""
         dtype = accumulation_dtype(base, self.update.left)
-        return base.to(dtype) + self.update.dense().to(dtype).view(self.shape)
+        return base.to(dtype) + self.update.dense().to(dtype).view(base.shape)
 
 
 @dataclass(frozen=True)

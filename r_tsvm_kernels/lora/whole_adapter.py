@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import TensorHeader
-from ..errors import AdapterRefusedError, CheckpointError, ShapeError
+from ..errors import AdapterRefusedError, CheckpointError
 from ..linalg import Factored
 from ..ops._checks import FLOAT_DTYPES, check_finite
 from .adapter import BASE_LAYER, LINEAR, PREFIX, Adapter, Weights
@@ -68,7 +68,7 @@ class WholeAdapter(Adapter):
         for change in self._find_changes(weights, names, source):
             self.changes[change.weight_name] = change
             taken |= {name for name in change.names if change.kind != "dora" or name.endswith(_MAGNITUDE)}
-        super()._open(_Rest(weights, taken), source)
+        super()._open(Rest(weights, taken), source)
         self._weights = weights
         self._check_complete(source)
 
@@ -243,11 +243,18 @@ class WholeAdapter(Adapter):
         return WholeChange("convolution", names, f"{module}.weight", (B[0], *A[1:]), module)
 
 
-class _Rest:
-    """Weights without some tensors."""
+class Rest:
+    """Weights without some tensors.
+
+    Args:
+        weights: all of them.
+        taken: names of those that are left out.
+    """
 
     def __init__(self, weights: Weights, taken: set[str]) -> None:
         self.tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in taken}
+        self._weights = weights
 
     def load(self, name: str, device: str | torch.device = "cpu", *, pin: bool = False) -> Tensor:
-        raise ShapeError(name)  # never called
+        """Return one tensor."""
+        return self._weights.load(name, device, pin=pin)

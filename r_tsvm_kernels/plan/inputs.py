@@ -10,8 +10,8 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.hub import resolve
 from ..config import MergeConfig
 from ..errors import ConfigError
-from ..lora import Adapter, WholeAdapter
-from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, split_reference
+from ..lora import Adapter
+from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter, split_reference
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
             tuned.append(model)
         else:
             key = adapter_path.resolve()
-            adapters[key] = adapters.get(key) or WholeAdapter(adapter_path, allow_pickle=allow_pickle)
+            adapters[key] = adapters.get(key) or open_adapter(adapter_path, allow_pickle)
             tuned.append(adapt(model, adapters[key]))
     return Inputs(base, tuple(tuned), config)
 
