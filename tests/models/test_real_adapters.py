@@ -92,9 +92,8 @@ LOST = {
 
 
 def extracted(name):
-    return pytest.param(
-        name, marks=pytest.mark.xfail(reason=LOST[name], raises=AssertionError, strict=True) if name in LOST else []
-    )
+    lost = pytest.mark.xfail(reason=LOST.get(name, ""), raises=AssertionError, strict=True)
+    return pytest.param(name, marks=lost if name in LOST else [])
 
 
 @pytest.mark.parametrize("name", [extracted(name) for name in FAMILIES if name not in ("llama, tied", "unet")])
