@@ -5,7 +5,8 @@
 * time: the whole method (`merge_tensors` with the preset), `weighted_merge` alone, our TSV-Merge and FusionBench's
   function, in turns, on the same matrices: squares, and one rectangle of the shape of an MLP. Singular values are
   i^-0.5. Weights differ, as they do with damping, so that `weighted_merge` computes the plain sum as well.
-* accuracy: against float64 SVDs, for powers and condition numbers of the task matrices; nothing is timed.
+* accuracy: against float64 SVDs, for powers and condition numbers of the task matrices; nothing is timed. Solver
+  ``products``, which takes power 1, is simulated, and may fall back to ``eigen``.
 """
 
 from __future__ import annotations
@@ -79,15 +80,18 @@ def accuracy(shape: tuple[int, int], condition: float, power: float, tasks: int 
     exact = oracle.weighted_merge(  # type: ignore[no-untyped-call]
         [matrix.double().numpy() for matrix in matrices], [1.0] * tasks, power, None, lead
     )
-    got = weighted_merge(matrices, power=power)
-    error = float(np.linalg.norm(got.matrix.double().numpy() - exact) / np.linalg.norm(exact))
-    notes = {"estimate": got.certificate.error, "route": got.certificate.route}
     case: dict[str, Any] = {
         "shape": shape,
         "dtype": "float32",
         "options": {"condition": condition, "power": power, "tasks": tasks},
     }
-    return [row("weighted_merge", "eigen exact", "error", error, notes=notes, **case)]
+    rows = []
+    for solver in ("eigen", "products") if power == 1 else ("eigen",):
+        got = weighted_merge(matrices, power=power, solver=solver)
+        error = float(np.linalg.norm(got.matrix.double().numpy() - exact) / np.linalg.norm(exact))
+        notes = {"estimate": got.certificate.error, "route": got.certificate.route}
+        rows.append(row("weighted_merge", f"{solver} exact", "error", error, notes=notes, **case))
+    return rows
 
 
 def measure(peer: FusionBench | None, args: Namespace) -> Iterator[list[Row]]:
