@@ -43,6 +43,13 @@ SPEED = (
             "The preset `weighted` of `rtsvm` (the whole method) and `weighted_merge` alone, against our TSV-Merge and "
             "FusionBench's function, in turns. Errors are relative to float64 SVDs; `condition` is that of each task "
             "matrix, `power` is q.", split=("spectrum",)),
+    Section("leading_share.json", "Weighted orthogonalisation of rectangles", "python -m benchmarks.leading_share",
+            "`weighted_merge` orthogonalises the ceil(r / T) leading directions of each task on both sides of a "
+            "rectangle. Here it is a share of that number. `gain` is the mean validation accuracy above `tsvm`, both "
+            "at alpha 1, on the choice seeds of the quality study."),
+    Section("gpu_work.json", "Work of solver products, counted", "python -m benchmarks.gpu_work",
+            "Counted on a CPU, for three tasks, on the path that a GPU takes: a prediction, no GPU ran it. `launches` "
+            "are those of the product kernels and of torch's operations outside them."),
     Section("mergekit_cli.json", "mergekit's commands on our kernels",
             "python -m benchmarks.peers.compare_mergekit_cli",
             "`rtsvm mergekit yaml` against `mergekit-yaml`, whole commands. `checked` is the largest error of an "

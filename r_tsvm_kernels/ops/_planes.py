@@ -121,12 +121,16 @@ def check_planes(op: str, *planes: Planes) -> None:
 
 def factor(op: str, like: Planes, *values: float | Tensor) -> Tensor:
     """Return the product of `values`, one float32 number per matrix of `like`, which has one leading dimension."""
-    total = torch.ones_like(like.scale)
-    for value in values:
-        if isinstance(value, Tensor) and value.numel() not in (1, total.numel()):
-            raise ShapeError(f"{op}: expected one factor for each of {total.numel()} matrices, got {value.numel()}")
-        total = total * (value.reshape(-1) if isinstance(value, Tensor) else value)
-    return total.float()
+    count, total = like.scale.numel(), None
+    for value in sorted(values, key=lambda value: not isinstance(value, Tensor)):
+        if isinstance(value, Tensor) and value.numel() not in (1, count):
+            raise ShapeError(f"{op}: expected one factor for each of {count} matrices, got {value.numel()}")
+        own = value.reshape(-1) if isinstance(value, Tensor) else value
+        if total is None:
+            total = own if isinstance(own, Tensor) else like.scale.new_full((count,), own)
+        elif isinstance(own, Tensor) or own != 1:  # every operation on a few numbers is a launch
+            total = total * own
+    return (like.scale.new_ones(count) if total is None else total).float().expand(count).contiguous()
 
 
 def summed(value: Tensor, like: Planes, out_dtype: OutDtype) -> SymmetricProduct:

@@ -1,0 +1,20 @@
+"""Upper limits of the work that solver `products` gives a GPU, so that it does not grow unnoticed."""
+
+import pytest
+
+from benchmarks.gpu_work import MERGES, work_of
+
+# Shape, then fp16 and float64 in TFLOP, launches and waits; of a flat spectrum, which is solved once.
+LIMITS = {
+    ("tsv_merge", (1024, 4096)): (1.1, 0.03, 9_000, 25),
+    ("weighted_merge", (1024, 1024)): (0.4, 0.02, 1_200, 30),
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), LIMITS)
+def test_work_stays_within_limits(name, shape):
+    work, certificate = work_of(MERGES[name], shape, "flat")
+    assert certificate.route.startswith("products")
+    found = work.operations["fp16"] / 1e12, work.operations["float64"] / 1e12, sum(work.launches.values()), work.waits
+    for value, limit in zip(found, LIMITS[name, shape], strict=True):
+        assert limit / 2 < value <= limit
