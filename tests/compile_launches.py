@@ -80,12 +80,20 @@ def resources(cubin):
     return registers, stack + local
 
 
+def blocks_at_once(registers, warps, shared, architecture):
+    """Return how many blocks a multiprocessor holds, by its threads, registers and shared memory."""
+    large = architecture in (80, 90, 100)
+    threads, memory = (2048 if large else 1536), ({80: 164}.get(architecture, 228) if large else 100) * 1024
+    per_warp = -(-registers * 32 // 256) * 256
+    return min(threads // (32 * warps), 65536 // per_warp // warps, memory // (shared + 1024))
+
+
 def serialized(sass):
     """Whether ptxas lets each product of a warpgroup wait for the one before it, as it does where it sees a hazard."""
     return 0 < len(re.findall(r"\bHGMMA\.", sass)) <= len(re.findall(r"\bWARPGROUP\.DEPBAR", sass))
 
 
-def report(op, label, name, kernel, aligned):
+def report(op, label, name, kernel, aligned, architecture):
     row = {"op": op, "case": label, "kernel": name, "shared": kernel.metadata.shared, "aligned": aligned}
     row["count"] = kernel.src.signature.get("numel")
     if "ptx" in kernel.asm:
@@ -96,6 +104,7 @@ def report(op, label, name, kernel, aligned):
             "inexact": [text for text in INEXACT if text in ptx],
             "products": sorted({found[0] for found in PRODUCT.finditer(ptx)}),
             "unguarded": unguarded_writes(ptx),
+            "blocks": blocks_at_once(registers, kernel.metadata.num_warps, kernel.metadata.shared, architecture),
             "serialized": "wgmma" in ptx and serialized(listing(kernel.asm["cubin"], "-sass")),
         }
     return row | {"narrow": narrow_program_ids(kernel.asm["ttir"])}
@@ -133,7 +142,7 @@ def main(architecture, once):
                     launched.add(kernel_name)
                     if kernel is not None and kernel.hash not in seen:
                         seen.add(kernel.hash)
-                        print(json.dumps(report(name, case.label, kernel_name, kernel, aligned)), flush=True)
+                        print(json.dumps(report(name, case.label, kernel_name, kernel, aligned, number)), flush=True)
             if expected - launched or not launched:
                 missing[name] = sorted(expected - launched)
     print(json.dumps({"missing": missing}))

@@ -52,7 +52,8 @@ def compiled(architecture, folder, *options):
 def show(capsys, architecture, rows):
     lines = [
         f"  {row['op']:16}{row['kernel']:22}{row.get('registers', ''):>4} registers{row['shared']:7} B shared"
-        f"{row.get('load', ''):>4} B read{row.get('store', ''):>4} B written  {row['case']}"
+        f"{row.get('blocks', ''):>3} blocks at once{row.get('load', ''):>4} B read{row.get('store', ''):>4} B written"
+        f"  {row['case']}"
         for row in rows
     ]
     with capsys.disabled():
