@@ -89,8 +89,12 @@ def blocks_at_once(registers, warps, shared, architecture):
 
 
 def serialized(sass):
-    """Whether ptxas lets each product of a warpgroup wait for the one before it, as it does where it sees a hazard."""
-    return 0 < len(re.findall(r"\bHGMMA\.", sass)) <= len(re.findall(r"\bWARPGROUP\.DEPBAR", sass))
+    """Whether ptxas lets each tensor-core instruction wait for the one before it, as it does where it sees a hazard.
+
+    Otherwise only the last instruction of a product signals that it has ended.
+    """
+    signals = ["gsb0" in line for line in sass.splitlines() if "HGMMA." in line]
+    return bool(signals) and all(signals)
 
 
 def report(op, label, name, kernel, aligned, architecture):

@@ -138,9 +138,9 @@ def test_the_width_of_accesses():
 def test_products_that_wait_for_each_other_would_be_seen():
     from compile_launches import serialized
 
-    product, wait = "HGMMA.64x128x16.F32 R88, gdesc[UR12], R88, gsb0 ;", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
-    assert serialized("\n".join([product, wait, product, wait]))
-    assert not serialized("\n".join([product, product, wait])) and not serialized("")
+    first, last = "HGMMA.64x128x16.F32 R88, gdesc[UR12], R88 ;", "HGMMA.64x128x16.F32 R88, gdesc[UR4], R88, gsb0 ;"
+    assert serialized("\n".join([last, "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", last]))
+    assert not serialized("\n".join([first, last])) and not serialized("")
 
 
 def test_an_overwrite_without_a_barrier_would_be_seen():
