@@ -34,7 +34,7 @@ __global__ void put_kernel(const __grid_constant__ Batch<Real> batch, int count,
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     tie_kernel(const __grid_constant__ MatrixView base, const Task<Real>* tasks, int count,
                const __grid_constant__ TieRules rules, int64_t elements) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
@@ -188,6 +188,7 @@ void run(const Queue& queue, const MatrixView& base, const MatrixView* tuned, co
     launch_kernel(queue, "put_kernel", 1, 32, 0, put_kernel<Real>, batch, size, tasks + first);
   }
   if (selections.count > 0) {
+    clear_ties(queue, ties, selections.count);
     launch_kernel(queue, "tie_kernel", slices, kThreads, 0, tie_kernel<Real>, base, tasks, tasks_count, ties, elements);
     launch_kernel(queue, "quota_kernel", selections.count, kQuotaThreads, 0, quota_kernel, ties);
   }

@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kChooseThreads)
   }
   int64_t above = block_scan<kChooseThreads>(mine, total);  // also a barrier: every thread has read its choice
   if (first && selection % of.keeps == 0) {
-    nonfinite = block_reduce<kChooseThreads>(nonfinite, Add());
-    if (threadIdx.x == 0) *of.nonfinite[tensor] = nonfinite;
+    block_scan<kChooseThreads>(nonfinite, total);
+    if (threadIdx.x == 0) *of.nonfinite[tensor] = total;
   }
   if (above >= choice.left || above + mine < choice.left) return;
   // Only the thread that has the bin remains.

@@ -1,34 +1,7 @@
-// Reductions over a thread block in a fixed order, without atomics.
+// Sums over a thread block in a fixed order, without atomics.
 #pragma once
 
 namespace r_tsvm {
-
-struct Add {
-  template <class T>
-  __device__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-
-// Reduces the `value` of all threads and returns the result to each. All kThreads threads must call it.
-template <int kThreads, class T, class Operation>
-__device__ inline T block_reduce(T value, Operation operation) {
-  constexpr int kWarps = kThreads / 32;
-  static_assert(kWarps * 32 == kThreads, "whole warps");
-  __shared__ T of_warp[kWarps];
-  // The operations commute, so both partners of an exchange compute the same bits.
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value = operation(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
-  __syncthreads();  // the previous call has been read
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = of_warp[0];
-#pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) value = operation(value, of_warp[warp]);
-  return value;
-}
 
 // Returns the sum of `value` over the threads before this one, and over all of them as `total`. All kThreads threads
 // must call it.

@@ -16,7 +16,7 @@ struct Tasks {
 };
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     tie_kernel(const __grid_constant__ MatrixView base, const __grid_constant__ Tasks tasks,
                const __grid_constant__ TieRules rules, int64_t elements) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
@@ -121,6 +121,7 @@ void reweight_prune_apply_cuda(const MatrixView& base, const PruneTaskCuda* task
     }
   };
   if (selection_count > 0) {
+    clear_ties(queue, rules, selection_count);
     for_batches([&](const Tasks& batch) {
       (in_float64 ? launch_ties<double> : launch_ties<float>)(queue, base, batch, rules);
     });

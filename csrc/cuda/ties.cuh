@@ -27,7 +27,8 @@ __device__ inline bool is_open(const TieRules& rules, int rule) {
   return ties > 0 && (rules.tied == nullptr || ties < rules.tied[rule]);
 }
 
-// Stores how many elements of the slice are tied, for an open rule. The whole block must call it.
+// Adds to the slice's number of tied elements, for an open rule. The whole block must call it. Most warps find none, so
+// nothing waits for the others.
 template <class Real>
 __device__ inline void count_ties(const TieRules& rules, int rule, const Real (&values)[kItems], int64_t slice,
                                   int64_t elements) {
@@ -35,10 +36,16 @@ __device__ inline void count_ties(const TieRules& rules, int rule, const Real (&
   int tied = 0;
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
-    tied += first_item(slice) + j < elements && fabs(values[j]) == threshold ? 1 : 0;
+    const bool equal = first_item(slice) + j < elements && fabs(values[j]) == threshold;
+    tied += __popc(__ballot_sync(0xffffffffu, equal));
   }
-  tied = block_reduce<kThreads>(tied, Add());
-  if (threadIdx.x == 0) rules.quotas[rule * rules.slices + slice] = tied;
+  if (tied > 0 && threadIdx.x % 32 == 0) atomicAdd(&rules.quotas[rule * rules.slices + slice], tied);
+}
+
+// Before count_ties.
+inline void clear_ties(const Queue& queue, const TieRules& rules, int64_t count) {
+  check(cudaMemsetAsync(rules.quotas, 0, static_cast<size_t>(count * rules.slices) * sizeof(int), queue.stream),
+        queue.op, "cannot clear the counts of ties");
 }
 
 // Thread block r: turns the counts of rule r into quotas.
