@@ -1,15 +1,15 @@
 """LoRA files of image models, in the formats of kohya and diffusers: one file of factors, without a configuration.
 
-Modules are named by component and place: ``lora_unet_down_blocks_0_...`` (kohya), ``unet.down_blocks.0...``
-(diffusers) or ``diffusion_model.double_blocks.0...``. The base is a diffusers pipeline, one of its components, or a
-single file that uses the same names for its layers.
+Modules are named by component and place: ``lora_unet_down_blocks_0_...`` (kohya), ``unet.down_blocks.0...`` (diffusers)
+or ``diffusion_model.double_blocks.0...``; a file of one component (diffusers' ``save_lora_adapter``) names places
+alone. The base is a diffusers pipeline, one of its components, or a single file that uses the same names for its
+layers.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,9 @@ class ImageAdapter(WholeAdapter):
         """
         places = self._places(base)
         module = name.removesuffix(".weight")
-        prefix = next(x for x in _COMPONENTS if module.startswith(x))
+        prefix = next((x for x in _COMPONENTS if module.startswith(x)), "")
         rest = _flat(module.removeprefix(prefix))
-        keys = [*(f"{component}_{rest}" for component in _COMPONENTS[prefix]), rest, f"{_SINGLE_FILE}{rest}"]
+        keys = [*(f"{component}_{rest}" for component in _COMPONENTS.get(prefix, ())), rest, f"{_SINGLE_FILE}{rest}"]
         found = next((places[key] for key in keys if key in places), None)
         if found is not None and len(found) > 1:
             raise CheckpointError(f"{self.path}: {module} may be {' or '.join(found[:3])} of the base")
@@ -139,6 +139,7 @@ def is_image_adapter(path: Path) -> bool:
 def _modules(tensors: Mapping[str, Any], source: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
     """Return the names of both factors, and of alpha, by module."""
     pairs: dict[str, list[str | None]] = {}
+    of_components = any(name.startswith(tuple(_COMPONENTS)) for name in tensors)
     alphas: dict[str, str] = {}
     for name in tensors:
         ending = next((end for end in _FACTORS if name.endswith(end)), None)
@@ -152,7 +153,7 @@ def _modules(tensors: Mapping[str, Any], source: str) -> tuple[dict[str, tuple[s
         module = name.removesuffix(ending)
         if module.startswith(PREFIX):
             raise AdapterRefusedError(f"{source}: a PEFT adapter; give its folder, which has adapter_config.json")
-        if not module.startswith(tuple(_COMPONENTS)):
+        if of_components and not module.startswith(tuple(_COMPONENTS)):
             raise AdapterRefusedError(
                 f"{source}: {module} is of no known component; names begin with {', '.join(_COMPONENTS)}"
             )
@@ -172,16 +173,16 @@ def _scales(ranks: Mapping[str, int], metadata: Mapping[str, str], source: str) 
         return dict.fromkeys(ranks, 1.0)
     try:
         settings: Any = json.loads(text)
-        components = Counter(key.partition(".")[0] for key in settings)
+        prefixes = {key[: key.find(".") + 1] for key in settings}  # of components; empty in a file of one
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{source}: its lora_adapter_metadata is not valid: {error}") from error
     found = dict.fromkeys(ranks, 1.0)
-    for component in components:
-        own = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{component}.")}
+    for prefix in prefixes:
+        own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
         config = parse_config({"peft_type": "LORA", **own}, source)
         for module, rank in ranks.items():
-            if module.startswith(f"{component}."):
-                found[module] = config.scale(module.removeprefix(f"{component}."), rank)
+            if module.startswith(prefix):
+                found[module] = config.scale(module.removeprefix(prefix), rank)
     return found
 
 

@@ -97,13 +97,18 @@ def test_a_component_or_a_single_file_as_base(tmp_path, prefix):
     torch.testing.assert_close(found.double(), updated(UNET[f"{TO_Q}.weight"], TO_Q, 0.5), rtol=1e-5, atol=1e-5)
 
 
-def test_metadata_of_diffusers_has_the_scales(pipeline, tmp_path):
-    tensors, _ = diffusers()
-    settings = {"unet.r": 2, "unet.lora_alpha": 6, "unet.alpha_pattern": {CONV: 4}, "text_encoder.r": 2}
+@pytest.mark.parametrize("prefix", ["unet.", ""], ids=["of a pipeline", "of one component"])
+def test_metadata_of_diffusers_has_the_scales(pipeline, tmp_path, prefix):
+    tensors, settings = diffusers()[0], {"unet.r": 2, "unet.lora_alpha": 6, "unet.alpha_pattern": {CONV: 4}}
+    if not prefix:
+        tensors = {name.removeprefix("unet."): t for name, t in tensors.items() if name.startswith("unet.")}
+        settings = {name.removeprefix("unet."): value for name, value in settings.items()}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(settings)})
-    config = MergeConfig("task_arithmetic", base_model=pipeline, models=[tmp_path / "a.safetensors"])
-    merge_checkpoints(config, tmp_path / "out")
-    unet = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    base, unet = (pipeline, "unet") if prefix else (pipeline / "unet", "")
+    merge_checkpoints(
+        MergeConfig("task_arithmetic", base_model=base, models=[tmp_path / "a.safetensors"]), tmp_path / "out"
+    )
+    unet = load_file(tmp_path / "out" / unet / "diffusion_pytorch_model.safetensors")
     for module, scale in ((TO_Q, 3), (CONV, 2)):
         expected = updated(UNET[f"{module}.weight"], module, scale)
         torch.testing.assert_close(unet[f"{module}.weight"].double(), expected, rtol=1e-5, atol=1e-5)
@@ -116,7 +121,7 @@ def test_metadata_of_diffusers_has_the_scales(pipeline, tmp_path):
         ({**kohya()[0], "lora_unet_mid_block_proj_in.dora_scale": draw(10)}, AdapterRefusedError, "DoRA"),
         ({"lora_unet_x.lora_down.weight": draw(2, 2)}, CheckpointError, "lacks a factor"),
         ({"lora_unet_x.alpha": torch.tensor(1.0), **diffusers()[0]}, CheckpointError, "has alpha, but no factors"),
-        ({"other.x.lora_A.weight": draw(2, 2)}, AdapterRefusedError, "no known component"),
+        ({"other.x.lora_A.weight": draw(2, 2), **diffusers()[0]}, AdapterRefusedError, "no known component"),
         ({"base_model.model.q.lora_A.weight": draw(2, 2)}, AdapterRefusedError, "give its folder"),
         (
             {"lora_unet_no.lora_down.weight": draw(2, 8), "lora_unet_no.lora_up.weight": draw(8, 2)},

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families import FAMILIES, assert_runs, assert_same, fine_tune, load, peft
+from families import FAMILIES, assert_runs, assert_same, diffusers, fine_tune, load, peft
+from safetensors.torch import load_file, save_file
 
 from r_tsvm_kernels import CheckpointError, MergeConfig, extract_lora, merge_checkpoints, merge_state_dicts
 
@@ -24,6 +25,12 @@ ADAPTERS = {
     "transformer of images": ("flux", {"target_modules": ["to_q", "proj_out"]}),
     "convolutions": ("unet", {"target_modules": ["to_q", "to_v", "conv1"]}),
     "packed experts": ("gpt-oss", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+}
+
+
+IMAGES = {
+    "unet": ("unet", diffusers.loaders.StableDiffusionLoraLoaderMixin, "conv1"),
+    "flux": ("transformer", diffusers.loaders.FluxLoraLoaderMixin, "proj_out"),
 }
 
 
@@ -82,6 +89,45 @@ def test_the_way_out_of_a_refusal(tmp_path, name):
         merge_checkpoints(MergeConfig("ties", base_model=base, models=[adapter]), tmp_path / "no")
     merge_checkpoints(MergeConfig("linear", models=[model, model]), tmp_path / "out")
     assert_same(load(family, tmp_path / "out"), tuned.state_dict(), 1e-6)
+
+
+def _as_kohya(tensors, alpha):
+    """Return factors under kohya's names, with the numerator of the scale for each module."""
+    named = {}
+    for name, factor in tensors.items():
+        module, _, kind = name.removesuffix(".weight").rpartition(".")
+        flat = module.replace(".", "_")
+        named[f"{flat}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = factor
+        named[f"{flat}.alpha"] = torch.tensor(alpha)
+    return named
+
+
+@pytest.mark.parametrize("form", ["of one component", "of a pipeline", "kohya"])
+@pytest.mark.parametrize("name", ["unet", "flux"])
+def test_diffusers_fuses_its_own_files_alike(tmp_path, name, form):
+    family, component, mixin, target = FAMILIES[name], *IMAGES[name]
+    family.build().save_pretrained(tmp_path / "base")
+    model = load(family, tmp_path / "base")
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", target], init_lora_weights=False))
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    if form == "of one component":
+        model.save_lora_adapter(tmp_path / "lora")
+    else:
+        weights = {f"{component}_lora_layers": peft.get_peft_model_state_dict(model)}
+        settings = diffusers.training_utils._collate_lora_metadata({component: model})
+        mixin.save_lora_weights(tmp_path / "lora", **weights, **settings)
+    if form == "kohya":
+        prefixed = load_file(file)
+        named = {f"lora_unet_{key.removeprefix(f'{component}.')}": value for key, value in prefixed.items()}
+        save_file(_as_kohya(named, alpha=6.0), file)
+    model.fuse_lora()
+    expected = {
+        key.replace(".base_layer", ""): value for key, value in model.state_dict().items() if ".lora_" not in key
+    }
+    merge_checkpoints(MergeConfig("task_arithmetic", base_model=tmp_path / "base", models=[file]), tmp_path / "out")
+    merged = load(family, tmp_path / "out")
+    assert_runs(merged, load(family, tmp_path / "base"), family)
+    assert_same(merged, expected, 1e-6)
 
 
 # What PEFT does not make of an adapter that names every tensor as the model's files do.
