@@ -13,7 +13,7 @@ from r_tsvm_kernels.errors import AdapterRefusedError, CheckpointError
 from r_tsvm_kernels.lora.adapted_model import is_adapter
 
 TO_Q, CONV, POINT = "down_blocks.0.attentions.0.to_q", "down_blocks.0.resnets.0.conv1", "mid_block.proj_in"
-TE = "text_model.encoder.layers.0.self_attn.q_proj"
+TEXT_Q = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
 def draw(*shape, seed=0):
@@ -25,12 +25,12 @@ UNET = {
     f"{CONV}.weight": draw(6, 4, 3, 3, seed=1),
     f"{POINT}.weight": draw(10, 8, seed=2),
 }
-TEXT = {f"{TE}.weight": draw(8, 8, seed=3)}
+TEXT = {f"{TEXT_Q}.weight": draw(8, 8, seed=3)}
 FACTORS = {
     TO_Q: (draw(2, 8, seed=4), draw(12, 2, seed=5)),
     CONV: (draw(2, 4, 3, 3, seed=6), draw(6, 2, 1, 1, seed=7)),
     POINT: (draw(2, 8, 1, 1, seed=8), draw(10, 2, 1, 1, seed=9)),  # of a convolution of one pixel, for a matrix
-    TE: (draw(2, 8, seed=10), draw(8, 2, seed=11)),
+    TEXT_Q: (draw(2, 8, seed=10), draw(8, 2, seed=11)),
 }
 
 
@@ -48,7 +48,7 @@ def kohya():
     """Factors with the alpha 1, and so the scale 1/2."""
     found = {}
     for module, (down, up) in FACTORS.items():
-        flat = ("lora_te_" if module == TE else "lora_unet_") + module.replace(".", "_")
+        flat = ("lora_te_" if module == TEXT_Q else "lora_unet_") + module.replace(".", "_")
         found |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up, f"{flat}.alpha": torch.tensor(1.0)}
     return found, 0.5
 
@@ -56,7 +56,7 @@ def kohya():
 def diffusers(down="lora_A", up="lora_B"):
     found = {}
     for module, (A, B) in FACTORS.items():
-        named = ("text_encoder." if module == TE else "unet.") + module
+        named = ("text_encoder." if module == TEXT_Q else "unet.") + module
         found |= {f"{named}.{down}.weight": A, f"{named}.{up}.weight": B}
     return found, 1.0
 
