@@ -135,6 +135,27 @@ def test_hyper_parameters_serialise(networks, tmp_path):
 
 
 @needs_fusion_bench
+def test_matrices_in_tensors():
+    """Packed experts, convolutions and fused projections, with a router, as in `merge_state_dicts`."""
+    shapes = {"gate_up_proj": (3, 20, 12), "down_proj": (3, 12, 10)}
+    models = {}
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        models[name] = nn.ModuleDict({"conv": nn.Conv2d(4, 8, 3), "qkv": nn.Linear(12, 24), "router": nn.Linear(12, 3)})
+        models[name]["experts"] = nn.Module()
+        for key, shape in shapes.items():
+            models[name]["experts"].register_parameter(key, nn.Parameter(torch.randn(shape)))
+    base, *tuned = copies(models).values()
+    settings = {"router": "base", "conv": "flatten", "split": {"qkv.*": [12, 6, 6]}}
+    algorithm = integration.MergeAlgorithm("tsvm", **settings)
+    merged = algorithm.run(models).state_dict()
+    expected = merge_state_dicts(base, tuned, MergeConfig("tsvm", **settings))
+    assert all(same_bits(merged[name], expected.state_dict[name]) for name in expected.state_dict)
+    assert len(algorithm.reports["experts.gate_up_proj"].blocks) == 6
+    assert torch.equal(merged["router.weight"], base["router.weight"])
+
+
+@needs_fusion_bench
 def test_a_method_without_a_base_needs_no_pretrained_model(networks):
     base = networks.pop("_pretrained_").state_dict()
     merged = integration.MergeAlgorithm("linear", None, {"a": {"weight": 2.0}}).run(networks).state_dict()
