@@ -9,7 +9,7 @@ is a few vectors wide). Counted per matrix:
 * fp16: operations on tensor cores; a product of two pairs of planes takes three, a symmetric one half of them. Squares
   of a matrix that is done cost nothing, as in the kernels;
 * float64: operations of products, triangular solves and factorisations;
-* launches: of the product kernels, and of torch's operations outside them;
+* launches: one for each op on planes, and torch's operations outside them;
 * waits of the host for the device.
 """
 

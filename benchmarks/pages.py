@@ -49,7 +49,7 @@ SPEED = (
             "at alpha 1, on the choice seeds of the quality study."),
     Section("gpu_work.json", "Work of solver products, counted", "python -m benchmarks.gpu_work",
             "Counted on a CPU, for three tasks, on the path that a GPU takes: a prediction, no GPU ran it. `launches` "
-            "are those of the product kernels and of torch's operations outside them."),
+            "counts an op on planes as one, although its wrapper launches a few small operations as well."),
     Section("mergekit_cli.json", "mergekit's commands on our kernels",
             "python -m benchmarks.peers.compare_mergekit_cli",
             "`rtsvm mergekit yaml` against `mergekit-yaml`, whole commands. `checked` is the largest error of an "

@@ -88,32 +88,39 @@ def purify(
         start: a batch of matrices.
         rank: (B,) wanted traces.
         tolerances: pairs (slack, impurity), (B,) each: of the trace, and of ``sum x (1 - x)`` over the eigenvalues.
-        extra: squares after the tolerances are met.
+        extra: squares after the tolerances are met, at least 1.
         numbers: format of the products.
-        steps: largest number of squares.
+        steps: largest number of squares, at least 1.
     """
     X, spare = start, None
+    # Every operation on these few numbers is a launch on a GPU.
+    limits = torch.stack([torch.stack(pair) for pair in tolerances], 1)
+    zero, one = torch.zeros_like(start.trace), torch.ones_like(start.trace)
+    two, minus = 2 * one, -one
     since = torch.zeros_like(rank, dtype=torch.int32)  # squares since the tolerances were met
-    count = torch.zeros_like(since)
-    history = []
+    traces, squares, shrinks, dones = (list[Tensor]() for _ in range(4))
     for _ in range(steps):
         trace, square = X.trace, X.square_norm
-        off, impure = (trace - rank).abs(), trace - square
-        met = torch.stack([(off < slack) & (impure < impurity) for slack, impurity in tolerances]).any(0)
+        impure = trace - square
+        met = (torch.stack([(trace - rank).abs(), impure])[:, None] < limits).all(0).any(0)
         # From here on aim at the nearest projector, because another rank would move eigenvalues across the cut again.
-        rank = torch.where((since == 0) & met, trace.round(), rank)
-        since = torch.where((since > 0) | met, since + 1, since)
+        rank = torch.where(met & (since == 0), trace.round(), rank)
+        since = since + (met | (since > 0))
         done = (since - extra).clamp(min=0)
         if _all(done):
             break
-        count = count + (done == 0).int()
-        shrink = (square - rank).abs() < (2 * trace - square - rank).abs()
-        history.append(torch.stack([trace, square, torch.where(done > 0, -1.0, shrink.to(trace.dtype))], -1))
-        a, b = torch.where(shrink, 0.0, 2.0), torch.where(shrink, 1.0, -1.0)
+        shrink = (trace - rank) * impure > 0  # the same as |square - rank| < |2 trace - square - rank|
+        for kept, value in zip((traces, squares, shrinks, dones), (trace, square, shrink, done), strict=True):
+            kept.append(value)
+        a, b = torch.where(shrink, zero, two), torch.where(shrink, one, minus)
         X, spare = numbers.square(X.matrix, a, b, done, spare), X
         spare = spare if spare is not start else None  # the caller's
-    history += [torch.stack([X.trace, X.square_norm, -torch.ones_like(X.trace)], -1)] * (steps + 1 - len(history))
-    return Purified(X.matrix, X.trace, X.trace - X.square_norm, count, torch.stack(history, -2).double())
+    running = torch.stack(dones) == 0
+    state = torch.where(running, torch.stack(shrinks).to(rank.dtype), -1.0)
+    rows = torch.stack([torch.stack(traces), torch.stack(squares), state], -1).movedim(0, -2)
+    last = torch.stack([X.trace, X.square_norm, minus], -1)[..., None, :].expand(*rank.shape, steps + 1 - len(dones), 3)
+    history = torch.cat([rows, last], -2).double()
+    return Purified(X.matrix, X.trace, X.trace - X.square_norm, running.int().sum(0, dtype=torch.int32), history)
 
 
 def _all(done: Tensor) -> bool:
