@@ -145,6 +145,23 @@ def given_weights(weights: Any, count: int, op: str) -> list[float]:
     return found
 
 
+def one_for_each_layer(values: Any, layers: int, op: str, name: str) -> Sequence[Any]:
+    """Return `values`, of which each layer has its own; None means None for each.
+
+    Raises:
+        ShapeError: another number of them, or a single one.
+    """
+    if values is None:
+        return [None] * layers
+    try:
+        found = str(len(values))
+    except TypeError:  # a number, or a tensor without dimensions
+        found = f"all ({values!r})"
+    if found != str(layers):
+        raise ShapeError(f"{op}: {layers} layers, {name} for {found}; give each layer its own")
+    return list(values)
+
+
 def finite_number(value: Any, what: str) -> float:
     """Return a finite number as a float.
 

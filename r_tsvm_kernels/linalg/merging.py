@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ConvergenceError, ShapeError
-from .arguments import finite, given_matrices, given_ranks, given_weights, nonzero_support
+from .arguments import finite, given_matrices, given_ranks, given_weights, nonzero_support, one_for_each_layer
 from .certificate import Mode, tolerance_of
 from .eigen_merge import merge_by_eigenvalues
 from .factored import Factored, merge_factored
@@ -152,15 +152,11 @@ def tsv_merge_layers(
         >>> [merged.ranks for merged in tsv_merge_layers(layers, [10, 5])]
         [(10, 10, 10), (5, 5, 5)]
     """
-    if len(layers) != len(ranks) or (weights is not None and len(weights) != len(layers)):
-        others = "" if weights is None else f", weights for {len(weights)}"
-        raise ShapeError(
-            f"tsv_merge_layers: {len(layers)} layers, ranks for {len(ranks)}{others}; give each layer its own"
-        )
     op = "tsv_merge_layers"
-    numbers = [given_ranks(own, len(layer), op) for own, layer in zip(ranks, layers, strict=True)]
-    all_weights: Sequence[Any] = [None] * len(layers) if weights is None else weights
-    factors = [given_weights(own, len(layer), op) for own, layer in zip(all_weights, layers, strict=True)]
+    limits = one_for_each_layer(ranks, len(layers), op, "ranks")
+    given = one_for_each_layer(weights, len(layers), op, "weights")
+    numbers = [given_ranks(own, len(layer), op) for own, layer in zip(limits, layers, strict=True)]
+    factors = [given_weights(own, len(layer), op) for own, layer in zip(given, layers, strict=True)]
     check_solver(solver)
     several = solver == "products" and len(layers) > 1
     results = merge_layers_by_products(layers, numbers, factors, mode) if several else {}

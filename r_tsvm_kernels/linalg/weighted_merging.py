@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ConvergenceError, ShapeError
 from ..text import kind_of
-from .arguments import finite, finite_number, given_matrices, given_ranks, given_weights, nonzero_support
+from .arguments import (
+    finite,
+    finite_number,
+    given_matrices,
+    given_ranks,
+    given_weights,
+    nonzero_support,
+    one_for_each_layer,
+)
 from .certificate import Certificate, Mode, tolerance_of
 from .factored import Factored, check_factored
 from .joint_spaces import core_space
@@ -187,12 +194,9 @@ def weighted_merge_layers(
         [(30, 30, 30), (30, 30, 30)]
     """
     op = "weighted_merge_layers"
-    for name, own in (("weights", weights), ("ranks", ranks)):
-        if own is not None and len(own) != len(layers):
-            raise ShapeError(f"{op}: {len(layers)} layers, {name} for {len(own)}; give each layer its own")
+    given = one_for_each_layer(weights, len(layers), op, "weights")
+    limits = one_for_each_layer(ranks, len(layers), op, "ranks")
     options = _Options.given(power, None, mode, solver, workspace)
-    given: Sequence[Any] = [None] * len(layers) if weights is None else weights
-    limits: Sequence[Any] = [None] * len(layers) if ranks is None else ranks
     factors = [given_weights(own, len(layer), op) for own, layer in zip(given, layers, strict=True)]
     results: dict[int, WeightedMerge] = {}
     together = options.by_products and len(layers) > 1

@@ -70,6 +70,8 @@ def test_one_bad_layer_is_an_error():
         tsv_merge_layers([layer_of((20, 20)), bad, layer_of((20, 20), seed=2)], [[6] * 3] * 3, solver="products")
     with pytest.raises(ShapeError, match="2 layers"):
         tsv_merge_layers([layer_of((20, 20))] * 2, [[6] * 3])
+    with pytest.raises(ShapeError, match=r"2 layers, ranks for all \(6\)"):
+        tsv_merge_layers([layer_of((20, 20))] * 2, 6)
 
 
 def test_factored_layers():

@@ -104,6 +104,9 @@ def test_arguments():
         weighted_merge(layer, solver="lapack")
     with pytest.raises(ShapeError, match="2 layers, weights for 1; give each layer its own"):
         weighted_merge_layers([layer, layer], [1.0])
+    for weights in (1.0, torch.tensor(1.0)):
+        with pytest.raises(ShapeError, match="2 layers, weights for all"):
+            weighted_merge_layers([layer, layer], weights)
     with pytest.raises(NonFiniteError):
         weighted_merge(layer, [1e308, 1e308], solver="products")
     layer[1][0, 0] = torch.nan
