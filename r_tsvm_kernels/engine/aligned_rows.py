@@ -7,6 +7,8 @@ of those that do. After the merge, rows without any task vector are written with
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ..checkpoint import Checkpoint, runs
 from ..linalg import Factored
 from ..lora import Change
 from ..lora.adapted_model import AdaptedModel
+from ..ops._checks import check_finite
 from ..plan import AlignedVocabulary, MergePlan
 from ..values import stored
 
@@ -28,6 +31,7 @@ def read_aligned(
 
     Raises:
         InputChangedError, CheckpointError: an input cannot be read, or has changed.
+        NonFiniteError: a row that the base lacks holds NaN or infinity.
     """
     vocabulary, tensor = plan.vocabulary, plan.tensors[name]
     assert vocabulary is not None
@@ -51,11 +55,16 @@ def restore_untouched(plan: MergePlan, name: str, first: int, base: Tensor, merg
     """Write the rows without any task vector over those of the merge, with the bits that were read."""
     assert plan.vocabulary is not None
     untouched = plan.vocabulary.untouched[first : first + len(merged)]
-    places = torch.arange(len(merged), device=untouched.device).masked_fill(~untouched, -1)
     dtype = None if plan.config.dtype is None else getattr(torch, plan.config.dtype)
-    for _, begin, end in runs(places, _ROWS):
+    for begin, end in _stretches(untouched):
         rows = base[begin:end] if dtype is None else stored(base[begin:end], dtype, name)
         merged[begin:end] = stored(rows, merged.dtype, name)
+
+
+def _stretches(mask: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of rows in a mask that follow each other, a bounded number at a time."""
+    places = torch.arange(len(mask), device=mask.device).masked_fill(~mask, -1)
+    return ((begin, end) for _, begin, end in runs(places, _ROWS))
 
 
 def _read_new_rows(plan: MergePlan, vocabulary: AlignedVocabulary, name: str, first: int, base: Tensor) -> None:
@@ -68,7 +77,10 @@ def _read_new_rows(plan: MergePlan, vocabulary: AlignedVocabulary, name: str, fi
     rows = {model: vocabulary.rows[model][first:last] for model in models}
     count = torch.stack([own >= 0 for own in rows.values()]).sum(0)
     for model, own in rows.items():
-        model.load_rows(name, own.masked_fill(~new | (count > 1), -1), base)
+        alone = own.masked_fill(~new | (count > 1), -1)
+        model.load_rows(name, alone, base)
+        for begin, end in _stretches(alone >= 0):  # now, or the merge would call them values of the base
+            check_finite(base[begin:end], f"{name} of {model.path}")
     shared = torch.nonzero(new & (count > 1)).flatten()
     for start in range(0, len(shared), _ROWS):
         places = shared[start : start + _ROWS]
@@ -78,5 +90,6 @@ def _read_new_rows(plan: MergePlan, vocabulary: AlignedVocabulary, name: str, fi
         for model, own in rows.items():
             values = torch.zeros_like(total)
             model.load_rows(name, own[places], values)
+            check_finite(values, f"{name} of {model.path}")
             total += values
         base[places] = (total / count[places].reshape(-1, *[1] * (total.ndim - 1))).to(base.dtype)

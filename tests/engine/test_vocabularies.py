@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from vocabularies import BIAS, EMBEDDING, HEAD, LAYER, PIECES, ids_of, tensors_of, tokenizer_json, write
 
-from r_tsvm_kernels import MergeConfig, merge_checkpoints, verify_output
+from r_tsvm_kernels import MergeConfig, NonFiniteError, merge_checkpoints, verify_output
 
 ALIGNED = (EMBEDDING, HEAD, BIAS)
 # Base; a chat tune with two tokens more; a tune with other ids, one token of its own, and padding to 16 rows.
@@ -188,3 +188,16 @@ def test_the_average_with_the_base_keeps_what_only_the_base_knows(family, tmp_pa
         assert torch.equal(found[name][9:], tensors["chat"][name][9:])
         mean = (2 * tensors["base"][name] + tensors["chat"][name][:9]) / 3
         assert torch.allclose(found[name][:9], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("token", ["<img>", "<chat>"])  # known to one model, and to two
+def test_a_new_row_that_is_not_finite(family, tmp_path, token):
+    """The message names the model whose row it is, not the base."""
+    paths, tensors = family
+    odd = dict(tensors["odd"])
+    odd[HEAD] = odd[HEAD].clone()
+    odd[HEAD][ids_of(TOKENIZERS["odd"])[token], 1] = torch.nan
+    paths["odd"] = write(tmp_path / "nan", odd, TOKENIZERS["odd"])
+    with pytest.raises(NonFiniteError, match=f"{HEAD} of {paths['odd']}: 1 of"):
+        merged(paths, tmp_path / "out", vocabulary="union")
+    merged(paths, tmp_path / "out_base", vocabulary="base")  # has no such row
