@@ -79,11 +79,13 @@ def compare_tensors(
         for checkpoint in (base, *others)
     }
     found = Presence(config.missing, models, dict(own[base]))
+    added_by: dict[str, Checkpoint] = {}
     for checkpoint in others:
         extra = check_same_names(own[base], own[checkpoint], str(checkpoint.path), config)
         added = [name for name in extra if _is_added(config, name, own[checkpoint])]
         for name in added:
             found.headers.setdefault(name, own[checkpoint][name])
+            added_by.setdefault(name, checkpoint)
         if rest := [name for name in extra if name not in added]:
             found.beside[checkpoint.path] = tuple(rest)
     for name, header in found.headers.items():
@@ -92,7 +94,8 @@ def compare_tensors(
         for checkpoint in others:
             if name in own[checkpoint]:
                 rows = name in resized
-                _check_shape(name, header.shape[rows:], own[checkpoint][name].shape[rows:], checkpoint.path)
+                shapes = header.shape[rows:], own[checkpoint][name].shape[rows:]
+                _check_shape(name, *shapes, checkpoint.path, added_by.get(name))
         if lacking := tuple(x for x in (base, *others) if name not in own[x]):
             found.lacking[name] = lacking
     return found
@@ -103,7 +106,13 @@ def _is_added(config: MergeConfig, name: str, tensors: Mapping[str, TensorHeader
     return wanted and tensors[name].dtype in FLOAT_DTYPES and 0 not in tensors[name].shape
 
 
-def _check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...], path: Path) -> None:
+def _check_shape(
+    name: str, expected: tuple[int, ...], got: tuple[int, ...], path: Path, added_by: Checkpoint | None
+) -> None:
+    """Require the shape of the base, or of the model that has a tensor which the base lacks."""
+    if expected != got and added_by is not None:
+        raise ShapeError(f"{path}: {name} has shape {got}, {added_by.path} has {expected}, and the base has no such "
+                         f"tensor; --exclude '{name}' leaves it out")  # fmt: skip
     if expected != got:
         resized = expected[1:] == got[1:] and (len(expected) == 2 or name.endswith("bias"))
         hint = f"--exclude '{name}' keeps the base's value"

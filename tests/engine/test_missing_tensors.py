@@ -6,7 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from r_tsvm_kernels import CheckpointError, MergeConfig, merge_checkpoints, merge_state_dicts, verify_output
+from r_tsvm_kernels import (
+    CheckpointError,
+    MergeConfig,
+    ShapeError,
+    merge_checkpoints,
+    merge_state_dicts,
+    verify_output,
+)
 from r_tsvm_kernels.cli import main
 
 W, HEAD, SCORE, IDS = "model.layers.0.w.weight", "lm_head.weight", "score.weight", "extra_ids"
@@ -118,3 +125,17 @@ def test_averages_of_training(tmp_path, holder):
     merged = load_file(tmp_path / "out.safetensors")
     assert merged.keys() == tensors["base"].keys() and torch.allclose(merged[W], tensors["tuned"][W], atol=1e-6)
     assert all(torch.equal(merged[name], averages[name]) for name in merged.keys() & averages.keys())
+
+
+def test_models_that_differ_where_the_base_has_nothing(tmp_path):
+    """The message compares them with each other, not with a tensor that the base does not have."""
+    paths = {}
+    for name, added in (("base", {}), ("a", {SCORE: torch.ones(2, 8)}), ("b", {SCORE: torch.ones(3, 8)})):
+        (tmp_path / name).mkdir()
+        save_file({W: torch.ones(8, 8), **added}, tmp_path / name / "model.safetensors")
+        paths[name] = str(tmp_path / name)
+    config = MergeConfig("ties", base_model=paths["base"], models=[paths["a"], paths["b"]], missing="mean_of_present")
+    with pytest.raises(ShapeError, match=rf"b: {SCORE} has shape \(3, 8\), .*a has \(2, 8\), and the base has no such"):
+        merge_checkpoints(config, tmp_path / "out")
+    merge_checkpoints(config.model_copy(update={"exclude": (SCORE,)}), tmp_path / "out")
+    assert list(load_file(tmp_path / "out" / "model.safetensors")) == [W]
