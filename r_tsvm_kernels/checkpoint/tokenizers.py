@@ -112,7 +112,7 @@ def _whole(file: Path) -> tuple[Tokenizer, FileState]:
     model, entries = content.get("model") or {}, content.get("added_tokens") or []
     vocabulary = model.get("vocab") or {}
     # Unigram models list pairs of token and score, in the order of the ids.
-    ids = vocabulary if isinstance(vocabulary, dict) else {item[0]: i for i, item in enumerate(vocabulary)}
+    ids = vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, _) in enumerate(vocabulary)}
     added = {item["content"]: item for item in entries}
     # Older files do not name the class.
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if isinstance(vocabulary, list) else "")

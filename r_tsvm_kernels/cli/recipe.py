@@ -116,7 +116,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
     changes: dict[str, Any] = {
         key: getattr(arguments, key)
         for key in ("dtype", "out_dtype", "missing", "router", "vocabulary", "conv")
-        if getattr(arguments, key)
+        if getattr(arguments, key) is not None
     }
     changes |= {
         key: (*getattr(config, key), *getattr(arguments, key))

@@ -233,6 +233,8 @@ def test_a_token_that_is_no_text(tmp_path):
 def test_the_command(tmp_path, capsys):
     paths = pair(tmp_path)
     command = ["--base", paths[0], "--model", paths[1], "--method", "ties", "--vocabulary", "union"]
+    assert main(["inspect", *command[:-1], ""]) == 2  # an empty variable of a script, say
+    assert "expected 'base', 'union' or 'model:PATH', got ''" in capsys.readouterr().err
     assert main(["inspect", *command]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "vocabulary union: 11 rows, 2 tokens more than the base's" in out
@@ -281,7 +283,10 @@ def test_tokens_in_columns_are_refused(tmp_path):
     merge(paths, tmp_path / "out", exclude=("final_logits_bias",))
 
 
-@pytest.mark.parametrize("ids", ['{"a": 99999999999}', '{"a": -1}', '{"a": "0"}', '{"a": true}', "{}", '[["a"], [7]]'])
+HOSTILE = ['{"a": 99999999999}', '{"a": -1}', '{"a": "0"}', '{"a": true}', "{}", '[["a"], [7]]', '"abc"']
+
+
+@pytest.mark.parametrize("ids", HOSTILE)
 def test_hostile_ids(tmp_path, ids):
     paths = pair(tmp_path)
     (tmp_path / "chat" / "tokenizer.json").write_text(f'{{"model": {{"vocab": {ids}}}}}')
