@@ -30,7 +30,7 @@ from benchmarks.program import Program, finish
 from r_tsvm_kernels import dispatch
 from r_tsvm_kernels.bench import Results, Row, row
 from r_tsvm_kernels.linalg import tsv_merge, weighted_merge
-from r_tsvm_kernels.linalg.products import purification
+from r_tsvm_kernels.linalg.products import purification, subspaces
 from r_tsvm_kernels.linalg.products.cuda_graph import PRODUCTS
 from tests.spectra import spectrum
 
@@ -156,6 +156,7 @@ def counted() -> Iterator[Work]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(dispatch, "select", chosen))
         stack.enter_context(patch.object(purification, "_all", lambda done: False))
+        stack.enter_context(patch.object(subspaces, "FORESEEN_FROM", subspaces.FORESEEN_FROM // SCALE))
         stack.enter_context(patch.object(Tensor, "tolist", listed))
         stack.enter_context(work)
         yield work

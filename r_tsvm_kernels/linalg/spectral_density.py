@@ -7,12 +7,16 @@ Saad, SIAM J. Matrix Anal. Appl. 38, 2017). Near 0, where the eigenvalues of a G
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .decompositions import eigh
 from .on_device import gaussian
+
+Array = npt.NDArray[np.float64]
 
 STEPS, VECTORS = 40, 4
 # After so many steps the largest eigenvalue is known well enough to see that a spectrum is nearly flat.
@@ -29,50 +33,83 @@ def eigenvalues_at(gram: Tensor, places: Sequence[int], flat: float = 0.0) -> li
         places: numbers of larger eigenvalues, in 0..n.
         flat: None is returned, after 8 products, if the largest eigenvalue is less than so many times their mean.
     """
-    n = len(gram)
-    steps, mean = min(STEPS, n), float(gram.diagonal().double().mean())
-    vectors = min(VECTORS, n)
-    basis = gram.new_zeros(vectors, n, steps + 1)
-    basis[:, :, 0] = torch.linalg.qr(gaussian(n, vectors, gram.device)).Q.mT
+    rules = lanczos_rules(gram[None], flat)
+    return None if rules is None else rules[0].shares(places)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Quadrature rules that stand for the eigenvalues of a matrix.
+
+    Attributes:
+        nodes: (vectors, steps) rising.
+        counts: (vectors, steps) the number of eigenvalues that each node stands for.
+    """
+
+    nodes: Array
+    counts: Array
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue, from below."""
+        return float(self.nodes[:, -1].max())
+
+    def shares(self, places: Sequence[int]) -> list[float]:
+        """Return the eigenvalues with so many larger ones, over the largest; zeros for a matrix of zeros."""
+        if self.largest <= 0:
+            return [0.0] * len(places)
+        found = [[_value(*rule, place) for rule in zip(self.nodes, self.counts, strict=True)] for place in places]
+        return [sum(values) / len(values) / self.largest for values in found]
+
+
+def lanczos_rules(grams: Tensor, flat: float = 0.0) -> list[Rules] | None:
+    """Return the rules of positive semidefinite matrices (B, n, n); None if all are flat, see `eigenvalues_at`.
+
+    Waits for the device twice.
+    """
+    batch, n = len(grams), grams.shape[-1]
+    steps, vectors = min(STEPS, n), min(VECTORS, n)
+    basis = grams.new_zeros(batch, vectors, n, steps + 1)
+    basis[..., 0] = torch.linalg.qr(gaussian(n, vectors, grams.device)).Q.mT
     diagonal, beside = list[Tensor](), list[Tensor]()
     for step in range(steps):
-        own = basis[:, :, : step + 1]
-        last = own[:, :, -1:]
-        W = (gram @ last[:, :, 0].mT).mT[:, :, None]
-        diagonal.append((W * last).sum((1, 2)))
+        own = basis[..., : step + 1]
+        last = own[..., -1:]
+        W = (grams @ last[..., 0].mT).mT[..., None]
+        diagonal.append((W * last).sum((-2, -1)))
         for _ in range(2):  # once is not enough in float32
             W = W - own @ (own.mT @ W)
-        norms = torch.linalg.vector_norm(W, dim=1, keepdim=True)
+        norms = torch.linalg.vector_norm(W, dim=-2, keepdim=True)
         if step + 1 in (FIRST, steps):
-            nodes, weights = _rules(diagonal, beside)
-            if step + 1 == FIRST and float(nodes[:, -1].max()) < flat * mean:
+            rules = _rules(diagonal, beside, n)
+            means = grams.diagonal(dim1=-2, dim2=-1).double().mean(-1).tolist() if step + 1 == FIRST and flat else []
+            if means and all(own.largest < flat * mean for own, mean in zip(rules, means, strict=True)):
                 return None
-        beside.append(norms[:, 0, 0])
-        basis[:, :, step + 1 :][:, :, :1] = W / norms.clamp(min=torch.finfo(W.dtype).tiny)
-    largest = float(nodes[:, -1].max())
-    found = [[_value(own, share * n, place) for own, share in zip(nodes, weights, strict=True)] for place in places]
-    return [sum(values) / len(values) / largest for values in found]
+        beside.append(norms[..., 0, 0])
+        basis[..., step + 1 : step + 2] = W / norms.clamp(min=torch.finfo(W.dtype).tiny)
+    return rules
 
 
-def _rules(diagonal: Sequence[Tensor], beside: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return nodes, rising, and weights of each vector (vectors, steps), from the entries of the Lanczos matrices."""
-    matrices = torch.diag_embed(torch.stack(list(diagonal), 1).double().cpu())
-    if beside:
-        next_to = torch.stack(list(beside), 1).double().cpu()
-        matrices = matrices + torch.diag_embed(next_to, 1) + torch.diag_embed(next_to, -1)
-    rules = [eigh(matrix) for matrix in matrices]
-    return torch.stack([values for values, _ in rules]), torch.stack([vectors[0].square() for _, vectors in rules])
+def _rules(diagonal: Sequence[Tensor], beside: Sequence[Tensor], n: int) -> list[Rules]:
+    """Return the rules of each matrix from the entries of its Lanczos matrices."""
+    own = np.array(torch.stack(list(diagonal)).tolist())  # (steps, B, vectors)
+    next_to = np.array(torch.stack([torch.zeros_like(diagonal[0]), *beside]).tolist())[1:]
+    rules = []
+    for matrix in range(own.shape[1]):
+        lanczos = [
+            np.diag(own[:, matrix, vector])
+            + np.diag(next_to[:, matrix, vector], 1)
+            + np.diag(next_to[:, matrix, vector], -1)
+            for vector in range(own.shape[2])
+        ]
+        values, vectors = np.linalg.eigh(np.stack(lanczos))
+        rules.append(Rules(values, n * vectors[:, 0] ** 2))
+    return rules
 
 
-def _value(nodes: Tensor, counts: Tensor, place: float) -> float:
+def _value(nodes: Array, counts: Array, place: float) -> float:
     """Return the eigenvalue with `place` larger ones, linear between the middles of the nodes."""
-    nodes, counts = nodes.flip(0).clamp(min=0), counts.flip(0)
-    middles = counts.cumsum(0) - counts / 2
-    after = int(torch.searchsorted(middles, middles.new_tensor(float(place))))
-    if after == 0:
-        return float(nodes[0])
-    if after == len(nodes):
-        rest = len(nodes) and float(counts.sum() - middles[-1])
-        return float(nodes[-1]) * max(0.0, float(counts.sum()) - place) / max(rest, 1e-300)
-    share = (place - float(middles[after - 1])) / max(float(middles[after] - middles[after - 1]), 1e-300)
-    return float(nodes[after - 1] + share * (nodes[after] - nodes[after - 1]))
+    nodes, counts = np.maximum(nodes[::-1], 0), counts[::-1]
+    middles = np.cumsum(counts) - counts / 2
+    # The eigenvalues beyond the last middle fall to 0.
+    return float(np.interp(place, [*middles, counts.sum()], [*nodes, 0.0]))

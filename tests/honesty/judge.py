@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from unittest.mock import patch
@@ -417,10 +417,15 @@ def sizes(small: bool) -> Iterator[None]:
     if not small:
         yield
         return
-    vectors, merge = (
-        import_module(f"r_tsvm_kernels.linalg.{name}") for name in ("leading_right_vectors", "eigen_merge")
+    limits = (
+        ("leading_right_vectors", "TINY", 6),
+        ("leading_right_vectors", "SMALL", 24),
+        ("eigen_merge", "LARGE", 48),
+        ("products.subspaces", "FORESEEN_FROM", 12),
     )
-    with patch.object(vectors, "TINY", 6), patch.object(vectors, "SMALL", 24), patch.object(merge, "LARGE", 48):
+    with ExitStack() as stack:
+        for module, name, limit in limits:
+            stack.enter_context(patch.object(import_module(f"r_tsvm_kernels.linalg.{module}"), name, limit))
         yield
 
 

@@ -10,6 +10,7 @@ from spectra import KINDS, rank_of, spectrum
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.dispatch import use_backend
 from r_tsvm_kernels.linalg import tsv_merge
+from r_tsvm_kernels.linalg.products import subspaces
 from r_tsvm_kernels.linalg.products.merge import LOWER, lower_bound, products_tsv_merge
 from r_tsvm_kernels.linalg.products.subspaces import extremes, products_subspaces
 
@@ -147,3 +148,27 @@ def test_a_merge_on_the_kernels_of_a_gpu():
         got = products_tsv_merge(matrices, [341] * 3)
     assert relative_error(got.matrix.cpu(), reference.cpu()) < 1e-4
     assert got.orthogonality < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steep_spectra_are_solved_once(monkeypatch, kind):
+    solves = []
+    solve = subspaces.products_subspaces
+
+    def counted(matrices, ranks, precision, levels=None):
+        solves.append(levels is not None)
+        return solve(matrices, ranks, precision, levels)
+
+    monkeypatch.setattr(subspaces, "products_subspaces", counted)
+    matrices = torch.stack([spectrum(kind, 96, 80, seed) for seed in range(2)])
+    ranks = [rank_of(kind, 80, 3)] * 2
+    late = subspaces.accurate_subspaces(matrices, ranks)
+    assert solves in ([False], [False, True])
+    monkeypatch.setattr(subspaces, "FORESEEN_FROM", 16)
+    solves.clear()
+    soon = subspaces.accurate_subspaces(matrices, ranks)
+    assert len(solves) == 1
+    for first, second in zip(late, soon, strict=True):
+        assert first.compressed == second.compressed == solves[0]
+        angle = torch.linalg.matrix_norm(first.Vh - first.Vh @ second.Vh.mT @ second.Vh, 2)
+        assert float(angle) <= first.subspace_error + second.subspace_error

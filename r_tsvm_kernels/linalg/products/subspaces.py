@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..on_device import gaussian
 from ..orthonormal import cholesky_qr
+from ..spectral_density import lanczos_rules
 from .near_cut import Step, below_filter, near_cut
 from .number_formats import Precision, arithmetic, padded
 from .purification import compress, leading_eigenspaces
@@ -30,6 +31,9 @@ LARGEST_RATIO = 2.0**22
 ALIKE = 1.5
 
 PROBES = 16
+
+# From this number of columns on a second solve costs more than the steps that foresee it.
+FORESEEN_FROM = 256
 
 # Largest error estimate that is accepted without a second solve, relative to the merged matrix.
 TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 5e-5, "fp16x3": 5e-5, "fp16": 5e-2}
@@ -169,14 +173,60 @@ def accurate_subspaces(
             for `TOLERANCE`.
     """
     limit = TOLERANCE[precision] if tolerance is None else tolerance
-    parts = products_subspaces(matrices, ranks, precision)
-    again = [i for i, part in enumerate(parts) if part.error_estimate > limit and part.ratio < LARGEST_RATIO]
-    if again:
-        levels = torch.tensor([parts[i].smallest for i in again], dtype=torch.float64, device=matrices.device)
-        solved = products_subspaces(matrices[again], [ranks[i] for i in again], precision, levels)
-        for i, part in zip(again, solved, strict=True):
-            parts[i] = part
-    return parts
+    levels = _foreseen_levels(matrices, ranks, precision, limit)
+    parts: list[ProductsSubspaces | None] = [None] * len(matrices)
+    for compressed in (True, False):
+        chosen = [i for i, level in enumerate(levels) if (level is not None) == compressed]
+        _solve_some(parts, chosen, matrices, ranks, precision, [levels[i] for i in chosen] if compressed else None)
+    found = [part for part in parts if part is not None]
+    again = [
+        i
+        for i, part in enumerate(found)
+        if not part.compressed and part.error_estimate > limit and part.ratio < LARGEST_RATIO
+    ]
+    _solve_some(parts, again, matrices, ranks, precision, [found[i].smallest for i in again])
+    return [part for part in parts if part is not None]
+
+
+def _solve_some(
+    parts: list[ProductsSubspaces | None],
+    chosen: Sequence[int],
+    matrices: Tensor,
+    ranks: Sequence[int],
+    precision: Precision,
+    levels: Sequence[float | None] | None,
+) -> None:
+    """Solve the matrices of some indices in one batch, with compressed spectra if there are levels."""
+    if not chosen:
+        return
+    given = None if levels is None else torch.tensor(levels, dtype=torch.float64, device=matrices.device)
+    batch = matrices if len(chosen) == len(matrices) else matrices[list(chosen)]
+    solved = products_subspaces(batch, [ranks[i] for i in chosen], precision, given)
+    for i, part in zip(chosen, solved, strict=True):
+        parts[i] = part
+
+
+def _foreseen_levels(matrices: Tensor, ranks: Sequence[int], precision: Precision, limit: float) -> list[float | None]:
+    """Return ``sigma_k``, rather too large, of each matrix whose spectrum must be compressed; None for the others.
+
+    It is estimated from a few Lanczos steps, so that most of these matrices are solved only once.
+    """
+    eps = arithmetic(precision).eps
+    # From this sigma_1 / sigma_k on the error estimate is above the limit.
+    ratio = max(limit / eps - POLAR_AMPLIFICATION, 0.0) ** 0.5 / GRAM_AMPLIFICATION**0.5
+    if math.isinf(ratio) or min(matrices.shape[-2:]) < FORESEEN_FROM:
+        return [None] * len(matrices)
+    unit = torch.frexp(matrices.abs().amax((-2, -1)).double().clamp(min=2.0**-1000)).exponent
+    scaled = torch.ldexp(matrices.double(), -unit[:, None, None]).float()
+    grams = scaled @ scaled.mT if scaled.shape[-2] < scaled.shape[-1] else scaled.mT @ scaled
+    rules = lanczos_rules(grams)
+    assert rules is not None
+    levels: list[float | None] = []
+    for own, rank, exponent in zip(rules, ranks, unit.tolist(), strict=True):
+        share = own.shares([max(rank - rank // 16, 0)])[0]
+        steep = share * ratio**2 < 1
+        levels.append(math.ldexp((share * own.largest) ** 0.5, exponent) if steep and share > 2.0**-40 else None)
+    return levels
 
 
 def _summarize(
