@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -17,7 +17,7 @@ from ..files import open_regular, usable_path
 from ..quantised import refuse_quantised
 from ..text import some
 from .checksums import Checksum, byte_view
-from .headers import FileState, TensorHeader, read_headers, read_json
+from .headers import FileState, TensorHeader, read_headers, read_json, read_metadata
 from .modules import Module, find_modules
 from .pickles import PICKLE_SUFFIXES, PickleFile
 from .prefixes import same_but_for_prefix
@@ -244,6 +244,19 @@ class Checkpoint:
         if name in self.tensors:
             return self._modules[self.tensors[name].file]
         return max((x for x in self.modules if name.startswith(x.prefix)), key=lambda x: len(x.prefix))
+
+    def metadata(self, names: Iterable[str]) -> dict[str, str]:
+        """Return what the headers of all files that hold these tensors say in common, such as ``modelspec.title``.
+
+        Hashes of the file's content are left out. Names of tensors that are not stored are ignored.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        files = {self.tensors[name].file for name in names if name in self.tensors}
+        found = [read_metadata(file).items() for file in files if file not in self._pickles]
+        common = set.intersection(*map(set, found)) if found else set()
+        return {key: value for key, value in sorted(common) if "hash" not in key}
 
     def _with_values(self, own: dict[str, TensorHeader], config: dict[str, Any]) -> dict[str, TensorHeader]:
         """Put the values of scaled weights in place of the weights among the tensors of a module, and return these."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class ShardLayout:
         file_name: name of the shard, with its folder if it has one.
         specs: the tensors, in the order of the file.
         prefix: prefix of the names in `specs` that the names in the file lack.
+        metadata: texts by name for the header, beside ``format``.
 
     Attributes:
         file_name: name of the shard.
@@ -83,11 +85,17 @@ class ShardLayout:
         size: size of the file in bytes.
     """
 
-    def __init__(self, file_name: str, specs: Mapping[str, TensorSpec], prefix: str = "") -> None:
+    def __init__(
+        self,
+        file_name: str,
+        specs: Mapping[str, TensorSpec],
+        prefix: str = "",
+        metadata: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.file_name = file_name
         self.specs = dict(specs)
         self.stored_names = {name: name.removeprefix(prefix) for name in specs}
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
         begins: dict[str, int] = {}
         end = 0
         for name, spec in self.specs.items():

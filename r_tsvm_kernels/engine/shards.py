@@ -20,6 +20,7 @@ def layouts(plan: MergePlan) -> list[ShardLayout]:
             file,
             {name: specs[name] for name in names},
             plan.base.module(names[0]).prefix if names else "",  # some modules have a file without tensors
+            plan.base.metadata(names),
         )
         for file, names in plan.shards.items()
     ]
