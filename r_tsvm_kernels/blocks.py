@@ -72,12 +72,13 @@ class Blocks:
     def of(self, tensor: Tensor) -> list[tuple[str, Tensor]]:
         """Return the blocks of a tensor, each with its index as text, such as ``[3]`` or ``[3, 0:64]``.
 
-        They are views, except for a flat block of a tensor that is not contiguous.
+        They are views, except for flat blocks of a tensor that is not contiguous.
         """
-        if self.flat:
-            return [("", tensor.flatten(1))]
+        whole = tensor.flatten(1) if self.flat else tensor
+        if self.flat and not self.sizes:
+            return [("", whole)]
         found = []
-        for index, own in enumerate(tensor, self.first) if self.packed else [(None, tensor)]:
+        for index, own in enumerate(whole, self.first) if self.packed else [(None, whole)]:
             before = ([] if index is None else [str(index)]) + [":"] * self.axis
             if not self.sizes:
                 found.append((f"[{index}]", own))
@@ -124,7 +125,9 @@ def blocks_of(
     own = shape[1:] if packed else shape
     sizes = next((sizes for pattern, sizes in (split or {}).items() if fnmatchcase(name, pattern)), None)
     if sizes is not None and own:
-        return Blocks(packed=packed, axis=_axis(name, own, sizes), sizes=tuple(sizes))
+        axis, flat = _axis(name, own, sizes), flatten and is_convolution(name, shape)
+        columns = math.prod(own[2:]) if flat and axis == 1 else 1  # of the matrix, for each input channel
+        return Blocks(packed=packed, axis=axis, sizes=tuple(size * columns for size in sizes), flat=flat)
     if not packed:
         return Blocks(flat=True) if flatten and is_convolution(name, shape) else WHOLE
     following = layer_after(name) if len(shape) == 3 else None

@@ -148,6 +148,19 @@ def test_a_convolution_is_merged_as_a_matrix(method):
     assert torch.equal(mean.state_dict["depthwise.weight"], merged.state_dict["depthwise.weight"])
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_convolution_may_be_fused(axis):
+    """As the attention of a UNet has it: q, k and v in one convolution. The sizes count output or input channels."""
+    base, tuned = models({"qkv.weight": (9, 10, 2)})
+    sizes = (3, 6) if axis == 0 else (4, 6)
+    merged = merge_state_dicts(base, tuned, "tsvm", conv="flatten", split={"qkv*": sizes})
+    for start, size in ((0, sizes[0]), (sizes[0], sizes[1])):
+        own, *others = [x["qkv.weight"].narrow(axis, start, size).flatten(1) for x in (base, *tuned)]
+        found = merged.state_dict["qkv.weight"].narrow(axis, start, size).flatten(1)
+        assert torch.equal(found, merge_tensors(own, others, "tsvm").weight)
+    assert len(merged.reports["qkv.weight"].blocks) == 2
+
+
 def test_convolutions_on_disk_and_in_modules(tmp_path):
     modules = [torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last) for _ in range(3)]
     merged = merge_models(modules[0], modules[1:], "tsvm", conv="flatten").state_dict()
