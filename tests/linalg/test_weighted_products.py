@@ -98,6 +98,17 @@ def test_layers(solver):
         assert torch.allclose(found.matrix, alone.matrix, rtol=0, atol=1e-6 * float(alone.matrix.abs().max()))
 
 
+@pytest.mark.parametrize("shape", [(20, 20), (40, 10)])
+def test_weights_of_zero(shape):
+    layer = [spectrum("flat", *shape, t) for t in range(2)]
+    zero, one = weighted_merge_layers([layer] * 2, [0.0, 1.0], solver="products")
+    for found in (zero, weighted_merge(layer, 0.0, solver="products")):
+        assert not found.matrix.any()
+        assert found.certificate.met and found.certificate.route == "products-fp16x3"
+        assert found.retained == pytest.approx(one.retained)
+    assert one.matrix.any()
+
+
 def test_arguments():
     layer = [spectrum("flat", 20, 10, t) for t in range(2)]
     with pytest.raises(ConfigError, match="solver must be one of"):

@@ -193,7 +193,7 @@ def _hybrid(
 
 
 def _sums(merge: Callable[[Tensor], Tensor], A: Tensor, scales: Scales) -> tuple[Tensor, tuple[float, ...], float]:
-    """Return the weighted sum of the ``M_t / n_t``, what is retained of each task, and the size of the sum.
+    """Return the weighted sum of the ``M_t / n_t``, what is retained of each task, and what errors are relative to.
 
     Args:
         merge: returns the sum with the factors (T, 1, 1).
@@ -201,5 +201,6 @@ def _sums(merge: Callable[[Tensor], Tensor], A: Tensor, scales: Scales) -> tuple
         scales: of the M_t.
     """
     sums = [merge(A.new_tensor(factors)[:, None, None]).double() for factors in scales.sums]
-    size = max(float(torch.linalg.vector_norm(sums[0])), CANCELLED * scales.total)
+    # Where all factors are zero, so are all errors.
+    size = max(float(torch.linalg.vector_norm(sums[0])), CANCELLED * scales.total) or 1.0
     return sums[0], scales.retained((A * sums[-1]).sum((-2, -1)).tolist()), size
