@@ -26,6 +26,7 @@ from ..lora.adapted_model import AdaptedModel
 from ..merge import Treatment, stored_dtype, treatment
 from ..ops._checks import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
+from ..text import some
 from ..values import check_options
 from .inputs import open_inputs, sources
 from .merge_plan import MergePlan, Part, TensorPlan
@@ -138,6 +139,11 @@ def make_plan(
         if found := contradictions(base.config, checkpoint.config):
             notes.append(f"{checkpoint.path}: its config has {'; '.join(found)} in the base; is it a fine-tune of it?")
     notes += vocabulary.notes if vocabulary is not None else ()
+    if moved := sorted(aligned & layouts.keys()):
+        notes.append(
+            f"requantise: the vocabulary moves the rows of {some(moved)}, so they are not written in FP8; name them in "
+            "modules_to_not_convert of quantization_config"
+        )
     plan = MergePlan(base, tuned, config, tensors, {}, copies, presence.beside, tuple(notes), vocabulary)
     plan.shards.update(_shards(base, plan.specs, shard_bytes, stem))
     for name, tensor in tensors.items():

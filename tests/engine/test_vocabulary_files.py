@@ -319,3 +319,14 @@ def test_a_plan_can_be_sent_to_another_process(tmp_path):
     there = pickle.loads(pickle.dumps(plan))
     here, other = (read_aligned(x, EMBEDDING, 0, 11) for x in (plan, there))
     assert all(torch.equal(first, second) for first, second in zip(here, other, strict=True))
+
+
+def test_a_head_in_fp8_whose_rows_move(tmp_path, caplog):
+    paths = pair(tmp_path)
+    tensors = tensors_of(9, 0)
+    scales = {f"{HEAD}_scale": torch.full((9, 1), 0.5)}
+    save_file(tensors | {HEAD: tensors[HEAD].to(torch.float8_e4m3fn)} | scales, tmp_path / "base" / "model.safetensors")
+    found = merge(paths, tmp_path / "out", requantise=True)
+    assert found[HEAD].dtype == torch.bfloat16 and f"{HEAD}_scale" not in found
+    assert torch.allclose(found[HEAD].float(), tensors_of(11, 1)[HEAD], rtol=1e-2, atol=1e-2)
+    assert f"moves the rows of {HEAD}, so they are not written in FP8" in caplog.text
