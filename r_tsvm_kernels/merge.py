@@ -181,7 +181,7 @@ def _merged(
     reports, places = list[TensorReport](), blocks.of(weight)
     size = config.method.batch(job_of(blocks.largest(shape), base, tuned), one.options)
     for first in range(0, len(merges), size):
-        for result in _run_batch(merges[first : first + size], decided):
+        for result in _run_batch(merges[first : first + size]):
             places[len(reports)][1].copy_(result.weight)
             reports.append(result.report)
     report = TensorReport.of_blocks(reports, [label for label, _ in divided[0]])
@@ -224,6 +224,12 @@ class _Merge:
     def options(self) -> MethodParameters:
         """The parameters of the method for this tensor."""
         return self.config.options(len(self.tuned), self.name, self.position, seeded_by=self.seed)
+
+    @property
+    def decided(self) -> Treatment:
+        """The treatment of a block, which may have fewer rows than the others."""
+        shape = tuple(self.base.shape)
+        return treatment(self.config, self.options, self.name, shape, self.base.dtype, len(self.tuned), WHOLE)
 
     def run(self, decided: Treatment) -> MergeResult:
         """Check the inputs, merge and store."""
@@ -280,11 +286,12 @@ class _Merge:
         return result
 
 
-def _run_batch(merges: Sequence[_Merge], decided: Treatment) -> list[MergeResult]:
-    """Merge several matrices, in one batch if the method has batches."""
-    batch = merges[0].config.method.run_batch
-    if batch is None or len(merges) == 1:
-        return [merge.run(decided) for merge in merges]
+def _run_batch(merges: Sequence[_Merge]) -> list[MergeResult]:
+    """Merge several matrices, in one batch if the method has batches; those that it cannot merge get the mean."""
+    decisions = [merge.decided for merge in merges]
+    batch, decided = merges[0].config.method.run_batch, decisions[0]
+    if batch is None or len(merges) == 1 or any(own.kind != "merge" for own in decisions):
+        return [merge.run(own) for merge, own in zip(merges, decisions, strict=True)]
     checked = [merge.checked(decided) for merge in merges]
     models = [formed(merge.base, merge.tuned, merge.label) for merge in checked]
     with _named(checked[0].label):

@@ -172,3 +172,12 @@ def test_convolutions_on_disk_and_in_modules(tmp_path):
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["weight"], merged["weight"])
     page = (tmp_path / "out" / "merge_report.html").read_text()
     assert '"weight"' in page and "conv: flatten" in (tmp_path / "out" / "merge_recipe.yaml").read_text()
+
+
+def test_a_part_with_fewer_rows_than_tasks():
+    base, tuned = models({"w": (24, 16)})
+    merged = merge_state_dicts(base, [*tuned, base], "rtsvm", split={"w": (22, 2)})
+    mean = merge_tensors(base["w"][22:], [t["w"][22:] for t in [*tuned, base]], "rtsvm")
+    assert mean.report.treatment == "mean"
+    assert torch.equal(merged.state_dict["w"][22:], mean.weight)
+    assert [report.treatment for report in merged.reports["w"].blocks] == ["merge", "mean"]
