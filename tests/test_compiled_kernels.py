@@ -1,8 +1,9 @@
 """Each Triton kernel, compiled for each GPU as launched: no spills, nothing inexact, wide accesses, tensor cores.
 
 The launches are those of the cases marked `compiled` of each op; compile_launches.py records them. make test compiles
-the first launch of each kernel for sm_90. The rest is left to make test-all: every launch for sm_86, 90 and 100, which
-takes minutes each, and the first of each kernel for the others.
+the first launch of each kernel for sm_90. The rest is left to make test-all: every launch for sm_90, which takes minutes,
+and the first of each kernel for the others. After a change of a kernel, compile every launch for more of them:
+``RTSVM_ARCHITECTURES="86 100" make test-all``.
 """
 
 import json
@@ -23,9 +24,9 @@ pytestmark = [
 ]
 
 exhaustive = pytest.mark.exhaustive
-# Every launch for one GPU of each generation, which takes minutes; the first of each kernel for the others.
-ARCHITECTURES = [pytest.param(architecture, marks=exhaustive) for architecture in (86, 90, 100)]
-FIRST = [90, *(pytest.param(architecture, marks=exhaustive) for architecture in (80, 89, 120))]
+MORE = [int(architecture) for architecture in os.environ.get("RTSVM_ARCHITECTURES", "").split()]
+ARCHITECTURES = [pytest.param(architecture, marks=exhaustive) for architecture in (90, *MORE)]
+FIRST = [90, *(pytest.param(architecture, marks=exhaustive) for architecture in (80, 86, 89, 100, 120))]
 TENSOR_CORE = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # the others: mma.sync
 PRODUCTS = {"gemm3_kernel", "symmetric_kernel"}
 # By op and kernel.

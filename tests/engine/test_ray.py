@@ -373,8 +373,11 @@ def test_two_nodes_and_a_driver_that_is_stopped(tmp_path, larger, two_nodes):
     journal = tmp_path / ".out.partial" / "merge_journal.jsonl"
     workers = [set(), set()]
 
-    def merge(stop=None):
-        """Run the command; send it a signal as soon as the journal has grown. Return exit code and output."""
+    def merge(stop=None, again=True):
+        """Run the command; send it a signal as soon as the journal has grown. Return exit code and output.
+
+        On a busy machine a check inside Ray may abort the driver ("likely discovered a bug in Ray"): run it once more.
+        """
         lines = len(journal.read_bytes().splitlines()) if journal.exists() else 1
         log = tmp_path / "log"
         with log.open("wb") as stream:
@@ -386,6 +389,8 @@ def test_two_nodes_and_a_driver_that_is_stopped(tmp_path, larger, two_nodes):
                 for seen, node in zip(workers, nodes, strict=True):
                     seen.update(merging(node.pid))
                 time.sleep(0.05)
+        if again and driver.returncode == -signal.SIGABRT and "a bug in Ray" in log.read_text():
+            return merge(stop, again=False)
         return driver.returncode, log.read_text()
 
     assert merge(signal.SIGKILL)[0] == -signal.SIGKILL
