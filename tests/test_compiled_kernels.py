@@ -1,8 +1,8 @@
 """Each Triton kernel, compiled for each GPU as launched: no spills, nothing inexact, wide accesses, tensor cores.
 
 The launches are those of the cases marked `compiled` of each op; compile_launches.py records them. make test compiles
-the first launch of each kernel for sm_90. The rest is left to make test-all: every launch for sm_90, which takes minutes,
-and the first of each kernel for the others. After a change of a kernel, compile every launch for more of them:
+the first launch of each kernel for sm_90. The rest is left to make test-all: every launch for sm_90, which takes
+minutes, and the first of each kernel for the others. After a change of a kernel, compile every launch for more of them:
 ``RTSVM_ARCHITECTURES="86 100" make test-all``.
 """
 
