@@ -119,6 +119,8 @@ def merge_state_dicts(
     config = as_config(config, parameters)
     if out_dtype is not None:
         config = config.model_copy(update={"out_dtype": dtype_name(as_dtype(out_dtype))})
+    if config.requantise:
+        raise ConfigError("requantise: state dicts are returned as values; use merge_checkpoints, or leave it out")
     if config.vocabulary is not None:
         raise ConfigError("vocabulary: state dicts have no tokenizers; use merge_checkpoints, or leave it out")
     check_list(tuned, "state dicts or modules", "tuned")

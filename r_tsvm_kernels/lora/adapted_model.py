@@ -156,7 +156,7 @@ def _weight_name(base: Checkpoint, adapter: Adapter, name: str) -> str:
     if found := adapter.weight_in(base.tensors, name) or _find(base, name):
         return found
     hint = "; it is tied to the embedding" if name.endswith("lm_head.weight") else ""
-    raise CheckpointError(
-        f"{adapter.path}: changes {name}, which {base.path} does not have{hint}; "
-        f"according to its config the adapter was trained on {adapter.config.base_model_name_or_path}"
-    )
+    trained_on = adapter.config.base_model_name_or_path
+    if trained_on is not None:
+        hint += f"; according to its config the adapter was trained on {trained_on}"
+    raise CheckpointError(f"{adapter.path}: changes {name}, which {base.path} does not have{hint}")

@@ -9,6 +9,7 @@ layers.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -73,13 +74,29 @@ class ImageAdapter(WholeAdapter):
         self._file = Checkpoint(file)
         modules, alphas = _modules(self._file.tensors, str(file))
         stored = {name: f"{PREFIX}{m}{LINEAR[i]}" for m, pair in modules.items() for i, name in enumerate(pair)}
+        for module, pair in modules.items():
+            shapes = [self._file.tensors[name].shape for name in pair]
+            if min(map(len, shapes)) < 2 or 0 in (*shapes[0], *shapes[1]):
+                raise AdapterRefusedError(
+                    f"{file}: the factors of {module} must be matrices of rank 1 or more, got shapes "
+                    f"{shapes[0]} and {shapes[1]}; the file is damaged"
+                )
         ranks = {module: self._file.tensors[A].shape[0] for module, (A, _) in modules.items()}
         scales = _scales(ranks, read_metadata(file), str(file))
-        scales |= {module: self._file.load(name).item() / ranks[module] for module, name in alphas.items()}
+        scales |= {module: self._alpha(module, name) / ranks[module] for module, name in alphas.items()}
         self.config = _Scales(peft_type="LORA", scales=scales, ranks=ranks)
         self._places_of: tuple[object, dict[str, list[str]]] = (None, {})
         self._file.rename(stored)
         self._open(Rest(self._file, set(alphas.values())), str(file))
+
+    def _alpha(self, module: str, name: str) -> float:
+        alpha = self._file.load(name)
+        if alpha.numel() != 1 or not math.isfinite(alpha.item()):
+            raise AdapterRefusedError(
+                f"{self.path}: alpha of {module} must be one finite number, got {tuple(alpha.shape)} "
+                f"{alpha.flatten()[:3].tolist()}; the file is damaged"
+            )
+        return float(alpha.item())
 
     def files(self) -> tuple[FileState, ...]:
         """Return the file, with its state at opening."""
@@ -173,6 +190,8 @@ def _scales(ranks: Mapping[str, int], metadata: Mapping[str, str], source: str) 
         return dict.fromkeys(ranks, 1.0)
     try:
         settings: Any = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ValueError(f"expected an object, got {settings!r:.40}")
         prefixes = {key[: key.find(".") + 1] for key in settings}  # of components; empty in a file of one
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{source}: its lora_adapter_metadata is not valid: {error}") from error

@@ -195,3 +195,8 @@ def test_a_stopped_merge_resumes_with_its_scales(fp8_models, tmp_path):
     merge_checkpoints(config, tmp_path / "whole")
     assert resumed.resumed and verify_output(tmp_path / "out").ok
     assert digest(tmp_path / "out")["model.safetensors"] == digest(tmp_path / "whole")["model.safetensors"]
+
+
+def test_state_dicts_are_not_requantised():
+    with pytest.raises(ConfigError, match="requantise: state dicts are returned as values"):
+        merge_state_dicts({"w": torch.zeros(4, 4)}, [{"w": torch.ones(4, 4)}], "ties", requantise=True)

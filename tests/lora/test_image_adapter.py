@@ -1,6 +1,7 @@
 """LoRA files of image models, in the formats of kohya and diffusers."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from r_tsvm_kernels import MergeConfig, merge_checkpoints, verify_output
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.errors import AdapterRefusedError, CheckpointError
 from r_tsvm_kernels.lora.adapted_model import is_adapter
+from r_tsvm_kernels.lora.image_adapter import ImageAdapter
 
 TO_Q, CONV, POINT = "down_blocks.0.attentions.0.to_q", "down_blocks.0.resnets.0.conv1", "mid_block.proj_in"
 TEXT_Q = "text_model.encoder.layers.0.self_attn.q_proj"
@@ -142,3 +144,31 @@ def test_what_is_refused(pipeline, tmp_path, tensors, error, message):
 def test_models_are_no_adapters(tmp_path):
     save_file(UNET, tmp_path / "model.safetensors")
     assert not is_adapter(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"alpha": torch.ones(2)}, r"alpha of .* must be one finite number, got \(2,\)"),
+        ({"alpha": torch.tensor(math.nan)}, "must be one finite number"),
+        ({"lora_down.weight": torch.tensor(1.0)}, "must be matrices of rank 1 or more"),
+        ({"lora_down.weight": torch.zeros(0, 8), "lora_up.weight": torch.zeros(12, 0)}, "of rank 1 or more"),
+    ],
+    ids=str,
+)
+def test_damaged_factors_are_refused_by_name(tmp_path, changes, said):
+    tensors, _ = kohya()
+    flat = "lora_unet_" + TO_Q.replace(".", "_")
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors | {f"{flat}.{name}": value for name, value in changes.items()}, file)
+    with pytest.raises(AdapterRefusedError, match=f"lora.safetensors.*{said}"):
+        ImageAdapter(file)
+
+
+@pytest.mark.parametrize("text", ['"abc"', "[1]", "3"])
+def test_metadata_that_is_no_object_is_refused(tmp_path, text):
+    tensors, _ = diffusers()
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": text})
+    with pytest.raises(CheckpointError, match="lora_adapter_metadata is not valid: expected an object"):
+        ImageAdapter(file)
