@@ -50,7 +50,7 @@ def test_added_tokens_are_everywhere(tmp_path):
 
 
 def test_the_library_gives_the_ids_of_the_file(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = pytest.importorskip("tokenizers", reason="compares with tokenizers, which is not installed")
     base = tokenizer_json([*PIECES, "ab"], ["<s>"], merges=["a b"])
     chat = tokenizer_json([*PIECES, "ab", "cd", "abcd"], ["<s>", "<chat>"], merges=["a b", "c d", "ab cd"])
     base["added_tokens"][0]["id"] = 12  # with a gap, which the library would close

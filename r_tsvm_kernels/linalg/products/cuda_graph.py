@@ -1,6 +1,6 @@
 """CUDA graphs of loops of many small launches, recorded once for given shapes and then launched as a whole.
 
-The loops of `purification` and `polar_express` launch some thirty kernels per product and never wait for the device.
+The loops of `purification` and `polar_express` launch some twenty kernels per product and never wait for the device.
 For small products (up to one or two thousand columns) the launches take longer than the computation; a graph is a
 single launch. Nothing here has run on a GPU yet, so it is off outside `use_cuda_graphs`.
 """

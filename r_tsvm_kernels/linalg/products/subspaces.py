@@ -163,7 +163,9 @@ def products_subspaces(
 def accurate_subspaces(
     matrices: Tensor, ranks: Sequence[int], precision: Precision = "fp16x3", tolerance: float | None = None
 ) -> list[ProductsSubspaces]:
-    """Find leading singular subspaces, those with a larger `error_estimate` again with a compressed spectrum.
+    """Find leading singular subspaces, of steep spectra after compression.
+
+    A few Lanczos steps foresee which spectra are steep. Others whose `error_estimate` is too large are solved again.
 
     Args:
         matrices: as for `products_subspaces`.
