@@ -1,10 +1,11 @@
 """Time the merge of packed experts against the same experts one by one.
 
-    python -m benchmarks.packed_experts [--experts 32 128] [--shape 96 192] [--solver eigen products] [--rounds 5]
+    python -m benchmarks.packed_experts [--experts 32 128] [--scale 12] [--solver eigen products] [--rounds 5]
 
 Both sides merge with `tsvm`, in turns: `merge_tensors` of the packed tensor (E, m, n), which solver `products` merges
-in batches, and of each expert. The results must be equal within the error that solvers are allowed. On a CPU,
-`products` is a simulation, and its time means nothing.
+in batches, and of each expert. The shapes are those of gpt-oss (2880x2880) and Qwen3-MoE (768x2048), divided by
+`--scale`. The results must be equal within the error that solvers are allowed. On a CPU, `products` is a simulation:
+its time means nothing, and only the smallest number of experts is run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from r_tsvm_kernels import merge_tensors
 from r_tsvm_kernels.bench import Results, Row, row
 
 NAME, TASKS = "mlp.experts.down_proj", 3
+SHAPES = ((2880, 2880), (768, 2048))  # gpt-oss, Qwen3-MoE
 
 
 def measure(shape: tuple[int, int, int], solver: str, rounds: int, device: str) -> list[Row]:
@@ -57,14 +59,17 @@ def measure(shape: tuple[int, int, int], solver: str, rounds: int, device: str) 
 def main() -> int:
     program = Program(__doc__, "packed_experts.json", rounds=5)
     program.parser.add_argument("--experts", type=int, nargs="+", default=[32, 128], help="numbers of experts")
-    program.parser.add_argument("--shape", type=int, nargs=2, default=[96, 192], help="of one expert")
-    program.parser.add_argument("--solver", nargs="+", default=["eigen"], help="eigen, products")
+    program.parser.add_argument("--scale", type=int, default=12, help="divides both sides of every expert")
+    program.parser.add_argument("--solver", nargs="+", default=["eigen", "products"], help="eigen, products")
     args = program.arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = Results(args.json, (), replace=True)
-    for experts in args.experts:
-        for solver in args.solver:
-            results.add(measure((experts, *args.shape), solver, args.rounds, device))
+    for m, n in SHAPES:
+        for experts in args.experts:
+            for solver in args.solver:
+                if solver == "eigen" or device == "cuda" or experts == min(args.experts):
+                    shape = (experts, m // args.scale, n // args.scale)
+                    results.add(measure(shape, solver, args.rounds, device))
     return finish(results)
 
 

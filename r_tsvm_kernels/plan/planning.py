@@ -31,7 +31,7 @@ from ..values import check_options
 from .inputs import open_inputs, sources
 from .merge_plan import MergePlan, Part, TensorPlan
 from .presence import compare_tensors
-from .vocabulary import align_vocabularies, aligned_tensors
+from .vocabulary import align_vocabularies, aligned_tensors, moved_tokens
 
 
 def make_plan(
@@ -138,6 +138,8 @@ def make_plan(
     for checkpoint in checkpoints[1:]:
         if found := contradictions(base.config, checkpoint.config):
             notes.append(f"{checkpoint.path}: its config has {'; '.join(found)} in the base; is it a fine-tune of it?")
+        if vocabulary is None and (note := moved_tokens(base, checkpoint)):
+            notes.append(note)
     notes += vocabulary.notes if vocabulary is not None else ()
     if moved := sorted(aligned & layouts.keys()):
         notes.append(

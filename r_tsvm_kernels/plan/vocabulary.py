@@ -343,3 +343,27 @@ def _groups(
         yield TokenGroup(kind, names, len(indexes), tuple(tokens[index] for index in indexes[:_EXAMPLES]))
     if padding:
         yield TokenGroup("padding", (), padding, ())
+
+
+def moved_tokens(base: Checkpoint, model: Checkpoint) -> str | None:
+    """Return a note if a model has tokens of the base under other ids, whose rows a merge without alignment mixes up.
+
+    Args:
+        base: the base.
+        model: a model whose rows are not aligned.
+    """
+    try:
+        if same_tokenizer(base, model):
+            return None
+        own, other = read_tokenizer(base), read_tokenizer(model)
+    except CheckpointError:  # the tokens are not needed otherwise
+        return None
+    if own is None or other is None:
+        return None
+    moved = [token for token, index in own.ids.items() if other.ids.get(token, index) != index]
+    if not moved:
+        return None
+    return (
+        f"{model.path}: {len(moved)} of its tokens have other ids than in the base ({some(moved)}), so rows of "
+        "different tokens are merged; --vocabulary base aligns them"
+    )

@@ -201,3 +201,13 @@ def test_a_new_row_that_is_not_finite(family, tmp_path, token):
     with pytest.raises(NonFiniteError, match=f"{HEAD} of {paths['odd']}: 1 of"):
         merged(paths, tmp_path / "out", vocabulary="union")
     merged(paths, tmp_path / "out_base", vocabulary="base")  # has no such row
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["same", "reversed"])
+def test_tokens_under_other_ids_are_noted(tmp_path, order, caplog):
+    paths = [
+        write(tmp_path / name, tensors_of(9, seed), tokenizer_json(pieces, ["<s>"]), {})
+        for seed, (name, pieces) in enumerate([("base", PIECES), ("tuned", PIECES[order])])
+    ]
+    merge_checkpoints(MergeConfig("task_arithmetic", base_model=paths[0], models=paths[1:]), tmp_path / "out")
+    assert ("have other ids than in the base" in caplog.text) == (order.step == -1)
