@@ -48,9 +48,9 @@ SPEED = (
             "rectangle. Here it is a share of that number. `gain` is the mean validation accuracy above `tsvm`, both "
             "at alpha 1, on the choice seeds of the quality study."),
     Section("packed_experts.json", "Packed experts", "python -m benchmarks.packed_experts",
-            "Experts of gpt-oss (2880x2880) and Qwen3-MoE (768x2048), both sides divided by 12, merged by `tsvm` as one "
-            "packed tensor and one by one. `eigen` solves each expert alone in both cases. `products` solves batches of "
-            "experts; on a CPU it is simulated, so its times say nothing about a GPU."),
+            "Experts of gpt-oss (2880x2880) and Qwen3-MoE (768x2048), both sides divided by 12, merged by `tsvm` as "
+            "one packed tensor and one by one. `eigen` solves each expert alone in both cases. `products` solves "
+            "batches of experts; on a CPU it is simulated, so its times say nothing about a GPU."),
     Section("gpu_work.json", "Work of solver products, counted", "python -m benchmarks.gpu_work",
             "Counted on a CPU, for three tasks, on the path that a GPU takes: a prediction, no GPU ran it. `launches` "
             "counts an op on planes as one, although its wrapper launches a few small operations as well."),
