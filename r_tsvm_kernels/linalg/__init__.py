@@ -7,8 +7,8 @@ from .interference import interference_above_chance, interference_of_bases, inte
 from .joint_spaces import CoreSpace, JointSvd, core_space, joint_svd
 from .largest_singular_value import spectral_norm
 from .memory import tsv_merge_bytes, tsv_merge_flops, weighted_merge_bytes, weighted_merge_flops
-from .merge_result import TsvMerge
-from .merging import Solver, tsv_merge, tsv_merge_layers
+from .merge_result import TsvMerge, TsvParts
+from .merging import Solver, tsv_merge, tsv_merge_layers, tsv_parts
 from .orthogonal_iteration import subspace_iteration
 from .polar_factor import PolarFactor, polar
 from .products.cuda_graph import use_cuda_graphs
@@ -29,7 +29,14 @@ from .ranks import (
 )
 from .rounding import BACKWARD_ERROR, Cut
 from .subspaces import Subspaces, TruncatedSVD, leading_subspaces, truncated_svd
-from .weighted_merging import WeightedMerge, long_side_is_whole, weighted_merge, weighted_merge_layers
+from .weighted_merging import (
+    WeightedMerge,
+    WeightedParts,
+    long_side_is_whole,
+    weighted_merge,
+    weighted_merge_layers,
+    weighted_parts,
+)
 
 __all__ = [
     "BACKWARD_ERROR",
@@ -49,7 +56,9 @@ __all__ = [
     "Triplets",
     "TruncatedSVD",
     "TsvMerge",
+    "TsvParts",
     "WeightedMerge",
+    "WeightedParts",
     "asked_rank",
     "choose_rank",
     "core_space",
@@ -79,10 +88,12 @@ __all__ = [
     "tsv_merge_bytes",
     "tsv_merge_flops",
     "tsv_merge_layers",
+    "tsv_parts",
     "use_cuda_graphs",
     "weighted_merge",
     "weighted_merge_bytes",
     "weighted_merge_flops",
     "weighted_merge_layers",
+    "weighted_parts",
     "weighted_sum",
 ]

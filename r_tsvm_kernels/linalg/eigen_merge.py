@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceError
 from .certificate import Certificate, Mode, tolerance_of
+from .factored import Factored
 from .interference import interference_of_gram
 from .inverse_root import PROBES, SplitMatrix, root_of_factor, root_of_gram, root_of_gram_float32
 from .leading_right_vectors import ROUTES, RightVectors, right_vectors
@@ -160,6 +161,11 @@ class EigenMerge:
     captured_energy: tuple[float, ...]
     interference: tuple[float, float]
     certificate: Certificate
+
+    def factors(self) -> list[Factored]:
+        """Return the summand of each task with its weight, ``polar(U)_t (w_t R_t) polar(V)_t^T``, in float64."""
+        left = torch.cat([self.to_polar.after(image) for image in self.images.tiles()])
+        return [Factored(left[:, block], self.core[block] * self.unit) for block in self.images.blocks]
 
     def write(self, target: Tensor) -> None:
         """Write the merged matrix to `target` (m, n).

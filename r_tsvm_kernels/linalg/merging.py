@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -13,8 +14,8 @@ from .arguments import finite, given_matrices, given_ranks, given_weights, nonze
 from .certificate import Mode, tolerance_of
 from .eigen_merge import merge_by_eigenvalues
 from .factored import Factored, merge_factored
-from .merge_result import TsvMerge
-from .products.layers import merge_by_products, merge_layers_by_products
+from .merge_result import TsvMerge, TsvParts
+from .products.layers import merge_by_products, merge_layers_by_products, parts_by_products
 from .ranks import Rank, pad_for_rule
 from .tall_matrix import WORKSPACE, TallMatrix
 
@@ -80,24 +81,11 @@ def tsv_merge(
     check_solver(solver)
     numbers = given_ranks(ranks, len(task_matrices), "tsv_merge")
     factors = given_weights(weights, len(task_matrices), "tsv_merge")
-    shapes = {tuple(getattr(matrix, "shape", ())) for matrix in task_matrices}
-    if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
-        raise ShapeError(f"tsv_merge: expected matrices of one shape, got {sorted(shapes)}")
-    if all(isinstance(matrix, Factored) for matrix in task_matrices):
-        factored = [matrix for matrix in task_matrices if isinstance(matrix, Factored)]
+    factored, dense = _one_shape(task_matrices, "tsv_merge")
+    if factored:
         return _merge_factors(factored, numbers, factors, mode)
-    dense = given_matrices(
-        (matrix.dense() if isinstance(matrix, Factored) else matrix for matrix in task_matrices),
-        "tsv_merge",
-        one_device=True,
-    )
-
     rows, columns = nonzero_support(dense)
-    whole = (len(rows), len(columns)) == dense[0].shape
-    tall = [
-        TallMatrix(matrix if whole else matrix[rows[:, None], columns], len(rows) < len(columns), workspace)
-        for matrix in dense
-    ]
+    tall = _tall(dense, rows, columns, workspace)
     escalations: tuple[str, ...] = ()
     if solver == "products":
         try:
@@ -108,6 +96,7 @@ def tsv_merge(
     merge = merge_by_eigenvalues(tall, padded, factors, mode, escalations)
 
     result = torch.zeros_like(dense[0])
+    whole = (len(rows), len(columns)) == result.shape
     update = result if whole else result.new_zeros(len(rows), len(columns))
     merge.write(update.mT if tall[0].transposed else update)
     if not whole:
@@ -115,6 +104,73 @@ def tsv_merge(
     return TsvMerge(
         finite(result, "tsv_merge"), merge.ranks, merge.captured_energy, merge.certificate, merge.interference
     )
+
+
+def tsv_parts(
+    task_matrices: Sequence[Tensor | Factored],
+    ranks: Sequence[Rank] | Rank,
+    *,
+    mode: Mode = "exact",
+    solver: Solver = "eigen",
+    workspace: int = WORKSPACE,
+) -> TsvParts:
+    """Return the summands ``M_t = polar(U)_t core_t polar(V)_t^T`` of a TSV-Merge, one for each task.
+
+    They do not depend on the weights: ``sum_t w_t M_t`` is `tsv_merge` with the weights w_t. Relative to its norm, its
+    error is at most that of the merge with weights 1, times ``max_t |w_t|`` and the ratio of the two norms.
+
+    Args:
+        task_matrices: as for `tsv_merge`.
+        ranks: as for `tsv_merge`.
+        mode: as for `tsv_merge`.
+        solver: as for `tsv_merge`.
+        workspace: as for `tsv_merge`.
+
+    Returns:
+        T factored matrices (m, n) in float64, with the ranks, the captured energies and the certificate.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, ConfigError, NonFiniteError, ConvergenceError: as `tsv_merge`.
+
+    Examples:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> tasks = [torch.randn(40, 30, generator=generator) for _ in range(3)]
+        >>> found = tsv_parts(tasks, 10)
+        >>> found
+        TsvParts(40x30, ranks 10/10/10, error 5e-07 ok)
+        >>> update = tsv_merge(tasks, 10, [1.0, 0.5, -1.0]).matrix
+        >>> parts = [part.dense() for part in found.parts]
+        >>> torch.allclose(parts[0] + 0.5 * parts[1] - parts[2], update.double(), atol=1e-5)
+        True
+    """
+    tolerance_of(mode)  # or an error
+    check_solver(solver)
+    numbers = given_ranks(ranks, len(task_matrices), "tsv_parts")
+    factored, dense = _one_shape(task_matrices, "tsv_parts")
+    if factored:
+        merged = merge_factored(factored, numbers, mode=mode)
+        lefts, rights = merged.update.left.split(merged.ranks, dim=1), merged.update.right.split(merged.ranks)
+        parts = tuple(Factored(*block) for block in zip(lefts, rights, strict=True))
+        return TsvParts(parts, merged.ranks, merged.captured_energy, merged.certificate, merged.interference)
+    rows, columns = nonzero_support(dense)
+    escalations: tuple[str, ...] = ()
+    found = None
+    if solver == "products":
+        try:
+            found = parts_by_products(dense, rows, columns, numbers, mode)
+        except ConvergenceError as failure:
+            escalations = (str(failure),)
+    if found is None:
+        tall = _tall(dense, rows, columns, workspace)
+        padded = [pad_for_rule(rank, min(dense[0].shape)) for rank in numbers]
+        merge = merge_by_eigenvalues(tall, padded, [1.0] * len(dense), mode, escalations)
+        factors = merge.factors()
+        if tall[0].transposed:
+            factors = [Factored(part.right.mT, part.left.mT) for part in factors]
+        found = TsvParts(
+            tuple(factors), merge.ranks, merge.captured_energy, merge.certificate, merge.interference
+        )
+    return replace(found, parts=tuple(_embedded(part, rows, columns, dense[0]) for part in found.parts))
 
 
 def tsv_merge_layers(
@@ -164,6 +220,41 @@ def tsv_merge_layers(
         if i not in results:
             results[i] = tsv_merge(layer, numbers[i], factors[i], mode=mode, solver=solver, workspace=workspace)
     return [results[i] for i in range(len(layers))]
+
+
+def _one_shape(task_matrices: Sequence[Tensor | Factored], op: str) -> tuple[list[Factored], list[Tensor]]:
+    """Return the task matrices as they are if all are factored, and otherwise as dense matrices on one device.
+
+    Raises:
+        ShapeError: they are not matrices of one shape.
+    """
+    shapes = {tuple(getattr(matrix, "shape", ())) for matrix in task_matrices}
+    if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
+        raise ShapeError(f"{op}: expected matrices of one shape, got {sorted(shapes)}")
+    factored = [matrix for matrix in task_matrices if isinstance(matrix, Factored)]
+    if len(factored) == len(task_matrices):
+        return factored, []
+    whole = (matrix.dense() if isinstance(matrix, Factored) else matrix for matrix in task_matrices)
+    return [], given_matrices(whole, op, one_device=True)
+
+
+def _tall(dense: Sequence[Tensor], rows: Tensor, columns: Tensor, workspace: int) -> list[TallMatrix]:
+    """Return the matrices without the rows and columns in which all of them are zero."""
+    whole = (len(rows), len(columns)) == dense[0].shape
+    return [
+        TallMatrix(matrix if whole else matrix[rows[:, None], columns], len(rows) < len(columns), workspace)
+        for matrix in dense
+    ]
+
+
+def _embedded(part: Factored, rows: Tensor, columns: Tensor, like: Tensor) -> Factored:
+    """Return the summand between all rows and columns of a task matrix."""
+    if part.shape == like.shape:
+        return part
+    (m, n), rank = like.shape, part.left.shape[1]
+    left, right = part.left.new_zeros(m, rank), part.right.new_zeros(rank, n)
+    left[rows], right[:, columns] = part.left, part.right
+    return Factored(left, right)
 
 
 def _merge_factors(

@@ -33,7 +33,7 @@ from .parallel import run_concurrently
 from .ranks import Rank
 from .rounding import BACKWARD_ERROR, Cut
 from .tall_matrix import TallMatrix, add_gram
-from .weighted_tasks import Root, Scales, Task
+from .weighted_tasks import Root, Scales, Task, add_scaled
 
 # From this relative size of rounding in float32 on, products are in float64.
 ROUNDING = 4e-6
@@ -63,6 +63,7 @@ def merge_weighted(
     ranks: Sequence[Rank] | None,
     lead: int | None,
     mode: Mode,
+    parts: Sequence[Tensor] = (),
 ) -> WeightedSum:
     """Write ``sum_t w_t M_t`` to `target`, by the cheapest route that is accurate enough.
 
@@ -74,6 +75,7 @@ def merge_weighted(
         ranks: largest number of directions of each task; None for all.
         lead: k of `_hybrid`; None for `_whole`.
         mode: ``exact`` or ``fast``.
+        parts: T matrices (m, n) that each M_t is written to, or none.
 
     Raises:
         ConvergenceError: no route is accurate enough.
@@ -86,7 +88,7 @@ def merge_weighted(
             tasks = _decompose(matrices, power, ranks, lead, mode, routes)
             merge = _whole if lead is None else partial(_hybrid, lead=lead)
             scales = Scales.of([task.norm / task.matrix.scale for task in tasks], weights)
-            found = merge(tasks, scales, target, tolerance_of(mode), routes == EXACT)
+            found = merge(tasks, scales, target, tolerance_of(mode), routes == EXACT, parts=parts)
             found.certificate.require()
             break
         except ConvergenceError as failure:
@@ -118,16 +120,25 @@ def _decompose(
     return [Task(matrix, power, vectors, complete) for matrix, vectors in zip(matrices, found, strict=True)]
 
 
-def _whole(tasks: Sequence[Task], scales: Scales, target: Tensor, tolerance: float, exact: bool) -> WeightedSum:
+def _whole(
+    tasks: Sequence[Task],
+    scales: Scales,
+    target: Tensor,
+    tolerance: float,
+    exact: bool,
+    *,
+    parts: Sequence[Tensor] = (),
+) -> WeightedSum:
     """Orthogonalise both sides as a whole: see the top of this module."""
     (m, n), device = tasks[0].matrix.shape, target.device
-    sums = torch.zeros(len(scales.sums), m, n, dtype=torch.float64, device=device)
+    wanted = [*scales.sums, *(scales.one(index) for index in range(len(parts)))]
+    sums = torch.zeros(len(wanted), m, n, dtype=torch.float64, device=device)
     left, right = (torch.zeros(size, size, dtype=torch.float64, device=device) for size in (m, n))
     for index, task in enumerate(() if exact else tasks):
         A, F = task.normalised(), task.short_gram()
         add_gram(left, task.left_basis(A).mT)
         right += F
-        scales.add(sums, index, A @ F)
+        add_scaled(sums, wanted, index, A @ F)
         del A, F
     solves = [
         partial(Root.of, left, lambda: (task.left_basis(task.normalised()).mT for task in tasks), exact),
@@ -139,11 +150,13 @@ def _whole(tasks: Sequence[Task], scales: Scales, target: Tensor, tolerance: flo
         for index, task in enumerate(tasks):
             A = task.normalised()
             P, Q = L.after(task.left_basis(A).mT).mT, R.after(task.right_basis())
-            scales.add(sums, index, P @ (A.mT @ Q if task.complete else task.values[:, None] * Q))
+            add_scaled(sums, wanted, index, P @ (A.mT @ Q if task.complete else task.values[:, None] * Q))
         merged, rounding = list(sums), BACKWARD_ERROR * sum(root.inverse.condition for root in roots) * scales.total
     else:
         rounding = BACKWARD_ERROR * math.prod(root.gain for root in roots) * scales.total
         merged = [R.after(L.after(total.mT).mT) for total in sums]
+    for part in reversed(parts):
+        part.copy_(merged.pop().mul_(scales.unit))
     products = [float((merged[-1] * task.normalised()).sum()) for task in tasks]
     probes = merged[0] @ gaussian(n, PROBES, device), merged[0].mT @ gaussian(m, PROBES, device)
     sides = [root.measured(probe) for root, probe in zip(roots, probes, strict=True)]
@@ -164,7 +177,14 @@ def _whole(tasks: Sequence[Task], scales: Scales, target: Tensor, tolerance: flo
 
 
 def _hybrid(
-    tasks: Sequence[Task], scales: Scales, target: Tensor, tolerance: float, exact: bool, *, lead: int
+    tasks: Sequence[Task],
+    scales: Scales,
+    target: Tensor,
+    tolerance: float,
+    exact: bool,
+    *,
+    lead: int,
+    parts: Sequence[Tensor] = (),
 ) -> WeightedSum:
     """Orthogonalise the `lead` first directions on both sides, the others on the short side: see the top."""
     n, device = tasks[0].matrix.shape[1], target.device
@@ -190,7 +210,7 @@ def _hybrid(
         followers.append(torch.linalg.vector_norm(onto @ R, dim=1))
     headed = math.hypot(*(weight * _norm(head) for weight, head in zip(scales.weighted, heads, strict=True)))
     spread = math.hypot(*(weight * _norm(tail) for weight, tail in zip(scales.weighted, tails, strict=True)))
-    products = _Products(tasks, images, left.inverse, heads, tails, scales)
+    products = _Products(tasks, images, left.inverse, heads, tails, scales, parts)
     for dtype in dict.fromkeys((target.dtype, torch.float64)):
         rounding = 8 * _eps(dtype) * (headed + spread / n**0.5)
         if rounding > ROUNDING * headed and dtype != torch.float64:
@@ -246,6 +266,7 @@ class _Products:
         heads: ``X_t R^(-1/2)``.
         tails: ``(I - V_k V_k^T) F_t R^(-1)``.
         scales: of the M_t.
+        parts: T matrices that each M_t is written to, or none.
     """
 
     tasks: Sequence[Task]
@@ -254,6 +275,7 @@ class _Products:
     heads: Sequence[Tensor]
     tails: Sequence[Tensor]
     scales: Scales
+    parts: Sequence[Tensor] = ()
 
     def write(self, target: Tensor, dtype: torch.dtype) -> tuple[list[float], float, float]:
         """Write the weighted sum, multiplied in `dtype`, by tiles of rows.
@@ -274,7 +296,9 @@ class _Products:
                 part = tile @ tails[index]
                 tailed += (self.scales.weighted[index] * _norm(part)) ** 2
                 part.addmm_(P[:, block], heads[index])
-                self.scales.add(sums, index, part)
+                add_scaled(sums, self.scales.sums, index, part)
+                if self.parts:
+                    self.parts[index][rows] = part.mul_(self.scales.plain[index] * self.scales.unit)
             for index, (task, tile) in enumerate(zip(self.tasks, tiles, strict=True)):
                 inner[index] += float((sums[-1] * tile).sum(dtype=torch.float64)) / task.norm
             squares += _norm(sums[0]) ** 2

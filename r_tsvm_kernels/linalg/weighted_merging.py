@@ -52,6 +52,28 @@ class WeightedMerge:
         return f"WeightedMerge({kind_of(self.matrix)}, retained from {lowest:.2f}, {self.certificate.verdict})"
 
 
+@dataclass(frozen=True, repr=False)
+class WeightedParts:
+    """The summands of a merge by weighted orthogonalisation, one for each task, and what was measured on the way.
+
+    Attributes:
+        parts: M_t of each task, (m, n); factored, in float64, if all task matrices are.
+        ranks: as in `WeightedMerge`.
+        retained: as in `WeightedMerge`.
+        certificate: of the merge with weights 1.
+    """
+
+    parts: tuple[Tensor | Factored, ...]
+    ranks: tuple[int, ...]
+    retained: tuple[float, ...]
+    certificate: Certificate
+
+    def __repr__(self) -> str:
+        m, n = self.parts[0].shape
+        lowest = min(self.retained, default=1.0)
+        return f"WeightedParts({m}x{n}, {len(self.parts)} tasks, retained from {lowest:.2f}, {self.certificate.verdict})"
+
+
 def long_side_is_whole(shape: tuple[int, int], tasks: int) -> bool:
     """Whether `weighted_merge` orthogonalises the long side as a whole.
 
@@ -134,27 +156,49 @@ def weighted_merge(
     factors = given_weights(weights, count, "weighted_merge")
     limits = None if ranks is None else given_ranks(ranks, count, "weighted_merge")
     options = _Options.given(power, limits, mode, solver, workspace)
-    shapes = {tuple(getattr(matrix, "shape", ())) for matrix in task_matrices}
-    if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
-        raise ShapeError(f"weighted_merge: expected matrices of one shape, got {sorted(shapes)}")
-    if all(isinstance(matrix, Factored) for matrix in task_matrices):
-        return _merge_factors([matrix for matrix in task_matrices if isinstance(matrix, Factored)], factors, options)
-    dense = given_matrices(
-        (matrix.dense() if isinstance(matrix, Factored) else matrix for matrix in task_matrices),
-        "weighted_merge",
-        one_device=True,
-    )
-    rows, columns = nonzero_support(dense)
-    shape = len(rows), len(columns)
-    whole = shape == dense[0].shape
-    update = torch.zeros_like(dense[0]) if whole else dense[0].new_zeros(shape)
-    parts = dense if whole else [matrix[rows[:, None], columns] for matrix in dense]
-    found = _merge(parts, factors, shape, options, update)
-    result = update
-    if not whole:
-        result = torch.zeros_like(dense[0])
-        result[rows[:, None], columns] = update
-    return WeightedMerge(finite(result, "weighted_merge"), found.ranks, found.retained, found.certificate)
+    matrix, _, found = _merged(task_matrices, factors, options, "weighted_merge")
+    return WeightedMerge(matrix, found.ranks, found.retained, found.certificate)
+
+
+def weighted_parts(
+    task_matrices: Sequence[Tensor | Factored],
+    *,
+    power: float = 1.0,
+    ranks: Sequence[Rank] | Rank | None = None,
+    mode: Mode = "exact",
+    solver: Solver = "eigen",
+    workspace: int = WORKSPACE,
+) -> WeightedParts:
+    """Return the summands M_t of a merge by weighted orthogonalisation, one for each task.
+
+    They do not depend on the weights: ``sum_t w_t M_t`` is `weighted_merge` with the weights w_t.
+
+    Args:
+        task_matrices: as for `weighted_merge`.
+        power: as for `weighted_merge`.
+        ranks: as for `weighted_merge`.
+        mode: as for `weighted_merge`.
+        solver: as for `weighted_merge`.
+        workspace: as for `weighted_merge`.
+
+    Returns:
+        T matrices (m, n), factored if the task matrices are, with what is retained of each task, and the certificate.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, ConfigError, NonFiniteError, ConvergenceError: as `weighted_merge`.
+
+    Examples:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> tasks = [torch.randn(40, 30, generator=generator) for _ in range(2)]
+        >>> first, second = weighted_parts(tasks).parts
+        >>> torch.allclose(first - 0.5 * second, weighted_merge(tasks, [1.0, -0.5]).matrix, atol=1e-5)
+        True
+    """
+    limits = None if ranks is None else given_ranks(ranks, len(task_matrices), "weighted_parts")
+    options = _Options.given(power, limits, mode, solver, workspace)
+    ones = [1.0] * len(task_matrices)
+    _, parts, found = _merged(task_matrices, ones, options, "weighted_parts", apart=True)
+    return WeightedParts(parts, found.ranks, found.retained, found.certificate)
 
 
 def weighted_merge_layers(
@@ -206,7 +250,7 @@ def weighted_merge_layers(
             merges = weighted_sums_by_products(batch, [factors[i] for i in group], lead, mode)
             results |= {
                 i: WeightedMerge(finite(matrix, op), found.ranks, found.retained, found.certificate)
-                for i, (matrix, found) in zip(group, merges, strict=True)
+                for i, (matrix, _, found) in zip(group, merges, strict=True)
                 if found.certificate.met  # the others are merged alone, and report the failure
             }
     for i, layer in enumerate(layers):
@@ -248,41 +292,95 @@ def _lead(shape: tuple[int, int], tasks: int) -> int | None:
     return None if long_side_is_whole(shape, tasks) else -(-min(shape) // tasks)
 
 
+def _merged(
+    task_matrices: Sequence[Tensor | Factored],
+    weights: Sequence[float],
+    options: _Options,
+    op: str,
+    *,
+    apart: bool = False,
+) -> tuple[Tensor, tuple[Tensor | Factored, ...], WeightedSum]:
+    """Return the merged matrix, each M_t if they are wanted `apart`, and what was measured.
+
+    Raises:
+        ShapeError: the task matrices are not matrices of one shape.
+    """
+    shapes = {tuple(getattr(matrix, "shape", ())) for matrix in task_matrices}
+    if len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
+        raise ShapeError(f"{op}: expected matrices of one shape, got {sorted(shapes)}")
+    if all(isinstance(matrix, Factored) for matrix in task_matrices):
+        factored = [matrix for matrix in task_matrices if isinstance(matrix, Factored)]
+        return _merge_factors(factored, weights, options, op, apart)
+    dense = given_matrices(
+        (matrix.dense() if isinstance(matrix, Factored) else matrix for matrix in task_matrices), op, one_device=True
+    )
+    rows, columns = nonzero_support(dense)
+    shape = len(rows), len(columns)
+    whole = shape == dense[0].shape
+    matrices = dense if whole else [matrix[rows[:, None], columns] for matrix in dense]
+    update, *parts = (torch.zeros_like(matrices[0]) for _ in range(1 + apart * len(dense)))
+    found = _merge(matrices, weights, shape, options, update, parts)
+
+    def embedded(matrix: Tensor) -> Tensor:
+        if whole:
+            return finite(matrix, op)
+        result = torch.zeros_like(dense[0])
+        result[rows[:, None], columns] = matrix
+        return finite(result, op)
+
+    return embedded(update), tuple(map(embedded, parts)), found
+
+
 def _merge(
-    parts: Sequence[Tensor], weights: Sequence[float], shape: tuple[int, int], options: _Options, target: Tensor
+    matrices: Sequence[Tensor],
+    weights: Sequence[float],
+    shape: tuple[int, int],
+    options: _Options,
+    target: Tensor,
+    parts: Sequence[Tensor] = (),
 ) -> WeightedSum:
     """Write the merged matrix to `target`; zero task matrices and their weights are left out.
 
     Args:
-        parts: T matrices without common zero rows or columns, or cores of them.
+        matrices: T matrices without common zero rows or columns, or cores of them.
         weights: T factors.
         shape: of the task matrices without such rows or columns; decides which side is the short one.
         options: of the merge.
-        target: of the shape of the parts.
+        target: of the shape of the matrices.
+        parts: T matrices of zeros that each M_t is written to, or none.
     """
-    tall = [TallMatrix(part, shape[0] < shape[1], options.workspace) for part in parts]
+    tall = [TallMatrix(matrix, shape[0] < shape[1], options.workspace) for matrix in matrices]
     live = [index for index, matrix in enumerate(tall) if matrix.squared_norm]
     single = len(live) < 2 and options.ranks is None
     if single or not live:  # nothing to be made orthogonal to
         for index in live:
-            target.copy_(parts[index] * weights[index])
+            target.copy_(matrices[index] * weights[index])
+            if parts:
+                parts[index].copy_(matrices[index])
         eps = torch.finfo(target.dtype).eps
         found = WeightedSum((), (), Certificate(eps, 0.0, 0.0, tolerance_of(options.mode), "copy"))
         size = min(shape)
         return replace(
-            found, ranks=tuple(size if t in live else 0 for t in range(len(parts))), retained=(1.0,) * len(parts)
+            found, ranks=tuple(size if t in live else 0 for t in range(len(tall))), retained=(1.0,) * len(tall)
         )
     own = replace(options, ranks=options.ranks and [options.ranks[t] for t in live])
-    found = _solve([tall[t] for t in live], [weights[t] for t in live], shape, own, target)
+    found = _solve(
+        [tall[t] for t in live], [weights[t] for t in live], shape, own, target, [parts[t] for t in live if parts]
+    )
     ranks, retained = dict(zip(live, found.ranks, strict=True)), dict(zip(live, found.retained, strict=True))
-    every = range(len(parts))
+    every = range(len(tall))
     return replace(
         found, ranks=tuple(ranks.get(t, 0) for t in every), retained=tuple(retained.get(t, 1.0) for t in every)
     )
 
 
 def _solve(
-    tall: Sequence[TallMatrix], weights: Sequence[float], shape: tuple[int, int], options: _Options, target: Tensor
+    tall: Sequence[TallMatrix],
+    weights: Sequence[float],
+    shape: tuple[int, int],
+    options: _Options,
+    target: Tensor,
+    parts: Sequence[Tensor],
 ) -> WeightedSum:
     """Write the merged matrix of tasks that are not zero to `target`, by the solver that was asked for or by ``eigen``.
 
@@ -292,6 +390,7 @@ def _solve(
         shape: as for `_merge`.
         options: of the merge.
         target: as for `_merge`.
+        parts: as for `_merge`.
     """
     lead = _lead(shape, len(tall))
     escalations: tuple[str, ...] = ()
@@ -300,9 +399,13 @@ def _solve(
             if not options.by_products:
                 raise ConvergenceError("products: needs power 1 and no limits of the ranks")
             layers = torch.stack([part.matrix.mT if part.transposed else part.matrix for part in tall])[None]
-            ((merged, found),) = weighted_sums_by_products(layers, [weights], lead, options.mode)
+            ((merged, own, found),) = weighted_sums_by_products(
+                layers, [weights], lead, options.mode, keep_parts=bool(parts)
+            )
             found.certificate.require()
             target.copy_(merged)
+            for part, values in zip(parts, own, strict=True):
+                part.copy_(values)
             return found
         except ConvergenceError as failure:
             escalations = (str(failure),)
@@ -314,21 +417,25 @@ def _solve(
         ranks=options.ranks and [pad_for_rule(rank, min(shape)) for rank in options.ranks],
         lead=lead,
         mode=options.mode,
+        parts=[part.mT if shape[0] < shape[1] else part for part in parts],
     )
     reasons = (*escalations, *found.certificate.escalations)
     return replace(found, certificate=replace(found.certificate, escalations=reasons))
 
 
-def _merge_factors(matrices: Sequence[Factored], weights: Sequence[float], options: _Options) -> WeightedMerge:
+def _merge_factors(
+    matrices: Sequence[Factored], weights: Sequence[float], options: _Options, op: str, apart: bool
+) -> tuple[Tensor, tuple[Factored, ...], WeightedSum]:
     """Merge the cores of products in common bases."""
-    check_factored(matrices, "weighted_merge")
+    check_factored(matrices, op)
     space = core_space(matrices)
     shape = int(space.left.any(1).sum()), int(space.right.any(0).sum())
-    core = torch.zeros_like(space.cores[0])
-    found = _merge(space.cores, weights, shape, replace(options, solver="eigen"), core)
+    core, *parts = (torch.zeros_like(space.cores[0]) for _ in range(1 + apart * len(matrices)))
+    found = _merge(space.cores, weights, shape, replace(options, solver="eigen"), core, parts)
     dtype = torch.float64 if any(matrix.left.dtype == torch.float64 for matrix in matrices) else torch.float32
-    result = ((space.left @ core) @ space.right).to(dtype)
+    result = finite(((space.left @ core) @ space.right).to(dtype), op)
     certificate = found.certificate.rounded(dtype)
     certificate = replace(certificate, error=certificate.error + space.error)
     certificate.require()
-    return WeightedMerge(finite(result, "weighted_merge"), found.ranks, found.retained, certificate)
+    summands = tuple(Factored(finite(space.left @ part, op), space.right) for part in parts)
+    return result, summands, replace(found, certificate=certificate)

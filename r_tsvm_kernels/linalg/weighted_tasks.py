@@ -139,10 +139,9 @@ class Scales:
         """The factors of the weighted sum, and of the plain one unless that is a multiple of it."""
         return [self.weighted] if self.common is not None else [self.weighted, self.plain]
 
-    def add(self, sums: Tensor, index: int, part: Tensor) -> None:
-        """Add ``M_t / n_t`` of task `index` to each of the sums."""
-        for total, factors in zip(sums, self.sums, strict=True):
-            total.add_(part, alpha=factors[index])
+    def one(self, index: int) -> list[float]:
+        """Return the factors of ``M_t`` alone, over `unit`."""
+        return [norm if index == t else 0.0 for t, norm in enumerate(self.plain)]
 
     @property
     def total(self) -> float:
@@ -153,6 +152,13 @@ class Scales:
         """Return ``<sum_s M_s, D_t> / n_t^2`` from the products of the last of `sums` with the A_t."""
         factor = 1.0 if self.common is None else self.common
         return tuple(product / factor / norm for product, norm in zip(products, self.plain, strict=True))
+
+
+def add_scaled(sums: Iterable[Tensor], wanted: Sequence[Sequence[float]], index: int, part: Tensor) -> None:
+    """Add ``M_t / n_t`` of task `index` to each of the sums, times its factor there."""
+    for total, factors in zip(sums, wanted, strict=True):
+        if factors[index]:
+            total.add_(part, alpha=factors[index])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..arguments import finite, given_matrices, nonzero_support
 from ..certificate import Certificate, Mode, tolerance_of
 from ..factored import Factored
 from ..interference import interference_of_bases
-from ..merge_result import TsvMerge
+from ..merge_result import TsvMerge, TsvParts
 from ..ranks import Rank
 from .merge import ProductsMerge, products_tsv_merges
 from .purification import STEPS
@@ -48,6 +48,26 @@ def merge_by_products(
     result = torch.zeros_like(matrices[0])
     result[rows[:, None], columns] = found.matrix.to(result.dtype)
     return replace(found, matrix=finite(result, "tsv_merge"))
+
+
+def parts_by_products(
+    matrices: Sequence[Tensor], rows: Tensor, columns: Tensor, ranks: Sequence[Rank], mode: Mode
+) -> TsvParts:
+    """Return the summands of the merge of one layer; the arguments and errors are those of `merge_by_products`."""
+    numbers = require_numbers(ranks, min(len(rows), len(columns)))
+    support = torch.stack([matrix[rows[:, None], columns] for matrix in matrices])
+    (merged,) = products_tsv_merges(support[None], [numbers], None, "fp16x3", _tolerance(mode), keep_factors=True)
+    found = certify(merged, support, mode)
+    assert merged.factors is not None
+    left, right = merged.factors
+    blocks = zip(left.split(found.ranks, dim=1), right.split(found.ranks), strict=True)
+    return TsvParts(
+        tuple(Factored(*block) for block in blocks),
+        found.ranks,
+        found.captured_energy,
+        found.certificate,
+        found.interference,
+    )
 
 
 def merge_layers_by_products(

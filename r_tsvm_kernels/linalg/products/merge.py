@@ -42,6 +42,7 @@ class ProductsMerge:
             A basis with singular values below `LOWER` shows here.
         condition: of the left and the right bases, estimated from below.
         polar_steps: quintic steps, the larger number of both polar factors.
+        factors: ``polar(U)`` (m, k), and the weighted cores times ``polar(V)^T`` (k, n), in float64, if asked for.
     """
 
     matrix: Tensor
@@ -50,6 +51,7 @@ class ProductsMerge:
     orthogonality: float
     condition: tuple[float, float]
     polar_steps: int
+    factors: tuple[Tensor, Tensor] | None = None
 
 
 def products_tsv_merge(
@@ -69,6 +71,8 @@ def products_tsv_merges(
     weights: Sequence[Sequence[float]] | None = None,
     precision: Precision = "fp16x3",
     tolerance: float | None = None,
+    *,
+    keep_factors: bool = False,
 ) -> list[ProductsMerge]:
     """TSV-Merge (see `tsv_merge`) of the same-shape task matrices of several layers, from matrix products alone.
 
@@ -81,6 +85,7 @@ def products_tsv_merges(
         weights: T factors of the cores for each layer; None means 1.
         precision: as for `products_subspaces`.
         tolerance: as for `accurate_subspaces`.
+        keep_factors: return the factors of the merged matrix, too.
     """
     tasks, flat_ranks = layers.shape[1], [rank for layer in ranks for rank in layer]
     parts = accurate_subspaces(layers.flatten(0, 1), flat_ranks, precision, tolerance)
@@ -100,7 +105,7 @@ def products_tsv_merges(
         [[(part.inside, part.right_beyond) for part in layer] for layer in of_layers],
         precision,
     )
-    return [_multiply(*layer, precision) for layer in zip(of_layers, cores, lefts, rights, strict=True)]
+    return [_multiply(*layer, precision, keep_factors) for layer in zip(of_layers, cores, lefts, rights, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -212,12 +217,13 @@ def lower_bound(smallest: float) -> float:
 
 
 def _multiply(
-    parts: list[ProductsSubspaces], core: _Core, left: _Side, right: _Side, precision: Precision
+    parts: list[ProductsSubspaces], core: _Core, left: _Side, right: _Side, precision: Precision, keep_factors: bool
 ) -> ProductsMerge:
     """Multiply the polar factors with the weighted cores between them."""
     numbers = arithmetic(precision)
     inner = numbers.multiply(numbers.load(left.matrix), numbers.load(core.matrix))
     merged = numbers.dense(numbers.multiply(inner, numbers.load(right.matrix).mT))
+    factors = (left.matrix.double(), core.matrix @ right.matrix.double().mT * core.unit) if keep_factors else None
     turnings = (left.turning, right.turning)
     subspaces = [
         sensitivity * part.subspace_error
@@ -232,4 +238,5 @@ def _multiply(
         max(turning.defect for turning in turnings),
         (left.condition, right.condition),
         max(left.steps, right.steps),
+        factors,
     )

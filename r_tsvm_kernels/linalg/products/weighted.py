@@ -35,17 +35,19 @@ class ProductsWeighted:
         matrix: (m, n) float64.
         retained: T numbers, see `weighted_merge`.
         accuracy: of the matrix.
+        parts: each M_t, if asked for.
     """
 
     matrix: Tensor
     retained: tuple[float, ...]
     accuracy: Accuracy
+    parts: tuple[Tensor, ...] = ()
 
 
 def weighted_sums_by_products(
-    layers: Tensor, weights: Sequence[Sequence[float]], lead: int | None, mode: Mode
-) -> list[tuple[Tensor, WeightedSum]]:
-    """Merge layers in one batch; return the merged matrices with what was measured.
+    layers: Tensor, weights: Sequence[Sequence[float]], lead: int | None, mode: Mode, *, keep_parts: bool = False
+) -> list[tuple[Tensor, tuple[Tensor, ...], WeightedSum]]:
+    """Merge layers in one batch; return the merged matrices, each M_t if asked for, and what was measured.
 
     The caller checks the certificates.
 
@@ -54,6 +56,7 @@ def weighted_sums_by_products(
         weights: T factors for each layer.
         lead: as for `products_weighted_merges`.
         mode: ``exact`` or ``fast``.
+        keep_parts: return each M_t.
 
     Raises:
         NonFiniteError: weights times norms overflow.
@@ -62,7 +65,8 @@ def weighted_sums_by_products(
     long, short = max(layers.shape[-2:]), min(layers.shape[-2:])
     tolerance = None if mode == "exact" else tolerance_of(mode) / 2
     results = []
-    for merge in products_weighted_merges(layers.mT if flipped else layers, weights, lead, tolerance=tolerance):
+    tall = layers.mT if flipped else layers
+    for merge in products_weighted_merges(tall, weights, lead, tolerance=tolerance, keep_parts=keep_parts):
         accuracy = merge.accuracy
         certificate = Certificate(
             error=accuracy.error,
@@ -79,7 +83,8 @@ def weighted_sums_by_products(
             merge.retained,
             certificate.transposed() if flipped else certificate,
         )
-        results.append(((merge.matrix.mT if flipped else merge.matrix).to(layers.dtype), found))
+        matrix, *parts = (x.mT if flipped else x for x in (merge.matrix, *merge.parts))
+        results.append((matrix.to(layers.dtype), tuple(parts), found))
     return results
 
 
@@ -89,6 +94,8 @@ def products_weighted_merges(
     lead: int | None,
     precision: Precision = "fp16x3",
     tolerance: float | None = None,
+    *,
+    keep_parts: bool = False,
 ) -> list[ProductsWeighted]:
     """Merge the task matrices of several layers in one batch, see `weighted_merge`; q = 1, ranks are not limited.
 
@@ -98,6 +105,7 @@ def products_weighted_merges(
         lead: number of leading directions that are orthogonalised on both sides; None for the whole long side.
         precision: format of the products.
         tolerance: of the leading directions, see `accurate_subspaces`.
+        keep_parts: return each M_t.
 
     Raises:
         NonFiniteError: weights times norms overflow.
@@ -119,13 +127,15 @@ def products_weighted_merges(
     if lead is None:
         flipped = A.mT.reshape(L, T * n, m)
         lefts = MeasuredPolar.of_batch(flipped, gram_polar(flipped, precision), numbers)
-        return [_whole(*layer, numbers) for layer in zip(A, N, lefts, rights, scales, strict=True)]
+        return [_whole(*layer, numbers, keep_parts) for layer in zip(A, N, lefts, rights, scales, strict=True)]
     parts = accurate_subspaces(A.flatten(0, 1), [lead] * (L * T), precision, tolerance)
     images = torch.stack([part.U @ part.core for part in parts]).view(L, T, m, lead)
     Y = images.transpose(1, 2).reshape(L, m, T * lead)
     lefts = MeasuredPolar.of_batch(Y, gram_polar(Y, precision), numbers)
     of_layers = [parts[first : first + T] for first in range(0, L * T, T)]
-    return [_hybrid(A[i], N[i], of_layers[i], lefts[i], rights[i], scales[i], numbers) for i in range(L)]
+    return [
+        _hybrid(A[i], N[i], of_layers[i], lefts[i], rights[i], scales[i], numbers, keep_parts) for i in range(L)
+    ]
 
 
 def multiply(x: Tensor, y: Tensor, numbers: Arithmetic) -> Tensor:
@@ -134,7 +144,13 @@ def multiply(x: Tensor, y: Tensor, numbers: Arithmetic) -> Tensor:
 
 
 def _whole(
-    A: Tensor, N: Tensor, left: MeasuredPolar, right: MeasuredPolar, scales: Scales, numbers: Arithmetic
+    A: Tensor,
+    N: Tensor,
+    left: MeasuredPolar,
+    right: MeasuredPolar,
+    scales: Scales,
+    numbers: Arithmetic,
+    keep_parts: bool,
 ) -> ProductsWeighted:
     """Orthogonalise both sides of a layer as a whole.
 
@@ -145,6 +161,7 @@ def _whole(
         right: of the stacked matrices, (T m, n).
         scales: of the M_t.
         numbers: format of the products.
+        keep_parts: whether to return each M_t.
     """
 
     def merge(factors: Tensor) -> Tensor:
@@ -152,7 +169,7 @@ def _whole(
 
     merged, retained, size = _sums(merge, A, scales)
     accuracy = accuracy_of_whole(A, left, right, scales, merged, size, numbers.eps)
-    return ProductsWeighted(merged * scales.unit, retained, accuracy)
+    return ProductsWeighted(merged * scales.unit, retained, accuracy, _parts(merge, A, scales) if keep_parts else ())
 
 
 def _hybrid(
@@ -163,6 +180,7 @@ def _hybrid(
     right: MeasuredPolar,
     scales: Scales,
     numbers: Arithmetic,
+    keep_parts: bool,
 ) -> ProductsWeighted:
     """Orthogonalise the leading directions of a layer on both sides, the others on the short side alone.
 
@@ -174,6 +192,7 @@ def _hybrid(
         right: of the stacked matrices, (T m, n).
         scales: of the M_t.
         numbers: format of the products.
+        keep_parts: whether to return each M_t.
     """
     V = torch.stack([part.Vh.mT for part in parts])
     heads = multiply(V.mT, N, numbers)
@@ -189,7 +208,14 @@ def _hybrid(
 
     merged, retained, size = _sums(merge, A, scales)
     hybrid = Hybrid(A, N.double(), V, heads.double(), tails, left, right, scales)
-    return ProductsWeighted(merged * scales.unit, retained, hybrid.accuracy(parts, size, numbers.eps))
+    own = _parts(merge, A, scales) if keep_parts else ()
+    return ProductsWeighted(merged * scales.unit, retained, hybrid.accuracy(parts, size, numbers.eps), own)
+
+
+def _parts(merge: Callable[[Tensor], Tensor], A: Tensor, scales: Scales) -> tuple[Tensor, ...]:
+    """Return each M_t; the arguments are those of `_sums`."""
+    ones = (A.new_tensor(scales.one(index))[:, None, None] for index in range(len(A)))
+    return tuple(merge(factors).double() * scales.unit for factors in ones)
 
 
 def _sums(merge: Callable[[Tensor], Tensor], A: Tensor, scales: Scales) -> tuple[Tensor, tuple[float, ...], float]:
