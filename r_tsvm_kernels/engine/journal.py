@@ -1,14 +1,10 @@
 """The journal of a merge: its fingerprint, and an entry for each tensor whose values are safely on disk.
 
-Each line is a JSON object with a checksum of the line as its last key. The first line is the fingerprint of the merge
-(`engine.fingerprint`), every other line a `Finished` tensor. Opening a journal cuts off an incomplete last line, which
-a crash leaves; damage anywhere else is an error.
+The first of its `Lines` is the fingerprint of the merge (`engine.fingerprint`), every other one a `Finished` tensor.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from ..checkpoint import checksum
 from ..errors import JournalError
-from ..files import open_regular
 from ..methods import TensorReport
+from .lines import Lines, read_lines
 
 
 @dataclass(frozen=True)
@@ -85,16 +80,13 @@ class Journal:
         self.file = file
         self.fingerprint = dict(fingerprint)
         self.finished = dict(finished)
-        self._end = end
-        self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        # Bytes after the last complete line were being written when the merge stopped.
-        os.ftruncate(self._descriptor, end)
+        self._lines = Lines(file, end)
 
     @classmethod
     def create(cls, file: Path, fingerprint: Mapping[str, Any]) -> Journal:
         """Start a journal; its first line is on disk on return."""
         journal = cls(file, fingerprint, {}, 0)
-        journal._append(_line(fingerprint))
+        journal._lines.append([fingerprint])
         return journal
 
     @classmethod
@@ -109,20 +101,12 @@ class Journal:
 
     def append(self, finished: Sequence[Finished]) -> None:
         """Add tensors whose values are on disk; on return the entries are on disk, too."""
-        self._append(b"".join(_line(asdict(entry)) for entry in finished))
+        self._lines.append([asdict(entry) for entry in finished])
         self.finished.update((entry.name, entry) for entry in finished)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
-
-    def _append(self, lines: bytes) -> None:
-        end = self._end
-        while lines:
-            written = os.pwrite(self._descriptor, lines, end)
-            lines, end = lines[written:], end + written
-        os.fdatasync(self._descriptor)
-        self._end = end
+        self._lines.close()
 
 
 class _Models(BaseModel):
@@ -158,24 +142,7 @@ def read_journal(file: Path) -> tuple[dict[str, Any], dict[str, Finished]]:
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Finished], int] | None:
     """Return fingerprint, finished tensors and the end of the last complete line; None without a first line."""
-    try:
-        with open_regular(file) as opened:
-            text = opened.read()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise JournalError(f"{file}: cannot be read: {error.strerror or error}") from error
-    objects: list[dict[str, Any]] = []
-    end, damaged = 0, None
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        content = _parse(line)
-        if content is None:
-            damaged = damaged or number
-        elif damaged:
-            raise JournalError(f"{file}: line {damaged} is damaged; merge again from the start (--restart)")
-        else:
-            objects.append(content)
-            end += len(line)
+    objects, end = read_lines(file)
     if not objects:
         return None
     fingerprint, *entries = objects
@@ -191,18 +158,3 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Finished], int] | None:
             f"{file}: not a journal of this version ({reason}); merge again from the start (--restart)"
         ) from error
     return fingerprint, {entry.name: entry for entry in finished}, end
-
-
-def _line(content: Mapping[str, Any]) -> bytes:
-    text = json.dumps(content, separators=(",", ":"))
-    return f'{text[:-1]},"line":"{checksum(text.encode())}"}}\n'.encode()
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the object of a line, or None if the line is incomplete or its checksum is wrong."""
-    try:
-        content = json.loads(line)
-        del content["line"]
-        return content if _line(content) == line else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None

@@ -4,7 +4,8 @@ import os
 import pytest
 
 from r_tsvm_kernels import JournalError
-from r_tsvm_kernels.engine.journal import Finished, Journal, _line, read_journal
+from r_tsvm_kernels.engine.journal import Finished, Journal, read_journal
+from r_tsvm_kernels.engine.lines import as_line
 
 FINGERPRINT = {"format": 1, "recipe": {"alpha": [0.5, 1.0]}, "models": ["base", "größer"]}
 
@@ -79,8 +80,9 @@ def test_what_is_no_journal(tmp_path):
 
 def test_a_journal_of_another_version(tmp_path):
     journal = Journal.create(tmp_path / "journal", FINGERPRINT)
-    journal._append(_line({"name": "w", "colour": "red", "inputs": []}))
     journal.close()
+    with (tmp_path / "journal").open("ab") as opened:
+        opened.write(as_line({"name": "w", "colour": "red", "inputs": []}))
     with pytest.raises(JournalError, match="not a journal of this version"):
         read_journal(tmp_path / "journal")
 

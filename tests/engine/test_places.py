@@ -20,7 +20,7 @@ from r_tsvm_kernels import (
 )
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.engine import job, output, write_page
-from r_tsvm_kernels.engine.journal import _line
+from r_tsvm_kernels.engine.lines import as_line
 from r_tsvm_kernels.lora_tools import extract_lora
 
 BESIDE = ("merge_report.json", "merge_report.html", "merge_journal.jsonl")
@@ -313,7 +313,7 @@ def test_forged_journals(tmp_path, monkeypatch, capsys, forge):
     for line in lines:
         del line["line"]
     forge(next(line for line in lines[1:] if line["report"]["certificate"]))
-    journal.write_bytes(b"".join(map(_line, lines)))
+    journal.write_bytes(b"".join(map(as_line, lines)))
     with pytest.raises(JournalError, match="restart"):
         merge_checkpoints(config, tmp_path / "out", resume=True)
     merge_checkpoints(config, tmp_path / "whole")
@@ -329,6 +329,6 @@ def test_forged_journals(tmp_path, monkeypatch, capsys, forge):
 def test_a_forged_fingerprint(tmp_path, fingerprint):
     paths, _, _ = family(tmp_path / "in")
     merge_checkpoints(config_for(paths), tmp_path / "out")
-    (tmp_path / "out" / "merge_journal.jsonl").write_bytes(_line(fingerprint))
+    (tmp_path / "out" / "merge_journal.jsonl").write_bytes(as_line(fingerprint))
     with pytest.raises((JournalError, CheckpointError)):
         verify_output(tmp_path / "out", inputs=True)
