@@ -24,10 +24,12 @@ from .methods import (
     METHODS,
     MergeResult,
     MethodParameters,
+    Summands,
     TensorJob,
     TensorReport,
     get_method,
     mean_task_vector,
+    task_matrices,
     timed,
 )
 from .ops._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, check_list, is_finite
@@ -189,6 +191,80 @@ def _merged(
     return MergeResult(weight, report)
 
 
+def summands_of(
+    base: Tensor,
+    tuned: Sequence[Tensor | Factored],
+    config: MergeConfig,
+    *,
+    name: str = "",
+    position: float = 0.0,
+    blocks: Blocks | None = None,
+) -> Summands:
+    """Return the summands of the merge of one tensor, see `Summands`; the weights and alpha of the config do not matter.
+
+    Args:
+        base: as for `merge_tensors`.
+        tuned: as for `merge_tensors`.
+        config: of a method whose merge is linear in the weights.
+        name: as for `merge_tensors`.
+        position: as for `merge_tensors`.
+        blocks: as for `merge_tensors`.
+
+    Returns:
+        T parts of the shape of the base, in float32 (float64 if an input is); none if the base's value stays. Parts of
+        matrices may be factored.
+
+    Raises:
+        ShapeError, DeviceError, DTypeError, QuantisedRefusedError, NonFiniteError, ConfigError, ConvergenceError: as
+            `merge_tensors`.
+    """
+    shape, label, stages = tuple(base.shape), name or "tensor", dict[str, list[float]]()
+    blocks = config.blocks(name, shape, lambda other: None) if blocks is None else blocks
+    one = _Merge(base, tuned, config, name, label, position, name, torch.float32, True)
+    decided = treatment(config, one.options, name, shape, base.dtype, len(tuned), blocks)
+    with timed(stages, "merge"), torch.no_grad():
+        if decided.kind != "merge" or not blocks.divide:
+            found = one.summands(decided)
+        else:
+            divided = [_divided(blocks, model) for model in (base, *tuned)]
+            found = _of_blocks(
+                [
+                    replace(one, base=own[0][1], tuned=[model for _, model in own[1:]], label=one.label + own[0][0])
+                    for own in zip(*divided, strict=True)
+                ],
+                blocks,
+                decided,
+                base,
+                [label for label, _ in divided[0]],
+            )
+    found.report.stages |= stages
+    found.report.seconds = stages["merge"][0]
+    return found
+
+
+def _of_blocks(
+    merges: Sequence[_Merge], blocks: Blocks, decided: Treatment, base: Tensor, labels: Sequence[str]
+) -> Summands:
+    """Return the summands of a tensor from those of its blocks."""
+    parts = list[Tensor]()
+    places, reports, errors = [list[Tensor]() for _ in merges[0].tuned], list[TensorReport](), list[float]()
+    for index, merge in enumerate(merges):
+        found = merge.summands(merge.decided)
+        if not parts:
+            dtype = accumulation_dtype(
+                base, *(model.left if isinstance(model, Factored) else model for model in merge.tuned)
+            )
+            parts = [torch.zeros(base.shape, dtype=dtype, device=base.device) for _ in merge.tuned]
+            places = [[place for _, place in blocks.of(part)] for part in parts]
+        for own, part in zip(places, found.parts, strict=True):
+            own[index].copy_(part.dense() if isinstance(part, Factored) else part)
+        reports.append(found.report)
+        errors.append(found.error)
+    report = TensorReport.of_blocks(reports, labels)
+    report.treatment, report.reason, report.shape = decided.kind, decided.reason, tuple(base.shape)
+    return Summands([*parts], report, math.hypot(*errors))
+
+
 def _divided(blocks: Blocks, model: Tensor | Factored) -> list[tuple[str, Tensor | Factored]]:
     """Return the blocks of a tensor, or of an update of a matrix."""
     if isinstance(model, Tensor):
@@ -265,6 +341,32 @@ class _Merge:
             return mean_task_vector(self.base, models, options.weight, getattr(options, "alpha", 1.0))
         linear = get_method("linear")
         return linear.run(self.base, models, linear.parameters(weight=options.weight))
+
+    def summands(self, decided: Treatment) -> Summands:
+        """Check the inputs, and return the summands of the merge with their norms."""
+        if decided.kind == "base":
+            check_agreement(self.base, self.tuned, self.config, decided.excluded, self.label)
+            return Summands([], TensorReport(self.config.method.name, "base", decided.reason, tuple(self.base.shape)))
+        checked, method = self.checked(decided), self.config.method
+        ones = self.options.model_copy(update={"weight": (1.0,) * len(self.tuned)})
+        base, tuned = checked.base, checked.tuned
+        factored = method.factored(ones) and all(isinstance(model, Factored) for model in tuned)
+        models = tuned if factored and decided.kind == "merge" else formed(base, tuned, self.label)
+        with _named(self.label):
+            if decided.kind == "mean":
+                matrices = task_matrices(base, models)[0]
+                parts = [matrix / len(models) for matrix in matrices if isinstance(matrix, Tensor)]
+                found = Summands([*parts], TensorReport(weights=[1.0] * len(models)))
+            else:
+                assert method.linear is not None
+                found = method.linear.run(base, models, ones)
+        report = found.report
+        report.method, report.treatment, report.reason = method.name, decided.kind, decided.reason
+        report.shape = tuple(base.shape)
+        dense = [model for model in tuned if isinstance(model, Tensor)]
+        norms = iter(distances(base, dense) if dense else ())
+        report.task_norms = [model.norm() if isinstance(model, Factored) else next(norms) for model in tuned]
+        return found
 
     def finished(self, result: MergeResult, decided: Treatment) -> MergeResult:
         """Store the result in its dtype, and complete its report."""

@@ -149,7 +149,8 @@ def tsv_parts(
     factored, dense = _one_shape(task_matrices, "tsv_parts")
     if factored:
         merged = merge_factored(factored, numbers, mode=mode)
-        lefts, rights = merged.update.left.split(merged.ranks, dim=1), merged.update.right.split(merged.ranks)
+        update = merged.update
+        lefts, rights = torch.split(update.left, merged.ranks, dim=1), torch.split(update.right, merged.ranks)
         parts = tuple(Factored(*block) for block in zip(lefts, rights, strict=True))
         return TsvParts(parts, merged.ranks, merged.captured_energy, merged.certificate, merged.interference)
     rows, columns = nonzero_support(dense)
@@ -167,9 +168,7 @@ def tsv_parts(
         factors = merge.factors()
         if tall[0].transposed:
             factors = [Factored(part.right.mT, part.left.mT) for part in factors]
-        found = TsvParts(
-            tuple(factors), merge.ranks, merge.captured_energy, merge.certificate, merge.interference
-        )
+        found = TsvParts(tuple(factors), merge.ranks, merge.captured_energy, merge.certificate, merge.interference)
     return replace(found, parts=tuple(_embedded(part, rows, columns, dense[0]) for part in found.parts))
 
 

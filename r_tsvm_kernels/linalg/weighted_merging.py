@@ -71,7 +71,9 @@ class WeightedParts:
     def __repr__(self) -> str:
         m, n = self.parts[0].shape
         lowest = min(self.retained, default=1.0)
-        return f"WeightedParts({m}x{n}, {len(self.parts)} tasks, retained from {lowest:.2f}, {self.certificate.verdict})"
+        return (
+            f"WeightedParts({m}x{n}, {len(self.parts)} tasks, retained from {lowest:.2f}, {self.certificate.verdict})"
+        )
 
 
 def long_side_is_whole(shape: tuple[int, int], tasks: int) -> bool:

@@ -300,6 +300,40 @@ class TensorJob:
         return math.prod(self.shape)
 
 
+@dataclass(repr=False)
+class Summands:
+    """The summands of a merge that is linear in the weights, ``W = W_0 + alpha * sum_t w_t M_t``.
+
+    Attributes:
+        parts: M_t of each task, (m, n); none if the tensor keeps the base's value.
+        report: of the merge with weights 1.
+        error: estimated error of that merge (Frobenius norm), in the units of the weights.
+    """
+
+    parts: list[Tensor | Factored]
+    report: TensorReport
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """How a method gives the summands of its merge.
+
+    Attributes:
+        run: ``run(base, tuned, options)`` returns the `Summands`; the weights of the options are 1.
+        refusal: with these options, why the merge is not linear in the weights; None if it is.
+        ranks: upper bounds of the ranks of the M_t, from the job, the options and the ranks of factored task matrices,
+            which are empty if a task matrix is not factored; None if nothing bounds them below min(m, n).
+        spread: with these options, by how much the error of a sum may exceed that of the merge with weights 1, for
+            weights up to 1.
+    """
+
+    run: Callable[[Tensor, Sequence[Any], Any], Summands]
+    refusal: Callable[[Any], str | None] = lambda options: None
+    ranks: Callable[[TensorJob, Any, Sequence[int]], list[int] | None] = lambda job, options, factored: None
+    spread: Callable[[int, Any], float] = lambda tasks, options: 1.0
+
+
 @dataclass(frozen=True)
 class Cost:
     """Estimated memory and operations of a job.
@@ -366,6 +400,7 @@ class Method:
         batch: number of matrices such as this that are merged at a time, if a tensor has several. It depends on the
             shape and the options alone, because it may change how sums are rounded.
         run_batch: ``run`` for a batch: the bases, the models of each, and the options; None if there is none.
+        linear: how it gives the summands of its merge, if that is linear in the weights; otherwise None.
     """
 
     name: str
@@ -385,6 +420,7 @@ class Method:
     cost: Callable[[TensorJob, Any], Cost] = elementwise_cost
     batch: Callable[[TensorJob, Any], int] = lambda job, options: 1
     run_batch: RunBatch | None = None
+    linear: Linear | None = None
 
 
 METHODS: dict[str, Method] = {}

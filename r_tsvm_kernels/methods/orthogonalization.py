@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from ..linalg import Factored, Rank, factored_gram, spectral_norm, weighted_merge_layers
-from .base import TensorReport, timed
+from ..linalg import (
+    Factored,
+    Rank,
+    Solver,
+    WeightedMerge,
+    WeightedParts,
+    factored_gram,
+    spectral_norm,
+    weighted_merge_layers,
+    weighted_parts,
+)
+from ..linalg.decompositions import frobenius_norm
+from .base import Summands, TensorReport, timed
 from .gram import cosines, gram_matrix
 from .spectral_costs import solver_for
 
@@ -106,10 +119,58 @@ def merge_weighted_and_report(
         )
     updates = []
     for merged, gram, report in zip(found, grams, reports, strict=True):
-        live = [share for share, square in zip(merged.retained, gram.diagonal().tolist(), strict=True) if square]
-        retained = min(max(sum(live) / len(live), LEAST_RETAINED), 1.0) if live else 1.0
-        report.retained, report.gain = list(merged.retained), retained ** -retention_exponent(gram, options.retention)
-        report.ranks, report.certificate, report.solver = list(merged.ranks), merged.certificate, solver
+        gain = _add_measures(report, merged, gram, options, solver)
         report.stages["spectral"] = [seconds / len(layers) for seconds in spent["spectral"]]
-        updates.append(merged.matrix * report.gain if report.gain != 1 else merged.matrix)
+        updates.append(merged.matrix * gain if gain != 1 else merged.matrix)
     return updates
+
+
+def summands_of_weighted(
+    base: Tensor,
+    matrices: Sequence[Tensor | Factored],
+    ranks: Sequence[Rank],
+    options: RtsvmParameters,
+    report: TensorReport,
+) -> Summands:
+    """Return ``kappa w_t g_t M_t`` with the weights of the report; add to it what was measured.
+
+    Args:
+        base: (m, n) W_0.
+        matrices: T task matrices (m, n), after reweighting and pruning.
+        ranks: their largest ranks.
+        options: of the method.
+        report: its weights are those of the tasks.
+    """
+    solver = solver_for(options, base.device.type)
+    with timed(report.stages, "spectral"):
+        gram = task_products(matrices)
+        report.damping = damping_factors(gram, base, matrices, options.damping, options.workspace)
+        found = weighted_parts(
+            matrices,
+            power=options.orthogonalization_power,
+            ranks=None if set(ranks) == {min(base.shape)} else ranks,
+            mode=options.mode,
+            solver=solver,
+            workspace=options.workspace,
+        )
+    gain = _add_measures(report, found, gram, options, solver)
+    factors = [gain * w * g for w, g in zip(report.weights, report.damping, strict=True)]
+    dense = [part.dense() if isinstance(part, Factored) else part.double() for part in found.parts]
+    norm = frobenius_norm(torch.stack(dense).sum(0))
+    parts = [
+        replace(part, scale=factor) if isinstance(part, Factored) else part * factor
+        for part, factor in zip(found.parts, factors, strict=True)
+    ]
+    return Summands(parts, report, found.certificate.error * norm * max(map(abs, factors), default=1.0))
+
+
+def _add_measures(
+    report: TensorReport, found: WeightedMerge | WeightedParts, gram: Tensor, options: RtsvmParameters, solver: Solver
+) -> float:
+    """Add to a report ranks, the certificate and what is retained; return kappa."""
+    live = [share for share, square in zip(found.retained, gram.diagonal().tolist(), strict=True) if square]
+    retained = min(max(sum(live) / len(live), LEAST_RETAINED), 1.0) if live else 1.0
+    gain: float = retained ** -retention_exponent(gram, options.retention)
+    report.retained, report.gain = list(found.retained), gain
+    report.ranks, report.certificate, report.solver = list(found.ranks), found.certificate, solver
+    return gain

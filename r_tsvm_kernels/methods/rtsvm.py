@@ -52,7 +52,9 @@ Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1; q, damping and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -62,9 +64,21 @@ from ..errors import ConfigError
 from ..linalg import Factored, Rank, RankRule, asked_rank, limited, rank_limit, shared_ranks
 from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import OutlierClipping, add_update, pruned_sparsity, reweight_prune, task_statistics
-from .base import SPECTRAL_OPS, FiniteFloat, MergeResult, MethodParameters, PerModel, TensorReport, register, timed
+from .base import (
+    SPECTRAL_OPS,
+    FiniteFloat,
+    Linear,
+    MergeResult,
+    MethodParameters,
+    PerModel,
+    Summands,
+    TensorJob,
+    TensorReport,
+    register,
+    timed,
+)
 from .gram import checked
-from .orthogonalization import merge_weighted_and_report
+from .orthogonalization import merge_weighted_and_report, summands_of_weighted
 from .rtsvm_readings import (
     Normalization,
     OutlierMeasure,
@@ -78,8 +92,8 @@ from .rtsvm_readings import (
     outlier_weights,
     prepared_in_torch,
 )
-from .spectral_costs import rtsvm_cost
-from .tsvm import TsvmParameters, merge_and_report, tsvm_batch_size
+from .spectral_costs import largest_ranks, rtsvm_cost
+from .tsvm import TsvmParameters, merge_and_report, summands_of_tsvm, tsvm_batch_size
 
 # What `preset` sets, unless a recipe sets it itself. ``reconstruction`` is our reading of the paper; ``weighted`` is
 # what benchmarks/quality/README.md offers, with the power that needs no SVD.
@@ -214,6 +228,28 @@ def merge_rtsvm_batch(
     return results
 
 
+def rtsvm_summands(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Summands:
+    """Return ``kappa w_t g_t M_t`` of each task with the w_t of step 2: see the top of this module."""
+    matrices, ranks, report = _matrices_and_ranks(base, tuned, options)
+    summands_of = partial(summands_of_weighted, base) if options.weighted else summands_of_tsvm
+    found = summands_of(matrices, ranks, options, report)
+    _add_ranks_asked(report, ranks)
+    return found
+
+
+def rtsvm_ranks(job: TensorJob, options: RtsvmParameters, factored: Sequence[int]) -> list[int] | None:
+    """Return upper bounds of the ranks of the summands; weighted orthogonalisation mixes all directions."""
+    if not options.weighted and "shared" not in options.rank:
+        bounds = largest_ranks(job, options)
+        return [min(*pair) for pair in zip(bounds, factored, strict=True)] if factored else bounds
+    return [sum(factored)] * job.tasks if factored else None
+
+
+def rtsvm_spread(tasks: int, options: RtsvmParameters) -> float:
+    """Return how errors of summands add up: those that are not orthogonal may all point in one direction."""
+    return math.sqrt(tasks) if options.orthogonalization_power else 1.0
+
+
 @register(
     "rtsvm",
     pretty_name="R-TSVM",
@@ -228,6 +264,7 @@ def merge_rtsvm_batch(
     cost=rtsvm_cost,
     batch=tsvm_batch_size,
     run_batch=merge_rtsvm_batch,
+    linear=Linear(rtsvm_summands, ranks=rtsvm_ranks, spread=rtsvm_spread),
 )
 def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> MergeResult:
     """Merge by R-TSVM: the steps at the top of this module.

@@ -67,7 +67,7 @@ def rtsvm_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
         pruning = ((job.tasks + 5) * job.itemsize + 2) * job.elements
         preparing = max(statistics, pruning)
     merging = (
-        _weighted_cost(job, options) if options.weighted else spectral_cost(job, options, _largest_ranks(job, options))
+        _weighted_cost(job, options) if options.weighted else spectral_cost(job, options, largest_ranks(job, options))
     )
     return Cost(max(preparing, merging.bytes), merging.flops + 40.0 * job.tasks * job.elements)
 
@@ -91,7 +91,7 @@ def _weighted_cost(job: TensorJob, options: RtsvmParameters) -> Cost:
     return Cost(held + max(solving, scaling, adding), flops)
 
 
-def _largest_ranks(job: TensorJob, options: RtsvmParameters) -> list[int]:
+def largest_ranks(job: TensorJob, options: RtsvmParameters) -> list[int]:
     """Return upper bounds of the ranks; of shared ranks, bounds of their sum."""
     shape = (job.shape[0], job.shape[1])
     if "shared" in options.rank:

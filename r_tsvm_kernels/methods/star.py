@@ -26,8 +26,10 @@ from .base import (
     SPECTRAL_OPS,
     Cost,
     FiniteFloat,
+    Linear,
     MergeResult,
     MethodParameters,
+    Summands,
     TensorJob,
     TensorReport,
     always,
@@ -58,6 +60,34 @@ def star_cost(job: TensorJob, options: StarParameters) -> Cost:
     return Cost(job.tasks * job.itemsize * elements + 8 * (9 * elements + 16 * short**2), flops)
 
 
+def star_summands(base: Tensor, tuned: Sequence[Tensor | Factored], options: StarParameters) -> Summands:
+    """Return ``D'_t / T`` of each task: see the top of this module."""
+    matrices, dtype = task_matrices(base, tuned)
+    parts, certificates, report = list[Tensor | Factored](), [], TensorReport(weights=list(options.weight))
+    error = 0.0
+    for matrix in matrices:
+        rule, share = _nuclear_rank(options.eta / 100), 1 / len(matrices)
+        if isinstance(matrix, Factored):
+            left, right, part = _cut_factored(matrix, rule, share)
+            parts.append(Factored(left, right))
+        else:
+            total = torch.zeros(matrix.shape, dtype=torch.float64, device=matrix.device)
+            part = _add_dense(total, matrix, rule, share, options.mode, None)
+            parts.append(total.to(dtype))
+        report.ranks.append(part.rank)
+        report.captured_energy.append(part.captured_energy)
+        certificates.append(part.certificate)
+        error += part.certificate.error * part.norm
+    report.certificate = Certificate.worst(certificates).rounded(dtype)
+    report.certificate.require()
+    return Summands(parts, report, error)
+
+
+def star_ranks(job: TensorJob, options: StarParameters, factored: Sequence[int]) -> list[int] | None:
+    """Return upper bounds of the ranks of the summands: the share of the nuclear norm decides."""
+    return list(factored) or None
+
+
 @register(
     "star",
     pretty_name="STAR",
@@ -68,6 +98,7 @@ def star_cost(job: TensorJob, options: StarParameters) -> Cost:
     matrices_only=True,
     factored=always,
     cost=star_cost,
+    linear=Linear(star_summands, ranks=star_ranks),
 )
 def star(base: Tensor, tuned: Sequence[Tensor | Factored], options: StarParameters) -> MergeResult:
     """Merge by STAR: the formula at the top of this module.
@@ -117,11 +148,18 @@ class _Part(NamedTuple):
 
 
 def _add_factored(total: Tensor, matrix: Factored, rule: Rank, weight: float) -> _Part:
+    left, right, part = _cut_factored(matrix, rule, weight)
+    total.addmm_(left, right)
+    return part
+
+
+def _cut_factored(matrix: Factored, rule: Rank, weight: float) -> tuple[Tensor, Tensor, _Part]:
+    """Return the weighted ``D'_t`` as two factors, and what is known of it."""
     found = leading_triplets(matrix, rule)
     rescale = float(found.cut.values.sum() / found.S.sum()) if len(found.S) else 1.0
-    total.addmm_(found.U * found.S, found.Vh, alpha=weight * rescale)
     norm = abs(weight) * rescale * frobenius_norm(found.S)
-    return _Part(len(found.S), found.captured_energy, norm, found.certificate)
+    part = _Part(len(found.S), found.captured_energy, norm, found.certificate)
+    return found.U * (found.S * (weight * rescale)), found.Vh, part
 
 
 def _add_dense(

@@ -12,6 +12,7 @@ Source: Gargiulo et al., "Task Singular Vectors", CVPR 2025, algorithm 1. `linal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -21,10 +22,14 @@ from ..linalg import (
     Factored,
     Mode,
     Rank,
+    Solver,
     TsvMerge,
+    TsvParts,
+    factored_gram,
     fixed_rank,
     interference_above_chance,
     tsv_merge_layers,
+    tsv_parts,
 )
 from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import add_update
@@ -32,8 +37,10 @@ from ..sizes import parse_size
 from .base import (
     SPECTRAL_OPS,
     FiniteFloat,
+    Linear,
     MergeResult,
     MethodParameters,
+    Summands,
     TensorJob,
     TensorReport,
     always,
@@ -89,6 +96,20 @@ def merge_tsvm_batch(
     ]
 
 
+def tsvm_summands(base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParameters) -> Summands:
+    """Return ``polar(U)_t H_t polar(V)_t^T`` of each task: see the top of this module."""
+    ranks = [fixed_rank((base.shape[0], base.shape[1]), len(tuned))] * len(tuned)
+    matrices, _ = task_matrices(base, tuned)
+    report = TensorReport(weights=list(options.weight), ranks_asked=list(ranks))
+    return summands_of_tsvm(matrices, ranks, options, report)
+
+
+def tsvm_ranks(job: TensorJob, options: TsvmParameters, factored: Sequence[int]) -> list[int]:
+    """Return upper bounds of the ranks of the summands."""
+    share = fixed_rank((job.shape[0], job.shape[1]), job.tasks)
+    return [min(share, rank) for rank in factored] or [share] * job.tasks
+
+
 @register(
     "tsvm",
     pretty_name="TSV-Merge",
@@ -102,6 +123,7 @@ def merge_tsvm_batch(
     cost=tsvm_cost,
     batch=tsvm_batch_size,
     run_batch=merge_tsvm_batch,
+    linear=Linear(tsvm_summands, ranks=tsvm_ranks),
 )
 def tsvm(base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParameters) -> MergeResult:
     """Merge by TSV-Merge: the formula at the top of this module.
@@ -141,9 +163,31 @@ def merge_and_report(
         )
     for merged, matrices, report in zip(found, layers, reports, strict=True):
         report.stages["spectral"] = [seconds / len(layers) for seconds in spent["spectral"]]
-        report.ranks, report.captured_energy = list(merged.ranks), list(merged.captured_energy)
-        report.certificate, report.solver = merged.certificate, solver
-        sides = zip(merged.interference, matrices[0].shape, strict=True)
-        above = [interference_above_chance(overlap, merged.ranks, size) for overlap, size in sides]
-        report.interference = [value for value in above if value is not None]
+        _add_measures(report, merged, matrices[0].shape, solver)
     return found
+
+
+def summands_of_tsvm(
+    matrices: Sequence[Tensor | Factored], ranks: Sequence[Rank], options: TsvmParameters, report: TensorReport
+) -> Summands:
+    """Return the summands of a TSV-Merge, times the weights of the report; add to it what was found."""
+    first = matrices[0]
+    solver = solver_for(options, (first.left if isinstance(first, Factored) else first).device.type)
+    with timed(report.stages, "spectral"):
+        found = tsv_parts(matrices, ranks, mode=options.mode, solver=solver, workspace=options.workspace)
+    _add_measures(report, found, first.shape, solver)
+    parts = [replace(part, scale=weight) for part, weight in zip(found.parts, report.weights, strict=True)]
+    # Unless tasks share directions, the summands are orthogonal to each other.
+    norm = float(factored_gram(parts).sum().clamp(min=0).sqrt())
+    largest = max(map(abs, report.weights), default=1.0)
+    plain = float(factored_gram(found.parts).sum().clamp(min=0).sqrt())
+    return Summands([*parts], report, found.certificate.error * max(norm, largest * plain))
+
+
+def _add_measures(report: TensorReport, found: TsvMerge | TsvParts, shape: Sequence[int], solver: Solver) -> None:
+    """Add to a report ranks, energies, interference and the certificate."""
+    report.ranks, report.captured_energy = list(found.ranks), list(found.captured_energy)
+    report.certificate, report.solver = found.certificate, solver
+    sides = zip(found.interference, shape, strict=True)
+    above = [interference_above_chance(overlap, found.ranks, size) for overlap, size in sides]
+    report.interference = [value for value in above if value is not None]

@@ -133,9 +133,7 @@ def products_weighted_merges(
     Y = images.transpose(1, 2).reshape(L, m, T * lead)
     lefts = MeasuredPolar.of_batch(Y, gram_polar(Y, precision), numbers)
     of_layers = [parts[first : first + T] for first in range(0, L * T, T)]
-    return [
-        _hybrid(A[i], N[i], of_layers[i], lefts[i], rights[i], scales[i], numbers, keep_parts) for i in range(L)
-    ]
+    return [_hybrid(A[i], N[i], of_layers[i], lefts[i], rights[i], scales[i], numbers, keep_parts) for i in range(L)]
 
 
 def multiply(x: Tensor, y: Tensor, numbers: Arithmetic) -> Tensor:
