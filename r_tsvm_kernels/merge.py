@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +16,7 @@ from torch import Tensor
 from .blocks import WHOLE, Blocks
 from .config import MergeConfig, as_config, as_dtype
 from .dispatch import ops, prepare
-from .errors import CheckpointError, ConfigError, DTypeError, NonFiniteError, RtsvmError
-from .experts import is_router, layout_of_experts
+from .errors import ConfigError, NonFiniteError, RtsvmError
 from .linalg import Factored
 from .methods import (
     METHODS,
@@ -32,8 +30,8 @@ from .methods import (
     task_matrices,
     timed,
 )
-from .ops._checks import FLOAT_DTYPES, accumulation_dtype, check_finite, check_group, check_list, is_finite
-from .text import dtype_name, some
+from .ops._checks import accumulation_dtype, check_finite, check_group, check_list, is_finite
+from .treatments import Treatment, stored_dtype, treatment
 from .values import (
     check_agreement,
     check_factored,
@@ -50,23 +48,6 @@ _LOG = logging.getLogger(__name__)
 
 # Spectral methods square the norms of weighted task matrices, in float64: the largest norm, with a margin.
 _LARGEST_NORM = 1e150
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """How one tensor is treated, and why.
-
-    Attributes:
-        kind: ``merge``, ``mean`` or ``base``.
-        reason: why it is not merged by the method.
-        excluded: whether patterns decide it.
-        present_only: whether some models lack the tensor, and the mean is that of the values of the others.
-    """
-
-    kind: str
-    reason: str = ""
-    excluded: bool = False
-    present_only: bool = False
 
 
 def merge_tensors(
@@ -200,7 +181,7 @@ def summands_of(
     position: float = 0.0,
     blocks: Blocks | None = None,
 ) -> Summands:
-    """Return the summands of the merge of one tensor, see `Summands`; the weights and alpha of the config do not matter.
+    """Return the summands of the merge of one tensor, see `Summands`; they do not depend on the weights and alpha.
 
     Args:
         base: as for `merge_tensors`.
@@ -219,7 +200,7 @@ def summands_of(
             `merge_tensors`.
     """
     shape, label, stages = tuple(base.shape), name or "tensor", dict[str, list[float]]()
-    blocks = config.blocks(name, shape, lambda other: None) if blocks is None else blocks
+    blocks = config.blocks(name, shape, lambda other: None, {}) if blocks is None else blocks
     one = _Merge(base, tuned, config, name, label, position, name, torch.float32, True)
     decided = treatment(config, one.options, name, shape, base.dtype, len(tuned), blocks)
     with timed(stages, "merge"), torch.no_grad():
@@ -453,90 +434,6 @@ def base_or_first(base: Any, tuned: Sequence[Any], config: MergeConfig) -> Any:
     return tuned[0]
 
 
-def is_excluded(config: MergeConfig, name: str) -> bool:
-    """Whether a tensor takes no part in a merge because of the patterns of the config."""
-    return _matches(name, config.exclude) or bool(config.include and not _matches(name, config.include))
-
-
-def check_same_names(
-    base: Mapping[str, object], other: Mapping[str, object], label: str, config: MergeConfig
-) -> list[str]:
-    """Check that `other` has the tensors of `base`, apart from excluded ones; return those that only `other` has.
-
-    Raises:
-        CheckpointError: it lacks a tensor, or has one more, and ``config.missing`` is ``error``; or only one of them
-            packs its experts.
-    """
-    beside = sorted(other.keys() - base.keys())
-    missing = [name for name in sorted(base.keys() - other.keys()) if not is_excluded(config, name)]
-    extra = [name for name in beside if not is_excluded(config, name)]
-    layouts = layout_of_experts(missing), layout_of_experts(extra)
-    if None not in layouts and layouts[0] != layouts[1]:
-        raise CheckpointError(
-            f"{label}: its experts are stored {layouts[1]}, those of the base {layouts[0]}; save both models with one "
-            "version of one library, such as transformers: from_pretrained, then save_pretrained"
-        )
-    if config.missing == "error" and (missing or extra):
-        kinds = {"missing": missing, "extra": extra}
-        parts = [f"{len(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names]
-        raise CheckpointError(
-            f"{label}: its tensors are not the base's: {' and '.join(parts)}; "
-            "all models must be fine-tunes of the same base, with the same layers. If they differ on purpose, "
-            f"--exclude {some([repr(name) for name in missing + extra], 1)}, or choose what becomes of them with "
-            "--missing base (the base's value, if it has one) or --missing mean_of_present"
-        )
-    return beside
-
-
-def treatment(
-    config: MergeConfig,
-    options: MethodParameters,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    tasks: int,
-    blocks: Blocks = WHOLE,
-) -> Treatment:
-    """Decide what happens to a tensor, from its header alone; `blocks` says how it is divided.
-
-    Raises:
-        DTypeError: the tensor is of a floating-point format that cannot be merged (float8, complex).
-    """
-    if _matches(name, config.exclude):
-        return Treatment("base", "excluded by pattern", excluded=True)
-    if config.include and not _matches(name, config.include):
-        return Treatment("base", "not among the included patterns", excluded=True)
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return Treatment("base", f"{dtype_name(dtype)} buffer")
-    if dtype not in FLOAT_DTYPES:
-        advice = "exclude it, to keep the base's" if dtype.is_complex else "convert the checkpoint to bfloat16"
-        raise DTypeError(f"{name or 'tensor'}: {dtype} cannot be merged; {advice}")
-    if 0 in shape:
-        return Treatment("base", "empty")
-    if config.router != "merge" and is_router(name):
-        return Treatment(config.router, "router")
-    if config.method.matrices_only:
-        shape = blocks.largest(shape)
-        if len(shape) != 2:
-            return Treatment("mean", "biases of experts" if blocks.packed else "not a matrix")
-        if _matches(name, getattr(options, "exclude_keys", ())):
-            return Treatment("mean", "in exclude_keys")
-        if config.method.rank_per_task and min(shape) < tasks:
-            if config.method.mean_if_rankless:
-                return Treatment("mean", "fewer rows or columns than tasks")
-            return Treatment("merge", "rank 0: fewer rows or columns than tasks, the base's value stays")
-    return Treatment("merge")
-
-
-def stored_dtype(config: MergeConfig, base_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype a floating-point tensor of the base is stored in after the merge."""
-    chosen = config.out_dtype or config.dtype
-    if chosen is None or base_dtype not in FLOAT_DTYPES:
-        return base_dtype
-    dtype: torch.dtype = getattr(torch, chosen)
-    return dtype
-
-
 @contextmanager
 def _named(label: str) -> Iterator[None]:
     """Prefix errors with the name of the tensor, unless they have it."""
@@ -546,7 +443,3 @@ def _named(label: str) -> Iterator[None]:
         if label in str(error):
             raise
         raise type(error)(f"{label}: {error}") from error
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -14,22 +14,14 @@ from torch import Tensor, nn
 
 from .config import MergeConfig, as_config, as_dtype
 from .errors import ConfigError, DTypeError
-from .merge import (
-    Treatment,
-    base_or_first,
-    check_same_names,
-    is_excluded,
-    mean_of_present,
-    merge_tensors,
-    stored_dtype,
-    treatment,
-)
+from .merge import base_or_first, mean_of_present, merge_tensors
 from .methods import MethodParameters, TensorReport
 from .ops._checks import FLOAT_DTYPES, check_list
 from .parameters import layer_positions
 from .quantised import refuse_quantised
 from .text import dtype_name
 from .tied import same_memory, tied_names
+from .treatments import Treatment, check_same_names, is_excluded, stored_dtype, treatment
 from .values import detached
 
 _LOG = logging.getLogger(__name__)

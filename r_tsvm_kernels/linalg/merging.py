@@ -150,7 +150,7 @@ def tsv_parts(
     if factored:
         merged = merge_factored(factored, numbers, mode=mode)
         update = merged.update
-        lefts, rights = torch.split(update.left, merged.ranks, dim=1), torch.split(update.right, merged.ranks)
+        lefts, rights = torch.split(update.left, [*merged.ranks], dim=1), torch.split(update.right, [*merged.ranks])
         parts = tuple(Factored(*block) for block in zip(lefts, rights, strict=True))
         return TsvParts(parts, merged.ranks, merged.captured_energy, merged.certificate, merged.interference)
     rows, columns = nonzero_support(dense)

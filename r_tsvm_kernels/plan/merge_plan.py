@@ -15,8 +15,8 @@ from ..checkpoint import Checkpoint, Copy, ScaledHeader, TensorHeader, TensorSpe
 from ..config import MergeConfig
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
-from ..merge import Treatment
 from ..methods import MethodParameters
+from ..treatments import Treatment
 from .inputs import sources
 from .vocabulary import AlignedVocabulary
 

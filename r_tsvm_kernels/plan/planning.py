@@ -23,10 +23,10 @@ from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, QuantisedRefusedError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
-from ..merge import Treatment, stored_dtype, treatment
 from ..ops._checks import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
 from ..text import some
+from ..treatments import Treatment, stored_dtype, treatment
 from ..values import check_options
 from .inputs import open_inputs, sources
 from .merge_plan import MergePlan, Part, TensorPlan

@@ -9,9 +9,9 @@ from pathlib import Path
 from ..checkpoint import Checkpoint, TensorHeader
 from ..config import MergeConfig
 from ..errors import ShapeError
-from ..merge import Treatment, check_same_names, is_excluded
 from ..ops._checks import FLOAT_DTYPES
 from ..text import some
+from ..treatments import Treatment, check_same_names, is_excluded
 
 
 @dataclass

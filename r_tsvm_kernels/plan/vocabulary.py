@@ -21,8 +21,8 @@ from ..checkpoint import (
 from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError
 from ..lora.adapted_model import AdaptedModel
-from ..merge import is_excluded
 from ..text import some
+from ..treatments import is_excluded
 
 # Heights of padded embeddings are multiples of powers of two up to this one.
 _LARGEST_MULTIPLE = 128

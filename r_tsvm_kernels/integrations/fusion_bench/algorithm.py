@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ...blocks import Shape
 from ...config import ConvChoice, MergeConfig, ModelEntry, RouterChoice
 from ...errors import CheckpointError, ConfigError
-from ...merge import check_same_names, is_excluded, merge_tensors
+from ...merge import merge_tensors
 from ...methods import TensorReport, nearest
 from ...parameters import layer_positions
 from ...quantised import refuse_quantised
 from ...tied import is_copy
+from ...treatments import check_same_names, is_excluded
 from . import INSTALLATION
 
 METADATA = {"_recursive_", "_usage_", "_version_"}  # FusionBench's own

@@ -60,7 +60,7 @@ def parts_by_products(
     found = certify(merged, support, mode)
     assert merged.factors is not None
     left, right = merged.factors
-    blocks = zip(torch.split(left, found.ranks, dim=1), torch.split(right, found.ranks), strict=True)
+    blocks = zip(torch.split(left, [*found.ranks], dim=1), torch.split(right, [*found.ranks]), strict=True)
     return TsvParts(
         tuple(Factored(*block) for block in blocks),
         found.ranks,
