@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         CheckpointResult,
         Progress,
         Verification,
+        decompose_checkpoints,
         merge_checkpoints,
         verify_output,
     )
@@ -64,6 +65,7 @@ _LAZY = {
     "CheckpointResult": ".engine",
     "Progress": ".engine",
     "Verification": ".engine",
+    "decompose_checkpoints": ".engine",
     "extract_lora": ".lora_tools",
     "merge_checkpoints": ".engine",
     "merge_lora": ".lora_tools",
@@ -111,6 +113,7 @@ __all__ = [
     "StateDictResult",
     "TensorReport",
     "Verification",
+    "decompose_checkpoints",
     "extract_lora",
     "linalg",
     "merge_checkpoints",

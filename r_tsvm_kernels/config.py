@@ -116,6 +116,8 @@ class MergeConfig(Strict):
             each merged as a tensor of its own; or ``auto``, for those of known models: see `known_splits`.
         requantise: write the weights that the base has in FP8 in its layout, with new scales, instead of bfloat16.
         num_layers: number of layers of every model, from a recipe's ``slices``; models with other numbers are refused.
+        parts: folder that `decompose_checkpoints` wrote for this recipe, with any weights and alpha: the merge reads it
+            instead of the models.
         vocabulary: the tokens of the output: ``base``, ``union`` (the base's, then those that only models have), or
             ``model:PATH``, those of one model. Rows of embeddings and heads are aligned by their tokens. None does not
             look at tokenizers: all models must have as many rows.
@@ -144,6 +146,7 @@ class MergeConfig(Strict):
     split: Literal["auto"] | dict[str, Sizes] = Field(default={})
     requantise: bool = False
     num_layers: int | None = None
+    parts: PathText | None = None
     vocabulary: Annotated[str, AfterValidator(_vocabulary)] | None = None
 
     def __init__(self, merge_method: str | None = None, /, **data: Any) -> None:

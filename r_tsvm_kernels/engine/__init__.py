@@ -1,5 +1,6 @@
 """Engines that carry out a merge of checkpoints."""
 
+from .decompose import decompose_checkpoints
 from .report import write_page
 from .run import CheckpointResult, Progress, choose_device, choose_workers, merge_checkpoints
 from .scheduling import Schedule, TensorSchedule, make_schedule, smallest_schedule
@@ -13,6 +14,7 @@ __all__ = [
     "Verification",
     "choose_device",
     "choose_workers",
+    "decompose_checkpoints",
     "make_schedule",
     "merge_checkpoints",
     "smallest_schedule",

@@ -15,7 +15,7 @@ from ..plan import MergePlan
 from .shards import layouts
 
 # Increased when journals of older versions cannot be resumed.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def fingerprint(plan: MergePlan, device: torch.device) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class MergeJob:
         self.finished = {
             name: entry
             for name, entry in journal.finished.items()
-            if all(shards.checksum(stored) == checksum for stored, (_, checksum) in entry.stored.items())
+            if all(shards.checksum(stored.name) == stored.checksum for stored in entry.stored)
         }
         self.resumed = len(self.finished)
         self._journal = journal
@@ -176,12 +176,11 @@ def _laid_out(layout: ShardLayout, name: str) -> tuple[object, ...]:
 def _check_entries(journal: Journal, plan: MergePlan) -> None:
     """Raise `JournalError` unless every tensor of a journal has the place, dtype and shape of the plan."""
     layout_of = {name: layout for layout in layouts(plan) for name in layout.specs}
-    stored = ((n, place) for entry in journal.finished.values() for n, (place, _) in entry.stored.items())
-    for name, place in stored:
-        layout = layout_of.get(name)
-        if layout is None or place != _laid_out(layout, name):
+    for own in (stored for entry in journal.finished.values() for stored in entry.stored):
+        layout = layout_of.get(own.name)
+        if layout is None or own.place != _laid_out(layout, own.name):
             raise JournalError(
-                f"{journal.file}: {name[:80]!a} is not in this merge, or has another place, dtype or shape; start "
+                f"{journal.file}: {own.name[:80]!a} is not in this merge, or has another place, dtype or shape; start "
                 "over with --restart (restart=True)"
             )
 

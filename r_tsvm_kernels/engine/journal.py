@@ -18,33 +18,17 @@ from .lines import Lines, read_lines
 
 
 @dataclass(frozen=True)
-class FinishedScales:
-    """Scales of a weight in FP8, in their shard."""
-
-    name: str
-    shard: str
-    offset: int
-    nbytes: int
-    dtype: str
-    checksum: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A tensor whose values are in their shard.
+class Stored:
+    """A tensor in its shard.
 
     Attributes:
-        name: of the tensor.
+        name: in the output.
         shard: file name of its shard.
         offset: of its first byte in that file.
         nbytes: size in bytes.
-        dtype: of its values, e.g. ``bfloat16``; the shape is in the report.
+        dtype: of its values, e.g. ``bfloat16``.
+        shape: of the tensor.
         checksum: of its bytes (`checkpoint.checksum`).
-        inputs: one checksum per input, the base first. That of an adapter covers both factors, and is empty if the
-            adapter does not change the tensor. A tensor that keeps the base's value has the base's checksum only.
-        report: its `TensorReport`, as JSON.
-        scales: of a weight that was written in FP8.
     """
 
     name: str
@@ -52,20 +36,37 @@ class Finished:
     offset: int
     nbytes: int
     dtype: str
+    shape: tuple[int, ...]
     checksum: str
-    inputs: tuple[str, ...]
-    report: dict[str, Any]
-    scales: FinishedScales | None = None
 
     @property
-    def stored(self) -> dict[str, tuple[tuple[object, ...], str]]:
-        """Place, size, dtype and shape, and the checksum, of every tensor that was written, by name."""
-        shape = as_report(self.report).shape
-        found: dict[str, tuple[tuple[object, ...], str]]
-        found = {self.name: ((self.shard, self.offset, self.nbytes, self.dtype, shape), self.checksum)}
-        if (own := self.scales) is not None:
-            found[own.name] = ((own.shard, own.offset, own.nbytes, own.dtype, own.shape), own.checksum)
-        return found
+    def place(self) -> tuple[object, ...]:
+        """Everything but name and checksum."""
+        return self.shard, self.offset, self.nbytes, self.dtype, self.shape
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A tensor whose values are in their shards.
+
+    Attributes:
+        name: of the tensor.
+        stored: what was written: the merged tensor and, for a weight in FP8, its scales; or the parts of a tensor that
+            was decomposed.
+        inputs: one checksum per input, the base first. That of an adapter covers both factors, and is empty if the
+            adapter does not change the tensor. A tensor that keeps the base's value has the base's checksum only.
+        report: its `TensorReport`, as JSON.
+    """
+
+    name: str
+    stored: tuple[Stored, ...]
+    inputs: tuple[str, ...]
+    report: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were written."""
+        return sum(own.nbytes for own in self.stored)
 
 
 class Journal:

@@ -27,7 +27,17 @@ from .job import COMMIT_SECONDS
 from .journal import Finished
 from .scheduling import Schedule
 from .shards import Shards
-from .tiles import Assembly, Tile, Values, checksums_by_input, merge_tile, read_tile, tiles_of, update_checksum
+from .tiles import (
+    Assembly,
+    Tile,
+    Values,
+    check_base,
+    checksums_by_input,
+    merge_tile,
+    read_tile,
+    tiles_of,
+    update_checksum,
+)
 
 # Seconds that a stopped merge waits for tiles that are being merged.
 GRACE_SECONDS = 2.0
@@ -219,6 +229,8 @@ class _Pipeline:
             for checksum, values in zip(checksums, inputs, strict=True):
                 update_checksum(checksum, values)
         found = checksums_by_input(self.job.plan, tile.name, checksums) if tile.is_last else []
+        if found:
+            check_base(self.job.plan, tile.name, found[0])
         return _Read(tile, inputs, found, stages)
 
     # --- the workers

@@ -131,9 +131,10 @@ def _entry(plan: MergePlan, finished: Finished) -> dict[str, Any]:
     """Return the report's entry of a tensor."""
     tensor = plan.tensors[finished.name]
     merged = tensor.treatment.kind != "base"
+    dtypes = [own.dtype for own in finished.stored]
     return asdict(as_report(finished.report)) | {
         "parameters": varying_parameters(plan.config, tensor.options) if merged else {},
-        "dtype": finished.dtype,
+        "dtype": dtypes[0] if dtypes else "",
         "bytes": finished.nbytes,
-        "file": finished.shard,
+        "file": ", ".join(dict.fromkeys(own.shard for own in finished.stored)),
     }

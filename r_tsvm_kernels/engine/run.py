@@ -16,7 +16,7 @@ from ..errors import ConfigError, DeviceError
 from ..files import write_text
 from ..methods import TensorReport
 from ..ops._checks import whole
-from ..plan import make_plan
+from ..plan import MergePlan, make_plan
 from ..sizes import parse_size
 from ..state_dicts import summary
 from ..text import printable
@@ -144,52 +144,121 @@ def merge_checkpoints(
         >>> verify_output("merged").ok
         True
     """
-    start = time.perf_counter()
     config, out = config if isinstance(config, MergeConfig) else MergeConfig.from_yaml(config), Path(out)
-    target = choose_device(device)
-    workers = choose_workers(threads, target, engine)
-    if ray_address is not None and engine != "ray":
-        raise ConfigError(f"ray_address is for the ray engine, got engine {engine!r}")
-    if resume and restart:
-        raise ConfigError("resume continues the merge that was stopped and restart throws it away; choose one")
+    run = Run.given(
+        out,
+        device=device,
+        threads=threads,
+        memory=memory,
+        device_memory=device_memory,
+        resume=resume,
+        restart=restart,
+        engine=engine,
+        ray_address=ray_address,
+        measure_norms=measure_norms,
+        progress=progress,
+    )
     single = is_single_file(out)
-    refuse_existing(out)
     shard_bytes, stem = (2**63, out.stem) if single else (parse_size(shard_size), None)
     plan = make_plan(config, shard_bytes, stem, allow_pickle=allow_pickle)
-    limits = [None if size is None else parse_size(size) for size in (memory, device_memory)]
-    _LOG.info(
-        "%s of %d models into %s: %d tensors, %d bytes to read, on %s with the %s engine",
-        *(config.merge_method, len(plan.tuned), out, len(plan.tensors), plan.bytes_read, target, engine),
-    )
     if single and plan.vocabulary is not None and (plan.vocabulary.names or plan.vocabulary.owner is not plan.base):
         _LOG.warning("%s: a single file has no tokenizer beside it; merge into a folder to get the one that fits", out)
-    for note in plan.notes:
-        _LOG.warning("%s", printable(note))
-    with dispatch.settled(settled_kernels(plan, out, target, resume), target.type):
-        schedule = make_schedule(plan, workers, *limits, on_gpu=target.type == "cuda")
-        check_copies(plan)
-        with locked_stage(out) as stage, open_job(plan, stage, target, resume=resume, restart=restart) as job:
-            job.measure_norms = measure_norms
-            if not single:  # first: an unreadable file should stop the merge before the work
-                dtype = config.out_dtype or config.dtype
-                copy_sidecar_files(plan.base, stage.folder, dtype, quantised=config.requantise)
-                if plan.vocabulary is not None:
-                    fit_vocabulary(plan.vocabulary, plan.base, stage.folder)
-            if job.resumed:
-                _LOG.info("resumed: %d of %d tensors are finished already", job.resumed, len(plan.tensors))
-            tensor_done = _reporter(job, progress)
-            if engine == "ray":
-                run_ray(job, schedule, tensor_done, tasks=threads, address=ray_address)
-            else:
-                run_local(job, schedule, tensor_done)
-            seconds = time.perf_counter() - start
-            _complete(job)
-            run = {"engine": engine, "threads": schedule.workers, "seconds": seconds, "resumed_tensors": job.resumed}
-            write_report(job, run)
-            stage.publish()
-        _LOG.info("merged %d tensors into %s in %.1f s", len(plan.tensors) - job.resumed, out, seconds)
-        reports = {name: as_report(job.finished[name].report) for name in plan.tensors}
-        return CheckpointResult(out, report_path(out), reports, job.resumed, seconds)
+    return run.carry_out(plan, _begin, _complete)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and with what an output is made; the attributes are the arguments of `merge_checkpoints`."""
+
+    out: Path
+    device: torch.device
+    workers: int
+    threads: int | None
+    memory: int | None
+    device_memory: int | None
+    resume: bool
+    restart: bool
+    engine: str
+    ray_address: str | None
+    measure_norms: bool | None
+    progress: Callable[[Progress], None] | None
+
+    @classmethod
+    def given(
+        cls,
+        out: Path,
+        *,
+        device: str,
+        threads: int | None,
+        memory: str | int | None,
+        device_memory: str | int | None,
+        resume: bool,
+        restart: bool,
+        engine: str = "local",
+        ray_address: str | None = None,
+        measure_norms: bool | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Run:
+        """Check the arguments of `merge_checkpoints`, and that the output is free.
+
+        Raises:
+            ConfigError, DeviceError, OutputExistsError: the request is invalid.
+        """
+        target = choose_device(device)
+        workers = choose_workers(threads, target, engine)
+        if ray_address is not None and engine != "ray":
+            raise ConfigError(f"ray_address is for the ray engine, got engine {engine!r}")
+        if resume and restart:
+            raise ConfigError("resume continues the merge that was stopped and restart throws it away; choose one")
+        refuse_existing(out)
+        host, own = (None if size is None else parse_size(size) for size in (memory, device_memory))
+        switches = (resume, restart, engine, ray_address, measure_norms, progress)
+        return cls(out, target, workers, threads, host, own, *switches)
+
+    def carry_out(
+        self, plan: MergePlan, begin: Callable[[MergeJob], None], complete: Callable[[MergeJob], None]
+    ) -> CheckpointResult:
+        """Carry out a plan.
+
+        Args:
+            plan: the plan.
+            begin: writes the files that must not fail at the end.
+            complete: writes the other files beside the tensors, when these are finished.
+        """
+        start, out, config = time.perf_counter(), self.out, plan.config
+        _LOG.info(
+            "%s of %d models into %s: %d tensors, %d bytes to read, on %s with the %s engine",
+            *(config.merge_method, len(plan.tuned), out, len(plan.tensors), plan.bytes_read, self.device, self.engine),
+        )
+        for note in plan.notes:
+            _LOG.warning("%s", printable(note))
+        with dispatch.settled(settled_kernels(plan, out, self.device, self.resume), self.device.type):
+            on_gpu = self.device.type == "cuda"
+            schedule = make_schedule(plan, self.workers, self.memory, self.device_memory, on_gpu=on_gpu)
+            check_copies(plan)
+            with (
+                locked_stage(out) as stage,
+                open_job(plan, stage, self.device, resume=self.resume, restart=self.restart) as job,
+            ):
+                job.measure_norms = self.measure_norms
+                begin(job)
+                if job.resumed:
+                    _LOG.info("resumed: %d of %d tensors are finished already", job.resumed, len(plan.tensors))
+                tensor_done = _reporter(job, self.progress)
+                if self.engine == "ray":
+                    run_ray(job, schedule, tensor_done, tasks=self.threads, address=self.ray_address)
+                else:
+                    run_local(job, schedule, tensor_done)
+                seconds = time.perf_counter() - start
+                for checkpoint in plan.inputs:
+                    checkpoint.check_unchanged()
+                complete(job)
+                facts = {"engine": self.engine, "threads": schedule.workers}
+                write_report(job, {**facts, "seconds": seconds, "resumed_tensors": job.resumed})
+                stage.publish()
+            _LOG.info("%d tensors into %s in %.1f s", len(plan.tensors) - job.resumed, out, seconds)
+            reports = {name: as_report(job.finished[name].report) for name in plan.tensors}
+            return CheckpointResult(out, report_path(out), reports, job.resumed, seconds)
 
 
 def choose_device(device: str) -> torch.device:
@@ -243,11 +312,20 @@ def _reporter(job: MergeJob, progress: Callable[[Progress], None] | None) -> Cal
     return tensor_done
 
 
-def _complete(job: MergeJob) -> None:
-    """Check the inputs for changes and write the files beside the weights."""
+def _begin(job: MergeJob) -> None:
+    """Write the files beside the weights that come from the inputs: an unreadable one should stop the merge first."""
     plan, stage = job.plan, job.stage
-    for checkpoint in plan.inputs:
-        checkpoint.check_unchanged()
+    if is_single_file(stage.out):
+        return
+    dtype = plan.config.out_dtype or plan.config.dtype
+    copy_sidecar_files(plan.base, stage.folder, dtype, quantised=plan.config.requantise)
+    if plan.vocabulary is not None:
+        fit_vocabulary(plan.vocabulary, plan.base, stage.folder)
+
+
+def _complete(job: MergeJob) -> None:
+    """Write the other files beside the weights."""
+    plan, stage = job.plan, job.stage
     write_indexes(stage.folder, layouts(plan))
     if not is_single_file(stage.out):
         write_text(stage.folder / "merge_recipe.yaml", plan.config.to_yaml())

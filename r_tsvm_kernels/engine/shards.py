@@ -15,6 +15,11 @@ from ..plan import MergePlan
 def layouts(plan: MergePlan) -> list[ShardLayout]:
     """Return the layout of every shard of a plan."""
     specs = plan.specs
+    if plan.decomposed:
+        return [
+            ShardLayout(file, {name: specs[name] for name in names}, f"{file.removesuffix('.safetensors')}/")
+            for file, names in plan.shards.items()
+        ]
     return [
         ShardLayout(
             file,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +19,16 @@ from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
 from ..lora import Adapter, Change
 from ..lora.adapted_model import AdaptedModel
-from ..merge import mean_of_present, merge_tensors
+from ..lora.task_part import TaskPart
+from ..merge import mean_of_present, merge_tensors, summands_of
 from ..methods import MergeResult, TensorReport, timed
+from ..parts import merge_parts, store_parts
 from ..plan import MergePlan, TensorPlan
 from ..quantised import differing_error, must_agree, same_values
 from ..text import dtype_name
 from ..values import base_plus, stored
 from .aligned_rows import read_aligned, restore_untouched
-from .journal import Finished, FinishedScales
+from .journal import Finished, Stored
 from .scheduling import TensorSchedule
 from .shards import Shards
 
@@ -73,7 +74,9 @@ def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Values]
     rows = None if tile.count == 1 else (tile.first, tile.last)
     sources = [plan.inputs[part.source] for part in plan.tensors[tile.name].parts]
     return [
-        source.load_change(plan.module(source, tile.name), pin=pin)  # never cut: see `MergePlan.row_wise`
+        source.part(tile.name, rows=rows, pin=pin)
+        if isinstance(source, TaskPart)
+        else source.load_change(plan.module(source, tile.name), pin=pin)  # never cut: see `MergePlan.row_wise`
         if isinstance(source, Adapter)
         else source.load(tile.name, rows=rows, pin=pin)
         for source in sources
@@ -102,6 +105,19 @@ def checksums_by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]
     return [found.get(source, "") for source in range(max(found) + 1)]
 
 
+def check_base(plan: MergePlan, name: str, checksum: str) -> None:
+    """Check that a tensor of the base is the one that parts were made for.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    if plan.parts is not None and plan.parts.tensors[name].base != checksum:
+        raise CheckpointError(
+            f"{plan.base.path}: {name} is not the tensor that {plan.parts.path} was made for; give the base that was "
+            "decomposed, or decompose again"
+        )
+
+
 def merge_tile(
     plan: MergePlan,
     tile: Tile,
@@ -121,6 +137,8 @@ def merge_tile(
     tensor = plan.tensors[tile.name]
     if tensor.treatment.kind == "base":
         report = TensorReport(plan.config.merge_method, "base", tensor.treatment.reason, tensor.spec.shape)
+        if tensor.stored_parts is not None:
+            return MergeResult(_whole(inputs[0]), report, parts={})
         if tensor.fp8 is not None:
             weight, scales = plan.base.load_fp8(tile.name, (tile.first, tile.last))
             return MergeResult(weight, report, scales)
@@ -133,7 +151,11 @@ def merge_tile(
         if tensor.treatment.present_only:
             return _as_written(plan, tile, _mean(plan, tensor, on_device))
         base = _whole(on_device[plan.base])
+        if plan.parts is not None:
+            return _as_written(plan, tile, _from_parts(plan, tensor, base, on_device))
         models = [_model(plan, model, on_device) for model in plan.tuned]
+        if tensor.stored_parts is not None:
+            return _decomposed(plan, tile, base, models)
         result = merge_tensors(
             base,
             models,
@@ -158,6 +180,45 @@ def merge_tile(
     if certificate is not None and certificate.escalations:
         _LOG.info("%s: solved by %s after %s", tile.name, certificate.route, "; ".join(certificate.escalations))
     return _as_written(plan, tile, result)
+
+
+def _decomposed(plan: MergePlan, tile: Tile, base: Tensor, models: Sequence[Tensor | Factored]) -> MergeResult:
+    """Decompose the inputs into their parts, as they are written."""
+    tensor = plan.tensors[tile.name]
+    assert tensor.stored_parts is not None
+    found = summands_of(
+        base,
+        models,
+        plan.config,
+        name=tile.name,
+        position=tensor.position,
+        blocks=replace(tensor.blocks, first=tile.first),
+    )
+    written = store_parts(found.parts, tensor.stored_parts, tile.name)
+    report = found.report
+    report.shape, report.part_error = tensor.spec.shape, found.error
+    report.part_products, report.part_rounding = written.products, written.rounding
+    return MergeResult(base, report, parts=written.tensors)
+
+
+def _from_parts(
+    plan: MergePlan, tensor: TensorPlan, base: Tensor, loaded: Mapping[Checkpoint | Adapter, Values]
+) -> MergeResult:
+    """Merge the parts of a tensor."""
+    assert plan.parts is not None
+    parts = [loaded[model.adapter] for model in plan.tuned if isinstance(model, AdaptedModel)]
+    result = merge_parts(
+        base,
+        [part for part in parts if isinstance(part, Tensor | Factored)],
+        plan.parts.tensors[tensor.name],
+        tensor.options,
+        tensor.merged_dtype,
+        method=plan.config.method.name,
+        name=tensor.name,
+        dtype=None if plan.config.dtype is None else getattr(torch, plan.config.dtype),
+    )
+    result.weight = result.weight.cpu()
+    return result
 
 
 def _as_written(plan: MergePlan, tile: Tile, result: MergeResult) -> MergeResult:
@@ -214,23 +275,19 @@ def _whole(values: Values) -> Tensor:
 
 
 class Assembly:
-    """Checksum and report of a tensor, so far, while its tiles are written in order."""
+    """Checksums and report of a tensor, so far, while its tiles are written in order."""
 
     def __init__(self) -> None:
-        self._checksum = Checksum()
-        self._scales = Checksum()
+        self._checksums: dict[str, Checksum] = {}
         self._report: TensorReport | None = None
 
     def write(self, tensor: TensorPlan, tile: Tile, result: MergeResult, shards: Shards) -> None:
-        """Write the next tile to its shard."""
-        whole = tile.count == 1
+        """Write the next tile to its shards."""
+        first = None if tile.count == 1 else tile.first
         with timed(result.report.stages, "write"):
-            shards.write(tile.name, result.weight, None if whole else tile.first)
-            self._checksum.update(result.weight)
-            if tensor.fp8 is not None and result.scales is not None:
-                row = None if whole else first_scale_row(tensor.fp8, tile.first)
-                shards.write(tensor.fp8.scale_name, result.scales, row)
-                self._scales.update(result.scales)
+            for name, values, row in _written(tensor, result, first):
+                shards.write(name, values, row)
+                self._checksums.setdefault(name, Checksum()).update(values)
         if self._report is None:
             self._report = result.report
         else:
@@ -245,22 +302,22 @@ class Assembly:
             shards: the shards that it was written to.
         """
         assert self._report is not None
+        stored = []
+        for name, checksum in self._checksums.items():
+            layout, sums = shards.layout(name), checksum.hexdigest()
+            spec, offset = layout.specs[name], layout.offsets[name]
+            stored.append(Stored(name, layout.file_name, offset, spec.nbytes, dtype_name(spec.dtype), spec.shape, sums))
+        return Finished(tensor.name, tuple(stored), tuple(inputs), asdict(self._report))
 
-        def written(name: str, checksum: Checksum) -> dict[str, Any]:
-            layout = shards.layout(name)
-            spec = layout.specs[name]
-            place = {"shard": layout.file_name, "offset": layout.offsets[name], "nbytes": spec.nbytes}
-            return {"name": name, **place, "dtype": dtype_name(spec.dtype), "checksum": checksum.hexdigest()}
 
-        scales = [
-            FinishedScales(**written(name, self._scales), shape=spec.shape) for name, spec in tensor.scales.items()
-        ]
-        return Finished(
-            **written(tensor.name, self._checksum),
-            inputs=tuple(inputs),
-            report=asdict(self._report),
-            scales=scales[0] if scales else None,
-        )
+def _written(tensor: TensorPlan, result: MergeResult, first: int | None) -> Iterator[tuple[str, Tensor, int | None]]:
+    """Yield name, values and first row of everything that is written of a tile; `first` is None for a whole tensor."""
+    if result.parts is not None:
+        yield from ((name, values, first) for name, values in result.parts.items())
+        return
+    yield tensor.name, result.weight, first
+    if tensor.fp8 is not None and result.scales is not None:
+        yield tensor.fp8.scale_name, result.scales, None if first is None else first_scale_row(tensor.fp8, first)
 
 
 def check_tables(plan: MergePlan) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoint import Checkpoint, Checksum, settle_copies
 from ..files import usable_path
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter
+from ..parts import PartsFolder, is_parts
 from ..text import dtype_name
 from .journal import read_journal
 from .output import journal_path
@@ -68,12 +69,12 @@ def verify_output(
     """
     out = Path(out)
     fingerprint, finished = read_journal(journal_path(out))
-    output = Checkpoint(out, as_stored=True)
-    stored = {name for entry in finished.values() for name in entry.stored}
+    output = _Output(out)
+    stored = {own.name for entry in finished.values() for own in entry.stored}
     found = Verification(
         len(stored),
-        missing=sorted(stored - output.tensors.keys()),
-        extra=[name for name in output.tensors if name not in stored],
+        missing=sorted(stored - output.files.keys()),
+        extra=[name for name in output.files if name not in stored],
     )
     models = list(_opened(fingerprint["models"], allow_pickle)) if inputs else []
     if checkpoints := [model for model in models if isinstance(model, Checkpoint)]:
@@ -81,19 +82,44 @@ def verify_output(
         if fingerprint.get("recipe", {}).get("requantise"):
             checkpoints[0].show_activation_scales()
     for done, (name, entry) in enumerate(finished.items(), 1):
-        for own, (place, checksum) in entry.stored.items():
-            header = output.tensors.get(own)
-            if header is not None:
-                file = header.file.relative_to(output.folder or out.parent).as_posix()
-                here = (file, header.offset, header.nbytes, dtype_name(header.dtype), header.shape)
-                if here != place or output.checksum(own) != checksum:
-                    found.changed.append(own)
+        for own in entry.stored:
+            if (here := output.find(own.name)) is not None and here != (own.place, own.checksum):
+                found.changed.append(own.name)
         for model, recorded in zip(models, entry.inputs, strict=False):
             if recorded and _checksum_of_input(model, name) != recorded:
                 found.inputs_changed.append(f"{model.path}: {name}")
         if progress:
             progress(done, len(finished))
     return found
+
+
+class _Output:
+    """The tensors of an output: a model, or parts, whose names begin with that of their task.
+
+    Attributes:
+        files: the file of each tensor, and its name there.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.files: dict[str, tuple[Checkpoint, str]] = {}
+        if is_parts(out):
+            for task in PartsFolder.open(out).tasks:
+                own = Checkpoint(out / task.file, as_stored=True)
+                self.files |= {f"{task.name}/{name}": (own, name) for name in own.tensors}
+        else:
+            model = Checkpoint(out, as_stored=True)
+            self.files = {name: (model, name) for name in model.tensors}
+        self._root = out if out.is_dir() else out.parent
+
+    def find(self, name: str) -> tuple[tuple[object, ...], str] | None:
+        """Return place and checksum of a tensor; None if it is missing."""
+        if name not in self.files:
+            return None
+        checkpoint, own = self.files[name]
+        header = checkpoint.tensors[own]
+        file = header.file.relative_to(checkpoint.folder or self._root).as_posix()
+        place = (file, header.offset, header.nbytes, dtype_name(header.dtype), header.shape)
+        return place, checkpoint.checksum(own)
 
 
 def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | AdaptedModel]:

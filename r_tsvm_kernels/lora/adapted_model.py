@@ -13,6 +13,7 @@ from ..ops._checks import FLOAT_DTYPES
 from .adapter import WEIGHTS_FILE, Adapter, is_head
 from .adapter_config import CONFIG_FILE
 from .image_adapter import ImageAdapter, is_image_adapter
+from .task_part import TaskPart, is_task_part
 from .whole_adapter import WholeAdapter
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
@@ -108,8 +109,8 @@ def split_reference(model: str) -> tuple[str, str | None]:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a path is an adapter and no model: a folder of PEFT or diffusers, or a file of factors."""
-    if is_image_adapter(path):
+    """Whether a path is an adapter and no model: of PEFT or diffusers, a file of factors, or the parts of a task."""
+    if is_task_part(path) or is_image_adapter(path):
         return True
     files = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
     weights = ("model.safetensors", "model.safetensors.index.json")
@@ -117,11 +118,13 @@ def is_adapter(path: Path) -> bool:
 
 
 def open_adapter(path: Path, allow_pickle: bool = False) -> Adapter:
-    """Open an adapter of PEFT, diffusers or kohya.
+    """Open an adapter of PEFT, diffusers or kohya, or the parts of a task.
 
     Raises:
         CheckpointError, AdapterRefusedError, PickleRefusedError: as the classes say.
     """
+    if is_task_part(path):
+        return TaskPart(path)
     return ImageAdapter(path) if is_image_adapter(path) else WholeAdapter(path, allow_pickle=allow_pickle)
 
 

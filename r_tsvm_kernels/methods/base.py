@@ -172,6 +172,9 @@ class TensorReport:
             a tensor with several, ranks are empty, other numbers are means, and the certificate is the worst.
         solver: ``eigen`` or ``products``, the solver that began; ``certificate.route`` is the one that ended. Empty
             if the method has no choice.
+        part_products: ``<M_s, M_t>`` of the parts of a tensor that was decomposed, (T, T).
+        part_rounding: norm of what storing changed in the part of each task.
+        part_error: estimated error (Frobenius norm) of the sum of the parts, before they were stored.
     """
 
     method: str = ""
@@ -198,6 +201,9 @@ class TensorReport:
     part: str = ""
     blocks: list[TensorReport] = field(default_factory=list)
     solver: str = ""
+    part_products: list[list[float]] = field(default_factory=list)
+    part_rounding: list[float] = field(default_factory=list)
+    part_error: float = 0.0
 
     def __repr__(self) -> str:
         return f"TensorReport({shown(self)}, {self.seconds:.3g} s)"
@@ -231,6 +237,10 @@ class TensorReport:
     def add_rows(self, other: TensorReport) -> None:
         """Add the times and norms in the report of other rows of the same tensor, or its blocks."""
         self._add_times(other)
+        pairs = zip(self.part_products, other.part_products, strict=True)
+        self.part_products = [[a + b for a, b in zip(*rows, strict=True)] for rows in pairs]
+        self.part_rounding = [math.hypot(a, b) for a, b in zip(self.part_rounding, other.part_rounding, strict=True)]
+        self.part_error = math.hypot(self.part_error, other.part_error)
         self.rounding_norm = _joined(self.rounding_norm, other.rounding_norm)
         self.weight_norm = _joined(self.weight_norm, other.weight_norm)
         if self.blocks:
@@ -259,11 +269,13 @@ class MergeResult:
         weight: the merged tensor.
         report: ranks, sparsities, weights, certificate, time.
         scales: of a weight that an engine writes in FP8; otherwise None.
+        parts: what an engine writes instead of the weight, by name, if it decomposes; otherwise None.
     """
 
     weight: Tensor
     report: TensorReport
     scales: Tensor | None = None
+    parts: dict[str, Tensor] | None = None
 
     def __repr__(self) -> str:
         shape, _, rest = shown(self.report).partition(", ")

@@ -1,6 +1,7 @@
 """Plan a merge of checkpoints from headers alone: inputs, treatment of each tensor, memory and operations."""
 
 from .costs import Footprint, footprint, matrix_cost, rows_at_a_time, tensor_cost, total_flops
+from .decomposition import Decomposition, tasks_of
 from .inputs import Inputs, open_inputs
 from .merge_plan import InputFile, MergePlan, Part, TensorPlan
 from .parameters import common_parameters, model_parameters, varying_parameters
@@ -9,6 +10,7 @@ from .vocabulary import AlignedVocabulary, TokenGroup
 
 __all__ = [
     "AlignedVocabulary",
+    "Decomposition",
     "Footprint",
     "InputFile",
     "Inputs",
@@ -23,6 +25,7 @@ __all__ = [
     "model_parameters",
     "open_inputs",
     "rows_at_a_time",
+    "tasks_of",
     "tensor_cost",
     "total_flops",
     "varying_parameters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ..checkpoint import rows_of_scale
 from ..lora.adapted_model import AdaptedModel
 from ..methods import Cost, TensorJob, elementwise_cost, factored_cost
-from .merge_plan import MergePlan
+from .merge_plan import MergePlan, TensorPlan
 
 # Scalars, masks of a row, whole pages.
 _SMALL = 1 << 19
@@ -84,6 +85,8 @@ def matrix_cost(plan: MergePlan, name: str, shape: tuple[int, ...], device_type:
         return Cost(tensor.dtypes[0].itemsize * math.prod(shape), 0.0)
     job = TensorJob(shape, len(plan.tuned), plan.accumulation(tensor).itemsize, device_type)
     ranks = plan.update_ranks(name)
+    if plan.parts is not None:
+        return _cost_of_parts(job, ranks)
     if plan.keeps_factors(name):
         return factored_cost(job, ranks)
     cost_of = elementwise_cost if tensor.treatment.kind == "mean" else plan.config.method.cost
@@ -93,6 +96,23 @@ def matrix_cost(plan: MergePlan, name: str, shape: tuple[int, ...], device_type:
     formed += 2 * any(part.whole for part in tensor.parts)
     flops = 2.0 * job.elements * sum(ranks)
     return Cost(cost.bytes + formed * job.itemsize * job.elements, cost.flops + flops)
+
+
+def _cost_of_parts(job: TensorJob, ranks: Sequence[int]) -> Cost:
+    """Return the cost of merging parts: scaled factors side by side, their product, and the update."""
+    factors = 3 * job.itemsize * sum(ranks) * sum(job.shape) if any(ranks) else 0
+    flops = (2.0 * sum(ranks) if any(ranks) else 2.0 * job.tasks) * job.elements
+    return Cost(factors + (6 * job.itemsize + 1) * job.elements, flops)
+
+
+def _storing_cost(tensor: TensorPlan, elements: int, itemsize: int) -> int:
+    """Return the bytes of parts beside those of the merge: as they are found, as they are stored, and between."""
+    assert tensor.stored_parts is not None
+    tasks, ranks = len(tensor.stored_parts.tasks), tensor.stored_parts.ranks
+    if ranks is None:
+        return (2 * itemsize + tensor.stored_parts.dtype.itemsize) * tasks * elements
+    columns = sum(tensor.spec.shape) if ranks else 0
+    return 8 * columns * (2 * sum(ranks) + 6 * max(ranks, default=0)) + 64 * max(ranks, default=0) ** 2
 
 
 def footprint(plan: MergePlan, name: str, rows: int | None = None, device_type: str = "cpu") -> Footprint:
@@ -108,11 +128,16 @@ def footprint(plan: MergePlan, name: str, rows: int | None = None, device_type: 
     shape = tensor.spec.shape if rows is None else (rows, *tensor.spec.shape[1:])[: len(tensor.spec.shape)]
     elements = math.prod(shape)
     stored = tensor.spec.dtype.itemsize * elements
+    if tensor.stored_parts is not None:
+        rows_of_all = tensor.rows if rows is None else rows
+        stored = sum(spec.nbytes for spec in tensor.outputs.values()) * rows_of_all // max(1, tensor.rows)
     result = tensor.dtypes[0] if tensor.treatment.kind == "base" else plan.accumulation(tensor)
     rounding = 0 if result == tensor.spec.dtype else stored  # the wide and the stored tensor
     if tensor.fp8 is not None:
         rounding += tensor.merged_dtype.itemsize * elements + _ROUNDING
     work = max(tensor_cost(plan, name, shape, device_type).bytes, result.itemsize * elements + rounding)
+    if tensor.stored_parts is not None:
+        work += _storing_cost(tensor, elements, plan.accumulation(tensor).itemsize) + stored
     if tensor.treatment.kind != "base" and plan.config.dtype is not None:
         loaded: torch.dtype = getattr(torch, plan.config.dtype)
         rounded = sum(part.rank is None and part.dtype != loaded for part in tensor.parts)

@@ -9,9 +9,11 @@ from pathlib import Path
 from ..checkpoint import Checkpoint
 from ..checkpoint.hub import resolve
 from ..config import MergeConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter, split_reference
+from ..lora.task_part import TaskPart
+from ..parts import PartsFolder, check_recipe
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Inputs:
         tuned: the models that are merged: checkpoints, or checkpoints that an adapter changes. The base is one of them
             only if the method forms no task vectors.
         config: with one entry in `models` per model in `tuned`.
+        parts: the folder of parts that the recipe names; the models are then the base with the parts of a task.
     """
 
     base: Checkpoint
     tuned: tuple[Checkpoint | AdaptedModel, ...]
     config: MergeConfig
+    parts: PartsFolder | None = None
 
 
 def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
@@ -42,6 +46,8 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
     if config.method.needs_base and config.base_model is None:
         raise ConfigError(f"{config.merge_method} needs base_model: the model that all others were fine-tuned from")
     base_path = _base_path(config.base_model, allow_pickle)
+    if config.parts is not None and base_path is not None:
+        return _open_parts(config, base_path, allow_pickle)
     found = [(entry, *_paths(str(entry.model), base_path, allow_pickle)) for entry in config.models]
     is_base = [
         adapter is None and base_path is not None and path.resolve() == base_path.resolve()
@@ -83,6 +89,31 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
             adapters[key] = adapters.get(key) or open_adapter(adapter_path, allow_pickle)
             tuned.append(adapt(model, adapters[key]))
     return Inputs(base, tuple(tuned), config)
+
+
+def _open_parts(config: MergeConfig, base_path: Path, allow_pickle: bool) -> Inputs:
+    """Open the base and the parts that a recipe names; its models are not needed.
+
+    Raises:
+        ConfigError: the parts are of another recipe.
+        CheckpointError: the parts are damaged, or the base has other tensors.
+    """
+    folder = PartsFolder.open(str(config.parts))
+    check_recipe(config, folder)
+    base = Checkpoint(base_path, allow_pickle=allow_pickle)
+    for name, own in folder.tensors.items():
+        header = base.tensors.get(name)
+        if header is None or header.shape != own.shape:
+            found = "no such tensor" if header is None else f"shape {header.shape}"
+            raise CheckpointError(
+                f"{folder.path}: {name} has shape {own.shape}, and {base.path} has {found}; give the base that was "
+                "decomposed, or decompose again"
+            )
+    parts = [TaskPart(folder.path / task.file, folder) for task in folder.tasks]
+    tuned = tuple(AdaptedModel(base, part, {name: name for name in part.kinds}) for part in parts)
+    models = tuple(entry for entry in config.models if entry.model != config.base_model)
+    config = config.model_copy(update={"models": models})
+    return Inputs(base, tuned, config, folder)
 
 
 def _base_path(base_model: str | None, allow_pickle: bool) -> Path | None:

@@ -16,6 +16,7 @@ from ..config import MergeConfig
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
 from ..methods import MethodParameters
+from ..parts import PartsFolder, StoredParts
 from ..treatments import Treatment
 from .inputs import sources
 from .vocabulary import AlignedVocabulary
@@ -61,6 +62,7 @@ class TensorPlan:
         blocks: how the tensor is divided into matrices.
         fp8: layout in FP8 that the tensor is written in; None if it is written as `spec` alone says.
         aligned: whether its rows are read in the order of `MergePlan.vocabulary`.
+        stored_parts: how its parts are stored, if it is decomposed; otherwise None.
     """
 
     name: str
@@ -73,6 +75,7 @@ class TensorPlan:
     blocks: Blocks = WHOLE
     fp8: ScaledHeader | None = None
     aligned: bool = False
+    stored_parts: StoredParts | None = None
 
     @property
     def merged_dtype(self) -> torch.dtype:
@@ -80,11 +83,14 @@ class TensorPlan:
         return self.spec.dtype if self.fp8 is None else torch.float32
 
     @property
-    def scales(self) -> dict[str, TensorSpec]:
-        """The scales that are written beside the tensor, by name."""
-        if self.fp8 is None:
-            return {}
-        return {self.fp8.scale_name: TensorSpec(self.fp8.scales.dtype, self.fp8.scales.shape)}
+    def outputs(self) -> dict[str, TensorSpec]:
+        """What is written: the tensor, with its scales if it is in FP8; or its parts."""
+        if self.stored_parts is not None:
+            return self.stored_parts.specs(self.name, self.spec.shape)
+        found = {self.name: self.spec}
+        if self.fp8 is not None:
+            found[self.fp8.scale_name] = TensorSpec(self.fp8.scales.dtype, self.fp8.scales.shape)
+        return found
 
     @property
     def merged_apart(self) -> Blocks:
@@ -148,6 +154,7 @@ class MergePlan:
         beside: by model, the tensors that it has and the base lacks, if the output has none of them either.
         notes: what deserves attention: files that were ignored, configs that contradict each other, missing tensors.
         vocabulary: of the output, if the recipe asks for one.
+        parts: the folder of parts that the merge reads in place of models; otherwise None.
     """
 
     base: Checkpoint
@@ -159,11 +166,17 @@ class MergePlan:
     beside: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     vocabulary: AlignedVocabulary | None = None
+    parts: PartsFolder | None = None
 
     @cached_property
     def inputs(self) -> tuple[Checkpoint | Adapter, ...]:
         """Checkpoints and adapters to read, each once, the base first."""
         return sources(self.base, self.tuned)
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether parts are written instead of merged tensors."""
+        return any(tensor.stored_parts is not None for tensor in self.tensors.values())
 
     @property
     def dequantised(self) -> dict[str, int]:
@@ -182,6 +195,7 @@ class MergePlan:
         """
         tensor = self.tensors[name]
         apart = self.config.method.row_wise or tensor.treatment.kind != "merge" or tensor.merged_apart.packed
+        apart = apart or self.parts is not None
         return not tensor.factor_ranks and apart
 
     def keeps_factors(self, name: str) -> bool:
@@ -190,6 +204,7 @@ class MergePlan:
         return (
             bool(tensor.factor_ranks)
             and tensor.treatment.kind == "merge"
+            and self.parts is None
             and not any(part.whole for part in tensor.parts)
             and self.config.method.factored(tensor.options)
             and all((model.base if isinstance(model, AdaptedModel) else model) is self.base for model in self.tuned)
@@ -246,10 +261,10 @@ class MergePlan:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """Dtypes and shapes of all tensors of the output, with the scales of weights."""
+        """Dtypes and shapes of all tensors that are written."""
         found: dict[str, TensorSpec] = {}
         for tensor in self.tensors.values():
-            found |= {tensor.name: tensor.spec, **tensor.scales}
+            found |= tensor.outputs
         return found
 
     @property

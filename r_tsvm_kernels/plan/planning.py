@@ -23,11 +23,13 @@ from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, QuantisedRefusedError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
+from ..lora.task_part import TaskPart
 from ..ops._checks import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
 from ..text import some
 from ..treatments import Treatment, stored_dtype, treatment
 from ..values import check_options
+from .decomposition import Decomposition, decomposed
 from .inputs import open_inputs, sources
 from .merge_plan import MergePlan, Part, TensorPlan
 from .presence import compare_tensors
@@ -35,7 +37,12 @@ from .vocabulary import align_vocabularies, aligned_tensors, moved_tokens
 
 
 def make_plan(
-    config: MergeConfig, shard_bytes: int, stem: str | None = None, *, allow_pickle: bool = False
+    config: MergeConfig,
+    shard_bytes: int,
+    stem: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    decomposition: Decomposition | None = None,
 ) -> MergePlan:
     """Open the inputs, check that they match, and choose the treatment of each tensor.
 
@@ -44,6 +51,7 @@ def make_plan(
         shard_bytes: size limit of output shards.
         stem: stem of the output files' names; None means that of the base.
         allow_pickle: read models that exist only as pickle.
+        decomposition: write the parts of the merge instead of the merged tensors.
 
     Returns:
         The plan; no values are read except to recognise tied tensors.
@@ -58,11 +66,13 @@ def make_plan(
         DTypeError: a tensor cannot be merged.
     """
     opened = open_inputs(config, allow_pickle)
-    base, tuned, config = opened.base, opened.tuned, opened.config
+    base, tuned, config, parts = opened.base, opened.tuned, opened.config, opened.parts
     inputs = sources(base, tuned)
     checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
-    config.check_patterns({name for checkpoint in checkpoints for name in checkpoint.tensors})
-    vocabulary = None if config.vocabulary is None else align_vocabularies(config, base, tuned, checkpoints)
+    if parts is None:
+        config.check_patterns({name for checkpoint in checkpoints for name in checkpoint.tensors})
+    moves = config.vocabulary is not None and parts is None
+    vocabulary = None if not moves else align_vocabularies(config, base, tuned, checkpoints)
     layers, further = layer_count(base.config) or (count_layers(base.tensors), 0)
     if config.num_layers not in (None, layers, count_layers(base.tensors)):
         raise ConfigError(
@@ -76,6 +86,8 @@ def make_plan(
     aligned = aligned_tensors(vocabulary, config, base, adapted)
     presence = compare_tensors(base, checkpoints[1:], models, dropped, config, aligned)
     names = presence.headers
+    if parts is not None:  # without the copies that the fine-tunes did not have
+        names = {name: header for name, header in names.items() if name in parts.tensors}
     layouts = _fp8_layouts(base, config)
     names |= base.activation_scales if config.requantise else {}
     for model in adapted:
@@ -146,8 +158,11 @@ def make_plan(
             f"requantise: the vocabulary moves the rows of {some(moved)}, so they are not written in FP8; name them in "
             "modules_to_not_convert of quantization_config"
         )
-    plan = MergePlan(base, tuned, config, tensors, {}, copies, presence.beside, tuple(notes), vocabulary)
-    plan.shards.update(_shards(base, plan.specs, shard_bytes, stem))
+    plan = MergePlan(base, tuned, config, tensors, {}, copies, presence.beside, tuple(notes), vocabulary, parts)
+    if decomposition is None:
+        plan.shards.update(_shards(base, plan.specs, shard_bytes, stem))
+    else:
+        plan = decomposed(plan, decomposition)
     for name, tensor in tensors.items():
         if tensor.treatment.kind != "base":
             check_options(tensor.options, plan.accumulation(tensor), name)
@@ -206,6 +221,11 @@ def _parts(
             if header := source.tensors.get(name):
                 stored = sum(tensor.nbytes for tensor in header.stored)
                 found.append(Part(index, header.dtype, file_bytes=None if header.stored == (header,) else stored))
+        elif isinstance(source, TaskPart) and name in source.kinds:
+            first, *others = source.headers(name)  # of the left factor and the right one, or of the dense part
+            size = first.nbytes + sum(header.nbytes for header in others)
+            factors = Part(index, first.dtype, first.shape[-1], size) if others else None
+            found.append(factors or Part(index, first.dtype))
         elif name in modules[source]:
             key = modules[source][name]
             first, *others = source.headers(key)

@@ -4,14 +4,15 @@ import os
 import pytest
 
 from r_tsvm_kernels import JournalError
-from r_tsvm_kernels.engine.journal import Finished, Journal, read_journal
+from r_tsvm_kernels.engine.journal import Finished, Journal, Stored, read_journal
 from r_tsvm_kernels.engine.lines import as_line
 
 FINGERPRINT = {"format": 1, "recipe": {"alpha": [0.5, 1.0]}, "models": ["base", "größer"]}
 
 
 def entry(number, value=1.0):
-    return Finished(f"w{number}", "model.safetensors", 8 * number, 8, "float32", "ab" * 16, ("cd",), {"seconds": value})
+    stored = Stored(f"w{number}", "model.safetensors", 8 * number, 8, "float32", (2,), "ab" * 16)
+    return Finished(f"w{number}", (stored,), ("cd",), {"seconds": value})
 
 
 @pytest.fixture
