@@ -14,6 +14,7 @@ from ..errors import RtsvmError
 from ..text import printable
 from . import (
     bench,
+    decompose,
     extract_lora,
     fusion_bench,
     info,
@@ -37,7 +38,7 @@ _EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "ca
 
 # Titles of the overview, with the modules of their commands.
 _GROUPS: dict[str, tuple[Any, ...]] = {
-    "merging": (merge, inspect, verify, report),
+    "merging": (merge, decompose, inspect, verify, report),
     "LoRA adapters": (extract_lora, resize_lora, merge_lora),
     "inside other tools": (mergekit, fusion_bench),
     "this machine": (info, selfcheck, bench),

@@ -26,7 +26,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="a fine-tuned model, a LoRA adapter of the base, or model+adapter; repeat",
     )
     group.add_argument(
-        "--weight", metavar="W", action="append", type=float, default=[], help="weight of a model; one each"
+        "--weight",
+        metavar="[NAME=]W",
+        action="append",
+        default=[],
+        help="weight of a model, one each; or of the model of that name, also of a recipe or of parts",
+    )
+    group.add_argument(
+        "--parts", metavar="PARTS", help="merge from the folder that `rtsvm decompose` wrote, alone or for the recipe"
     )
     group.add_argument("--method", help="merge method (default rtsvm); `rtsvm info` lists them")
     group = parser.add_argument_group("options, also on top of a recipe file")
@@ -87,6 +94,30 @@ def one_weight_each(weights: list[float], models: list[str], option: str) -> Non
         raise ConfigError(f"--weight: expected one for each {option} ({len(models)}), got {len(weights)}")
 
 
+def parse_weights(items: list[str]) -> tuple[list[float], dict[str, float]]:
+    """Return the weights of `--weight` that are numbers alone, and those with names.
+
+    Raises:
+        ConfigError: a weight is not a number, or a name is given twice.
+    """
+    from ..errors import ConfigError
+
+    plain, named = list[float](), dict[str, float]()
+    for item in items:
+        name, _, text = item.rpartition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            raise ConfigError(f"--weight takes a number or NAME=NUMBER, got {item!r}") from None
+        if name in named:
+            raise ConfigError(f"--weight: {name} is given twice")
+        if name:
+            named[name] = weight
+        else:
+            plain.append(weight)
+    return plain, named
+
+
 def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfig:
     """Build the config from a recipe file, or from --base and --model, with the other options on top.
 
@@ -96,23 +127,31 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
     from ..config import MergeConfig, ModelEntry
     from ..errors import ConfigError
 
-    in_place = arguments.base or arguments.model or arguments.weight or arguments.method
+    plain, named = parse_weights(arguments.weight)
+    in_place = arguments.base or arguments.model or plain or arguments.method
     if recipe is not None:
         if in_place:
             raise ConfigError("give either a recipe file or --base/--model/--weight/--method, not both")
         if Path(recipe).is_dir() or recipe.endswith(".safetensors"):
             raise ConfigError(f"{recipe} is not a recipe file; name models with --base and --model")
         config = MergeConfig.from_yaml(recipe)
+    elif arguments.parts is not None and not arguments.model:
+        config = _recipe_of_parts(arguments, plain)
     else:
         if not arguments.model:
             raise ConfigError("nothing to merge: give a recipe file, or --base B --model A [--model C ...]")
-        one_weight_each(arguments.weight, arguments.model, "--model")
-        weights = arguments.weight or [None] * len(arguments.model)
+        one_weight_each(plain, arguments.model, "--model")
+        weights = plain or [None] * len(arguments.model)
         models = tuple(
             ModelEntry(model=model, parameters={} if weight is None else {"weight": weight})
             for model, weight in zip(arguments.model, weights, strict=True)
         )
         config = MergeConfig(arguments.method, base_model=arguments.base, models=models)
+    config = _with_weights(config, named)
+    if arguments.parts is not None:
+        from ..parts import from_parts
+
+        config = from_parts(config, arguments.parts)
     changes: dict[str, Any] = {
         key: getattr(arguments, key)
         for key in ("dtype", "out_dtype", "missing", "router", "vocabulary", "conv")
@@ -128,6 +167,44 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
     changes["parameters"] = config.parameters | dict(_parse_setting(item) for item in arguments.set)
     fields: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
     return MergeConfig(**(fields | changes))
+
+
+def _recipe_of_parts(arguments: argparse.Namespace, weights: list[float]) -> MergeConfig:
+    """Return the recipe that was decomposed, with the base and the weights of the command."""
+    from ..config import MergeConfig
+    from ..errors import ConfigError
+    from ..parts import PartsFolder
+
+    if arguments.method:
+        raise ConfigError("--method: the parts are of one method; leave it out")
+    folder = PartsFolder.open(arguments.parts)
+    config = MergeConfig.from_dict(folder.recipe)
+    names = [task.name for task in folder.tasks]
+    one_weight_each(weights, names, f"task of {arguments.parts}: {', '.join(names)}")
+    config = _with_weights(config, dict(zip([task.model for task in folder.tasks], weights, strict=False)))
+    return config if arguments.base is None else config.model_copy(update={"base_model": arguments.base})
+
+
+def _with_weights(config: MergeConfig, weights: dict[str, float]) -> MergeConfig:
+    """Return the recipe with other weights of the models of these names: paths, or names of their tasks.
+
+    Raises:
+        ConfigError: no model has such a name.
+    """
+    from ..errors import ConfigError
+    from ..methods import did_you_mean
+    from ..plan import tasks_of
+
+    tasks, entries = tasks_of(config), list(config.models)
+    for name, weight in weights.items():
+        found = [index for index, task in enumerate(tasks) if name in (task.name, task.model)]
+        if len(found) != 1:
+            names = [task.name for task in tasks]
+            known = f"the models are {', '.join(names)}"
+            raise ConfigError(f"--weight: no model is named {name!r}; {did_you_mean(name, names, known)}")
+        entry = entries[found[0]]
+        entries[found[0]] = entry.model_copy(update={"parameters": {**entry.parameters, "weight": weight}})
+    return config.model_copy(update={"models": tuple(entries)})
 
 
 def _parse_splits(items: list[str]) -> str | dict[str, list[int]]:

@@ -22,7 +22,7 @@ from ..errors import JournalError, OutputUnfinishedError, ResumeRefusedError, Rt
 from ..plan import MergePlan
 from ..text import dtype_name
 from .fingerprint import difference, fingerprint, kernels
-from .journal import Finished, Journal, read_journal
+from .journal import Finished, Journal, as_report, read_journal
 from .output import Stage, writing
 from .shards import Shards, layouts
 
@@ -174,13 +174,15 @@ def _laid_out(layout: ShardLayout, name: str) -> tuple[object, ...]:
 
 
 def _check_entries(journal: Journal, plan: MergePlan) -> None:
-    """Raise `JournalError` unless every tensor of a journal has the place, dtype and shape of the plan."""
+    """Raise `JournalError` unless every entry of a journal has the names, places, dtypes and shapes of the plan."""
     layout_of = {name: layout for layout in layouts(plan) for name in layout.specs}
-    for own in (stored for entry in journal.finished.values() for stored in entry.stored):
-        layout = layout_of.get(own.name)
-        if layout is None or own.place != _laid_out(layout, own.name):
+    for entry in journal.finished.values():
+        tensor = plan.tensors.get(entry.name)
+        expected = {} if tensor is None else {name: _laid_out(layout_of[name], name) for name in tensor.outputs}
+        written = {own.name: own.place for own in entry.stored}
+        if tensor is None or written != expected or as_report(entry.report).shape != tensor.spec.shape:
             raise JournalError(
-                f"{journal.file}: {own.name[:80]!a} is not in this merge, or has another place, dtype or shape; start "
+                f"{journal.file}: {entry.name[:80]!a} is not in this merge, or has another place, dtype or shape; start "
                 "over with --restart (restart=True)"
             )
 

@@ -256,7 +256,8 @@ class Run:
                 facts = {"engine": self.engine, "threads": schedule.workers}
                 write_report(job, {**facts, "seconds": seconds, "resumed_tensors": job.resumed})
                 stage.publish()
-            _LOG.info("%d tensors into %s in %.1f s", len(plan.tensors) - job.resumed, out, seconds)
+            done, finished = "decomposed" if plan.decomposed else "merged", len(plan.tensors) - job.resumed
+            _LOG.info("%s %d tensors into %s in %.1f s", done, finished, out, seconds)
             reports = {name: as_report(job.finished[name].report) for name in plan.tensors}
             return CheckpointResult(out, report_path(out), reports, job.resumed, seconds)
 

@@ -11,7 +11,7 @@ from ..files import usable_path
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter
 from ..parts import PartsFolder, is_parts
 from ..text import dtype_name
-from .journal import read_journal
+from .journal import as_report, read_journal
 from .output import journal_path
 from .tiles import update_checksum
 
@@ -69,7 +69,7 @@ def verify_output(
     """
     out = Path(out)
     fingerprint, finished = read_journal(journal_path(out))
-    output = _Output(out)
+    output, parts = _Output(out), is_parts(out)
     stored = {own.name for entry in finished.values() for own in entry.stored}
     found = Verification(
         len(stored),
@@ -82,6 +82,9 @@ def verify_output(
         if fingerprint.get("recipe", {}).get("requantise"):
             checkpoints[0].show_activation_scales()
     for done, (name, entry) in enumerate(finished.items(), 1):
+        shapes = {own.name: own.shape for own in entry.stored}
+        if not parts and shapes.get(name) != as_report(entry.report).shape:
+            (found.changed if name in shapes else found.missing).append(name)
         for own in entry.stored:
             if (here := output.find(own.name)) is not None and here != (own.place, own.checksum):
                 found.changed.append(own.name)

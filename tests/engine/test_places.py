@@ -276,7 +276,7 @@ def other_name(entry):
 
 
 def other_place(entry):
-    entry["offset"] += 4
+    entry["stored"][0]["offset"] += 4
 
 
 @pytest.mark.parametrize(
@@ -286,11 +286,13 @@ def other_place(entry):
         other_name,
         other_place,
         lambda entry: entry.update(name=5),
-        lambda entry: entry.update(offset="x"),
+        lambda entry: entry["stored"][0].update(offset="x"),
         lambda entry: entry.update(inputs=None),
         lambda entry: entry.update(report=[]),
         lambda entry: entry.update(report={"certificate": None}),
-        lambda entry: entry.update(dtype="float64"),
+        lambda entry: entry["stored"][0].update(dtype="float64"),
+        lambda entry: entry["stored"][0].update(name="x"),
+        lambda entry: entry.update(stored=[]),
         lambda entry: entry["report"].update(shape=[1]),
         lambda entry: entry["report"].update(shape="abc"),
         lambda entry: entry["report"].update(ranks={"a": 1}),
