@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         verify_output,
     )
     from .linalg import Certificate
+    from .loaded_parts import Parts
     from .lora_tools import AdapterResult, extract_lora, merge_lora, resize_lora
     from .merge import merge_tensors
     from .methods import MergeResult, TensorReport
@@ -72,6 +73,7 @@ _LAZY = {
     "resize_lora": ".lora_tools",
     "verify_output": ".engine",
     "Certificate": ".linalg",
+    "Parts": ".loaded_parts",
     "merge_tensors": ".merge",
     "MergeResult": ".methods",
     "TensorReport": ".methods",
@@ -104,6 +106,7 @@ __all__ = [
     "OutputBusyError",
     "OutputExistsError",
     "OutputUnfinishedError",
+    "Parts",
     "PickleRefusedError",
     "Progress",
     "QuantisedRefusedError",

@@ -118,6 +118,7 @@ class MergeConfig(Strict):
         num_layers: number of layers of every model, from a recipe's ``slices``; models with other numbers are refused.
         parts: folder that `decompose_checkpoints` wrote for this recipe, with any weights and alpha: the merge reads it
             instead of the models.
+        parts_rank: largest rank of the parts that are read, as factors; None reads all of them.
         vocabulary: the tokens of the output: ``base``, ``union`` (the base's, then those that only models have), or
             ``model:PATH``, those of one model. Rows of embeddings and heads are aligned by their tokens. None does not
             look at tokenizers: all models must have as many rows.
@@ -147,6 +148,7 @@ class MergeConfig(Strict):
     requantise: bool = False
     num_layers: int | None = None
     parts: PathText | None = None
+    parts_rank: Annotated[int, Field(ge=1)] | None = None
     vocabulary: Annotated[str, AfterValidator(_vocabulary)] | None = None
 
     def __init__(self, merge_method: str | None = None, /, **data: Any) -> None:
@@ -352,6 +354,8 @@ class MergeConfig(Strict):
 
     @model_validator(mode="after")
     def _check_parameters(self) -> MergeConfig:
+        if self.parts_rank is not None and self.parts is None:
+            raise ConfigError("parts_rank: there are no parts; set `parts` (--parts) to the folder that has them")
         schema = self.method.parameters
         _check_keys(self.parameters, self.method, f"parameters of {self.merge_method}")
         for entry in self.models:

@@ -70,9 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not arguments.quiet:
         before = f" ({result.resumed} were finished before)" if result.resumed else ""
-        say(
-            f"{config.method.pretty_name}: parts of {len(result.reports)} tensors{before} in {result.seconds:.1f} s -> {out}"
-        )
+        count = f"parts of {len(result.reports)} tensors{before}"
+        say(f"{config.method.pretty_name}: {count} in {result.seconds:.1f} s -> {out}")
         names = [task.name for task in tasks_of(config)]
         say(f"to merge them: rtsvm merge --parts {out} --weight {names[0]}=0.5 --set alpha=1.0 OUT")
     return 0

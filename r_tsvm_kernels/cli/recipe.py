@@ -35,6 +35,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--parts", metavar="PARTS", help="merge from the folder that `rtsvm decompose` wrote, alone or for the recipe"
     )
+    group.add_argument("--parts-rank", type=int, metavar="K", help="use the K leading directions of parts in factors")
     group.add_argument("--method", help="merge method (default rtsvm); `rtsvm info` lists them")
     group = parser.add_argument_group("options, also on top of a recipe file")
     group.add_argument(
@@ -141,7 +142,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         if not arguments.model:
             raise ConfigError("nothing to merge: give a recipe file, or --base B --model A [--model C ...]")
         one_weight_each(plain, arguments.model, "--model")
-        weights = plain or [None] * len(arguments.model)
+        weights: list[float | None] = [*plain] or [None] * len(arguments.model)
         models = tuple(
             ModelEntry(model=model, parameters={} if weight is None else {"weight": weight})
             for model, weight in zip(arguments.model, weights, strict=True)
@@ -154,7 +155,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         config = from_parts(config, arguments.parts)
     changes: dict[str, Any] = {
         key: getattr(arguments, key)
-        for key in ("dtype", "out_dtype", "missing", "router", "vocabulary", "conv")
+        for key in ("dtype", "out_dtype", "missing", "router", "vocabulary", "conv", "parts_rank")
         if getattr(arguments, key) is not None
     }
     changes |= {
@@ -173,7 +174,7 @@ def _recipe_of_parts(arguments: argparse.Namespace, weights: list[float]) -> Mer
     """Return the recipe that was decomposed, with the base and the weights of the command."""
     from ..config import MergeConfig
     from ..errors import ConfigError
-    from ..parts import PartsFolder
+    from ..parts_folder import PartsFolder
 
     if arguments.method:
         raise ConfigError("--method: the parts are of one method; leave it out")

@@ -9,7 +9,8 @@ from .. import __version__
 from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import write_json, write_text
-from ..parts import PARTS_FILE, TensorParts, content_of, require_linear
+from ..parts import require_linear
+from ..parts_folder import PARTS_FILE, TensorParts, content_of
 from ..plan import Decomposition, make_plan, tasks_of
 from .job import MergeJob
 from .journal import Finished, as_report
@@ -64,6 +65,7 @@ def decompose_checkpoints(
 
     Examples:
         >>> from safetensors.torch import save_file
+        >>> from r_tsvm_kernels import merge_checkpoints
         >>> for seed, name in enumerate(("base", "math", "code")):
         ...     generator = torch.Generator().manual_seed(seed)
         ...     save_file({"w": torch.randn(12, 8, generator=generator)}, f"{name}.safetensors")
@@ -72,7 +74,7 @@ def decompose_checkpoints(
         [4, 4]
         >>> merged = merge_checkpoints(recipe.model_copy(update={"parts": "parts"}), "merged")
         >>> merged.reports["w"].certificate
-        Certificate(gram-float64, error ... ok)
+        Certificate(svd-float64, error ... ok)
     """
     config, out = config if isinstance(config, MergeConfig) else MergeConfig.from_yaml(config), Path(out)
     if is_single_file(out):

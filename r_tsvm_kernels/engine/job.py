@@ -182,8 +182,8 @@ def _check_entries(journal: Journal, plan: MergePlan) -> None:
         written = {own.name: own.place for own in entry.stored}
         if tensor is None or written != expected or as_report(entry.report).shape != tensor.spec.shape:
             raise JournalError(
-                f"{journal.file}: {entry.name[:80]!a} is not in this merge, or has another place, dtype or shape; start "
-                "over with --restart (restart=True)"
+                f"{journal.file}: {entry.name[:80]!a} is not in this merge, or has another place, dtype or shape; "
+                "start over with --restart (restart=True)"
             )
 
 

@@ -210,7 +210,7 @@ def _from_parts(
     result = merge_parts(
         base,
         [part for part in parts if isinstance(part, Tensor | Factored)],
-        plan.parts.tensors[tensor.name],
+        plan.parts.tensors[tensor.name].cut(plan.config.parts_rank),
         tensor.options,
         tensor.merged_dtype,
         method=plan.config.method.name,

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoint import Checkpoint, Checksum, settle_copies
 from ..files import usable_path
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter
-from ..parts import PartsFolder, is_parts
+from ..parts_folder import PartsFolder, is_parts
 from ..text import dtype_name
 from .journal import as_report, read_journal
 from .output import journal_path

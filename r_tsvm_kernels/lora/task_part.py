@@ -14,7 +14,7 @@ from ..checkpoint.reader import require_unchanged
 from ..errors import CheckpointError
 from ..linalg import Factored
 from ..ops._checks import accumulation_dtype, check_finite
-from ..parts import LEFT, PARTS_FILE, RIGHT, PartsFolder
+from ..parts_folder import LEFT, PARTS_FILE, RIGHT, PartsFolder
 from .adapter import Adapter
 from .adapter_config import AdapterConfig
 from .changes import Change
@@ -47,6 +47,7 @@ class TaskPart(Adapter):
     Args:
         path: the file of the task, ``PARTS/TASK.safetensors``.
         folder: the opened folder; None opens it.
+        rank: largest rank of factors that are read; None reads all of them.
 
     Attributes:
         kinds: ``factors`` or ``dense`` for each tensor that has a part.
@@ -55,8 +56,8 @@ class TaskPart(Adapter):
         CheckpointError: the file is missing or damaged, or does not match ``parts.json``.
     """
 
-    def __init__(self, path: Path, folder: PartsFolder | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, folder: PartsFolder | None = None, rank: int | None = None) -> None:
+        self.path, self.rank = path, rank
         self.folder = PartsFolder.open(path.parent) if folder is None else folder
         self.index = self.folder.index_of(path.stem)
         self.config = AdapterConfig(peft_type="LORA")
@@ -82,7 +83,9 @@ class TaskPart(Adapter):
         values = [self._file.load(own, rows=rows, pin=pin) for own in self._names(name)]
         for own in values:
             check_finite(own, f"{self.path}: {name}")
-        return values[0] if self.kinds[name] == "dense" else Factored(values[0], values[1])
+        if self.kinds[name] == "dense":
+            return values[0]
+        return Factored(values[0][:, : self.rank].contiguous(), values[1][: self.rank])
 
     def load_change(self, key: str, *, pin: bool = False) -> Factored | Change:
         """Read the part of a tensor as the change of a weight."""

@@ -24,21 +24,18 @@ from .base import (
     METHODS,
     Cost,
     Linear,
-    MergeResult,
     Method,
     MethodParameters,
     Strict,
-    Summands,
     TensorJob,
-    TensorReport,
     did_you_mean,
     elementwise_cost,
     factored_cost,
     get_method,
     nearest,
     task_matrices,
-    timed,
 )
+from .reports import MergeResult, Summands, TensorReport, timed
 from .task_arithmetic import mean_task_vector
 
 __all__ = [

@@ -20,7 +20,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops import Sparsifier, kept_count
-from .base import MergeResult, PerModel, register
+from .base import PerModel, register
+from .reports import MergeResult
 from .sparsify import SPARSE_OPS, Share, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
 
 

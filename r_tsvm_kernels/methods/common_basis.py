@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..linalg import Mode
 from ..linalg.decompositions import frobenius_norm
-from .base import FiniteFloat, MergeResult, MethodParameters, PerModel, get_method
+from .base import FiniteFloat, MethodParameters, PerModel, get_method
+from .reports import MergeResult
 from .sparsify import Share, tensor_seed
 
 

@@ -24,21 +24,10 @@ from torch import Tensor
 from ..linalg import Certificate, Factored, core_space, fixed_rank, nonzero_support, truncated_svd
 from ..linalg.decompositions import frobenius_norm
 from ..ops import add_update
-from .base import (
-    SPECTRAL_OPS,
-    Cost,
-    Linear,
-    MergeResult,
-    Summands,
-    TensorJob,
-    TensorReport,
-    always,
-    get_method,
-    register,
-    task_matrices,
-)
+from .base import SPECTRAL_OPS, Cost, Linear, TensorJob, always, get_method, register, task_matrices
 from .common_basis import CommonBasisParameters, merge_parts, part_norms
 from .iso_c import IsoCParameters, iso_c
+from .reports import MergeResult, Summands, TensorReport
 
 
 class CoreSpaceParameters(CommonBasisParameters):

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..ops import Sparsifier
-from .base import MergeResult, register
+from .base import register
+from .reports import MergeResult
 from .sparsify import SPARSE_OPS, RandomParameters, merge_kept, sparse_cost
 
 

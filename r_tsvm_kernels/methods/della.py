@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..ops import Election, RankedSparsifier, Sparsifier, della_probabilities, magnitude_ranks, ranked_mask
-from .base import Cost, FiniteFloat, MergeResult, MethodParameters, PerModel, TensorJob, register
+from .base import Cost, FiniteFloat, MethodParameters, PerModel, TensorJob, register
+from .reports import MergeResult
 from .sparsify import SPARSE_OPS, RandomParameters, merge_kept, sparse_cost
 
 

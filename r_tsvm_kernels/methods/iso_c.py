@@ -24,18 +24,8 @@ from ..linalg.inverse_root import RANK_TOLERANCE
 from ..linalg.rounding import EPS
 from ..ops import add_update
 from ..ops._checks import accumulation_dtype
-from .base import (
-    SPECTRAL_OPS,
-    Cost,
-    FiniteFloat,
-    MergeResult,
-    MethodParameters,
-    TensorJob,
-    TensorReport,
-    always,
-    register,
-    timed,
-)
+from .base import SPECTRAL_OPS, Cost, FiniteFloat, MethodParameters, TensorJob, always, register
+from .reports import MergeResult, TensorReport, timed
 
 # Singular values that count as zero are left out of the mean if their sum is at most this share of the tolerance.
 LOST = 0.01

@@ -27,8 +27,9 @@ from ..linalg.leading_right_vectors import ROUTES
 from ..linalg.merge_accuracy import PolarPair, WeightedCores, polar_pair
 from ..ops import add_update
 from ..ops._checks import accumulation_dtype
-from .base import SPECTRAL_OPS, Cost, MergeResult, TensorJob, TensorReport, register, timed
+from .base import SPECTRAL_OPS, Cost, TensorJob, register
 from .iso_c import IsoCParameters, sum_of_tasks
+from .reports import MergeResult, TensorReport, timed
 
 
 class IsoCtsParameters(IsoCParameters):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..ops import elect_and_sum
 from ..ops.elect_and_sum import normalized
-from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
+from .base import FiniteFloat, MethodParameters, register
 from .gram import cosines, geometric_cost, gram_matrix
+from .reports import MergeResult, TensorReport
 
 # Cosines up to this one are -1 up to rounding.
 OPPOSITE = -1 + 1e-12

@@ -25,8 +25,9 @@ from ..linalg import BACKWARD_ERROR, Certificate, Factored, JointSvd, joint_svd,
 from ..linalg.decompositions import frobenius_norm
 from ..linalg.eigenspaces import MEASURED, PROBES
 from ..ops import add_update
-from .base import SPECTRAL_OPS, Cost, MergeResult, TensorJob, TensorReport, always, register, task_matrices
+from .base import SPECTRAL_OPS, Cost, TensorJob, always, register, task_matrices
 from .common_basis import CommonBasisParameters, merge_parts, part_norms
+from .reports import MergeResult, TensorReport
 
 
 class KnotsParameters(CommonBasisParameters):

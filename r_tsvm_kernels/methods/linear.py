@@ -18,7 +18,8 @@ from torch import Tensor
 from ..linalg import Factored
 from ..ops import add_update, elect_and_sum
 from ..ops.elect_and_sum import normalized
-from .base import MergeResult, MethodParameters, TensorReport, always, register
+from .base import MethodParameters, always, register
+from .reports import MergeResult, TensorReport
 from .task_arithmetic import sum_of_updates
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..ops import add_update, elect_and_sum
 from ..ops._checks import accumulation_dtype
 from ..ops.elect_and_sum import normalized
-from .base import Cost, MergeResult, MethodParameters, TensorJob, TensorReport, register
+from .base import Cost, MethodParameters, TensorJob, register
 from .gram import cosines, geometric_cost, gram_matrix, row_grams
+from .reports import MergeResult, TensorReport
 
 
 class ModelStockParameters(MethodParameters):

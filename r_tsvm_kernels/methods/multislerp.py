@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..ops import elect_and_sum
 from ..ops.elect_and_sum import normalized
-from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
+from .base import FiniteFloat, MethodParameters, register
 from .gram import cosines, geometric_cost, gram_matrix
+from .reports import MergeResult, TensorReport
 
 
 class MultiSlerpParameters(MethodParameters):

@@ -21,8 +21,8 @@ from ..linalg import (
     weighted_parts,
 )
 from ..linalg.decompositions import frobenius_norm
-from .base import Summands, TensorReport, timed
 from .gram import cosines, gram_matrix
+from .reports import Summands, TensorReport, timed
 from .spectral_costs import solver_for
 
 if TYPE_CHECKING:

@@ -64,21 +64,10 @@ from ..errors import ConfigError
 from ..linalg import Factored, Rank, RankRule, asked_rank, limited, rank_limit, shared_ranks
 from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import OutlierClipping, add_update, pruned_sparsity, reweight_prune, task_statistics
-from .base import (
-    SPECTRAL_OPS,
-    FiniteFloat,
-    Linear,
-    MergeResult,
-    MethodParameters,
-    PerModel,
-    Summands,
-    TensorJob,
-    TensorReport,
-    register,
-    timed,
-)
+from .base import SPECTRAL_OPS, FiniteFloat, Linear, MethodParameters, PerModel, TensorJob, register
 from .gram import checked
 from .orthogonalization import merge_weighted_and_report, summands_of_weighted
+from .reports import MergeResult, Summands, TensorReport, timed
 from .rtsvm_readings import (
     Normalization,
     OutlierMeasure,

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..ops import Sparsifier, elect_and_sum, kept_count, magnitude_select, task_gram, task_spread
-from .base import Cost, MergeResult, MethodParameters, TensorJob, TensorReport, register
+from .base import Cost, MethodParameters, TensorJob, register
 from .gram import checked, gram_bytes
+from .reports import MergeResult, TensorReport
 from .sparsify import Share
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops import elect_and_sum
-from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, register
+from .base import FiniteFloat, MethodParameters, register
 from .gram import cosines, geometric_cost, gram_matrix
+from .reports import MergeResult, TensorReport
 
 
 class SlerpParameters(MethodParameters):

@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import dispatch
 from ..ops import Election, Sparsifier, elect_and_sum, kept_count, magnitude_select, task_statistics
 from ..ops.elect_and_sum import normalized
-from .base import Cost, MergeResult, MethodParameters, PerModel, TensorJob, TensorReport
+from .base import Cost, MethodParameters, PerModel, TensorJob
+from .reports import MergeResult, TensorReport
 from .task_arithmetic import TaskArithmeticParameters
 
 # Ops of methods that keep some elements and sum or elect them.

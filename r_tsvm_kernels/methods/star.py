@@ -22,20 +22,8 @@ from ..linalg import Certificate, Factored, Mode, Rank, leading_subspaces, leadi
 from ..linalg.decompositions import frobenius_norm
 from ..linalg.leading_right_vectors import EXACT
 from ..ops import add_update
-from .base import (
-    SPECTRAL_OPS,
-    Cost,
-    FiniteFloat,
-    Linear,
-    MergeResult,
-    MethodParameters,
-    Summands,
-    TensorJob,
-    TensorReport,
-    always,
-    register,
-    task_matrices,
-)
+from .base import SPECTRAL_OPS, Cost, FiniteFloat, Linear, MethodParameters, TensorJob, always, register, task_matrices
+from .reports import MergeResult, Summands, TensorReport
 
 # Largest error of the nuclear norm, as a share of the tolerance; above it all singular values come from an SVD. The
 # square roots of thousands of eigenvalues that are zero up to rounding add up.

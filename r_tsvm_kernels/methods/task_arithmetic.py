@@ -20,7 +20,8 @@ from ..linalg import Factored, weighted_sum
 from ..ops import add_update, elect_and_sum
 from ..ops._checks import accumulation_dtype
 from ..ops.elect_and_sum import normalized
-from .base import FiniteFloat, MergeResult, MethodParameters, TensorReport, always, register
+from .base import FiniteFloat, MethodParameters, always, register
+from .reports import MergeResult, TensorReport
 
 
 class TaskArithmeticParameters(MethodParameters):

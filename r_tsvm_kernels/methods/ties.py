@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from .base import MergeResult, register
+from .base import register
+from .reports import MergeResult
 from .sparsify import SPARSE_OPS, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
 
 

@@ -34,20 +34,8 @@ from ..linalg import (
 from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import add_update
 from ..sizes import parse_size
-from .base import (
-    SPECTRAL_OPS,
-    FiniteFloat,
-    Linear,
-    MergeResult,
-    MethodParameters,
-    Summands,
-    TensorJob,
-    TensorReport,
-    always,
-    register,
-    task_matrices,
-    timed,
-)
+from .base import SPECTRAL_OPS, FiniteFloat, Linear, MethodParameters, TensorJob, always, register, task_matrices
+from .reports import MergeResult, Summands, TensorReport, timed
 from .spectral_costs import solver_for, tsvm_cost
 
 # An eighth of the default of `tsv_merge`: measured to be no slower, and it halves the memory of tall matrices. It

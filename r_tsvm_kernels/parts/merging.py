@@ -13,8 +13,8 @@ from ..linalg.certificate import tolerance_of
 from ..methods import MergeResult, MethodParameters, TensorReport
 from ..ops import add_update
 from ..ops._checks import accumulation_dtype, is_finite
+from ..parts_folder import TensorParts
 from ..values import check_options, overflow, stored
-from .folder import TensorParts
 
 
 def merge_parts(

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..config import MergeConfig
 from ..errors import ConfigError
 from ..methods import METHODS
-from .folder import PartsFolder
+from ..parts_folder import PartsFolder
 
 
 def require_linear(config: MergeConfig) -> None:

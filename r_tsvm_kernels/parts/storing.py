@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,11 +13,8 @@ from ..checkpoint import TensorSpec
 from ..linalg import Factored, factored_gram, leading_triplets
 from ..linalg.decompositions import frobenius_norm
 from ..methods.gram import gram_matrix
+from ..parts_folder import LEFT, RIGHT, Kind
 from ..values import stored
-
-LEFT, RIGHT = ":left", ":right"
-
-Kind = Literal["factors", "dense", "base"]
 
 
 @dataclass(frozen=True)

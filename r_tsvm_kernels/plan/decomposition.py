@@ -11,8 +11,8 @@ import torch
 from ..config import MergeConfig, as_dtype
 from ..errors import ConfigError
 from ..methods import TensorJob
-from ..parts import StoredParts, Task, require_linear
-from ..report import short_name
+from ..parts import StoredParts, require_linear
+from ..parts_folder import Task
 from .merge_plan import MergePlan, TensorPlan
 
 # Dtype of the parts by mode: rounding to float32 adds an error of 4e-8, to bfloat16 one of 2e-3.
@@ -67,7 +67,7 @@ def tasks_of(config: MergeConfig) -> list[Task]:
     tasks = list[Task]()
     for entry in config.models:
         model = str(entry.model)
-        stem = Path(short_name(model)).name.removesuffix(".safetensors").replace(":", "-") or "task"
+        stem = Path(model).name.removesuffix(".safetensors").replace(":", "-") or "task"
         taken = {task.name for task in tasks}
         name, number = stem, 2
         while name in taken or name == "parts":

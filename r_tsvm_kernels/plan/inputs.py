@@ -13,7 +13,8 @@ from ..errors import CheckpointError, ConfigError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter, split_reference
 from ..lora.task_part import TaskPart
-from ..parts import PartsFolder, check_recipe
+from ..parts import check_recipe
+from ..parts_folder import PartsFolder
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _open_parts(config: MergeConfig, base_path: Path, allow_pickle: bool) -> Inp
                 f"{folder.path}: {name} has shape {own.shape}, and {base.path} has {found}; give the base that was "
                 "decomposed, or decompose again"
             )
-    parts = [TaskPart(folder.path / task.file, folder) for task in folder.tasks]
+    parts = [TaskPart(folder.path / task.file, folder, config.parts_rank) for task in folder.tasks]
     tuned = tuple(AdaptedModel(base, part, {name: name for name in part.kinds}) for part in parts)
     models = tuple(entry for entry in config.models if entry.model != config.base_model)
     config = config.model_copy(update={"models": models})

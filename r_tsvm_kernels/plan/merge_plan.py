@@ -16,7 +16,8 @@ from ..config import MergeConfig
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
 from ..methods import MethodParameters
-from ..parts import PartsFolder, StoredParts
+from ..parts import StoredParts
+from ..parts_folder import PartsFolder
 from ..treatments import Treatment
 from .inputs import sources
 from .vocabulary import AlignedVocabulary

@@ -11,13 +11,17 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from ..checkpoint import FileState, read_json
-from ..errors import CheckpointError, ConfigError
-from ..linalg import Certificate
-from ..linalg.certificate import CANCELLED
+from .checkpoint import FileState, read_json
+from .errors import CheckpointError, ConfigError
+from .linalg import Certificate
+from .linalg.certificate import CANCELLED
 
 PARTS_FILE = "parts.json"
 FORMAT = 1
+# Endings of the names of the two factors of a part.
+LEFT, RIGHT = ":left", ":right"
+
+Kind = Literal["factors", "dense", "base"]
 
 # Rounding of the last products and of their sum, in units of the dtype's epsilon and of the norms of the summands.
 ROUNDING = 4
@@ -61,7 +65,7 @@ class TensorParts(_Model):
         certificate: of the merge with weights 1; None if there was no decomposition.
     """
 
-    kind: Literal["factors", "dense", "base"]
+    kind: Kind
     shape: tuple[int, ...]
     base: str
     treatment: str
@@ -72,6 +76,12 @@ class TensorParts(_Model):
     spread: float = 1.0
     rounding: tuple[float, ...] = ()
     certificate: dict[str, Any] | None = None
+
+    def cut(self, rank: int | None) -> TensorParts:
+        """Return what is known of the parts at a lower rank: no certificate holds for them."""
+        if rank is None or self.kind != "factors" or max(self.ranks, default=0) <= rank:
+            return self
+        return self.model_copy(update={"ranks": tuple(min(rank, own) for own in self.ranks), "certificate": None})
 
     def norm(self, weights: Sequence[float]) -> float:
         """Return the Frobenius norm of ``sum_t w_t M_t``."""

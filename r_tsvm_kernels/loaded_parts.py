@@ -1,0 +1,183 @@
+"""Parts in memory: merge them into state dicts and modules, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import MergeConfig
+from .errors import CheckpointError, ConfigError, ShapeError
+from .lora.adapted_model import AdaptedModel
+from .lora.task_part import TaskPart
+from .parts import merge_parts
+from .parts_folder import PartsFolder
+from .plan import MergePlan, make_plan
+from .text import some
+from .values import stored
+
+Weights = Mapping[str, Any] | Sequence[Any] | None
+
+
+class Parts:
+    """The parts of a merge that `decompose_checkpoints` wrote, with the base; made by `load`.
+
+    Tensors are read from disk one at a time, so that memory holds one tensor with its parts beside what is returned.
+
+    Attributes:
+        tasks: names of the tasks, to which weights are given.
+        config: the recipe that was decomposed, with its weights and alpha.
+
+    Examples:
+        >>> from safetensors.torch import save_file
+        >>> from r_tsvm_kernels import decompose_checkpoints
+        >>> for seed, name in enumerate(("base", "math", "code")):
+        ...     generator = torch.Generator().manual_seed(seed)
+        ...     save_file({"weight": torch.randn(12, 8, generator=generator)}, f"{name}.safetensors")
+        >>> recipe = MergeConfig("tsvm", base_model="base.safetensors", models=["math.safetensors", "code.safetensors"])
+        >>> result = decompose_checkpoints(recipe, "task_parts")
+        >>> parts = Parts.load("task_parts")
+        >>> module = torch.nn.Linear(8, 12, bias=False)
+        >>> parts.apply_(module, {"math": 0.8, "code": -0.5}, alpha=1.2)
+        >>> parts.restore_(module)  # the base again, to the bit
+    """
+
+    def __init__(self, config: MergeConfig, folder: PartsFolder, allow_pickle: bool) -> None:
+        self.config = config
+        self.tasks = tuple(task.name for task in folder.tasks)
+        self._folder, self._allow_pickle = folder, allow_pickle
+        self._last: tuple[MergeConfig, MergePlan] | None = None
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        base: str | Path | None = None,
+        rank: int | None = None,
+        allow_pickle: bool = False,
+    ) -> Parts:
+        """Open a folder of parts and its base.
+
+        Args:
+            folder: what `decompose_checkpoints` wrote.
+            base: the base; None means the one of the recipe.
+            rank: largest rank of parts that are stored as factors; None uses all of them.
+            allow_pickle: read a base that exists only as pickle.
+
+        Raises:
+            CheckpointError: the folder or the base is missing or damaged, or they do not belong together.
+        """
+        opened = PartsFolder.open(folder)
+        changes: dict[str, Any] = {"parts": str(folder), "parts_rank": rank}
+        if base is not None:
+            changes["base_model"] = str(base)
+        parts = cls(MergeConfig.from_dict(opened.recipe).model_copy(update=changes), opened, allow_pickle)
+        parts._plan(parts.config)
+        return parts
+
+    def recipe(self, weights: Weights = None, alpha: Any = None) -> MergeConfig:
+        """Return the recipe of a merge from the parts, for `merge_checkpoints`.
+
+        Args:
+            weights: by task, or one for each; None, and tasks that are not named, keep those of the recipe. A weight
+                may also be a gradient or a list of filters, as in recipes.
+            alpha: of the merge; None keeps that of the recipe.
+
+        Raises:
+            ConfigError: there is no such task, another number of weights, or a value is not valid.
+        """
+        if weights is not None and not isinstance(weights, Mapping):
+            given = list(weights)
+            if len(given) != len(self.tasks):
+                raise ConfigError(f"weights: expected one for each of {', '.join(self.tasks)}, got {len(given)}")
+            weights = dict(zip(self.tasks, given, strict=True))
+        entries = list(self.config.models)
+        for task, weight in (weights or {}).items():
+            index = self._folder.index_of(task)
+            parameters = {**entries[index].parameters, "weight": weight}
+            entries[index] = entries[index].model_copy(update={"parameters": parameters})
+        parameters = {key: value for key, value in self.config.parameters.items() if alpha is None or key != "lambda"}
+        changed = parameters if alpha is None else {**parameters, "alpha": alpha}
+        fields = {name: getattr(self.config, name) for name in MergeConfig.model_fields}
+        return MergeConfig(**{**fields, "models": tuple(entries), "parameters": changed})
+
+    def state_dict(
+        self, weights: Weights = None, alpha: Any = None, *, device: str | torch.device = "cpu"
+    ) -> dict[str, Tensor]:
+        """Return the merged model.
+
+        Args:
+            weights: as for `recipe`.
+            alpha: as for `recipe`.
+            device: of the tensors; merging takes place there.
+
+        Raises:
+            ConfigError: as `recipe`.
+            CheckpointError, NonFiniteError, ConvergenceError: as `merge_checkpoints`.
+        """
+        plan = self._plan(self.recipe(weights, alpha))
+        return {name: self._merged(plan, name, device, plan.tensors[name].spec.dtype) for name in plan.tensors}
+
+    def apply_(self, module: nn.Module, weights: Weights = None, alpha: Any = None) -> None:
+        """Give a module the weights of the merged model, in place, on its device and in its dtypes.
+
+        Every call starts from the base on disk, so that nothing drifts.
+
+        Args:
+            module: with the parameters and buffers of the base.
+            weights: as for `recipe`.
+            alpha: as for `recipe`.
+
+        Raises:
+            CheckpointError, ShapeError: the module has no such tensor, or one of another shape.
+            ConfigError, NonFiniteError, ConvergenceError: as `state_dict`.
+        """
+        plan = self._plan(self.recipe(weights, alpha))
+        for name, tensor in self._tensors_of(module, plan):
+            tensor.copy_(self._merged(plan, name, tensor.device, tensor.dtype))
+
+    def restore_(self, module: nn.Module) -> None:
+        """Give a module the weights of the base again, in place and to the bit.
+
+        Raises:
+            CheckpointError, ShapeError: as `apply_`.
+        """
+        plan = self._plan(self.config)
+        for name, tensor in self._tensors_of(module, plan):
+            tensor.copy_(stored(plan.base.load(name), tensor.dtype, name))
+
+    def _plan(self, config: MergeConfig) -> MergePlan:
+        """Return the plan of a recipe; that of the last one is kept."""
+        if self._last is None or self._last[0] != config:
+            self._last = config, make_plan(config, 2**63, allow_pickle=self._allow_pickle)
+        return self._last[1]
+
+    def _tensors_of(self, module: nn.Module, plan: MergePlan) -> Iterator[tuple[str, Tensor]]:
+        """Yield the module's tensors by the names of the base, after checks of all of them."""
+        own = {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
+        if missing := [name for name in plan.tensors if name not in own]:
+            raise CheckpointError(
+                f"the module has no {some(missing)}, which {plan.base.path} has; its names are {some(list(own))}"
+            )
+        for name, planned in plan.tensors.items():
+            if tuple(own[name].shape) != planned.spec.shape:
+                raise ShapeError(f"{name}: has shape {tuple(own[name].shape)} in the module, {planned.spec.shape} here")
+        yield from ((name, own[name]) for name in plan.tensors)
+
+    @torch.no_grad()
+    def _merged(self, plan: MergePlan, name: str, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+        base, planned = plan.base.load(name), plan.tensors[name]
+        if planned.treatment.kind == "base":
+            return (stored(base, dtype, name) if base.is_floating_point() else base).to(device)
+        models = [model.adapter for model in plan.tuned if isinstance(model, AdaptedModel)]
+        parts = [part.part(name).to(device) for part in models if isinstance(part, TaskPart)]
+        facts = self._folder.tensors[name].cut(plan.config.parts_rank)
+        rounded = None if plan.config.dtype is None else getattr(torch, plan.config.dtype)
+        method = plan.config.method.name
+        return merge_parts(
+            base.to(device), parts, facts, planned.options, dtype, method=method, name=name, dtype=rounded
+        ).weight
