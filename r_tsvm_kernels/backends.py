@@ -16,7 +16,7 @@ _BUILD_INFO = Path(__file__).with_name("_build_info.json")
 def build_info() -> dict[str, str]:
     """Return the outcome of the build of each native module, and the compilers; empty if unknown."""
     try:
-        info: dict[str, str] = json.loads(_BUILD_INFO.read_text())
+        info: dict[str, str] = json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return info

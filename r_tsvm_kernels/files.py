@@ -13,13 +13,14 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 from .errors import CheckpointError
+from .system import move_folder, open_descriptor, open_to_read
 
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
-# Errors of file systems without hard links.
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+# Errors of file systems without hard links; EINVAL is Windows' "incorrect function".
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
 
 def open_regular(path: str | Path) -> BufferedReader:
@@ -33,7 +34,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     """
     try:
         _require_regular(Path(path).stat().st_mode)  # before opening it, which alone can make a device act
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_to_read(path)
     except ValueError as error:
         raise OSError(f"not a path: {error}") from error
     try:
@@ -114,7 +115,7 @@ def copy_file(source: Path, target: Path) -> None:
 def _replaced(path: Path) -> Iterator[BufferedWriter]:
     part = path.with_name(part_name(path.name))
     part.unlink(missing_ok=True)  # left by a process that was killed
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    descriptor = open_descriptor(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -140,15 +141,20 @@ def publish(source: Path, target: Path) -> None:
         OSError: the disk refused.
     """
     if source.is_dir():
-        source.rename(target)
+        move_folder(source, target)
         return
     try:
-        os.link(source, target)
+        link = getattr(os, "link", _no_link)
+        link(source, target)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+        os.close(open_descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         source.replace(target)
+
+
+def _no_link(source: Path, target: Path) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def same_file(one: Path, other: Path) -> bool:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ["RTSVM_SELFCHECK"] = "off"
 
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
@@ -67,8 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     out = shared / "trained"
-    with (shared / "trained.lock").open("w") as lock:  # one worker trains for all
-        flock(lock, LOCK_EX)
+    with FileLock(shared / "trained.lock"):  # one worker trains for all
         if not (out / "results.json").is_file():
             program = [sys.executable, str(ROOT / "examples" / "digits_demo.py"), "--quick", "--out", str(out)]
             subprocess.run(program, check=True, capture_output=True, timeout=300)

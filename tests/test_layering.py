@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 
 # Modules and folders of the package, from the bottom up.
 LAYERS = [
-    {"errors", "experts", "parameters", "text"},
+    {"errors", "experts", "parameters", "system", "text"},
     {"blocks", "fused", "sizes", "files", "safe_yaml", "quantised"},
     {"backends", "verdicts"},
     {"dispatch"},

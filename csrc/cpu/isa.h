@@ -1,7 +1,8 @@
 // One source, several instruction sets: the loader picks the best version of a marked function.
 #pragma once
 
-// Only GCC on x86-64 Linux supports this form. Marked functions must not contain OpenMP regions and must not be
+// Only GCC on x86-64 Linux supports this form; elsewhere there is one version, for what every processor of the kind has
+// (on 64-bit ARM, NEON). Marked functions must not contain OpenMP regions and must not be
 // templates. The functions that they call must be inlined, so these are RTSVM_INLINE.
 #if !defined(RTSVM_ISA_CLONES) && defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && \
     defined(__GNUC__) && !defined(__clang__)
@@ -15,6 +16,8 @@
 
 #if defined(__GNUC__)
 #define RTSVM_INLINE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define RTSVM_INLINE __forceinline
 #else
 #define RTSVM_INLINE inline
 #endif

@@ -92,7 +92,7 @@ def plan_rounds(seconds: Mapping[str, float], budget: float, least: int) -> tupl
 
 def peak_of(call: Callable[[], T]) -> tuple[T, int]:
     """Return the result of a call and the largest growth of resident memory during it, in bytes (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     before = resident("self", "VmRSS")
     result = call()
     return result, max(0, resident("self", "VmHWM") - before)
@@ -101,7 +101,7 @@ def peak_of(call: Callable[[], T]) -> tuple[T, int]:
 def resident(process: str, field: str) -> int:
     """Return a field of the memory status of a process in bytes; 0 if it has ended."""
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field)), 0)

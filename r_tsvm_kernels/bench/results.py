@@ -136,7 +136,7 @@ def circumstances(*packages: str) -> Row:
 def cpu_model() -> str:
     """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -155,7 +155,7 @@ def source_hash(root: Path = PACKAGE.parent) -> str | None:
     found += [path for path in native.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     digest = hashlib.sha256()
     for path in sorted(found):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         code = code_of(text) if path.suffix == ".py" else re.sub(r"//[^\n]*", "", text)
         lines = (line.rstrip() for line in code.splitlines())
         digest.update(f"{path.relative_to(root)}\n".encode() + "\n".join(filter(None, lines)).encode())
@@ -217,7 +217,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     lines = [json.dumps({field: row[field] for field in FIELDS if field not in common}) for row in rows]
     head = f'{{"schema": {SCHEMA}, "common": {json.dumps(common, indent=1)}, "rows": [\n'
     part = path.with_name(path.name + ".part")
-    part.write_text(head + ",\n".join(lines) + "\n]}\n")
+    part.write_text(head + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
     part.replace(path)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError, InputChangedError
 from ..files import open_regular, usable_path
 from ..quantised import refuse_quantised
+from ..system import read_at, reads_in_order
 from ..text import some
 from .checksums import Checksum, byte_view
 from .headers import FileState, TensorHeader, read_headers, read_json, read_metadata
@@ -275,7 +276,7 @@ class Checkpoint:
         try:
             with open_regular(header.file) as stream:
                 file = stream.fileno()
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                reads_in_order(file)
                 yield file
                 unchanged = self._states[header.file].same_file(os.fstat(file))
         except EOFError:
@@ -362,10 +363,10 @@ def runs(rows: Tensor, most: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _read_fully(file: int, buffer: memoryview, offset: int) -> None:
-    """Fill the buffer from a file; an EOFError if it is too short. One call reads at most 2 GiB."""
+    """Fill the buffer from a file; an EOFError if it is too short. One call may read less."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(file, [buffer[done:]], offset + done)
+        count = read_at(file, buffer[done:], offset + done)
         if not count:
             raise EOFError
         done += count

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DiskFullError
 from ..files import write_json
+from ..system import open_descriptor, read_at, reserve, sync, write_at
 from .checksums import Checksum, byte_view
 from .headers import DTYPES
 
@@ -133,10 +134,10 @@ class ShardFile:
             CheckpointError: the file exists, or cannot be written.
         """
         with _reported(path):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            file = open_descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             with _reported(path, layout.size):
-                _reserve(file, layout.size)
+                reserve(file, layout.size)
                 _write_fully(file, memoryview(layout.header), 0)
         except BaseException:
             os.close(file)
@@ -152,12 +153,12 @@ class ShardFile:
             CheckpointError: the file is missing, or its header or size does not match the layout.
         """
         with _reported(path):
-            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            file = open_descriptor(path, os.O_RDWR)
         shard = cls(path, layout, file)
         try:
             with _reported(path):
                 fits = os.fstat(file).st_size == layout.size
-                fits = fits and os.pread(file, len(layout.header), 0) == layout.header
+                fits = fits and _read(file, len(layout.header), 0) == layout.header
             if not fits:
                 raise CheckpointError(f"{path}: not the shard that was started here; start the merge over")
         except BaseException:
@@ -194,7 +195,7 @@ class ShardFile:
         offset, left = self.layout.offsets[name], self.layout.specs[name].nbytes
         with _reported(self.path):
             while left:
-                piece = os.pread(self._file, min(left, _PIECE), offset)
+                piece = _read(self._file, min(left, _PIECE), offset)
                 if not piece:
                     raise CheckpointError(f"{self.path}: the file has become shorter")
                 state.update(piece)
@@ -208,7 +209,7 @@ class ShardFile:
             DiskFullError, CheckpointError: writing failed.
         """
         with _reported(self.path):
-            os.fdatasync(self._file)
+            sync(self._file)
 
     def close(self) -> None:
         """Close the file, unless it is closed."""
@@ -242,22 +243,17 @@ def _fits(spec: TensorSpec, tensor: Tensor, first_row: int | None) -> bool:
     return len(shape) == len(spec.shape) and 0 <= first_row <= spec.shape[0] - shape[0]
 
 
-def _reserve(file: int, size: int) -> None:
-    """Reserve disk space, so that a full disk is noticed before the work."""
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        # Some network file systems cannot reserve space; then only the size is set.
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(file, size)
+def _read(file: int, size: int, offset: int) -> memoryview:
+    """Return at most `size` bytes, none at the end of the file."""
+    buffer = memoryview(bytearray(size))
+    return buffer[: read_at(file, buffer, offset)]
 
 
 def _write_fully(file: int, buffer: memoryview, offset: int) -> None:
-    """Write the whole buffer; one call writes at most 2 GiB."""
+    """Write the whole buffer; one call may write less."""
     done = 0
     while done < len(buffer):
-        done += os.pwrite(file, buffer[done:], offset + done)
+        done += write_at(file, buffer[done:], offset + done)
 
 
 @contextmanager

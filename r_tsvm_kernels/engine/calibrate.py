@@ -17,6 +17,7 @@ from ..files import open_regular
 from ..linalg import Factored
 from ..merge import merge_tensors
 from ..plan import MergePlan, matrix_cost, tensor_cost
+from ..system import forget_pages
 
 SAMPLE_BYTES = 128 << 20
 SAMPLE_ELEMENTS = 1 << 21
@@ -110,8 +111,7 @@ def _read_rate(file: Path) -> float:
     buffer = bytearray(8 << 20)
     try:
         with open_regular(file) as opened:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(opened.fileno(), 0, SAMPLE_BYTES, os.POSIX_FADV_DONTNEED)
+            forget_pages(opened.fileno(), SAMPLE_BYTES)
             start, done = time.perf_counter(), 0
             while done < SAMPLE_BYTES and (count := opened.readinto(buffer)):
                 done += count

@@ -69,6 +69,11 @@ class MergeJob:
         """Names of the tensors that are not finished, in the order of the plan."""
         return [name for name in self.plan.tensors if name not in self.finished]
 
+    def close(self) -> None:
+        """Close the shards and the journal: Windows moves no folder with open files."""
+        self.shards.close()
+        self._journal.close()
+
     def record(self, entry: Finished) -> None:
         """Record a tensor that was written to its shard; the next `commit` adds it to the journal."""
         with self._lock:
@@ -157,6 +162,7 @@ def open_job(
                     raise
         except BaseException as error:
             if not journal.finished:
+                journal.close()
                 stage.remove()
             elif isinstance(error, RtsvmError) or not isinstance(error, Exception):
                 done = f"{len(journal.finished)} of {len(plan.tensors)} tensors are finished"

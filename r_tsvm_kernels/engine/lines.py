@@ -15,6 +15,7 @@ from typing import Any
 from ..checkpoint import checksum
 from ..errors import JournalError
 from ..files import open_regular
+from ..system import open_descriptor, sync, write_at
 
 
 class Lines:
@@ -26,7 +27,7 @@ class Lines:
 
     def __init__(self, file: Path, end: int) -> None:
         """Open a file, and cut it off at `end`: what follows was being written when its writer stopped."""
-        self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        self.descriptor = open_descriptor(file, os.O_WRONLY | os.O_CREAT)
         self._end = end
         os.ftruncate(self.descriptor, end)
 
@@ -34,14 +35,16 @@ class Lines:
         """Add a line for each object; on return they are on disk."""
         lines, end = b"".join(map(as_line, objects)), self._end
         while lines:
-            written = os.pwrite(self.descriptor, lines, end)
+            written = write_at(self.descriptor, lines, end)
             lines, end = lines[written:], end + written
-        os.fdatasync(self.descriptor)
+        sync(self.descriptor)
         self._end = end
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self.descriptor)
+        """Close the file, unless it is closed."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 def read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ..errors import (
     CheckpointError,
@@ -21,6 +22,7 @@ from ..errors import (
     RtsvmError,
 )
 from ..files import part_name, publish, same_file
+from ..system import sync_path
 
 # Bytes in a name, on all file systems that matter.
 _NAME_MAX = 255
@@ -74,18 +76,18 @@ class Stage:
         """
         refuse_existing(self.out)
         for file in self.folder.rglob("*"):
-            _sync(file)
-        _sync(self.folder)
+            sync_path(file)
+        sync_path(self.folder)
         places = _places(self.out) if is_single_file(self.out) else {self.folder: self.out}
         done: dict[Path, Path] = {}
         try:
             for source, place in places.items():
                 publish(source, place)
                 done[source] = place
-            _sync(self.out.parent)
+            sync_path(self.out.parent)
         except BaseException as error:
             for source, place in done.items():
-                place.rename(source)  # no effect if both are links to one file
+                place.replace(source)  # on POSIX, no effect if both are links to one file
                 place.unlink(missing_ok=True)
             if isinstance(error, FileExistsError):
                 raise OutputExistsError(
@@ -126,9 +128,9 @@ def locked_stage(out: Path) -> Iterator[Stage]:
         refuse_existing(place)
         yield stage
     finally:
-        with suppress(OSError):  # a lock file without its lock stops no other merge
+        with suppress(OSError):  # a lock file without its lock stops no other merge; Windows removes no open file
             lock_file.unlink()
-        os.close(lock)
+        lock.release()
 
 
 def refuse_existing(out: Path) -> None:
@@ -214,28 +216,24 @@ def _beside(out: Path, name: str) -> Path:
     return out.with_suffix(f".{name}") if is_single_file(out) else out / name
 
 
-def _lock(file: Path) -> int:
-    """Return a descriptor of the lock file that holds its lock."""
-    while True:
-        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise OutputBusyError(
-                f"{file}: another merge into this output is running; wait for it or stop it"
-            ) from None
-        found = os.fstat(lock)
+def _lock(file: Path) -> FileLock:
+    """Return the lock of a lock file, acquired."""
+    with suppress(FileNotFoundError):
+        found = file.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if not stat.S_ISREG(found.st_mode) or found.st_size:
-            os.close(lock)
             raise OutputExistsError(
                 f"{file}: not the lock of a merge, which is an empty file; remove it or choose another output"
             )
-        # The merge that held the lock removes the file when it ends; the lock of a removed file stops no other merge.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(found, file.stat()):
-                return lock
-        os.close(lock)
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputBusyError(f"{file}: another merge into this output is running; wait for it or stop it") from None
+    except NotImplementedError as error:
+        raise OSError(f"its file system knows no locks ({error})") from error
+    return lock
 
 
 @contextmanager
@@ -253,12 +251,3 @@ def writing(out: Path) -> Iterator[None]:
             raise
         kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else CheckpointError
         raise kind(f"{out}: cannot be written: {error.strerror or error}") from error
-
-
-def _sync(path: Path) -> None:
-    """Sync a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

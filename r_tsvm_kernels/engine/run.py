@@ -255,6 +255,7 @@ class Run:
                 complete(job)
                 facts = {"engine": self.engine, "threads": schedule.workers}
                 write_report(job, {**facts, "seconds": seconds, "resumed_tensors": job.resumed})
+                job.close()
                 stage.publish()
             done, finished = "decomposed" if plan.decomposed else "merged", len(plan.tensors) - job.resumed
             _LOG.info("%s %d tensors into %s in %.1f s", done, finished, out, seconds)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checkpoint import ShardFile, ShardLayout, write_index
 from ..errors import CheckpointError, DiskFullError
 from ..plan import MergePlan
+from ..system import allocated
 
 
 def layouts(plan: MergePlan) -> list[ShardLayout]:
@@ -118,7 +119,7 @@ def _open_or_create(path: Path, layout: ShardLayout) -> ShardFile:
 def _check_space(folder: Path, layouts: list[ShardLayout]) -> None:
     """Raise `DiskFullError` unless the disk has space for the shards."""
     here = [folder / layout.file_name for layout in layouts]
-    reserved = sum(file.stat().st_blocks * 512 for file in here if file.exists())
+    reserved = sum(allocated(file.stat()) for file in here if file.exists())
     needed = sum(layout.size for layout in layouts) - reserved
     free = shutil.disk_usage(folder).free
     if needed > free:

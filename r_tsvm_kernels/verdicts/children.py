@@ -27,8 +27,8 @@ START_SECONDS = 60.0  # to import torch from a slow disk
 STEP_SECONDS = 30.0  # one kernel, with its compilation
 AT_ONCE = 4  # children on a GPU: compiling takes most of the time, one core each
 CHILD_BYTES = 4 << 30  # of GPU memory that a child may need
-# Signals that no kernel causes: Ctrl-C, a scheduler, a machine without memory.
-FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)
+# Signals that no kernel causes: Ctrl-C, a scheduler, a machine without memory. Windows has not all of them.
+FROM_OUTSIDE = tuple(sent for sent in signal.Signals if sent.name in ("SIGINT", "SIGTERM", "SIGKILL", "SIGHUP"))
 
 Verdicts = dict[str, dict[str, Verdict]]
 

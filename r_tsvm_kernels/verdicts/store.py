@@ -189,7 +189,7 @@ def circumstances(device: str) -> dict[str, str]:
 
 def _driver() -> str:
     try:
-        return Path("/sys/module/nvidia/version").read_text().strip()
+        return Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip()
     except OSError:
         import torch
 
@@ -206,7 +206,7 @@ def _version(package: str) -> str:
 def _processor() -> str:
     """Return the name of the processor."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
@@ -217,6 +217,6 @@ def _processor() -> str:
 def _sources() -> str:
     """Return a hash of the ops and of the native modules."""
     digest = hashlib.sha256()
-    for path in sorted([*(PACKAGE / "ops").rglob("*.py"), *PACKAGE.glob("_*.so")]):
+    for path in sorted([*(PACKAGE / "ops").rglob("*.py"), *PACKAGE.glob("_*.so"), *PACKAGE.glob("_*.pyd")]):
         digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

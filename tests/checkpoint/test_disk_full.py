@@ -25,7 +25,7 @@ with ShardFile.create(folder / "small", small) as shard:
     shard.write("a", torch.ones(500_000, dtype=torch.uint8))
     shard.sync()
 # As on a file system that cannot reserve space.
-writer._reserve = os.ftruncate
+writer.reserve = os.ftruncate
 with ShardFile.create(folder / "large", large) as shard:
     try:
         shard.write("a", torch.ones(3_000_000, dtype=torch.uint8))

@@ -113,11 +113,11 @@ def test_an_existing_file_is_not_overwritten(tmp_path):
 
 def test_the_system_may_write_less_than_it_was_asked_for(tmp_path, monkeypatch):
     tensors = {"a": torch.arange(1000)}
-    pwrite, pread = os.pwrite, os.pread
+    pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:7], offset))
     with ShardFile.create(tmp_path / "s", layout_of(tensors)) as shard:
         shard.write("a", tensors["a"])
-        monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 7), offset))
+        monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: preadv(file, [buffers[0][:7]], offset))
         assert shard.read_checksum("a") == checksum(tensors["a"])
     assert same_bits(load_file(tmp_path / "s")["a"], tensors["a"])
 
@@ -130,7 +130,7 @@ def test_write_errors_name_the_file(tmp_path, monkeypatch):
     with ShardFile.create(tmp_path / "s", layout_of(tensors)) as shard:
         for function, action in [
             ("pwrite", lambda: shard.write("a", tensors["a"])),
-            ("pread", lambda: shard.read_checksum("a")),
+            ("preadv", lambda: shard.read_checksum("a")),
             ("fdatasync", shard.sync),
         ]:
             monkeypatch.setattr(os, function, broken)

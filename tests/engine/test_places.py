@@ -78,7 +78,7 @@ def test_what_appears_during_a_merge_is_left_alone(tmp_path, monkeypatch, name, 
     place = tmp_path / "out" / f"o.{name}"
     with monkeypatch.context() as patch:
         # As late as can be: when the places were looked at for the last time.
-        patch.setattr(output, "_sync", lambda path: place.exists() or place.write_text("theirs"))
+        patch.setattr(output, "sync_path", lambda path: place.exists() or place.write_text("theirs"))
         with pytest.raises(OutputExistsError, match=r"created by another process during the merge.*--resume"):
             merge_checkpoints(config, out)
     assert names(tmp_path / "out") == [".o.safetensors.partial", place.name] and place.read_text() == "theirs"
@@ -96,7 +96,7 @@ def _refuse_links(*_, **__):
 def test_a_publication_that_fails_is_undone(tmp_path, monkeypatch, out):
     paths, _, _ = family(tmp_path / "in")
     whole = merge_checkpoints(config_for(paths), tmp_path / "whole" / out)
-    sync = output._sync
+    sync = output.sync_path
 
     def fail(path):
         if path == tmp_path:
@@ -104,7 +104,7 @@ def test_a_publication_that_fails_is_undone(tmp_path, monkeypatch, out):
         sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "_sync", fail)
+        patch.setattr(output, "sync_path", fail)
         with pytest.raises(CheckpointError, match=r"Input/output error.*10 of 10 tensors.*--resume"):
             merge_checkpoints(config_for(paths), tmp_path / out)
     assert names(tmp_path) == sorted([f".{out}.partial", "in", "whole"])

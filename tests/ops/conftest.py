@@ -1,12 +1,12 @@
 """Every backend of an op as a parameter of its tests: on the CPU, in Triton's interpreter, emulated, on a GPU."""
 
 import os
-from fcntl import LOCK_EX, flock
 
 import emulated_cuda
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from r_tsvm_kernels import backends, dispatch
 
@@ -35,8 +35,7 @@ def emulated_module(tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda_on_cpu"
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        flock(lock, LOCK_EX)
+    with FileLock(folder / "lock"):
         if not (folder / "_cuda.so").is_file():
             emulated_cuda.build(folder)
     return emulated_cuda.load(folder / "_cuda.so")

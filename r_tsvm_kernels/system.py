@@ -1,0 +1,135 @@
+"""What the package asks of the operating system, with a replacement where a system lacks the call.
+
+Linux has all of it. macOS lacks ``fdatasync``, ``posix_fallocate`` and ``posix_fadvise``; Windows also lacks ``pread``,
+``pwrite`` and flags of ``open``, syncs no folders, and renames neither open files nor onto existing folders.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+WINDOWS = sys.platform == "win32"
+
+# One call reads or writes no more: some systems refuse 2 GiB.
+_MOST = 1 << 30
+# By descriptor: without pread and pwrite, moving to a place and using it must not be interrupted by another thread.
+_positions: dict[int, threading.Lock] = {}
+
+
+def open_descriptor(path: str | Path, flags: int) -> int:
+    """Open a file in binary mode; a symbolic link of that name is refused, not followed.
+
+    Raises:
+        OSError: a link, or the system refused.
+    """
+    no_follow = getattr(os, "O_NOFOLLOW", 0)
+    if not no_follow and Path(path).is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return os.open(path, flags | no_follow | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def open_to_read(path: str | Path) -> int:
+    """Open a file for reading in binary mode; where that matters, without waiting for the other end of a pipe.
+
+    Raises:
+        OSError: the system refused.
+    """
+    return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+
+
+def read_at(file: int, buffer: memoryview, offset: int) -> int:
+    """Read from a place of a file into a buffer, from any thread; return the number of bytes, 0 at the end."""
+    buffer = buffer[:_MOST]
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [buffer], offset)
+    if hasattr(os, "pread"):
+        found = os.pread(file, len(buffer), offset)
+    else:
+        with _positions.setdefault(file, threading.Lock()):
+            os.lseek(file, offset, os.SEEK_SET)
+            found = os.read(file, len(buffer))
+    buffer[: len(found)] = found
+    return len(found)
+
+
+def write_at(file: int, data: bytes | memoryview, offset: int) -> int:
+    """Write to a place of a file, from any thread; return the number of bytes that were written."""
+    data = data[:_MOST]
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, data, offset)
+    with _positions.setdefault(file, threading.Lock()):
+        os.lseek(file, offset, os.SEEK_SET)
+        return os.write(file, data)
+
+
+def reserve(file: int, size: int) -> None:
+    """Give a new file its size. Where the system can, reserve the space, so that a full disk is noticed at once."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, size)
+            return
+        except OSError as error:  # some network file systems cannot
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    if size:  # on Windows, ftruncate would write all the zeros
+        write_at(file, b"\0", size - 1)
+
+
+def reads_in_order(file: int) -> None:
+    """Tell the system that a file will be read from the front to the back, if it listens."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+
+def forget_pages(file: int, size: int) -> None:
+    """Ask the system to drop what it cached of the first `size` bytes of a file, if it listens."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, size, os.POSIX_FADV_DONTNEED)
+
+
+def sync(file: int) -> None:
+    """Put the content of a file safely on disk."""
+    getattr(os, "fdatasync", os.fsync)(file)
+    if sys.platform == "darwin":  # there, fsync leaves data in the cache of the drive
+        import fcntl
+
+        with suppress(OSError):  # a file system that cannot
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+
+
+def sync_path(path: Path) -> None:
+    """Put a file, or the entries of a folder, safely on disk. Windows syncs no folders: its journal does.
+
+    Raises:
+        OSError: a symbolic link, or the system refused.
+    """
+    if WINDOWS and path.is_dir():
+        return
+    access = os.O_RDWR if WINDOWS else os.O_RDONLY | os.O_NONBLOCK  # Windows syncs what may be written
+    file = open_descriptor(path, access)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder; it may replace an empty one. On Windows, no file in it may be open.
+
+    Raises:
+        OSError: something else has that name, or the system refused.
+    """
+    if WINDOWS:
+        with suppress(FileNotFoundError):
+            target.rmdir()
+    source.rename(target)
+
+
+def allocated(status: os.stat_result) -> int:
+    """Return the bytes that a file takes on disk; its size where the system does not tell."""
+    return getattr(status, "st_blocks", -(-status.st_size // 512)) * 512

@@ -1,0 +1,274 @@
+"""Systems that lack calls: each replacement does the same, and whole merges give the same bytes there."""
+
+import ast
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from checkpoints import digest, family
+
+from r_tsvm_kernels import system
+
+PROGRAM = Path(__file__).with_name("poorer_system.py")
+WITHOUT = [(), ("preadv",), ("preadv", "pread", "pwrite")]
+
+
+@pytest.fixture(params=WITHOUT, ids=lambda names: "-".join(names) or "all")
+def file(request, tmp_path, monkeypatch):
+    """The descriptor of a new file, where these calls are missing."""
+    for name in request.param:
+        monkeypatch.delattr(os, name)
+    descriptor = system.open_descriptor(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_reading_and_writing_anywhere(file):
+    assert system.write_at(file, b"abc", 4) == 3
+    assert system.write_at(file, memoryview(b"xy"), 0) == 2
+    buffer = bytearray(5)
+    assert system.read_at(file, memoryview(buffer), 3) == 4 and bytes(buffer) == b"\0abc\0"
+    assert system.read_at(file, memoryview(buffer), 7) == 0
+
+
+def test_threads_do_not_disturb_each_other(file):
+    pieces = {number * 1000: bytes([number]) * 1000 for number in range(64)}
+    wrong = []
+
+    def work(start):
+        for offset in list(pieces)[start::8]:
+            system.write_at(file, pieces[offset], offset)
+            buffer = bytearray(1000)
+            if system.read_at(file, memoryview(buffer), offset) != 1000 or bytes(buffer) != pieces[offset]:
+                wrong.append(offset)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    whole = bytearray(64000)
+    assert system.read_at(file, memoryview(whole), 0) == 64000 and bytes(whole) == b"".join(pieces.values())
+
+
+def unsupported(*_):
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+@pytest.mark.parametrize("how", ["missing", "unsupported"])
+def test_a_file_gets_its_size_without_a_reservation(file, monkeypatch, how):
+    if how == "missing":
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    system.reserve(file, 0)
+    assert os.fstat(file).st_size == 0
+    system.reserve(file, 1_000_001)
+    assert os.fstat(file).st_size == 1_000_001
+    buffer = bytearray(2_000_000)
+    assert system.read_at(file, memoryview(buffer), 0) == 1_000_001 and not any(buffer)
+
+
+def test_a_full_disk_is_an_error_with_and_without_a_reservation(file, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        system.reserve(file, 5)
+
+
+def test_hints_and_syncs_are_left_out_or_replaced(file, tmp_path, monkeypatch):
+    synced = []
+    for name in ("posix_fadvise", "fdatasync"):
+        monkeypatch.delattr(os, name)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    system.reads_in_order(file)
+    system.forget_pages(file, 10)
+    system.sync(file)
+    assert synced == [file]
+    monkeypatch.setattr(system, "WINDOWS", True)
+    system.sync_path(tmp_path)
+    assert synced == [file]
+    system.sync_path(tmp_path / "file")
+    assert len(synced) == 2
+
+
+def test_on_macos_the_cache_of_the_drive_is_flushed(file, monkeypatch):
+    import fcntl
+
+    asked = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda *arguments: asked.append(arguments))
+    system.sync(file)
+    assert asked == [(file, 51)]
+
+
+def test_links_are_refused_without_a_flag_for_it(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to("precious")
+    for name in ("O_NOFOLLOW", None):
+        if name:
+            monkeypatch.delattr(os, name)
+        with pytest.raises(OSError, match="symbolic links"):
+            system.open_descriptor(tmp_path / "link", os.O_WRONLY | os.O_CREAT)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_what_a_file_takes_on_disk_where_nothing_says_so(tmp_path):
+    class Status:
+        st_size = 513
+
+    assert system.allocated(Status()) == 1024
+    assert system.allocated(tmp_path.stat()) == 512 * tmp_path.stat().st_blocks
+
+
+# What only POSIX has, or only Linux, of modules that the package uses.
+ELSEWHERE_MISSING = {
+    "os": {
+        "preadv", "pwritev", "pread", "pwrite", "posix_fallocate", "posix_fadvise", "fdatasync", "sched_getaffinity",
+        "sched_setaffinity", "statvfs", "fstatvfs", "fork", "mkfifo", "getuid", "geteuid", "getpgid", "killpg", "setsid",
+        "uname", "nice", "sysconf", "link", "symlink", "sendfile", "copy_file_range", "getloadavg", "fchmod",
+        "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_DIRECTORY", "O_DIRECT", "O_TMPFILE", "O_SYNC", "O_DSYNC",
+    },
+    "signal": {"SIGHUP", "SIGKILL", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGPIPE", "SIGCHLD", "setitimer", "alarm"},
+    "time": {"clock_gettime", "tzset"},
+    "socket": {"AF_UNIX"},
+}  # fmt: skip
+POSIX_MODULES = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog", "crypt"}
+
+
+def only_elsewhere(path):
+    """Yield what a file uses that not every system has, outside of `system.py`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.attr in ELSEWHERE_MISSING.get(node.value.id, ()):
+                yield f"{path.name}:{node.lineno}: {node.value.id}.{node.attr}"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from (f"{path.name}:{node.lineno}: {name}" for name in found if name in POSIX_MODULES)
+
+
+def test_only_one_file_uses_calls_that_systems_lack(tmp_path):
+    package = Path(system.__file__).parent
+    used = [use for path in package.rglob("*.py") if path.name != "system.py" for use in only_elsewhere(path)]
+    assert used == []
+    (tmp_path / "bad.py").write_text("import fcntl\nimport os\nos.pread(0, 1, 0)\nsignal.SIGHUP\n")
+    assert len(list(only_elsewhere(tmp_path / "bad.py"))) == 3
+
+
+def test_text_files_are_opened_with_their_encoding(tmp_path):
+    """Windows' own encoding is not UTF-8."""
+    package = Path(system.__file__).parent
+
+    def without(path):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                keys = {key.arg for key in node.keywords}
+                if node.func.attr in ("read_text", "write_text") and not keys & {"encoding"}:
+                    if not (node.func.attr == "read_text" and node.args):
+                        yield f"{path.name}:{node.lineno}"
+
+    assert [use for path in package.rglob("*.py") for use in without(path)] == []
+
+
+# --- whole commands ------------------------------------------------------------------------------------------------
+
+
+def run(name, *arguments, check=True):
+    """Run a command, on a poorer system if it has a name."""
+    program = [sys.executable, "-m", "r_tsvm_kernels"] if name is None else [sys.executable, str(PROGRAM), name]
+    done = subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def weights(folder):
+    return {name: value for name, value in digest(folder).items() if name.endswith((".safetensors", ".index.json"))}
+
+
+@pytest.mark.parametrize("name", ["macos", "windows"])
+def test_a_merge_gives_the_same_bytes(tmp_path, name):
+    paths, _, _ = family(tmp_path / "in")
+    inputs = ["--base", paths[0], "--model", paths[1], "--model", paths[2], "--method", "ties", "--shard-size", "2KB"]
+    run(None, "merge", *inputs, tmp_path / "here")
+    (tmp_path / "there").mkdir()  # an empty folder, which the output replaces
+    done = run(name, "merge", *inputs, tmp_path / "there")
+    assert weights(tmp_path / "there") == weights(tmp_path / "here") != {}
+    run(name, "verify", tmp_path / "there")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "here", "there"}, done.stderr
+    run(name, "merge", *inputs, tmp_path / "one.safetensors")
+    run(name, "verify", tmp_path / "one.safetensors")
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+    done = run(name, "merge", *inputs, tmp_path / "there", check=False)
+    assert done.returncode == 2 and "a finished merge is there" in done.stderr
+    run(name, "inspect", *inputs, "--estimate-time")
+
+
+STOPPED = """
+import sys, poorer_system
+poorer_system.become(sys.argv[1])
+from r_tsvm_kernels.cli import main
+from r_tsvm_kernels.engine.job import MergeJob
+
+def record(job, entry, record=MergeJob.record):
+    if len(job.finished) == 4:
+        raise KeyboardInterrupt
+    record(job, entry)
+
+MergeJob.record = record
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("name", ["macos", "windows"])
+def test_a_stopped_merge_is_resumed(tmp_path, name):
+    paths, _, _ = family(tmp_path / "in")
+    inputs = ["merge", "--base", paths[0], "--model", paths[1], "--method", "task_arithmetic", "--threads", "1"]
+    run(None, *inputs, tmp_path / "whole")
+    command = [sys.executable, "-c", STOPPED, name, *map(str, inputs), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=PROGRAM.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 130 and "4 of 10 tensors are finished" in done.stderr, done.stderr
+    done = run(name, *inputs, "--resume", tmp_path / "out")
+    assert "(4 were finished before)" in done.stdout
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["macos", "windows"])
+def test_adapters_are_written(tmp_path, name):
+    paths, _, _ = family(tmp_path / "in", shards=(1,))
+    inputs = ["--base", paths[0], "--model", paths[1], "--rank", "4"]
+    run(name, "extract-lora", *inputs, tmp_path / "lora")
+    run(None, "extract-lora", *inputs, tmp_path / "here")
+    assert weights(tmp_path / "lora") == weights(tmp_path / "here") != {}
+    run(name, "merge-lora", "--adapter", tmp_path / "lora", "--adapter", tmp_path / "here", tmp_path / "both")
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_an_output_is_locked_against_another_merge_without_flock(tmp_path):
+    paths, _, _ = family(tmp_path / "in")
+    inputs = ["--base", paths[0], "--model", paths[1], "--method", "task_arithmetic", tmp_path / "out"]
+    program = (
+        "import sys, poorer_system; poorer_system.become('windows')\n"
+        "from pathlib import Path\n"
+        "from r_tsvm_kernels.engine.output import locked_stage\n"
+        "with locked_stage(Path(sys.argv[1])):\n"
+        "    print('locked', flush=True); sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "out")],
+        cwd=PROGRAM.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        done = run("windows", "merge", *inputs, check=False)
+        assert done.returncode == 2 and "another merge into this output is running" in done.stderr, done.stderr
+    finally:
+        holder.communicate("")
+    run("windows", "merge", *inputs)
