@@ -133,11 +133,11 @@ def test_what_a_file_takes_on_disk_where_nothing_says_so(tmp_path):
 ELSEWHERE_MISSING = {
     "os": {
         "preadv", "pwritev", "pread", "pwrite", "posix_fallocate", "posix_fadvise", "fdatasync", "sched_getaffinity",
-        "sched_setaffinity", "statvfs", "fstatvfs", "fork", "mkfifo", "getuid", "geteuid", "getpgid", "killpg", "setsid",
-        "uname", "nice", "sysconf", "link", "symlink", "sendfile", "copy_file_range", "getloadavg", "fchmod",
+        "sched_setaffinity", "statvfs", "fstatvfs", "fork", "mkfifo", "getuid", "geteuid", "getpgid", "killpg",
+        "setsid", "uname", "nice", "sysconf", "link", "symlink", "sendfile", "copy_file_range", "getloadavg", "fchmod",
         "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_DIRECTORY", "O_DIRECT", "O_TMPFILE", "O_SYNC", "O_DSYNC",
     },
-    "signal": {"SIGHUP", "SIGKILL", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGPIPE", "SIGCHLD", "setitimer", "alarm"},
+    "signal": {"SIGHUP", "SIGKILL", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGPIPE", "setitimer", "alarm"},
     "time": {"clock_gettime", "tzset"},
     "socket": {"AF_UNIX"},
 }  # fmt: skip
@@ -171,9 +171,8 @@ def test_text_files_are_opened_with_their_encoding(tmp_path):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 keys = {key.arg for key in node.keywords}
-                if node.func.attr in ("read_text", "write_text") and not keys & {"encoding"}:
-                    if not (node.func.attr == "read_text" and node.args):
-                        yield f"{path.name}:{node.lineno}"
+                if node.func.attr in ("read_text", "write_text") and "encoding" not in keys:
+                    yield f"{path.name}:{node.lineno}"
 
     assert [use for path in package.rglob("*.py") for use in without(path)] == []
 
