@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from ..errors import (
     CheckpointError,
@@ -222,7 +222,8 @@ def _lock(file: Path) -> FileLock:
         found = file.lstat()
         if stat.S_ISLNK(found.st_mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        if not stat.S_ISREG(found.st_mode) or found.st_size:
+        written = found.st_size and FileLock is not SoftFileLock  # which notes its owner: systems without locks
+        if not stat.S_ISREG(found.st_mode) or written:
             raise OutputExistsError(
                 f"{file}: not the lock of a merge, which is an empty file; remove it or choose another output"
             )
