@@ -58,14 +58,14 @@ def native(backend: str) -> ModuleType:
     """Return the compiled module of `backend` (``cpu`` or ``cuda``)."""
     import torch  # noqa: F401  # first, so that one OpenMP runtime serves both
 
-    return importlib.import_module(f"r_tsvm_kernels._{backend}")
+    return importlib.import_module(f"._{backend}", __package__)
 
 
 def _extension_state(backend: str) -> str:
     try:
         native(backend)
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == f"r_tsvm_kernels._{backend}":
+        if isinstance(error, ModuleNotFoundError) and error.name == f"{__package__}._{backend}":
             return build_info().get(backend, "the native module was not built")
         return f"the native module does not load: {error}"
     return READY
@@ -78,7 +78,7 @@ def triton_state() -> str:
         import triton
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
-            return "triton is not installed"
+            return "triton is not installed; CUDA builds of torch bring it along"
         return f"triton does not load: {error}"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
         return f"triton {triton.__version__} is too old: histograms with a mask need 3.4 or newer"

@@ -126,7 +126,7 @@ def op(
 
 def ops() -> Mapping[str, Op[..., Any]]:
     """Return all ops by name."""
-    import_module("r_tsvm_kernels.ops")
+    import_module(".ops", __package__)
     return _OPS
 
 
@@ -279,7 +279,7 @@ def select(name: str, *tensors: Tensor, backend: str | None = None) -> Callable[
         candidates.append(("triton", backends.triton_interpreter_state()))
     for candidate, state in candidates:
         if state == backends.READY and wanted == candidate:
-            run: Callable[..., Any] = import_module(f"r_tsvm_kernels.ops.{name}.{MODULE[candidate]}").run
+            run: Callable[..., Any] = import_module(f".ops.{name}.{MODULE[candidate]}", __package__).run
             return no_grad()(run)
     tried = "; ".join(f"{candidate}: {state}" for candidate, state in candidates)
     raise BackendUnavailableError(
