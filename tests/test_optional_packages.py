@@ -1,4 +1,4 @@
-"""What is not required is never needed: triton, the hub library, the hosts; and every supported Python reads the sources."""
+"""Everything runs without packages that are not required; and every supported Python reads the sources."""
 
 import ast
 import re
