@@ -122,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with standard_streams() as (out, _):
         parser = build_parser()
         arguments, unknown = parser.parse_known_args(argv)
+        if hasattr(arguments, "paths") and not any(word.startswith("-") for word in unknown):
+            arguments.paths += unknown  # argparse leaves those after further options: RECIPE --parts PARTS OUT
+            unknown = []
         if unknown:
             command: _Parser = getattr(arguments, "parser", parser)
             command.refuse(unknown)

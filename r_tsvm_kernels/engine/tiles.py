@@ -19,7 +19,7 @@ from ..errors import CheckpointError, MemoryBudgetError
 from ..linalg import Factored
 from ..lora import Adapter, Change
 from ..lora.adapted_model import AdaptedModel
-from ..lora.task_part import TaskPart
+from ..lora.task_part import Added, TaskPart
 from ..merge import mean_of_present, merge_tensors, summands_of
 from ..methods import MergeResult, TensorReport, timed
 from ..parts import merge_parts, store_parts
@@ -265,8 +265,8 @@ def _tuned(base: Tensor, update: Values) -> Tensor:
     """Return the tuned tensor of a model whose adapter changes the base."""
     if isinstance(update, Factored):
         return base_plus(base, update)
-    assert not isinstance(update, Tensor)
-    return update.applied(base)
+    change = Added(update) if isinstance(update, Tensor) else update  # a dense part is a difference
+    return change.applied(base)
 
 
 def _whole(values: Values) -> Tensor:

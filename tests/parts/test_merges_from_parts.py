@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from adapters import random_adapter
 from checkpoints import family, save, state_dict, tuned_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -136,13 +137,9 @@ def test_gradients_filters_and_other_dtypes(tmp_path):
 
 
 def test_adapters_stay_factors(tmp_path):
-    from adapters import write_adapter
-
     base = {"model.q_proj.weight": torch.randn(40, 30), "model.norm.weight": torch.ones(30)}
     paths = [save(tmp_path / "base", base)]
-    for t in range(3):
-        factors = {"model.q_proj": (torch.randn(4, 30), torch.randn(40, 4))}
-        paths.append(write_adapter(tmp_path / f"lora{t}", factors))
+    paths += [random_adapter(tmp_path / f"lora{t}", t, shapes={"model.q_proj": (40, 30)}) for t in range(3)]
     for number, (method, options) in enumerate(METHODS.values()):
         recipe = MergeConfig(method, base_model=paths[0], models=paths[1:], **options)
         decompose_checkpoints(recipe, tmp_path / f"parts{number}")
