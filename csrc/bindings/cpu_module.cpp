@@ -1,8 +1,10 @@
 #include "arguments.h"
+#include "r_tsvm/bulge_chasing.h"
 #include "r_tsvm/elect_and_sum.h"
 #include "r_tsvm/magnitude_ranks.h"
 #include "r_tsvm/random_mask.h"
 #include "r_tsvm/ranked_mask.h"
+#include "r_tsvm/secular_equation.h"
 #include "r_tsvm/task_gram.h"
 #include "r_tsvm/task_spread.h"
 
@@ -21,6 +23,15 @@ using RankedArgument = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t
 // selection by rank; address of a mask (0 for none)
 using ElectTaskArgument = std::tuple<double, double, std::tuple<double, int64_t>, std::tuple<double, int64_t>,
                                      RandomMaskArgument, RankedArgument, std::uintptr_t>;
+
+// kept, dropped, pairs, turns, counts
+using DeflationAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+// origins, offsets, adjusted weights
+using SecularAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+// roots, rows, count, columns
+using WantedArgument = std::tuple<std::uintptr_t, std::uintptr_t, int64_t, std::uintptr_t>;
 
 RandomMask random_mask(const RandomMaskArgument& argument) {
   const auto [threshold, seed, substream] = argument;
@@ -172,6 +183,67 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                         threads);
       },
       py::arg("base"), py::arg("tuned"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "chase_bulges",
+      [](std::uintptr_t band, int64_t n, std::uintptr_t reflectors, std::uintptr_t factors) {
+        const py::gil_scoped_release unlocked;
+        chase_bulges_cpu(bindings::pointer<double>(band), n, bindings::pointer<double>(reflectors),
+                         bindings::pointer<double>(factors));
+      },
+      py::arg("band"), py::arg("n"), py::arg("reflectors"), py::arg("factors"));
+
+  module.def(
+      "deflate",
+      [](std::uintptr_t values, std::uintptr_t weights, int64_t n, double rho, double tolerance,
+         const DeflationAddresses& output) {
+        const py::gil_scoped_release unlocked;
+        const auto [kept, dropped, pairs, turns, counts] = output;
+        deflate_cpu(bindings::pointer<double>(values), bindings::pointer<double>(weights), n, rho, tolerance,
+                    Deflation{bindings::pointer<int64_t>(kept), bindings::pointer<int64_t>(dropped),
+                              bindings::pointer<int64_t>(pairs), bindings::pointer<double>(turns),
+                              bindings::pointer<int64_t>(counts)});
+      },
+      py::arg("values"), py::arg("weights"), py::arg("n"), py::arg("rho"), py::arg("tolerance"), py::arg("output"));
+
+  module.def(
+      "secular_roots",
+      [](std::uintptr_t values, std::uintptr_t weights, int64_t n, double rho, const SecularAddresses& output,
+         int threads) {
+        const py::gil_scoped_release unlocked;
+        const auto [origins, offsets, adjusted] = output;
+        secular_roots_cpu(bindings::pointer<const double>(values), bindings::pointer<const double>(weights), n, rho,
+                          bindings::pointer<int64_t>(origins), bindings::pointer<double>(offsets),
+                          bindings::pointer<double>(adjusted), threads);
+      },
+      py::arg("values"), py::arg("weights"), py::arg("n"), py::arg("rho"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "secular_vectors",
+      [](std::uintptr_t values, const SecularAddresses& found, int64_t n, const WantedArgument& chosen,
+         std::uintptr_t vectors, int64_t stride, int threads) {
+        const py::gil_scoped_release unlocked;
+        const auto [origins, offsets, adjusted] = found;
+        const auto [roots, rows, count, columns] = chosen;
+        secular_vectors_cpu(bindings::pointer<const double>(values), bindings::pointer<const double>(adjusted),
+                            bindings::pointer<const int64_t>(origins), bindings::pointer<const double>(offsets), n,
+                            Wanted{bindings::pointer<const int64_t>(roots), bindings::pointer<const int64_t>(rows),
+                                   count, bindings::pointer<const int64_t>(columns)},
+                            bindings::pointer<double>(vectors), stride, threads);
+      },
+      py::arg("values"), py::arg("found"), py::arg("n"), py::arg("chosen"), py::arg("vectors"), py::arg("stride"),
+      py::arg("threads"));
+
+  module.def(
+      "rotate_back",
+      [](std::uintptr_t pairs, std::uintptr_t turns, int64_t rotations, std::uintptr_t rows, int64_t count,
+         int64_t stride, int threads) {
+        const py::gil_scoped_release unlocked;
+        rotate_back_cpu(bindings::pointer<const int64_t>(pairs), bindings::pointer<const double>(turns), rotations,
+                        bindings::pointer<double>(rows), count, stride, threads);
+      },
+      py::arg("pairs"), py::arg("turns"), py::arg("rotations"), py::arg("rows"), py::arg("count"), py::arg("stride"),
+      py::arg("threads"));
 
   module.def(
       "philox",

@@ -1,0 +1,155 @@
+"""The leading eigenvectors of a dense symmetric matrix in two stages, on a CPU.
+
+LAPACK's `eigh` reduces the matrix to tridiagonal form by products with vectors, which is half of its time, and finds all
+eigenvectors. Here the matrix is reduced to a band of 64 diagonals by products of matrices, and the band to tridiagonal
+form by chasing bulges (Bischof, Lang and Sun, ACM TOMS 26, 2000):
+
+    A = Q_1 B Q_1^T,   B = Q_2 T Q_2^T,   T = U diag(values) U^T
+
+Then only the wanted columns of U are computed, and turned back by Q_2 and Q_1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .divide_and_conquer import leading
+
+# r_tsvm::kBand, kColumn, kSweeps and kSlot.
+BAND, COLUMN, SWEEPS, SLOT = 64, 144, 32, 96
+# Block columns in which the matrix is updated, so that nothing above the blocks on the diagonal is.
+WIDTH = 256
+
+
+class Panel(NamedTuple):
+    """The block reflector ``I - V T V^T`` of the last rows; (m, 64) and (64, 64)."""
+
+    V: Tensor
+    T: Tensor
+
+
+def leading_eigenvectors(matrix: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    """Return all eigenvalues (n,), rising, and the eigenvectors (n, k) of the k largest, those of larger ones last.
+
+    Args:
+        matrix: (n, n) float64 on the CPU, symmetric, finite, rows contiguous. It is overwritten.
+        count: maps the eigenvalues, rising, to k.
+
+    Raises:
+        ConvergenceError: LAPACK failed on a small part.
+    """
+    n = len(matrix)
+    largest = float(torch.linalg.vector_norm(matrix, math.inf)) if n else 0.0
+    if largest == 0 or n < 2:
+        values = matrix.diagonal().clone()
+        vectors = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
+        return values, vectors[:, n - count(values) :]
+    scale = 2.0 ** -math.frexp(largest)[1]
+    panels = _to_band(matrix.mul_(scale))
+    band = _lower_band(matrix)
+    reflectors, factors = _chase(band, n)
+    diagonal, beside = band[:n, 0].clone(), band[: n - 1, 1].clone()
+    del band
+    values, vectors = leading(diagonal, beside, lambda found: count(found / scale))
+    _turn_by_chasing(vectors, reflectors, factors)
+    for index, panel in reversed(list(enumerate(panels))):
+        rows = vectors[(index + 1) * BAND :]
+        rows.addmm_(panel.V, panel.T @ (panel.V.mT @ rows), alpha=-1)
+    return values / scale, vectors
+
+
+def _to_band(A: Tensor) -> list[Panel]:
+    """Reduce A to 64 diagonals below the main one; the lower half of A is read and overwritten."""
+    n, panels = len(A), list[Panel]()
+    for first in range(0, n - BAND - 1, BAND):
+        below = first + BAND
+        V, R, T = _panel(A[below:, first:below])
+        A[below:, first:below] = R
+        _reflect(A, below, V, V @ T)
+        panels.append(Panel(V, T))
+    return panels
+
+
+def _panel(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return V, R and T of a QR decomposition whose Q is ``I - V T V^T``, R with as many rows as V."""
+    packed, factors = torch.geqrf(columns)
+    V = packed.tril(-1)
+    V.diagonal().fill_(1)
+    R = packed.triu_()
+    return V[:, : len(factors)].contiguous(), R, _triangle(V[:, : len(factors)], factors)
+
+
+def _triangle(V: Tensor, factors: Tensor) -> Tensor:
+    """Return T, upper triangular, for which ``I - V T V^T`` is the product of the reflectors ``I - f v v^T``.
+
+    Its inverse is the upper half of ``V^T V``, with ``1 / f`` on the diagonal. A reflector with f = 0 has no part in it.
+    """
+    idle = factors == 0
+    inverse = (V.mT @ V).triu_(1).masked_fill_(idle[..., None, :] | idle[..., :, None], 0)
+    inverse.diagonal(dim1=-2, dim2=-1).copy_(torch.where(idle, 1.0, factors).reciprocal())
+    eye = torch.diag_embed((~idle).to(V.dtype))
+    return torch.linalg.solve_triangular(inverse, eye, upper=True)
+
+
+def _reflect(A: Tensor, first: int, V: Tensor, U: Tensor) -> None:
+    """Apply ``I - V T V^T``, U = V T, to both sides of the last rows and columns of A, in the lower half."""
+    n = len(A)
+    blocks = [slice(max(start, first), min(start + WIDTH, n)) for start in range(first - first % WIDTH, n, WIDTH)]
+    W = torch.zeros_like(U)
+    for own in blocks:
+        here, rest = slice(own.start - first, own.stop - first), slice(own.stop - first, None)
+        W[here].addmm_(A[own, own], U[here])
+        if own.stop < n:
+            below = A[own.stop :, own]
+            W[here].addmm_(below.mT, U[rest])
+            W[rest].addmm_(below, U[here])
+    W.addmm_(V, U.mT @ W, alpha=-0.5)
+    left, right = torch.cat([V, W], dim=1), torch.cat([W, V], dim=1).mT
+    for own in blocks:
+        here = slice(own.start - first, own.stop - first)
+        A[own.start :, own].addmm_(left[own.start - first :], right[:, here], alpha=-1)
+
+
+def _lower_band(A: Tensor) -> Tensor:
+    """Return the columns of the band as `chase_bulges` reads them."""
+    n = len(A)
+    band = A.new_zeros(n + 2 * BAND, COLUMN)
+    for below in range(min(BAND + 1, n)):
+        band[: n - below, below] = A.diagonal(-below)
+    return band
+
+
+def _groups(n: int) -> list[tuple[int, int]]:
+    """Return the first sweep and the number of steps of each group of sweeps."""
+    return [(sweep, -(-(n - 1 - sweep) // BAND)) for sweep in range(0, n - 1, SWEEPS)]
+
+
+def _chase(band: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Reduce the band to tridiagonal form; return the reflectors (slots, 96) and their factors (slots,)."""
+    slots = SWEEPS * sum(steps for _, steps in _groups(n))
+    reflectors, factors = band.new_zeros(slots, SLOT), band.new_zeros(slots)
+    backends.native("cpu").chase_bulges(band.data_ptr(), n, reflectors.data_ptr(), factors.data_ptr())
+    return reflectors, factors
+
+
+def _turn_by_chasing(vectors: Tensor, reflectors: Tensor, factors: Tensor) -> None:
+    """Multiply by Q_2 from the left: the last sweeps first, and in a group of them the first steps first."""
+    n, end = len(vectors), len(reflectors)
+    for sweep, steps in reversed(_groups(n)):
+        slots = slice(end - steps * SWEEPS, end)
+        end = slots.start
+        # (steps, 95, 32): column s is shifted by s rows.
+        V = reflectors[slots].as_strided(
+            (steps, SLOT - 1, SWEEPS), (SWEEPS * SLOT, 1, SLOT - 1), reflectors.storage_offset() + end * SLOT
+        )
+        W = V @ _triangle(V, factors[slots].view(steps, SWEEPS))
+        for step in range(steps):
+            start = sweep + 1 + step * BAND
+            rows = vectors[start : start + SLOT - 1]
+            rows.addmm_(W[step, : len(rows)], V[step, : len(rows)].mT @ rows, alpha=-1)
