@@ -9,7 +9,7 @@ ROOT=$PWD
 
 # One instruction set: the source is the same for all.
 CXX=g++ RTSVM_BUILD_CPU=on RTSVM_BUILD_CUDA=off \
-  CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -DRTSVM_ISA_CLONES=" \
+  CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -DRTSVM_ISA_CLONES= -DRTSVM_ONE_ISA" \
   "$PYTHON" setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
 
 # From the folder of the build, whose modules come first. Few examples: a sanitizer needs no rare values, and others
@@ -22,6 +22,7 @@ CXX=g++ RTSVM_BUILD_CPU=on RTSVM_BUILD_CUDA=off \
   # Not captured by descriptor: a report would be lost with the process.
   "$PYTHON" -m pytest "$ROOT/tests/ops" -k cpu -q --capture=sys -n 2 --dist worksteal \
     --hypothesis-profile quick -p no:cacheprovider
+  "$PYTHON" -m pytest "$ROOT/tests/linalg/test_two_stage.py" -q --capture=sys -p no:cacheprovider
 )
 
 RTSVM_SANITIZED=1 "$PYTHON" -m pytest tests/test_cuda_races.py -q -p no:cacheprovider

@@ -194,6 +194,17 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
       py::arg("band"), py::arg("n"), py::arg("reflectors"), py::arg("factors"));
 
   module.def(
+      "turn_by_chasing",
+      [](std::uintptr_t reflectors, std::uintptr_t factors, std::uintptr_t vectors, int64_t n, int64_t k,
+         int64_t stride, int threads) {
+        const py::gil_scoped_release unlocked;
+        turn_by_chasing_cpu(bindings::pointer<const double>(reflectors), bindings::pointer<const double>(factors),
+                            bindings::pointer<double>(vectors), n, k, stride, threads);
+      },
+      py::arg("reflectors"), py::arg("factors"), py::arg("vectors"), py::arg("n"), py::arg("k"), py::arg("stride"),
+      py::arg("threads"));
+
+  module.def(
       "deflate",
       [](std::uintptr_t values, std::uintptr_t weights, int64_t n, double rho, double tolerance,
          const DeflationAddresses& output) {

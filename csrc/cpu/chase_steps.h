@@ -1,7 +1,6 @@
-// One step of a sweep of bulge chasing. Included once for each instruction set, within a namespace: vectors of the
-// compiler are split into those of the processor where they are written, before a function is cloned.
-
-// NOLINTBEGIN: no guard
+// One step of a sweep of bulge chasing, and of its application to vectors. Included once for each instruction set,
+// within a namespace, and so without a guard: the compiler splits its vectors into those of the processor for which a
+// function is written, before it would clone the function for others.
 
 struct Step {
   const double* in;  // the reflector that arrives
@@ -16,9 +15,9 @@ RTSVM_INLINE Vector load(const double* from) {
   return x;
 }
 
-RTSVM_INLINE void store(double* to, Vector x) { std::memcpy(to, &x, sizeof x); }
+RTSVM_INLINE void store(double* to, const Vector& x) { std::memcpy(to, &x, sizeof x); }
 
-RTSVM_INLINE double sum(Vector x) {
+RTSVM_INLINE double sum(const Vector& x) {
   using Half = double __attribute__((vector_size(32)));
   using Quarter = double __attribute__((vector_size(16)));
   const Half half = __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
@@ -27,7 +26,7 @@ RTSVM_INLINE double sum(Vector x) {
 }
 
 // The lanes from `first` on; the others become 0, whatever they hold.
-RTSVM_INLINE Vector from(Vector x, int64_t first) {
+RTSVM_INLINE Vector from(const Vector& x, int64_t first) {
   const Mask lanes = {0, 1, 2, 3, 4, 5, 6, 7};
   return (Vector)((Mask)x & (lanes >= first));
 }
@@ -151,4 +150,44 @@ void start_sweep(double* column, double* out, double* out_factor) {
   column[0] = beta;
 }
 
-// NOLINTEND
+// Applies the reflectors of kFused sweeps, (I - V T V^T), to all columns of a strip. `slots` has those of V, `triangle`
+// the rows of T, `rows` the first of kBand + kFused - 1 rows of kStrip numbers.
+void turn_rows(const double* slots, const double* triangle, double* rows) {
+  constexpr int kParts = kTurned, kRows = kBand + kFused - 1;
+  for (int64_t first = 0; first < kStrip; first += kParts * kWidth) {
+    Vector s[kFused][kParts] = {};
+    for (int r = 0; r < kRows; ++r) {
+      const double* x = rows + r * kStrip + first;
+#pragma GCC unroll 4
+      for (int j = 0; j < kFused; ++j) {
+        const double v = slots[j * kSlot + r - j];  // before and after its own numbers, a slot has zeros
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) s[j][i] += load(x + i * kWidth) * v;
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kFused; ++j) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) {
+        Vector y = s[j][i] * triangle[j * kFused + j];
+#pragma GCC unroll 4
+        for (int l = j + 1; l < kFused; ++l) y += s[l][i] * triangle[j * kFused + l];
+        s[j][i] = y;
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      double* x = rows + r * kStrip + first;
+      Vector y[kParts];
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) y[i] = load(x + i * kWidth);
+#pragma GCC unroll 4
+      for (int j = 0; j < kFused; ++j) {
+        const double v = slots[j * kSlot + r - j];
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) y[i] -= s[j][i] * v;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) store(x + i * kWidth, y[i]);
+    }
+  }
+}

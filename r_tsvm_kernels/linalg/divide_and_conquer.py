@@ -1,9 +1,9 @@
 """Eigenvalues of a symmetric tridiagonal matrix, and the eigenvectors of its largest ones, by divide and conquer.
 
-``T = [T_1, 0; 0, T_2] + rho w w^T``, where w is zero but for two neighbouring elements. With ``T_i = Q_i D_i Q_i^T`` the
-problem is ``D + rho z z^T``, whose eigenvalues are the roots of the secular equation (Cuppen, Numer. Math. 36, 1981;
-Gu and Eisenstat, SIAM J. Matrix Anal. Appl. 16, 1995). The last product, of the Q_i and its eigenvectors, is half of
-the work, and takes the wanted columns alone.
+``T = [T_1, 0; 0, T_2] + rho w w^T``, where w is zero but for two neighbouring elements. With
+``T_i = Q_i D_i Q_i^T`` the problem is ``D + rho z z^T``, whose eigenvalues are the roots of the secular equation
+(Cuppen, Numerische Mathematik 36, 1981; Gu and Eisenstat, SIAM J. Matrix Anal. Appl. 16, 1995). The last product, of
+the Q_i and its eigenvectors, is half of the work, and takes the wanted columns alone.
 """
 
 from __future__ import annotations
@@ -93,7 +93,13 @@ class Halves:
         rows[others, self._dropped[wanted[others] - size]] = 1
         if self._rotations:
             self._native.rotate_back(
-                self._pairs.data_ptr(), self._turns.data_ptr(), self._rotations, rows.data_ptr(), count, n, self._threads
+                self._pairs.data_ptr(),
+                self._turns.data_ptr(),
+                self._rotations,
+                rows.data_ptr(),
+                count,
+                n,
+                self._threads,
             )
         found, first = rows.new_empty(n, count), 0
         for half in self._halves:
@@ -122,6 +128,8 @@ def solved(diagonal: Tensor, beside: Tensor) -> Solved:
 def leading(diagonal: Tensor, beside: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
     """Return all eigenvalues (n,), rising, and the eigenvectors (n, k) of the k largest, of a tridiagonal matrix.
 
+    The eigenvectors' rows are contiguous.
+
     Args:
         diagonal: (n,)
         beside: (n - 1,)
@@ -132,7 +140,7 @@ def leading(diagonal: Tensor, beside: Tensor, count: Callable[[Tensor], int]) ->
     """
     if len(diagonal) <= LEAF:
         values, vectors = solved(diagonal, beside)
-        return values, vectors[:, len(values) - count(values) :]
+        return values, vectors[:, len(values) - count(values) :].contiguous()
     halves = Halves(diagonal, beside)
     return halves.values, halves.vectors(count(halves.values))
 

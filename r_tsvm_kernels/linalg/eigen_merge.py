@@ -23,7 +23,7 @@ from ..errors import ConvergenceError
 from .certificate import Certificate, Mode, tolerance_of
 from .factored import Factored
 from .interference import interference_of_gram
-from .inverse_root import PROBES, SplitMatrix, root_of_factor, root_of_gram, root_of_gram_float32
+from .inverse_root import PROBES, SplitMatrix, root_of_factor, root_of_gram, root_of_gram_float32, root_of_pair
 from .leading_right_vectors import ROUTES, RightVectors, right_vectors
 from .merge_accuracy import Side, WeightedCores, merge_certificate
 from .on_device import gaussian
@@ -31,8 +31,9 @@ from .parallel import run_concurrently
 from .ranks import Rank
 from .tall_matrix import TallMatrix, add_gram
 
-# Bases of float32 tasks of this size or more are whitened by float32 eigenvectors, if the estimated error is at most
-# this share of the tolerance. For smaller ones the cost of float64 is negligible.
+# From this size on the bases of two tasks are whitened in closed form, those of more float32 tasks by float32
+# eigenvectors, if the estimated error is at most this share of the tolerance. For smaller ones the cost of float64 is
+# negligible.
 LARGE, WHITENING_SHARE = 768, 0.1
 
 # If tasks cancel each other to less than this share of their norm, the last product needs float64.
@@ -321,21 +322,22 @@ def whiten(
     right_gram.diagonal()[:] = 1  # the basis of a single task is already orthonormal
     interference = interference_of_gram(left_gram, ranks), interference_of_gram(right_gram, ranks)
     single = images.matrices[0].matrix.dtype == torch.float32
+    pair = ranks[0] if len(ranks) == 2 and all(ranks) else 0
 
     def solve_left() -> tuple[Side, tuple[str, ...]]:
         probes = cores.times(gaussian(len(left_gram), PROBES, left_gram.device))
-        return _find_root(left_gram, probes, lambda: triangles.left_factor(images), tolerance, single)
+        return _find_root(left_gram, probes, lambda: triangles.left_factor(images), tolerance, single, pair)
 
     def solve_right() -> tuple[Side, tuple[str, ...]]:
         probes = cores.times(gaussian(len(right_gram), PROBES, right_gram.device), transposed=True)
-        return _find_root(right_gram, probes, lambda: torch.linalg.qr(V, mode="r").R, tolerance, single)
+        return _find_root(right_gram, probes, lambda: torch.linalg.qr(V, mode="r").R, tolerance, single, pair)
 
     (left, left_reasons), (right, right_reasons) = run_concurrently([solve_left, solve_right], V.shape[1], V.device)
     return Whitening(left, right, interference, (*left_reasons, *right_reasons))
 
 
 def _find_root(
-    gram: Tensor, probes: Tensor, factor: Callable[[], Tensor], tolerance: float, single: bool
+    gram: Tensor, probes: Tensor, factor: Callable[[], Tensor], tolerance: float, single: bool, pair: int
 ) -> tuple[Side, tuple[str, ...]]:
     """Return the inverse root of a Gram matrix by the cheapest route that is accurate enough, and why others are not.
 
@@ -345,11 +347,15 @@ def _find_root(
         factor: computes a triangular factor of the basis.
         tolerance: of the merged matrix.
         single: whether the task matrices are float32.
+        pair: columns of the first of two bases; 0 for any other number of bases.
     """
     escalations: tuple[str, ...] = ()
-    if len(gram) >= LARGE and single:
+    if len(gram) >= LARGE and (pair or single):
         try:
-            root = root_of_gram_float32(gram, WHITENING_SHARE * tolerance, [probes])
+            if pair:
+                root = root_of_pair(gram, pair, single)
+            else:
+                root = root_of_gram_float32(gram, WHITENING_SHARE * tolerance, [probes])
             return Side.measured(root, probes, (gram,)), escalations
         except ConvergenceError as failure:
             escalations += (str(failure),)

@@ -13,6 +13,7 @@ rounding is not squared. The remaining error is measured on random vectors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from .orthonormal import cholesky_whitened
 from .rounding import BACKWARD_ERROR, root_errors
 from .spectral_density import eigenvalues_at
 from .tall_matrix import TallMatrix
+from .two_stage import leading_eigenvectors, two_stage_pays
 
 # Below this share of the largest eigenvalue, the eigenvectors of a float32 Gram matrix are too inaccurate to be
 # corrected.
@@ -94,27 +96,54 @@ def gram_float64(matrix: TallMatrix, choose: Choose, tolerance: float) -> Eigens
     Raises:
         ConvergenceError: the dimension is not certain, the estimated error is too large, or the decomposition failed.
     """
-    values, Q = eigh(matrix.gram(torch.float64))
-    values.clamp_(min=0)
-    n = len(values)
-    errors = root_errors(values, BACKWARD_ERROR)
+    values, Q = _decomposed(matrix, choose)
+    n, errors = len(values), root_errors(values, BACKWARD_ERROR)
     resolved, reason = slice(0, 0), ""
     for _ in range(RESOLVE):
-        rank = choose(values.flip(0).sqrt(), errors.flip(0))
+        rank, unknown = choose(values.flip(0).sqrt(), errors.flip(0)), n - Q.shape[1]
         if rank is None:
             reason, block = "singular values at the edge of the rank are lost in rounding", _low(values, 0.0)
         else:
             cut = n - rank
-            error, spread = _unresolved(matrix, Q[:, cut:], Q[:, :cut], values, resolved)
+            V = Q[:, cut - unknown :]
+            error, spread = _unresolved(matrix, V, Q[:, : cut - unknown], values, resolved)
             if error <= tolerance:
-                return Eigenspace(Q[:, cut:].flip(1), values.flip(0).sqrt(), errors.flip(0), error, spread)
+                return Eigenspace(V.flip(1), values.flip(0).sqrt(), errors.flip(0), error, spread)
             reason, block = f"estimated error {error:.0e} of the subspace", _block(values, cut)
         if block == resolved or not block.stop:
             break
-        Q[:, block], values[block] = _resolve(matrix, Q[:, block])
+        if block.start < unknown:
+            values, Q = _decomposed(matrix)
+            errors, resolved = root_errors(values, BACKWARD_ERROR), slice(0, 0)
+            continue
+        own = slice(block.start - unknown, block.stop - unknown)
+        Q[:, own], values[block] = _resolve(matrix, Q[:, own])
         errors[block] = root_errors(values[block], BACKWARD_ERROR).clamp(min=float(errors[-1]))
         resolved = block
     raise ConvergenceError(f"gram-float64: {reason}")
+
+
+def _decomposed(matrix: TallMatrix, choose: Choose | None = None) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of the Gram matrix, rising, none negative, and its leading eigenvectors, or all.
+
+    Args:
+        matrix: D.
+        choose: returns the wanted dimension. Eigenvectors that would help to resolve them are returned as well.
+    """
+    gram = matrix.gram(torch.float64)
+    if choose is None or not two_stage_pays(len(gram), gram.device):
+        values, Q = eigh(gram)
+        return values.clamp_(min=0), Q
+
+    def count(values: Tensor) -> int:
+        n, falling = len(values), values.clamp(min=0).flip(0)
+        rank = choose(falling.sqrt(), root_errors(falling, BACKWARD_ERROR))
+        if rank is None or (rank and falling[rank - 1] < LOW * falling[0]):
+            return n  # the low ones will be resolved
+        return rank + _window(n, rank)
+
+    values, Q = leading_eigenvectors(gram, count)
+    return values.clamp_(min=0), Q
 
 
 def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
@@ -225,14 +254,25 @@ def _unresolved(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, r
 
     These pairs have the backward error of an SVD and, to second order, that of the mixing of their span with the rest.
 
+    Args:
+        matrix: D.
+        V: leading eigenvectors, by rising eigenvalue.
+        others: those of the next smaller eigenvalues, or of all smaller ones.
+        values: all eigenvalues.
+        resolved: places of the eigenvalues whose eigenvectors were solved among themselves.
+
     Returns:
         The sine (Frobenius norm) of the other pairs, and the addition to the backward error, relative to the largest
         singular value.
     """
-    cut = others.shape[1]
+    cut = len(values) - V.shape[1]
+    unknown = cut - others.shape[1]
     first, last = (resolved.start, resolved.stop) if resolved.start < cut < resolved.stop else (cut, cut)
-    outside = _mixing(matrix, V, V, values[cut:], others[:, :first], values[:first])
-    inside = _mixing(matrix, V, V[:, last - cut :], values[last:], others[:, first:], values[first:cut])
+    far, near = others[:, : first - unknown], others[:, first - unknown :]
+    outside = _mixing(matrix, V, V, values[cut:], far, values[unknown:first])
+    inside = _mixing(matrix, V, V[:, last - cut :], values[last:], near, values[first:cut])
+    if unknown:
+        outside = math.hypot(outside, _mixing_with_unknown(matrix, V, others, values[cut] - values[unknown - 1]))
     error = MEASURED * (outside**2 + inside**2) ** 0.5
     spread = error**2 * float((values[-1] / values[cut : cut + 1]).sqrt().sum()) if first < last else 0.0
     return error, spread
@@ -251,6 +291,16 @@ def _mixing(matrix: TallMatrix, V: Tensor, chosen: Tensor, wanted: Tensor, other
     # Entries may be as small as the rounding error of the largest one. The block is thin, so all of it is in float64.
     mixing = (others.double().mT @ residual) / (wanted[0] - values)[:, None]
     return float(torch.linalg.vector_norm(mixing) / PROBES**0.5)
+
+
+def _mixing_with_unknown(matrix: TallMatrix, V: Tensor, others: Tensor, gap: Tensor) -> float:
+    """Bound the mixing of `V` with all but `others`, whose eigenvalues are at least `gap` away."""
+    if V.shape[1] == 0:
+        return 0.0
+    image = matrix.normal_times(V @ gaussian(V.shape[1], PROBES, V.device))
+    for known in (V, others):
+        image -= known @ (known.mT @ image)
+    return float(torch.linalg.vector_norm(image) / gap / PROBES**0.5)
 
 
 def _shift(matrix: TallMatrix, near: Tensor, values: Tensor, far: Tensor, beyond: Tensor, across: Tensor) -> float:

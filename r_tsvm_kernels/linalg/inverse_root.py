@@ -3,13 +3,13 @@
 Three routes, from cheap to exact. ``gram-float32``: eigenvectors in float32, at half the cost; those of small
 eigenvalues, which the inverse root amplifies, are corrected to first order in float64, a thin problem.
 ``gram-float64``: eigenvectors in float64. ``svd-float64``: the SVD of a triangular factor of X, if squaring would lose
-a singular value.
+a singular value. Two orthonormal bases side by side have a closed form, with eigenvectors of half the size in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -200,6 +200,69 @@ def _small_eigenspace(gram: Tensor, lowest: Tensor, rest: Tensor, kept: Tensor) 
     V = cholesky_whitened(V - (rest @ mixing).double())
     small, rotation = eigh(V.mT @ (gram @ V))
     return small, V @ rotation
+
+
+def root_of_pair(gram: Tensor, first: int, single: bool) -> InverseRoot:
+    """Return the inverse root of a Gram matrix ``[I, C; C^T, I]`` (k, k), float64, of two orthonormal bases.
+
+    If ``C w = s u``, the matrix has the eigenvectors ``(u, w)`` and ``(u, -w)`` with the eigenvalues 1 + s and 1 - s.
+    The w are the eigenvectors of ``I - C^T C``, with eigenvalues ``d = (1 + s) (1 - s)``. The root is
+    ``[I + C W g(d) W^T C^T, C W o(d) W^T; (C W o(d) W^T)^T, W e(d) W^T]``: e, o and g are the even and odd part of the
+    inverse roots of 1 + s and 1 - s, ``o`` over s and ``g = (e - 1) / s^2``.
+
+    Args:
+        gram: of both bases.
+        first: columns of the first basis; both have some.
+        single: whether the root may be float32 but for the part of small eigenvalues.
+
+    Raises:
+        ConvergenceError: an eigenvalue may be zero, or the decomposition failed.
+    """
+    if 2 * first < len(gram):  # the second basis is the smaller one
+        order = [*range(first, len(gram)), *range(first)]
+        found = root_of_pair(gram[order][:, order], len(gram) - first, single)
+        back = [*range(len(gram) - first, len(gram)), *range(len(gram) - first)]
+        matrix = SplitMatrix(found.matrix.bulk[back][:, back], found.matrix.left[back], found.matrix.right[:, back])
+        return replace(found, matrix=matrix, sensitivity=found.sensitivity[back])
+    C = gram[:first, first:].contiguous()
+    inner = torch.zeros_like(gram[first:, first:])
+    add_gram(inner, C)
+    d, W = eigh(torch.eye(len(inner), dtype=gram.dtype, device=gram.device) - inner)
+    d = d.clamp(max=1)
+    s = (1 - d).sqrt()
+    smallest, largest = float(d[0] / (1 + s[0])), float(1 + s[0])
+    if smallest <= max(RESOLVED, 100 * RANK_TOLERANCE**2) * largest:
+        raise ConvergenceError(f"gram-float64: an eigenvalue of the basis is {smallest / largest:.0e} of the largest")
+    cut = int((d / (1 + s) < SMALL_EIGENVALUE * largest).sum()) if single else 0
+    low = torch.cat([C @ (W[:, :cut] / s[:cut]), -W[:, :cut]]) / 2**0.5
+    # Without differences of nearly equal numbers. The eigenvalues 1 - s in `low` are left out.
+    plus, minus, root = (1 + s).rsqrt(), ((1 + s) / d).sqrt(), d.sqrt()
+    minus[:cut] = 0
+    even = (plus + minus) / 2
+    odd = -1 / (d * (plus + minus))
+    rest = (1 + 2 * root) / (2 * d * (1 + root) * (1 + even))
+    odd[:cut], rest[:cut] = even[:cut] / s[:cut], (even[:cut] - 1) / s[:cut] ** 2
+    if single:
+        C, W, even, odd, rest = (x.float() for x in (C, W, even, odd, rest))
+    turned = C @ W
+    bulk = W.new_empty(gram.shape)
+    bulk[:first, :first] = (turned * rest) @ turned.mT
+    bulk[:first, :first].diagonal().add_(1)
+    torch.mm(turned * odd, W.mT, out=bulk[:first, first:])
+    bulk[first:, :first] = bulk[:first, first:].mT
+    bulk[first:, first:] = (W * even) @ W.mT
+    matrix = SplitMatrix(bulk, low * ((1 + s[:cut]) / d[:cut]).sqrt(), low.mT)
+    condition = (largest / smallest) ** 0.5
+    return InverseRoot(
+        matrix,
+        rank=len(gram),
+        condition=condition,
+        largest=largest**0.5,
+        sensitivity=2 * matrix.column_norms(),
+        margin=1 / condition - RANK_TOLERANCE,
+        rounding=BACKWARD_ERROR * condition**2,
+        route="gram-float64",
+    )
 
 
 def root_of_gram(gram: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:

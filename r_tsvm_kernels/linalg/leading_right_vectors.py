@@ -15,6 +15,7 @@ from .eigenspaces import ForeseenError, gram_float32, gram_float64
 from .ranks import Rank
 from .rounding import BACKWARD_ERROR, Cut
 from .tall_matrix import TallMatrix
+from .two_stage import two_stage_pays
 
 # From cheap to exact. If a result misses its tolerance, the next route computes it again.
 ROUTES = ("gram-float32", "gram-float64", "svd-float64")
@@ -75,7 +76,7 @@ def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[st
     """
     n = matrix.shape[1]
     if routes is None:
-        routes = first_routes(n, rank)
+        routes = first_routes(matrix.matrix, rank)
     if matrix.squared_norm == 0 or rank == 0:
         empty = matrix.matrix.new_zeros(n, 0, dtype=torch.float64)
         zeros = empty.new_zeros(n)
@@ -95,11 +96,16 @@ def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[st
     raise ConvergenceError("; ".join(escalations))
 
 
-def first_routes(n: int, rank: Rank) -> Sequence[str]:
-    """Return the routes to try: on small matrices float32 saves no time, and small singular values are inaccurate."""
+def first_routes(matrix: Tensor, rank: Rank) -> Sequence[str]:
+    """Return the routes to try for a tall matrix.
+
+    On small ones float32 saves no time, and small singular values are inaccurate. On large ones the leading
+    eigenvectors alone in float64 are found sooner than all in float32.
+    """
+    n = matrix.shape[1]
     if n <= TINY:
         return EXACT
-    return ROUTES if n >= SMALL and isinstance(rank, int) else ROUTES[1:]
+    return ROUTES if n >= SMALL and isinstance(rank, int) and not two_stage_pays(n, matrix.device) else ROUTES[1:]
 
 
 def _solve(matrix: TallMatrix, rank: Rank, mode: str, route: str) -> RightVectors:

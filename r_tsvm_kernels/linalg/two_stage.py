@@ -1,8 +1,8 @@
 """The leading eigenvectors of a dense symmetric matrix in two stages, on a CPU.
 
-LAPACK's `eigh` reduces the matrix to tridiagonal form by products with vectors, which is half of its time, and finds all
-eigenvectors. Here the matrix is reduced to a band of 64 diagonals by products of matrices, and the band to tridiagonal
-form by chasing bulges (Bischof, Lang and Sun, ACM TOMS 26, 2000):
+LAPACK's `eigh` reduces the matrix to tridiagonal form by products with vectors, which is half of its time, and finds
+all eigenvectors. Here the matrix is reduced to a band of 64 diagonals by products of matrices, and the band to
+tridiagonal form by chasing bulges (Bischof, Lang and Sun, ACM TOMS 26, 2000):
 
     A = Q_1 B Q_1^T,   B = Q_2 T Q_2^T,   T = U diag(values) U^T
 
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..errors import NonFiniteError
 from .divide_and_conquer import leading
 
 # r_tsvm::kBand, kColumn, kSweeps and kSlot.
-BAND, COLUMN, SWEEPS, SLOT = 64, 144, 32, 96
-# Block columns in which the matrix is updated, so that nothing above the blocks on the diagonal is.
+BAND, COLUMN, SWEEPS, SLOT = 64, 144, 32, 72
+# The matrix is updated by block columns, from the block on the diagonal on: of a quarter of it, at least so wide.
 WIDTH = 256
 
 
@@ -34,18 +35,35 @@ class Panel(NamedTuple):
     T: Tensor
 
 
+# From this size on the leading third of the eigenvectors is found sooner than all of them by LAPACK.
+LARGE = 512
+
+
+def two_stage_pays(n: int, device: torch.device) -> bool:
+    """Whether `leading_eigenvectors` can and should run on a matrix (n, n)."""
+    return (
+        device.type == "cpu"
+        and n >= LARGE
+        and backends.state("cpu") == backends.READY
+        and hasattr(backends.native("cpu"), "chase_bulges")  # an older build lacks it
+    )
+
+
 def leading_eigenvectors(matrix: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
     """Return all eigenvalues (n,), rising, and the eigenvectors (n, k) of the k largest, those of larger ones last.
 
     Args:
-        matrix: (n, n) float64 on the CPU, symmetric, finite, rows contiguous. It is overwritten.
+        matrix: (n, n) float64 on the CPU, symmetric, rows contiguous. It is overwritten.
         count: maps the eigenvalues, rising, to k.
 
     Raises:
+        NonFiniteError: the matrix holds NaN or infinity.
         ConvergenceError: LAPACK failed on a small part.
     """
     n = len(matrix)
     largest = float(torch.linalg.vector_norm(matrix, math.inf)) if n else 0.0
+    if not math.isfinite(largest):
+        raise NonFiniteError(f"a {n}x{n} matrix holds NaN or infinity: it has no eigenvalue decomposition")
     if largest == 0 or n < 2:
         values = matrix.diagonal().clone()
         vectors = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
@@ -79,28 +97,29 @@ def _to_band(A: Tensor) -> list[Panel]:
 def _panel(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return V, R and T of a QR decomposition whose Q is ``I - V T V^T``, R with as many rows as V."""
     packed, factors = torch.geqrf(columns)
-    V = packed.tril(-1)
+    V = packed.mT.triu(1)[: len(factors)].mT  # its columns are contiguous: products with thin matrices run faster
     V.diagonal().fill_(1)
-    R = packed.triu_()
-    return V[:, : len(factors)].contiguous(), R, _triangle(V[:, : len(factors)], factors)
+    return V, packed.triu_(), _triangle(V, factors)
 
 
 def _triangle(V: Tensor, factors: Tensor) -> Tensor:
     """Return T, upper triangular, for which ``I - V T V^T`` is the product of the reflectors ``I - f v v^T``.
 
-    Its inverse is the upper half of ``V^T V``, with ``1 / f`` on the diagonal. A reflector with f = 0 has no part in it.
+    Its inverse is the upper half of ``V^T V``, with ``1 / f`` on the diagonal. A reflector with f = 0 has no part in
+    it.
     """
     idle = factors == 0
-    inverse = (V.mT @ V).triu_(1).masked_fill_(idle[..., None, :] | idle[..., :, None], 0)
-    inverse.diagonal(dim1=-2, dim2=-1).copy_(torch.where(idle, 1.0, factors).reciprocal())
-    eye = torch.diag_embed((~idle).to(V.dtype))
-    return torch.linalg.solve_triangular(inverse, eye, upper=True)
+    inverse = (V.mT @ V).triu_(1).masked_fill_(idle | idle[:, None], 0)
+    inverse.diagonal().copy_(torch.where(idle, 1.0, factors).reciprocal())
+    T: Tensor = torch.linalg.solve_triangular(inverse, (~idle).to(V.dtype).diag(), upper=True)
+    return T
 
 
 def _reflect(A: Tensor, first: int, V: Tensor, U: Tensor) -> None:
     """Apply ``I - V T V^T``, U = V T, to both sides of the last rows and columns of A, in the lower half."""
-    n = len(A)
-    blocks = [slice(max(start, first), min(start + WIDTH, n)) for start in range(first - first % WIDTH, n, WIDTH)]
+    n, width = len(A), max(WIDTH, len(A) // 4)
+    blocks = [slice(max(start, first), min(start + width, n)) for start in range(first - first % width, n, width)]
+    U = U.mT.contiguous().mT  # see `_panel`
     W = torch.zeros_like(U)
     for own in blocks:
         here, rest = slice(own.start - first, own.stop - first), slice(own.stop - first, None)
@@ -125,31 +144,17 @@ def _lower_band(A: Tensor) -> Tensor:
     return band
 
 
-def _groups(n: int) -> list[tuple[int, int]]:
-    """Return the first sweep and the number of steps of each group of sweeps."""
-    return [(sweep, -(-(n - 1 - sweep) // BAND)) for sweep in range(0, n - 1, SWEEPS)]
-
-
 def _chase(band: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Reduce the band to tridiagonal form; return the reflectors (slots, 96) and their factors (slots,)."""
-    slots = SWEEPS * sum(steps for _, steps in _groups(n))
+    """Reduce the band to tridiagonal form; return the reflectors (slots, 72) and their factors (slots,)."""
+    slots = SWEEPS * sum(-(-(n - 1 - sweep) // BAND) for sweep in range(0, n - 1, SWEEPS))
     reflectors, factors = band.new_zeros(slots, SLOT), band.new_zeros(slots)
     backends.native("cpu").chase_bulges(band.data_ptr(), n, reflectors.data_ptr(), factors.data_ptr())
     return reflectors, factors
 
 
 def _turn_by_chasing(vectors: Tensor, reflectors: Tensor, factors: Tensor) -> None:
-    """Multiply by Q_2 from the left: the last sweeps first, and in a group of them the first steps first."""
-    n, end = len(vectors), len(reflectors)
-    for sweep, steps in reversed(_groups(n)):
-        slots = slice(end - steps * SWEEPS, end)
-        end = slots.start
-        # (steps, 95, 32): column s is shifted by s rows.
-        V = reflectors[slots].as_strided(
-            (steps, SLOT - 1, SWEEPS), (SWEEPS * SLOT, 1, SLOT - 1), reflectors.storage_offset() + end * SLOT
-        )
-        W = V @ _triangle(V, factors[slots].view(steps, SWEEPS))
-        for step in range(steps):
-            start = sweep + 1 + step * BAND
-            rows = vectors[start : start + SLOT - 1]
-            rows.addmm_(W[step, : len(rows)], V[step, : len(rows)].mT @ rows, alpha=-1)
+    """Multiply by Q_2 from the left."""
+    backends.native("cpu").turn_by_chasing(
+        reflectors.data_ptr(), factors.data_ptr(), vectors.data_ptr(), *vectors.shape, vectors.stride(0),
+        torch.get_num_threads(),
+    )  # fmt: skip

@@ -412,8 +412,8 @@ def judges(rng: np.random.Generator) -> Callable[[Problem], Verdict]:
 
 
 @contextmanager
-def sizes(small: bool) -> Iterator[None]:
-    """Let small matrices take the routes of large ones."""
+def sizes(small: bool, two_stage: bool = False) -> Iterator[None]:
+    """Let small matrices take the routes of large ones, or those of even larger ones."""
     if not small:
         yield
         return
@@ -422,6 +422,7 @@ def sizes(small: bool) -> Iterator[None]:
         ("leading_right_vectors", "SMALL", 24),
         ("eigen_merge", "LARGE", 48),
         ("products.subspaces", "FORESEEN_FROM", 12),
+        *((("two_stage", "LARGE", 12), ("eigenspaces", "WINDOW", 4)) if two_stage else ()),
     )
     with ExitStack() as stack:
         for module, name, limit in limits:
@@ -433,7 +434,7 @@ def judged(rng: np.random.Generator, problem: Problem) -> Verdict:
     """Judge one call; a refusal is a verdict, too."""
     judge = judges(rng)
     try:
-        with sizes(rng.random() < 0.5):
+        with sizes(rng.random() < 0.7, two_stage=rng.random() < 0.5):
             return judge(problem)
     except ConvergenceError as error:
         return Verdict("?", problem.label, "refused", why=str(error))

@@ -13,6 +13,7 @@ from r_tsvm_kernels.linalg.inverse_root import (
     root_of_factor,
     root_of_gram,
     root_of_gram_float32,
+    root_of_pair,
 )
 
 ROUTES = [
@@ -75,6 +76,44 @@ def test_float32_gives_way():
     with pytest.raises(ConvergenceError, match="estimated error"):
         root_of_gram_float32(X.mT @ X, 1e-9)
     assert 0 < FEW < 1
+
+
+@pytest.mark.parametrize("ranks", [(150, 150), (150, 149), (60, 150), (150, 60), (1, 3), (7, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("single", [False, True])
+def test_two_bases_in_closed_form(ranks, single):
+    X = concatenated(300, ranks)
+    root = root_of_pair(X.mT @ X, ranks[0], single)
+    assert root.matrix.bulk.dtype == (torch.float32 if single else torch.float64)
+    error = distance(root.matrix.after(X), published.polar(X))
+    assert error < (1e-6 if single else 1e-11)
+    values = torch.linalg.svdvals(X)
+    assert root.rank == sum(ranks) and root.largest == pytest.approx(float(values[0]))
+    assert root.condition == pytest.approx(float(values[0] / values[-1]), rel=1e-6)
+    defect = root.defect(X.mT @ X)
+    assert error < 1.2 * defect + 1e-12 and defect < 20 * error + 1e-9
+    exact = root_of_gram(X.mT @ X)
+    assert torch.allclose(root.sensitivity, exact.sensitivity, rtol=1e-5)
+
+
+@pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6])
+def test_nearly_parallel_bases_in_closed_form(angle):
+    """A direction of one basis is nearly one of the other; others are the same or orthogonal to it."""
+    Q = concatenated(40, [40])
+    near = Q[:, :1] * (1 - angle**2) ** 0.5 + Q[:, 20:21] * angle
+    X = torch.cat([Q[:, :10], near, Q[:, 21:25]], dim=1)
+    if angle < 1e-4:
+        with pytest.raises(ConvergenceError, match="eigenvalue of the basis"):
+            root_of_pair(X.mT @ X, 10, False)
+        return
+    for single in (False, True):
+        root = root_of_pair(X.mT @ X, 10, single)
+        assert distance(root.matrix.after(X), published.polar(X)) < 1e-13 / angle**2 + 1e-6 * single
+
+
+def test_unrelated_bases_in_closed_form():
+    Q = concatenated(40, [40])[:, :20]
+    root = root_of_pair(torch.eye(20, dtype=torch.float64), 12, False)
+    assert distance(root.matrix.after(Q), Q) < 1e-15
 
 
 def test_a_wrong_root_has_a_defect():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from spectra import spectrum
 
-from r_tsvm_kernels.linalg import eigenspaces, fixed_rank, leading_subspaces, tsv_merge
+from r_tsvm_kernels.linalg import eigenspaces, fixed_rank, leading_subspaces, tsv_merge, two_stage
 from r_tsvm_kernels.linalg.spectral_density import eigenvalues_at
 from r_tsvm_kernels.linalg.tall_matrix import TallMatrix
 
@@ -40,6 +40,13 @@ def test_nearly_flat_spectra_are_recognised():
     assert eigenvalues_at(gram, [100], flat=8.0) is not None
 
 
+@pytest.fixture
+def lapack(monkeypatch):
+    """As without the native module."""
+    monkeypatch.setattr(two_stage, "LARGE", 10**9)
+
+
+@pytest.mark.usefixtures("lapack")
 @pytest.mark.parametrize("kind", ["power 0.5", "power 0.75"])
 def test_float32_is_not_tried_where_it_would_fail(kind):
     matrices = [spectrum(kind, 512, 512, seed) for seed in range(2)]
@@ -54,6 +61,7 @@ def test_float32_is_not_tried_where_it_would_fail(kind):
         eigenspaces.gram_float32(gram, matrix, 2e-8)
 
 
+@pytest.mark.usefixtures("lapack")
 @pytest.mark.parametrize("kind", ["flat", "power 0.2", "power 0.3"])
 def test_float32_is_tried_where_it_suffices(kind):
     found = leading_subspaces(spectrum(kind, 512, 512, 0), 170)

@@ -40,7 +40,8 @@ struct Wanted {
 void secular_vectors_cpu(const double* values, const double* adjusted, const int64_t* origins, const double* offsets,
                          int64_t n, const Wanted& wanted, double* vectors, int64_t stride, int threads);
 
-// Turns coefficients for a basis with its columns rotated, see `Deflation`, into those for the basis itself, in each row.
+// Turns coefficients for a basis with its columns rotated, see `Deflation`, into those for the basis itself, in each
+// row.
 void rotate_back_cpu(const int64_t* pairs, const double* turns, int64_t rotations, double* rows, int64_t count,
                      int64_t stride, int threads);
 
