@@ -12,6 +12,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from .blocks import WHOLE, Blocks, Shape, blocks_of
+from .entries import ModelEntry as ModelEntry  # part of the public interface
+from .entries import ModuleEntry, PathText, Slice, check_filters, every_entry
 from .errors import ConfigError
 from .experts import is_router
 from .files import read_regular
@@ -29,17 +31,12 @@ def _plain_dtype(value: object) -> object:
     return dtype_name(value) if isinstance(value, str | torch.dtype) else value
 
 
-def _plain_path(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
-
-
 def _vocabulary(value: str) -> str:
     if value not in ("base", "union") and not (value.startswith("model:") and value != "model:"):
         raise ValueError(f"expected 'base', 'union' or 'model:PATH', got {shortened(value)}")
     return value
 
 
-PathText = Annotated[str, BeforeValidator(_plain_path)]
 _Name = Literal["float64", "float32", "float16", "bfloat16"]
 DTypeName = Annotated[_Name, BeforeValidator(_plain_dtype)]
 DTYPES = get_args(_Name)
@@ -49,28 +46,6 @@ ConvChoice = Literal["mean", "flatten"]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
 
 MAX_RECIPE_BYTES = 1_000_000
-
-
-class ModelEntry(Strict):
-    """One model of a recipe.
-
-    Attributes:
-        model: Hugging Face folder or id, .safetensors file, folder of a LoRA adapter of the base, or ``model+adapter``;
-            None to merge tensors in memory.
-        parameters: values of this model for per-model parameters, such as ``weight``.
-
-    Examples:
-        >>> ModelEntry(model="org/code", parameters={"weight": 0.5})
-        ModelEntry(model='org/code', parameters={'weight': 0.5})
-    """
-
-    model: PathText | None = None
-    parameters: dict[str, Any] = Field(default={})
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        for name, info in type(self).model_fields.items():
-            if getattr(self, name) != info.default:
-                yield name, getattr(self, name)
 
 
 def _entries(models: Any) -> Any:
@@ -115,7 +90,12 @@ class MergeConfig(Strict):
         split: sizes of the matrices in fused tensors, by patterns of names, as ``{"*qkv_proj*": [4096, 1024, 1024]}``,
             each merged as a tensor of its own; or ``auto``, for those of known models: see `known_splits`.
         requantise: write the weights that the base has in FP8 in its layout, with new scales, instead of bfloat16.
-        num_layers: number of layers of every model, from a recipe's ``slices``; models with other numbers are refused.
+        slices: slices of layers, in place of `models`; the layers of the output are theirs, in order.
+        modules: models or slices by module, in place of `models`: ``text_decoder``, ``vision_tower``, ...; see
+            docs/mergekit.md.
+        chat_template: of the output's tokenizer: ``auto`` (that of most models), ``chatml``, ``llama3``, ``alpaca``, or
+            the text of a Jinja template. None keeps that of the base.
+        num_layers: number of layers of every model, from a recipe's only slice; other models count as sliced.
         parts: folder that `decompose_checkpoints` wrote for this recipe, with any weights and alpha: the merge reads it
             instead of the models.
         parts_rank: largest rank of the parts that are read, as factors; None reads all of them.
@@ -146,6 +126,9 @@ class MergeConfig(Strict):
     conv: ConvChoice = "mean"
     split: Literal["auto"] | dict[str, Sizes] = Field(default={})
     requantise: bool = False
+    slices: tuple[Slice, ...] = ()
+    modules: dict[str, ModuleEntry] = Field(default={})
+    chat_template: str | None = None
     num_layers: int | None = None
     parts: PathText | None = None
     parts_rank: Annotated[int, Field(ge=1)] | None = None
@@ -182,8 +165,12 @@ class MergeConfig(Strict):
         return repr(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MergeConfig:
+    def from_dict(cls, data: Mapping[str, Any], *, strict: bool = False) -> MergeConfig:
         """Make a config from a parsed recipe; ``name`` and keys such as ``x-notes`` are ignored.
+
+        Args:
+            data: the recipe.
+            strict: refuse keys that have no meaning where they are, instead of ignoring them with a warning.
 
         Raises:
             ConfigError: not a valid recipe.
@@ -194,23 +181,18 @@ class MergeConfig(Strict):
         """
         if not has_names(data):
             raise ConfigError(f"a recipe is a mapping, got {type(data).__name__ if data else 'nothing'}")
-        data = from_mergekit(data)
-        present: dict[str, Any] = {key: value for key, value in data.items() if value is not None}
+        present = from_mergekit(data, cls.model_fields, strict=strict)
         for key in present.keys() - cls.model_fields.keys():
             raise ConfigError(_unknown_key(key, present.get("merge_method", "rtsvm"), under="under `parameters`"))
-        if isinstance(present.get("models"), list):
-            odd = [entry for entry in present["models"] if isinstance(entry, Mapping) and not has_names(entry)]
-            if odd:
-                raise ConfigError(f"models: the keys of an entry are `model` and `parameters`, got {shortened(odd[0])}")
-            present["models"] = tuple(
-                ModelEntry(**{k: v for k, v in entry.items() if v is not None}) if isinstance(entry, Mapping) else entry
-                for entry in present["models"]
-            )
         return cls(**present)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> MergeConfig:
+    def from_yaml(cls, path: str | Path, *, strict: bool = False) -> MergeConfig:
         """Read a recipe file in mergekit's format; docs/mergekit.md lists the differences.
+
+        Args:
+            path: of the file.
+            strict: see `from_dict`.
 
         Raises:
             ConfigError: the file is missing, is not YAML, or is not a valid recipe.
@@ -227,7 +209,7 @@ class MergeConfig(Strict):
             raise ConfigError(f"cannot read the recipe {path}: {error.strerror or error}") from error
         except ValueError as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        return cls.from_dict(data)
+        return cls.from_dict(data, strict=strict)
 
     def to_yaml(self) -> str:
         """Write the config as a recipe that `from_yaml` reads back."""
@@ -249,7 +231,7 @@ class MergeConfig(Strict):
         """
         listed = [entry.model for entry in self.models]
         unlisted = self.base_model is not None and bool(listed) and self.base_model not in listed
-        return unlisted and self.num_layers is None and not self.method.needs_base
+        return unlisted and self.num_layers is None and not self.method.needs_base and self.method.tasks is None
 
     def with_base_listed(self) -> MergeConfig:
         """Return the config with the base as its last model, with the common parameters.
@@ -284,10 +266,7 @@ class MergeConfig(Strict):
         if tasks < 1:
             raise ConfigError("a merge needs at least one fine-tuned model, got none")
         if self.method.tasks not in (None, tasks):
-            raise ConfigError(
-                f"{self.merge_method} merges the base with {self.method.tasks} fine-tuned model, got {tasks}; "
-                "multislerp and karcher merge several"
-            )
+            raise ConfigError(self.method.wrong_number(tasks))
         if self.models and len(self.models) != tasks:
             keys = {key: None for entry in self.models if entry.model is None for key in entry.parameters}
             what, given = ", ".join(keys) or "models", len(self.models)
@@ -352,13 +331,41 @@ class MergeConfig(Strict):
                         f"text. Did you mean {meant}?"
                     )
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether the tensors of the output are merged from several sets of models, or copied from one."""
+        return bool(self.slices or self.modules) or self.method.copies is not None
+
+    def copies_values(self, options: MethodParameters) -> bool:
+        """Whether the method, with these options, and the dtypes leave the values of its only model as they are."""
+        copies = self.method.copies is not None and self.method.copies(options)
+        return copies and (self.dtype is None or self.out_dtype in (None, self.dtype))
+
+    @property
+    def every_model(self) -> tuple[ModelEntry, ...]:
+        """The models, also those of slices and modules."""
+        return every_entry(self.models, self.slices, self.modules.values())
+
+    @property
+    def model_names(self) -> list[str]:
+        """The models by name, each once."""
+        return list(dict.fromkeys(str(entry.model) for entry in self.every_model))
+
     @model_validator(mode="after")
     def _check_parameters(self) -> MergeConfig:
         if self.parts_rank is not None and self.parts is None:
             raise ConfigError("parts_rank: there are no parts; set `parts` (--parts) to the folder that has them")
-        schema = self.method.parameters
-        _check_keys(self.parameters, self.method, f"parameters of {self.merge_method}")
-        for entry in self.models:
+        given = [name for name in ("models", "slices", "modules") if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)}: a recipe has one of them")
+        schema, where = self.method.parameters, f"parameters of {self.merge_method}"
+        modules = [(f"{where}, module {name}", module) for name, module in self.modules.items()]
+        slices = [(where, self.slices), *((label, module.slices) for label, module in modules)]
+        parts = [(label, module.parameters) for label, module in modules]
+        parts += [(f"{label}, of a slice", part.parameters) for label, own in slices for part in own]
+        for label, parameters in [(where, self.parameters), *parts]:
+            _check_keys(parameters, self.method, label)
+        for entry in self.every_model:
             where = f"parameters of model {entry.model}" if entry.model else "parameters of a model"
             _check_keys(entry.parameters, self.method, where)
             for key in entry.parameters:
@@ -475,22 +482,10 @@ def _check_keys(values: Mapping[str, Any], method: Method, where: str) -> None:
             raise ConfigError(f"{where}: {_unknown_key(key, method.name, fields=False)}")
         if sum(keys[key] == keys[other] for other in values if other in keys) > 1:
             raise ConfigError(f"{where}: {keys[key]} is given twice, under two names")
-        _check_filters(value, f"{where}: {key}")
+        check_filters(value, f"{where}: {key}")
         for leaf in leaves(value):
             if leaf is not None:
                 _parse(schema, {keys[key]: leaf}, where)
-
-
-def _check_filters(value: object, where: str) -> None:
-    """Refuse entries of a filter list, nested ones too, other than ``{value, filter}`` with text as filter."""
-    for item in filter_list(value) or ():
-        if not set(item) <= {"value", "filter"} or "value" not in item:
-            raise ConfigError(f"{where}: each entry of the list needs `value` and may have `filter`")
-        if not isinstance(item.get("filter"), str | None):
-            raise ConfigError(
-                f"{where}: `filter` is a part of a tensor's name, a text, got {shortened(item['filter'])}"
-            )
-        _check_filters(item["value"], where)
 
 
 def _parse(schema: type[MethodParameters], values: dict[str, Any], where: str = "parameters") -> MethodParameters:

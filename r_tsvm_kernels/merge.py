@@ -142,6 +142,8 @@ def _merged(
 ) -> MergeResult:
     if config.base_joins:
         config, tuned = config.with_base_listed(), [*tuned, base]
+    if config.method.copies is not None and tuned and isinstance(tuned[0], Tensor):
+        base = tuned[0]  # also buffers are those of the model
     shape = tuple(base.shape)
     if blocks is None:
         blocks = config.blocks(name, shape, lambda other: None, config.splits({name: shape}) if config.split else {})

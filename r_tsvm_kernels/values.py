@@ -20,6 +20,8 @@ from .text import dtype_name
 
 # Elements of each tensor whose norms are computed at a time.
 _PIECE = 1 << 20
+# Parameters that multiply values.
+_FACTORS = ("weight", "alpha", "t", "scale")
 
 
 def check_agreement(
@@ -158,9 +160,9 @@ def check_options(options: MethodParameters, dtype: torch.dtype, label: str) -> 
     """Require the factors of a merge to fit the dtype of the computation.
 
     Raises:
-        ConfigError: a weight, alpha or t does not.
+        ConfigError: a factor, such as a weight or alpha, does not.
     """
-    for name in ("weight", "alpha", "t"):
+    for name in _FACTORS:
         value = getattr(options, name, ())
         for number in value if isinstance(value, tuple) else (value,):
             if abs(number) > torch.finfo(dtype).max:
@@ -172,7 +174,7 @@ def check_options(options: MethodParameters, dtype: torch.dtype, label: str) -> 
 
 def overflow(weight: Tensor, options: MethodParameters, label: str) -> str:
     """Return the message for a merge of finite tensors that is not finite, with its factors."""
-    given = {name: getattr(options, name) for name in ("weight", "alpha", "t") if hasattr(options, name)}
+    given = {name: getattr(options, name) for name in _FACTORS if hasattr(options, name)}
     factors = ", ".join(f"{name} {value}" for name, value in given.items())
     return (
         f"{label}: {int(weight.numel() - weight.isfinite().sum())} of {weight.numel()} merged values are NaN or "

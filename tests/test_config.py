@@ -69,6 +69,7 @@ def test_a_slice_of_whole_models_is_a_list_of_models(tmp_path):
         {**common, "base_model": "a", "models": models, "parameters": SLICE["parameters"], "num_layers": 4}
     )
     assert MergeConfig.from_yaml(write(tmp_path, config.to_yaml())) == config
+    assert MergeConfig.from_dict({**common, "slices": [SLICE, SLICE]}).slices[1].count == 4
     weighted = [source | {"parameters": {"weight": w}} for source, w in zip(SLICE["sources"], (1, 3), strict=True)]
     config = MergeConfig.from_dict({"merge_method": "ties", "slices": [{"sources": weighted, "base_model": "c"}]})
     assert (config.base_model, config.options(2).weight) == ("c", (1.0, 3.0))
@@ -207,28 +208,32 @@ def test_a_gradient_of_ranks_gives_whole_ranks():
         ({"merge_method": "tsvm", "parameters": {"alpha": 1, "lambda": 2}}, "alpha is given twice"),
         ({"dtype": "int8"}, "dtype.*'float64'"),
         ({"slices": [{}]}, "slices: `sources` is a list"),
-        ({"slices": [{"sources": [{"model": "a"}]}]}, r"slices: only one slice of whole models.*\[None\]"),
-        ({"slices": [SLICE, SLICE]}, "slices: only one slice of whole models.*2 slices"),
+        ({"slices": [{"sources": [{"model": "a"}]}]}, r"slices: a needs layer_range: \[first.*got None"),
+        ({"slices": [{"sources": [{"model": "a", "layer_range": [3, 3]}]}]}, r"layer_range of a: .*\[3, 3\]"),
+        ({"slices": [{"sources": [{"model": "a", "layer_range": [4, 2]}]}]}, r"layer_range of a: .*\[4, 2\]"),
+        ({"slices": [{"sources": [{"model": "a", "layer_range": [-1, 2]}]}]}, r"layer_range of a: .*\[-1, 2\]"),
         ({"slices": [SLICE | {"parameters": [1]}]}, r"parameters: expected a mapping.*\[1\]"),
         ({"slices": [SLICE], "parameters": 3}, "parameters: expected a mapping.*3"),
-        ({"slices": [SLICE | {1: 2}]}, "slices: 1 is not supported"),
-        ({"slices": [SLICE], "models": []}, "either `slices` or `models`"),
-        ({"slices": [SLICE | {"residual_weight": 0.1}]}, "slices: residual_weight is not supported"),
-        ({"slices": [{"sources": [{"model": "a", "layer_range": [1, 9]}]}]}, r"whole models.*\[\[1, 9\]\]"),
+        ({"slices": [SLICE | {1: 2}]}, "slices: expected a mapping with `sources`"),
+        ({"slices": [SLICE | {"suorces": 2}]}, "unknown key 'suorces'; did you mean 'sources'"),
+        ({"slices": [SLICE], "models": [{"model": "a"}]}, "models, slices: a recipe has one of"),
         (
             {"slices": [{"sources": [{"model": "a", "layer_range": [0, n]} for n in (8, 9)]}]},
-            r"whole models.*\[\[0, 8\], \[0, 9\]\]",
+            r"slices: expected sources with as many layers each, got \[0, 8\] of a, \[0, 9\] of a",
         ),
-        ({"modules": {"a": {}}}, "modules?.*not supported|multi-module"),
+        ({"modules": {"a": {}}}, "modules: expected either `models` or `slices`"),
+        ({"modules": {"a": 3}}, "modules: a: expected a mapping with `models` or `slices`, got 3"),
+        ({"modules": {"a": {"slcies": []}}}, "unknown key 'slcies'; did you mean 'slices'"),
+        ({"models": [{"model": {"place": "x"}}]}, "models: expected a path, or a mapping"),
+        ({"merge_method": "ties", "models": [{"model": "a", "density": 1}]}, "density is a parameter; write it under"),
         ({"tokenizer": {"source": "base", "tokens": {"<s>": {"source": "a"}}}}, "tokenizer: tokens is not supported"),
         ({"tokenizer": {"pad_to_multiple_of": 64}}, "tokenizer: pad_to_multiple_of is not supported"),
         ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "tokenizer_source and tokenizer: .* one of"),
         ({"tokenizer": "base"}, "tokenizer: expected a mapping with `source`, got 'base'"),
-        ({"tokenizer_source": {"model": "a"}}, "tokenizer_source: expected base, union or the path"),
+        ({"tokenizer_source": ["a"]}, "tokenizer_source: expected base, union or the path"),
         ({"vocabulary": "largest"}, "vocabulary: expected 'base', 'union' or 'model:PATH', got 'largest'"),
         ({"vocabulary": "model:"}, "vocabulary: expected 'base'"),
         ({"missing": "mean"}, "missing: .*'mean_of_present'"),
-        ({"chat_template": "auto"}, "chat_template"),
         ([1, 2], "mapping"),
         ({1: 2}, "mapping"),
         ({"models": [{1: 2}]}, "models: the keys of an entry are .*{1: 2}"),

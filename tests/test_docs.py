@@ -108,9 +108,11 @@ def test_commands_are_found():
 @pytest.mark.parametrize("file", [file for file in TEXTS if "```yaml" in (ROOT / file).read_text()])
 def test_every_recipe_is_valid(file):
     for block in re.findall(r"```yaml[^\n]*\n(.*?)```", (ROOT / file).read_text(), re.DOTALL):
-        recipe = {"merge_method": "task_arithmetic", "base_model": "base", "models": ["a", "b"]}
-        config = r_tsvm_kernels.MergeConfig.from_dict(recipe | yaml.safe_load(block))
-        config.options(len(config.models), "lm_head.weight")
+        recipe = {"merge_method": "task_arithmetic", "base_model": "base"} | yaml.safe_load(block)
+        recipe |= {} if recipe.keys() & {"slices", "modules"} else {"models": recipe.get("models", ["a", "b"])}
+        config = r_tsvm_kernels.MergeConfig.from_dict(recipe)
+        if config.models:
+            config.options(len(config.models), "lm_head.weight")
 
 
 def results_of(*names):

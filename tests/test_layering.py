@@ -20,6 +20,7 @@ LAYERS = [
     {"linalg", "checkpoint"},
     {"parts_folder"},
     {"methods", "lora"},
+    {"entries"},
     {"recipe_forms"},
     {"config", "tied"},
     {"values"},

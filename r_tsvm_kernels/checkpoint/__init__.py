@@ -5,7 +5,7 @@ from .copies import Copy, settle_copies, shared_seeds
 from .embeddings import embedding_height, vocabulary_tensors
 from .headers import FileState, TensorHeader, read_headers, read_json, read_metadata, read_tokenizer_json
 from .hub import is_model_id
-from .model_config import contradictions, layer_count, text_config
+from .model_config import contradictions, layer_count, layer_rules, text_config, with_layers
 from .reader import Checkpoint, runs
 from .requantised import first_scale_row, requantise, rows_of_scale
 from .scaled import ScaledHeader, without_quantisation
@@ -34,6 +34,7 @@ __all__ = [
     "is_sidecar_file",
     "is_tokenizer_file",
     "layer_count",
+    "layer_rules",
     "plan_shards",
     "read_headers",
     "read_json",
@@ -49,6 +50,7 @@ __all__ = [
     "shared_seeds",
     "text_config",
     "vocabulary_tensors",
+    "with_layers",
     "without_quantisation",
     "write_index",
 ]

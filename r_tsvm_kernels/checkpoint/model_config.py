@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # The part of a multimodal model's config that describes its language model.
@@ -18,6 +18,19 @@ _MEANING = (
     "attention_multiplier", "logits_scaling", "tie_word_embeddings",
 )  # fmt: skip
 
+# Lists of the indexes of some layers.
+_INDEX_LISTS = (
+    "mlp_only_layers", "full_attn_idxs", "cross_attention_layers", "attn_layer_indices", "moe_layers",
+    "global_attn_layers", "full_attention_layers",
+)  # fmt: skip
+# Numbers by which the index of a layer decides its kind.
+_BY_INDEX = (
+    "first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "full_attention_interval",
+    "sliding_window_pattern", "interleave_moe_layer_step", "attn_layer_period", "attn_layer_offset",
+    "expert_layer_period", "expert_layer_offset", "no_rope_layer_interval", "num_kv_shared_layers",
+)  # fmt: skip
+_STARTS = ("first_k_dense_replace", "attn_layer_offset", "expert_layer_offset", "num_kv_shared_layers")
+
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part of a config that describes the language model, often all of it."""
@@ -31,6 +44,60 @@ def layer_count(config: Mapping[str, Any]) -> tuple[int, int] | None:
         if layers:
             return layers, _count(part.get("num_nextn_predict_layers"))
     return None
+
+
+def with_layers(config: Mapping[str, Any], origins: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+    """Return the config of a model whose layers come from other models.
+
+    The number of layers, lists with a value for each layer (``layer_types``) and lists of indexes of layers
+    (``mlp_only_layers``) change.
+
+    Args:
+        config: of the model that gives all else.
+        origins: for each layer, the config of its model, and the layer's index there.
+
+    Examples:
+        >>> base = {"num_hidden_layers": 2, "layer_types": ["full", "sliding"], "hidden_size": 8}
+        >>> with_layers(base, [(base, 0), (base, 1), (base, 1)])
+        {'num_hidden_layers': 3, 'layer_types': ['full', 'sliding', 'sliding'], 'hidden_size': 8}
+    """
+    inner = text_config(config)
+    changed = {key: with_layers(value, origins) if value is inner else value for key, value in config.items()}
+    before = layer_count(config)
+    parts = [(text_config(own), index, layer_count(own)) for own, index in origins]
+    for key, value in config.items():
+        if key in _LAYERS and _count(value) and before is not None:
+            changed[key] = len(origins)
+        elif key in _INDEX_LISTS and isinstance(value, list):
+            changed[key] = [place for place, (own, index, _) in enumerate(parts) if index in (own.get(key) or ())]
+        elif isinstance(value, list | str) and before is not None and _is_by_layer(key, value, before[0]):
+            found = [
+                own[key][index]
+                for own, index, count in parts
+                if count is not None and isinstance(own.get(key), type(value)) and len(own[key]) == count[0]
+            ]
+            if len(found) == len(origins):
+                changed[key] = "".join(found) if isinstance(value, str) else found
+    return changed
+
+
+def layer_rules(config: Mapping[str, Any]) -> list[str]:
+    """Return the settings by which a layer's index decides its kind, as ``first_k_dense_replace 1``.
+
+    Examples:
+        >>> layer_rules({"first_k_dense_replace": 1, "decoder_sparse_step": 1})
+        ['first_k_dense_replace 1']
+    """
+    text = text_config(config)
+    return [f"{key} {text[key]}" for key in _BY_INDEX if _count(text.get(key)) > (key not in _STARTS)]
+
+
+def _is_by_layer(key: str, value: Sequence[Any], layers: int) -> bool:
+    """Whether a list of a config, or a text, has a value for each layer."""
+    if isinstance(value, str):
+        return key.endswith("_pattern") and len(value) == layers
+    foreign = key.endswith(("_id", "_ids", "_token", "_index", "_section")) or key == "architectures"
+    return len(value) == layers and not foreign
 
 
 def contradictions(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -239,6 +240,18 @@ class Checkpoint:
         if names:
             name, new = next(iter(names.items()))
             self.notes.append(f"{self.path}: {len(names)} tensors take the names of the base ({name} is its {new})")
+
+    def view(self, names: Mapping[str, str]) -> Checkpoint:
+        """Return this checkpoint with some of its tensors, under other names.
+
+        Args:
+            names: the names that the view has, with those here; a tensor may have several names.
+        """
+        view = copy(self)
+        view.tensors = {name: self.tensors[own] for name, own in names.items()}
+        view._stored = {name: self._stored.get(own, own) for name, own in names.items()}
+        view.activation_scales = {}
+        return view
 
     def module(self, name: str) -> Module:
         """Return the module of a tensor; of one that is not stored, the module that its name belongs to."""

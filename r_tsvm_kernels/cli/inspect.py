@@ -126,7 +126,7 @@ def _as_dict(
             name: {
                 "treatment": tensor.treatment.kind,
                 "reason": tensor.treatment.reason,
-                "parameters": varying_parameters(plan.config, tensor.options),
+                "parameters": varying_parameters(plan.section(name).config, tensor.options),
                 "shape": list(tensor.spec.shape),
                 "dtype": dtype_name(tensor.spec.dtype),
                 "matrices": tensor.merged_apart.count(tensor.spec.shape),

@@ -72,7 +72,8 @@ def _parameters(plan: MergePlan, names: Sequence[str]) -> dict[str, str]:
     tensors = [plan.tensors[name] for name in names]
     if tensors[0].treatment.kind == "base":
         return {}
-    values = [varying_parameters(plan.config, tensor.options) for tensor in tensors]
+    config = plan.section(names[0]).config
+    values = [varying_parameters(config, tensor.options) for tensor in tensors]
     used = values[0].keys() if tensors[0].treatment.kind == "merge" else values[0].keys() & {"weight", "alpha"}
     return {key: spread([value[key] for value in values]) for key in values[0] if key in used}
 

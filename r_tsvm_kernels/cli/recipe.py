@@ -76,6 +76,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--requantise", action="store_true", help="write FP8 where the base has it, with new scales, not bfloat16"
     )
     group.add_argument(
+        "--strict", action="store_true", help="refuse keys of a recipe that would be ignored with a warning"
+    )
+    group.add_argument(
         "--allow-pickle", action="store_true", help="read models that exist only as pickle (nothing but tensors)"
     )
     group.add_argument(
@@ -135,7 +138,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
             raise ConfigError("give either a recipe file or --base/--model/--weight/--method, not both")
         if Path(recipe).is_dir() or recipe.endswith(".safetensors"):
             raise ConfigError(f"{recipe} is not a recipe file; name models with --base and --model")
-        config = MergeConfig.from_yaml(recipe)
+        config = MergeConfig.from_yaml(recipe, strict=arguments.strict)
     elif arguments.parts is not None and not arguments.model:
         config = _recipe_of_parts(arguments, plain)
     else:

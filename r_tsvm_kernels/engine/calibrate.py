@@ -81,7 +81,7 @@ def estimate_time(plan: MergePlan, workers: int, device: torch.device) -> TimeEs
 
 def _sample(plan: MergePlan, names: Sequence[str], shape: tuple[int, int], device: torch.device) -> float:
     """Return the seconds, the better of two, to merge random tensors of `shape` treated like the first of `names`."""
-    tensor = plan.tensors[names[0]]
+    plan, tensor = plan.section(names[0]), plan.tensors[names[0]]
     generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*size: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from ..checkpoint import Checkpoint, is_model_id
+from ..config import MergeConfig
 from ..errors import CheckpointError
 from ..files import read_regular, write_json, write_text
 from ..plan import MergePlan, common_parameters, model_parameters, varying_parameters
@@ -37,7 +38,7 @@ def write_report(job: MergeJob, run: Mapping[str, Any]) -> None:
     """
     plan, stage = job.plan, job.stage
     config, tensors = plan.config, {name: _entry(plan, job.finished[name]) for name in plan.tensors}
-    models = [str(entry.model) for entry in config.models]
+    models = _models(config)
     recipe = config.model_dump(mode="json", exclude_defaults=True)
     method = config.method
     report = {
@@ -102,7 +103,7 @@ def write_page(out: str | Path) -> Path:
 def write_card(plan: MergePlan, folder: Path) -> None:
     """Write the model card. It inherits the licence that the base's card names."""
     config = plan.config
-    models = [str(entry.model) for entry in config.models]
+    models = _models(config)
     everything = [*([config.base_model] if config.base_model else []), *models]
     base = plan.base.folder
     card = model_card(
@@ -116,6 +117,11 @@ def write_card(plan: MergePlan, folder: Path) -> None:
         inherited={} if base is None else inherited_terms(base / CARD),
     )
     write_text(folder / CARD, card)
+
+
+def _models(config: MergeConfig) -> list[str]:
+    """Return the models by name; those of slices and modules each once."""
+    return [str(entry.model) for entry in config.models] or config.model_names
 
 
 def _library(base: Checkpoint) -> str | None:
@@ -133,7 +139,7 @@ def _entry(plan: MergePlan, finished: Finished) -> dict[str, Any]:
     merged = tensor.treatment.kind != "base"
     dtypes = [own.dtype for own in finished.stored]
     return asdict(as_report(finished.report)) | {
-        "parameters": varying_parameters(plan.config, tensor.options) if merged else {},
+        "parameters": varying_parameters(plan.section(finished.name).config, tensor.options) if merged else {},
         "dtype": dtypes[0] if dtypes else "",
         "bytes": finished.nbytes,
         "file": ", ".join(dict.fromkeys(own.shard for own in finished.stored)),

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import dispatch
+from ..checkpoint import Checkpoint
 from ..config import MergeConfig
 from ..errors import ConfigError, DeviceError
 from ..files import write_text
@@ -20,6 +21,7 @@ from ..plan import MergePlan, make_plan
 from ..sizes import parse_size
 from ..state_dicts import summary
 from ..text import printable
+from .chat_template import check_chat_template, set_chat_template
 from .job import MergeJob, open_job, settled_kernels
 from .journal import as_report
 from .local import run_local
@@ -28,7 +30,7 @@ from .ray_engine import run_ray
 from .report import write_card, write_report
 from .scheduling import make_schedule
 from .shards import layouts, write_indexes
-from .sidecar_files import copy_sidecar_files
+from .sidecar_files import copy_sidecar_files, fit_layers
 from .tiles import check_copies
 from .tokenizer_files import fit_vocabulary
 
@@ -159,10 +161,13 @@ def merge_checkpoints(
         progress=progress,
     )
     single = is_single_file(out)
+    check_chat_template(config.chat_template)
     shard_bytes, stem = (2**63, out.stem) if single else (parse_size(shard_size), None)
     plan = make_plan(config, shard_bytes, stem, allow_pickle=allow_pickle)
     if single and plan.vocabulary is not None and (plan.vocabulary.names or plan.vocabulary.owner is not plan.base):
         _LOG.warning("%s: a single file has no tokenizer beside it; merge into a folder to get the one that fits", out)
+    if single and config.chat_template is not None:
+        _LOG.warning("%s: a single file has no chat template beside it; merge into a folder to get one", out)
     return run.carry_out(plan, _begin, _complete)
 
 
@@ -316,13 +321,22 @@ def _reporter(job: MergeJob, progress: Callable[[Progress], None] | None) -> Cal
 
 def _begin(job: MergeJob) -> None:
     """Write the files beside the weights that come from the inputs: an unreadable one should stop the merge first."""
-    plan, stage = job.plan, job.stage
+    plan, stage, config = job.plan, job.stage, job.plan.config
     if is_single_file(stage.out):
         return
-    dtype = plan.config.out_dtype or plan.config.dtype
-    copy_sidecar_files(plan.base, stage.folder, dtype, quantised=plan.config.requantise)
+    copy_sidecar_files(plan.base, stage.folder, config.out_dtype or config.dtype, quantised=config.requantise)
     if plan.vocabulary is not None:
         fit_vocabulary(plan.vocabulary, plan.base, stage.folder)
+    fit_layers(plan, stage.folder)
+    if config.chat_template is not None:
+        checkpoints = [source for source in plan.inputs if isinstance(source, Checkpoint)]
+        set_chat_template(config.chat_template, checkpoints, _main_folder(plan, stage.folder))
+
+
+def _main_folder(plan: MergePlan, folder: Path) -> Path:
+    """Return the folder of the output that its configuration and tokenizer are in."""
+    base = plan.base
+    return folder if base.main is None or base.folder is None else folder / base.main.relative_to(base.folder)
 
 
 def _complete(job: MergeJob) -> None:

@@ -6,8 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import SIDECAR_FOLDERS, Checkpoint, is_sidecar_file, read_json, without_quantisation
+from ..checkpoint import (
+    SIDECAR_FOLDERS,
+    Checkpoint,
+    is_sidecar_file,
+    read_json,
+    with_layers,
+    without_quantisation,
+)
 from ..files import copy_file, write_json
+from ..plan import MergePlan
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
@@ -36,6 +44,19 @@ def copy_sidecar_files(base: Checkpoint, stage: Path, dtype: str | None, *, quan
             write_json(file, without_quantisation(read_json(file)[0]))
         if dtype is not None:
             _record_dtype(file, dtype, add=not module.prefix)
+
+
+def fit_layers(plan: MergePlan, stage: Path) -> None:
+    """Make ``config.json`` of an output describe its layers, if they are others than the base's.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        OSError: the stage cannot be written.
+    """
+    main = next((module.folder for module in plan.base.modules if not module.prefix), "")
+    file = stage / main / "config.json"
+    if plan.layers and file.is_file():
+        write_json(file, with_layers(read_json(file)[0], [(model.config, index) for model, index in plan.layers]))
 
 
 def _record_dtype(file: Path, dtype: str, add: bool) -> None:

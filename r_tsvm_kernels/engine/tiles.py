@@ -69,6 +69,7 @@ def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Values]
     Raises:
         InputChangedError, CheckpointError: an input cannot be read, or has changed.
     """
+    plan = plan.section(tile.name)
     if plan.tensors[tile.name].aligned:
         return read_aligned(plan, tile.name, tile.first, tile.last, pin=pin)
     rows = None if tile.count == 1 else (tile.first, tile.last)
@@ -98,6 +99,7 @@ def checksums_by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]
 
     Tensors whose rows were aligned are read once more for it, because their rows were read in another order.
     """
+    plan = plan.section(name)
     found = {part.source: sums.hexdigest() for part, sums in zip(plan.tensors[name].parts, checksums, strict=True)}
     if plan.tensors[name].aligned:
         sources = ((source, plan.inputs[source]) for source in found)
@@ -134,7 +136,7 @@ def merge_tile(
         NonFiniteError, ConvergenceError: the values cannot be merged; the message names the tensor.
         MemoryBudgetError: the GPU is out of memory.
     """
-    tensor = plan.tensors[tile.name]
+    plan, tensor = plan.section(tile.name), plan.tensors[tile.name]
     if tensor.treatment.kind == "base":
         report = TensorReport(plan.config.merge_method, "base", tensor.treatment.reason, tensor.spec.shape)
         if tensor.stored_parts is not None:
@@ -326,11 +328,11 @@ def check_tables(plan: MergePlan) -> None:
     Raises:
         QuantisedRefusedError: a tensor differs; the message names the tensor and the model.
     """
-    others = [source for source in plan.inputs[1:] if isinstance(source, Checkpoint)]
     for name, tensor in plan.tensors.items():
         if tensor.treatment.kind != "base":
             continue
-        own = plan.base.tensors[name]
+        base, *others = [source for source in plan.section(name).inputs if isinstance(source, Checkpoint)]
+        own = base.tensors[name]
         if not must_agree(own, excluded=tensor.treatment.excluded):
             continue
         for checkpoint in others:
@@ -338,7 +340,7 @@ def check_tables(plan: MergePlan) -> None:
             if header is None:  # an excluded one may be missing, and so may any by the policy
                 continue
             if header.shape != own.shape or not all(
-                same_values(plan.base.load(name, rows=rows), checkpoint.load(name, rows=rows)) for rows in _pieces(own)
+                same_values(base.load(name, rows=rows), checkpoint.load(name, rows=rows)) for rows in _pieces(own)
             ):
                 raise differing_error(name, checkpoint.path, header, own)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import Checkpoint, Checksum, settle_copies
+from ..config import MergeConfig
 from ..files import usable_path
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter
 from ..parts_folder import PartsFolder, is_parts
+from ..plan import MergePlan, make_plan
 from ..text import dtype_name
 from .journal import as_report, read_journal
 from .output import journal_path
@@ -76,10 +79,12 @@ def verify_output(
         missing=sorted(stored - output.files.keys()),
         extra=[name for name in output.files if name not in stored],
     )
-    models = list(_opened(fingerprint["models"], allow_pickle)) if inputs else []
+    recipe = fingerprint.get("recipe", {}) if inputs else {}
+    plan = _divided_plan(recipe, allow_pickle)
+    models = list(_opened(fingerprint["models"], allow_pickle)) if inputs and plan is None else []
     if checkpoints := [model for model in models if isinstance(model, Checkpoint)]:
         settle_copies(checkpoints[0], checkpoints[1:])
-        if fingerprint.get("recipe", {}).get("requantise"):
+        if recipe.get("requantise"):
             checkpoints[0].show_activation_scales()
     for done, (name, entry) in enumerate(finished.items(), 1):
         shapes = {own.name: own.shape for own in entry.stored}
@@ -88,7 +93,7 @@ def verify_output(
         for own in entry.stored:
             if (here := output.find(own.name)) is not None and here != (own.place, own.checksum):
                 found.changed.append(own.name)
-        for model, recorded in zip(models, entry.inputs, strict=False):
+        for model, recorded in zip(_models_of(plan, name) if plan else models, entry.inputs, strict=False):
             if recorded and _checksum_of_input(model, name) != recorded:
                 found.inputs_changed.append(f"{model.path}: {name}")
         if progress:
@@ -123,6 +128,24 @@ class _Output:
         file = header.file.relative_to(checkpoint.folder or self._root).as_posix()
         place = (file, header.offset, header.nbytes, dtype_name(header.dtype), header.shape)
         return place, checkpoint.checksum(own)
+
+
+def _divided_plan(recipe: Mapping[str, Any], allow_pickle: bool) -> MergePlan | None:
+    """Plan a merge of slices or modules again, which says where the inputs of each tensor are; None for others."""
+    config = MergeConfig(**recipe) if recipe else None
+    if config is None or not (config.is_divided or config.num_layers):
+        return None
+    plan = make_plan(config, 2**63, allow_pickle=allow_pickle)
+    return plan if plan.sections else None
+
+
+def _models_of(plan: MergePlan, name: str) -> list[Checkpoint | AdaptedModel]:
+    """Return the inputs of a tensor, in the order of its checksums."""
+    if name not in plan.tensors:
+        return []
+    own = plan.section(name)
+    adapted = {model.adapter: model for model in own.tuned if isinstance(model, AdaptedModel)}
+    return [source if isinstance(source, Checkpoint) else adapted[source] for source in own.inputs]
 
 
 def _opened(paths: Sequence[str], allow_pickle: bool) -> Iterator[Checkpoint | AdaptedModel]:

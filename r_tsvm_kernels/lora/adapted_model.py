@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,17 @@ class AdaptedModel:
     base: Checkpoint
     adapter: Adapter
     modules: dict[str, str]
+
+    def view(self, base: Checkpoint, names: Mapping[str, str]) -> AdaptedModel:
+        """Return this model with some of its tensors, under other names.
+
+        Args:
+            base: the view of its checkpoint with these names.
+            names: the names that the view has, with those here.
+        """
+        return AdaptedModel(
+            base, copy(self.adapter), {name: self.modules[own] for name, own in names.items() if own in self.modules}
+        )
 
     @property
     def path(self) -> Path:

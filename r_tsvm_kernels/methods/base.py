@@ -108,6 +108,20 @@ class MethodParameters(Strict):
         return self
 
 
+class Unweighted(MethodParameters):
+    """Parameters of a method that weights no model; the common field `weight` must stay 1."""
+
+    def for_tensor(self, name: str) -> MethodParameters:
+        """Refuse weights.
+
+        Raises:
+            ConfigError: there is a weight.
+        """
+        if any(weight != 1.0 for weight in self.weight):
+            raise ConfigError(f"the method has no weights, got {list(self.weight)}; leave `weight` out")
+        return self
+
+
 # Ops of methods that decompose matrices: the update, the mean of tensors that are none, and norms.
 SPECTRAL_OPS = ("add_update", "elect_and_sum", "task_statistics")
 
@@ -215,6 +229,8 @@ class Method:
         row_wise: whether rows may be merged separately: rows of the result depend only on the same rows of the inputs,
             to the bit.
         tasks: the only number of fine-tuned models it merges; None for any.
+        copies: whether, with these options, the result is the only model, to the bit, so that its bytes can be copied;
+            None if it never is.
         ops: the ops that `run`, `cost` and the mean of other tensors may call; None: any.
         factored: whether, with these options, `run` also takes all task matrices as `Factored` instead of the models.
         aliases: its other names, in papers and in other tools.
@@ -236,6 +252,7 @@ class Method:
     mean_if_rankless: bool = False
     row_wise: bool = False
     tasks: int | None = None
+    copies: Callable[[Any], bool] | None = None
     ops: tuple[str, ...] | None = None
     factored: Callable[[Any], bool] = lambda options: False
     aliases: tuple[str, ...] = ()
@@ -244,6 +261,15 @@ class Method:
     run_batch: RunBatch | None = None
     linear: Linear | None = None
 
+    def wrong_number(self, tasks: int) -> str:
+        """Say how many models the method merges, for a recipe with another number of them."""
+        if not self.needs_base:
+            return f"{self.name} takes {self.tasks} model{'s' if self.tasks != 1 else ''} for each tensor, got {tasks}"
+        return (
+            f"{self.name} merges the base with {self.tasks} fine-tuned model, got {tasks}; multislerp and karcher "
+            "merge several"
+        )
+
 
 METHODS: dict[str, Method] = {}
 
@@ -251,7 +277,7 @@ METHODS: dict[str, Method] = {}
 _ELSEWHERE = {
     "nuslerp": "for a base and one model use slerp, for several models multislerp or karcher.",
     **dict.fromkeys(
-        ("arcee_fusion", "nearswap", "passthrough", "ram", "ramplus_tl"),
+        ("arcee_fusion", "nearswap", "ram", "ramplus_tl"),
         "it is mergekit's: `rtsvm mergekit yaml` runs mergekit with our kernels.",
     ),
 }

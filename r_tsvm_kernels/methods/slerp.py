@@ -15,27 +15,16 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..ops import elect_and_sum
-from .base import FiniteFloat, MethodParameters, register
+from .base import FiniteFloat, Unweighted, register
 from .gram import cosines, geometric_cost, gram_matrix
 from .reports import MergeResult, TensorReport
 
 
-class SlerpParameters(MethodParameters):
+class SlerpParameters(Unweighted):
     """Parameters of `slerp`."""
 
     t: FiniteFloat = Field(default=0.5, description="0 is the base, 1 the model")
-
-    def for_tensor(self, name: str) -> MethodParameters:
-        """Refuse weights: `t` is the only parameter.
-
-        Raises:
-            ConfigError: there is a weight.
-        """
-        if self.weight != (1.0,):
-            raise ConfigError(f"slerp has no weights, got {list(self.weight)}; set t")
-        return self
 
 
 @register(

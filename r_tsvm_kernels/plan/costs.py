@@ -48,7 +48,7 @@ def tensor_cost(plan: MergePlan, name: str, shape: tuple[int, ...] | None = None
         shape: shape of some of its rows; None means the whole tensor.
         device_type: ``cpu`` or ``cuda``.
     """
-    tensor = plan.tensors[name]
+    plan, tensor = plan.section(name), plan.tensors[name]
     shape = tensor.spec.shape if shape is None else shape
     if not tensor.merged_apart.divide:
         return matrix_cost(plan, name, shape, device_type)
@@ -68,7 +68,7 @@ def rows_at_a_time(plan: MergePlan, name: str, device_type: str) -> int:
 
     A batch changes how sums are rounded.
     """
-    tensor = plan.tensors[name]
+    plan, tensor = plan.section(name), plan.tensors[name]
     unit = 1 if tensor.fp8 is None else rows_of_scale(tensor.fp8)
     if not tensor.merged_apart.packed:
         return unit
@@ -80,7 +80,7 @@ def rows_at_a_time(plan: MergePlan, name: str, device_type: str) -> int:
 
 def matrix_cost(plan: MergePlan, name: str, shape: tuple[int, ...], device_type: str = "cpu") -> Cost:
     """Return the cost of one matrix of this shape, or of a tensor of another rank, with the treatment of a tensor."""
-    tensor = plan.tensors[name]
+    plan, tensor = plan.section(name), plan.tensors[name]
     if tensor.treatment.kind == "base":
         return Cost(tensor.dtypes[0].itemsize * math.prod(shape), 0.0)
     job = TensorJob(shape, len(plan.tuned), plan.accumulation(tensor).itemsize, device_type)
@@ -124,7 +124,7 @@ def footprint(plan: MergePlan, name: str, rows: int | None = None, device_type: 
         rows: number of rows that are merged at a time; None means all.
         device_type: ``cpu`` or ``cuda``.
     """
-    tensor = plan.tensors[name]
+    plan, tensor = plan.section(name), plan.tensors[name]
     shape = tensor.spec.shape if rows is None else (rows, *tensor.spec.shape[1:])[: len(tensor.spec.shape)]
     elements = math.prod(shape)
     stored = tensor.spec.dtype.itemsize * elements

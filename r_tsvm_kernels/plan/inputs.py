@@ -35,7 +35,46 @@ class Inputs:
     parts: PartsFolder | None = None
 
 
-def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
+class Opener:
+    """Opens the checkpoints and adapters of a recipe, each file once. All take the names of the one opened first.
+
+    Args:
+        base_model: the base, which adapters given alone belong to.
+        allow_pickle: read models that exist only as pickle.
+
+    Attributes:
+        base_path: its path; None without a base.
+    """
+
+    def __init__(self, base_model: str | None, allow_pickle: bool) -> None:
+        self.allow_pickle = allow_pickle
+        self.base_path = _base_path(base_model, allow_pickle)
+        self._checkpoints: dict[Path, Checkpoint] = {}
+        self._adapters: dict[Path, Adapter] = {}
+
+    def checkpoint(self, path: Path) -> Checkpoint:
+        """Open a checkpoint."""
+        key, opened = path.resolve(), self._checkpoints
+        if key not in opened:
+            opened[key] = Checkpoint(path, allow_pickle=self.allow_pickle)
+            opened[key].take_names(next(iter(opened.values())))
+        return opened[key]
+
+    def paths(self, model: str) -> tuple[Path, Path | None]:
+        """Return the paths of the checkpoint and the adapter of a model; an adapter alone changes the base."""
+        return _paths(model, self.base_path, self.allow_pickle)
+
+    def model(self, path: Path, adapter_path: Path | None) -> Checkpoint | AdaptedModel:
+        """Open a model whose paths are known."""
+        model = self.checkpoint(path)
+        if adapter_path is None:
+            return model
+        key = adapter_path.resolve()
+        self._adapters[key] = self._adapters.get(key) or open_adapter(adapter_path, self.allow_pickle)
+        return adapt(model, self._adapters[key])
+
+
+def open_inputs(config: MergeConfig, allow_pickle: bool = False, opener: Opener | None = None) -> Inputs:
     """Open the base and the models of a recipe, each file once.
 
     Raises:
@@ -44,12 +83,12 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
     """
     if any(entry.model is None for entry in config.models):
         raise ConfigError("every entry of `models` needs a `model`: a folder, a .safetensors file or a model id")
-    if config.method.needs_base and config.base_model is None:
-        raise ConfigError(f"{config.merge_method} needs base_model: the model that all others were fine-tuned from")
-    base_path = _base_path(config.base_model, allow_pickle)
+    require_base(config)
+    opener = opener or Opener(config.base_model, allow_pickle)
+    base_path = opener.base_path
     if config.parts is not None and base_path is not None:
         return _open_parts(config, base_path, allow_pickle)
-    found = [(entry, *_paths(str(entry.model), base_path, allow_pickle)) for entry in config.models]
+    found = [(entry, *opener.paths(str(entry.model))) for entry in config.models]
     is_base = [
         adapter is None and base_path is not None and path.resolve() == base_path.resolve()
         for _, path, adapter in found
@@ -69,27 +108,18 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False) -> Inputs:
     if config.base_joins and base_path is not None:
         config = config.with_base_listed()
         found.append((config.models[-1], base_path, None))
-    checkpoints: dict[Path, Checkpoint] = {}
-    adapters: dict[Path, Adapter] = {}
+    base = opener.checkpoint(found[0][1] if base_path is None else base_path)
+    return Inputs(base, tuple(opener.model(path, adapter) for _, path, adapter in found), config)
 
-    def opened(path: Path) -> Checkpoint:
-        key = path.resolve()
-        if key not in checkpoints:
-            checkpoints[key] = Checkpoint(path, allow_pickle=allow_pickle)
-            checkpoints[key].take_names(next(iter(checkpoints.values())))  # those of the base, which is opened first
-        return checkpoints[key]
 
-    base = opened(found[0][1] if base_path is None else base_path)
-    tuned: list[Checkpoint | AdaptedModel] = []
-    for _, path, adapter_path in found:
-        model = opened(path)
-        if adapter_path is None:
-            tuned.append(model)
-        else:
-            key = adapter_path.resolve()
-            adapters[key] = adapters.get(key) or open_adapter(adapter_path, allow_pickle)
-            tuned.append(adapt(model, adapters[key]))
-    return Inputs(base, tuple(tuned), config)
+def require_base(config: MergeConfig, base_model: str | None = None) -> None:
+    """Require a base if the method needs one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.method.needs_base and config.base_model is None and base_model is None:
+        raise ConfigError(f"{config.merge_method} needs base_model: the model that all others were fine-tuned from")
 
 
 def _open_parts(config: MergeConfig, base_path: Path, allow_pickle: bool) -> Inputs:

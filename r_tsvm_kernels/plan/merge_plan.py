@@ -156,6 +156,10 @@ class MergePlan:
         notes: what deserves attention: files that were ignored, configs that contradict each other, missing tensors.
         vocabulary: of the output, if the recipe asks for one.
         parts: the folder of parts that the merge reads in place of models; otherwise None.
+        sections: the plan of each tensor's slice or module, by tensor; empty if models are merged whole. The models of
+            such a plan have the tensors of its slice alone, under the names that these have in the output.
+        layers: for each layer of the output a model whose configuration describes it, and the layer's index there;
+            empty if the layers are those of the base.
     """
 
     base: Checkpoint
@@ -168,6 +172,12 @@ class MergePlan:
     notes: tuple[str, ...] = ()
     vocabulary: AlignedVocabulary | None = None
     parts: PartsFolder | None = None
+    sections: dict[str, MergePlan] = field(default_factory=dict)
+    layers: tuple[tuple[Checkpoint, int], ...] = ()
+
+    def section(self, name: str) -> MergePlan:
+        """Return the plan whose models a tensor is merged from: that of its slice or module, or this one."""
+        return self.sections.get(name, self)
 
     @cached_property
     def inputs(self) -> tuple[Checkpoint | Adapter, ...]:
@@ -194,27 +204,28 @@ class MergePlan:
 
         Rows of a product of factors cannot: matrix libraries may round them differently.
         """
-        tensor = self.tensors[name]
-        apart = self.config.method.row_wise or tensor.treatment.kind != "merge" or tensor.merged_apart.packed
+        tensor, method = self.tensors[name], self.section(name).config.method
+        apart = method.row_wise or tensor.treatment.kind != "merge" or tensor.merged_apart.packed
         apart = apart or self.parts is not None
         return not tensor.factor_ranks and apart
 
     def keeps_factors(self, name: str) -> bool:
         """Whether a tensor is merged from the factors of its updates, without forming a task matrix."""
-        tensor = self.tensors[name]
+        tensor, own = self.tensors[name], self.section(name)
         return (
             bool(tensor.factor_ranks)
             and tensor.treatment.kind == "merge"
             and self.parts is None
             and not any(part.whole for part in tensor.parts)
-            and self.config.method.factored(tensor.options)
-            and all((model.base if isinstance(model, AdaptedModel) else model) is self.base for model in self.tuned)
+            and own.config.method.factored(tensor.options)
+            and all((model.base if isinstance(model, AdaptedModel) else model) is own.base for model in own.tuned)
         )
 
     def update_ranks(self, name: str) -> list[int]:
         """Return the inner dimension of each adapter's update of a tensor, 0 for adapters without one."""
-        ranks = {self.inputs[part.source]: part.rank or 0 for part in self.tensors[name].parts}
-        return [ranks.get(model.adapter, 0) for model in self.tuned if isinstance(model, AdaptedModel)]
+        own = self.section(name)
+        ranks = {own.inputs[part.source]: part.rank or 0 for part in self.tensors[name].parts}
+        return [ranks.get(model.adapter, 0) for model in own.tuned if isinstance(model, AdaptedModel)]
 
     def groups(self) -> list[list[str]]:
         """Return the names of tensors in groups of equal treatment, shape, dtypes and ranks."""
@@ -229,17 +240,18 @@ class MergePlan:
         """Return every input file, with the number of passes over it."""
         passes: Counter[Path] = Counter()
         size: Counter[Path] = Counter()
-        last: dict[int, TensorHeader] = {}
+        last: dict[Path, TensorHeader] = {}
         for name, tensor in self.tensors.items():
             for part in tensor.parts:
-                headers = self._headers(part, name)
+                source = self.section(name).inputs[part.source].path
+                headers = self.section(name)._headers(part, name)
                 for header in headers:
                     size[header.file] += header.nbytes
                 # Scales of weights, which may be anywhere, are too small to count as a pass.
                 for header in headers if part.file_bytes is None else headers[:1]:
-                    before = last.get(part.source)
+                    before = last.get(source)
                     passes[header.file] += before is None or header.file != before.file or header.offset < before.offset
-                    last[part.source] = header
+                    last[source] = header
         return [InputFile(file, size[file], max(1, passes[file])) for file in size]
 
     def _headers(self, part: Part, name: str) -> tuple[TensorHeader, ...]:

@@ -26,7 +26,12 @@ def common_parameters(config: MergeConfig) -> dict[str, Any]:
 
 
 def model_parameters(config: MergeConfig) -> list[dict[str, Any]]:
-    """Return the parameters that each model of a recipe sets for itself, as written, in the order of the models."""
+    """Return the parameters that each model of a recipe sets for itself, as written, in the order of the models.
+
+    Those of slices and modules are left out: a model may have others in each.
+    """
+    if not config.models:
+        return [{} for _ in config.model_names]
     return [_with_field_names(config.method.parameters, entry.parameters) for entry in config.models]
 
 

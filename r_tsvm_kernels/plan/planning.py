@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -30,10 +30,11 @@ from ..text import some
 from ..treatments import Treatment, stored_dtype, treatment
 from ..values import check_options
 from .decomposition import Decomposition, decomposed
-from .inputs import open_inputs, sources
+from .division import divide
+from .inputs import Inputs, open_inputs, sources
 from .merge_plan import MergePlan, Part, TensorPlan
 from .presence import compare_tensors
-from .vocabulary import align_vocabularies, aligned_tensors, moved_tokens
+from .vocabulary import AlignedVocabulary, align_vocabularies, aligned_tensors, moved_tokens
 
 
 def make_plan(
@@ -65,22 +66,87 @@ def make_plan(
         ShapeError: shapes differ.
         DTypeError: a tensor cannot be merged.
     """
+    plan = None if config.is_divided else _plan_whole(config, allow_pickle)
+    if plan is None and (decomposition is not None or config.parts is not None):
+        raise ConfigError("parts: slices and modules have none; decompose a recipe of whole models")
+    if plan is None:
+        plan = _plan_divided(config, allow_pickle)
+    if decomposition is None:
+        plan.shards.update(_shards(plan.base, plan.specs, shard_bytes, stem))
+    else:
+        plan = decomposed(plan, decomposition)
+    for name, tensor in plan.tensors.items():
+        if tensor.treatment.kind != "base":
+            check_options(tensor.options, plan.accumulation(tensor), name)
+    return plan
+
+
+def _plan_whole(config: MergeConfig, allow_pickle: bool) -> MergePlan | None:
+    """Plan the merge of whole models; None if the recipe's only slice turns out to be a part of them."""
     opened = open_inputs(config, allow_pickle)
     base, tuned, config, parts = opened.base, opened.tuned, opened.config, opened.parts
-    inputs = sources(base, tuned)
-    checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
+    checkpoints = [source for source in sources(base, tuned) if isinstance(source, Checkpoint)]
+    layers, further = layer_count(base.config) or (count_layers(base.tensors), 0)
+    if config.num_layers not in (None, layers, count_layers(base.tensors)):
+        return None
     if parts is None:
         config.check_patterns({name for checkpoint in checkpoints for name in checkpoint.tensors})
     moves = config.vocabulary is not None and parts is None
     vocabulary = None if not moves else align_vocabularies(config, base, tuned, checkpoints)
-    layers, further = layer_count(base.config) or (count_layers(base.tensors), 0)
-    if config.num_layers not in (None, layers, count_layers(base.tensors)):
-        raise ConfigError(
-            f"slices: {config.num_layers} layers were asked for, but {base.path} has {layers}; only whole models "
-            "are merged"
-        )
     copies = settle_copies(base, checkpoints[1:])
     dropped = {(copy.checkpoint, copy.name) for copy in copies if copy.dropped}
+    plan = _plan_models(opened, dropped, vocabulary, lambda names: layer_positions(names, layers, further))
+    notes = [note for checkpoint in checkpoints for note in checkpoint.notes] + list(plan.notes)
+    for checkpoint in checkpoints[1:]:
+        if found := contradictions(base.config, checkpoint.config):
+            notes.append(f"{checkpoint.path}: its config has {'; '.join(found)} in the base; is it a fine-tune of it?")
+        if vocabulary is None and (note := moved_tokens(base, checkpoint)):
+            notes.append(note)
+    return replace(plan, copies=copies, notes=tuple(notes))
+
+
+def _plan_divided(config: MergeConfig, allow_pickle: bool) -> MergePlan:
+    """Plan a merge of slices or modules: one plan for each, joined."""
+    division = divide(config, allow_pickle)
+    base = division.base
+    plans = [_plan_models(section.inputs, (), None, section.positions) for section in division.sections]
+    tensors = {name: tensor for plan in plans for name, tensor in plan.tensors.items()}
+    config.check_patterns(tensors)
+    division.check_layout({name: tensor.spec.shape for name, tensor in tensors.items()})
+    notes = dict.fromkeys((*division.notes, *(note for plan in plans for note in plan.notes)))
+    beside = {path: names for plan in plans for path, names in plan.beside.items()}
+    return MergePlan(
+        base,
+        division.models,
+        config,
+        tensors,
+        {},
+        division.copies,
+        beside,
+        tuple(notes),
+        division.vocabulary,
+        sections={name: plan for plan in plans for name in plan.tensors},
+        layers=division.layers,
+    )
+
+
+def _plan_models(
+    opened: Inputs,
+    dropped: Collection[tuple[Checkpoint, str]],
+    vocabulary: AlignedVocabulary | None,
+    positions_of: Callable[[Collection[str]], Mapping[str, float]],
+) -> MergePlan:
+    """Plan the merge of tensors that have the same names in all models.
+
+    Args:
+        opened: the models.
+        dropped: copies of tied tensors, which are left out.
+        vocabulary: of the output.
+        positions_of: gives the position of each tensor's layer.
+    """
+    base, tuned, config, parts = opened.base, opened.tuned, opened.config, opened.parts
+    inputs = sources(base, tuned)
+    checkpoints = [source for source in inputs if isinstance(source, Checkpoint)]
     models = {model.base if isinstance(model, AdaptedModel) else model for model in tuned}
     adapted = [model for model in tuned if isinstance(model, AdaptedModel)]
     aligned = aligned_tensors(vocabulary, config, base, adapted)
@@ -95,7 +161,7 @@ def make_plan(
             raise CheckpointError(f"{model.path}: changes {changed[0]}, which the base ties to the embedding")
     seeds = shared_seeds(base, checkpoints[1:]) if "seed" in config.method.parameters.model_fields else {}
 
-    positions = layer_positions(names, layers, further)
+    positions = positions_of(names)
     specs, treatments, options, blocks = {}, {}, {}, {}
     shapes = {name: header.shape for name, header in names.items()}
     splits = config.splits(shapes, base.config)
@@ -118,6 +184,8 @@ def make_plan(
             unchanged = all(model.base is base and name not in model.modules for model in adapted)
             if config.method.needs_base and len(adapted) == len(tuned) and unchanged:
                 decided = Treatment("base", "no adapter changes it")
+            elif unchanged and config.copies_values(options[name]):
+                decided = Treatment("base", f"copied from {base.path}")
         if name in aligned and vocabulary is not None and (decided.kind == "base" or decided.present_only):
             if decided.present_only or vocabulary.moves_base(base):
                 raise ConfigError(
@@ -146,27 +214,14 @@ def make_plan(
         )
         for name in names
     }
-    notes = [note for checkpoint in checkpoints for note in checkpoint.notes] + presence.notes()
-    for checkpoint in checkpoints[1:]:
-        if found := contradictions(base.config, checkpoint.config):
-            notes.append(f"{checkpoint.path}: its config has {'; '.join(found)} in the base; is it a fine-tune of it?")
-        if vocabulary is None and (note := moved_tokens(base, checkpoint)):
-            notes.append(note)
+    notes = presence.notes()
     notes += vocabulary.notes if vocabulary is not None else ()
     if moved := sorted(aligned & layouts.keys()):
         notes.append(
             f"requantise: the vocabulary moves the rows of {some(moved)}, so they are not written in FP8; name them in "
             "modules_to_not_convert of quantization_config"
         )
-    plan = MergePlan(base, tuned, config, tensors, {}, copies, presence.beside, tuple(notes), vocabulary, parts)
-    if decomposition is None:
-        plan.shards.update(_shards(base, plan.specs, shard_bytes, stem))
-    else:
-        plan = decomposed(plan, decomposition)
-    for name, tensor in tensors.items():
-        if tensor.treatment.kind != "base":
-            check_options(tensor.options, plan.accumulation(tensor), name)
-    return plan
+    return MergePlan(base, tuned, config, tensors, {}, (), presence.beside, tuple(notes), vocabulary, parts)
 
 
 def _fp8_layouts(base: Checkpoint, config: MergeConfig) -> dict[str, ScaledHeader]:

