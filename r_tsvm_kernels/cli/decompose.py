@@ -9,7 +9,11 @@ defaults of later merges.
 from __future__ import annotations
 
 import argparse
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
+from .adapters import print_result
 from .progress import shown_progress
 from .recipe import DTYPES, add_recipe_arguments, make_config
 from .resources import add_resource_arguments, chosen_backends
@@ -30,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store-dtype", choices=DTYPES, help="dtype of the parts (default: float32, or bfloat16 with mode=fast)"
     )
+    parser.add_argument(
+        "--as-lora",
+        action="store_true",
+        help="write LoRA adapters for PEFT, PARTS/NAME of each model, instead of parts",
+    )
+    parser.add_argument("--lora-rank", type=int, metavar="N", help="largest rank of adapters (default: the parts')")
     add_recipe_arguments(parser)
     group = add_resource_arguments(parser)
     stopped = group.add_mutually_exclusive_group()
@@ -50,13 +60,23 @@ def run(arguments: argparse.Namespace) -> int:
     config = make_config(arguments, recipe)
 
     from ..engine import choose_device, decompose_checkpoints
+    from ..engine.output import refuse_existing
+    from ..parts_folder import is_parts
     from ..plan import tasks_of
 
+    if arguments.lora_rank is not None and not arguments.as_lora:
+        raise ConfigError("--lora-rank is for --as-lora")
+    target = Path(out)
+    if arguments.as_lora:  # the parts are only on the way
+        refuse_existing(target)
+        target = target.with_name(f"{target.name}.parts")
+        if is_parts(target) and arguments.resume:
+            return _write_adapters(arguments, target, Path(out))
     backends = chosen_backends(arguments.backend, choose_device(arguments.device))
     with shown_progress(arguments.quiet) as show, backends:
         result = decompose_checkpoints(
             config,
-            out,
+            target,
             dense=arguments.dense,
             store_dtype=arguments.store_dtype,
             device=arguments.device,
@@ -68,10 +88,27 @@ def run(arguments: argparse.Namespace) -> int:
             restart=arguments.restart,
             progress=show,
         )
+    if arguments.as_lora:
+        return _write_adapters(arguments, target, Path(out))
     if not arguments.quiet:
         before = f" ({result.resumed} were finished before)" if result.resumed else ""
         count = f"parts of {len(result.reports)} tensors{before}"
         say(f"{config.method.pretty_name}: {count} in {result.seconds:.1f} s -> {out}")
         names = [task.name for task in tasks_of(config)]
         say(f"to merge them: rtsvm merge --parts {out} --weight {names[0]}=0.5 --set alpha=1.0 OUT")
+    return 0
+
+
+def _write_adapters(arguments: argparse.Namespace, parts: Path, out: Path) -> int:
+    """Write the adapters, remove the parts, and print what the adapters keep."""
+    from ..lora_tools import parts_to_lora
+
+    waiting = parts / "adapters"
+    shutil.rmtree(waiting, ignore_errors=True)  # of a command that was stopped
+    with shown_progress(arguments.quiet) as show:
+        results = parts_to_lora(parts, waiting, rank=arguments.lora_rank, device=arguments.device, progress=show)
+    waiting.rename(out)
+    shutil.rmtree(parts)
+    for name, result in results.items() if not arguments.quiet else ():
+        print_result(replace(result, path=out / name, report_path=out / name / result.report_path.name))
     return 0

@@ -17,9 +17,11 @@ from ..config import MergeConfig, ModelEntry, as_dtype
 from ..engine import Progress, choose_device
 from ..engine.tiles import check_copies
 from ..errors import ConfigError, NonFiniteError
-from ..linalg import Factored, truncated_svd
+from ..linalg import Factored, leading_triplets, truncated_svd
+from ..linalg.decompositions import frobenius_norm
 from ..lora import from_triplets, is_head, rank_of, transposed
 from ..lora.adapted_model import AdaptedModel
+from ..lora.task_part import TaskPart
 from ..ops._checks import is_finite
 from ..plan import MergePlan, TensorPlan, make_plan
 from ..text import dtype_name, printable
@@ -72,7 +74,7 @@ def extract_lora(
 
     Args:
         base: the model that was fine-tuned: folder, .safetensors file or Hugging Face id.
-        model: the fine-tune.
+        model: the fine-tune, or the parts of a task (``PARTS/TASK.safetensors``), whose own ranks are the default.
         out: a folder that does not exist yet or is empty.
         rank: largest rank; None means 128, or no limit if `energy` or `noise` is given.
         energy: per matrix the smallest rank that holds this share of the change's squared Frobenius norm.
@@ -95,8 +97,6 @@ def extract_lora(
     start, target, dtype = time.perf_counter(), choose_device(device), as_dtype(out_dtype)
     base, model = str(base), str(model)
     rank_of((1, 1), rank, energy, noise)  # refuse values out of range before anything is read
-    if rank is None and energy is None and not noise:
-        rank = DEFAULT_RANK
     config = MergeConfig(
         merge_method="task_arithmetic",
         base_model=base,
@@ -105,8 +105,11 @@ def extract_lora(
         exclude=tuple(exclude),
     )
     plan = make_plan(config, 2**63)
-    if isinstance(plan.tuned[0], AdaptedModel):
+    part = plan.tuned[0].adapter if isinstance(plan.tuned[0], AdaptedModel) else None
+    if part is not None and not isinstance(part, TaskPart):
         raise ConfigError(f"{model}: is a LoRA adapter already; to cut it to a smaller rank, use resize-lora")
+    if rank is None and energy is None and not noise and part is None:
+        rank = DEFAULT_RANK
     for note in plan.notes:
         _LOG.warning("%s", printable(note))
     check_copies(plan)
@@ -122,7 +125,9 @@ def extract_lora(
             reason = beside or _not_expressible(tensor, embed_lora, tied, plan.base.config.get("model_type"))
             if reason:
                 norm = 0.0
-                if _comparable(plan, name):
+                if part is not None:
+                    norm = _norm_of_part(part, name)
+                elif _comparable(plan, name):
                     squares = (float(piece.square().sum()) for _, piece in _task_vector(plan, name, torch.float64))
                     norm = math.sqrt(sum(squares))
                 output.left_out[name] = LeftOut(reason, norm)
@@ -130,7 +135,11 @@ def extract_lora(
                     raise _not_finite(name)
             else:
                 m, n = tensor.spec.shape
-                update, report = _extracted(plan, name, rank_of((m, n), rank, energy, noise), target)
+                wanted = rank_of((m, n), rank, energy, noise)
+                if part is None:
+                    update, report = _extracted(plan, name, wanted, target)
+                else:
+                    update, report = _cut(part, name, wanted, target)
                 module, embedding = name.removesuffix(".weight"), _last_part(name) in _EMBEDDINGS
                 turned = embedding or (fan_in_fan_out and not is_head(module))
                 output.writer.add(module, transposed(update) if turned else update, embedding=embedding)
@@ -184,13 +193,35 @@ def _extracted(plan: MergePlan, name: str, rank: Any, device: torch.device) -> t
         delta[first : first + len(piece)] = piece.to(device)
     if not is_finite(delta):
         raise _not_finite(name)
+    return _truncated(delta, rank)
+
+
+def _truncated(delta: Tensor, rank: Any) -> tuple[Factored, ModuleReport]:
+    """Return the truncated SVD of a matrix."""
     # If the cut falls among nearly equal singular values, their vectors are ill-determined. Every choice retains the
     # same energy; the exact mode would compute a full SVD to decide.
     U, S, Vh = found = truncated_svd(delta, rank, mode="fast")
     update = from_triplets(U, S, Vh)
     norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
     energy = min(1.0, float(S.square().sum()) / norm**2) if norm else 1.0
-    return update, ModuleReport((m, n), found.ranks[0], norm, energy, found.certificate)
+    return update, ModuleReport((delta.shape[0], delta.shape[1]), found.ranks[0], norm, energy, found.certificate)
+
+
+def _cut(part: TaskPart, name: str, rank: Any, device: torch.device) -> tuple[Factored, ModuleReport]:
+    """Return the part of a tensor at a lower rank."""
+    found = part.part(name).to(device)
+    if isinstance(found, Tensor):
+        return _truncated(found, rank)
+    U, S, Vh = triplets = leading_triplets(found, rank)
+    update = from_triplets(U.float(), S.float(), Vh.float())
+    return update, ModuleReport(found.shape, len(S), found.norm(), triplets.captured_energy, triplets.certificate)
+
+
+def _norm_of_part(part: TaskPart, name: str) -> float:
+    if name not in part.kinds:
+        return 0.0
+    found = part.part(name)
+    return found.norm() if isinstance(found, Factored) else frobenius_norm(found)
 
 
 def _not_finite(name: str) -> NonFiniteError:

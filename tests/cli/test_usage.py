@@ -17,8 +17,8 @@ from r_tsvm_kernels.cli import build_parser, kinds, main
 from r_tsvm_kernels.methods import METHODS
 
 COMMANDS = {
-    "merge", "inspect", "verify", "report", "extract-lora", "resize-lora", "merge-lora", "mergekit", "fusion-bench",
-    "info", "selfcheck", "bench",
+    "merge", "decompose", "inspect", "verify", "report", "extract-lora", "resize-lora", "merge-lora", "mergekit",
+    "fusion-bench", "info", "selfcheck", "bench",
 }  # fmt: skip
 
 

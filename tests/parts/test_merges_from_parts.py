@@ -49,7 +49,9 @@ def models(folder, tasks, spread=0.02, rank=None):
     base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     paths = [save(folder / "base", base)]
     for t in range(tasks):
-        paths.append(save(folder / f"task{t}", {name: (x.double() + change(x.shape)).float() for name, x in base.items()}))
+        paths.append(
+            save(folder / f"task{t}", {name: (x.double() + change(x.shape)).float() for name, x in base.items()})
+        )
     return paths, [load_file(path / "model.safetensors") for path in paths]
 
 
@@ -116,7 +118,7 @@ def test_leading_directions_are_the_best_of_their_rank(tmp_path):
 
 
 def test_gradients_filters_and_other_dtypes(tmp_path):
-    paths, base, tuned = family(tmp_path / "in", tasks=3)
+    paths, base, _ = family(tmp_path / "in", tasks=3)
     recipe = MergeConfig("tsvm", base_model=paths[0], models=paths[1:], exclude=["*norm*"])
     decompose_checkpoints(recipe, tmp_path / "parts")
     weights = [[0.2, 1.0], [{"filter": "mlp", "value": -1.0}, {"value": 0.5}], 0.3]
@@ -149,6 +151,28 @@ def test_adapters_stay_factors(tmp_path):
         direct, found = (load_file(tmp_path / f"{x}{number}" / "model.safetensors") for x in ("direct", "out"))
         torch.testing.assert_close(found["model.q_proj.weight"], direct["model.q_proj.weight"], rtol=1e-5, atol=1e-4)
         assert torch.equal(found["model.norm.weight"], base["model.norm.weight"])
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_unchanged_tensors_rows_and_models(tmp_path, case):
+    method, options = METHODS[case]
+    shapes = {"same": (20, 30), "rows": (40, 30), "one": (30, 30), "few": (2, 9)}
+    base = {name: torch.randn(shape) for name, shape in shapes.items()}
+    paths = [save(tmp_path / "base", base)]
+    for t in range(3):
+        tuned = {name: x.clone() for name, x in base.items()}
+        tuned["rows"][5:35] += 0.01 * torch.randn(30, 30)
+        tuned["one"] += 0.01 * torch.randn(30, 30) * (t == 1)
+        tuned["few"] += 0.01 * torch.randn(2, 9)
+        paths.append(save(tmp_path / f"t{t}", tuned))
+    decompose_checkpoints(MergeConfig(method, base_model=paths[0], models=paths[1:], **options), tmp_path / "parts")
+    asked = MergeConfig(method, base_model=paths[0], models=paths[1:], weight=[1.0, 0.5, -0.7], **options)
+    merge_checkpoints(asked, tmp_path / "direct")
+    merge_checkpoints(from_parts(asked, tmp_path / "parts"), tmp_path / "out")
+    direct, found = (load_file(tmp_path / out / "model.safetensors") for out in ("direct", "out"))
+    for name, x in direct.items():
+        torch.testing.assert_close(found[name], x, rtol=0, atol=1e-6)
+    assert torch.equal(found["same"], base["same"]) and torch.equal(found["rows"][:5], base["rows"][:5])
 
 
 def test_packed_experts(tmp_path):
@@ -208,7 +232,7 @@ def test_weights_that_cancel_are_refused(tmp_path):
 
 
 def test_a_part_is_an_adapter_of_the_base(tmp_path):
-    paths, base, _ = family(tmp_path / "in", tasks=3)
+    paths, _, _ = family(tmp_path / "in", tasks=3)
     recipe = MergeConfig("tsvm", base_model=paths[0], models=paths[1:])
     decompose_checkpoints(recipe, tmp_path / "parts")
     parts = [tmp_path / "parts" / f"expert{t}.safetensors" for t in range(3)]

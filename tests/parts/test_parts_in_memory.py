@@ -33,7 +33,9 @@ def folders(tmp_path):
     base = Small()
     paths = [save(tmp_path / "base", base.state_dict())]
     for t in range(3):
-        tuned = {n: x + 0.05 * torch.randn_like(x) if x.is_floating_point() else x for n, x in base.state_dict().items()}
+        tuned = {
+            n: x + 0.05 * torch.randn_like(x) if x.is_floating_point() else x for n, x in base.state_dict().items()
+        }
         paths.append(save(tmp_path / f"task{t}", tuned))
     recipe = MergeConfig("tsvm", base_model=paths[0], models=paths[1:], alpha=0.9)
     decompose_checkpoints(recipe, tmp_path / "parts")
