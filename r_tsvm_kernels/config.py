@@ -16,13 +16,12 @@ from .entries import ModelEntry as ModelEntry  # part of the public interface
 from .entries import ModuleEntry, PathText, Slice, check_filters, every_entry
 from .errors import ConfigError
 from .experts import is_router
-from .files import read_regular
 from .fused import require_splits
 from .methods import METHODS, Method, MethodParameters, Strict, did_you_mean, get_method, nearest
 from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
 from .recipe_forms import from_mergekit, has_names
-from .safe_yaml import load_yaml
+from .steps import arranged, read_documents
 from .text import dtype_name, shortened
 
 
@@ -44,8 +43,6 @@ Missing = Literal["error", "base", "mean_of_present"]
 RouterChoice = Literal["merge", "base", "mean"]
 ConvChoice = Literal["mean", "flatten"]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
-
-MAX_RECIPE_BYTES = 1_000_000
 
 
 def _entries(models: Any) -> Any:
@@ -91,11 +88,12 @@ class MergeConfig(Strict):
             each merged as a tensor of its own; or ``auto``, for those of known models: see `known_splits`.
         requantise: write the weights that the base has in FP8 in its layout, with new scales, instead of bfloat16.
         slices: slices of layers, in place of `models`; the layers of the output are theirs, in order.
-        modules: models or slices by module, in place of `models`: ``text_decoder``, ``vision_tower``, ...; see
-            docs/mergekit.md.
+        modules: models or slices by module (``text_decoder``, ...), in place of `models`; see docs/merging.md.
         chat_template: of the output's tokenizer: ``auto`` (that of most models), ``chatml``, ``llama3``, ``alpaca``, or
             the text of a Jinja template. None keeps that of the base.
         num_layers: number of layers of every model, from a recipe's only slice; other models count as sliced.
+        steps: merges that come before this one, by name, in order; models may refer to their outputs by these names.
+        places: paths of these outputs, by name; set by a running merge.
         parts: folder that `decompose_checkpoints` wrote for this recipe, with any weights and alpha: the merge reads it
             instead of the models.
         parts_rank: largest rank of the parts that are read, as factors; None reads all of them.
@@ -130,6 +128,8 @@ class MergeConfig(Strict):
     modules: dict[str, ModuleEntry] = Field(default={})
     chat_template: str | None = None
     num_layers: int | None = None
+    steps: dict[str, MergeConfig] = Field(default={})
+    places: dict[str, str] = Field(default={})
     parts: PathText | None = None
     parts_rank: Annotated[int, Field(ge=1)] | None = None
     vocabulary: Annotated[str, AfterValidator(_vocabulary)] | None = None
@@ -187,6 +187,22 @@ class MergeConfig(Strict):
         return cls(**present)
 
     @classmethod
+    def from_documents(cls, documents: Sequence[Mapping[str, Any]], *, strict: bool = False) -> MergeConfig:
+        """Make a config from several parsed recipes. Those with a ``name`` that others use become its `steps`.
+
+        Raises:
+            ConfigError: not valid recipes; two of one name; no recipe, or several, of the output; or a circle.
+
+        Examples:
+            >>> first = {"name": "first", "merge_method": "linear", "models": ["a", "b"]}
+            >>> last = {"merge_method": "slerp", "base_model": "a", "models": ["first"]}
+            >>> list(MergeConfig.from_documents([first, last]).steps)
+            ['first']
+        """
+        last, steps = arranged(documents, lambda data: cls.from_dict(data, strict=strict))
+        return last.model_copy(update={"steps": steps}) if steps else last
+
+    @classmethod
     def from_yaml(cls, path: str | Path, *, strict: bool = False) -> MergeConfig:
         """Read a recipe file in mergekit's format; docs/mergekit.md lists the differences.
 
@@ -197,25 +213,14 @@ class MergeConfig(Strict):
         Raises:
             ConfigError: the file is missing, is not YAML, or is not a valid recipe.
         """
-        if not isinstance(path, str | Path):
-            raise ConfigError(f"expected the path of a recipe, got {type(path).__name__}; from_dict takes a mapping")
-        if "\n" in str(path):
-            raise ConfigError(
-                "expected the path of a recipe file, got its text; use MergeConfig.from_dict(yaml.safe_load(text))"
-            )
-        try:
-            data = load_yaml(read_regular(path, MAX_RECIPE_BYTES).decode("utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the recipe {path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        return cls.from_dict(data, strict=strict)
+        return cls.from_documents(read_documents(path), strict=strict)
 
     def to_yaml(self) -> str:
         """Write the config as a recipe that `from_yaml` reads back."""
-        data = self.model_dump(mode="json", exclude_defaults=True)
-        text: str = yaml.safe_dump({"merge_method": self.merge_method, **data}, sort_keys=False)
-        return text
+        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"steps", "places"})
+        last = yaml.safe_dump({"merge_method": self.merge_method, **data}, sort_keys=False)
+        steps = (yaml.safe_dump({"name": name}) + step.to_yaml() + "---\n" for name, step in self.steps.items())
+        return "".join([*steps, last])
 
     @property
     def method(self) -> Method:

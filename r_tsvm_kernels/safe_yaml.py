@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -53,6 +54,22 @@ _Loader.add_implicit_resolver(
 )
 
 
+def load_documents(text: str) -> list[Any]:
+    r"""Parse all documents of a text; those that are empty are left out.
+
+    Args:
+        text: the documents, between lines of ``---``. The bounds hold for all of them together.
+
+    Raises:
+        ValueError: as `load_yaml`.
+
+    Examples:
+        >>> load_documents("a: 1\n---\nb: 2")
+        [{'a': 1}, {'b': 2}]
+    """
+    return [found for found in _parsed(text, lambda: list(yaml.load_all(text, _Loader))) if found is not None]
+
+
 def load_yaml(text: str) -> Any:
     """Parse one YAML document.
 
@@ -66,10 +83,14 @@ def load_yaml(text: str) -> Any:
         >>> load_yaml("weight: 1e-1")
         {'weight': 0.1}
     """
+    return _parsed(text, lambda: yaml.load(text, _Loader))  # a safe loader
+
+
+def _parsed(text: str, parse: Callable[[], Any]) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS} characters")
     try:
-        return yaml.load(text, _Loader)  # a safe loader
+        return parse()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "

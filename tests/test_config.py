@@ -259,6 +259,54 @@ def test_mistakes_of_the_constructor_are_config_errors():
         MergeConfig(merge_method="nope")
 
 
+DOCUMENTS = """
+name: first
+merge_method: linear
+models: [a, b]
+---
+merge_method: slerp
+base_model: second
+models: [first+lora]
+---
+name: second
+merge_method: passthrough
+models: [first]
+"""
+
+
+def test_several_documents(tmp_path):
+    config = MergeConfig.from_yaml(write(tmp_path, DOCUMENTS))
+    assert (config.merge_method, list(config.steps)) == ("slerp", ["first", "second"])
+    assert config.steps["second"].models[0].model == "first"
+    assert MergeConfig.from_yaml(write(tmp_path, config.to_yaml())) == config
+    unnamed = "\n".join(DOCUMENTS.splitlines()[1:])
+    assert MergeConfig.from_yaml(write(tmp_path, f"---\n{unnamed}\n---\n")) == config
+    named = DOCUMENTS.replace("merge_method: slerp", "name: last\nmerge_method: slerp")  # the only one that none uses
+    assert MergeConfig.from_yaml(write(tmp_path, named)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("name: second", "name: first"), "documents: two are called first"),
+        (("name: second\n", ""), "documents: two have no name"),
+        (("models: [a, b]", "models: [second]"), "documents: .*first.* use each other in a circle"),
+        (("models: [a, b]", "models: [first]"), "documents: first use each other in a circle"),
+        (("name: first", "name: ../first"), "name: expected text that can be the name of a folder"),
+        (("name: first", "name: 3"), "name: expected text .* got 3"),
+        (("models: [a, b]", "modles: [a, b]"), "unknown key 'modles'|did you mean 'models'"),
+        (("merge_method: slerp", "name: last\nmerge_method: linear\nmodels: [a, b]\n---\nname: also\nmerge_method: slerp"),
+         r"documents: last, also are used by no other; .* `rtsvm mergekit multi RECIPE OUT`"),
+        (("---", "--- []\n---"), "a recipe is a mapping, got nothing"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_documents_that_are_refused(tmp_path, change, message):
+    assert change[0] in DOCUMENTS
+    with pytest.raises(ConfigError, match=message):
+        MergeConfig.from_yaml(write(tmp_path, DOCUMENTS.replace(*change, 1)))
+
+
 def test_an_empty_file_is_no_recipe(tmp_path):
     with pytest.raises(ConfigError, match="a recipe is a mapping, got nothing"):
         MergeConfig.from_yaml(write(tmp_path, ""))

@@ -22,6 +22,7 @@ LAYERS = [
     {"methods", "lora"},
     {"entries"},
     {"recipe_forms"},
+    {"steps"},
     {"config", "tied"},
     {"values"},
     {"treatments"},

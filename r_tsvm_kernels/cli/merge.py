@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--norms", action="store_true", help="report norms for element-wise methods too, which is slower"
     )
+    group.add_argument("--steps", metavar="DIR", help="keep the outputs of a recipe's named documents in DIR")
     group.add_argument("--quiet", action="store_true", help="print errors only")
 
 
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             ray_address=arguments.ray_address,
             measure_norms=True if arguments.norms else None,
             progress=show,
+            steps=arguments.steps,
         )
     if not arguments.quiet:
         before = f" ({result.resumed} were finished before)" if result.resumed else ""

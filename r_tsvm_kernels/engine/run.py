@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,15 +23,17 @@ from ..sizes import parse_size
 from ..state_dicts import summary
 from ..text import printable
 from .chat_template import check_chat_template, set_chat_template
+from .fingerprint import difference, fingerprint
 from .job import MergeJob, open_job, settled_kernels
-from .journal import as_report
+from .journal import as_report, read_journal
 from .local import run_local
-from .output import is_single_file, locked_stage, refuse_existing, report_path
+from .output import is_single_file, journal_path, locked_stage, refuse_existing, report_path
 from .ray_engine import run_ray
 from .report import write_card, write_report
 from .scheduling import make_schedule
 from .shards import layouts, write_indexes
 from .sidecar_files import copy_sidecar_files, fit_layers
+from .steps import merge_in_steps, with_base_as_step
 from .tiles import check_copies
 from .tokenizer_files import fit_vocabulary
 
@@ -91,6 +94,7 @@ def merge_checkpoints(
     ray_address: str | None = None,
     measure_norms: bool | None = None,
     progress: Callable[[Progress], None] | None = None,
+    steps: str | Path | None = None,
 ) -> CheckpointResult:
     """Merge the checkpoints a recipe names and write the result.
 
@@ -119,6 +123,8 @@ def merge_checkpoints(
         measure_norms: report the norms of task vectors and updates, which takes one more pass over the tensors; None
             measures them for spectral methods only, where the cost is small.
         progress: called after each tensor, in the calling thread.
+        steps: folder that keeps the outputs of a recipe's other documents, each under its name. Outputs that are there
+            already, of the same merge, are used. None makes ``.OUT.steps`` beside `out`, which is removed at the end.
 
     Returns:
         CheckpointResult with the path and a report per tensor.
@@ -147,6 +153,23 @@ def merge_checkpoints(
         True
     """
     config, out = config if isinstance(config, MergeConfig) else MergeConfig.from_yaml(config), Path(out)
+    config = with_base_as_step(config)
+    if config.steps.keys() - config.places.keys():
+        kept = None if steps is None else Path(steps)
+        options: dict[str, Any] = {
+            "device": device, "threads": threads, "memory": memory, "device_memory": device_memory,
+            "shard_size": shard_size, "allow_pickle": allow_pickle, "restart": restart and kept is not None,
+            "engine": engine, "ray_address": ray_address, "measure_norms": measure_norms, "progress": progress,
+        }  # fmt: skip
+
+        def merge(own: MergeConfig, place: Path, resumed: bool) -> CheckpointResult:
+            return merge_checkpoints(own, place, resume=resumed, **options)
+
+        def change(own: MergeConfig, place: Path) -> str | None:
+            plan = make_plan(own, parse_size(shard_size), allow_pickle=allow_pickle)
+            return difference(read_journal(journal_path(place))[0], fingerprint(plan, choose_device(device)))
+
+        return merge_in_steps(config, out, kept, merge, change, resume=resume, restart=restart)
     run = Run.given(
         out,
         device=device,

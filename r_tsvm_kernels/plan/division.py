@@ -113,7 +113,7 @@ class _Divider:
 
     def __init__(self, config: MergeConfig, allow_pickle: bool) -> None:
         self.config = config
-        self.opener = Opener(config.base_model, allow_pickle)
+        self.opener = Opener(config, allow_pickle)
         slices = (*config.slices, *(own for module in config.modules.values() for own in module.slices))
         bases = [part.base_model for part in slices if part.base_model is not None]
         names = [] if config.base_model is None else [config.base_model]

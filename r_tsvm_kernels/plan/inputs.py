@@ -15,6 +15,7 @@ from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter, 
 from ..lora.task_part import TaskPart
 from ..parts import check_recipe
 from ..parts_folder import PartsFolder
+from ..steps import placed
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,18 @@ class Opener:
     """Opens the checkpoints and adapters of a recipe, each file once. All take the names of the one opened first.
 
     Args:
-        base_model: the base, which adapters given alone belong to.
+        config: the recipe; adapters given alone belong to its base.
         allow_pickle: read models that exist only as pickle.
 
     Attributes:
         base_path: its path; None without a base.
     """
 
-    def __init__(self, base_model: str | None, allow_pickle: bool) -> None:
+    def __init__(self, config: MergeConfig, allow_pickle: bool) -> None:
         self.allow_pickle = allow_pickle
-        self.base_path = _base_path(base_model, allow_pickle)
+        self._places, self._names = config.places, config.steps.keys()
+        base = config.base_model
+        self.base_path = _base_path(None if base is None else self._placed(base), allow_pickle)
         self._checkpoints: dict[Path, Checkpoint] = {}
         self._adapters: dict[Path, Adapter] = {}
 
@@ -62,7 +65,10 @@ class Opener:
 
     def paths(self, model: str) -> tuple[Path, Path | None]:
         """Return the paths of the checkpoint and the adapter of a model; an adapter alone changes the base."""
-        return _paths(model, self.base_path, self.allow_pickle)
+        return _paths(self._placed(model), self.base_path, self.allow_pickle)
+
+    def _placed(self, model: str) -> str:
+        return placed(model, self._places, self._names)
 
     def model(self, path: Path, adapter_path: Path | None) -> Checkpoint | AdaptedModel:
         """Open a model whose paths are known."""
@@ -84,7 +90,7 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False, opener: Opener 
     if any(entry.model is None for entry in config.models):
         raise ConfigError("every entry of `models` needs a `model`: a folder, a .safetensors file or a model id")
     require_base(config)
-    opener = opener or Opener(config.base_model, allow_pickle)
+    opener = opener or Opener(config, allow_pickle)
     base_path = opener.base_path
     if config.parts is not None and base_path is not None:
         return _open_parts(config, base_path, allow_pickle)

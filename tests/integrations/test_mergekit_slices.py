@@ -191,3 +191,32 @@ def test_modules_of_an_encoder_decoder(encoder_decoders, tmp_path):
     modules = {"encoder": listed("ab", weight=0.3), "decoder": listed("bc"), "shared": listed("ac", weight=0.9)}
     recipe = {"merge_method": "task_arithmetic", "base_model": str(models / "base"), "modules": modules}
     compared({**recipe, "parameters": {"weight": 0.5}, "dtype": "float32"}, tmp_path)
+
+
+def test_several_documents(models, tmp_path):
+    from mergekit.scripts.multimerge import main as multi
+
+    halves = [{"sources": [source(models, "a", 0, 3)]}, {"sources": [source(models, "b", 2, 5)]}]
+    means = [{"model": str(models / name), "parameters": {"weight": 1}} for name in ("a", "b")]
+    documents = [
+        {"name": "deep", "merge_method": "passthrough", "slices": halves, "dtype": "float32"},
+        {"name": "mean", "merge_method": "linear", "models": means, "dtype": "float32"},
+        {
+            "merge_method": "passthrough",
+            "slices": [{"sources": [source(models, "a", 0, 1) | {"model": "deep", "layer_range": [1, 6]}]},
+                       {"sources": [source(models, "a", 0, 1) | {"model": "mean", "layer_range": [4, 5]}]}],
+        },
+    ]  # fmt: skip
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("\n---\n".join(map(json.dumps, documents)))
+    integration.uninstall()
+    arguments = [str(recipe), "-I", str(tmp_path / "steps"), "--out-path", str(tmp_path / "theirs")]
+    with pytest.raises(SystemExit) as end:
+        multi.main([*arguments, "--no-cuda", "--no-copy-tokenizer", "--quiet"])
+    assert end.value.code == 0
+    assert main(["merge", str(recipe), str(tmp_path / "ours"), "--device=cpu", "--quiet"]) == 0
+    theirs, ours = weights(tmp_path / "theirs"), weights(tmp_path / "ours")
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).norm() <= 2e-6 * theirs[name].norm(), name
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["num_hidden_layers"] == 6
