@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from .checkpoint import FileState, read_json
 from .errors import CheckpointError, ConfigError
-from .linalg import Certificate
+from .linalg import BACKWARD_ERROR, Certificate
 from .linalg.certificate import CANCELLED
 
 PARTS_FILE = "parts.json"
@@ -108,7 +108,7 @@ class TensorParts(_Model):
         error = max(map(abs, weights)) * self.error * self.spread + ROUNDING * torch.finfo(dtype).eps * summed
         error += sum(abs(w) * rounding for w, rounding in zip(weights, self.rounding, strict=True))
         known = _CERTIFICATE.validate_python(self.certificate)
-        return replace(known, error=error / size if size else 0.0, tolerance=tolerance)
+        return replace(known, error=error / size if size else BACKWARD_ERROR, tolerance=tolerance)
 
 
 _CERTIFICATE = TypeAdapter(Certificate)

@@ -27,7 +27,7 @@ from ..ops import add_update
 from .base import SPECTRAL_OPS, Cost, Linear, TensorJob, always, get_method, register, task_matrices
 from .common_basis import CommonBasisParameters, merge_parts, part_norms
 from .iso_c import IsoCParameters, iso_c
-from .reports import MergeResult, Summands, TensorReport
+from .reports import MergeResult, Summands, TensorReport, total_norm
 
 
 class CoreSpaceParameters(CommonBasisParameters):
@@ -57,7 +57,7 @@ def core_space_summands(base: Tensor, tuned: Sequence[Any], options: CoreSpacePa
     rights = [base.new_zeros(part.right.shape[0], base.shape[1], dtype=torch.float64) for part in parts]
     for part, left, right in zip(parts, lefts, rights, strict=True):
         left[rows], right[:, columns] = part.left, part.right
-    error = report.certificate.error * frobenius_norm(total) if report.certificate else 0.0
+    error = report.certificate.error * max(frobenius_norm(total), total_norm(parts)) if report.certificate else 0.0
     return Summands([Factored(*pair) for pair in zip(lefts, rights, strict=True)], report, error)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..linalg import (
@@ -20,9 +19,8 @@ from ..linalg import (
     weighted_merge_layers,
     weighted_parts,
 )
-from ..linalg.decompositions import frobenius_norm
 from .gram import cosines, gram_matrix
-from .reports import Summands, TensorReport, timed
+from .reports import Summands, TensorReport, timed, total_norm
 from .spectral_costs import solver_for
 
 if TYPE_CHECKING:
@@ -155,13 +153,12 @@ def summands_of_weighted(
         )
     gain = _add_measures(report, found, gram, options, solver)
     factors = [gain * w * g for w, g in zip(report.weights, report.damping, strict=True)]
-    dense = [part.dense() if isinstance(part, Factored) else part.double() for part in found.parts]
-    norm = frobenius_norm(torch.stack(dense).sum(0))
     parts = [
         replace(part, scale=factor) if isinstance(part, Factored) else part * factor
         for part, factor in zip(found.parts, factors, strict=True)
     ]
-    return Summands(parts, report, found.certificate.error * norm * max(map(abs, factors), default=1.0))
+    largest = max(map(abs, factors), default=1.0)
+    return Summands(parts, report, found.certificate.error * largest * total_norm(found.parts))
 
 
 def _add_measures(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..linalg import Certificate, Factored
+from ..linalg.decompositions import frobenius_norm
 from ..text import dtype_name, listed
 
 
@@ -201,3 +202,8 @@ class Summands:
     parts: list[Tensor | Factored]
     report: TensorReport
     error: float = 0.0
+
+
+def total_norm(parts: Sequence[Tensor | Factored]) -> float:
+    """Return the root of the sum of the squared Frobenius norms of summands, which no cancelling makes small."""
+    return math.hypot(*(part.norm() if isinstance(part, Factored) else frobenius_norm(part) for part in parts))

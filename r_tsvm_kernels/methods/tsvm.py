@@ -25,7 +25,6 @@ from ..linalg import (
     Solver,
     TsvMerge,
     TsvParts,
-    factored_gram,
     fixed_rank,
     interference_above_chance,
     tsv_merge_layers,
@@ -35,7 +34,7 @@ from ..linalg.products.cuda_graph import PRODUCTS
 from ..ops import add_update
 from ..sizes import parse_size
 from .base import SPECTRAL_OPS, FiniteFloat, Linear, MethodParameters, TensorJob, always, register, task_matrices
-from .reports import MergeResult, Summands, TensorReport, timed
+from .reports import MergeResult, Summands, TensorReport, timed, total_norm
 from .spectral_costs import solver_for, tsvm_cost
 
 # An eighth of the default of `tsv_merge`: measured to be no slower, and it halves the memory of tall matrices. It
@@ -165,11 +164,8 @@ def summands_of_tsvm(
         found = tsv_parts(matrices, ranks, mode=options.mode, solver=solver, workspace=options.workspace)
     _add_measures(report, found, first.shape, solver)
     parts = [replace(part, scale=weight) for part, weight in zip(found.parts, report.weights, strict=True)]
-    # Unless tasks share directions, the summands are orthogonal to each other.
-    norm = float(factored_gram(parts).sum().clamp(min=0).sqrt())
     largest = max(map(abs, report.weights), default=1.0)
-    plain = float(factored_gram(found.parts).sum().clamp(min=0).sqrt())
-    return Summands([*parts], report, found.certificate.error * max(norm, largest * plain))
+    return Summands([*parts], report, found.certificate.error * largest * total_norm(found.parts))
 
 
 def _add_measures(report: TensorReport, found: TsvMerge | TsvParts, shape: Sequence[int], solver: Solver) -> None:

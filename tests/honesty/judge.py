@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from unittest.mock import patch
 
@@ -25,6 +25,10 @@ from r_tsvm_kernels.linalg import (
     tsv_merge_layers,
     weighted_merge,
 )
+from r_tsvm_kernels.merge import summands_of
+from r_tsvm_kernels.methods import get_method
+from r_tsvm_kernels.parts import StoredParts, merge_parts, store_parts
+from r_tsvm_kernels.parts_folder import TensorParts
 
 from . import truth
 from .inputs import Problem
@@ -386,6 +390,53 @@ def judge_method(problem: Problem, mode: str, name: str) -> Verdict:
     return compared(name, problem.label, merged, [exact(svd) for svd in SVDS], certificate, size)
 
 
+PARTS: dict[str, dict[str, object]] = {
+    "tsvm": {}, "rtsvm": {"preset": "weighted", "damping": 0.0, "retention": 0.0}, "star": {"eta": 40.0},
+    "core_space": {"inner_method": "tsvm"},
+}  # fmt: skip
+
+
+def judge_parts(problem: Problem, mode: str, rng: np.random.Generator, name: str) -> Verdict:
+    """A merge from stored parts, which were made with weights 1, and its own certificate."""
+    base, weights = torch.zeros_like(problem.matrices[0]), problem.weights
+    T, (m, n) = len(problem.matrices), base.shape
+    tasks, kind, label = doubles(problem.matrices), single(base), f"{problem.label}, parts of {name}"
+    config = MergeConfig(name, mode=mode, **PARTS[name])
+    found = summands_of(base, problem.matrices, config)
+    certificate = found.report.certificate
+    if not found.parts or certificate is None or certificate.arbitrary:  # choices are judged without parts
+        return Verdict("parts", label, "judged")
+    rank = min(m, n) // T
+    factors = name == "tsvm" and rng.random() < 0.7
+    stored = torch.bfloat16 if mode == "fast" and rng.random() < 0.5 else base.dtype
+    layout = StoredParts(tuple(map(str, range(T))), stored, (rank,) * T if factors else None)
+    written = store_parts(found.parts, layout, "w")
+    options = config.options(T)
+    linear = get_method(name).linear
+    facts = TensorParts(
+        kind=layout.kind, shape=(m, n), base="", treatment="merge", ranks=tuple(found.report.ranks),
+        products=tuple(map(tuple, written.products)), error=found.error, spread=linear.spread(T, options),
+        rounding=tuple(written.rounding), certificate=asdict(certificate),
+    )  # fmt: skip
+    pieces = [written.tensors[name] for name in layout.specs("w", (m, n))]
+    parts = [Factored(*pair) for pair in zip(pieces[::2], pieces[1::2], strict=True)] if factors else pieces
+    asked = options.model_copy(update={"weight": tuple(weights)})
+    merged = merge_parts(base, parts, facts, asked, base.dtype, method=name, name="w")
+
+    def exact(svd: Svd) -> np.ndarray:
+        if name == "rtsvm":
+            return truth.weighted_merge(tasks, weights, 1.0, None, kind, svd)
+        if name == "star":
+            return truth.star(tasks, weights, 40.0, kind, svd)
+        if name == "core_space":
+            return truth.core_space(tasks, weights, kind, svd)
+        return truth.tsv_merge([truth.leading(D, rank, kind, svd) for D in tasks], weights, svd)
+
+    size = float(np.sqrt(sum((w * np.linalg.norm(D)) ** 2 for w, D in zip(weights, tasks, strict=True))))
+    got = merged.weight.double().numpy()
+    return compared("parts", label, got, [exact(svd) for svd in SVDS], merged.report.certificate, size)
+
+
 def judges(rng: np.random.Generator) -> Callable[[Problem], Verdict]:
     """Draw a function to judge, its mode and its solver."""
     mode = "exact" if rng.random() < 0.8 else "fast"
@@ -407,6 +458,9 @@ def judges(rng: np.random.Generator) -> Callable[[Problem], Verdict]:
         return lambda problem: judge_factored(problem, mode, rng)
     if kind < 0.82:
         return lambda problem: judge_joint(problem, mode)
+    if kind < 0.87:
+        whole = str(rng.choice(list(PARTS)))
+        return lambda problem: judge_parts(problem, mode, rng, whole)
     name = str(rng.choice(list(METHODS)))
     return lambda problem: judge_method(problem, mode, name)
 
