@@ -165,7 +165,7 @@ class EigenMerge:
 
     def factors(self) -> list[Factored]:
         """Return the summand of each task with its weight, ``polar(U)_t (w_t R_t) polar(V)_t^T``, in float64."""
-        tiles = [self.to_polar.after(image) for image in self.images.tiles()]
+        tiles = [self.to_polar.after(image).to(self.core.dtype) for image in self.images.tiles()]
         left = torch.cat(tiles) if tiles else self.core.new_zeros(0, len(self.core))  # no rows
         return [Factored(left[:, block], self.core[block] * self.unit) for block in self.images.blocks]
 
