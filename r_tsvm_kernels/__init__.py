@@ -19,6 +19,7 @@ from .errors import (
     DeviceError,
     DiskFullError,
     DTypeError,
+    EvaluationError,
     InputChangedError,
     IntegrationError,
     JournalError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .merge import merge_tensors
     from .methods import MergeResult, TensorReport
     from .state_dicts import StateDictResult, merge_models, merge_state_dicts
+    from .sweep import SweepProgress, SweepResult, Trial, sweep_checkpoints
 
 __version__ = "0.1.0"
 
@@ -80,6 +82,10 @@ _LAZY = {
     "StateDictResult": ".state_dicts",
     "merge_models": ".state_dicts",
     "merge_state_dicts": ".state_dicts",
+    "SweepProgress": ".sweep",
+    "SweepResult": ".sweep",
+    "Trial": ".sweep",
+    "sweep_checkpoints": ".sweep",
 }
 
 __all__ = [
@@ -95,6 +101,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "DiskFullError",
+    "EvaluationError",
     "InputChangedError",
     "IntegrationError",
     "JournalError",
@@ -114,7 +121,10 @@ __all__ = [
     "RtsvmError",
     "ShapeError",
     "StateDictResult",
+    "SweepProgress",
+    "SweepResult",
     "TensorReport",
+    "Trial",
     "Verification",
     "decompose_checkpoints",
     "extract_lora",
@@ -126,6 +136,7 @@ __all__ = [
     "merge_tensors",
     "ops",
     "resize_lora",
+    "sweep_checkpoints",
     "use_backend",
     "verify_output",
 ]

@@ -56,6 +56,10 @@ class ConvergenceError(RtsvmError, ArithmeticError):
     """A decomposition failed, or its certificate missed the tolerance on every route."""
 
 
+class EvaluationError(RtsvmError, RuntimeError):
+    """No candidate of a sweep could be evaluated."""
+
+
 class CheckpointError(RtsvmError, OSError):
     """A checkpoint is missing, damaged or malicious, or does not match the others."""
 

@@ -31,7 +31,7 @@ LAYERS = [
     {"state_dicts", "plan"},
     {"report", "loaded_parts"},
     {"engine"},
-    {"lora_tools"},
+    {"lora_tools", "sweep"},
     {"integrations"},
     {"bench"},
     {"selfcheck"},

@@ -25,6 +25,7 @@ from . import (
     report,
     resize_lora,
     selfcheck,
+    sweep,
     verify,
 )
 from .signals import Terminated, sigterm_raises
@@ -38,7 +39,7 @@ _EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "ca
 
 # Titles of the overview, with the modules of their commands.
 _GROUPS: dict[str, tuple[Any, ...]] = {
-    "merging": (merge, decompose, inspect, verify, report),
+    "merging": (merge, sweep, decompose, inspect, verify, report),
     "LoRA adapters": (extract_lora, resize_lora, merge_lora),
     "inside other tools": (mergekit, fusion_bench),
     "this machine": (info, selfcheck, bench),

@@ -13,6 +13,7 @@ from .terminal import tell
 
 if TYPE_CHECKING:
     from ..engine import Progress
+    from ..sweep import SweepProgress
 
 
 @contextmanager
@@ -29,6 +30,35 @@ def shown_progress(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
         yield display.show
     finally:
         display.close()
+
+
+@contextmanager
+def shown_sweep(quiet: bool) -> Iterator[Callable[[SweepProgress], None] | None]:
+    """Print a line for each candidate of a sweep, and one every few seconds while a candidate is merged."""
+    yield None if quiet else _SweepLines().show
+
+
+class _SweepLines:
+    """One line for each candidate, and what a long merge has done."""
+
+    def __init__(self) -> None:
+        self._merge: _PlainLines | None = None
+
+    def show(self, state: SweepProgress) -> None:
+        from ..sweep.candidates import described
+        from ..sweep.durations import format_duration
+
+        trial = state.trial
+        if state.merge is not None:
+            self._merge = self._merge or _PlainLines()
+            if state.merge.tensors_done < state.merge.tensors_total:
+                self._merge.show(state.merge)
+        if trial is None:
+            return
+        self._merge = None
+        found = described(trial.scores) or f"failed: {trial.failure.splitlines()[0]}"
+        spent = f"merge {format_duration(trial.merge_seconds)}, evaluation {format_duration(trial.evaluation_seconds)}"
+        tell(f"{state.done}/{state.total} {described(trial.values)}: {found} ({spent})")
 
 
 class _Guarded:

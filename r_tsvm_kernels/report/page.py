@@ -40,17 +40,17 @@ def report_page(report: Mapping[str, Any]) -> str:
     Raises:
         KeyError, TypeError, ValueError: `report` is not the report of a merge.
     """
-    style, script = _part("page.css"), _part("page.js")
+    style, script = page_part("page.css"), page_part("page.js")
     parts = {
         "title": html.escape(printable(f"{report['method']['name']}: {report['name']}")),
-        "style_hash": _hash(style),
-        "script_hash": _hash(script),
+        "style_hash": policy_hash(style),
+        "script_hash": policy_hash(script),
         "style": style,
         "script": script,
         "data": _embedded(_page_data(report)),
     }
     # One pass, so that inserted text is not searched again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("template.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page_part("template.html"))
 
 
 def _page_data(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,10 +94,11 @@ def _rounded(value: Any) -> Any:
     return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _part(name: str) -> str:
+def page_part(name: str) -> str:
+    """Return a file that pages are made of."""
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def policy_hash(text: str) -> str:
     """Return the hash that names a script or a style in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

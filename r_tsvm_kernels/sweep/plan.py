@@ -1,0 +1,159 @@
+"""The plan of a sweep: how many candidates, which of them share a decomposition, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import MergeConfig
+from ..errors import ConfigError
+from ..plan import MergePlan, make_plan, total_flops
+from ..sizes import parse_size
+from .axes import Axis, check_axes, grid_axis, range_axis
+from .candidates import Candidate, free_axes, grid_candidates
+from .merger import Resources
+
+Grids = Mapping[str, str | Sequence[Any]]
+Ranges = Mapping[str, str | Sequence[float]]
+
+# Plans of merges that are made to know what candidates cost; those of other groups are taken to be like them.
+_MOST_PLANS = 16
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Candidates that differ only in parameters that parts leave free; others are alone.
+
+    Attributes:
+        values: what they have in common, by label.
+        candidates: their number.
+        from_parts: whether they are merged from parts.
+        flops: operations of one merge from the models, or of the decomposition.
+        bytes_read: bytes that this reads.
+        known: whether these two numbers are of the group itself, and not of one that was planned instead.
+    """
+
+    values: dict[str, Any]
+    candidates: int
+    from_parts: bool
+    flops: float
+    bytes_read: int
+    known: bool = True
+
+
+@dataclass(frozen=True, repr=False)
+class SweepPlan:
+    """What a sweep will do.
+
+    Attributes:
+        config: the recipe.
+        axes: what is varied.
+        candidates: all of them, in the order in which they are tried; empty for a search.
+        total: number of candidates.
+        groups: groups of candidates; empty for a search.
+        free: labels of the axes that parts leave free.
+        merge: plan of the merge of the first candidate.
+        search: ``tpe`` or ``cmaes``; None for a grid.
+    """
+
+    config: MergeConfig
+    axes: tuple[Axis, ...]
+    candidates: tuple[Candidate, ...]
+    total: int
+    groups: tuple[GroupPlan, ...]
+    free: tuple[str, ...]
+    merge: MergePlan
+    search: str | None = None
+
+    def __repr__(self) -> str:
+        axes = ", ".join(axis.label for axis in self.axes)
+        return f"SweepPlan({self.total} candidates, {axes}, {self.decompositions} decompositions)"
+
+    @property
+    def decompositions(self) -> int:
+        """Number of decompositions into parts."""
+        return sum(group.from_parts for group in self.groups)
+
+    @property
+    def merged_anew(self) -> int:
+        """Number of candidates that are merged from the models."""
+        return sum(group.candidates for group in self.groups if not group.from_parts)
+
+    @property
+    def flops(self) -> float:
+        """Operations of all merges from the models and of all decompositions."""
+        return sum(group.flops * (1 if group.from_parts else group.candidates) for group in self.groups)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that all these read."""
+        return sum(group.bytes_read * (1 if group.from_parts else group.candidates) for group in self.groups)
+
+
+def plan_sweep(
+    config: MergeConfig,
+    *,
+    grids: Grids | None = None,
+    ranges: Ranges | None = None,
+    search: str | None = None,
+    trials: int | None = None,
+    resources: Resources | None = None,
+) -> SweepPlan:
+    """Plan a sweep; the arguments are those of `sweep_checkpoints`.
+
+    Raises:
+        ConfigError: the request is invalid.
+        CheckpointError, ShapeError, DTypeError: the models do not match; see `merge_checkpoints`.
+    """
+    axes = _axes(config, grids or {}, ranges or {}, search, trials)
+    resources = resources or Resources()
+    if search is None:
+        candidates = grid_candidates(config, axes)
+        first, total = candidates[0].config, len(candidates)
+    else:
+        candidates, first, total = [], config, trials or 0
+    merge = _merge_plan(first, resources)
+    groups = tuple(_groups(candidates, axes, merge, resources))
+    free = tuple(axis.label for axis in free_axes(first, axes))
+    return SweepPlan(config, tuple(axes), tuple(candidates), total, groups, free, merge, search)
+
+
+def _axes(config: MergeConfig, grids: Grids, ranges: Ranges, search: str | None, trials: int | None) -> list[Axis]:
+    if search is None:
+        for name, given in (("ranges", ranges), ("trials", trials)):
+            if given:
+                raise ConfigError(f"{name}: only a search has them; choose one (search='tpe'), or use grids")
+        if not grids:
+            raise ConfigError("nothing to vary: give a grid, such as alpha=0.4:1.6:0.2, or a search with ranges")
+    elif not ranges:
+        raise ConfigError("a search needs a range, such as alpha=0.2:2")
+    elif trials is None or trials < 1:
+        raise ConfigError(f"a search needs the number of trials, got {trials}")
+    axes = [grid_axis(config, name, values) for name, values in grids.items()]
+    axes += [range_axis(config, name, bounds) for name, bounds in ranges.items()]
+    check_axes(axes)
+    return axes
+
+
+def _merge_plan(config: MergeConfig, resources: Resources) -> MergePlan:
+    return make_plan(config, parse_size(resources.shard_size), allow_pickle=resources.allow_pickle)
+
+
+def _groups(
+    candidates: Sequence[Candidate], axes: Sequence[Axis], first: MergePlan, resources: Resources
+) -> list[GroupPlan]:
+    members: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        members.setdefault(candidate.group, []).append(candidate)
+    found = list[GroupPlan]()
+    flops, bytes_read = total_flops(first), first.bytes_read
+    for own in members.values():
+        known = len(found) < _MOST_PLANS
+        if known and found:
+            plan = _merge_plan(own[0].config, resources)
+            flops, bytes_read = total_flops(plan), plan.bytes_read
+        free = {axis.label for axis in free_axes(own[0].config, axes)}
+        common = {label: value for label, value in own[0].values.items() if label not in free}
+        found.append(GroupPlan(common, len(own), own[0].from_parts, flops, bytes_read, known))
+    return found
