@@ -1,7 +1,9 @@
 """Merge with many values of parameters, evaluate each candidate, and keep the best.
 
-  rtsvm sweep recipe.yaml --grid alpha=0.4:1.6:0.2 --grid weight.math=0.5,1 --eval 'python evaluate.py {model}' OUT
-  rtsvm sweep recipe.yaml --search tpe --trials 40 --range alpha=0.2:2 --eval 'python evaluate.py {model}' OUT
+  rtsvm sweep recipe.yaml OUT --grid alpha=0.4:1.6:0.2 --grid weight.math=0.5,1 \\
+      --eval 'python evaluate.py {model}'
+  rtsvm sweep recipe.yaml OUT --search tpe --trials 40 --range alpha=0.2:2 \\
+      --eval 'python evaluate.py {model}'
 
 The last line that the command prints is its score: a number, or a JSON object of numbers. --eval also takes a Python
 function, as module:function or file.py:function. Run the same command again to go on after an interruption. OUT gets

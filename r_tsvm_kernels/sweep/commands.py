@@ -19,6 +19,8 @@ from pathlib import Path
 from ..errors import ConfigError, OutputBusyError
 
 MODEL = "{model}"
+# The program that calls a function.
+CALL = Path(__file__).with_name("call.py")
 # A function instead of a command: module:function, or file.py:function.
 _FUNCTION = re.compile(r"(?:[\w./-]+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
 # Outside quotes, these have a meaning for a shell only; a backslash and quotes are understood without one.
@@ -44,7 +46,7 @@ def evaluation_command(text: str) -> list[str]:
         ['/bin/sh', '-c', '/bin/cat {model}/scores | tail -n 1']
     """
     if _FUNCTION.fullmatch(text.strip()):
-        return [sys.executable, "-m", f"{__package__}.call", text.strip(), MODEL]
+        return [sys.executable, str(CALL), text.strip(), MODEL]
     if MODEL not in text:
         raise ConfigError(
             f"the evaluation is a command with {MODEL} in it, as in `python evaluate.py {MODEL}`, or module:function, "
@@ -182,7 +184,7 @@ def end_orphan(slot: Path) -> None:
 
 @contextmanager
 def _locked(slot: Path) -> Iterator[int]:
-    """Yield the descriptor of a locked file. A command inherits it: the lock is held as long as one of its processes."""
+    """Yield the descriptor of a locked file, which a command inherits: the lock lives as long as its processes."""
     lock = os.open(slot / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ConfigError
-from .commands import Running, evaluation_command, filled
+from .commands import CALL, Running, evaluation_command, filled
 from .durations import format_duration
 from .scores import as_scores, parse_scores
 
@@ -72,7 +72,7 @@ class _Command:
         self.name = text
         self._words, self._timeout = evaluation_command(text), timeout
         self._running = Running()
-        if self._words[1:3] == ["-m", f"{__package__}.call"]:
+        if self._words[1:2] == [str(CALL)]:
             _require_function(self._words)
 
     def __call__(self, model: Path, slot: Path) -> Outcome:
@@ -122,7 +122,7 @@ def _require_function(words: list[str]) -> None:
     found = subprocess.run(words[:-1], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if found.returncode:
         reason = (found.stderr.strip().splitlines() or [f"exit status {found.returncode}"])[-1]
-        raise ConfigError(f"the evaluation {words[3]!r} cannot be imported: {reason}")
+        raise ConfigError(f"the evaluation {words[2]!r} cannot be imported: {reason}")
 
 
 def _end(text: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -57,3 +59,21 @@ class Merger:
 
     def _parts(self, group: str) -> Path:
         return self._work / f"parts-{sha256(group.encode()).hexdigest()[:16]}"
+
+
+@contextmanager
+def notes_once() -> Iterator[None]:
+    """Let each note of the plan of a merge pass once: those of all candidates are the same."""
+    seen = set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text, before = record.getMessage(), len(seen)
+        seen.add(text)
+        return record.levelno < logging.WARNING or len(seen) > before
+
+    logger = logging.getLogger(merge_checkpoints.__module__)
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)

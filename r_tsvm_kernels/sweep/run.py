@@ -24,7 +24,7 @@ from .commands import end_orphan
 from .durations import parse_duration
 from .evaluation import Evaluate, Evaluation, Outcome, make_evaluation
 from .journal import SweepJournal
-from .merger import Merger, Resources
+from .merger import Merger, Resources, notes_once
 from .plan import Grids, Ranges, SweepPlan, plan_sweep
 from .results import SweepResult, write_best, write_results
 from .scores import Objective
@@ -158,7 +158,7 @@ def sweep_checkpoints(
         # A grid can be judged again by another score; a search has followed the one that it was given.
         aim = {"score": next(iter(objective.names), ""), "minimize": objective.direction(*objective.names[:1] or [""])}
         settings["search"] = {"name": search, "seed": seed, "jobs": jobs, **versions(search), **aim}
-    with _opened(out, restart) as work:
+    with notes_once(), _opened(out, restart) as work:
         journal = SweepJournal(out / JOURNAL, settings, restart=restart, retry=retry)
         with closing(journal):
             source: Source

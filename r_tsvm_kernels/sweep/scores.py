@@ -122,9 +122,12 @@ class Objective:
         return trial.scores[name] if self.direction(name) == "min" else -trial.scores[name]
 
     def ranked(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Return the trials that have scores, the best first; of equal ones, the one that was tried first."""
+        """Return the trials that have scores, the best first.
+
+        Where the first score is equal, the next one decides; where all are, the one that was tried first comes first.
+        """
         names = self.ordered(trials)
-        return sorted((t for t in trials if t.scores), key=lambda t: (self.cost(t, names[0]), t.number))
+        return sorted((t for t in trials if t.scores), key=lambda t: ([self.cost(t, n) for n in names], t.number))
 
     def front(self, trials: Sequence[Trial]) -> set[int]:
         """Return the numbers of the trials that no other beats: as good in all scores, and better in one."""

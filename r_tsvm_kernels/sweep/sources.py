@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from ..config import MergeConfig
 from ..errors import ConfigError, JournalError
 from .axes import Axis
-from .candidates import Candidate, checked, free_axes, free_parameters, grid_candidates, group_of
+from .candidates import Candidate, checked, free_axes, free_parameters, group_of
 from .journal import SweepJournal, key
 from .scores import Objective
 from .search import Study
