@@ -45,8 +45,8 @@ class _SweepLines:
         self._merge: _PlainLines | None = None
 
     def show(self, state: SweepProgress) -> None:
-        from ..sweep.candidates import described
         from ..sweep.durations import format_duration
+        from ..sweep.trial import described
 
         trial = state.trial
         if state.merge is not None:

@@ -1,9 +1,8 @@
 """Merge with many values of parameters, evaluate each candidate, and keep the best.
 
-  rtsvm sweep recipe.yaml OUT --grid alpha=0.4:1.6:0.2 --grid weight.math=0.5,1 \\
-      --eval 'python evaluate.py {model}'
-  rtsvm sweep recipe.yaml OUT --search tpe --trials 40 --range alpha=0.2:2 \\
-      --eval 'python evaluate.py {model}'
+  rtsvm sweep recipe.yaml OUT --eval 'python evaluate.py {model}' ...
+      ... --grid alpha=0.4:1.6:0.2 --grid weight.math=0.5,1
+      ... --search tpe --trials 40 --range alpha=0.2:2
 
 The last line that the command prints is its score: a number, or a JSON object of numbers. --eval also takes a Python
 function, as module:function or file.py:function. Run the same command again to go on after an interruption. OUT gets
@@ -153,7 +152,10 @@ def plan_lines(plan: SweepPlan) -> list[str]:
     lines = [f"{plan.config.method.pretty_name}: {plan.total} candidates: {sizes}"]
     bound = [label for label in labels if label not in plan.free]
     if plan.free:
-        lines.append(f"free in decomposed parts: {', '.join(plan.free)}; not free: {', '.join(bound) or 'nothing'}")
+        why = "" if plan.decomposes else "; but this recipe cannot be decomposed"
+        lines.append(
+            f"free in decomposed parts: {', '.join(plan.free)}; not free: {', '.join(bound) or 'nothing'}{why}"
+        )
     if plan.search is not None:
         from ..plan import total_flops
 
@@ -162,18 +164,16 @@ def plan_lines(plan: SweepPlan) -> list[str]:
     shared = [group for group in plan.groups if group.from_parts]
     for group in shared[:_MOST_GROUPS]:
         common = ", ".join(f"{label}={value}" for label, value in group.values.items()) or "all candidates"
-        what = f"{common}: {group.candidates} from one decomposition"
-        lines.append(f"  {_cost(what, group.flops, group.bytes_read)}")
+        once = _cost(f"{common}: one decomposition", group.flops, group.bytes_read)
+        lines.append(f"  {once}, {format_size(group.bytes_of_parts)} of parts")
+        lines.append(f"    {group.candidates} candidates from it, each {format_size(group.bytes_per_candidate)} read")
     if len(shared) > _MOST_GROUPS:
         lines.append(f"  and {len(shared) - _MOST_GROUPS} more decompositions")
     if plan.merged_anew:
         alone = next(group for group in plan.groups if not group.from_parts)
-        what = f"{plan.merged_anew} merged from the models, each"
-        lines.append(f"  {_cost(what, alone.flops, alone.bytes_read)}")
+        lines.append(f"  {_cost(f'{plan.merged_anew} merged from the models, each', alone.flops, alone.bytes_read)}")
     about = "" if all(group.known for group in plan.groups) else "about "
-    lines.append(
-        f"in all: {about}{plan.flops:.1e} operations, {about}{format_size(plan.bytes_read)} read from the models"
-    )
+    lines.append(f"in all: {about}{plan.flops:.1e} operations, {about}{format_size(plan.bytes_read)} read")
     lines.append(f"each candidate writes {format_size(plan.merge.bytes_written)}, in place of the one before")
     return lines
 
@@ -186,8 +186,8 @@ def _print_result(result: SweepResult) -> None:
     from rich import box
     from rich.table import Table
 
-    from ..sweep.candidates import described, written
     from ..sweep.durations import format_duration
+    from ..sweep.trial import described, written
     from ..text import printable
 
     table = Table(box=box.SIMPLE_HEAD)

@@ -10,8 +10,10 @@ from typing import Any
 
 from ..config import MergeConfig
 from ..errors import ConfigError
+from ..parts import linear_parameters
 from .axes import MOST, Axis, with_values
 from .journal import key
+from .trial import described
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Candidate:
 
 
 def free_parameters(config: MergeConfig) -> frozenset[str]:
-    """Return the parameters that decomposed parts leave free; none if the method cannot be decomposed."""
-    return frozenset()
+    """Return the parameters that decomposed parts leave free; none if there is nothing to decompose."""
+    return frozenset() if config.parts is not None else linear_parameters(config)
 
 
 def free_axes(config: MergeConfig, axes: Sequence[Axis]) -> list[Axis]:
@@ -84,16 +86,6 @@ def checked(config: MergeConfig, axes: Sequence[Axis], values: Mapping[str, Any]
     except ConfigError as error:
         raise ConfigError(f"{described(values)}: {error}") from None
     return own
-
-
-def described(values: Mapping[str, Any]) -> str:
-    """Return values as text: ``alpha=0.5, weight.math=1``."""
-    return ", ".join(f"{label}={written(value)}" for label, value in values.items())
-
-
-def written(value: Any) -> str:
-    """Return a value in a few characters."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _product(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ..config import MergeConfig
-from ..engine import Progress, merge_checkpoints
+from ..engine import Progress, decompose_checkpoints, merge_checkpoints
+from ..errors import ConvergenceError
+from ..parts import from_parts
 from .candidates import Candidate
 
 
@@ -31,6 +33,10 @@ class Resources:
         """Return them as keywords of `merge_checkpoints`."""
         return asdict(self)
 
+    def of_decomposition(self) -> dict[str, Any]:
+        """Return them as keywords of `decompose_checkpoints`."""
+        return {name: value for name, value in asdict(self).items() if name != "shard_size"}
+
 
 class Merger:
     """Merges the candidates of a sweep.
@@ -43,19 +49,31 @@ class Merger:
         self._work, self._resources, self._progress = work, resources, progress
         self.decomposed = 0
 
-    def merge(self, candidate: Candidate, out: Path) -> None:
-        """Merge a candidate into `out`, in place of what is there."""
+    def merge(self, candidate: Candidate, out: Path) -> bool:
+        """Merge a candidate into `out`, in place of what is there; return whether parts were used."""
         shutil.rmtree(out, ignore_errors=True)
-        config = self._with_parts(candidate) if candidate.from_parts else candidate.config
+        if candidate.from_parts:
+            with suppress(ConvergenceError):  # the parts cancel each other with these weights
+                self._merge(from_parts(candidate.config, self._parts_of(candidate)), out)
+                return True
+        self._merge(candidate.config, out)
+        return False
+
+    def _merge(self, config: MergeConfig, out: Path) -> None:
         merge_checkpoints(config, out, restart=True, progress=self._progress, **self._resources.keywords())
+
+    def _parts_of(self, candidate: Candidate) -> Path:
+        """Return the parts of a candidate's group, which are made if they are missing."""
+        parts = self._parts(candidate.group)
+        if not parts.exists():
+            keywords = self._resources.of_decomposition()
+            decompose_checkpoints(candidate.config, parts, resume=True, progress=self._progress, **keywords)
+            self.decomposed += 1
+        return parts
 
     def forget(self, group: str) -> None:
         """Delete the parts of a group, if there are any."""
         shutil.rmtree(self._parts(group), ignore_errors=True)
-
-    def _with_parts(self, candidate: Candidate) -> MergeConfig:
-        """Return the recipe of a candidate that uses the parts of its group, which are made if they are missing."""
-        raise NotImplementedError
 
     def _parts(self, group: str) -> Path:
         return self._work / f"parts-{sha256(group.encode()).hexdigest()[:16]}"

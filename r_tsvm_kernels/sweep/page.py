@@ -9,9 +9,9 @@ from typing import Any
 
 from ..report import page_part, policy_hash
 from ..text import printable
-from .candidates import described, written
 from .durations import format_duration
 from .plots import Point, plot
+from .trial import described, written
 
 
 def sweep_page(report: Mapping[str, Any]) -> str:
@@ -73,7 +73,8 @@ def _tiles(report: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> str
     spent = f"merging {format_duration(merging)}, evaluating {format_duration(evaluating)}"
     tiles.append(("Time of the last run", format_duration(report["seconds"]), f"all runs: {spent}", ""))
     shown = "".join(
-        f'<div><dt>{_text(label)}</dt><dd class="value {kind}">{_text(value)}</dd><dd class="more">{_text(more)}</dd></div>'
+        f'<div><dt>{_text(label)}</dt><dd class="value {kind}">{_text(value)}</dd>'
+        f'<dd class="more">{_text(more)}</dd></div>'
         for label, value, more, kind in tiles
     )
     values = "" if best is None else f"<h3>Best values</h3>{_list(best['values'])}"
@@ -116,7 +117,7 @@ def _table(report: Mapping[str, Any]) -> str:
         cells += [format_duration(c["merge_seconds"]) + " (parts)" * c["from_parts"]]
         cells += [format_duration(c["evaluation_seconds"]), f"{c['number']}"]
         kind = ' class="best"' if c["number"] == report["best"] else ""
-        place = f'<th scope="row">{c["rank"] or "–"}</th>'
+        place = f'<th scope="row">{c["rank"] or "-"}</th>'
         rows.append(f"<tr{kind}>{place}{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>")
     titles = "".join(f'<th scope="col">{_text(title)}</th>' for title in head)
     table = f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import MergeConfig
 from ..errors import ConfigError
-from ..plan import MergePlan, make_plan, total_flops
+from ..plan import Decomposition, MergePlan, make_plan, total_flops
+from ..plan.decomposition import decomposed
 from ..sizes import parse_size
 from .axes import Axis, check_axes, grid_axis, range_axis
 from .candidates import Candidate, free_axes, grid_candidates
@@ -31,7 +32,9 @@ class GroupPlan:
         from_parts: whether they are merged from parts.
         flops: operations of one merge from the models, or of the decomposition.
         bytes_read: bytes that this reads.
-        known: whether these two numbers are of the group itself, and not of one that was planned instead.
+        bytes_of_parts: size of the parts; 0 if there are none.
+        bytes_per_candidate: bytes that each merge reads: the models, or the base and the parts.
+        known: whether these numbers are of the group itself, and not of one that was planned instead.
     """
 
     values: dict[str, Any]
@@ -39,6 +42,8 @@ class GroupPlan:
     from_parts: bool
     flops: float
     bytes_read: int
+    bytes_of_parts: int
+    bytes_per_candidate: int
     known: bool = True
 
 
@@ -50,6 +55,7 @@ class SweepPlan:
         config: the recipe.
         axes: what is varied.
         candidates: all of them, in the order in which they are tried; empty for a search.
+        decomposes: whether parts are used where several candidates can share them.
         total: number of candidates.
         groups: groups of candidates; empty for a search.
         free: labels of the axes that parts leave free.
@@ -60,6 +66,7 @@ class SweepPlan:
     config: MergeConfig
     axes: tuple[Axis, ...]
     candidates: tuple[Candidate, ...]
+    decomposes: bool
     total: int
     groups: tuple[GroupPlan, ...]
     free: tuple[str, ...]
@@ -82,13 +89,16 @@ class SweepPlan:
 
     @property
     def flops(self) -> float:
-        """Operations of all merges from the models and of all decompositions."""
+        """Operations of all merges from the models and of all decompositions; those from parts are few."""
         return sum(group.flops * (1 if group.from_parts else group.candidates) for group in self.groups)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that all these read."""
-        return sum(group.bytes_read * (1 if group.from_parts else group.candidates) for group in self.groups)
+        """Bytes that all decompositions and merges read."""
+        return sum(
+            group.bytes_per_candidate * group.candidates + (group.bytes_read if group.from_parts else 0)
+            for group in self.groups
+        )
 
 
 def plan_sweep(
@@ -108,15 +118,16 @@ def plan_sweep(
     """
     axes = _axes(config, grids or {}, ranges or {}, search, trials)
     resources = resources or Resources()
-    if search is None:
-        candidates = grid_candidates(config, axes)
-        first, total = candidates[0].config, len(candidates)
-    else:
-        candidates, first, total = [], config, trials or 0
+    candidates = grid_candidates(config, axes) if search is None else []
+    first = candidates[0].config if candidates else config
     merge = _merge_plan(first, resources)
-    groups = tuple(_groups(candidates, axes, merge, resources))
     free = tuple(axis.label for axis in free_axes(first, axes))
-    return SweepPlan(config, tuple(axes), tuple(candidates), total, groups, free, merge, search)
+    decomposes = bool(free) and _decomposition(merge) is not None
+    if not decomposes:
+        candidates = [replace(candidate, from_parts=False) for candidate in candidates]
+    groups = tuple(_groups(candidates, axes, merge, resources))
+    total = len(candidates) if search is None else trials or 0
+    return SweepPlan(config, tuple(axes), tuple(candidates), decomposes, total, groups, free, merge, search)
 
 
 def _axes(config: MergeConfig, grids: Grids, ranges: Ranges, search: str | None, trials: int | None) -> list[Axis]:
@@ -140,20 +151,31 @@ def _merge_plan(config: MergeConfig, resources: Resources) -> MergePlan:
     return make_plan(config, parse_size(resources.shard_size), allow_pickle=resources.allow_pickle)
 
 
+def _decomposition(plan: MergePlan) -> MergePlan | None:
+    """Return the plan of the decomposition in place of a merge; None if the recipe as a whole does not allow one."""
+    try:
+        return decomposed(plan, Decomposition())
+    except ConfigError:
+        return None
+
+
 def _groups(
     candidates: Sequence[Candidate], axes: Sequence[Axis], first: MergePlan, resources: Resources
 ) -> list[GroupPlan]:
     members: dict[str, list[Candidate]] = {}
     for candidate in candidates:
-        members.setdefault(candidate.group, []).append(candidate)
-    found = list[GroupPlan]()
-    flops, bytes_read = total_flops(first), first.bytes_read
+        members.setdefault(candidate.group if candidate.from_parts else str(candidate.number), []).append(candidate)
+    found, plan = list[GroupPlan](), first
     for own in members.values():
         known = len(found) < _MOST_PLANS
         if known and found:
             plan = _merge_plan(own[0].config, resources)
-            flops, bytes_read = total_flops(plan), plan.bytes_read
-        free = {axis.label for axis in free_axes(own[0].config, axes)}
+        free = {axis.label for axis in free_axes(own[0].config, axes)} if own[0].from_parts else set()
         common = {label: value for label, value in own[0].values.items() if label not in free}
-        found.append(GroupPlan(common, len(own), own[0].from_parts, flops, bytes_read, known))
+        parts = _decomposition(plan) if own[0].from_parts else None
+        size = 0 if parts is None else parts.bytes_written
+        base = sum(tensor.parts[0].nbytes(tensor.elements) for tensor in plan.tensors.values())
+        each = plan.bytes_read if parts is None else base + size
+        flops = total_flops(plan)
+        found.append(GroupPlan(common, len(own), own[0].from_parts, flops, plan.bytes_read, size, each, known))
     return found

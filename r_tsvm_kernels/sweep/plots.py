@@ -6,14 +6,15 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ..text import printable
-from .candidates import written
+from .trial import written
 
 # The plot, and the space around it for labels.
 WIDTH, HEIGHT = 460, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 24, 40
 _MOST_LABELS = 9
 _MOST_CHARACTERS = 14
 
@@ -42,11 +43,11 @@ def plot(points: Sequence[Point], x_label: str, y_label: str, *, envelope: str =
         points: at least one.
         x_label: what is on the horizontal axis.
         y_label: what is on the vertical axis.
-        envelope: ``max`` or ``min``: draw a line through the best point of each x.
+        envelope: ``max`` or ``min``: draw a line through the best point of each x, and label these.
         log: whether x has a logarithmic axis.
     """
-    across = _Axis.of([point.x for point in points], log)
-    up = _Axis.of([point.y for point in points], False)
+    across = _Axis.of([point.x for point in points], log, own_labels=bool(envelope))
+    up = _Axis.of([point.y for point in points])
     parts = [_frame(across, up, x_label, y_label)]
     places = [(_x(across.share(point.x)), _y(up.share(point.y)), point) for point in points]
     if envelope:
@@ -74,7 +75,7 @@ class _Axis:
     places: Mapping[str, float] | None = None
 
     @classmethod
-    def of(cls, values: Sequence[Any], log: bool) -> _Axis:
+    def of(cls, values: Sequence[Any], log: bool = False, own_labels: bool = False) -> _Axis:
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             names = list(dict.fromkeys(map(str, values)))
             shares = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
@@ -87,10 +88,11 @@ class _Axis:
             low, high = low / 1.1, high * 1.1
         else:
             low, high = low - margin, high + margin
-        own = sorted(set(values))
-        ticks = own if len(own) <= _MOST_LABELS else _ticks(low, high, log)
-        axis = cls(low, high, log, ())
-        return cls(low, high, log, tuple((axis.share(tick), written(float(tick))) for tick in ticks))
+        own, axis = sorted(set(values)), cls(low, high, log, ())
+        gaps = [axis.share(b) - axis.share(a) for a, b in pairwise(own)]
+        if not own_labels or min(gaps, default=1.0) < 1 / _MOST_LABELS:
+            own = _ticks(low, high, log)
+        return cls(low, high, log, tuple((axis.share(tick), written(float(tick))) for tick in own))
 
     def share(self, value: Any) -> float:
         if self.places is not None:
@@ -118,7 +120,7 @@ def _frame(across: _Axis, up: _Axis, x_label: str, y_label: str) -> str:
     for share, name in across.labels:
         parts.append(f'<text class="across" x="{_x(share):.1f}" y="{_y(0) + 16}">{_label(name)}</text>')
     parts.append(f'<text class="across name" x="{_x(0.5):.1f}" y="{HEIGHT - 6}">{_text(x_label)}</text>')
-    parts.append(f'<text class="name" x="{_LEFT + 6}" y="{_TOP + 14}">{_text(y_label)}</text>')
+    parts.append(f'<text class="name" x="{_LEFT}" y="{_TOP - 9}">{_text(y_label)}</text>')
     return "".join(parts)
 
 

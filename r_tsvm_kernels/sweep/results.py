@@ -16,12 +16,11 @@ from ..errors import EvaluationError
 from ..files import read_regular, write_json, write_text
 from ..report import plain, short_name
 from .axes import with_values
-from .candidates import described
 from .merger import Resources
 from .page import sweep_page
 from .plan import SweepPlan
 from .scores import Objective
-from .trial import Trial
+from .trial import Trial, described
 
 REPORT, PAGE, RECIPE, BEST = "sweep.json", "sweep.html", "best.yaml", "best"
 _MOST_RECIPE_BYTES = 1 << 24

@@ -161,11 +161,14 @@ def sweep_checkpoints(
     with notes_once(), _opened(out, restart) as work:
         journal = SweepJournal(out / JOURNAL, settings, restart=restart, retry=retry)
         with closing(journal):
+            for trial in journal.trials.values():
+                if trial.scores:
+                    objective.check(trial.scores)
             source: Source
             if study is None:
                 source = GridSource(plan.candidates, journal)
             else:
-                source = SearchSource(config, plan.axes, study, plan.total, journal, objective)
+                source = SearchSource(plan, study, journal, objective)
             sweep = _Sweep(source, journal, evaluation, objective, work, resources, jobs, progress)
             complete = sweep.run(deadline)
             seconds = time.monotonic() - start
@@ -194,7 +197,7 @@ class _Sweep:
         self._progress = progress
         self._merger = Merger(work, resources, self.merging)
         self._slots = [work / f"job-{index}" for index in range(jobs)]
-        self._running: dict[Future[Outcome], tuple[Candidate, Path, float]] = {}
+        self._running: dict[Future[Outcome], tuple[Candidate, Path, float, bool]] = {}
         self._merged: dict[str, Any] = {}
 
     def run(self, deadline: float | None) -> bool:
@@ -228,15 +231,15 @@ class _Sweep:
 
     def _start(self, candidate: Candidate, pool: ThreadPoolExecutor) -> None:
         """Merge a candidate, and evaluate it: in this thread if there is only one job."""
-        busy = {slot for _, slot, _ in self._running.values()}
+        busy = {slot for _, slot, _, _ in self._running.values()}
         slot = next(slot for slot in self._slots if slot not in busy)
         slot.mkdir(parents=True, exist_ok=True)
         start, self._merged = time.monotonic(), candidate.values
         try:
-            self._merger.merge(candidate, slot / "model")
+            from_parts = self._merger.merge(candidate, slot / "model")
         except (NonFiniteError, ConvergenceError) as error:
             outcome = Outcome(0.0, failure=f"merge: {error}")
-            self._record(candidate, outcome, time.monotonic() - start)
+            self._record(candidate, outcome, time.monotonic() - start, candidate.from_parts)
             return
         if not self._source.still_in(candidate.group):
             self._merger.forget(candidate.group)
@@ -247,18 +250,18 @@ class _Sweep:
             except BaseException:
                 self._evaluation.stop()
                 raise
-            self._record(candidate, outcome, seconds)
+            self._record(candidate, outcome, seconds, from_parts)
         else:
             future = pool.submit(self._evaluation, slot / "model", slot)
-            self._running[future] = candidate, slot, seconds
+            self._running[future] = candidate, slot, seconds, from_parts
 
     def _collect(self) -> None:
         """Record the evaluations that have ended."""
         for future in [future for future in self._running if future.done()]:
-            candidate, _, seconds = self._running.pop(future)
-            self._record(candidate, future.result(), seconds)
+            candidate, _, seconds, from_parts = self._running.pop(future)
+            self._record(candidate, future.result(), seconds, from_parts)
 
-    def _record(self, candidate: Candidate, outcome: Outcome, merge_seconds: float) -> None:
+    def _record(self, candidate: Candidate, outcome: Outcome, merge_seconds: float, from_parts: bool) -> None:
         expected = next((set(trial.scores) for trial in self._journal.trials.values() if trial.scores), None)
         scores, failure = outcome.scores, outcome.failure
         if scores and expected not in (None, set(scores)):
@@ -273,7 +276,7 @@ class _Sweep:
             outcome.stderr,
             round(merge_seconds, 6),
             round(outcome.seconds, 6),
-            candidate.from_parts,
+            from_parts,
         )
         self._journal.add(trial)
         if scores:

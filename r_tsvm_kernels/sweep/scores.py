@@ -42,13 +42,13 @@ def as_scores(value: Any) -> dict[str, float]:
 
 
 def parse_scores(output: str) -> dict[str, float]:
-    """Return the scores in the last line of a command's output, a number or a JSON object of numbers.
+    r"""Return the scores in the last line of a command's output, a number or a JSON object of numbers.
 
     Raises:
         ValueError: there are none.
 
     Examples:
-        >>> parse_scores("loading\\n0.75\\n"), parse_scores('{"math": 0.5, "code": 0.25}')
+        >>> parse_scores("loading\n0.75\n"), parse_scores('{"math": 0.5, "code": 0.25}')
         ({'score': 0.75}, {'math': 0.5, 'code': 0.25})
     """
     line = next((line for line in reversed(output.splitlines()) if line.strip()), "")

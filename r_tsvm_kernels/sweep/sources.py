@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ..config import MergeConfig
 from ..errors import ConfigError, JournalError
-from .axes import Axis
 from .candidates import Candidate, checked, free_axes, free_parameters, group_of
 from .journal import SweepJournal, key
+from .plan import SweepPlan
 from .scores import Objective
 from .search import Study
 from .trial import Trial
@@ -66,20 +65,18 @@ class SearchSource:
 
     def __init__(
         self,
-        config: MergeConfig,
-        axes: Sequence[Axis],
+        plan: SweepPlan,
         study: Study,
-        trials: int,
         journal: SweepJournal,
         objective: Objective,
     ) -> None:
-        self.total = trials
-        self._config, self._axes, self._study = config, axes, study
+        self.total = plan.total
+        self._config, self._axes, self._study = plan.config, plan.axes, study
         self._journal, self._objective = journal, objective
         self._trials: dict[str, Trial] = {}
-        free = free_axes(config, axes)
+        free = free_axes(plan.config, plan.axes)
         # A decomposition pays only if others of the same parameters follow: not if these are drawn from a range.
-        self._share = bool(free) and all(axis.range is None for axis in axes if axis not in free)
+        self._share = plan.decomposes and all(axis.range is None for axis in plan.axes if axis not in free)
         self._asked = 0
         self._open: dict[str, tuple[int, dict[str, Any]]] = {}  # asked for, and not told
         self._replay()

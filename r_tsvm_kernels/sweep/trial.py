@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trial:
     """A candidate that was merged and evaluated, or that failed.
 
@@ -32,3 +33,17 @@ class Trial:
     merge_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     from_parts: bool = False
+
+    def __repr__(self) -> str:
+        found = described(self.scores) if self.scores else f"failed ({self.failure})"
+        return f"Trial({self.number}: {described(self.values)}: {found})"
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """Return values as text: ``alpha=0.5, weight.math=1``."""
+    return ", ".join(f"{label}={written(value)}" for label, value in values.items())
+
+
+def written(value: Any) -> str:
+    """Return a value in a few characters."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
