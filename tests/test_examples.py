@@ -47,6 +47,15 @@ def test_lora_experts(tmp_path, trained):
     assert abs(float(high) - float(dense)) < 10
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_sweep_demo(tmp_path):
+    shown = run_example("sweep_demo.py", "--quick", cwd=tmp_path)
+    rows = dict(re.findall(r"│ (\S.*?) +│ +([\d.]+) │", shown))
+    assert float(rows["task_arithmetic, best"]) > float(rows["task_arithmetic, defaults"])
+    assert float(rows["tsvm, best"]) > float(rows["base"])
+
+
 @pytest.mark.exhaustive
 def test_kill_and_resume(tmp_path):
     shown = run_example("kill_and_resume.py", "--layers", "4", cwd=tmp_path)

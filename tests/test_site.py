@@ -87,27 +87,43 @@ def test_every_public_class_and_function_is_in_the_reference(module):
     assert public <= shown
 
 
+def run_commands(lines):
+    """Run commands of a page in the current folder, with the examples there."""
+    Path("examples").symlink_to(ROOT / "examples")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        start = {"python": [sys.executable], "rtsvm": [sys.executable, "-m", "r_tsvm_kernels"]}.get(program, [program])
+        done = subprocess.run([*start, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_tutorial_runs(tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="the tutorial's demo needs scikit-learn (pip install .[demo])")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "recipe.yaml").write_text(*blocks("tutorial.md", "yaml"))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     commands = [line for block in blocks("tutorial.md", "bash") for line in block.splitlines()]
     assert len(commands) >= 8
-    for line in commands:
-        program, *arguments = shlex.split(line)
-        start = {"python": [sys.executable], "rtsvm": [sys.executable, "-m", "r_tsvm_kernels"]}.get(program, [program])
-        done = subprocess.run([*start, *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    run_commands(commands)
     for code in blocks("tutorial.md", "python"):
         exec(compile(code, "tutorial.md", "exec"), {})  # our own text
 
 
-@pytest.mark.parametrize(("page", "count"), [("tools.md", 4), ("lora.md", 1)])
-def test_the_examples_in_python_run(page, count):
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_example_of_a_sweep_runs(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="the example needs scikit-learn (pip install .[demo])")
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in blocks("sweep.md", "bash") if "sweep_demo.py --quick" in block]
+    assert len(block.splitlines()) == 4
+    run_commands(block.splitlines())
+
+
+@pytest.mark.parametrize(("page", "count"), [("tools.md", 4), ("lora.md", 1), ("sweep.md", 1)])
+def test_the_examples_in_python_run(page, count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     codes = blocks(page, "python")
     assert len(codes) >= count
     for code in codes:

@@ -13,7 +13,7 @@ from ..config import MergeConfig
 from ..errors import ConfigError
 from ..methods import MethodParameters, did_you_mean
 from ..ops._checks import plain_values
-from ..report import short_name
+from ..plan import tasks_of
 from ..safe_yaml import load_yaml
 from ..text import shortened, some
 
@@ -185,23 +185,19 @@ def _named(config: MergeConfig, name: str) -> Axis:
 
 
 def _find_model(config: MergeConfig, name: str, wanted: str) -> tuple[int, str]:
-    """Return the index of a model and the name that tells it from the others."""
+    """Return the index of a model and its name; the names are those of `rtsvm merge --weight NAME=W`."""
+    names = [task.name for task in tasks_of(config)]
     paths = [str(entry.model) for entry in config.models]
-    short = [short_name(path) for path in paths]
-    shown = [path if short.count(own) > 1 else own for path, own in zip(paths, short, strict=True)]
-    for test in (paths.__getitem__, short.__getitem__):
-        found = [index for index in range(len(paths)) if test(index) == wanted]
-        if len(found) == 1:
-            return found[0], shown[found[0]]
-        if found:
-            raise ConfigError(f"{name}: {len(found)} models have this name; write one of {some(shown, 8)}")
-    found = [index for index, own in enumerate(short) if own.startswith(wanted)]
+    for known in (names, paths):
+        if known.count(wanted) == 1:
+            return known.index(wanted), names[known.index(wanted)]
+    found = [index for index, own in enumerate(names) if own.startswith(wanted)]
     if len(found) == 1:
-        return found[0], shown[found[0]]
+        return found[0], names[found[0]]
     if found:
-        raise ConfigError(f"{name}: several models begin so: {some([shown[index] for index in found], 8)}")
-    listed = f"models: {', '.join(shown) or 'none'}"
-    raise ConfigError(f"{name}: no model {wanted!r}; {did_you_mean(wanted, shown, listed)}")
+        raise ConfigError(f"{name}: several models begin so: {some([names[index] for index in found], 8)}")
+    listed = f"models: {', '.join(names) or 'none'}"
+    raise ConfigError(f"{name}: no model {wanted!r}; {did_you_mean(wanted, names, listed)}")
 
 
 def _values_of(name: str, text: str) -> tuple[Any, ...]:
