@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 HELP = "find the best parameters of a merge"
 USAGE = """\
 rtsvm sweep [options] --grid P=VALUES --eval CMD RECIPE.yaml OUT
-       rtsvm sweep [options] --grid P=VALUES --eval CMD --base B --model A [--model C ...] OUT"""
+       rtsvm sweep [options] --grid P=VALUES --eval CMD --base B --model A OUT"""
 
 # Rows of the table, and groups of the plan, that are printed.
 _MOST_ROWS = 25

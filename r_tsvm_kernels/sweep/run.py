@@ -135,7 +135,7 @@ def sweep_checkpoints(
         >>> config = MergeConfig("task_arithmetic", base_model="base.safetensors",
         ...                      models=["math.safetensors", "code.safetensors"])
         >>> def distance(model):
-        ...     return abs(load_file(model / "model.safetensors")["w"].mean().item() - 2)
+        ...     return abs(load_file(model / "base.safetensors")["w"].mean().item() - 2)
         >>> result = sweep_checkpoints(config, "sweep", evaluate=distance, minimize=True, grids={"alpha": "0.1:1:0.1"})
         >>> result.best.values, result.best.scores
         ({'alpha': 0.5}, {'score': 0.0})

@@ -87,5 +87,5 @@ def test_failures_are_shown(run, tmp_path):
     ],
 )
 def test_mistakes(run, arguments, message):
-    code, out, err = run(*arguments)
+    code, _, err = run(*arguments)
     assert code == 2 and message in err

@@ -65,9 +65,9 @@ def test_what_is_no_list_of_values(text, message):
     ("name", "label", "model"),
     [
         ("weight", "weight", None),
-        ("weight.math", "weight.math", 0),
-        ("weight.ma", "weight.math", 0),
-        ("weight.org/math@main", "weight.math", 0),
+        ("weight.math@main", "weight.math@main", 0),
+        ("weight.ma", "weight.math@main", 0),
+        ("weight.org/math@main", "weight.math@main", 0),
         ("density.code", "density.code", 1),
         ("density.coder", "density.coder", 2),
         ("lambda", "lambda", None),
@@ -85,9 +85,9 @@ def test_names(name, label, model):
         ("alphha", "alphha: unknown parameter; did you mean 'alpha'?"),
         ("dtype", "dtype: is a recipe field, not a parameter; "),
         ("alpha.math", "alpha is one value for all models; write alpha=..."),
-        ("weight.mth", "no model 'mth'; did you mean 'math'?"),
+        ("weight.mth@main", "no model 'mth@main'; did you mean 'math@main'?"),
         ("weight.co", "several models begin so: code, coder"),
-        ("weight.zzz", "no model 'zzz'; models: math, code, coder"),
+        ("weight.zzz", "no model 'zzz'; models: math@main, code, coder"),
     ],
 )
 def test_unknown_names(name, message):
@@ -131,7 +131,7 @@ def test_what_is_no_range(text):
 
 def test_recipes_of_candidates():
     axes = [grid_axis(CONFIG, name, "0.5,1") for name in ("weight.math", "alpha", "weight")]
-    found = with_values(CONFIG, axes, {"weight.math": 1, "alpha": 0.5, "weight": 0.7})
+    found = with_values(CONFIG, axes, {"weight.math@main": 1, "alpha": 0.5, "weight": 0.7})
     assert found.parameters == {"alpha": 0.5, "weight": 0.7}
     assert [entry.parameters for entry in found.models] == [{"weight": 1}, {}, {}]
     assert found.options(3).weight == (1.0, 0.7, 0.7) and found.options(3).alpha == 0.5

@@ -89,9 +89,18 @@ def test_scores_and_failures(tmp_path):
     assert long.stderr.splitlines()[-1] == "100000" and len(long.stderr.splitlines()) == 20
 
 
+FUNCTIONS = """
+import sibling
+def f(path):
+    print('x', end='')
+    return {'a': len(str(path))}
+def bad(path):
+    raise ValueError(path)
+"""
+
+
 def test_functions(tmp_path, monkeypatch):
-    (tmp_path / "own.py").write_text("import os\nimport sibling\ndef f(path):\n    print('x', end='')\n    return {'a': len(str(path))}\n"
-                                     "def bad(path):\n    raise ValueError(path)\n")  # fmt: skip
+    (tmp_path / "own.py").write_text(FUNCTIONS)
     (tmp_path / "sibling.py").touch()
     monkeypatch.chdir(tmp_path)
     for name in ("own:f", "own.py:f", f"{tmp_path}/own.py:f"):

@@ -85,7 +85,7 @@ def test_more_trials_go_on(config, goal, tmp_path):
     whole = search(config, tmp_path / "whole", goal)
     search(config, tmp_path / "out", goal, trials=6)
     found = search(config, tmp_path / "out", goal, trials=15)
-    assert values(found) == values(whole) and found.best == whole.best or found.best.values == whole.best.values
+    assert values(found) == values(whole) and found.best.values == whole.best.values
     with pytest.raises(ConfigError, match="15 have begun already, got 7"):
         search(config, tmp_path / "out", goal, trials=7)
     for changed in ({"seed": 5}, {"search": "cmaes"}, {"ranges": {"alpha": "0.1:3"}}, {"minimize": False}, {"jobs": 2}):

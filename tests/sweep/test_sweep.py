@@ -127,8 +127,8 @@ def test_another_score_decides_without_a_new_evaluation(config, tmp_path):
     assert other.scores == ("low", "size") and other.best.number == 1 and best.read_text() != text
     assert {trial.number for trial in found.front} == set(range(1, 11))  # each is better in one
     assert {trial.number for trial in other.front} == {1}
-    with pytest.raises(ConfigError, match=r"no score 'sise'; did you mean 'size'\?"):
-        sweep(config, tmp_path / "out", evaluate=evaluate, score="sise")
+    with pytest.raises(ConfigError, match=r"no score 'sizes'; did you mean 'size'\?"):
+        sweep(config, tmp_path / "out", evaluate=evaluate, score="sizes")
 
 
 def test_interruptions_lose_nothing(config, goal, tmp_path):
