@@ -62,8 +62,7 @@ def until(condition, seconds=90.0):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code", "jobs"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)])
 def test_a_stop_ends_evaluations_and_says_how_to_go_on(tmp_path, number, code, jobs):
     config = models(tmp_path / "in")
     script = tmp_path / "eval.sh"

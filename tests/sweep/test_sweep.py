@@ -189,7 +189,7 @@ def test_if_all_fail_the_failures_can_be_read(config, tmp_path):
 
 
 def test_a_merge_that_overflows_is_a_failure(config, tmp_path):
-    found = sweep(config, tmp_path / "out", evaluate=lambda path: 1.0, 
+    found = sweep(config, tmp_path / "out", evaluate=lambda path: 1.0,
                   grids={"weight": [30], "alpha": "1,3e38,2"})  # fmt: skip
     (failed,) = found.failed
     assert (
