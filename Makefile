@@ -14,7 +14,7 @@ BUILD = PYTHONWARNINGS=ignore CUDAARCHS=$(or $(CUDAARCHS),native) RTSVM_BUILD_CU
 INSTALL = $(BUILD) $(PIP) install -q --no-compile -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-sanitized test-integrations test-models bench fuzz lint dev docs dist clean
+.PHONY: help demo test test-all test-sanitized test-integrations test-models bench fuzz lint dev docs dist hub-kernels clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,8 +52,12 @@ dev: $(VENV)/.dev ## set up .venv with everything a developer needs
 docs: $(VENV)/.dev ## build the documentation into build/site
 	$(BIN)/python -m mkdocs build
 
-dist: $(VENV)/.dev ## build sdist and wheel into dist/
-	$(BIN)/python -m build
+dist: ## build sdist and wheel into dist/, check them, and try the wheel in a new environment without a compiler
+	PYTHON=$(PYTHON) release/dist.sh
+
+hub-kernels: ## export ops and linalg for the library kernels of Hugging Face into dist/hub-kernels
+	rm -rf dist/hub-kernels
+	$(PYTHON) release/export_kernels.py dist/hub-kernels
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info r_tsvm_kernels/_build_info.json r_tsvm_kernels/*.so

@@ -22,6 +22,7 @@ from . import (
     merge,
     merge_lora,
     mergekit,
+    push,
     report,
     resize_lora,
     selfcheck,
@@ -39,7 +40,7 @@ _EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "ca
 
 # Titles of the overview, with the modules of their commands.
 _GROUPS: dict[str, tuple[Any, ...]] = {
-    "merging": (merge, sweep, decompose, inspect, verify, report),
+    "merging": (merge, sweep, decompose, inspect, verify, report, push),
     "LoRA adapters": (extract_lora, resize_lora, merge_lora),
     "inside other tools": (mergekit, fusion_bench),
     "this machine": (info, selfcheck, bench),

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
+from . import push
 from .progress import shown_progress
 from .recipe import add_recipe_arguments, make_config
 from .resources import add_resource_arguments, chosen_backends
@@ -39,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--steps", metavar="DIR", help="keep the outputs of a recipe's named documents in DIR")
     group.add_argument("--quiet", action="store_true", help="print errors only")
+    hub = parser.add_argument_group("the Hugging Face hub")
+    hub.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the merge when it is complete")
+    hub.add_argument("--private", action="store_true", help="make a new repository private")
+    hub.add_argument("--push-dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +59,15 @@ def run(arguments: argparse.Namespace) -> int:
     config = make_config(arguments, recipe)
 
     from ..engine import choose_device, merge_checkpoints
-    from ..engine.output import page_path
+    from ..engine.output import is_single_file, page_path
+    from ..engine.push import check_target
+
+    if arguments.push_to_hub is None and (arguments.private or arguments.push_dry_run):
+        raise ConfigError("--private and --push-dry-run are for --push-to-hub USER/NAME")
+    if arguments.push_to_hub is not None:  # before the work
+        if is_single_file(Path(out)):
+            raise ConfigError(f"{out}: a single file has no model card; to push it, merge into a folder")
+        check_target(arguments.push_to_hub, log_in=not arguments.push_dry_run)
 
     backends = chosen_backends(arguments.backend, choose_device(arguments.device))
     with shown_progress(arguments.quiet) as show, backends:
@@ -91,4 +105,6 @@ def run(arguments: argparse.Namespace) -> int:
         if chosen:
             say(f"arbitrary choice among equal singular values in {chosen} tensors: see the report")
         say(f"report: {page_path(result.path)}; to check the files later: rtsvm verify {result.path}")
+    if arguments.push_to_hub is not None:
+        push.upload(out, arguments.push_to_hub, private=arguments.private, dry_run=arguments.push_dry_run)
     return 0

@@ -42,13 +42,15 @@ _complete: set[tuple[str, str, tuple[str, ...]]] = set()  # type of device, op, 
 def enabled() -> bool:
     """Whether verdicts count: ``RTSVM_SELFCHECK=off`` leaves the automatic choice to the references on a GPU.
 
+    So does an export of the package that has no self-checks.
+
     Raises:
         ConfigError: another value than ``on`` and ``off``.
     """
     value = os.environ.get("RTSVM_SELFCHECK") or "on"
     if value not in ("on", "off"):
         raise ConfigError(f"RTSVM_SELFCHECK must be on or off, got {value!r}")
-    return value == "on"
+    return value == "on" and (store.PACKAGE / "selfcheck").is_dir()
 
 
 def known(op: str, device_type: str) -> dict[str, Verdict]:

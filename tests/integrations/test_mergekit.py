@@ -1,16 +1,21 @@
 """mergekit with our backend. mergekit is not a dependency: `make test-integrations` runs this where it is installed."""
 
 import importlib.util
+import re
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
 
+import r_tsvm_kernels
 from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.errors import IntegrationError
 from r_tsvm_kernels.integrations import mergekit as integration
 from r_tsvm_kernels.methods import METHODS
 from r_tsvm_kernels.ops import random_mask
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")  # mergekit and transformers warn about many things of their own
 ABSENT = importlib.util.find_spec("mergekit") is None
 needs_mergekit = pytest.mark.skipif(ABSENT, reason="mergekit is not installed: run make test-integrations")
@@ -231,3 +236,30 @@ def test_a_method_without_a_base_averages_all_models(installed):
     tensors, parameters = inputs(torch.float32), {"weight": [1.0, 2.0, 3.0, 4.0]}
     ours = merge_tensors(tensors, RegisteredMethod(METHODS["linear"]), parameters=parameters)
     torch.testing.assert_close(ours, merge_tensors(tensors, "linear", parameters=parameters))
+
+
+# --- the entry point -----------------------------------------------------------------------------------------------
+
+
+@needs_mergekit
+def test_the_entry_point_gives_methods_that_mergekit_takes(monkeypatch):
+    """What mergekit would do, with its public `register`: the lines of docs/integrations.md."""
+    from mergekit.merge_methods import merge_tensors, registered_methods, registry
+
+    table = (ROOT / "pyproject.toml").read_text().split('[project.entry-points."mergekit.merge_methods"]\n')[1]
+    plugins = [EntryPoint(*re.match(r'(\w+) = "([\w.:]+)"', table).groups(), "mergekit.merge_methods")]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: plugins if "mergekit." in group else [])
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    lines = re.search(r"```python\n(from importlib.metadata import entry_points\n.*?)```", page, re.DOTALL)[1]
+    before = {method.spec.name for method in registered_methods()}
+    try:
+        exec(lines, {})  # our own text
+        added = {method.spec.name for method in registered_methods()} - before
+        assert added == METHODS.keys() - before and {"tsvm", "rtsvm"} <= added
+        tensors = inputs(torch.float32)
+        result = merge_tensors(tensors, "tsvm", parameters={"alpha": 0.5}, base_index=0)
+        expected = r_tsvm_kernels.merge_tensors(tensors[0], tensors[1:], "tsvm", alpha=0.5).weight
+        assert torch.equal(result, expected)
+    finally:
+        for name in METHODS.keys() - before:
+            registry._METHODS.pop(name, None)

@@ -11,6 +11,7 @@ from mergekit.merge_methods import (
     MergeMethodSpec,
     ParameterScope,
     TensorGroup,
+    registered_methods,
 )
 from mergekit.merge_methods.base import ParameterSpec
 from pydantic.fields import FieldInfo
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ...config import MergeConfig, ModelEntry
 from ...merge import merge_tensors
-from ...methods import Method
+from ...methods import METHODS, Method
 from . import INSTALLATION
 
 
@@ -51,6 +52,12 @@ class RegisteredMethod(GroupMergeMethod):
         )
         INSTALLATION.count(self.method.name)
         return merge_tensors(base, [entry.tensor for entry in tuned], config, name=group.metadata.name or "").weight
+
+
+def merge_methods() -> list[RegisteredMethod]:
+    """Return our merge methods that mergekit lacks, for its `register`: what the entry point names."""
+    present = {method.spec.name for method in registered_methods()}
+    return [RegisteredMethod(method) for name, method in METHODS.items() if name not in present]
 
 
 def _parameters(method: Method) -> tuple[ParameterSpec, ...]:

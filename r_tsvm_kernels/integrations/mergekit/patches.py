@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mergekit.sparsify
-from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, register, registered_methods, registry, sce_merge
+from mergekit.merge_methods import GeneralizedTaskArithmeticMerge, register, registry, sce_merge
 from mergekit.merge_methods.karcher import karcher_merge_method
 from mergekit.merge_methods.model_stock import model_stock_merge_method
 from mergekit.merge_methods.multislerp import multislerp
@@ -14,10 +14,9 @@ from mergekit.merge_methods.nuslerp import nuslerp_merge_method
 from mergekit.merge_methods.slerp import slerp_merge_method
 from mergekit.scripts.extract_lora import TaskVectorDecompositionTask
 
-from ...methods import METHODS
 from ..installation import Replacements, falling_back
 from . import decomposition, geometry, kernels, sce
-from .methods import RegisteredMethod
+from .methods import merge_methods
 
 REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
     (mergekit.sparsify, "magnitude", kernels.magnitude),
@@ -42,13 +41,12 @@ class Patches:
         self._replacements = Replacements(
             [(owner, name, falling_back(ours)) for owner, name, ours in (REPLACEMENTS if accelerate else [])]
         )
-        present = {method.spec.name for method in registered_methods()}
-        self._methods = [method for name, method in METHODS.items() if name not in present]
+        self._methods = merge_methods()
         for method in self._methods:
-            register(RegisteredMethod(method))
+            register(method)
 
     def undo(self) -> None:
         """Remove our methods, and restore mergekit's functions."""
         self._replacements.undo()
         for method in self._methods:
-            registry._METHODS.pop(method.name, None)  # no public function does this
+            registry._METHODS.pop(method.spec.name, None)  # no public function does this
