@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from . import backends, verdicts
 from .errors import BackendUnavailableError, DeviceError
+from .foreign_devices import on_own_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ class Op(Generic[Arguments, Result]):
         small: Mapping[str, int],
     ) -> None:
         update_wrapper(self, function)
-        self._function = function
+        self._function = on_own_device(function)
         self.name = function.__name__
         self.topic = topic
         self.order = order

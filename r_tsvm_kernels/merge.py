@@ -17,6 +17,7 @@ from .blocks import WHOLE, Blocks
 from .config import MergeConfig, as_config, as_dtype
 from .dispatch import ops, prepare
 from .errors import ConfigError, NonFiniteError, RtsvmError
+from .foreign_devices import on_own_device
 from .linalg import Factored
 from .methods import (
     METHODS,
@@ -50,6 +51,7 @@ _LOG = logging.getLogger(__name__)
 _LARGEST_NORM = 1e150
 
 
+@on_own_device
 def merge_tensors(
     base: Tensor | None,
     tuned: Sequence[Tensor | Factored],

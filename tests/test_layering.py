@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "r_tsvm_kernels"
 LAYERS = [
     {"errors", "experts", "parameters", "system", "text"},
     {"blocks", "fused", "sizes", "files", "safe_yaml", "quantised"},
-    {"backends", "verdicts"},
+    {"backends", "foreign_devices", "verdicts"},
     {"dispatch"},
     {"ops"},
     {"linalg", "checkpoint"},

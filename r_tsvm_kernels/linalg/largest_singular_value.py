@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DTypeError, ShapeError
+from ..foreign_devices import on_own_device
 from ..ops._checks import FLOAT_DTYPES
 from .arguments import dense
 from .decompositions import eigh
@@ -19,6 +20,7 @@ from .tall_matrix import WORKSPACE, TallMatrix
 BLOCK, BLOCKS, SMALL = 8, 16, 256
 
 
+@on_own_device
 def spectral_norm(matrix: Tensor | Factored, *, rtol: float = 1e-3, workspace: int = WORKSPACE) -> float:
     """Estimate the largest singular value from below, up to rounding.
 

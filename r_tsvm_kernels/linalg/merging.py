@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ConvergenceError, ShapeError
+from ..foreign_devices import on_own_device
 from .arguments import finite, given_matrices, given_ranks, given_weights, nonzero_support, one_for_each_layer
 from .certificate import Mode, tolerance_of
 from .eigen_merge import merge_by_eigenvalues
@@ -32,6 +33,7 @@ def check_solver(solver: str) -> None:
         raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
 
 
+@on_own_device
 def tsv_merge(
     task_matrices: Sequence[Tensor | Factored],
     ranks: Sequence[Rank] | Rank,
@@ -172,6 +174,7 @@ def tsv_parts(
     return replace(found, parts=tuple(_embedded(part, rows, columns, dense[0]) for part in found.parts))
 
 
+@on_own_device
 def tsv_merge_layers(
     layers: Sequence[Sequence[Tensor | Factored]],
     ranks: Sequence[Sequence[Rank] | Rank],

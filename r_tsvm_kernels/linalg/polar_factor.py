@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ConvergenceError
+from ..foreign_devices import on_own_device
 from ..text import kind_of
 from .arguments import finite_number, given_batch
 from .certificate import Certificate, Mode, tolerance_of
@@ -44,6 +45,7 @@ class PolarFactor:
 def polar(matrices: Tensor, *, mode: Mode = "exact", rtol: float = RANK_TOLERANCE) -> PolarFactor: ...
 @overload
 def polar(matrices: Sequence[Tensor], *, mode: Mode = "exact", rtol: float = RANK_TOLERANCE) -> list[PolarFactor]: ...
+@on_own_device
 def polar(
     matrices: Sequence[Tensor] | Tensor, *, mode: Mode = "exact", rtol: float = RANK_TOLERANCE
 ) -> PolarFactor | list[PolarFactor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..foreign_devices import on_own_device
 from ..text import listed
 from .arguments import finite, given_batch, given_ranks
 from .certificate import Certificate, Mode, tolerance_of
@@ -123,6 +124,7 @@ def leading_subspaces(
     mode: Mode = "exact",
     routes: Sequence[str] | None = None,
 ) -> list[Subspaces]: ...
+@on_own_device
 def leading_subspaces(
     matrices: Sequence[Tensor] | Tensor,
     ranks: Rank | Sequence[Rank],
@@ -173,6 +175,7 @@ def leading_subspaces(
     return found[0] if single else found
 
 
+@on_own_device
 def truncated_svd(
     matrices: Sequence[Tensor] | Tensor, ranks: Rank | Sequence[Rank], *, mode: Mode = "exact"
 ) -> TruncatedSVD:

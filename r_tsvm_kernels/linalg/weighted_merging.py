@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ConvergenceError, ShapeError
+from ..foreign_devices import on_own_device
 from ..text import kind_of
 from .arguments import (
     finite,
@@ -92,6 +93,7 @@ def long_side_is_whole(shape: tuple[int, int], tasks: int) -> bool:
     return max(shape) ** 3 <= tasks * min(shape) ** 3
 
 
+@on_own_device
 def weighted_merge(
     task_matrices: Sequence[Tensor | Factored],
     weights: Sequence[float] | Tensor | float | None = None,
@@ -203,6 +205,7 @@ def weighted_parts(
     return WeightedParts(parts, found.ranks, found.retained, found.certificate)
 
 
+@on_own_device
 def weighted_merge_layers(
     layers: Sequence[Sequence[Tensor | Factored]],
     weights: Sequence[Sequence[float] | Tensor | float] | None = None,
