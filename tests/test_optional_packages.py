@@ -35,8 +35,7 @@ from r_tsvm_kernels.methods import METHODS
 base = torch.randn(24, 16)
 tuned = [base + 0.1 * torch.randn(24, 16) for _ in range(3)]
 for method in METHODS:
-    count = 1 if method == "slerp" else 3
-    assert r.merge_tensors(base, tuned[:count], method).weight.isfinite().all(), method
+    assert r.merge_tensors(base, tuned[: METHODS[method].tasks or 3], method).weight.isfinite().all(), method
 missing = []
 for found in pkgutil.walk_packages(r.__path__, "r_tsvm_kernels.", onerror=lambda name: missing.append(name)):
     if found.name.endswith("__main__"):
