@@ -18,7 +18,7 @@ from r_tsvm_kernels.methods import METHODS
 
 COMMANDS = {
     "merge", "decompose", "inspect", "verify", "report", "extract-lora", "resize-lora", "merge-lora", "mergekit",
-    "fusion-bench", "info", "selfcheck", "bench", "sweep",
+    "fusion-bench", "info", "selfcheck", "bench", "sweep", "push",
 }  # fmt: skip
 
 
