@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 WINDOWS = sys.platform == "win32"
+# Whether a command can be stopped with all processes that it started.
+HAS_PROCESS_GROUPS = hasattr(os, "killpg")
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 # One call reads or writes no more: some systems refuse 2 GiB.
 _MOST = 1 << 30
@@ -65,6 +69,29 @@ def write_at(file: int, data: bytes | memoryview, offset: int) -> int:
     with _positions.setdefault(file, threading.Lock()):
         os.lseek(file, offset, os.SEEK_SET)
         return os.write(file, data)
+
+
+def lock_descriptor(file: int, *, wait: bool = False) -> bool:
+    """Lock an open file against other processes, and against this one if it opened the file again.
+
+    The lock lives until the last process that has inherited the descriptor has closed it. POSIX only; otherwise use
+    `filelock`.
+
+    Returns:
+        Whether it is locked; without `wait`, another may have it.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def signal_group(group: int, number: int) -> None:
+    """Send a signal to all processes of a group; only where `HAS_PROCESS_GROUPS`."""
+    os.killpg(group, number)
 
 
 def reserve(file: int, size: int) -> None:

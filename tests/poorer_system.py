@@ -13,7 +13,7 @@ from pathlib import Path
 MACOS = {"posix_fallocate", "posix_fadvise", "fdatasync", "sched_getaffinity", "copy_file_range", "sendfile"}
 WINDOWS = MACOS | {
     "preadv", "pwritev", "pread", "pwrite", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_DIRECTORY", "fork",
-    "mkfifo", "getuid", "geteuid", "fchmod", "chown", "link",
+    "mkfifo", "killpg", "getuid", "geteuid", "fchmod", "chown", "link",
 }  # fmt: skip
 MISSING = {"macos": MACOS, "windows": WINDOWS}
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios")  # that Windows lacks
@@ -62,7 +62,7 @@ def become(name):
     if name == "windows":
         from r_tsvm_kernels import system
 
-        system.WINDOWS = True
+        system.WINDOWS, system.HAS_PROCESS_GROUPS = True, False
         os.open, os.rename, os.replace, os.fsync = windows_open, windows_rename, windows_replace, windows_fsync
         shutil._use_fd_functions = False
         for module in [module for module in sys.modules if module.partition(".")[0] == "filelock"]:

@@ -250,6 +250,14 @@ def test_adapters_are_written(tmp_path, name):
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
+def test_a_sweep_is_refused_without_process_groups(tmp_path):
+    paths, _, _ = family(tmp_path / "in")
+    inputs = ["--base", paths[0], "--model", paths[1], "--method", "task_arithmetic", tmp_path / "out"]
+    done = run("windows", "sweep", "--eval", "echo 1 {model}", "--grid", "alpha=0.5,1", *inputs, check=False)
+    assert done.returncode == 2 and "run it on Linux, on macOS or in WSL" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_is_locked_against_another_merge_without_flock(tmp_path):
     paths, _, _ = family(tmp_path / "in")
     inputs = ["--base", paths[0], "--model", paths[1], "--method", "task_arithmetic", tmp_path / "out"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigError, OutputBusyError
+from ..system import KILL, lock_descriptor, open_descriptor, signal_group
 
 MODEL = "{model}"
 # The program that calls a function.
@@ -125,7 +125,7 @@ class Running:
                 )  # fmt: skip
                 self._groups.add(process.pid)
             try:
-                _group_file(slot).write_text(str(process.pid))
+                _group_file(slot).write_text(str(process.pid), encoding="ascii")
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
                 pass
@@ -146,7 +146,7 @@ class Running:
         deadline = time.monotonic() + GRACE_SECONDS
         while self._groups and time.monotonic() < deadline:
             time.sleep(0.02)  # the threads that wait for them take them from the list
-        self._signal_all(signal.SIGKILL)
+        self._signal_all(KILL)
 
     def _signal_all(self, number: signal.Signals) -> None:
         with self._lock:
@@ -160,7 +160,7 @@ def end_group(group: int, process: subprocess.Popen[bytes] | None = None) -> Non
     if process is not None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
-    _signal(group, signal.SIGKILL)
+    _signal(group, KILL)
     if process is not None:
         process.wait()
 
@@ -174,7 +174,7 @@ def end_orphan(slot: Path) -> None:
     if not slot.is_dir() or _is_free(slot):
         return
     with suppress(OSError, ValueError):
-        end_group(int(_group_file(slot).read_text()))
+        end_group(int(_group_file(slot).read_text(encoding="ascii")))
     deadline = time.monotonic() + GRACE_SECONDS
     while not _is_free(slot):
         if time.monotonic() > deadline:
@@ -185,23 +185,20 @@ def end_orphan(slot: Path) -> None:
 @contextmanager
 def _locked(slot: Path) -> Iterator[int]:
     """Yield the descriptor of a locked file, which a command inherits: the lock lives as long as its processes."""
-    lock = os.open(slot / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = open_descriptor(slot / "lock", os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_descriptor(lock, wait=True)
         yield lock
     finally:
         os.close(lock)
 
 
 def _is_free(slot: Path) -> bool:
-    lock = os.open(slot / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = open_descriptor(slot / "lock", os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return lock_descriptor(lock)
     finally:
         os.close(lock)
-    return True
 
 
 def _group_file(slot: Path) -> Path:
@@ -210,7 +207,7 @@ def _group_file(slot: Path) -> Path:
 
 def _signal(group: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
+        signal_group(group, number)
 
 
 def _tail(path: Path) -> str:

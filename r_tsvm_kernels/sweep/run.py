@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -19,6 +18,7 @@ from ..engine.fingerprint import fingerprint
 from ..engine.output import writing
 from ..errors import ConfigError, ConvergenceError, NonFiniteError, OutputBusyError, OutputExistsError, RtsvmError
 from ..ops._checks import whole
+from ..system import HAS_PROCESS_GROUPS, lock_descriptor, open_descriptor
 from .candidates import Candidate
 from .commands import end_orphan
 from .durations import parse_duration
@@ -309,9 +309,15 @@ def _opened(out: Path, restart: bool) -> Iterator[Path]:
     """Lock the folder of a sweep, end what a killed sweep has left running, and yield the folder for its work.
 
     Raises:
+        ConfigError: the system cannot stop evaluations.
         OutputExistsError: the folder holds something else.
         OutputBusyError: another sweep has locked it.
     """
+    if not HAS_PROCESS_GROUPS:
+        raise ConfigError(
+            "a sweep stops evaluations with all processes that they started, which Windows cannot do; run it on Linux, "
+            "on macOS or in WSL"
+        )
     ours = {JOURNAL, _LOCK}
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputExistsError(f"{out}: exists and is not a folder; choose another output")
@@ -319,12 +325,10 @@ def _opened(out: Path, restart: bool) -> Iterator[Path]:
         raise OutputExistsError(f"{out}: exists and holds no sweep; choose another output")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        lock = open_descriptor(out / _LOCK, os.O_RDWR | os.O_CREAT)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputBusyError(f"{out}: another sweep into this folder is running; wait for it or stop it") from None
+        if not lock_descriptor(lock):
+            raise OutputBusyError(f"{out}: another sweep into this folder is running; wait for it or stop it")
         work = out / _WORK
         for slot in sorted(work.glob("job-*")):
             end_orphan(slot)
