@@ -1,4 +1,4 @@
-"""Export `ops` and `linalg` as a kernel for the Hugging Face hub, which needs torch (and on GPUs triton) alone.
+"""Export `ops` and `linalg` as a kernel for the Hugging Face hub, which needs torch, NumPy and, on GPUs, triton alone.
 
     python release/export_kernels.py OUT [--repository USER/NAME]
 
@@ -70,7 +70,7 @@ merged = base + kernel.linalg.tsv_merge(tasks, [64] * 3).matrix
 ```
 
 Everything runs in PyTorch. Kernels in Triton are used on a GPU where a call (`backend="triton"`) or
-`kernel.use_backend("triton")` names them: no GPU kernel of this package has run on a GPU yet. Needs Python 3.10.
+`kernel.use_backend("triton")` names them: no GPU kernel of this package has run on a GPU yet. Needs Python 3.10 and NumPy.
 """
 
 
