@@ -353,11 +353,12 @@ def _find_root(
     escalations: tuple[str, ...] = ()
     if len(gram) >= LARGE and (pair or single):
         try:
-            if pair:
-                root = root_of_pair(gram, pair, single)
-            else:
-                root = root_of_gram_float32(gram, WHITENING_SHARE * tolerance, [probes])
-            return Side.measured(root, probes, (gram,)), escalations
+            root = root_of_pair(gram, pair, single) if pair else root_of_gram_float32(gram)
+            side, allowed = Side.measured(root, probes, (gram,)), WHITENING_SHARE * tolerance
+            if side.defect <= allowed:
+                return side, escalations
+            error = f"estimated error {side.defect:.0e} of a polar factor, allowed {allowed:.0e}"
+            raise ConvergenceError(f"{root.route}: {error}")
         except ConvergenceError as failure:
             escalations += (str(failure),)
     try:

@@ -13,7 +13,6 @@ rounding is not squared. The remaining error is measured on random vectors.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -269,38 +268,33 @@ def _unresolved(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, r
     unknown = cut - others.shape[1]
     first, last = (resolved.start, resolved.stop) if resolved.start < cut < resolved.stop else (cut, cut)
     far, near = others[:, : first - unknown], others[:, first - unknown :]
-    outside = _mixing(matrix, V, V, values[cut:], far, values[unknown:first])
-    inside = _mixing(matrix, V, V[:, last - cut :], values[last:], near, values[first:cut])
-    if unknown:
-        outside = math.hypot(outside, _mixing_with_unknown(matrix, V, others, values[cut] - values[unknown - 1]))
-    error = MEASURED * (outside**2 + inside**2) ** 0.5
+    total = 0.0
+    if cut < len(values) and far.shape[1] + unknown:
+        residual = _residual(matrix, V, V)
+        total += _mixing(residual, far, values[cut] - values[unknown:first])
+        if unknown:  # their eigenvalues are at least as far away as the largest of them
+            residual -= others @ (others.mT @ residual)
+            total += float((residual / (values[cut] - values[unknown - 1])).square().sum())
+    if last < len(values) and near.shape[1]:
+        total += _mixing(_residual(matrix, V, V[:, last - cut :]), near, values[last] - values[first:cut])
+    error = MEASURED * (total / PROBES) ** 0.5
     spread = error**2 * float((values[-1] / values[cut : cut + 1]).sqrt().sum()) if first < last else 0.0
     return error, spread
 
 
-def _mixing(matrix: TallMatrix, V: Tensor, chosen: Tensor, wanted: Tensor, others: Tensor, values: Tensor) -> float:
-    """Estimate ``norm(X)`` (Frobenius) to first order, from random vectors in the span of `chosen`, columns of `V`.
+def _residual(matrix: TallMatrix, V: Tensor, chosen: Tensor) -> Tensor:
+    """Return the part outside of `V` of the images under ``D^T D`` of random vectors in `chosen`, columns of `V`."""
+    image = matrix.normal_times(chosen @ gaussian(chosen.shape[1], PROBES, V.device))
+    return image - V @ (V.mT @ image)
+
+
+def _mixing(residual: Tensor, others: Tensor, gaps: Tensor) -> float:
+    """Estimate the sum of ``norm(X)^2`` over the random vectors to first order.
 
     The estimate is rather too large, because it takes the gap of the smallest wanted eigenvalue for every pair.
     """
-    if others.shape[1] == 0 or chosen.shape[1] == 0:
-        return 0.0
-    z = gaussian(chosen.shape[1], PROBES, V.device)
-    image = matrix.normal_times(chosen @ z)
-    residual = image - V @ (V.mT @ image)
     # Entries may be as small as the rounding error of the largest one. The block is thin, so all of it is in float64.
-    mixing = (others.double().mT @ residual) / (wanted[0] - values)[:, None]
-    return float(torch.linalg.vector_norm(mixing) / PROBES**0.5)
-
-
-def _mixing_with_unknown(matrix: TallMatrix, V: Tensor, others: Tensor, gap: Tensor) -> float:
-    """Bound the mixing of `V` with all but `others`, whose eigenvalues are at least `gap` away."""
-    if V.shape[1] == 0:
-        return 0.0
-    image = matrix.normal_times(V @ gaussian(V.shape[1], PROBES, V.device))
-    for known in (V, others):
-        image -= known @ (known.mT @ image)
-    return float(torch.linalg.vector_norm(image) / gap / PROBES**0.5)
+    return float(((others.double().mT @ residual) / gaps[:, None]).square().sum())
 
 
 def _shift(matrix: TallMatrix, near: Tensor, values: Tensor, far: Tensor, beyond: Tensor, across: Tensor) -> float:

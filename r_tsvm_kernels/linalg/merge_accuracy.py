@@ -39,7 +39,7 @@ class Side:
     @classmethod
     def measured(cls, root: InverseRoot, probes: Tensor, factors: tuple[Tensor, ...]) -> Side:
         """Measure the defect."""
-        return cls(root, max(root.defect(*factors), root.defect(*factors, probes=probes)), factors)
+        return cls(root, root.defect(*factors, probes=probes), factors)
 
     @property
     def full(self) -> bool:

@@ -86,10 +86,10 @@ class TallMatrix:
 
     def normal_times(self, V: Tensor) -> Tensor:
         """Return ``D^T (D V)`` (n, k) in float64."""
-        total = torch.zeros_like(V)
+        total = V.new_zeros(V.shape[1], V.shape[0])  # transposed: products with a thin matrix from the left are slower
         for _, tile in self.tiles(torch.float64):
-            total.addmm_(tile.mT, tile @ V)
-        return total
+            total.addmm_((tile @ V).mT, tile)
+        return total.mT
 
     def image_gram(self, V: Tensor) -> Tensor:
         """Return ``(D V)^T (D V)`` (k, k) in float64."""
@@ -109,13 +109,12 @@ class TallMatrix:
 
 
 def add_gram(total: Tensor, X: Tensor) -> None:
-    """Add ``X^T X`` to `total`, by blocks of columns; the blocks below the diagonal are mirrored, not multiplied."""
+    """Add ``X^T X`` to a symmetric `total`, by blocks of columns; those below the diagonal are mirrored."""
     n = X.shape[1]
     width = max(-(-n // 6), 128)
     for first in range(0, n, width):
         own, rest = slice(first, first + width), slice(first + width, n)
         total[own, own].addmm_(X[:, own].mT, X[:, own])
         if first + width < n:
-            product = X[:, own].mT @ X[:, rest]
-            total[own, rest] += product
-            total[rest, own] += product.mT
+            total[own, rest].addmm_(X[:, own].mT, X[:, rest])
+            total[rest, own] = total[own, rest].mT

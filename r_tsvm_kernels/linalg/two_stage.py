@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import NonFiniteError
+from .decompositions import eigh
 from .divide_and_conquer import leading
 
 # r_tsvm::kBand, kColumn, kSweeps and kSlot.
@@ -37,6 +38,8 @@ class Panel(NamedTuple):
 
 # From this size on the leading third of the eigenvectors is found sooner than all of them by LAPACK.
 LARGE = 512
+# The same for all of them.
+LARGE_FOR_ALL = 1536
 
 
 def two_stage_pays(n: int, device: torch.device) -> bool:
@@ -47,6 +50,17 @@ def two_stage_pays(n: int, device: torch.device) -> bool:
         and backends.state("cpu") == backends.READY
         and hasattr(backends.native("cpu"), "chase_bulges")  # an older build lacks it
     )
+
+
+def every_eigenvector(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (n,), rising, and eigenvectors (n, n) of a symmetric matrix, by the faster way.
+
+    Raises:
+        NonFiniteError, ConvergenceError: as `eigh`.
+    """
+    if len(matrix) >= LARGE_FOR_ALL and matrix.dtype == torch.float64 and two_stage_pays(len(matrix), matrix.device):
+        return leading_eigenvectors(matrix.clone(memory_format=torch.contiguous_format), len)
+    return eigh(matrix)
 
 
 def leading_eigenvectors(matrix: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 
 from r_tsvm_kernels.bench import published
 from r_tsvm_kernels.errors import ConvergenceError
+from r_tsvm_kernels.linalg import eigen_merge
 from r_tsvm_kernels.linalg.inverse_root import (
     FEW,
     SplitMatrix,
@@ -17,7 +18,7 @@ from r_tsvm_kernels.linalg.inverse_root import (
 )
 
 ROUTES = [
-    lambda X: root_of_gram_float32(X.mT @ X, 1e-5),
+    lambda X: root_of_gram_float32(X.mT @ X),
     lambda X: root_of_gram(X.mT @ X),
     root_of_factor,
 ]
@@ -59,7 +60,7 @@ def test_float32_eigenvectors_with_small_eigenvalues(decades):
     P, s, Qh = torch.linalg.svd(X, full_matrices=False)
     s[-6:] = torch.logspace(-1, -decades, 6, dtype=torch.float64)
     X = (P * s) @ Qh
-    root = root_of_gram_float32(X.mT @ X, 1e-4)
+    root = root_of_gram_float32(X.mT @ X)
     assert distance(root.matrix.after(X), P @ Qh) < 1e-5
     assert root.condition == pytest.approx(float(s[0]) * 10**decades, rel=1e-3)
 
@@ -67,15 +68,23 @@ def test_float32_eigenvectors_with_small_eigenvalues(decades):
 def test_float32_gives_way():
     Q = concatenated(60, [20])
     with pytest.raises(ConvergenceError, match="eigenvalue of the basis is"):  # rank deficient
-        root_of_gram_float32(torch.cat([Q, Q[:, :3]], dim=1).mT @ torch.cat([Q, Q[:, :3]], dim=1), 1e-5)
+        root_of_gram_float32(torch.cat([Q, Q[:, :3]], dim=1).mT @ torch.cat([Q, Q[:, :3]], dim=1))
     with pytest.raises(ConvergenceError, match="are small"):
-        root_of_gram_float32(torch.diag(torch.logspace(0, -6, 60, dtype=torch.float64)), 1e-5)
+        root_of_gram_float32(torch.diag(torch.logspace(0, -6, 60, dtype=torch.float64)))
     with pytest.raises(ConvergenceError, match="are small"):
-        root_of_gram_float32(torch.zeros(5, 5, dtype=torch.float64), 1e-5)
-    X = concatenated(300, [150, 150])
-    with pytest.raises(ConvergenceError, match="estimated error"):
-        root_of_gram_float32(X.mT @ X, 1e-9)
+        root_of_gram_float32(torch.zeros(5, 5, dtype=torch.float64))
     assert 0 < FEW < 1
+
+
+@pytest.mark.parametrize("pair", [0, 150])
+@pytest.mark.parametrize("allowed", [1e-4, 1e-9])
+def test_a_root_in_float32_that_is_not_accurate_enough_is_not_used(monkeypatch, pair, allowed):
+    monkeypatch.setattr(eigen_merge, "LARGE", 300)
+    X, probes = concatenated(300, [150, 150]), torch.randn(300, 2, dtype=torch.float64)
+    tolerance = allowed / eigen_merge.WHITENING_SHARE
+    side, reasons = eigen_merge._find_root(X.mT @ X, probes, lambda: X, tolerance, True, pair)
+    assert side.defect <= allowed
+    assert len(reasons) == (allowed < 1e-8) and all("estimated error" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("ranks", [(150, 150), (150, 149), (60, 150), (150, 60), (1, 3), (7, 1), (1, 1)], ids=str)
