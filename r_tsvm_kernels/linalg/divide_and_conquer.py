@@ -18,7 +18,7 @@ from .. import backends
 from .decompositions import eigh
 
 # Up to this size LAPACK solves the dense matrix.
-LEAF = 48
+LEAF = 100
 # Directions without a part in the secular equation are left out of the products if there are so many.
 FEW = 0.9
 
@@ -90,22 +90,21 @@ class Halves:
                 (roots.data_ptr(), of_roots.data_ptr(), len(roots), self._kept.data_ptr()),
                 rows.data_ptr(), n, self._threads,
             )  # fmt: skip
-        rows[others, self._dropped[wanted[others] - size]] = 1
+        own = self._dropped[wanted[others] - size]
+        rows[others, own] = 1
+        turned = self._pairs[: self._rotations]
         if self._rotations:
             self._native.rotate_back(
-                self._pairs.data_ptr(),
-                self._turns.data_ptr(),
-                self._rotations,
-                rows.data_ptr(),
-                count,
-                n,
-                self._threads,
+                turned.data_ptr(), self._turns.data_ptr(), self._rotations, rows.data_ptr(), count, n, self._threads
             )
+        used = torch.zeros(n, dtype=torch.bool, device=rows.device)
+        for places in (self._kept, own, turned.flatten()):
+            used[places] = True
         found, first = rows.new_empty(n, count), 0
         for half in self._halves:
-            own = slice(first, first + len(half.values))
-            _multiply(half.vectors, rows[:, own], found[own])
-            first = own.stop
+            part = slice(first, first + len(half.values))
+            _multiply(half.vectors, rows[:, part], used[part], found[part])
+            first = part.stop
         return found
 
 
@@ -145,10 +144,9 @@ def leading(diagonal: Tensor, beside: Tensor, count: Callable[[Tensor], int]) ->
     return halves.values, halves.vectors(count(halves.values))
 
 
-def _multiply(vectors: Tensor, rows: Tensor, out: Tensor) -> None:
-    """Write ``vectors @ rows^T``, without the columns of `rows` that are zero if there are many."""
-    used = rows.any(0) if len(rows) else rows.new_zeros(0)
-    if len(rows) and int(used.sum()) < FEW * rows.shape[1]:
-        columns = used.nonzero()[:, 0]
+def _multiply(vectors: Tensor, rows: Tensor, used: Tensor, out: Tensor) -> None:
+    """Write ``vectors @ rows^T``, where columns of `rows` that are not used are zero."""
+    columns = used.nonzero()[:, 0]
+    if len(columns) < FEW * len(used):
         vectors, rows = vectors[:, columns], rows[:, columns]
     torch.mm(vectors, rows.mT, out=out)
