@@ -36,6 +36,10 @@ from .tall_matrix import TallMatrix, add_gram
 # negligible.
 LARGE, WHITENING_SHARE = 768, 0.1
 
+# The images of exact singular vectors are orthogonal. If those of float32 tasks are up to this much (Frobenius norm),
+# triangular solves would change nothing: amplified by the condition of the bases, it is below the result's rounding.
+ORTHOGONAL = 2.0**-40
+
 # If tasks cancel each other to less than this share of their norm, the last product needs float64.
 CANCELLING = 0.25
 
@@ -99,35 +103,51 @@ class Triangles:
     Attributes:
         blocks: the columns of each task.
         lengths: (k,) norms of the columns.
-        factors: ``R_t / lengths``, upper triangular.
+        factors: ``R_t / lengths``, upper triangular; None for the identity.
     """
 
     blocks: list[slice]
     lengths: Tensor
-    factors: list[Tensor]
+    factors: list[Tensor | None]
 
     @classmethod
-    def of_gram(cls, gram: Tensor, blocks: list[slice]) -> tuple[Triangles, Tensor]:
+    def of_gram(cls, gram: Tensor, blocks: list[slice], negligible: float = 0.0) -> tuple[Triangles, Tensor]:
         """Factor the diagonal blocks of ``Y^T Y``; return it with the scaled Gram matrix.
+
+        Args:
+            gram: ``Y^T Y``.
+            blocks: the columns of each task.
+            negligible: distance from the identity (Frobenius norm) up to which a factor counts as that.
 
         Raises:
             ConvergenceError: a task's images are linearly dependent.
         """
         lengths = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
         scaled = gram / lengths / lengths[:, None]
-        return cls(blocks, lengths, [_cholesky(scaled[block, block]) for block in blocks]), scaled
+        factors = list[Tensor | None]()
+        for block in blocks:
+            R = _cholesky(scaled[block, block])
+            apart = torch.linalg.vector_norm(R - torch.eye(len(R), dtype=R.dtype, device=R.device))
+            factors.append(R if float(apart) > negligible else None)
+        return cls(blocks, lengths, factors), scaled
 
     def solve(self, x: Tensor, transposed: bool = False) -> Tensor:
         """Return ``blockdiag(R)^-1 x``, or ``blockdiag(R)^-T x``, for R in units of the lengths."""
+        if not any(R is not None for R in self.factors):
+            return x
         solution = torch.empty_like(x)
         for R, block in zip(self.factors, self.blocks, strict=True):
+            if R is None:
+                solution[block] = x[block]
+                continue
             R = R.to(x.dtype)
             solution[block] = torch.linalg.solve_triangular(R.mT if transposed else R, x[block], upper=not transposed)
         return solution
 
     def cores(self) -> list[Tensor]:
         """Return the R_t, which are the cores of the tasks."""
-        return [R * self.lengths[block] for R, block in zip(self.factors, self.blocks, strict=True)]
+        lengths = [self.lengths[block] for block in self.blocks]
+        return [own.diag() if R is None else R * own for R, own in zip(self.factors, lengths, strict=True)]
 
     def left_factor(self, images: Images) -> Tensor:
         """Return the triangular factor of the concatenated left basis ``Y R^-1``, tile by tile."""
@@ -245,7 +265,8 @@ def prepare(
     """Do all steps but the last: see the top of this module."""
     images = Images(matrices, parts)
     V = torch.cat([part.V for part in parts], dim=1)
-    triangles, scaled = Triangles.of_gram(images.gram(), images.blocks)
+    single = matrices[0].matrix.dtype == torch.float32
+    triangles, scaled = Triangles.of_gram(images.gram(), images.blocks, ORTHOGONAL if single else 0.0)
     cores = triangles.cores()
     energies = [float(core.square().sum()) for core in cores]
     weighted = WeightedCores(cores, [weight / matrix.scale for weight, matrix in zip(weights, matrices, strict=True)])

@@ -302,7 +302,7 @@ def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> Inverse
     rank = int((values > rtol * largest).sum())
     kept, smallest = Q[:, :rank], float(values[rank - 1])
     dropped = float(values[rank]) if rank < len(values) else 0.0
-    bulk = torch.zeros_like(Q, memory_format=torch.contiguous_format)
+    bulk = Q.new_zeros(len(Q), len(Q))
     add_gram(bulk, (kept * values[:rank].rsqrt()).mT)
     matrix = SplitMatrix.whole(bulk)
     sensitivity = 2 * matrix.column_norms()
