@@ -119,6 +119,7 @@ def merge_tensors(
         model if isinstance(model, Factored) else detached(model, f"{label} of tuned[{index}]")
         for index, model in enumerate(tuned)
     ]
+    config = without_base(config) if base is None else config
     base = base_or_first(base, tuned, config)
     base = detached(base, f"{label} of the base")
     prepare(ops() if config.method.ops is None else config.method.ops, base.device.type)
@@ -144,8 +145,8 @@ def _merged(
 ) -> MergeResult:
     if config.base_joins:
         config, tuned = config.with_base_listed(), [*tuned, base]
-    if config.method.copies is not None and tuned and isinstance(tuned[0], Tensor):
-        base = tuned[0]  # also buffers are those of the model
+    if config.method.copies is not None and not base.is_floating_point() and isinstance(tuned[0], Tensor):
+        base = tuned[0]  # buffers are those of the model
     shape = tuple(base.shape)
     if blocks is None:
         blocks = config.blocks(name, shape, lambda other: None, config.splits({name: shape}) if config.split else {})
@@ -420,6 +421,13 @@ def mean_of_present(
     weight = stored(mean, out_dtype or stored_dtype(config, first.dtype), label)
     weight = weight.clone() if weight is first else weight
     return MergeResult(weight, TensorReport(config.merge_method, "mean", reason, tuple(first.shape)))
+
+
+def without_base(config: MergeConfig) -> MergeConfig:
+    """Return the config for a merge without a base: see `Method.optional_base`."""
+    if not config.method.optional_base:
+        return config
+    return config.model_copy(update={"parameters": {**config.parameters, "relative": False}})
 
 
 def base_or_first(base: Any, tuned: Sequence[Any], config: MergeConfig) -> Any:

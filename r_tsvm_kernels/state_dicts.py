@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import MergeConfig, as_config, as_dtype
 from .errors import ConfigError, DTypeError
-from .merge import base_or_first, mean_of_present, merge_tensors
+from .merge import base_or_first, mean_of_present, merge_tensors, without_base
 from .methods import MethodParameters, TensorReport
 from .ops._checks import FLOAT_DTYPES, check_list
 from .parameters import layer_positions
@@ -117,6 +117,7 @@ def merge_state_dicts(
         raise ConfigError("vocabulary: state dicts have no tokenizers; use merge_checkpoints, or leave it out")
     check_list(tuned, "state dicts or modules", "tuned")
     models = [_state_dict(given, f"tuned[{index}]") for index, given in enumerate(tuned)]
+    config = without_base(config) if base is None else config
     start = _state_dict(base_or_first(base, models, config), "the base")
     refuse_quantised("base", start)
     for index, state_dict in enumerate(models):

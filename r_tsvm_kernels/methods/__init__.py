@@ -1,6 +1,7 @@
 """Merge methods, one short file each. Importing this package registers them."""
 
 from . import (  # noqa: F401  # registration
+    arcee_fusion,
     breadcrumbs,
     core_space,
     dare,
@@ -12,7 +13,10 @@ from . import (  # noqa: F401  # registration
     linear,
     model_stock,
     multislerp,
+    nearswap,
+    nuslerp,
     passthrough,
+    ram,
     rtsvm,
     sce,
     slerp,

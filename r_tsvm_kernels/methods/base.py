@@ -222,6 +222,8 @@ class Method:
         run: ``run(base, tuned, options)``; returns the merged tensor in float32 (float64 if any input is float64).
         needs_base: whether task vectors are formed; if not, the base is an input like the models: see
             `MergeConfig.base_joins`.
+        optional_base: whether task vectors are formed if there is a base, of a method that needs none; without one, its
+            option `relative` is false.
         matrices_only: whether `run` takes only 2-D tensors; others get the mean task vector.
         rank_per_task: whether each task gets its own rank. A matrix with fewer rows or columns than tasks has no rank
             to share.
@@ -247,6 +249,7 @@ class Method:
     parameters: type[MethodParameters]
     run: Run
     needs_base: bool = True
+    optional_base: bool = False
     matrices_only: bool = False
     rank_per_task: bool = False
     mean_if_rankless: bool = False
@@ -264,7 +267,9 @@ class Method:
     def wrong_number(self, tasks: int) -> str:
         """Say how many models the method merges, for a recipe with another number of them."""
         if not self.needs_base:
-            return f"{self.name} takes {self.tasks} model{'s' if self.tasks != 1 else ''} for each tensor, got {tasks}"
+            beside = " beside the base" if self.optional_base else ""
+            models = f"{self.tasks} model{'s' if self.tasks != 1 else ''}"
+            return f"{self.name} takes {models} for each tensor{beside}, got {tasks}"
         return (
             f"{self.name} merges the base with {self.tasks} fine-tuned model, got {tasks}; multislerp and karcher "
             "merge several"
@@ -272,15 +277,6 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
-
-# Methods of mergekit that are not available here, and the ones to use instead.
-_ELSEWHERE = {
-    "nuslerp": "for a base and one model use slerp, for several models multislerp or karcher.",
-    **dict.fromkeys(
-        ("arcee_fusion", "nearswap", "ram", "ramplus_tl"),
-        "it is mergekit's: `rtsvm mergekit yaml` runs mergekit with our kernels.",
-    ),
-}
 
 
 def register(
@@ -334,7 +330,5 @@ def get_method(name: str) -> Method:
     by_name = METHODS | {alias: method for method in METHODS.values() for alias in method.aliases}
     if name not in by_name:
         names = f"available: {', '.join(sorted(METHODS))}"
-        elsewhere = _ELSEWHERE.get(name)
-        rest = f"{elsewhere} {_sentence(names)}" if elsewhere else did_you_mean(name.lower(), by_name, names)
-        raise ConfigError(f"unknown merge method {name!r}; {rest}")
+        raise ConfigError(f"unknown merge method {name!r}; {did_you_mean(name.lower(), by_name, names)}")
     return by_name[name]

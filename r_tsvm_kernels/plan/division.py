@@ -15,6 +15,7 @@ from ..config import MergeConfig
 from ..entries import ModelEntry, ModuleEntry, Slice, SliceSource, combined
 from ..errors import ConfigError, ShapeError
 from ..lora.adapted_model import AdaptedModel
+from ..merge import without_base
 from ..parameters import layer_positions
 from ..recipe_forms import MERGEKIT_RUNS_IT
 from ..text import some
@@ -282,12 +283,13 @@ class _Divider:
             seen = views.setdefault((checkpoint, start), checkpoint.view(names))
             return model.view(seen, names) if isinstance(model, AdaptedModel) else seen
 
-        if method.needs_base and listed is None and len({span for *_, span in sources}) > 1:
+        forms_vectors = method.needs_base or (method.optional_base and base is not None)
+        if forms_vectors and listed is None and len({span for *_, span in sources}) > 1:
             raise ConfigError(f"slices: {base_name} is the base of sources of other layers; list its layers, too")
-        origin = base if base is not None and (method.needs_base or listed is not None) else only
+        origin = base if base is not None and (forms_vectors or listed is not None) else only
         start = sources[listed or 0][2][0]
         owner = _checkpoint(view(origin, start))
-        if method.needs_base:  # other layers of the base are a model
+        if forms_vectors:  # other layers of the base are a model
             sources = [own for own in sources if own[1] is not base or own[2][0] != start]
             if not sources:
                 raise ConfigError(f"slices: only the base, {base_name}, is a source of a slice; add another model")
@@ -298,6 +300,7 @@ class _Divider:
                 "base_model": base_name, "num_layers": part.count,
             }
         )  # fmt: skip
+        sub = without_base(sub) if base is None else sub
         if method.tasks not in (None, len(entries)):
             raise ConfigError(f"slices: {method.wrong_number(len(entries))}")
         tuned = tuple(view(model, span[0]) for _, model, span in sources)

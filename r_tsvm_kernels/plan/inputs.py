@@ -13,6 +13,7 @@ from ..errors import CheckpointError, ConfigError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter, split_reference
 from ..lora.task_part import TaskPart
+from ..merge import without_base
 from ..parts import check_recipe
 from ..parts_folder import PartsFolder
 from ..steps import placed
@@ -102,7 +103,7 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False, opener: Opener 
     if not found or (config.method.needs_base and all(is_base)):
         known = f"{config.models[0].model} is the base itself; " if config.models else ""
         raise ConfigError(f"no fine-tuned models: {known}list at least one under `models` (or with --model)")
-    if config.method.needs_base:
+    if config.method.needs_base or (config.method.optional_base and base_path is not None):
         found = [model for model, base_itself in zip(found, is_base, strict=True) if not base_itself]
         entries = tuple(entry for entry, _, _ in found)
     else:  # one name for the base, so that `base_joins` sees whether it is listed
@@ -111,6 +112,7 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False, opener: Opener 
             for entry, base_itself in zip(config.models, is_base, strict=True)
         )
     config = config.model_copy(update={"models": entries})
+    config = without_base(config) if base_path is None else config
     if config.base_joins and base_path is not None:
         config = config.with_base_listed()
         found.append((config.models[-1], base_path, None))

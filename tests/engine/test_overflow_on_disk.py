@@ -40,7 +40,7 @@ def test_alpha(tmp_path, method, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"nuslerp"}))  # it takes two models
 def test_differences(tmp_path, method, dtype):
     base, (tuned,) = group(dtype=dtype, tasks=1)
     base[3, 4], tuned[3, 4] = 0.9 * torch.finfo(dtype).max, -0.9 * torch.finfo(dtype).max

@@ -16,6 +16,7 @@ ALL = pytest.mark.parametrize("method", sorted(METHODS))
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SCALED = sorted(name for name, method in METHODS.items() if "alpha" in method.parameters.model_fields)
 UNWEIGHTED = {name for name, method in METHODS.items() if issubclass(method.parameters, Unweighted)}
+ABSOLUTE = {"nearswap", "ram", "ramplus_tl", "arcee_fusion"}  # other values at another scale
 WIDE = {torch.float64: torch.float64}  # the dtype that a merge computes in; float32 for all others
 
 
@@ -59,7 +60,7 @@ def test_an_update_beyond_the_output_dtype(method, dtype, shape):
 def test_huge_weights(method, dtype, weights):
     base, tuned = group(dtype=dtype, tasks=tasks_of(method, 3))
     if method not in UNWEIGHTED:
-        finite_or_refused(base, tuned, MergeConfig(method, weight=weights))
+        finite_or_refused(base, tuned, MergeConfig(method, weight=weights[: len(tuned)]))
 
 
 @ALL
@@ -85,7 +86,7 @@ def test_values_at_the_edge_of_float64(method):
     base, tuned = group(dtype=torch.float64, tasks=tasks_of(method, 3))
     exact = finite_or_refused(base, tuned, MergeConfig(method))
     scaled = finite_or_refused(1e200 * base, [1e200 * model for model in tuned], MergeConfig(method))
-    if scaled is not None:
+    if scaled is not None and method not in ABSOLUTE:
         assert relative_error(scaled / 1e200 - base, exact - base) < 1e-3
 
 
@@ -123,10 +124,11 @@ def test_parameters_from_numpy_and_torch(method):
     if method in UNWEIGHTED:
         return
     for weights in (np.array([1.0, 2.0, 0.5]), torch.tensor([1.0, 2.0, 0.5]), np.array([2, 2, 2])):
+        weights = weights[: len(tuned)]
         got = merge_tensors(base, tuned, MergeConfig(method, weight=weights)).weight
         same = MergeConfig(method, weight=[float(weight) for weight in weights])
         assert torch.equal(got, merge_tensors(base, tuned, same).weight)
-    twos = merge_tensors(base, tuned, MergeConfig(method, weight=[2.0, 2.0, 2.0])).weight
+    twos = merge_tensors(base, tuned, MergeConfig(method, weight=[2.0] * len(tuned))).weight
     assert torch.equal(merge_tensors(base, tuned, MergeConfig(method, weight=2)).weight, twos)
 
 

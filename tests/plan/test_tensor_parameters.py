@@ -16,7 +16,7 @@ def test_defaults_of_every_method_are_json():
         found = json.loads(json.dumps(common_parameters(MergeConfig(name))))
         assert found.keys() == method.parameters.model_fields.keys()
         assert found["weight"] == 1.0
-        assert varying_parameters(MergeConfig(name), MergeConfig(name).options(1, "w")) == {}
+        assert varying_parameters(MergeConfig(name), MergeConfig(name).options(method.tasks or 1, "w")) == {}
 
 
 def test_gradients_and_filters_stay_as_they_are_written():
