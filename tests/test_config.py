@@ -294,7 +294,7 @@ def test_several_documents(tmp_path):
         (("models: [a, b]", "models: [first]"), "documents: first use each other in a circle"),
         (("name: first", "name: ../first"), "name: expected text that can be the name of a folder"),
         (("name: first", "name: 3"), "name: expected text .* got 3"),
-        (("models: [a, b]", "modells: [a, b]"), "did you mean 'models'"),
+        (("models: [a, b]", "models_: [a, b]"), "did you mean 'models'"),
         (("merge_method: slerp", "name: last\nmerge_method: linear\n---\nname: also\nmerge_method: slerp"),
          r"documents: last, also are used by no other; .* `rtsvm mergekit multi RECIPE OUT`"),
         (("---", "--- []\n---"), "a recipe is a mapping, got nothing"),
