@@ -32,7 +32,7 @@ _OPTIONS = frozenset((
     "allow_crimes", "async_write", "clone_tensors", "copy_tokenizer", "cuda", "device", "gpu_rich", "lazy_unpickle",
     "lora_merge_cache", "lora_merge_dtype", "low_cpu_memory", "multi_gpu", "out_shard_size", "quiet", "random_seed",
     "read_to_gpu", "safe_serialization", "transformers_cache", "trust_remote_code", "write_model_card",
-    "write_threads", "residual_weight", "override_architecture",
+    "write_threads", "residual_weight", "override_architecture", "model_name", "out_path", "output_path",
 ))  # fmt: skip
 
 
