@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     )
     from .linalg import Certificate
     from .loaded_parts import Parts
-    from .lora_tools import AdapterResult, extract_lora, merge_lora, resize_lora
+    from .lora_tools import AdapterResult, extract_lora, merge_lora, parts_to_lora, resize_lora
     from .merge import merge_tensors
     from .methods import MergeResult, TensorReport
     from .state_dicts import StateDictResult, merge_models, merge_state_dicts
@@ -75,6 +75,7 @@ _LAZY = {
     "extract_lora": ".lora_tools",
     "merge_checkpoints": ".engine",
     "merge_lora": ".lora_tools",
+    "parts_to_lora": ".lora_tools",
     "push_to_hub": ".engine",
     "resize_lora": ".lora_tools",
     "verify_output": ".engine",
@@ -140,6 +141,7 @@ __all__ = [
     "merge_state_dicts",
     "merge_tensors",
     "ops",
+    "parts_to_lora",
     "push_to_hub",
     "resize_lora",
     "sweep_checkpoints",

@@ -122,8 +122,15 @@ class Parts:
         plan = self._plan(self.recipe(weights, alpha))
         return {name: self._merged(plan, name, device, plan.tensors[name].spec.dtype) for name in plan.tensors}
 
-    def apply_(self, module: nn.Module, weights: Weights = None, alpha: Any = None) -> None:
-        """Give a module the weights of the merged model, in place, on its device and in its dtypes.
+    def apply_(
+        self,
+        module: nn.Module,
+        weights: Weights = None,
+        alpha: Any = None,
+        *,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Give a module the weights of the merged model, in place and in its dtypes.
 
         Every call starts from the base on disk, so that nothing drifts.
 
@@ -131,6 +138,7 @@ class Parts:
             module: with the parameters and buffers of the base.
             weights: as for `recipe`.
             alpha: as for `recipe`.
+            device: merging takes place there; None means the device of each tensor of the module.
 
         Raises:
             CheckpointError, ShapeError: the module has no such tensor, or one of another shape.
@@ -138,7 +146,7 @@ class Parts:
         """
         plan = self._plan(self.recipe(weights, alpha))
         for name, tensor in self._tensors_of(module, plan):
-            tensor.copy_(self._merged(plan, name, tensor.device, tensor.dtype))
+            tensor.copy_(self._merged(plan, name, device or tensor.device, tensor.dtype))
 
     def restore_(self, module: nn.Module) -> None:
         """Give a module the weights of the base again, in place and to the bit.

@@ -9,15 +9,22 @@ defaults of later merges.
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .adapters import print_result
 from .progress import shown_progress
 from .recipe import DTYPES, add_recipe_arguments, make_config
 from .resources import add_resource_arguments, chosen_backends
 from .terminal import say
+
+if TYPE_CHECKING:
+    from ..config import MergeConfig
+    from ..engine import CheckpointResult
+    from ..parts_folder import PartsFolder
 
 HELP = "decompose models once, for merges with any weights"
 USAGE = """\
@@ -40,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write LoRA adapters for PEFT, PARTS/NAME of each model, instead of parts",
     )
     parser.add_argument("--lora-rank", type=int, metavar="N", help="largest rank of adapters (default: the parts')")
+    parser.add_argument("--embed-lora", action="store_true", help="adapt embeddings and the output head too")
     add_recipe_arguments(parser)
     group = add_resource_arguments(parser)
     stopped = group.add_mutually_exclusive_group()
@@ -58,25 +66,30 @@ def run(arguments: argparse.Namespace) -> int:
         )
     recipe, out = (None, *arguments.paths) if len(arguments.paths) == 1 else arguments.paths
     config = make_config(arguments, recipe)
+    if arguments.as_lora:
+        return _write_adapters(arguments, config, Path(out))
+    if arguments.lora_rank is not None or arguments.embed_lora:
+        raise ConfigError("--lora-rank and --embed-lora are for --as-lora")
+    result = _decompose(arguments, config, Path(out))
+    if not arguments.quiet:
+        from ..plan import tasks_of
 
+        before = f" ({result.resumed} were finished before)" if result.resumed else ""
+        count = f"parts of {len(result.reports)} tensors{before}"
+        say(f"{config.method.pretty_name}: {count} in {result.seconds:.1f} s -> {out}")
+        options = [out, "--weight", f"{tasks_of(config)[0].name}=0.5", "--set", "alpha=1.0", "OUT"]
+        say(f"to merge them: rtsvm merge --parts {shlex.join(options)}")
+    return 0
+
+
+def _decompose(arguments: argparse.Namespace, config: MergeConfig, out: Path) -> CheckpointResult:
     from ..engine import choose_device, decompose_checkpoints
-    from ..engine.output import refuse_existing
-    from ..parts_folder import is_parts
-    from ..plan import tasks_of
 
-    if arguments.lora_rank is not None and not arguments.as_lora:
-        raise ConfigError("--lora-rank is for --as-lora")
-    target = Path(out)
-    if arguments.as_lora:  # the parts are only on the way
-        refuse_existing(target)
-        target = target.with_name(f"{target.name}.parts")
-        if is_parts(target) and arguments.resume:
-            return _write_adapters(arguments, target, Path(out))
     backends = chosen_backends(arguments.backend, choose_device(arguments.device))
     with shown_progress(arguments.quiet) as show, backends:
-        result = decompose_checkpoints(
+        return decompose_checkpoints(
             config,
-            target,
+            out,
             dense=arguments.dense,
             store_dtype=arguments.store_dtype,
             device=arguments.device,
@@ -88,27 +101,70 @@ def run(arguments: argparse.Namespace) -> int:
             restart=arguments.restart,
             progress=show,
         )
-    if arguments.as_lora:
-        return _write_adapters(arguments, target, Path(out))
-    if not arguments.quiet:
-        before = f" ({result.resumed} were finished before)" if result.resumed else ""
-        count = f"parts of {len(result.reports)} tensors{before}"
-        say(f"{config.method.pretty_name}: {count} in {result.seconds:.1f} s -> {out}")
-        names = [task.name for task in tasks_of(config)]
-        say(f"to merge them: rtsvm merge --parts {out} --weight {names[0]}=0.5 --set alpha=1.0 OUT")
-    return 0
 
 
-def _write_adapters(arguments: argparse.Namespace, parts: Path, out: Path) -> int:
-    """Write the adapters, remove the parts, and print what the adapters keep."""
+def _write_adapters(arguments: argparse.Namespace, config: MergeConfig, out: Path) -> int:
+    """Decompose into a hidden folder beside OUT, write the adapters from there, and print what they keep."""
+    from ..engine.output import is_single_file, locked_stage, refuse_existing, writing
+    from ..errors import ConfigError, OutputUnfinishedError
+    from ..files import publish
+    from ..lora import rank_of
     from ..lora_tools import parts_to_lora
+    from ..parts_folder import PartsFolder, is_parts
 
-    waiting = parts / "adapters"
-    shutil.rmtree(waiting, ignore_errors=True)  # of a command that was stopped
-    with shown_progress(arguments.quiet) as show:
-        results = parts_to_lora(parts, waiting, rank=arguments.lora_rank, device=arguments.device, progress=show)
-    waiting.rename(out)
-    shutil.rmtree(parts)
+    rank_of((1, 1), arguments.lora_rank, None, False)  # refuse values out of range before anything is read
+    if is_single_file(out):
+        raise ConfigError(f"{out}: adapters are folders; choose a name that does not end in .safetensors")
+    with locked_stage(out) as stage:
+        if stage.folder.exists():
+            raise OutputUnfinishedError(f"{out}: holds a stopped merge; resume that, or choose another output")
+        parts = out.with_name(f".{out.name}.parts")
+        if is_parts(parts) and arguments.restart:
+            shutil.rmtree(parts)
+        if not is_parts(parts):
+            _decompose(arguments, config, parts)
+        elif arguments.resume:
+            _require_same(config, PartsFolder.open(parts), out)
+        else:
+            raise OutputUnfinishedError(
+                f"{out}: holds a stopped decomposition; continue it with --resume, or delete it with --restart"
+            )
+        waiting = parts / "adapters"
+        shutil.rmtree(waiting, ignore_errors=True)  # of a command that was stopped
+        with shown_progress(arguments.quiet) as show:
+            results = parts_to_lora(
+                parts,
+                waiting,
+                base=config.base_model,
+                rank=arguments.lora_rank,
+                embed_lora=arguments.embed_lora,
+                device=arguments.device,
+                progress=show,
+            )
+        with writing(out):
+            refuse_existing(out)
+            publish(waiting, out)
+            shutil.rmtree(parts)
     for name, result in results.items() if not arguments.quiet else ():
         print_result(replace(result, path=out / name, report_path=out / name / result.report_path.name))
     return 0
+
+
+def _require_same(config: MergeConfig, folder: PartsFolder, out: Path) -> None:
+    """Check that the parts of a stopped command are those of its recipe.
+
+    Raises:
+        ResumeRefusedError: they are not.
+    """
+    from ..errors import ConfigError, ResumeRefusedError
+    from ..parts import check_recipe
+
+    try:
+        check_recipe(config, folder)
+    except ConfigError as error:
+        raise ResumeRefusedError(f"{out}: {error}; or start over with --restart") from error
+    if folder.recipe.get("base_model") != config.base_model:
+        raise ResumeRefusedError(
+            f"{out}: what was stopped has the base {folder.recipe.get('base_model')}, not {config.base_model}; "
+            "start over with --restart"
+        )

@@ -1,6 +1,7 @@
 """Our methods as FusionBench's algorithms, and its command. `make test-integrations` runs this."""
 
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # FusionBench and lightning w
 ABSENT = importlib.util.find_spec("fusion_bench") is None
 needs_fusion_bench = pytest.mark.skipif(ABSENT, reason="FusionBench is not installed: run make test-integrations")
 
-CONFIGS = sorted((files("r_tsvm_kernels") / "integrations/fusion_bench/conf/method/rtsvm").iterdir())
+FOLDER = files("r_tsvm_kernels") / "integrations/fusion_bench/conf/method/rtsvm"
+CONFIGS = sorted(path for path in FOLDER.iterdir() if path.name != "parts.yaml")  # no method
 NAMES = ("_pretrained_", "a", "b", "c")
 
 
@@ -71,7 +73,8 @@ def test_every_method_is_an_algorithm(method, as_pool, networks):
     assert merged.keys() == base.keys()
     for name, tensor in merged.items():
         assert same_bits(tensor, expected.state_dict[name]), name
-    assert merged["norm.num_batches_tracked"] == 3  # an integer buffer, which FusionBench's own TSVM fails on
+    kept = 13 if method == "passthrough" else 3  # an integer buffer, which FusionBench's own TSVM fails on
+    assert merged["norm.num_batches_tracked"] == kept
     assert not torch.equal(merged["first.weight"], base["first.weight"])
     assert merged["first.weight"].data_ptr() == merged["tied.weight"].data_ptr()
     assert {r.method for r in algorithm.reports.values()} == {method}
@@ -205,6 +208,15 @@ def test_the_configurations_show_every_parameter_with_its_default():
         assert config["parameters"].keys() == schema.model_fields.keys() - left_out  # int8_mask changes nothing
         assert schema(**config["parameters"]) == schema()
         assert config["_target_"] == f"{integration.__name__}.MergeAlgorithm"
+
+
+@needs_fusion_bench
+def test_the_configuration_of_parts_shows_every_argument_with_its_default():
+    config = yaml.safe_load((FOLDER / "parts.yaml").read_text())
+    assert config.pop("_target_") == f"{integration.__name__}.PartsAlgorithm"
+    arguments = inspect.signature(integration.PartsAlgorithm.__init__).parameters
+    defaults = {name: own.default for name, own in arguments.items() if name not in ("self", "metadata")}
+    assert config == defaults
 
 
 @pytest.fixture(scope="module")

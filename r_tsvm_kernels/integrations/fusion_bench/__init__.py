@@ -1,7 +1,8 @@
 """Our methods as algorithms of FusionBench, and our solvers inside FusionBench's own algorithms.
 
-`MergeAlgorithm` runs any of our methods as an algorithm of FusionBench. `install` makes FusionBench's TSVM, Iso-C,
-Iso-CTS and TIES use our solvers and kernels. FusionBench's command finds our configurations on the search path
+`MergeAlgorithm` runs any of our methods as an algorithm of FusionBench, `PartsAlgorithm` merges from parts. `install`
+makes FusionBench's TSVM, Iso-C, Iso-CTS and TIES use our solvers and kernels. FusionBench's command finds our
+configurations on the search path
 
     fusion_bench hydra.searchpath=[pkg://r_tsvm_kernels.integrations.fusion_bench.conf] method=rtsvm/rtsvm ...
 
@@ -10,6 +11,7 @@ which ``rtsvm fusion-bench`` sets by itself.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..installation import Installation
@@ -17,10 +19,12 @@ from ..installation import Installation
 if TYPE_CHECKING:
     from .algorithm import MergeAlgorithm
     from .kernels import Patches
+    from .parts import PartsAlgorithm
 
 SEARCH_PATH = f"pkg://{__name__}.conf"
+_ALGORITHMS = {"MergeAlgorithm": ".algorithm", "PartsAlgorithm": ".parts"}
 
-__all__ = ["INSTALLATION", "SEARCH_PATH", "MergeAlgorithm", "calls", "install", "uninstall"]
+__all__ = ["INSTALLATION", "SEARCH_PATH", "MergeAlgorithm", "PartsAlgorithm", "calls", "install", "uninstall"]
 
 
 def _patch() -> Patches:
@@ -59,11 +63,10 @@ def calls() -> dict[str, int]:
 
 
 def __getattr__(name: str) -> Any:
-    if name != "MergeAlgorithm":
+    if name not in _ALGORITHMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     INSTALLATION.check_version()
     try:
-        from .algorithm import MergeAlgorithm
+        return getattr(import_module(_ALGORITHMS[name], __name__), name)
     except ImportError as error:
         raise INSTALLATION.does_not_fit(error) from error
-    return MergeAlgorithm

@@ -72,19 +72,19 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         Raises:
             ConfigError: as for the class; or `model_parameters` names another model.
         """
-        own = _plain(self.model_parameters) or {}
+        own = plain(self.model_parameters) or {}
         if unknown := sorted(own.keys() - set(model_names)):
             advice = f"did you mean {nearest(unknown[0], model_names)!r}? " if model_names else ""
             raise ConfigError(f"model_parameters: no model {unknown[0]!r} in the pool; {advice}It has: {model_names}")
         return MergeConfig(
             merge_method=self.merge_method,
             models=tuple(ModelEntry(model=name, parameters=own.get(name) or {}) for name in model_names),
-            parameters=_plain(self.parameters) or {},
+            parameters=plain(self.parameters) or {},
             include=tuple(self.include or ()),
             exclude=tuple(self.exclude or ()),
             router=self.router,
             conv=self.conv,
-            split=_plain(self.split) or {},
+            split=plain(self.split) or {},
         )
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 tensor.copy_(result.weight)
                 written[place] = name
         self.reports = {name: self.reports[name] for name in start if name in self.reports}
-        return _filled(base.meta_module, merged) if isinstance(base, LazyStateDict) else base
+        return filled(base.meta_module, merged) if isinstance(base, LazyStateDict) else base
 
 
 def _check_tied(name: str, first: str, models: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -154,7 +154,8 @@ def _check_tied(name: str, first: str, models: Mapping[str, Mapping[str, Tensor]
             )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value of a configuration in Python's own types."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
@@ -164,7 +165,7 @@ def _tensors(model: nn.Module | LazyStateDict) -> Mapping[str, Tensor]:
     return tensors
 
 
-def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+def filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Give a module on the meta device its tensors."""
     module = deepcopy(module)
     module.load_state_dict(tensors, strict=False, assign=True)
