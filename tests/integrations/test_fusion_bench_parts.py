@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -243,3 +245,25 @@ def test_our_command_draws_several_candidates(folder, tmp_path, monkeypatch):
         expected = Parts.load(folder / "parts").state_dict(yaml.safe_load(weights))
         found = load_file(tmp_path / f"out{number}" / "model.safetensors")
         assert all(same_bits(found[name], expected[name]) for name in expected)
+
+
+def test_the_examples_of_the_documentation_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", *TASKS):
+        (tmp_path / name).symlink_to(folder / name)
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    decompose, merge = re.search(
+        r"^    rtsvm (decompose .*parts)\n    rtsvm (fusion-bench .*)\n.*modelpool=\.\.\.", page, re.M
+    ).groups()
+    assert main([*shlex.split(decompose), "--quiet"]) == 0
+    search = f"hydra.searchpath=[file://{folder / 'conf'}]"
+    command = shlex.split(merge.removesuffix("\\"))
+    more = [word for word in arguments(folder, tmp_path / "out", "eager", search) if not word.startswith("method=")]
+    assert main([*command, *more]) == 0
+    found, expected = load_file("out/model.safetensors"), Parts.load("parts").state_dict({"math": 0.8}, 1.2)
+    assert all(same_bits(found[name], expected[name]) for name in expected)
+    names = {"pool": pool_of(folder)}
+    exec(re.search(r"```python\n(from \S*fusion_bench import PartsAlgorithm\n.*?)```", page, re.DOTALL)[1], names)
+    expected = Parts.load("parts").state_dict({"math": 1.0})
+    assert all(torch.equal(names["model"].state_dict()[name], expected[name]) for name in expected)

@@ -1,5 +1,8 @@
 """Parts as adapters that PEFT loads: together, or combined into one, they are the merged model."""
 
+import re
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -91,3 +94,25 @@ def test_the_command_cuts_ranks_and_adapts_embeddings(models):
     assert max(ranks) == 3
     model.base_model.set_adapter(list(TASKS))
     assert all(torch.isfinite(x).all() for x in run(model, family))
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
+    family = FAMILIES["llama"]
+    family.build().save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(TASKS[:2]):
+        fine_tune(load(family, tmp_path / "base"), family, seed + 1).save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    models = ["--model", "math", "--model", "code", "--method", "tsvm"]
+    assert main(["decompose", "--base", "base", *models, "--quiet", "--as-lora", "OUT"]) == 0
+    page = (Path(__file__).parents[2] / "docs" / "lora.md").read_text()
+    together, combined = re.search(r"```py\n(.*?)\n(model.add_weighted_adapter.*?)```", page, re.DOTALL).groups()
+    names = {"PeftModel": peft.PeftModel, "base": load(family, "base")}
+    answers = []
+    for code in (together, combined + 'model.set_adapter("both")'):
+        exec(compile(code, "lora.md", "exec"), names)  # our own text
+        answers.append(run(names["model"], family))
+    options = {"merge_method": "tsvm", "base_model": "base", "models": TASKS[:2], "exclude": LEFT_OUT["llama"]}
+    for number, weights in enumerate(([1.0, 1.0], [0.8, 1.2])):
+        merge_checkpoints(MergeConfig(**options, weight=weights), f"merged{number}")
+        expected = run(load(family, f"merged{number}"), family)
+        torch.testing.assert_close(answers[number], expected, rtol=1e-4, atol=1e-4)
