@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of mergekit and transformer
 PAGE = (Path(__file__).parents[2] / "docs" / "parts.md").read_text()
 EXAMPLE = PAGE[PAGE.index("## Inside mergekit-evolve") :]
 COMMANDS = re.search(r"```bash\n(.*?)```", EXAMPLE, re.DOTALL)[1].splitlines()
-GENOME = yaml.safe_load(re.search(r"```yaml\n(.*?)```", EXAMPLE, re.DOTALL)[1])
+GENOME = yaml.safe_load(re.search(r"```yml\n(.*?)```", EXAMPLE, re.DOTALL)[1])
 TASKS = ("math", "code", "chat")
 LAYERS = 4
 
