@@ -21,6 +21,8 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 # One call reads or writes no more: some systems refuse 2 GiB.
 _MOST = 1 << 30
+# Of file systems, or pairs of them, between which the system does not copy.
+_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO)
 # By descriptor: without pread and pwrite, moving to a place and using it must not be interrupted by another thread.
 _positions: dict[int, threading.Lock] = {}
 
@@ -69,6 +71,33 @@ def write_at(file: int, data: bytes | memoryview, offset: int) -> int:
     with _positions.setdefault(file, threading.Lock()):
         os.lseek(file, offset, os.SEEK_SET)
         return os.write(file, data)
+
+
+def copy_at(source: int, offset: int, target: int, place: int, count: int) -> bool:
+    """Copy bytes from one open file into another without passing them through this process.
+
+    File systems that can share blocks between files (Btrfs, XFS) then do, where the places allow it.
+
+    Returns:
+        Whether everything is copied. If not, the system or one of the file systems cannot, or the source is too short.
+
+    Raises:
+        OSError: writing failed, as on a full disk.
+    """
+    if not hasattr(os, "copy_file_range"):
+        return False
+    try:
+        done = 0
+        while done < count:
+            copied = os.copy_file_range(source, target, min(_MOST, count - done), offset + done, place + done)
+            if not copied:
+                return False
+            done += copied
+    except OSError as error:
+        if error.errno in _NO_COPY:
+            return False
+        raise
+    return True
 
 
 def lock_descriptor(file: int, *, wait: bool = False) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from itertools import pairwise
@@ -189,6 +189,36 @@ class Checkpoint:
                     values = torch.empty(count, *out.shape[1:], dtype=header.dtype, device="cpu")
                     _read_fully(file, byte_view(values), offset)
                     out[place : place + count] = values
+
+    def copy_rows(self, name: str, rows: tuple[int, int] | None, copy: Callable[[int, int, int], bool]) -> bool:
+        """Copy a tensor, or rows of it, as it is stored.
+
+        Args:
+            name: name of the tensor.
+            rows: first and last (exclusive) row; None means the whole tensor.
+            copy: takes the descriptor of the file, the place of the first byte, and the number of bytes; returns
+                whether they are copied.
+
+        Returns:
+            What `copy` returned; False for tensors that are pickled or stored with scales.
+
+        Raises:
+            InputChangedError: the file has changed since the checkpoint was opened.
+            CheckpointError: the file cannot be read.
+        """
+        header = self.tensors[name]
+        if isinstance(header, ScaledHeader) or header.file in self._pickles:
+            return False
+        first, last = rows or (0, header.shape[0] if header.shape else 1)
+        size = header.nbytes // max(1, header.shape[0] if header.shape else 1)
+        try:
+            stream = open_regular(header.file)
+        except OSError as error:
+            raise CheckpointError(f"{header.file}: cannot read {name}: {error.strerror or error}") from error
+        with stream:
+            done = copy(stream.fileno(), header.offset + first * size, (last - first) * size)
+        require_unchanged(header.file, self._states[header.file])
+        return done
 
     def checksum(self, name: str) -> str:
         """Return the checksum of a tensor on disk, read some rows at a time.

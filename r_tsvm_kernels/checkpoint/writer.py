@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DiskFullError
 from ..files import write_json
-from ..system import open_descriptor, read_at, reserve, sync, write_at
+from ..system import copy_at, open_descriptor, read_at, reserve, sync, write_at
 from .checksums import Checksum, byte_view
 from .headers import DTYPES
 
@@ -184,6 +184,22 @@ class ShardFile:
             offset += first_row * (spec.nbytes // spec.shape[0])
         with _reported(self.path, tensor.nbytes):
             _write_fully(self._file, byte_view(tensor), offset)
+
+    def copy(self, name: str, source: int, offset: int, count: int, first_row: int | None = None) -> bool:
+        """Copy the bytes of a tensor, or of its rows from `first_row` on, from another open file.
+
+        Returns:
+            Whether they are copied; the system may be unable to.
+
+        Raises:
+            DiskFullError, CheckpointError: as `write`.
+        """
+        spec, place = self.layout.specs[name], self.layout.offsets[name]
+        place += (first_row or 0) * (spec.nbytes // max(1, spec.shape[0] if spec.shape else 1))
+        if place + count > self.layout.offsets[name] + spec.nbytes:
+            raise CheckpointError(f"{self.path}: {count} bytes are too many for {name}")
+        with _reported(self.path, count):
+            return copy_at(source, offset, self._file, place, count)
 
     def read_checksum(self, name: str) -> str:
         """Return the checksum of the bytes on disk of a tensor.

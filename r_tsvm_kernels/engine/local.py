@@ -142,7 +142,7 @@ class _Merged:
 class _Output:
     """A tensor with some tiles written; tiles that finish out of order wait."""
 
-    assembly: Assembly = field(default_factory=Assembly)
+    assembly: Assembly
     written: int = 0
     waiting: dict[int, _Merged] = field(default_factory=dict)
 
@@ -300,7 +300,9 @@ class _Pipeline:
         """Write the tiles of a tensor in order, which its checksum needs."""
         name = merged.tile.name
         tensor = self.job.plan.tensors[name]
-        output = self._outputs.setdefault(name, _Output())
+        if name not in self._outputs:
+            self._outputs[name] = _Output(Assembly(self.job.plan.copied_from(name)))
+        output = self._outputs[name]
         output.waiting[merged.tile.index] = merged
         while (following := output.waiting.pop(output.written, None)) is not None:
             output.assembly.write(tensor, following.tile, following.result, self.job.shards)

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from ..checkpoint import ShardFile, ShardLayout, write_index
+from ..checkpoint import Checkpoint, ShardFile, ShardLayout, write_index
 from ..errors import CheckpointError, DiskFullError
 from ..plan import MergePlan
 from ..system import allocated
@@ -88,6 +88,19 @@ class Shards:
         file = self._file_of[name]
         file.write(name, tensor, first_row)
         self._unsynced.add(file.layout.file_name)
+
+    def copy(self, name: str, source: Checkpoint, rows: tuple[int, int] | None) -> bool:
+        """Copy a tensor, or rows of it, from the file of a checkpoint; return whether that is possible.
+
+        Raises:
+            InputChangedError, CheckpointError: the source cannot be read, or has changed.
+            DiskFullError, CheckpointError: writing failed.
+        """
+        file, first = self._file_of[name], None if rows is None else rows[0]
+        done = source.copy_rows(name, rows, lambda opened, offset, count: file.copy(name, opened, offset, count, first))
+        if done:
+            self._unsynced.add(file.layout.file_name)
+        return done
 
     def checksum(self, name: str) -> str:
         """Return the checksum of the bytes on disk of a tensor."""

@@ -277,10 +277,15 @@ def _whole(values: Values) -> Tensor:
 
 
 class Assembly:
-    """Checksums and report of a tensor, so far, while its tiles are written in order."""
+    """Checksums and report of a tensor, so far, while its tiles are written in order.
 
-    def __init__(self) -> None:
-        self._checksums: dict[str, Checksum] = {}
+    Args:
+        copied_from: the checkpoint whose bytes the tensor is; None if it is computed.
+    """
+
+    def __init__(self, copied_from: Checkpoint | None = None) -> None:
+        self._source = copied_from
+        self._checksums: dict[str, Checksum | None] = {}  # None: that of the input
         self._report: TensorReport | None = None
 
     def write(self, tensor: TensorPlan, tile: Tile, result: MergeResult, shards: Shards) -> None:
@@ -288,8 +293,16 @@ class Assembly:
         first = None if tile.count == 1 else tile.first
         with timed(result.report.stages, "write"):
             for name, values, row in _written(tensor, result, first):
+                if self._source is not None:
+                    rows = None if first is None else (tile.first, tile.last)
+                    if not shards.copy(name, self._source, rows):
+                        shards.write(name, values, row)
+                    self._checksums[name] = None
+                    continue
                 shards.write(name, values, row)
-                self._checksums.setdefault(name, Checksum()).update(values)
+                checksum = self._checksums.setdefault(name, Checksum())
+                assert checksum is not None
+                checksum.update(values)
         if self._report is None:
             self._report = result.report
         else:
@@ -306,7 +319,7 @@ class Assembly:
         assert self._report is not None
         stored = []
         for name, checksum in self._checksums.items():
-            layout, sums = shards.layout(name), checksum.hexdigest()
+            layout, sums = shards.layout(name), inputs[0] if checksum is None else checksum.hexdigest()
             spec, offset = layout.specs[name], layout.offsets[name]
             stored.append(Stored(name, layout.file_name, offset, spec.nbytes, dtype_name(spec.dtype), spec.shape, sums))
         return Finished(tensor.name, tuple(stored), tuple(inputs), asdict(self._report))

@@ -179,6 +179,17 @@ class MergePlan:
         """Return the plan whose models a tensor is merged from: that of its slice or module, or this one."""
         return self.sections.get(name, self)
 
+    def copied_from(self, name: str) -> Checkpoint | None:
+        """Return the checkpoint whose bytes a tensor is; None if its values are computed or converted."""
+        own, tensor = self.section(name), self.tensors[name]
+        if tensor.treatment.kind != "base" or self.decomposed or len(tensor.parts) != 1:
+            return None
+        source = own.inputs[tensor.parts[0].source]
+        if not isinstance(source, Checkpoint) or tensor.aligned or tensor.fp8 is not None:
+            return None
+        header = source.tensors[name]
+        return source if (header.dtype, header.shape) == (tensor.spec.dtype, tensor.spec.shape) else None
+
     @cached_property
     def inputs(self) -> tuple[Checkpoint | Adapter, ...]:
         """Checkpoints and adapters to read, each once, the base first."""
