@@ -104,7 +104,7 @@ def main() -> None:
     for name, folder in rows.items():
         values = [*scores(folder, "test").values(), validate(folder)["mean"]]
         table.add_row(name, *(f"{value:.1f}" for value in values))
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

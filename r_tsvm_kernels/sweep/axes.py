@@ -10,6 +10,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from ..config import MergeConfig
+from ..entries import every_entry
 from ..errors import ConfigError
 from ..methods import MethodParameters, did_you_mean
 from ..ops._checks import plain_values
@@ -134,6 +135,22 @@ def check_axes(axes: Sequence[Axis]) -> None:
         if first is not axis:
             names = " and ".join(dict.fromkeys((first.label, axis.label)))
             raise ConfigError(f"{names}: given twice; write all values of a parameter in one place")
+
+
+def check_divided(config: MergeConfig, axes: Sequence[Axis]) -> None:
+    """Require that slices and modules leave to the recipe what is varied.
+
+    Raises:
+        ConfigError: one of them has its own value, which would take precedence.
+    """
+    slices = [*config.slices, *(part for module in config.modules.values() for part in module.slices)]
+    places = [part.parameters for part in slices] + [module.parameters for module in config.modules.values()]
+    places += [entry.parameters for entry in every_entry((), config.slices, config.modules.values())]
+    names = config.method.parameters.names()
+    own = {names.get(key) for parameters in places for key in parameters}
+    for axis in axes:
+        if axis.parameter in own:
+            raise ConfigError(f"{axis.label}: a slice or module of the recipe has its own value, which would stay")
 
 
 def with_values(config: MergeConfig, axes: Sequence[Axis], values: Mapping[str, Any]) -> MergeConfig:

@@ -37,7 +37,8 @@ class Candidate:
 
 def free_parameters(config: MergeConfig) -> frozenset[str]:
     """Return the parameters that decomposed parts leave free; none if there is nothing to decompose."""
-    return frozenset() if config.parts is not None else linear_parameters(config)
+    whole = config.parts is None and not config.is_divided
+    return linear_parameters(config) if whole else frozenset()
 
 
 def free_axes(config: MergeConfig, axes: Sequence[Axis]) -> list[Axis]:
@@ -82,7 +83,8 @@ def checked(config: MergeConfig, axes: Sequence[Axis], values: Mapping[str, Any]
     try:
         own = with_values(config, axes, values)
         listed = own.with_base_listed() if own.base_joins else own
-        listed.options(len(listed.models))
+        if listed.models:
+            listed.options(len(listed.models))
     except ConfigError as error:
         raise ConfigError(f"{described(values)}: {error}") from None
     return own

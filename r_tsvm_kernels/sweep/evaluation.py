@@ -37,11 +37,9 @@ class Evaluation(Protocol):
 
     Attributes:
         name: for the journal; another name is another evaluation.
-        stoppable: whether it can be stopped from outside.
     """
 
     name: str
-    stoppable: bool
 
     def __call__(self, model: Path, slot: Path) -> Outcome:
         """Evaluate the model in a folder; `slot` is a folder for files."""
@@ -66,8 +64,6 @@ def make_evaluation(evaluate: Evaluate, timeout: float | None) -> Evaluation:
 
 
 class _Command:
-    stoppable = True
-
     def __init__(self, text: str, timeout: float | None) -> None:
         self.name = text
         self._words, self._timeout = evaluation_command(text), timeout
@@ -98,8 +94,6 @@ class _Command:
 
 
 class _Function:
-    stoppable = False
-
     def __init__(self, function: Callable[[Path], Any]) -> None:
         self._function = function
         self.name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', repr(type(function)))}"

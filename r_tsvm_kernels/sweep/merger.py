@@ -39,15 +39,10 @@ class Resources:
 
 
 class Merger:
-    """Merges the candidates of a sweep.
-
-    Attributes:
-        decomposed: number of decompositions of this run.
-    """
+    """Merges the candidates of a sweep."""
 
     def __init__(self, work: Path, resources: Resources, progress: Callable[[Progress], None] | None = None) -> None:
         self._work, self._resources, self._progress = work, resources, progress
-        self.decomposed = 0
 
     def merge(self, candidate: Candidate, out: Path) -> bool:
         """Merge a candidate into `out`, in place of what is there; return whether parts were used."""
@@ -68,7 +63,6 @@ class Merger:
         if not parts.exists():
             keywords = self._resources.of_decomposition()
             decompose_checkpoints(candidate.config, parts, resume=True, progress=self._progress, **keywords)
-            self.decomposed += 1
         return parts
 
     def forget(self, group: str) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import MergeConfig
+from ..engine.steps import with_base_as_step
 from ..errors import ConfigError
 from ..plan import Decomposition, MergePlan, make_plan, total_flops
 from ..plan.decomposition import decomposed
 from ..sizes import parse_size
-from .axes import Axis, check_axes, grid_axis, range_axis
+from .axes import Axis, check_axes, check_divided, grid_axis, range_axis
 from .candidates import Candidate, free_axes, grid_candidates
 from .merger import Resources
 
@@ -116,6 +117,11 @@ def plan_sweep(
         ConfigError: the request is invalid.
         CheckpointError, ShapeError, DTypeError: the models do not match; see `merge_checkpoints`.
     """
+    if steps := with_base_as_step(config).steps:
+        raise ConfigError(
+            f"a sweep takes a recipe of one merge, and this one has others before it: {', '.join(steps)}; make their "
+            "outputs with `rtsvm merge --steps DIR` (steps=), and name these as models"
+        )
     axes = _axes(config, grids or {}, ranges or {}, search, trials)
     resources = resources or Resources()
     candidates = grid_candidates(config, axes) if search is None else []
@@ -144,6 +150,7 @@ def _axes(config: MergeConfig, grids: Grids, ranges: Ranges, search: str | None,
     axes = [grid_axis(config, name, values) for name, values in grids.items()]
     axes += [range_axis(config, name, bounds) for name, bounds in ranges.items()]
     check_axes(axes)
+    check_divided(config, axes)
     return axes
 
 

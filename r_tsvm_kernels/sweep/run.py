@@ -329,7 +329,7 @@ def _opened(out: Path, restart: bool) -> Iterator[Path]:
     try:
         if not lock_descriptor(lock):
             raise OutputBusyError(f"{out}: another sweep into this folder is running; wait for it or stop it")
-        work = out / _WORK
+        work = out.absolute() / _WORK  # a command may change its folder
         for slot in sorted(work.glob("job-*")):
             end_orphan(slot)
             shutil.rmtree(slot)

@@ -64,6 +64,12 @@ def test_methods_without_parts(run):
     assert code == 0 and "best: density.expert0=" in out
 
 
+def test_commands_that_change_their_folder(run):
+    evaluate = "cd / && cksum < {model}/model.safetensors | cut -d ' ' -f 1"
+    code, out, err = run("r.yaml", "out", "--grid", "alpha=1,2", "--eval", evaluate, "--quiet")
+    assert (code, out, err) == (0, "", "")
+
+
 def test_failures_are_shown(run, tmp_path):
     (tmp_path / "eval.sh").write_text('grep -q "alpha: 2" $1/merge_recipe.yaml && exit 3; echo 1\n')
     code, out, err = run("r.yaml", "out", "--grid", "alpha=1,2", "--eval", "sh eval.sh {model}")

@@ -21,6 +21,7 @@ from r_tsvm_kernels import (
     OutputBusyError,
     OutputExistsError,
     ResumeRefusedError,
+    decompose_checkpoints,
     merge_checkpoints,
     sweep_checkpoints,
     verify_output,
@@ -328,6 +329,41 @@ def test_parts_that_cancel_each_other_are_merged_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(merger, "merge_checkpoints", refuse)
     found = sweep(config, tmp_path / "out", evaluate=lambda path: 1.0, grids={"alpha": [0.5, 1]})
     assert len(found.ranked) == 2 and not any(trial.from_parts for trial in found.ranked)
+
+
+def test_slices_and_their_own_values(config, tmp_path):
+    models = [entry.model for entry in config.models]
+    half = [{"sources": [{"model": model, "layer_range": [layer, layer + 1]} for model in models]} for layer in (0, 1)]
+    recipe = {"merge_method": "tsvm", "base_model": config.base_model, "slices": half}
+    found = sweep(MergeConfig.from_dict(recipe), tmp_path / "out", evaluate=lambda path: 1.0, grids={"alpha": [0.5, 1]})
+    assert len(found.ranked) == 2 and not any(trial.from_parts for trial in found.ranked)
+    assert verify_output(found.best_path).ok
+    for place in (half[0], half[1]["sources"][0]):
+        place["parameters"] = {"weight": 0.5}
+        with pytest.raises(ConfigError, match="weight: a slice or module of the recipe has its own value"):
+            plan_sweep(MergeConfig.from_dict(recipe), grids={"weight": [0.5, 1]})
+        plan_sweep(MergeConfig.from_dict(recipe), grids={"alpha": [0.5, 1]})
+        del place["parameters"]
+
+
+def test_recipes_of_several_merges_are_refused(config):
+    documents = [
+        {"name": "first", "merge_method": "linear", "models": [entry.model for entry in config.models]},
+        {"merge_method": "ties", "base_model": config.base_model, "models": ["first", config.models[0].model]},
+    ]
+    recipe = MergeConfig.from_documents(documents)
+    with pytest.raises(ConfigError, match="a recipe of one merge, and this one has others before it: first; make"):
+        plan_sweep(recipe, grids={"alpha": [0.5, 1]})
+
+
+def test_parts_that_a_recipe_names_are_used(config, tmp_path):
+    spectral = MergeConfig("tsvm", base_model=config.base_model, models=config.models)
+    decompose_checkpoints(spectral, tmp_path / "parts")
+    recipe = spectral.model_copy(update={"parts": str(tmp_path / "parts")})
+    found = sweep(recipe, tmp_path / "out", evaluate=lambda path: 1.0)
+    assert len(found.ranked) == 10 and MergeConfig.from_yaml(tmp_path / "out" / "best.yaml").parts == recipe.parts
+    with pytest.raises(ConfigError, match="the parts are of another recipe"):
+        sweep(recipe, tmp_path / "other", evaluate=lambda path: 1.0, grids={"exclude_keys": [["a"], ["*attn*"]]})
 
 
 def test_costs_of_a_plan(tmp_path, config):
