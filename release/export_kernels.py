@@ -70,7 +70,8 @@ merged = base + kernel.linalg.tsv_merge(tasks, [64] * 3).matrix
 ```
 
 Everything runs in PyTorch. Kernels in Triton are used on a GPU where a call (`backend="triton"`) or
-`kernel.use_backend("triton")` names them: no GPU kernel of this package has run on a GPU yet. Needs Python 3.10 and NumPy.
+`kernel.use_backend("triton")` names them: no GPU kernel of this package has run on a GPU yet. Python 3.10 and NumPy are
+needed.
 """
 
 
