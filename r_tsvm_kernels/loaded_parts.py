@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +91,17 @@ class Parts:
             ConfigError: there is no such task, another number of weights, or a value is not valid.
         """
         if weights is not None and not isinstance(weights, Mapping):
-            given = list(weights)
+            given = list(weights) if isinstance(weights, Iterable) and not isinstance(weights, str) else [weights]
             if len(given) != len(self.tasks):
                 raise ConfigError(f"weights: expected one for each of {', '.join(self.tasks)}, got {len(given)}")
             weights = dict(zip(self.tasks, given, strict=True))
         entries = list(self.config.models)
         for task, weight in (weights or {}).items():
             index = self._folder.index_of(task)
-            parameters = {**entries[index].parameters, "weight": weight}
+            parameters = {**entries[index].parameters, "weight": _plain(weight)}
             entries[index] = entries[index].model_copy(update={"parameters": parameters})
         parameters = {key: value for key, value in self.config.parameters.items() if alpha is None or key != "lambda"}
-        changed = parameters if alpha is None else {**parameters, "alpha": alpha}
+        changed = parameters if alpha is None else {**parameters, "alpha": _plain(alpha)}
         fields = {name: getattr(self.config, name) for name in MergeConfig.model_fields}
         return MergeConfig(**{**fields, "models": tuple(entries), "parameters": changed})
 
@@ -171,6 +171,13 @@ class Parts:
             raise CheckpointError(
                 f"the module has no {some(missing)}, which {plan.base.path} has; its names are {some(list(own))}"
             )
+        memory = {own[name].data_ptr() for name in plan.tensors}
+        for name in plan.base.tensors.keys() - plan.tensors.keys():
+            if name in own and own[name].numel() and own[name].data_ptr() not in memory:
+                raise CheckpointError(
+                    f"the module has {name} in memory of its own, which {plan.base.path} ties to another tensor; tie "
+                    "them, as transformers does (tie_weights)"
+                )
         for name, planned in plan.tensors.items():
             if tuple(own[name].shape) != planned.spec.shape:
                 raise ShapeError(f"{name}: has shape {tuple(own[name].shape)} in the module, {planned.spec.shape} here")
@@ -189,3 +196,8 @@ class Parts:
         return merge_parts(
             base.to(device), parts, facts, planned.options, dtype, method=method, name=name, dtype=rounded
         ).weight
+
+
+def _plain(value: Any) -> Any:
+    """Return what a search draws, such as a scalar or vector of NumPy or torch, in Python's own types."""
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value

@@ -185,7 +185,7 @@ def _recipe_of_parts(arguments: argparse.Namespace, weights: list[float]) -> Mer
     config = MergeConfig.from_dict(folder.recipe)
     names = [task.name for task in folder.tasks]
     one_weight_each(weights, names, f"task of {arguments.parts}: {', '.join(names)}")
-    config = _with_weights(config, dict(zip([task.model for task in folder.tasks], weights, strict=False)))
+    config = _with_weights(config, dict(zip(names, weights, strict=False)))
     return config if arguments.base is None else config.model_copy(update={"base_model": arguments.base})
 
 
@@ -201,9 +201,10 @@ def _with_weights(config: MergeConfig, weights: dict[str, float]) -> MergeConfig
 
     tasks, entries = tasks_of(config), list(config.models)
     for name, weight in weights.items():
+        names = [task.name for task in tasks]
         found = [index for index, task in enumerate(tasks) if name in (task.name, task.model)]
+        found = [names.index(name)] if name in names else found
         if len(found) != 1:
-            names = [task.name for task in tasks]
             known = f"the models are {', '.join(names)}"
             raise ConfigError(f"--weight: no model is named {name!r}; {did_you_mean(name, names, known)}")
         entry = entries[found[0]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,8 @@ class Opener:
         self.allow_pickle = allow_pickle
         self._places, self._names = config.places, config.steps.keys()
         base = config.base_model
-        self.base_path = _base_path(None if base is None else self._placed(base), allow_pickle)
+        with _telling_where(config):
+            self.base_path = _base_path(None if base is None else self._placed(base), allow_pickle)
         self._checkpoints: dict[Path, Checkpoint] = {}
         self._adapters: dict[Path, Adapter] = {}
 
@@ -139,7 +141,8 @@ def _open_parts(config: MergeConfig, base_path: Path, allow_pickle: bool) -> Inp
     """
     folder = PartsFolder.open(str(config.parts))
     check_recipe(config, folder)
-    base = Checkpoint(base_path, allow_pickle=allow_pickle)
+    with _telling_where(config):
+        base = Checkpoint(base_path, allow_pickle=allow_pickle)
     for name, own in folder.tensors.items():
         header = base.tensors.get(name)
         if header is None or header.shape != own.shape:
@@ -153,6 +156,19 @@ def _open_parts(config: MergeConfig, base_path: Path, allow_pickle: bool) -> Inp
     models = tuple(entry for entry in config.models if entry.model != config.base_model)
     config = config.model_copy(update={"models": models})
     return Inputs(base, tuned, config, folder)
+
+
+@contextmanager
+def _telling_where(config: MergeConfig) -> Iterator[None]:
+    """Add to the error of a base that is not found how to name it, for parts are merged wherever they are."""
+    try:
+        yield
+    except CheckpointError as error:
+        if config.parts is None or type(error) is not CheckpointError:  # others, such as pickles, say what to do
+            raise
+        raise CheckpointError(
+            f"{error}; if the base of the parts is at another place now, name it with --base (base=)"
+        ) from error
 
 
 def _base_path(base_model: str | None, allow_pickle: bool) -> Path | None:

@@ -1,5 +1,6 @@
 """`Parts`: the merged model in memory, in place and back."""
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import family, save
@@ -90,7 +91,7 @@ def test_a_lower_rank(folders):
 
 def test_another_place_of_the_base(folders, tmp_path):
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises((CheckpointError, ConfigError), match="base"):
+    with pytest.raises(CheckpointError, match=r"base: no such folder.*--base \(base=\)"):
         Parts.load(folders[1])
     assert Parts.load(folders[1], base=tmp_path / "moved").state_dict().keys() == folders[0].state_dict().keys()
 
@@ -100,6 +101,8 @@ def test_another_place_of_the_base(folders, tmp_path):
     [
         (lambda parts: parts.recipe({"maths": 1.0}), ConfigError, "maths"),
         (lambda parts: parts.recipe([1.0]), ConfigError, "one for each of task0, task1, task2"),
+        (lambda parts: parts.recipe(0.5), ConfigError, "one for each of task0, task1, task2"),
+        (lambda parts: parts.recipe("0.5"), ConfigError, "one for each of task0, task1, task2"),
         (lambda parts: parts.recipe({"task0": "x"}), ConfigError, "number"),
         (lambda parts: parts.recipe(alpha=float("nan")), ConfigError, "finite"),
         (lambda parts: parts.apply_(nn.Linear(16, 40)), CheckpointError, "embed.weight"),
@@ -121,3 +124,47 @@ def test_no_folder_of_parts(tmp_path):
     family(tmp_path / "in")
     with pytest.raises(CheckpointError, match=r"parts.json.*rtsvm decompose"):
         Parts.load(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.array([0.5, 1.0, -2.0]),
+        torch.tensor([0.5, 1.0, -2.0]),
+        {"task0": np.float32(0.5), "task2": torch.tensor(-2.0)},
+        {"task0": np.array([0.5, 0.5]), "task2": -2},
+    ],
+)
+def test_numbers_of_numpy_and_torch(folders, weights, tmp_path):
+    """As searches draw them; the recipe can be written and read again."""
+    parts = Parts.load(folders[1])
+    recipe = parts.recipe(weights, np.float64(0.7))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert MergeConfig.from_yaml(tmp_path / "recipe.yaml") == recipe
+    expected = parts.state_dict([0.5, 1.0, -2.0], 0.7)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in parts.state_dict(weights, 0.7).items())
+
+
+class Tied(nn.Module):
+    def __init__(self, tie=True):
+        super().__init__()
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(50, 16)})
+        self.lm_head = nn.Linear(16, 50, bias=False)
+        if tie:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+
+
+def test_a_tied_head_that_the_base_stores_twice(tmp_path):
+    paths = []
+    for name in ("base", "a", "b"):
+        tensors = {key: tensor.clone() for key, tensor in Tied().state_dict().items()}
+        paths.append(save(tmp_path / name, tensors, config={"tie_word_embeddings": True}))
+    decompose_checkpoints(MergeConfig("tsvm", base_model=paths[0], models=paths[1:]), tmp_path / "parts")
+    parts, module, apart = Parts.load(tmp_path / "parts"), Tied(), Tied(tie=False)
+    parts.apply_(module, {"a": 0.5})
+    assert torch.equal(module.lm_head.weight, parts.state_dict({"a": 0.5})["model.embed_tokens.weight"])
+    before = {key: tensor.clone() for key, tensor in apart.state_dict().items()}
+    for call in (parts.apply_, parts.restore_):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight in memory of its own.*tie_weights"):
+            call(apart)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in apart.state_dict().items())

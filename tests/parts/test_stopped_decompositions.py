@@ -7,12 +7,14 @@ import sys
 
 import pytest
 import torch
-from checkpoints import family, save
+from checkpoints import family, save, state_dict, tuned_state_dict
 from memory import measured
+from safetensors.torch import load_file
 
 from r_tsvm_kernels import (
     MergeConfig,
     OutputUnfinishedError,
+    Parts,
     ResumeRefusedError,
     decompose_checkpoints,
     merge_checkpoints,
@@ -97,6 +99,35 @@ def test_the_command_line(tmp_path, capsys):
     assert not (tmp_path / "no").exists()
     assert main(["merge", "--parts", str(paths[0]), str(tmp_path / "no")]) != 0
     assert main(["decompose", str(recipe), str(tmp_path / "x.safetensors")]) == 2
+
+
+def test_odd_names_of_models(tmp_path, monkeypatch, capsys):
+    """Equal last parts of paths, one model twice, spaces, and characters of options."""
+    names = ["a/math", "b/math", "my model", "modèle-数学", "parts", "w=1", "-dash", "a/math"]
+    base = state_dict(0)
+    save(tmp_path / "base", base)
+    for seed, name in enumerate(dict.fromkeys(names)):
+        save(tmp_path / name, tuned_state_dict(base, seed + 1))
+    monkeypatch.chdir(tmp_path)
+    models = [word for name in names for word in ("--model", f"./{name}")]
+    assert main(["decompose", "--base", "base", *models, "--method", "tsvm", "the parts"]) == 0
+    assert "rtsvm merge --parts 'the parts' --weight math=0.5" in capsys.readouterr().out
+    tasks = ["math", "math-2", "my model", "modèle-数学", "parts-2", "w=1", "-dash", "math-3"]
+    assert list(Parts.load("the parts").tasks) == tasks
+    weights = [0.5, -1.0, 2.0, 0.0, 1.5, 0.25, -0.5, 3.0]
+    own = [f"--weight={task}={weight}" for task, weight in zip(tasks, weights, strict=True)]
+    plain = [word for weight in weights for word in ("--weight", str(weight))]
+    for out, asked in (("named", own), ("plain", plain)):
+        assert main(["merge", "--parts", "the parts", *asked, out]) == 0
+    recipe = MergeConfig("tsvm", base_model="base", models=[f"./{name}" for name in names], weight=weights)
+    merge_checkpoints(recipe, "direct")
+    direct, named = (load_file(f"{out}/model.safetensors") for out in ("direct", "named"))
+    for name, tensor in direct.items():
+        torch.testing.assert_close(named[name], tensor, rtol=0, atol=2e-6)
+    assert (tmp_path / "named/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(["merge", "--parts", "the parts", "--weight", "./a/math=1", "no"]) == 2  # which of the two?
+    assert "math-3" in capsys.readouterr().err
 
 
 def test_memory_stays_within_the_schedule(tmp_path):
