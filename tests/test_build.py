@@ -78,6 +78,7 @@ def contents(tree: Path, **variables: str) -> tuple[Path, set[str], dict[str, st
     package = unpacked / "r_tsvm_kernels"
     assert (package / "py.typed").is_file()
     assert {path.name for path in (package / "report").iterdir()} >= {"template.html", "page.css", "page.js"}
+    assert (package / "sweep" / "page.css").is_file()
     info = json.loads((package / "_build_info.json").read_text())
     assert set(info) == {"cpu", "cuda", "cxx", "nvcc", "cuda_architectures", "commit"}
     return wheel, {path.name.split(".")[0] for path in package.glob("*.so")}, info
