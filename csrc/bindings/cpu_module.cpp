@@ -186,23 +186,23 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
 
   module.def(
       "chase_bulges",
-      [](std::uintptr_t band, int64_t n, std::uintptr_t reflectors, std::uintptr_t factors) {
+      [](std::uintptr_t band, int64_t n, std::uintptr_t reflectors, std::uintptr_t factors, int level) {
         const py::gil_scoped_release unlocked;
         chase_bulges_cpu(bindings::pointer<double>(band), n, bindings::pointer<double>(reflectors),
-                         bindings::pointer<double>(factors));
+                         bindings::pointer<double>(factors), level);
       },
-      py::arg("band"), py::arg("n"), py::arg("reflectors"), py::arg("factors"));
+      py::arg("band"), py::arg("n"), py::arg("reflectors"), py::arg("factors"), py::arg("level"));
 
   module.def(
       "turn_by_chasing",
       [](std::uintptr_t reflectors, std::uintptr_t factors, std::uintptr_t vectors, int64_t n, int64_t k,
-         int64_t stride, int threads) {
+         int64_t stride, int threads, int level) {
         const py::gil_scoped_release unlocked;
         turn_by_chasing_cpu(bindings::pointer<const double>(reflectors), bindings::pointer<const double>(factors),
-                            bindings::pointer<double>(vectors), n, k, stride, threads);
+                            bindings::pointer<double>(vectors), n, k, stride, threads, level);
       },
       py::arg("reflectors"), py::arg("factors"), py::arg("vectors"), py::arg("n"), py::arg("k"), py::arg("stride"),
-      py::arg("threads"));
+      py::arg("threads"), py::arg("level"));
 
   module.def(
       "deflate",

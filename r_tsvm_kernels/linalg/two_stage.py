@@ -36,6 +36,8 @@ class Panel(NamedTuple):
     T: Tensor
 
 
+# The highest level of x86-64 (1, 3 or 4) that may be used. Tests lower it.
+LEVEL = 4
 # From this size on the leading third of the eigenvectors is found sooner than all of them by LAPACK.
 LARGE = 512
 # The same for all of them.
@@ -162,7 +164,7 @@ def _chase(band: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Reduce the band to tridiagonal form; return the reflectors (slots, 72) and their factors (slots,)."""
     slots = SWEEPS * sum(-(-(n - 1 - sweep) // BAND) for sweep in range(0, n - 1, SWEEPS))
     reflectors, factors = band.new_zeros(slots, SLOT), band.new_zeros(slots)
-    backends.native("cpu").chase_bulges(band.data_ptr(), n, reflectors.data_ptr(), factors.data_ptr())
+    backends.native("cpu").chase_bulges(band.data_ptr(), n, reflectors.data_ptr(), factors.data_ptr(), LEVEL)
     return reflectors, factors
 
 
@@ -170,5 +172,5 @@ def _turn_by_chasing(vectors: Tensor, reflectors: Tensor, factors: Tensor) -> No
     """Multiply by Q_2 from the left."""
     backends.native("cpu").turn_by_chasing(
         reflectors.data_ptr(), factors.data_ptr(), vectors.data_ptr(), *vectors.shape, vectors.stride(0),
-        torch.get_num_threads(),
+        torch.get_num_threads(), LEVEL,
     )  # fmt: skip

@@ -78,6 +78,15 @@ def test_every_spectrum(kind, scale):
     check(with_spectrum(SPECTRA[kind]) * scale, 260)
 
 
+@pytest.mark.parametrize("level", [1, 3])
+def test_every_instruction_set(monkeypatch, level):
+    monkeypatch.setattr(two_stage, "LEVEL", level)
+    for kind in ("clusters", "root", "far below rounding"):
+        check(with_spectrum(SPECTRA[kind]), 87)
+    for n in (130, 193, 257):
+        check(with_spectrum(torch.linspace(-1, 1, n)), n // 2)
+
+
 def structured(kind, n=200):
     if kind == "zero":
         return torch.zeros(n, n, dtype=torch.float64)

@@ -19,11 +19,11 @@ inline constexpr int64_t kColumn = 2 * kBand + 16;
 inline constexpr int64_t kSweeps = 32;
 inline constexpr int64_t kSlot = kBand + 8;
 
-void chase_bulges_cpu(double* band, int64_t n, double* reflectors, double* factors);
+void chase_bulges_cpu(double* band, int64_t n, double* reflectors, double* factors, int level);
 
 // Multiplies `vectors` (n, k), rows contiguous and `stride` apart, by the product of all reflectors in the order of the
 // sweeps, from the left. Each thread copies 48 columns at a time.
 void turn_by_chasing_cpu(const double* reflectors, const double* factors, double* vectors, int64_t n, int64_t k,
-                         int64_t stride, int threads);
+                         int64_t stride, int threads, int level);
 
 }  // namespace r_tsvm
