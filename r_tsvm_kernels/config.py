@@ -12,8 +12,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from .blocks import WHOLE, Blocks, Shape, blocks_of
+from .entries import ModelEntries, ModuleEntry, PathText, Slice, as_entries, check_filters, every_entry
 from .entries import ModelEntry as ModelEntry  # part of the public interface
-from .entries import ModuleEntry, PathText, Slice, check_filters, every_entry
 from .errors import ConfigError
 from .experts import is_router
 from .fused import require_splits
@@ -43,13 +43,6 @@ Missing = Literal["error", "base", "mean_of_present"]
 RouterChoice = Literal["merge", "base", "mean"]
 ConvChoice = Literal["mean", "flatten"]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
-
-
-def _entries(models: Any) -> Any:
-    """Accept the path of a model in place of an entry."""
-    if not isinstance(models, list | tuple):
-        return models
-    return tuple({"model": entry} if isinstance(entry, str | Path) else entry for entry in models)
 
 
 class MergeConfig(Strict):
@@ -113,7 +106,7 @@ class MergeConfig(Strict):
 
     merge_method: str = "rtsvm"
     base_model: PathText | None = None
-    models: Annotated[tuple[ModelEntry, ...], BeforeValidator(_entries)] = ()
+    models: ModelEntries = ()
     parameters: dict[str, Any] = Field(default={})
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
@@ -439,7 +432,7 @@ def _with_values(models: Sequence[Any], own: Mapping[str, Sequence[Any]]) -> Seq
         models = models or [ModelEntry()] * len(values)
         if not values or len(values) != len(models):
             raise ConfigError(f"{key}: got {len(values)} value(s) for {len(models)} models; give one per model")
-        entries = [ModelEntry(**entry) if isinstance(entry, Mapping) else entry for entry in _entries(models)]
+        entries = [ModelEntry(**entry) if isinstance(entry, Mapping) else entry for entry in as_entries(models)]
         if not all(isinstance(entry, ModelEntry) for entry in entries):
             return models  # what is not valid gets its error from the model
         models = [

@@ -47,6 +47,16 @@ class ModelEntry(_Shown):
     parameters: dict[str, Any] = Field(default={})
 
 
+def as_entries(models: Any) -> Any:
+    """Accept the path of a model in place of an entry."""
+    if not isinstance(models, list | tuple):
+        return models
+    return tuple({"model": entry} if isinstance(entry, str | Path) else entry for entry in models)
+
+
+ModelEntries = Annotated[tuple[ModelEntry, ...], BeforeValidator(as_entries)]
+
+
 class SliceSource(ModelEntry):
     """Some layers of a model.
 
@@ -95,7 +105,7 @@ class Slice(_Shown):
         8
     """
 
-    sources: Annotated[tuple[SliceSource, ...], Field(min_length=1)]
+    sources: tuple[SliceSource, ...]
     base_model: PathText | None = None
     parameters: dict[str, Any] = Field(default={})
 
@@ -106,8 +116,8 @@ class Slice(_Shown):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Slice:
-        if len({source.count for source in self.sources}) > 1:
-            ranges = ", ".join(f"{list(source.layer_range)} of {source.model}" for source in self.sources)
+        if len({source.count for source in self.sources}) != 1:
+            ranges = ", ".join(f"{list(source.layer_range)} of {source.model}" for source in self.sources) or "none"
             raise ValueError(f"expected sources with as many layers each, got {ranges}")
         return self
 
@@ -128,7 +138,7 @@ class ModuleEntry(_Shown):
         ModuleEntry(models=(ModelEntry(model='a'),), parameters={'weight': 0.5})
     """
 
-    models: tuple[ModelEntry, ...] = ()
+    models: ModelEntries = ()
     slices: tuple[Slice, ...] = ()
     parameters: dict[str, Any] = Field(default={})
 

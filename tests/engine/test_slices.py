@@ -339,7 +339,7 @@ def test_modules_have_models_or_slices_of_their_own(multimodals, tmp_path):
     halves = [{"sources": [source(paths["a"], 0, 2)]}, {"sources": [source(paths["b"], 1, 4)]}]
     modules = {
         "text_decoder": {"slices": halves},
-        "vision_tower": {"models": [{"model": paths["c"]}]},
+        "vision_tower": {"models": [paths["c"]]},
     }
     recipe = {"merge_method": "passthrough", "base_model": paths["a"], "modules": modules}
     got, config = merged(MergeConfig.from_dict(recipe), tmp_path / "out")
