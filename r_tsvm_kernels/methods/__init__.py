@@ -3,6 +3,7 @@
 from . import (  # noqa: F401  # registration
     arcee_fusion,
     breadcrumbs,
+    consensus_ta,
     core_space,
     dare,
     della,
@@ -16,6 +17,7 @@ from . import (  # noqa: F401  # registration
     nearswap,
     nuslerp,
     passthrough,
+    pcb,
     ram,
     rtsvm,
     sce,

@@ -16,7 +16,7 @@ ALL = pytest.mark.parametrize("method", sorted(METHODS))
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SCALED = sorted(name for name, method in METHODS.items() if "alpha" in method.parameters.model_fields)
 UNWEIGHTED = {name for name, method in METHODS.items() if issubclass(method.parameters, Unweighted)}
-ABSOLUTE = {"nearswap", "ram", "ramplus_tl", "arcee_fusion"}  # other values at another scale
+ABSOLUTE = {"nearswap", "ram", "ramplus_tl", "arcee_fusion", "pcb"}  # other values at another scale
 WIDE = {torch.float64: torch.float64}  # the dtype that a merge computes in; float32 for all others
 
 
