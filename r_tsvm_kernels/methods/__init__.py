@@ -23,6 +23,7 @@ from . import (  # noqa: F401  # registration
     sce,
     slerp,
     star,
+    subspace_boosting,
     task_arithmetic,
     ties,
     tsvm,

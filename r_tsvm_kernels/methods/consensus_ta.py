@@ -8,8 +8,8 @@
        W = W_0 + alpha * [sum_t(m_t) >= k] tau
 
 Source: Wang et al., "Localizing Task Information for Improved Model Merging and Compression", ICML 2024, sections 3.2
-and 4.2. The authors choose each lambda_t among 0.2, 0.3 .. 0.6 by validation data; the default is the middle. Their code
-has > in place of >=.
+and 4.2. The authors choose each lambda_t among 0.2, 0.3 .. 0.6 by validation data; the default is the middle. Their
+code has > in place of >=.
 """
 
 from __future__ import annotations

@@ -351,6 +351,7 @@ def judge_joint(problem: Problem, mode: str) -> Verdict:
 METHODS: dict[str, dict[str, object]] = {
     "tsvm": {}, "iso_c": {}, "iso_cts": {"common_space_fraction": 0.8}, "star": {"eta": 40.0},
     "knots": {"inner_method": "task_arithmetic"}, "core_space": {"inner_method": "tsvm"},
+    "subspace_boosting": {"boost_beta": 0.3},
 }  # fmt: skip
 
 
@@ -371,6 +372,8 @@ def judge_method(problem: Problem, mode: str, name: str) -> Verdict:
             return truth.iso_cts(tasks, weights, 0.8, svd)
         if name == "star":
             return truth.star(tasks, weights, 40.0, kind, svd)
+        if name == "subspace_boosting":
+            return truth.subspace_boosting(tasks, weights, 0.3, svd)
         if name == "knots":
             return sum(weight * D for weight, D in zip(weights, tasks, strict=True))
         if name == "core_space":

@@ -109,6 +109,16 @@ def star(deltas: Sequence[np.ndarray], weights: Sequence[float], eta: float, sin
     return total / len(deltas)
 
 
+def subspace_boosting(deltas: Sequence[np.ndarray], weights: Sequence[float], beta: float, svd: Svd) -> np.ndarray:
+    """Skorobogat et al.: the first value that reaches the share of the sum is the least."""
+    U, S, Vh = svd(sum(weight * delta for weight, delta in zip(weights, deltas, strict=True)))
+    if not S.any():
+        return np.zeros_like(deltas[0])
+    index = min(int((np.cumsum(S) < beta * S.sum()).sum()), len(S) - 1)
+    k = int((S > 1e-6 * S[0]).sum())
+    return (U[:, :k] * np.maximum(S, S[index])[:k]) @ Vh[:k]
+
+
 def core_space(deltas: Sequence[np.ndarray], weights: Sequence[float], single: bool, svd: Svd) -> np.ndarray:
     """Panariello et al., section 3, with TSV-Merge of the cores: that of the task matrices at the rank of the cores."""
     touched = np.any([delta != 0 for delta in deltas], axis=0)
