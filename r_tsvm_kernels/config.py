@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import torch
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -20,29 +19,11 @@ from .fused import require_splits
 from .methods import METHODS, Method, MethodParameters, Strict, did_you_mean, get_method, nearest
 from .ops._checks import plain_values
 from .parameters import evaluate, filter_list, leaves
+from .recipe_fields import DTYPES as DTYPES
+from .recipe_fields import Calibration, ConvChoice, DTypeName, Missing, RouterChoice, Sizes, vocabulary_choice
+from .recipe_fields import as_dtype as as_dtype
 from .recipe_forms import from_mergekit, has_names
 from .steps import arranged, read_documents
-from .text import dtype_name, shortened
-
-
-def _plain_dtype(value: object) -> object:
-    """Turn ``torch.bfloat16``, as a dtype or as text, into ``bfloat16``."""
-    return dtype_name(value) if isinstance(value, str | torch.dtype) else value
-
-
-def _vocabulary(value: str) -> str:
-    if value not in ("base", "union") and not (value.startswith("model:") and value != "model:"):
-        raise ValueError(f"expected 'base', 'union' or 'model:PATH', got {shortened(value)}")
-    return value
-
-
-_Name = Literal["float64", "float32", "float16", "bfloat16"]
-DTypeName = Annotated[_Name, BeforeValidator(_plain_dtype)]
-DTYPES = get_args(_Name)
-Missing = Literal["error", "base", "mean_of_present"]
-RouterChoice = Literal["merge", "base", "mean"]
-ConvChoice = Literal["mean", "flatten"]
-Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
 
 
 class MergeConfig(Strict):
@@ -77,6 +58,9 @@ class MergeConfig(Strict):
             models that have the tensor.
         conv: what spectral methods do with the weight of a convolution, (out, in, k, ...): ``mean`` (of the task
             vectors) or ``flatten`` (merge the matrix (out, in * k * ...)).
+        calibrate: ``svc`` calibrates the singular values of the merged change of each matrix, whatever the method: see
+            docs/methods.md. None calibrates nothing.
+        calibrate_floor: least response of a task that the calibration counts.
         split: sizes of the matrices in fused tensors, by patterns of names, as ``{"*qkv_proj*": [4096, 1024, 1024]}``,
             each merged as a tensor of its own; or ``auto``, for those of known models: see `known_splits`.
         requantise: write the weights that the base has in FP8 in its layout, with new scales, instead of bfloat16.
@@ -115,6 +99,8 @@ class MergeConfig(Strict):
     router: RouterChoice = "merge"
     missing: Missing = "error"
     conv: ConvChoice = "mean"
+    calibrate: Calibration | None = None
+    calibrate_floor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     split: Literal["auto"] | dict[str, Sizes] = Field(default={})
     requantise: bool = False
     slices: tuple[Slice, ...] = ()
@@ -125,7 +111,7 @@ class MergeConfig(Strict):
     places: dict[str, str] = Field(default={})
     parts: PathText | None = None
     parts_rank: Annotated[int, Field(ge=1)] | None = None
-    vocabulary: Annotated[str, AfterValidator(_vocabulary)] | None = None
+    vocabulary: Annotated[str, AfterValidator(vocabulary_choice)] | None = None
 
     def __init__(self, merge_method: str | None = None, /, **data: Any) -> None:
         if merge_method is not None:
@@ -221,6 +207,11 @@ class MergeConfig(Strict):
         return get_method(self.merge_method)
 
     @property
+    def row_wise(self) -> bool:
+        """Whether rows may be merged separately: see `Method`. A calibration needs whole matrices."""
+        return self.method.row_wise and self.calibrate is None
+
+    @property
     def base_joins(self) -> bool:
         """Whether the base is merged as one more model although `models` does not list it.
 
@@ -298,7 +289,7 @@ class MergeConfig(Strict):
         self, name: str, shape: Shape, shape_of: Callable[[str], Shape | None], splits: Mapping[str, Shape]
     ) -> Blocks:
         """Return how the method divides a tensor: see `blocks_of`."""
-        if self.method.row_wise:
+        if self.row_wise:
             return WHOLE
         flatten = self.conv == "flatten" and self.method.matrices_only
         return blocks_of(name, shape, shape_of, split=splits, flatten=flatten)
@@ -353,6 +344,14 @@ class MergeConfig(Strict):
     def _check_parameters(self) -> MergeConfig:
         if self.parts_rank is not None and self.parts is None:
             raise ConfigError("parts_rank: there are no parts; set `parts` (--parts) to the folder that has them")
+        if self.calibrate is not None and (not self.method.needs_base or self.parts is not None):
+            instead = {"linear": "; task_arithmetic with normalize: true is the same average", "karcher": "; use multislerp"}
+            raise ConfigError(
+                "calibrate: the models are read to calibrate, and there are parts; merge without them"
+                if self.parts is not None
+                else f"calibrate: {self.merge_method} has no change of a base to calibrate"
+                + instead.get(self.method.name, "; leave it out")
+            )
         given = [name for name in ("models", "slices", "modules") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)}: a recipe has one of them")
@@ -391,18 +390,6 @@ def as_config(config: MergeConfig | str, keywords: Mapping[str, Any]) -> MergeCo
             f"{', '.join(keywords)}: expected no parameters beside a MergeConfig; set them in the MergeConfig"
         )
     return config
-
-
-def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a dtype that weights can be stored in, given as such or by name.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not isinstance(dtype, torch.dtype | str) or dtype_name(dtype) not in DTYPES:
-        raise ConfigError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
-    found: torch.dtype = getattr(torch, dtype_name(dtype))
-    return found
 
 
 def _sorted_keywords(data: dict[str, Any]) -> dict[str, Any]:

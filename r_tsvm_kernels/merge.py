@@ -26,6 +26,7 @@ from .methods import (
     Summands,
     TensorJob,
     TensorReport,
+    calibrate_update,
     get_method,
     mean_task_vector,
     task_matrices,
@@ -153,7 +154,7 @@ def _merged(
     seed = name if seeded_by is None else seeded_by
     one = _Merge(base, tuned, config, name, name or "tensor", position, seed, out_dtype, measure_norms)
     decided = treatment(config, one.options, name, shape, base.dtype, len(tuned), blocks)
-    if decided.kind != "merge" or not blocks.divide or config.method.row_wise:
+    if decided.kind != "merge" or not blocks.divide or config.row_wise:
         return one.run(decided)
     check_group(base, [base if isinstance(model, Factored) else model for model in tuned], op=one.label)
     for model in tuned:
@@ -357,6 +358,10 @@ class _Merge:
     def finished(self, result: MergeResult, decided: Treatment) -> MergeResult:
         """Store the result in its dtype, and complete its report."""
         base, config, label = self.base, self.config, self.label
+        if config.calibrate is not None and decided.kind == "merge" and base.ndim == 2:
+            with _named(label), timed(result.report.stages, "calibrate"):
+                result.weight = calibrate_update(base, self.tuned, result.weight, config.calibrate_floor)
+            result.report.certificate = None  # that of the merge does not hold for it
         if base.is_floating_point():
             wide = result.weight
             result.weight = stored(wide, self.out_dtype or stored_dtype(config, base.dtype), label)

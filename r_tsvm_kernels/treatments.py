@@ -10,7 +10,7 @@ import torch
 
 from .blocks import WHOLE, Blocks
 from .config import MergeConfig
-from .errors import CheckpointError, DTypeError
+from .errors import CheckpointError, ConfigError, DTypeError
 from .experts import is_router, layout_of_experts
 from .methods import MethodParameters
 from .ops._checks import FLOAT_DTYPES
@@ -82,7 +82,13 @@ def treatment(
 
     Raises:
         DTypeError: the tensor is of a floating-point format that cannot be merged (float8, complex).
+        ConfigError: a calibration of a method whose updates have no singular directions.
     """
+    if config.calibrate is not None and config.method.isotropic(options):
+        raise ConfigError(
+            f"calibrate: {config.method.name} makes singular values equal, so that rounding alone would choose the "
+            "directions that are calibrated; leave it out, or choose another method"
+        )
     if _matches(name, config.exclude):
         return Treatment("base", "excluded by pattern", excluded=True)
     if config.include and not _matches(name, config.include):

@@ -20,7 +20,7 @@ LAYERS = [
     {"linalg", "checkpoint"},
     {"parts_folder"},
     {"methods", "lora"},
-    {"entries"},
+    {"entries", "recipe_fields"},
     {"recipe_forms"},
     {"steps"},
     {"config", "tied"},

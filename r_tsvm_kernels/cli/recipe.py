@@ -66,6 +66,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--conv", choices=("mean", "flatten"), help="convolutions under spectral methods: the mean, or as matrices"
     )
     group.add_argument(
+        "--calibrate", choices=("svc",), help="calibrate the singular values of the merged update of each matrix"
+    )
+    group.add_argument(
+        "--calibrate-floor", type=float, metavar="F", help="least response of a task that counts (default 0.1)"
+    )
+    group.add_argument(
         "--split",
         metavar="PATTERN=SIZES",
         action="append",
@@ -158,7 +164,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         config = from_parts(config, arguments.parts)
     changes: dict[str, Any] = {
         key: getattr(arguments, key)
-        for key in ("dtype", "out_dtype", "missing", "router", "vocabulary", "conv", "parts_rank")
+        for key in ("dtype", "out_dtype", "missing", "router", "vocabulary", "conv", "parts_rank", "calibrate", "calibrate_floor")
         if getattr(arguments, key) is not None
     }
     changes |= {

@@ -45,6 +45,7 @@ from .base import (
     task_matrices,
 )
 from .reports import MergeResult, Summands, TensorReport, timed
+from .svc import calibrate_update, svc_cost
 from .task_arithmetic import mean_task_vector
 
 __all__ = [
@@ -59,12 +60,14 @@ __all__ = [
     "TensorJob",
     "TensorReport",
     "Unweighted",
+    "calibrate_update",
     "did_you_mean",
     "elementwise_cost",
     "factored_cost",
     "get_method",
     "mean_task_vector",
     "nearest",
+    "svc_cost",
     "task_matrices",
     "timed",
 ]

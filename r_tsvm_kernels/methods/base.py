@@ -235,6 +235,8 @@ class Method:
             None if it never is.
         ops: the ops that `run`, `cost` and the mean of other tensors may call; None: any.
         factored: whether, with these options, `run` also takes all task matrices as `Factored` instead of the models.
+        isotropic: whether, with these options, singular values of the update are equal by construction: they have no
+            directions that a calibration could scale.
         aliases: its other names, in papers and in other tools.
         cost: memory and operations of a job with its options.
         batch: number of matrices such as this that are merged at a time, if a tensor has several. It depends on the
@@ -258,6 +260,7 @@ class Method:
     copies: Callable[[Any], bool] | None = None
     ops: tuple[str, ...] | None = None
     factored: Callable[[Any], bool] = lambda options: False
+    isotropic: Callable[[Any], bool] = lambda options: False
     aliases: tuple[str, ...] = ()
     cost: Callable[[TensorJob, Any], Cost] = elementwise_cost
     batch: Callable[[TensorJob, Any], int] = lambda job, options: 1

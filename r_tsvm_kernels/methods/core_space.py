@@ -86,6 +86,7 @@ def core_space_ranks(job: TensorJob, options: CoreSpaceParameters, factored: Seq
     parameters=CoreSpaceParameters,
     ops=SPECTRAL_OPS,
     matrices_only=True,
+    isotropic=lambda options: bool(options.isotropize),
     factored=always,
     cost=core_space_cost,
     linear=Linear(core_space_summands, core_space_refusal, core_space_ranks),

@@ -55,6 +55,7 @@ def iso_c_cost(job: TensorJob, options: IsoCParameters) -> Cost:
     parameters=IsoCParameters,
     ops=SPECTRAL_OPS,
     matrices_only=True,
+    isotropic=always,
     factored=always,
     cost=iso_c_cost,
 )

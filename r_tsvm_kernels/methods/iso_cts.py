@@ -27,7 +27,7 @@ from ..linalg.leading_right_vectors import ROUTES
 from ..linalg.merge_accuracy import PolarPair, WeightedCores, polar_pair
 from ..ops import add_update
 from ..ops._checks import accumulation_dtype
-from .base import SPECTRAL_OPS, Cost, TensorJob, register
+from .base import SPECTRAL_OPS, Cost, TensorJob, always, register
 from .iso_c import IsoCParameters, sum_of_tasks
 from .reports import MergeResult, TensorReport, timed
 
@@ -59,6 +59,7 @@ def common_and_own_ranks(short: int, tasks: int, fraction: float) -> tuple[int, 
     parameters=IsoCtsParameters,
     ops=SPECTRAL_OPS,
     matrices_only=True,
+    isotropic=always,
     cost=iso_cts_cost,
 )
 def iso_cts(base: Tensor, tuned: Sequence[Tensor], options: IsoCtsParameters) -> MergeResult:

@@ -28,7 +28,7 @@ from ..linalg.inverse_root import RANK_TOLERANCE
 from ..linalg.leading_right_vectors import EXACT
 from ..ops import add_update
 from ..ops._checks import accumulation_dtype
-from .base import SPECTRAL_OPS, Cost, FiniteFloat, MethodParameters, TensorJob, register
+from .base import SPECTRAL_OPS, Cost, FiniteFloat, MethodParameters, TensorJob, always, register
 from .iso_c import sum_of_tasks
 from .reports import MergeResult, TensorReport, timed
 
@@ -60,6 +60,7 @@ def subspace_boosting_cost(job: TensorJob, options: SubspaceBoostingParameters) 
     parameters=SubspaceBoostingParameters,
     ops=SPECTRAL_OPS,
     matrices_only=True,
+    isotropic=always,
     cost=subspace_boosting_cost,
 )
 def subspace_boosting(base: Tensor, tuned: Sequence[Tensor], options: SubspaceBoostingParameters) -> MergeResult:

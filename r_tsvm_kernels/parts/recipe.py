@@ -25,6 +25,8 @@ def require_linear(config: MergeConfig) -> None:
         )
     if (refusal := linear.refusal(config.options(max(1, len(config.models))))) is not None:
         raise ConfigError(f"{config.merge_method} cannot be decomposed with these parameters: {refusal}")
+    if config.calibrate is not None:
+        raise ConfigError("calibrate: a calibrated merge is not linear in the weights, and cannot be decomposed")
     if config.requantise:
         raise ConfigError("requantise: set it when merging from the parts, not for the decomposition")
 
@@ -80,7 +82,7 @@ def _without_weights(config: MergeConfig) -> dict[str, object]:
     models = [entry for entry in config.models if entry.model != config.base_model]
     parameters = {key: value for key, value in config.parameters.items() if schema[key] not in free}
     own = [{key: value for key, value in entry.parameters.items() if schema[key] not in free} for entry in models]
-    kept = ("dtype", "include", "exclude", "router", "missing", "conv", "split", "vocabulary")
+    kept = ("dtype", "include", "exclude", "router", "missing", "conv", "split", "vocabulary", "calibrate")
     return {
         "merge_method": config.method.name,
         "models": [entry.model for entry in models],

@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint import rows_of_scale
 from ..lora.adapted_model import AdaptedModel
-from ..methods import Cost, TensorJob, elementwise_cost, factored_cost
+from ..methods import Cost, TensorJob, elementwise_cost, factored_cost, svc_cost
 from .merge_plan import MergePlan, TensorPlan
 
 # Scalars, masks of a row, whole pages.
@@ -87,15 +87,28 @@ def matrix_cost(plan: MergePlan, name: str, shape: tuple[int, ...], device_type:
     ranks = plan.update_ranks(name)
     if plan.parts is not None:
         return _cost_of_parts(job, ranks)
+    if plan.config.calibrate is not None and tensor.treatment.kind == "merge" and len(shape) == 2:
+        merging, own = _merging_cost(plan, name, job, ranks), svc_cost(job)
+        return Cost(max(merging.bytes, _formed(plan, tensor, job) + own.bytes), merging.flops + own.flops)
+    return _merging_cost(plan, name, job, ranks)
+
+
+def _merging_cost(plan: MergePlan, name: str, job: TensorJob, ranks: Sequence[int]) -> Cost:
+    tensor = plan.tensors[name]
     if plan.keeps_factors(name):
         return factored_cost(job, ranks)
     cost_of = elementwise_cost if tensor.treatment.kind == "mean" else plan.config.method.cost
     cost = cost_of(job, tensor.options)
+    flops = 2.0 * job.elements * sum(ranks)
+    return Cost(cost.bytes + _formed(plan, tensor, job), cost.flops + flops)
+
+
+def _formed(plan: MergePlan, tensor: TensorPlan, job: TensorJob) -> int:
+    """Return the bytes of tuned tensors that are formed from updates."""
     # The tuned tensors, formed in sequence, and a float32 or float64 copy of the tensor that the update is added to.
     formed = sum(isinstance(model, AdaptedModel) for model in plan.tuned) + 1 if tensor.factor_ranks else 0
     formed += 2 * any(part.whole for part in tensor.parts)
-    flops = 2.0 * job.elements * sum(ranks)
-    return Cost(cost.bytes + formed * job.itemsize * job.elements, cost.flops + flops)
+    return formed * job.itemsize * job.elements
 
 
 def _cost_of_parts(job: TensorJob, ranks: Sequence[int]) -> Cost:

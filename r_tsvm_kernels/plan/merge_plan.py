@@ -215,8 +215,8 @@ class MergePlan:
 
         Rows of a product of factors cannot: matrix libraries may round them differently.
         """
-        tensor, method = self.tensors[name], self.section(name).config.method
-        apart = method.row_wise or tensor.treatment.kind != "merge" or tensor.merged_apart.packed
+        tensor, config = self.tensors[name], self.section(name).config
+        apart = config.row_wise or tensor.treatment.kind != "merge" or tensor.merged_apart.packed
         apart = apart or self.parts is not None
         return not tensor.factor_ranks and apart
 

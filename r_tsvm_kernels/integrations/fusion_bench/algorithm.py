@@ -14,12 +14,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ...blocks import Shape
-from ...config import ConvChoice, MergeConfig, ModelEntry, RouterChoice
+from ...config import MergeConfig, ModelEntry
 from ...errors import CheckpointError, ConfigError
 from ...merge import merge_tensors
 from ...methods import TensorReport, nearest
 from ...parameters import layer_positions
 from ...quantised import refuse_quantised
+from ...recipe_fields import Calibration, ConvChoice, RouterChoice
 from ...tied import is_copy
 from ...treatments import check_same_names, is_excluded
 from . import INSTALLATION
@@ -40,6 +41,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         router: what happens to the routers of mixtures of experts: ``merge``, ``base`` or ``mean``.
         conv: what spectral methods do with convolutions: ``mean`` or ``flatten``.
         split: sizes of the matrices in fused tensors, by patterns of names; or ``auto``.
+        calibrate: ``svc`` calibrates the singular values of the merged change of each matrix; None does not.
+        calibrate_floor: least response of a task that the calibration counts.
 
     Attributes:
         reports: reports of the last run, one per tensor.
@@ -58,6 +61,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         router: RouterChoice = "merge",
         conv: ConvChoice = "mean",
         split: Mapping[str, Sequence[int]] | str | None = None,
+        calibrate: Calibration | None = None,
+        calibrate_floor: float = 0.1,
         **metadata: Any,
     ) -> None:
         if unknown := sorted(metadata.keys() - METADATA):
@@ -85,6 +90,8 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
             router=self.router,
             conv=self.conv,
             split=plain(self.split) or {},
+            calibrate=self.calibrate,
+            calibrate_floor=self.calibrate_floor,
         )
 
     @torch.no_grad()
