@@ -344,13 +344,12 @@ class MergeConfig(Strict):
     def _check_parameters(self) -> MergeConfig:
         if self.parts_rank is not None and self.parts is None:
             raise ConfigError("parts_rank: there are no parts; set `parts` (--parts) to the folder that has them")
-        if self.calibrate is not None and (not self.method.needs_base or self.parts is not None):
-            instead = {"linear": "; task_arithmetic with normalize: true is the same average", "karcher": "; use multislerp"}
+        if self.calibrate is not None and self.parts is not None:
+            raise ConfigError("calibrate: a calibration reads the models, not their parts; merge without parts")
+        if self.calibrate is not None and not self.method.needs_base:
             raise ConfigError(
-                "calibrate: the models are read to calibrate, and there are parts; merge without them"
-                if self.parts is not None
-                else f"calibrate: {self.merge_method} has no change of a base to calibrate"
-                + instead.get(self.method.name, "; leave it out")
+                f"calibrate: {self.merge_method} changes no base; leave it out, or choose another method: task_arithmetic "
+                "with normalize: true is the average of linear, multislerp is like karcher"
             )
         given = [name for name in ("models", "slices", "modules") if getattr(self, name)]
         if len(given) > 1:

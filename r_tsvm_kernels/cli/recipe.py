@@ -11,6 +11,7 @@ from .resources import size
 if TYPE_CHECKING:
     from ..config import MergeConfig
 
+CALIBRATION = ("calibrate", "calibrate_floor")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -164,7 +165,7 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
         config = from_parts(config, arguments.parts)
     changes: dict[str, Any] = {
         key: getattr(arguments, key)
-        for key in ("dtype", "out_dtype", "missing", "router", "vocabulary", "conv", "parts_rank", "calibrate", "calibrate_floor")
+        for key in ("dtype", "out_dtype", "missing", "router", "vocabulary", "conv", "parts_rank", *CALIBRATION)
         if getattr(arguments, key) is not None
     }
     changes |= {

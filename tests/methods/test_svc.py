@@ -174,7 +174,7 @@ def test_recipes_and_refusals(tmp_path):
             MergeConfig("ties", **given)
     with pytest.raises(ConfigError, match="task_arithmetic with normalize: true"):
         MergeConfig("linear", calibrate="svc")
-    with pytest.raises(ConfigError, match="merge without them"):
+    with pytest.raises(ConfigError, match="merge without parts"):
         MergeConfig("tsvm", calibrate="svc", parts="parts")
     assert linear_parameters(MergeConfig("tsvm", calibrate="svc")) == frozenset()
     paths = _checkpoints(tmp_path)
