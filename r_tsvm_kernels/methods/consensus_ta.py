@@ -9,7 +9,7 @@
 
 Source: Wang et al., "Localizing Task Information for Improved Model Merging and Compression", ICML 2024, sections 3.2
 and 4.2. The authors choose each lambda_t among 0.2, 0.3 .. 0.6 by validation data; the default is the middle. Their
-code has > in place of >=.
+code has > in place of >=, and keeps nothing where k is above the number of tasks; here k is at most that number.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class ConsensusParameters(MethodParameters):
     tall_lambda: PerModel[NotNegative] = Field(
         default=(0.4,), description="threshold of each model's mask; a larger one keeps fewer elements"
     )
-    consensus_threshold: int = Field(default=2, ge=0, description="number of models that must need an element")
+    consensus_threshold: int = Field(
+        default=2, ge=0, description="number of models that must need an element; at most all"
+    )
     alpha: FiniteFloat = Field(default=1.0, alias="lambda", description="scale of the merged task vector")
 
 
@@ -68,7 +70,7 @@ def consensus_ta(base: Tensor, tuned: Sequence[Tensor], options: ConsensusParame
     """
     kept = torch.zeros(base.shape, dtype=accumulation_dtype(base, *tuned), device=base.device)
     out, origin, *models = (tensor.reshape(-1) for tensor in (kept, base, *tuned))
-    size = tile_elements(base.device.type)
+    size, least = tile_elements(base.device.type), min(options.consensus_threshold, len(tuned))
     for first in range(0, len(origin), size):  # piece by piece, so that no task vector is stored whole
         part = slice(first, first + size)
         start = origin[part].double()
@@ -77,5 +79,5 @@ def consensus_ta(base: Tensor, tuned: Sequence[Tensor], options: ConsensusParame
         needing = torch.zeros_like(total, dtype=torch.int32)
         for delta, threshold in zip(deltas, options.tall_lambda, strict=True):
             needing += delta.abs() >= threshold * (total - delta).abs()
-        out[part] = total.masked_fill_(needing < options.consensus_threshold, 0)
+        out[part] = total.masked_fill_(needing < least, 0)
     return MergeResult(add_update(base, kept, options.alpha), TensorReport(weights=list(options.weight)))

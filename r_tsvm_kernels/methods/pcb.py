@@ -9,10 +9,10 @@ With the task vectors ``D_t = W_t - W_0`` of one tensor, T of them, and ``norm(x
 
        W = W_0 + alpha * sum_t(w_t s_t C_t) / sum_t(s_t)
 
-Source: Du et al., "Parameter Competition Balancing for Model Merging", NeurIPS 2024, as the authors' code computes it. The
-paper has a softmax in place of exp in step 2 and of tanh in step 3, sums the softmaxes of the products with the single
-tasks, does not clip, and divides by sums of what is kept, not of its norm. Their code does this for all tensors of a
-model as one vector; here each tensor is one.
+Source: Du et al., "Parameter Competition Balancing for Model Merging", NeurIPS 2024, as the authors' code computes it.
+The paper has a softmax in place of exp in step 2 and of tanh in step 3, sums the softmaxes of the products with the
+single tasks, does not clip, and divides by sums of what is kept, not of its norm. Their code does this for all tensors
+of a model as one vector; here each tensor is one.
 """
 
 from __future__ import annotations

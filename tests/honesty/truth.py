@@ -115,7 +115,7 @@ def subspace_boosting(deltas: Sequence[np.ndarray], weights: Sequence[float], be
     if not S.any():
         return np.zeros_like(deltas[0])
     index = min(int((np.cumsum(S) < beta * S.sum()).sum()), len(S) - 1)
-    k = int((S > 1e-6 * S[0]).sum())
+    k = int((1e-6 * S[0] < S).sum())
     return (U[:, :k] * np.maximum(S, S[index])[:k]) @ Vh[:k]
 
 
