@@ -348,8 +348,8 @@ class MergeConfig(Strict):
             raise ConfigError("calibrate: a calibration reads the models, not their parts; merge without parts")
         if self.calibrate is not None and not self.method.needs_base:
             raise ConfigError(
-                f"calibrate: {self.merge_method} changes no base; leave it out, or choose another method: task_arithmetic "
-                "with normalize: true is the average of linear, multislerp is like karcher"
+                f"calibrate: {self.merge_method} changes no base; leave it out, or choose another method: "
+                "task_arithmetic with normalize: true is the average of linear, multislerp is like karcher"
             )
         given = [name for name in ("models", "slices", "modules") if getattr(self, name)]
         if len(given) > 1:

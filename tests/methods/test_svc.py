@@ -123,8 +123,8 @@ def test_only_matrices_are_calibrated(shape):
 
 def test_excluded_matrices_are_not_calibrated():
     base, tuned = group()
-    for given in ({"exclude": ["w"]}, {"exclude_keys": ["w"]}):
-        plain, got = (merge_tensors(base, tuned, "tsvm", name="w", calibrate=own, **given) for own in (None, "svc"))
+    for own in ({"exclude": ["w"]}, {"exclude_keys": ["w"]}):
+        plain, got = (merge_tensors(base, tuned, "tsvm", name="w", calibrate=kind, **own) for kind in (None, "svc"))
         assert same_bits(got.weight, plain.weight)
 
 
@@ -166,12 +166,12 @@ def test_recipes_and_refusals(tmp_path):
     config = MergeConfig("ties", calibrate="svc", calibrate_floor=0.5)
     assert MergeConfig.from_dict({"merge_method": "ties", "calibrate": "svc", "calibrate_floor": 0.5}) == config
     assert eval(repr(config)) == config and not config.row_wise
-    for given, message in (
+    for values, message in (
         ({"calibrate": "svd"}, "calibrate"), ({"calibrate_floor": 0.0}, "calibrate_floor"),
         ({"calibrate_floor": float("nan")}, "calibrate_floor"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
-            MergeConfig("ties", **given)
+            MergeConfig("ties", **values)
     with pytest.raises(ConfigError, match="task_arithmetic with normalize: true"):
         MergeConfig("linear", calibrate="svc")
     with pytest.raises(ConfigError, match="merge without parts"):
@@ -179,7 +179,7 @@ def test_recipes_and_refusals(tmp_path):
     assert linear_parameters(MergeConfig("tsvm", calibrate="svc")) == frozenset()
     paths = _checkpoints(tmp_path)
     recipe = MergeConfig("tsvm", base_model=paths[0], models=paths[1:], calibrate="svc")
-    with pytest.raises(ConfigError, match="calibrate: .* cannot be decomposed"):
+    with pytest.raises(ConfigError, match=r"calibrate: .* cannot be decomposed"):
         decompose_checkpoints(recipe, tmp_path / "parts")
 
 
