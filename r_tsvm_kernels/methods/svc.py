@@ -7,8 +7,8 @@ responses ``a_r = u_r^T Delta`` and ``a_r^t = u_r^T D_t`` in direction r::
     W = W_0 + U diag(gamma) U^T Delta,   gamma_r = T / sum_t(max(floor, s_r^t))
 
 Source: Li et al., "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", arXiv 2602.05536,
-algorithm 1. Where ``norm(a_r^t)`` is at most 1e-6 of the norm of D_t, the task has no response, and ``s_r^t`` counts as 0.
-A task whose D_t is zero is not counted in T. Directions below the rounding of Delta keep their value.
+algorithm 1. Where ``norm(a_r^t)`` is at most 1e-6 of the norm of D_t, the task has no response, and ``s_r^t`` counts as
+0. A task whose D_t is zero is not counted in T. Directions below the rounding of Delta keep their value.
 """
 
 from __future__ import annotations
