@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from .blocks import WHOLE, Blocks, Shape, blocks_of
 from .entries import ModelEntries, ModuleEntry, PathText, Slice, as_entries, check_filters, every_entry

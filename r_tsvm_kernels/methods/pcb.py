@@ -58,9 +58,9 @@ def pcb(base: Tensor, tuned: Sequence[Tensor], options: PcbParameters) -> MergeR
     """Merge by PCB-Merging: the steps at the top of this module.
 
     Examples:
-        >>> tuned = [torch.tensor([4.0, 1.0, 0.5, 0.0]), torch.tensor([2.0, -1.0, 0.0, 0.5])]
+        >>> tuned = [torch.tensor([4.0, 3.0, 1.0, 0.0]), torch.tensor([2.0, 2.0, -0.5, 0.0])]
         >>> pcb(torch.zeros(4), tuned, PcbParameters(weight=[1.0] * 2, density=[0.5] * 2)).weight
-        tensor([3., 0., 0., 0.])
+        tensor([2.5000, 0.0000, 0.0000, 0.0000])
     """
     start = base.double()
     total = torch.zeros_like(start)
