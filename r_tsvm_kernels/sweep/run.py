@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ from typing import Any
 from ..config import MergeConfig
 from ..engine import Progress, choose_device
 from ..engine.fingerprint import fingerprint
-from ..engine.output import writing
-from ..errors import ConfigError, ConvergenceError, NonFiniteError, OutputBusyError, OutputExistsError, RtsvmError
+from ..errors import ConfigError, ConvergenceError, NonFiniteError, RtsvmError
 from ..ops._checks import whole
-from ..system import HAS_PROCESS_GROUPS, lock_descriptor, open_descriptor
 from .candidates import Candidate
-from .commands import end_orphan
 from .durations import parse_duration
 from .evaluation import Evaluate, Evaluation, Outcome, make_evaluation
+from .folder import JOURNAL, opened_folder
 from .journal import SweepJournal
 from .merger import Merger, Resources, notes_once
 from .plan import Grids, Ranges, SweepPlan, plan_sweep
@@ -31,10 +28,6 @@ from .scores import Objective
 from .search import Study, versions
 from .sources import GridSource, SearchSource, Source
 from .trial import Trial
-
-JOURNAL = "sweep_journal.jsonl"
-_LOCK = ".sweep.lock"
-_WORK = "work"
 
 
 @dataclass(frozen=True)
@@ -158,7 +151,7 @@ def sweep_checkpoints(
         # A grid can be judged again by another score; a search has followed the one that it was given.
         aim = {"score": next(iter(objective.names), ""), "minimize": objective.direction(*objective.names[:1] or [""])}
         settings["search"] = {"name": search, "seed": seed, "jobs": jobs, **versions(search), **aim}
-    with notes_once(), _opened(out, restart) as work:
+    with notes_once(), opened_folder(out, restart) as work:
         journal = SweepJournal(out / JOURNAL, settings, restart=restart, retry=retry)
         with closing(journal):
             for trial in journal.trials.values():
@@ -302,39 +295,3 @@ def _settings(plan: SweepPlan, evaluation: Evaluation, device: Any) -> dict[str,
     found["evaluation"] = evaluation.name
     found["varied"] = {axis.label: list(axis.values) if axis.range is None else repr(axis.range) for axis in plan.axes}
     return found
-
-
-@contextmanager
-def _opened(out: Path, restart: bool) -> Iterator[Path]:
-    """Lock the folder of a sweep, end what a killed sweep has left running, and yield the folder for its work.
-
-    Raises:
-        ConfigError: the system cannot stop evaluations.
-        OutputExistsError: the folder holds something else.
-        OutputBusyError: another sweep has locked it.
-    """
-    if not HAS_PROCESS_GROUPS:
-        raise ConfigError(
-            "a sweep stops evaluations with all processes that they started, which Windows cannot do; run it on Linux, "
-            "on macOS or in WSL"
-        )
-    ours = {JOURNAL, _LOCK}
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputExistsError(f"{out}: exists and is not a folder; choose another output")
-    if out.is_dir() and not (out / JOURNAL).exists() and {path.name for path in out.iterdir()} - ours:
-        raise OutputExistsError(f"{out}: exists and holds no sweep; choose another output")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open_descriptor(out / _LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        if not lock_descriptor(lock):
-            raise OutputBusyError(f"{out}: another sweep into this folder is running; wait for it or stop it")
-        work = out.absolute() / _WORK  # a command may change its folder
-        for slot in sorted(work.glob("job-*")):
-            end_orphan(slot)
-            shutil.rmtree(slot)
-        if restart:
-            shutil.rmtree(work, ignore_errors=True)
-        yield work
-    finally:
-        os.close(lock)

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ def sweep(out, stop_after=None):
             grids = {"alpha": "0.2:0.8:0.2", "mode": "exact,fast"}
             result = sweep_checkpoints(config, out, evaluate=evaluate, grids=grids, jobs=jobs)
             os._exit(0 if result.complete and result.total == 8 else 3)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(4)
     if stop_after is not None:
