@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..engine.output import writing
@@ -16,6 +16,15 @@ from .commands import end_orphan
 JOURNAL = "sweep_journal.jsonl"
 _LOCK = ".sweep.lock"
 _WORK = "work"
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if it is there, such that a kill at any moment leaves all of it or nothing under its name."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager
@@ -44,6 +53,8 @@ def opened_folder(out: Path, restart: bool) -> Iterator[Path]:
         if not lock_descriptor(lock):
             raise OutputBusyError(f"{out}: another sweep into this folder is running; wait for it or stop it")
         work = out.absolute() / _WORK  # a command may change its folder
+        for gone in out.glob(".*.gone"):
+            shutil.rmtree(gone)
         for slot in sorted(work.glob("job-*")):
             end_orphan(slot)
             shutil.rmtree(slot)

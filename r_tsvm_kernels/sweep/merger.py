@@ -16,6 +16,7 @@ from ..engine import Progress, decompose_checkpoints, merge_checkpoints
 from ..errors import ConvergenceError
 from ..parts import from_parts
 from .candidates import Candidate
+from .folder import discard
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Merger:
 
     def forget(self, group: str) -> None:
         """Delete the parts of a group, if there are any."""
-        shutil.rmtree(self._parts(group), ignore_errors=True)
+        discard(self._parts(group))
 
     def _parts(self, group: str) -> Path:
         return self._work / f"parts-{sha256(group.encode()).hexdigest()[:16]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -16,6 +15,7 @@ from ..errors import EvaluationError
 from ..files import read_regular, write_json, write_text
 from ..report import plain, short_name
 from .axes import with_values
+from .folder import discard
 from .merger import Resources
 from .page import sweep_page
 from .plan import SweepPlan
@@ -112,7 +112,7 @@ def write_best(
         write_text(result.path / RECIPE, config.to_yaml())
     if _recipe_of(result.best_path) == config.to_yaml():
         return
-    shutil.rmtree(result.best_path, ignore_errors=True)
+    discard(result.best_path)
     merge_checkpoints(config, result.best_path, restart=True, progress=progress, **resources.keywords())
 
 

@@ -26,7 +26,7 @@ from r_tsvm_kernels import (
     sweep_checkpoints,
     verify_output,
 )
-from r_tsvm_kernels.sweep import candidates, merger, plan_sweep
+from r_tsvm_kernels.sweep import candidates, folder, merger, plan_sweep
 
 GRIDS = {"alpha": "0.2:1:0.2", "weight.expert0": [0.5, 1]}
 
@@ -455,3 +455,27 @@ def test_notes_are_said_once(tmp_path, caplog):
 def test_what_the_trials_say(config, tmp_path):
     found = sweep(config, tmp_path / "out", evaluate=lambda path: torch.tensor(0.5), grids={"alpha": [0.1]})
     assert repr(found.best) == "Trial(1: alpha=0.1: score=0.5)"
+
+
+def test_parts_that_a_kill_has_cut_off_are_not_used(tmp_path, monkeypatch):
+    config = models(tmp_path / "in", "tsvm")
+    removed = []
+
+    def killed(path, **options):
+        if path.name.endswith(".gone") and path.exists():
+            next(path.glob("*.safetensors")).unlink()
+            removed.append(path)
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    rmtree = folder.shutil.rmtree
+    monkeypatch.setattr(folder.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, tmp_path / "out", evaluate=len_of, grids={"alpha": [0.5, 1]})
+    monkeypatch.setattr(folder.shutil, "rmtree", rmtree)
+    found = sweep(config, tmp_path / "out", evaluate=len_of, grids={"alpha": [0.5, 1]})
+    assert removed and len(found.ranked) == 2 and not list(tmp_path.rglob("*.gone"))
+
+
+def len_of(path):
+    return len(path.name)
