@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from r_tsvm_kernels import MergeConfig, merge_checkpoints, verify_output
 from r_tsvm_kernels.bench import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,15 @@ def run_example(name, *arguments, cwd):
 def test_every_example_is_tested():
     tested = (ROOT / "tests" / "conftest.py").read_text() + Path(__file__).read_text()
     assert all(path.name in tested for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_small_models_can_be_merged(tmp_path):
+    base, *tuned = (tmp_path / name for name in ("base", "math", "code"))
+    program = [sys.executable, str(ROOT / "examples" / "small_models.py"), str(base), *map(str, tuned)]
+    subprocess.run(program, check=True, capture_output=True, timeout=300)
+    result = merge_checkpoints(MergeConfig("tsvm", base_model=base, models=tuned), tmp_path / "merged")
+    assert all(report.certificate.met for report in result.reports.values() if report.certificate)
+    assert verify_output(result.path, inputs=True).ok
 
 
 def test_the_demo_writes_its_figures_down(trained):
