@@ -38,6 +38,14 @@ ELEMENT_WISE: dict[str, tuple[str, dict[str, Any]]] = {
     "slerp": ("slerp", {}),
     "multislerp": ("multislerp", {}),
     "karcher": ("karcher", {}),
+    "nuslerp": ("nuslerp", {}),
+    "nearswap": ("nearswap", {"t": 1e-3}),
+    "arcee_fusion": ("arcee_fusion", {}),
+    "ram": ("ram", {}),
+    "ramplus_tl": ("ramplus_tl", {}),
+    "consensus_ta": ("consensus_ta", {}),
+    "pcb": ("pcb", {"density": 0.2}),
+    "passthrough": ("passthrough", {}),
 }
 ADAPTER_WEIGHTS = (1.0, 0.5, 0.25, 0.125)
 
@@ -176,6 +184,14 @@ def _(inputs: Inputs) -> Case:
     return _spectral(
         inputs, "iso_cts", {}, lambda base, tuned: published.iso_cts(_task_matrices(base, tuned)), [min(inputs.shape)]
     )
+
+
+@benchmark("subspace_boosting", "merges", "spectral")
+def _(inputs: Inputs) -> Case:
+    def by_svd(base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+        return published.subspace_boosting(_task_matrices(base, tuned))
+
+    return _spectral(inputs, "subspace_boosting", {}, by_svd, [min(inputs.shape)])
 
 
 @benchmark("star", "merges", "spectral")

@@ -88,6 +88,13 @@ def iso_c(deltas: Sequence[Tensor]) -> Tensor:
     return update
 
 
+def subspace_boosting(deltas: Sequence[Tensor], share: float = 0.01) -> Tensor:
+    """Raise the small singular values of the sum: Skorobogat et al., arXiv 2506.16506."""
+    U, S, Vh = svd(torch.stack(list(deltas)).sum(0))
+    first = int((S.cumsum(0) < share * S.sum()).sum())
+    return (U * S.clamp(min=S[first])) @ Vh
+
+
 def iso_cts(deltas: Sequence[Tensor]) -> Tensor:
     """Return the update of Iso-CTS (Marczak et al., ICML 2025, algorithm 2): common and task-specific subspaces."""
     total = torch.stack(list(deltas)).sum(0)

@@ -145,7 +145,9 @@ def test_memory_of_the_readings_of_rtsvm_stays_below_what_is_declared():
     run = subprocess.run(program, check=True, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     found = json.loads(run.stdout)
     assert len(found) == 2 * 2 * len(own) + len(whole)
-    assert all(bound / 3 < peak < bound + SLACK for peak, bound in found), found
+    assert all(bound / 3 < peak < bound + SLACK for peak, bound in found[: -len(whole)]), found
+    # A merge is bounded with its last route, the SVD, which these do not need.
+    assert all(bound / 4 < peak < bound + SLACK for peak, bound in found[-len(whole) :]), found
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from families import FAMILIES, fine_tune, load, run
+from families import FAMILIES, fine_tune, load, peft, run
 
 from r_tsvm_kernels import MergeConfig, decompose_checkpoints, merge_checkpoints, parts_to_lora
 from r_tsvm_kernels.cli import main
