@@ -239,7 +239,7 @@ MISTAKES = {
         lambda b, t: merge_models(nn.Linear(2, 2), nn.Linear(2, 2), "ties"), DTypeError, "Linear; put it in a list"
     ),
     "capitals": (lambda b, t: merge_tensors(b, t, "TIES"), ConfigError, "did you mean 'ties'. Available: "),
-    "like none": (lambda b, t: merge_tensors(b, t, "xxxx"), ConfigError, "'xxxx'; available: arcee_fusion, breadcrumbs, "),
+    "like none": (lambda b, t: merge_tensors(b, t, "xxxx"), ConfigError, "'xxxx'; available: arcee_fusion, "),
     "of another": (lambda b, t: merge_tensors(b, t, "sce", density=0.1), ConfigError, "'density'; recipe fields: base"),
     "no sum": (lambda b, t: merge_tensors(b, t, "linear", weight=0), ConfigError, "normalized; set normalize: false"),
     "no sum, multislerp": (
