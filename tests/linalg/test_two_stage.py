@@ -27,7 +27,11 @@ def with_spectrum(values, seed=0):
 
 
 def check(matrix, k):
-    """Compare with LAPACK; errors relative to the norm, a few roundings for each of n steps."""
+    """Compare with LAPACK; errors relative to the norm, a few roundings for each of n steps.
+
+    Products with several threads round otherwise: the vectors of a matrix of ones are orthogonal to 6 eps sqrt(n), with
+    one thread to 3. LAPACK's own tests allow 30 eps n.
+    """
     n, eps = len(matrix), 2.0**-52
     exact = torch.linalg.eigh(matrix)[0]  # closer to the truth than eigvalsh
     asked = []
@@ -38,7 +42,7 @@ def check(matrix, k):
     assert torch.equal(asked[0], values)
     assert bool((values.diff() >= 0).all())
     assert largest(values - exact) <= 4 * allowed * size
-    assert largest(V.mT @ V - torch.eye(k, dtype=torch.float64)) <= allowed
+    assert largest(V.mT @ V - torch.eye(k, dtype=torch.float64)) <= 2 * allowed
     residual = matrix / (size or 1.0) @ V - V * (values[n - k :] / (size or 1.0))
     assert largest(torch.linalg.vector_norm(residual, dim=0)) <= 4 * allowed
 
