@@ -95,7 +95,8 @@ def leading_eigenvectors(matrix: Tensor, count: Callable[[Tensor], int]) -> tupl
     for index, panel in reversed(list(enumerate(panels))):
         rows = vectors[(index + 1) * BAND :]
         rows.addmm_(panel.V, panel.T @ (panel.V.mT @ rows), alpha=-1)
-    return values / scale, vectors
+    # Where elements are equal, as in a matrix of ones, their rounding errors have one sign and add up in the norm.
+    return values / scale, vectors.div_(torch.linalg.vector_norm(vectors, dim=0))
 
 
 def _to_band(A: Tensor) -> list[Panel]:

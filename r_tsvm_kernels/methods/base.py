@@ -118,7 +118,8 @@ class Unweighted(MethodParameters):
             ConfigError: there is a weight.
         """
         if any(weight != 1.0 for weight in self.weight):
-            raise ConfigError(f"the method has no weights, got {list(self.weight)}; leave `weight` out")
+            method = next((own.name for own in METHODS.values() if own.parameters is type(self)), "the method")
+            raise ConfigError(f"{method} has no weights, got {list(self.weight)}; leave `weight` out")
         return self
 
 

@@ -10,7 +10,7 @@ from checkpoints import digest, family
 from r_tsvm_kernels import CheckpointError, ConfigError, MergeConfig, merge_checkpoints, push_to_hub
 from r_tsvm_kernels.cli import main
 
-huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
+huggingface_hub = pytest.importorskip("huggingface_hub", reason="pushes with huggingface_hub: pip install .[hub]")
 
 
 @pytest.fixture

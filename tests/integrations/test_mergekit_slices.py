@@ -11,7 +11,7 @@ from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.integrations import mergekit as integration
 
 pytest.importorskip("mergekit", reason="mergekit is not installed: run make test-integrations")
-transformers = pytest.importorskip("transformers", reason="mergekit needs it")
+transformers = pytest.importorskip("transformers", reason="mergekit is not installed: run make test-integrations")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mergekit and transformers
 
 OUT_PROJECTIONS = [{"filter": "o_proj", "value": 0.0}, {"filter": "down_proj", "value": 0.0}, {"value": 1.0}]

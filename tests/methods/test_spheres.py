@@ -136,7 +136,7 @@ def test_slerp_is_exact_where_models_are_close():
 def test_slerp_takes_one_model_and_no_weights():
     with pytest.raises(ConfigError, match="slerp merges the base with 1 fine-tuned model, got 2"):
         MergeConfig("slerp").options(2)
-    with pytest.raises(ConfigError, match="the method has no weights"):
+    with pytest.raises(ConfigError, match="slerp has no weights"):
         MergeConfig("slerp", weight=[0.5]).options(1)
 
 
