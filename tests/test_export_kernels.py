@@ -124,7 +124,7 @@ def test_other_libraries_are_refused(monkeypatch):
         script.closure()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="loads the export with the library kernels: pip install kernels")
+@pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="needs the library kernels: pip install it")
 def test_the_library_loads_it(exported):
     from kernels import get_local_kernel
 

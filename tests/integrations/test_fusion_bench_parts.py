@@ -33,7 +33,7 @@ TASKS = ("math", "code", "chat")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny Llama with tied embeddings, three fine-tunes and their parts, and configurations of pools of them."""
-    transformers = pytest.importorskip("transformers", reason="makes its models with transformers: run make test-integrations")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: run make test-integrations")
     out = tmp_path_factory.mktemp("pool")
     for seed, name in enumerate(("base", *TASKS)):
         torch.manual_seed(0)
