@@ -1,6 +1,9 @@
 """What the tests of the merge methods share: inputs, and the comparison of a method with its float64 truth."""
 
 import hashlib
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from unittest.mock import patch
 
 import torch
 
@@ -51,3 +54,13 @@ def drawn(shape, probability, seed, task, name="w"):
     return random_mask(
         shape, probability, seed=int.from_bytes(digest, "little"), substream=task, backend="torch"
     ).numpy()
+
+
+@contextmanager
+def lapack_alone():
+    """Do without the eigensolver of two stages, which needs less memory than LAPACK: bounds are for both."""
+    with ExitStack() as stack:
+        for name in ("eigenspaces", "leading_right_vectors", "two_stage"):
+            module = import_module(f"r_tsvm_kernels.linalg.{name}")
+            stack.enter_context(patch.object(module, "two_stage_pays", lambda n, device: False))
+        yield
