@@ -20,8 +20,8 @@ from ..sizes import format_size
 _LOG = logging.getLogger(__name__)
 
 # Python, torch and this package; and for each worker its stack, BLAS buffers and memory that malloc retains: measured,
-# rounded up. How much of torch's libraries is mapped differs between copies of the same files: merges of a few bytes take
-# 249 to 302 MB. Where Python keeps no bytecode, it compiles torch in each process, which takes about 60 MB more.
+# rounded up. How much of torch's libraries is mapped differs between copies of the same files: merges of a few bytes
+# take 249 to 302 MB. Where Python keeps no bytecode, it compiles torch in each process, which takes about 60 MB more.
 PROGRAM_BYTES, WORKER_BYTES = 320 << 20, 32 << 20
 # Reading three tokenizers of 128,000 tokens took 98 MB above the rest of the program: 270 bytes for each token.
 TOKEN_BYTES = 320
