@@ -43,7 +43,7 @@ def measure(models: Family, folder: Path, rounds: int, case: dict[str, Any]) -> 
     sides: dict[str, Callable[[int], MergeConfig]] = {"anew": recipe}
     for kind, dense in (("factors", False), ("dense", True)):
         parts, start = folder / kind, time.perf_counter()
-        decompose_checkpoints(recipe(0), parts, dense=dense)
+        decompose_checkpoints(recipe(0), parts, dense_above=0 if dense else None)
         seconds, size = time.perf_counter() - start, sum(file.stat().st_size for file in parts.glob("*.safetensors"))
         rows.append(row(NAME, f"decompose, {kind}", "time", seconds, role="ours", **case))
         rows.append(row(NAME, f"decompose, {kind}", "size", size, role="ours", unit="B", **case))

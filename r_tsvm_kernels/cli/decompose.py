@@ -90,7 +90,7 @@ def _decompose(arguments: argparse.Namespace, config: MergeConfig, out: Path) ->
         return decompose_checkpoints(
             config,
             out,
-            dense=arguments.dense,
+            dense_above=0 if arguments.dense else None,
             store_dtype=arguments.store_dtype,
             device=arguments.device,
             threads=arguments.threads,

@@ -22,7 +22,7 @@ def decompose_checkpoints(
     config: MergeConfig | str | Path,
     out: str | Path,
     *,
-    dense: bool = False,
+    dense_above: int | None = None,
     store_dtype: str | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -43,8 +43,8 @@ def decompose_checkpoints(
     Args:
         config: recipe, or the path of its YAML file. Its weights and alpha are only defaults of later merges.
         out: a folder that does not exist or is empty.
-        dense: store every M_t as a matrix: merges then read more and compute less. By default they are factors of rank
-            k_t where these are smaller.
+        dense_above: mean rank of the tasks above which the M_t of a tensor are stored as matrices: merges then read more
+            and compute less; 0 means all. By default they are factors of rank k_t where these are smaller.
         store_dtype: dtype of the parts; None means float32, which adds an error of some 4e-8, or bfloat16 (2e-3) with
             ``mode: fast``; float64 for float64 models. What rounding added is in the report.
         device: as for `merge_checkpoints`.
@@ -92,7 +92,7 @@ def decompose_checkpoints(
         restart=restart,
         progress=progress,
     )
-    how = Decomposition(dense, store_dtype)
+    how = Decomposition(dense_above, store_dtype)
     return run.carry_out(
         make_plan(config, 2**63, allow_pickle=allow_pickle, decomposition=how), lambda job: None, _complete
     )

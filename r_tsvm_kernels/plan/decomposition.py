@@ -24,11 +24,11 @@ class Decomposition:
     """How to store the parts of a merge.
 
     Attributes:
-        dense: never as factors.
+        dense_above: mean rank of the parts of a tensor above which they are matrices; None: where factors are larger.
         dtype: of the values; None chooses it by the error that the mode allows.
     """
 
-    dense: bool = False
+    dense_above: int | None = None
     dtype: str | None = None
 
 
@@ -83,11 +83,12 @@ def _stored_parts(plan: MergePlan, tensor: TensorPlan, tasks: tuple[str, ...], h
         dtype = wide
     if tensor.treatment.kind == "base":
         return StoredParts(tasks, dtype, ())
-    if tensor.treatment.kind == "mean" or how.dense or tensor.blocks.divide:
+    if tensor.treatment.kind == "mean" or tensor.blocks.divide or (ranks := _ranks(plan, tensor)) is None:
         return StoredParts(tasks, dtype, None)
-    ranks = _ranks(plan, tensor)
     m, n = tensor.spec.shape
-    return StoredParts(tasks, dtype, None if ranks is None or sum(ranks) * (m + n) >= len(tasks) * m * n else ranks)
+    larger = sum(ranks) * (m + n) >= len(tasks) * m * n
+    high = how.dense_above is not None and sum(ranks) > how.dense_above * len(tasks)
+    return StoredParts(tasks, dtype, None if larger or high else ranks)
 
 
 def _ranks(plan: MergePlan, tensor: TensorPlan) -> tuple[int, ...] | None:

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MergeConfig
-from ..engine import Progress, decompose_checkpoints, merge_checkpoints
+from ..engine import Progress, choose_device, decompose_checkpoints, merge_checkpoints
 from ..errors import ConvergenceError
 from ..parts import from_parts
 from .candidates import Candidate
 from .folder import discard
+
+# Per element, factors of mean rank k take 2k operations for each task, and a matrix takes four bytes to read. A core of a
+# CPU does some 25 operations in the time in which it reads a byte from the page cache.
+_DENSE_ABOVE = 64
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,16 @@ class Resources:
 
     def of_decomposition(self) -> dict[str, Any]:
         """Return them as keywords of `decompose_checkpoints`."""
-        return {name: value for name, value in asdict(self).items() if name != "shard_size"}
+        own = {name: value for name, value in asdict(self).items() if name != "shard_size"}
+        return {**own, "dense_above": self.dense_above}
+
+    @property
+    def dense_above(self) -> int | None:
+        """Mean rank above which parts are stored as matrices, see `decompose_checkpoints`.
+
+        On a CPU, the products of factors take longer than reading matrices; a GPU forms them faster than it could read.
+        """
+        return _DENSE_ABOVE if choose_device(self.device).type == "cpu" else None
 
 
 class Merger:
@@ -71,7 +84,8 @@ class Merger:
         discard(self._parts(group))
 
     def _parts(self, group: str) -> Path:
-        return self._work / f"parts-{sha256(group.encode()).hexdigest()[:16]}"
+        stored = f"{group}, dense above {self._resources.dense_above}"
+        return self._work / f"parts-{sha256(stored.encode()).hexdigest()[:16]}"
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def plan_sweep(
     first = candidates[0].config if candidates else config
     merge = _merge_plan(first, resources)
     free = tuple(axis.label for axis in free_axes(first, axes))
-    decomposes = bool(free) and _decomposition(merge) is not None
+    decomposes = bool(free) and _decomposition(merge, resources.dense_above) is not None
     if not decomposes:
         candidates = [replace(candidate, from_parts=False) for candidate in candidates]
     groups = tuple(_groups(candidates, axes, merge, resources))
@@ -158,10 +158,10 @@ def _merge_plan(config: MergeConfig, resources: Resources) -> MergePlan:
     return make_plan(config, parse_size(resources.shard_size), allow_pickle=resources.allow_pickle)
 
 
-def _decomposition(plan: MergePlan) -> MergePlan | None:
+def _decomposition(plan: MergePlan, dense_above: int | None) -> MergePlan | None:
     """Return the plan of the decomposition in place of a merge; None if the recipe as a whole does not allow one."""
     try:
-        return decomposed(plan, Decomposition())
+        return decomposed(plan, Decomposition(dense_above))
     except ConfigError:
         return None
 
@@ -179,7 +179,7 @@ def _groups(
             plan = _merge_plan(own[0].config, resources)
         free = {axis.label for axis in free_axes(own[0].config, axes)} if own[0].from_parts else set()
         common = {label: value for label, value in own[0].values.items() if label not in free}
-        parts = _decomposition(plan) if own[0].from_parts else None
+        parts = _decomposition(plan, resources.dense_above) if own[0].from_parts else None
         size = 0 if parts is None else parts.bytes_written
         base = sum(tensor.parts[0].nbytes(tensor.elements) for tensor in plan.tensors.values())
         each = plan.bytes_read if parts is None else base + size

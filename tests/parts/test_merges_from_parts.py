@@ -68,7 +68,7 @@ def test_any_weights_are_within_the_certificate(tmp_path, case, tasks, dense):
     method, options = METHODS[case]
     paths, tensors = models(tmp_path, tasks)
     recipe = MergeConfig(method, base_model=paths[0], models=paths[1:], **options)
-    decompose_checkpoints(recipe, tmp_path / "parts", dense=dense)
+    decompose_checkpoints(recipe, tmp_path / "parts", dense_above=0 if dense else None)
     for alpha, weights in ((1.0, [1.0] * tasks), (0.6, list(WEIGHTS[:tasks]))):
         asked = MergeConfig(method, base_model=paths[0], models=paths[1:], alpha=alpha, weight=weights, **options)
         out = tmp_path / f"out{alpha}"

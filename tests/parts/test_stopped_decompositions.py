@@ -61,7 +61,7 @@ def test_kill_and_resume(tmp_path):
         with pytest.raises(OutputUnfinishedError, match="resume"):
             decompose_checkpoints(recipe, out)
         with pytest.raises(ResumeRefusedError, match="shards"):
-            decompose_checkpoints(recipe, out, dense=True, resume=True)
+            decompose_checkpoints(recipe, out, dense_above=0, resume=True)
         assert decompose_checkpoints(recipe, out, resume=True, threads=2).resumed >= stops[-1]
         assert bytes_of(out) == bytes_of(tmp_path / "whole")
         assert verify_output(out, inputs=True).ok
@@ -149,9 +149,9 @@ decompose_checkpoints(small, sys.argv[1] + "/first", threads=1)  # loads what is
 growths = []
 for dense in (False, True):
     out = sys.argv[1] + f"/parts{dense}"
-    schedule = make_schedule(make_plan(recipe, 2**63, decomposition=Decomposition(dense)), 1)
+    schedule = make_schedule(make_plan(recipe, 2**63, decomposition=Decomposition(0 if dense else None)), 1)
     start()
-    decompose_checkpoints(recipe, out, dense=dense, threads=1)
+    decompose_checkpoints(recipe, out, dense_above=0 if dense else None, threads=1)
     growths.append(growth()); allowed.append(schedule.read_bytes + schedule.work_bytes)
     config = from_parts(recipe, out)
     schedule = make_schedule(make_plan(config, 2**63), 1)
