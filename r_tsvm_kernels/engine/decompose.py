@@ -43,8 +43,8 @@ def decompose_checkpoints(
     Args:
         config: recipe, or the path of its YAML file. Its weights and alpha are only defaults of later merges.
         out: a folder that does not exist or is empty.
-        dense_above: mean rank of the tasks above which the M_t of a tensor are stored as matrices: merges then read more
-            and compute less; 0 means all. By default they are factors of rank k_t where these are smaller.
+        dense_above: mean rank of the tasks above which the M_t of a tensor are stored as matrices: merges then read
+            more and compute less; 0 means all. By default they are factors of rank k_t where these are smaller.
         store_dtype: dtype of the parts; None means float32, which adds an error of some 4e-8, or bfloat16 (2e-3) with
             ``mode: fast``; float64 for float64 models. What rounding added is in the report.
         device: as for `merge_checkpoints`.

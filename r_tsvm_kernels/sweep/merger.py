@@ -18,8 +18,8 @@ from ..parts import from_parts
 from .candidates import Candidate
 from .folder import discard
 
-# Per element, factors of mean rank k take 2k operations for each task, and a matrix takes four bytes to read. A core of a
-# CPU does some 25 operations in the time in which it reads a byte from the page cache.
+# Per element, factors of mean rank k take 2k operations for each task, and a matrix takes four bytes to read. A core of
+# a CPU does some 25 operations in the time in which it reads a byte from the page cache.
 _DENSE_ABOVE = 64
 
 

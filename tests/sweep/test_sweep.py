@@ -71,9 +71,11 @@ def test_the_best_is_found_and_stands_alone(config, goal, tmp_path):
     assert repr(found).startswith("SweepResult(10 of 10 candidates, 0 failed, best alpha=0.6, weight.expert0=0.5: ")
 
 
-@pytest.mark.parametrize("side, device, kind", [(288, "cpu", "dense"), (96, "cpu", "factors"), (288, "cuda", "factors")])
+@pytest.mark.parametrize(
+    "side, device, kind", [(288, "cpu", "dense"), (96, "cpu", "factors"), (288, "cuda", "factors")]
+)
 def test_parts_of_high_rank_are_matrices_on_a_cpu(side, device, kind, tmp_path, monkeypatch):
-    """The sum of factors of rank 96 costs more than reading matrices, that of rank 32 less; a GPU forms both quickly."""
+    """Factors of rank 96 take longer to multiply than matrices to read, those of rank 32 do not, nor does a GPU."""
     paths = [tmp_path / f"{seed}.safetensors" for seed in range(4)]
     for seed, path in enumerate(paths):
         save_file({"w": torch.randn(side, side, generator=torch.Generator().manual_seed(seed))}, path)
