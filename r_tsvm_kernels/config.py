@@ -220,7 +220,9 @@ class MergeConfig(Strict):
         """
         listed = [entry.model for entry in self.models]
         unlisted = self.base_model is not None and bool(listed) and self.base_model not in listed
-        return unlisted and self.num_layers is None and not self.method.needs_base and self.method.tasks is None
+        return (
+            unlisted and self.num_layers is None and not self.method.forms_vectors(True) and self.method.tasks is None
+        )
 
     def with_base_listed(self) -> MergeConfig:
         """Return the config with the base as its last model, with the common parameters.
@@ -346,7 +348,7 @@ class MergeConfig(Strict):
             raise ConfigError("parts_rank: there are no parts; set `parts` (--parts) to the folder that has them")
         if self.calibrate is not None and self.parts is not None:
             raise ConfigError("calibrate: a calibration reads the models, not their parts; merge without parts")
-        if self.calibrate is not None and not self.method.needs_base:
+        if self.calibrate is not None and not self.method.forms_vectors(True):
             raise ConfigError(
                 f"calibrate: {self.merge_method} changes no base; leave it out, or choose another method: "
                 "task_arithmetic with normalize: true is the average of linear, multislerp is like karcher"

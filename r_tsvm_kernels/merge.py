@@ -307,7 +307,7 @@ class _Merge:
     def checked(self, decided: Treatment) -> _Merge:
         """Return the merge of the inputs as they are loaded, after checks."""
         config, options = self.config, self.options
-        differences = decided.kind == "mean" or config.method.needs_base
+        differences = decided.kind == "mean" or config.method.forms_vectors(getattr(options, "relative", False))
         limit = math.inf
         if config.method.matrices_only and decided.kind == "merge":
             limit = _LARGEST_NORM / math.sqrt(self.base.numel()) / max(1.0, *map(abs, options.weight))
@@ -429,7 +429,15 @@ def mean_of_present(
 
 
 def without_base(config: MergeConfig) -> MergeConfig:
-    """Return the config for a merge without a base: see `Method.optional_base`."""
+    """Return the config for a merge without a base: see `Method.optional_base`.
+
+    Raises:
+        ConfigError: it calibrates the change of a base.
+    """
+    if config.calibrate is not None:
+        raise ConfigError(
+            f"calibrate: {config.merge_method} without a base changes none; set base_model, or leave it out"
+        )
     if not config.method.optional_base:
         return config
     return config.model_copy(update={"parameters": {**config.parameters, "relative": False}})

@@ -206,7 +206,7 @@ def _mergekit(label: str, case: Case, *, name: str) -> Provider:
     from mergekit.merge_methods import merge_tensors
 
     base, tuned = operands(case.inputs, name)
-    has_base = METHODS[name].needs_base
+    has_base = METHODS[name].forms_vectors(True)
     own = {"lambda" if key == "alpha" else key: value for key, value in ELEMENT_WISE[name][1].items()}
     run = partial(
         merge_tensors,

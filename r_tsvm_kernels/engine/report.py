@@ -110,7 +110,7 @@ def write_card(plan: MergePlan, folder: Path) -> None:
         config.to_yaml(),
         config.method.pretty_name,
         config.method.paper_url,
-        config.base_model if config.method.needs_base else None,
+        config.base_model if config.method.forms_vectors(True) else None,
         models,
         hub_ids=[model.partition("@")[0] for model in everything if is_model_id(model)],
         library=_library(plan.base),

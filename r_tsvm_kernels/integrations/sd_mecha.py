@@ -92,7 +92,7 @@ def _as_function(method: Method, sd_mecha: Any) -> Any:
     schema = method.parameters
 
     def merge(*tensors: Tensor, key: str, **given: Any) -> Tensor:
-        base, tuned = (tensors[0], tensors[1:]) if method.needs_base else (tensors[0], tensors)
+        base, tuned = (tensors[0], tensors[1:]) if method.forms_vectors(True) else (None, tensors)
         values = {name: value for name, value in given.items() if name not in _CONTEXT and value is not None}
         own = {
             name: _spread(name, values.pop(name), len(tuned), words=isinstance(info.default[0], str))
@@ -109,7 +109,7 @@ def _as_function(method: Method, sd_mecha: Any) -> Any:
 
     tensor = sd_mecha.Parameter(Tensor, "weight")
     parameters = [inspect.Parameter("models", inspect.Parameter.VAR_POSITIONAL, annotation=tensor)]
-    if method.needs_base:
+    if method.forms_vectors(True):
         parameters.insert(0, inspect.Parameter("base", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=tensor))
     for name, info in schema.model_fields.items():
         kind = _type_of(schema.is_per_model(name), info)

@@ -268,6 +268,10 @@ class Method:
     run_batch: RunBatch | None = None
     linear: Linear | None = None
 
+    def forms_vectors(self, has_base: bool) -> bool:
+        """Whether it merges differences from a base, where there is one or not."""
+        return self.needs_base or (self.optional_base and has_base)
+
     def wrong_number(self, tasks: int) -> str:
         """Say how many models the method merges, for a recipe with another number of them."""
         if not self.needs_base:

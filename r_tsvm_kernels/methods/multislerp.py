@@ -1,6 +1,6 @@
 """Multi-SLERP: the weighted mean direction of the task vectors, with their weighted mean length.
 
-With the task vectors ``D_t = W_t - W_0`` and weights of sum 1::
+With the task vectors ``D_t = W_t - W_0``, or the models where there is no base, and weights of sum 1::
 
     W = W_0 + sum_t(w_t norm(D_t)) * m / norm(m),   m = sum_t(w_t D_t / norm(D_t))
 
@@ -29,6 +29,9 @@ class MultiSlerpParameters(MethodParameters):
 
     normalize_weights: bool = Field(default=True, description="divide the weights by their sum")
     eps: FiniteFloat = Field(default=1e-8, ge=0, description="a mean direction shorter than this counts as none")
+    relative: bool = Field(
+        default=True, description="merge differences from the base; false (always without a base): the models"
+    )
 
 
 @register(
@@ -37,6 +40,8 @@ class MultiSlerpParameters(MethodParameters):
     paper_url="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
     parameters=MultiSlerpParameters,
     ops=("elect_and_sum", "task_gram"),
+    needs_base=False,
+    optional_base=True,
     aliases=("multi_slerp",),
     cost=geometric_cost,
 )
@@ -55,10 +60,14 @@ def multislerp(base: Tensor, tuned: Sequence[Tensor], options: MultiSlerpParamet
         if options.normalize_weights
         else list(options.weight)
     )
-    gram, w = gram_matrix(tuned, base), torch.tensor(weights, dtype=torch.float64, device="cpu")
+    gram, w = (
+        gram_matrix(tuned, base if options.relative else None),
+        torch.tensor(weights, dtype=torch.float64, device="cpu"),
+    )
     norms, directions = gram.diagonal().sqrt(), cosines(gram)
     length = float((w @ directions @ w).clamp(min=0).sqrt())
     if length > max(options.eps, 1e-7 * float(w.abs().sum())):  # float64 knows squares to 1e-16
         scale = float(w @ norms) / length
         weights = torch.where(norms > 0, scale * w / norms, 0).tolist()
-    return MergeResult(elect_and_sum(base, tuned, weights), TensorReport(weights=weights))
+    origin = base if options.relative else base.new_zeros(base.shape[-1:]).expand_as(base)
+    return MergeResult(elect_and_sum(origin, tuned, weights), TensorReport(weights=weights))

@@ -283,7 +283,7 @@ class _Divider:
             seen = views.setdefault((checkpoint, start), checkpoint.view(names))
             return model.view(seen, names) if isinstance(model, AdaptedModel) else seen
 
-        forms_vectors = method.needs_base or (method.optional_base and base is not None)
+        forms_vectors = method.forms_vectors(base is not None)
         if forms_vectors and listed is None and len({span for *_, span in sources}) > 1:
             raise ConfigError(f"slices: {base_name} is the base of sources of other layers; list its layers, too")
         origin = base if base is not None and (forms_vectors or listed is not None) else only

@@ -102,10 +102,11 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False, opener: Opener 
         adapter is None and base_path is not None and path.resolve() == base_path.resolve()
         for _, path, adapter in found
     ]
-    if not found or (config.method.needs_base and all(is_base)):
+    forms_vectors = config.method.forms_vectors(base_path is not None)
+    if not found or (forms_vectors and all(is_base)):
         known = f"{config.models[0].model} is the base itself; " if config.models else ""
         raise ConfigError(f"no fine-tuned models: {known}list at least one under `models` (or with --model)")
-    if config.method.needs_base or (config.method.optional_base and base_path is not None):
+    if forms_vectors:
         found = [model for model, base_itself in zip(found, is_base, strict=True) if not base_itself]
         entries = tuple(entry for entry, _, _ in found)
     else:  # one name for the base, so that `base_joins` sees whether it is listed

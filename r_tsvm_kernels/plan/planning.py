@@ -182,7 +182,8 @@ def _plan_models(
                         "mask or another buffer, exclude it"
                     )
             unchanged = all(model.base is base and name not in model.modules for model in adapted)
-            if config.method.needs_base and len(adapted) == len(tuned) and unchanged:
+            relative = config.method.forms_vectors(getattr(options[name], "relative", False))
+            if relative and len(adapted) == len(tuned) and unchanged:
                 decided = Treatment("base", "no adapter changes it")
             elif unchanged and config.copies_values(options[name]):
                 decided = Treatment("base", f"copied from {base.path}")

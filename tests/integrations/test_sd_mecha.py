@@ -86,7 +86,7 @@ def ours(files, method, parameters, extra=()):
         "models": [{"parameters": {name: own[name][task] for name in own}} for task in range(TASKS)],
         "parameters": {name: value for name, value in parameters.items() if name not in own},
     }
-    base, tuned = (loaded[0], loaded[1:]) if METHODS[method].needs_base else (loaded[1], loaded[1:])
+    base, tuned = (loaded[0], loaded[1:]) if METHODS[method].forms_vectors(True) else (loaded[1], loaded[1:])
     return merge_state_dicts(base, tuned, MergeConfig.from_dict(config)).state_dict
 
 
@@ -98,7 +98,7 @@ def recipe_of(methods, method, files, parameters):
         name: ", ".join(map(str, value)) if schema.is_per_model(name) else value for name, value in parameters.items()
     }
     nodes = [sd_mecha.model(file) for file in files]
-    return methods[method](*(nodes if METHODS[method].needs_base else nodes[1:]), **given)
+    return methods[method](*(nodes if METHODS[method].forms_vectors(True) else nodes[1:]), **given)
 
 
 def merged(recipe):

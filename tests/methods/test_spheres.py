@@ -7,8 +7,9 @@ from compare import relative_error, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from merging import DTYPES, SHAPES, doubles, group, merge, update_error
+from safetensors.torch import load_file, save_file
 
-from r_tsvm_kernels import ConfigError, MergeConfig
+from r_tsvm_kernels import ConfigError, MergeConfig, merge_checkpoints, merge_state_dicts, merge_tensors
 
 TENSORS = [shape for shape in SHAPES if shape != ()]  # scalars are parallel or opposite: see below
 
@@ -86,6 +87,29 @@ def test_slerp_equals_float64(inputs, shape, dtype):
 def test_multislerp_equals_float64(inputs, shape, dtype, tasks):
     base, tuned = inputs(shape, tasks, dtype)
     assert update_error(merge("multislerp", base, tuned), base, multislerp(*doubles(base, tuned))) < 1e-5
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, 1.0, 2.0], [1.0, -0.2, 0.4]], ids=str)
+@pytest.mark.parametrize("inputs", [group, far])
+def test_multislerp_without_a_base_merges_the_models(inputs, weights, tmp_path):
+    base, tuned = inputs((24, 17), 3)
+    got = merge("multislerp", None, tuned, weights=weights)
+    assert relative_error(got, multislerp(0, doubles(base, tuned)[1], weights)) < 1e-6
+    assert same_bits(merge("multislerp", base, tuned, weights=weights, relative=False), got)
+    config = MergeConfig("multislerp", weight=weights)
+    dicts = [{"w": model} for model in tuned]
+    assert same_bits(merge_state_dicts(None, dicts, config).state_dict["w"], got)
+    for number, state_dict in enumerate(dicts):
+        save_file(state_dict, tmp_path / f"{number}.safetensors")
+    models = [{"model": str(tmp_path / f"{i}.safetensors"), "parameters": {"weight": w}} for i, w in enumerate(weights)]
+    merge_checkpoints(MergeConfig("multislerp", models=models), tmp_path / "out.safetensors")
+    assert same_bits(load_file(tmp_path / "out.safetensors")["w"], got)
+
+
+def test_a_calibration_needs_a_base():
+    _, tuned = group((24, 17), 3)
+    with pytest.raises(ConfigError, match="without a base changes none"):
+        merge_tensors(None, tuned, MergeConfig("multislerp", calibrate="svc"))
 
 
 @pytest.mark.parametrize("inputs", [group, far])

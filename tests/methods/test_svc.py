@@ -22,7 +22,7 @@ from r_tsvm_kernels.parts.recipe import linear_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 ISOTROPIC = ["iso_c", "iso_cts", "subspace_boosting"]
-CALIBRATED = sorted({name for name, method in METHODS.items() if method.needs_base} - {*ISOTROPIC})
+CALIBRATED = sorted({name for name, method in METHODS.items() if method.forms_vectors(True)} - {*ISOTROPIC})
 
 
 def calibrated(base, tuned, merged, floor=0.1):

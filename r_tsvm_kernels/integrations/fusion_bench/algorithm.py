@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...blocks import Shape
 from ...config import MergeConfig, ModelEntry
 from ...errors import CheckpointError, ConfigError
-from ...merge import merge_tensors
+from ...merge import merge_tensors, without_base
 from ...methods import TensorReport, nearest
 from ...parameters import layer_positions
 from ...quantised import refuse_quantised
@@ -110,7 +110,9 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         names = list(pool.model_names)
         config = self.recipe(names)
-        base = pool.load_pretrained_model() if config.method.needs_base else pool.load_pretrained_or_first_model()
+        has_base = config.method.needs_base or pool.has_pretrained
+        config = config if has_base else without_base(config)
+        base = pool.load_pretrained_model() if has_base else pool.load_pretrained_or_first_model()
         if pool.has_instance_models:
             base = deepcopy(base)
         start, tuned = _tensors(base), [_tensors(pool.load_model(name)) for name in names]
