@@ -48,10 +48,10 @@ SPEED = (
             "rectangle. Here it is a share of that number. `gain` is the mean validation accuracy above `tsvm`, both "
             "at alpha 1, on the choice seeds of the quality study."),
     Section("parts.json", "Merges from parts", "python -m benchmarks.parts",
-            "A base and three fine-tunes of the shapes of Mistral-7B, both sides divided by 2: embedding, head and one "
-            "layer. `anew` decomposes for each merge; the others read the parts that one decomposition wrote. Errors "
+            "A base and three fine-tunes of the shapes of Mistral-7B, both sides divided by 2: embedding, head and three "
+            "layers. `anew` decomposes for each merge; the others read the parts that one decomposition wrote. Errors "
             "are differences from the direct merge, relative to the update; both outputs are rounded to bfloat16. The "
-            "machine did other work as well, for all sides alike."),
+            "machine did other work at low priority."),
     Section("packed_experts.json", "Packed experts", "python -m benchmarks.packed_experts",
             "Experts of gpt-oss (2880x2880) and Qwen3-MoE (768x2048), both sides divided by 12, merged by `tsvm` as "
             "one packed tensor and one by one. `eigen` solves each expert alone in both cases. `products` solves "
@@ -59,6 +59,12 @@ SPEED = (
     Section("gpu_work.json", "Work of solver products, counted", "python -m benchmarks.gpu_work",
             "Counted on a CPU, for three tasks, on the path that a GPU takes: a prediction, no GPU ran it. `launches` "
             "counts an op on planes as one, although its wrapper launches a few small operations as well."),
+    Section("mergekit.json", "rtsvm merge beside mergekit",
+            "python -m benchmarks.peers.compare_mergekit",
+            "Whole commands, `rtsvm merge` against `mergekit-yaml`, on the same recipes: a base and two fine-tunes in "
+            "Llama's shapes. `checked` is as in the next section; for methods of two models, the difference of the two "
+            "outputs, relative to one of them. Methods that take minutes have fewer rounds. The machine did other work "
+            "at low priority."),
     Section("mergekit_cli.json", "mergekit's commands on our kernels",
             "python -m benchmarks.peers.compare_mergekit_cli",
             "`rtsvm mergekit yaml` against `mergekit-yaml`, whole commands. `checked` is the largest error of an "

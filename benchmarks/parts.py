@@ -1,6 +1,6 @@
 """Time merges from parts against merging anew.
 
-    python -m benchmarks.parts [--layers 1] [--shrink 2] [--rounds 5] [--folder DIR]
+    python -m benchmarks.parts [--layers 3] [--shrink 2] [--rounds 5] [--folder DIR]
 
 A base and three fine-tunes have the shapes of Mistral-7B, divided by `--shrink`, in bfloat16; the task vectors are
 white noise. All sides merge with `tsvm` at k = r // T, embedding and head by mean, with other weights in each round:
@@ -76,7 +76,7 @@ def difference(base: Path, direct: Path, other: Path) -> float:
 
 def main() -> int:
     program = Program(__doc__, "parts.json", rounds=5)
-    program.parser.add_argument("--layers", type=int, default=1)
+    program.parser.add_argument("--layers", type=int, default=3)
     program.parser.add_argument("--shrink", type=int, default=2, help="divides all sizes")
     program.parser.add_argument("--folder", type=Path, default=None, help="where the models are written")
     args = program.arguments()

@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from .blocks import WHOLE, Blocks, Shape, blocks_of
-from .entries import ModelEntries, ModuleEntry, PathText, Slice, as_entries, check_filters, every_entry
+from .entries import ModelEntries, ModuleEntry, PathText, Slice, TokenSource, as_entries, check_filters, every_entry
 from .entries import ModelEntry as ModelEntry  # part of the public interface
 from .errors import ConfigError
 from .experts import is_router
@@ -77,6 +77,9 @@ class MergeConfig(Strict):
         vocabulary: the tokens of the output: ``base``, ``union`` (the base's, then those that only models have), or
             ``model:PATH``, those of one model. Rows of embeddings and heads are aligned by their tokens. None does not
             look at tokenizers: all models must have as many rows.
+        tokens: rows of single tokens, by their texts, that come from one model; see `TokenSource`. A token that the
+            vocabulary lacks is added to it.
+        pad_to_multiple_of: the output has a number of rows that this divides.
 
     Raises:
         ConfigError: an unknown keyword, method or parameter (the message names the nearest), or a value out of range.
@@ -112,6 +115,8 @@ class MergeConfig(Strict):
     parts: PathText | None = None
     parts_rank: Annotated[int, Field(ge=1)] | None = None
     vocabulary: Annotated[str, AfterValidator(vocabulary_choice)] | None = None
+    tokens: dict[str, TokenSource] = Field(default={})
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
 
     def __init__(self, merge_method: str | None = None, /, **data: Any) -> None:
         if merge_method is not None:
@@ -346,6 +351,9 @@ class MergeConfig(Strict):
     def _check_parameters(self) -> MergeConfig:
         if self.parts_rank is not None and self.parts is None:
             raise ConfigError("parts_rank: there are no parts; set `parts` (--parts) to the folder that has them")
+        if self.vocabulary is None and (self.tokens or self.pad_to_multiple_of is not None):
+            name = "tokens" if self.tokens else "pad_to_multiple_of"
+            raise ConfigError(f"{name}: needs a vocabulary to change; set `vocabulary`: base, union or model:PATH")
         if self.calibrate is not None and self.parts is not None:
             raise ConfigError("calibrate: a calibration reads the models, not their parts; merge without parts")
         if self.calibrate is not None and not self.method.forms_vectors(True):

@@ -47,6 +47,24 @@ class ModelEntry(_Shown):
     parameters: dict[str, Any] = Field(default={})
 
 
+class TokenSource(_Shown):
+    """Where the rows of a token come from, in a merge that aligns vocabularies.
+
+    Attributes:
+        model: one of the models of the recipe.
+        token: the token of the model whose rows these are: its text or its id; None is the token itself.
+        force: take the rows of the model in any case; otherwise only if the base lacks the token.
+
+    Examples:
+        >>> TokenSource(model="org/chat", force=True)
+        TokenSource(model='org/chat', force=True)
+    """
+
+    model: PathText
+    token: str | Annotated[int, Field(ge=0)] | None = None
+    force: bool = False
+
+
 def as_entries(models: Any) -> Any:
     """Accept the path of a model in place of an entry."""
     if not isinstance(models, list | tuple):

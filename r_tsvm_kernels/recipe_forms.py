@@ -18,10 +18,6 @@ _LOG = logging.getLogger(__name__)
 
 # What runs a recipe of mergekit's that is refused here.
 MERGEKIT_RUNS_IT = "`rtsvm mergekit yaml RECIPE OUT` runs it with mergekit"
-_TOKENIZER_ADVICE = {
-    "tokens": f"the rows of single tokens cannot be chosen; {MERGEKIT_RUNS_IT}",
-    "pad_to_multiple_of": f"a union keeps the padding of the base; {MERGEKIT_RUNS_IT}",
-}
 # Parameters of mergekit's methods beside those that ours share. It ignores those that a method does not read.
 _MERGEKIT = frozenset((
     "int8_mask", "filter_wise", "random_seed", "max_iter", "tol", "eps", "gamma", "epsilon", "select_topk", "t", "r",
@@ -229,7 +225,7 @@ class _Reader:
 
 
 def with_vocabulary(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Write mergekit's ``tokenizer_source``, and its newer ``tokenizer: {source: ...}``, as ``vocabulary``.
+    """Write mergekit's ``tokenizer_source``, and its newer ``tokenizer``, as ``vocabulary`` and fields beside it.
 
     Raises:
         ConfigError: it asks for more than the vocabulary of the output.
@@ -240,20 +236,47 @@ def with_vocabulary(data: Mapping[str, Any]) -> Mapping[str, Any]:
     given = [key for key in ("vocabulary", "tokenizer_source", "tokenizer") if data.get(key) is not None]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)}: a recipe has one of them")
+    beside: dict[str, Any] = {}
     if new is not None:
         if not isinstance(new, Mapping):
             raise ConfigError(f"tokenizer: expected a mapping with `source`, got {shortened(new)}")
-        for key, value in new.items():
-            if key != "source" and value is not None:
-                advice = _TOKENIZER_ADVICE.get(key)
-                raise ConfigError(f"tokenizer: {key} is not supported{f': {advice}' if advice else ''}")
+        beside = {key: value for key, value in new.items() if key != "source" and value is not None}
+        if unknown := beside.keys() - {"tokens", "pad_to_multiple_of"}:
+            raise ConfigError(f"tokenizer: unknown key {min(map(str, unknown))!r}; it has source, tokens and "
+                              "pad_to_multiple_of")  # fmt: skip
+        if twice := beside.keys() & data.keys():
+            raise ConfigError(f"{min(twice)} is given twice: under `tokenizer` and beside it")
+        if isinstance(tokens := beside.get("tokens"), Mapping):
+            beside["tokens"] = {t: own for t, given in tokens.items() if (own := _token_source(t, given)) is not None}
         old = new.get("source") or "union"  # mergekit's default
     old = reference(old, given[0])
     if not isinstance(old, str):
         raise ConfigError(f"{given[0]}: expected base, union or the path of a model, got {shortened(old)}")
     source = old if old in ("base", "union") else f"model:{old.removeprefix('model:')}"
     rest = {key: value for key, value in data.items() if key not in ("tokenizer", "tokenizer_source")}
-    return {**rest, "vocabulary": source}
+    return {**rest, **beside, "vocabulary": source}
+
+
+def _token_source(token: object, given: object) -> object:
+    """Write mergekit's source of the rows of a token as the fields of `TokenSource`; None if it has none.
+
+    Raises:
+        ConfigError: rows of zeros are asked for.
+    """
+    if not isinstance(given, Mapping) or "source" not in given:
+        return None if isinstance(given, Mapping) and given.keys() <= {"force"} else given
+    source, where = given["source"], f"tokenizer: {token}"
+    if source is None:
+        return None
+    found: dict[str, object] = {key: value for key, value in given.items() if key != "source"}
+    if isinstance(source, Mapping) and "kind" in source:
+        if source["kind"] != "model_token":
+            kind = shortened(source["kind"])
+            raise ConfigError(f"{where}: the rows of a token come from a model, not from {kind}; {MERGEKIT_RUNS_IT}")
+        chosen = source.get("token_id") if source.get("token") is None else source["token"]
+        found |= {} if chosen is None else {"token": chosen}
+        source = source.get("model")
+    return {**found, "model": reference(source, where)}
 
 
 def _with_models(found: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def fit_vocabulary(vocabulary: AlignedVocabulary, base: Checkpoint, stage: Path)
     if owner is not base:
         assert owner.main is not None
         _replace_tokenizer(owner.main, folder)
-        ids = vocabulary.new_ids(base)
+        ids = dict(vocabulary.moved)
         if not (folder / _GENERATION).is_file() and (owner.main / _GENERATION).is_file():
             copy_file(owner.main / _GENERATION, folder / _GENERATION)
     if vocabulary.added:

@@ -76,6 +76,7 @@ class AlignedVocabulary:
         owner: the checkpoint whose tokenizer files and token ids the output has.
         added: tokens of other models in a union.
         groups: where the rows come from.
+        moved: the base's rows of tokens, and those of the output.
         notes: what was assumed.
         tokens_read: number of tokens of all tokenizers.
     """
@@ -88,16 +89,13 @@ class AlignedVocabulary:
     owner: Checkpoint
     added: Mapping[str, AddedToken] = field(default_factory=dict)
     groups: tuple[TokenGroup, ...] = ()
+    moved: Mapping[int, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tokens_read: int = 0
 
     def moves_base(self, base: Checkpoint) -> bool:
         """Whether the rows of the output are others than those of the base."""
         return not torch.equal(self.rows[base], torch.arange(self.height, device="cpu"))
-
-    def new_ids(self, base: Checkpoint) -> dict[int, int]:
-        """Map the base's rows to those of the output."""
-        return {row: index for index, row in enumerate(self.rows[base].tolist()) if row >= 0}
 
     def lines(self) -> list[str]:
         """Say in words where the rows come from."""
@@ -146,18 +144,28 @@ def align_vocabularies(
     """
     source = str(config.vocabulary)
     heights = {checkpoint: embedding_height(checkpoint) for checkpoint in inputs}
-    owner = base if source in ("base", "union") else _named(source.removeprefix("model:"), config, base, tuned)
-    if len(set(heights.values())) == 1 and all(same_tokenizer(base, other) for other in inputs[1:]):
+    named = source.removeprefix("model:")
+    owner = base if source in ("base", "union") else _named(named, config, base, tuned, f"vocabulary: {source}")
+    multiple = config.pad_to_multiple_of or 1
+    alike = len(set(heights.values())) == 1 and all(same_tokenizer(base, other) for other in inputs[1:])
+    if alike and not config.tokens and heights[base] % multiple == 0:
         return _unmoved(source, owner, inputs, heights[base])
     notes: list[str] = []
     tokenizers = dict(_tokenizers(base, inputs, heights, notes))
     ids, height = dict(tokenizers[owner].ids), heights[owner]
-    added: dict[str, AddedToken] = {}
-    if source == "union":
-        added = _new_tokens(base, tokenizers, heights)
-        ids |= {token: new.index for token, new in added.items()}
-        height = _united_height(tokenizers[base], heights[base], max(ids.values()) + 1)
+    added = _new_tokens(owner, tokenizers, heights, list(config.tokens), source == "union")
+    ids |= {token: new.index for token, new in added.items()}
+    height = _united_height(tokenizers[owner], height, max(ids.values()) + 1) if added else height
+    height = -(-height // multiple) * multiple
     rows = {x: _rows(ids, height, tokenizers[x].ids, heights[x]) for x in inputs}
+    moved = {row: index for index, row in enumerate(rows[base].tolist()) if row >= 0}
+    for token, choice in config.tokens.items():
+        chosen = _named(choice.model, config, base, tuned, f"tokens: {token!r} is from {choice.model}, which")
+        row = _row_of(token, choice.token, tokenizers[chosen], heights[chosen])
+        if choice.force or rows[base][ids[token]] < 0:
+            for own in rows.values():
+                own[ids[token]] = -1
+            rows[chosen][ids[token]] = row
     in_place = all(heights[x] == height and torch.equal(rows[x], torch.arange(height, device="cpu")) for x in inputs)
     names = frozenset() if in_place else vocabulary_tensors(heights, lambda name: is_excluded(config, name))
     models = _models(base, tuned, names)
@@ -175,7 +183,9 @@ def align_vocabularies(
         notes.append(f"{int(nobody.sum())} rows of the vocabulary are in no model; they are zero")
     untouched = (rows[base] < 0) | ~known.any(0)
     tokens_read = sum(len(tokenizer.ids) for tokenizer in tokenizers.values())
-    return AlignedVocabulary(source, height, names, rows, untouched, owner, added, groups, tuple(notes), tokens_read)
+    return AlignedVocabulary(
+        source, height, names, rows, untouched, owner, added, groups, moved, tuple(notes), tokens_read
+    )
 
 
 def _unmoved(source: str, owner: Checkpoint, inputs: Sequence[Checkpoint], height: int) -> AlignedVocabulary:
@@ -249,16 +259,16 @@ def _models(base: Checkpoint, tuned: Sequence[Checkpoint | AdaptedModel], names:
     return list(found)
 
 
-def _named(path: str, config: MergeConfig, base: Checkpoint, tuned: Sequence[Checkpoint | AdaptedModel]) -> Checkpoint:
-    """Return the checkpoint of the recipe that a vocabulary names."""
+def _named(
+    path: str, config: MergeConfig, base: Checkpoint, tuned: Sequence[Checkpoint | AdaptedModel], what: str
+) -> Checkpoint:
+    """Return the checkpoint of the recipe that a vocabulary names, called `what` in messages."""
     names = [(config.base_model, base), *((entry.model, x) for entry, x in zip(config.models, tuned, strict=True))]
     for name, model in names:
         checkpoint = model.base if isinstance(model, AdaptedModel) else model
         if path in (name, str(checkpoint.path)) or _same_place(path, checkpoint):
             return checkpoint
-    raise ConfigError(
-        f"vocabulary: model:{path} is none of the models: {some([str(name) for name, _ in names if name], 8)}; list it"
-    )
+    raise ConfigError(f"{what} is none of the models: {some([str(name) for name, _ in names if name], 8)}; list it")
 
 
 def _same_place(path: str, checkpoint: Checkpoint) -> bool:
@@ -268,16 +278,34 @@ def _same_place(path: str, checkpoint: Checkpoint) -> bool:
         return False
 
 
+def _row_of(token: str, choice: str | int | None, tokenizer: Tokenizer, height: int) -> int:
+    """Return the row of a model that a recipe chooses for a token."""
+    wanted = token if choice is None else choice
+    row = wanted if isinstance(wanted, int) else tokenizer.ids.get(wanted, height)
+    if row >= height:
+        raise ConfigError(f"tokens: {token!r}: {tokenizer.file.parent} has no row of {wanted!r}")
+    return row
+
+
 def _new_tokens(
-    base: Checkpoint, tokenizers: Mapping[Checkpoint, Tokenizer], heights: Mapping[Checkpoint, int]
+    owner: Checkpoint,
+    tokenizers: Mapping[Checkpoint, Tokenizer],
+    heights: Mapping[Checkpoint, int],
+    listed: Sequence[str],
+    everything: bool,
 ) -> dict[str, AddedToken]:
-    """Give the tokens that the base lacks ids after its own, in the order of the models and of their ids there."""
-    own = tokenizers[base]
+    """Give tokens that a tokenizer lacks ids after its own, in the order of the models and of their ids there.
+
+    They are those that the recipe lists, or everything that a model has; listed ones that no model has come last.
+    """
+    own = tokenizers[owner]
     found: dict[str, AddedToken] = {}
     first = max(own.ids.values()) + 1
     for checkpoint, tokenizer in tokenizers.items():
         new = sorted(
-            (index, token) for token, index in tokenizer.ids.items() if token not in own.ids and token not in found
+            (index, token)
+            for token, index in tokenizer.ids.items()
+            if token not in own.ids and token not in found and (everything or token in listed)
         )
         for index, token in new:
             if index < heights[checkpoint]:
@@ -286,14 +314,17 @@ def _new_tokens(
         kinds = own.kind or "tokenizer", tokenizer.kind or "tokenizer"
         if pieces and (tokenizer.kind != own.kind or own.kind not in ("BPE", "WordPiece", "WordLevel")):
             raise ConfigError(
-                f"vocabulary: {checkpoint.path} has {len(pieces)} pieces that the base's tokenizer lacks "
+                f"vocabulary: {checkpoint.path} has {len(pieces)} pieces that the tokenizer of {owner.path} lacks "
                 f"({some([ascii(piece) for piece in pieces])}), and a {kinds[0]} model cannot take those of a "
                 f"{kinds[1]} model; use --vocabulary base or --vocabulary model:PATH"
             )
+    for token in listed:
+        if token not in own.ids and token not in found:
+            found[token] = AddedToken(first + len(found), own.file, {})
     if found and own.file.name != "tokenizer.json":
         raise ConfigError(
-            f"vocabulary: the base has {own.file.name} but no tokenizer.json, to which tokens can be added; write it "
-            "with AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers"
+            f"vocabulary: {owner.path} has {own.file.name} but no tokenizer.json, to which tokens can be added; write "
+            "it with AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers"
         )
     return found
 

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     base = {name: draw(shape, 1) for name, shape in names.items()}
     shared = {name: draw(shape, 0.05) for name, shape in names.items()}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": LAYERS}
-    vocabulary = {f"t{i}": i for i in range(20)}
+    vocabulary = {f"t{i}": i for i in range(19)} | {"<|im_end|>": 19}
     for model in ("base", "a", "b", "c"):
         step = 0 if model == "base" else 1
         own = {n: t + step * (shared[n] + draw(t.shape, 0.05)) for n, t in base.items()}

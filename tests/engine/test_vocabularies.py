@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from vocabularies import BIAS, EMBEDDING, HEAD, LAYER, PIECES, ids_of, tensors_of, tokenizer_json, write
 
-from r_tsvm_kernels import MergeConfig, NonFiniteError, merge_checkpoints, verify_output
+from r_tsvm_kernels import ConfigError, MergeConfig, NonFiniteError, merge_checkpoints, verify_output
 
 ALIGNED = (EMBEDDING, HEAD, BIAS)
 # Base; a chat tune with two tokens more; a tune with other ids, one token of its own, and padding to 16 rows.
@@ -211,3 +211,89 @@ def test_tokens_under_other_ids_are_noted(tmp_path, order, caplog):
     ]
     merge_checkpoints(MergeConfig("task_arithmetic", base_model=paths[0], models=paths[1:]), tmp_path / "out")
     assert ("have other ids than in the base" in caplog.text) == (order.step == -1)
+
+
+def with_tokens(paths, out, tokens, source="union", **options):
+    """Merge by a recipe in mergekit's form; return the tensors and the ids of the output."""
+    config = MergeConfig.from_dict({
+        "merge_method": "task_arithmetic", "base_model": paths["base"], "parameters": {"alpha": ALPHA},
+        "models": [{"model": paths["chat"]}, {"model": paths["odd"]}],
+        "tokenizer": {"source": source, "tokens": tokens, **options},
+    })  # fmt: skip
+    merge_checkpoints(config, out)
+    assert verify_output(out, inputs=True).ok
+    assert MergeConfig.from_yaml(out / "merge_recipe.yaml") == config
+    ids = ids_of(json.loads((out / "tokenizer.json").read_text()))
+    return load_file(out / "model.safetensors"), ids
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_a_recipe_chooses_the_rows_of_tokens(family, tmp_path, name):
+    paths, tensors = family
+    rows = {model: own[name] for model, own in tensors.items()}
+    place = {model: ids_of(tokenizer) for model, tokenizer in TOKENIZERS.items()}
+    tokens = {
+        "a": {"source": paths["chat"], "force": True},  # all models have it
+        "b": {"source": paths["chat"]},  # the base has it, so it is merged
+        "<chat>": {"source": {"model": {"path": paths["odd"]}}},  # two models have it, the base does not
+        "<pad>": {"source": {"kind": "model_token", "model": paths["base"], "token": "<s>"}},
+        "c": {"source": {"kind": "model_token", "model": paths["odd"], "token_id": 15}, "force": True},
+        "d": {"source": None},
+    }
+    found, ids = with_tokens(paths, tmp_path / "out", tokens)
+    got = found[name]
+    assert torch.equal(got[ids["a"]], rows["chat"][place["chat"]["a"]])
+    assert torch.equal(got[ids["<chat>"]], rows["odd"][place["odd"]["<chat>"]])
+    assert torch.equal(got[ids["<pad>"]], rows["base"][place["base"]["<s>"]])
+    assert torch.equal(got[ids["c"]], rows["odd"][15])
+    for token in ("b", "d", "e", "<s>", "<img>"):
+        assert torch.allclose(got[ids[token]], expected_row(name, token, tensors), atol=1e-6)
+
+
+def test_listed_tokens_are_added_to_any_vocabulary(family, tmp_path):
+    paths, tensors = family
+    tokens = {
+        "<chat>": {"source": paths["chat"]},
+        "<new>": {"source": {"kind": "model_token", "model": paths["base"], "token": "<s>"}},
+    }
+    found, ids = with_tokens(paths, tmp_path / "base_out", tokens, "base", pad_to_multiple_of=8)
+    assert ids == ids_of(TOKENIZERS["base"]) | {"<chat>": 9, "<new>": 10}
+    assert found[EMBEDDING].shape[0] == 16
+    assert torch.equal(found[EMBEDDING][9], tensors["chat"][EMBEDDING][10])
+    assert torch.equal(found[EMBEDDING][10], tensors["base"][EMBEDDING][8])
+    found, ids = with_tokens(paths, tmp_path / "odd_out", tokens, paths["odd"])
+    assert ids == ids_of(TOKENIZERS["odd"]) | {"<new>": 11}
+    assert torch.equal(found[HEAD][11], tensors["base"][HEAD][8])
+    assert torch.equal(found[HEAD][ids["<chat>"]], row_of(HEAD, "<chat>", tensors)["odd"]) is False  # the mean of two
+    config = json.loads((tmp_path / "odd_out" / "config.json").read_text())
+    assert config["vocab_size"] == 16 and config["eos_token_id"] == 8  # odd's own id
+
+
+@pytest.mark.parametrize("multiple, height", [(1, 9), (9, 9), (8, 16), (5, 10)])
+def test_models_of_one_tokenizer_are_padded(tmp_path, multiple, height):
+    own = [tensors_of(9, seed) for seed in range(2)]
+    paths = [write(tmp_path / str(i), tensors, TOKENIZERS["base"]) for i, tensors in enumerate(own)]
+    config = MergeConfig("task_arithmetic", base_model=paths[0], models=[paths[1]], vocabulary="base",
+                         pad_to_multiple_of=multiple)  # fmt: skip
+    merge_checkpoints(config, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ALIGNED:
+        assert found[name].shape[0] == height and not found[name][9:].any()
+        assert torch.allclose(found[name][:9], own[1][name], atol=1e-6)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == height
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        ({"<no>": {"model": "{base}"}}, "tokens: '<no>': .*base has no row of '<no>'"),
+        ({"a": {"model": "{base}", "token": 9}}, "tokens: 'a': .*base has no row of 9"),
+        ({"a": {"model": "elsewhere"}}, "tokens: 'a' is from elsewhere, which is none of the models"),
+    ],
+)
+def test_rows_that_do_not_exist_are_refused(family, tmp_path, tokens, message):
+    paths, _ = family
+    tokens = {token: own | {"model": own["model"].format(**paths)} for token, own in tokens.items()}
+    with pytest.raises(ConfigError, match=message):
+        merged(paths, tmp_path / "out", vocabulary="base", tokens=tokens)
+    assert not (tmp_path / "out").exists()
