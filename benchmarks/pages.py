@@ -50,8 +50,8 @@ SPEED = (
     Section("parts.json", "Merges from parts", "python -m benchmarks.parts",
             "A base and three fine-tunes of the shapes of Mistral-7B, both sides divided by 2: embedding, head and "
             "three layers. `anew` decomposes for each merge; the others read the parts that one decomposition wrote. "
-            "Errors are differences from the direct merge, relative to the update; both outputs are rounded to bfloat16. The "
-            "machine did other work at low priority."),
+            "Errors are differences from the direct merge, relative to the update; both outputs are rounded to "
+            "bfloat16. The machine did other work at low priority."),
     Section("packed_experts.json", "Packed experts", "python -m benchmarks.packed_experts",
             "Experts of gpt-oss (2880x2880) and Qwen3-MoE (768x2048), both sides divided by 12, merged by `tsvm` as "
             "one packed tensor and one by one. `eigen` solves each expert alone in both cases. `products` solves "
