@@ -120,6 +120,8 @@ def run_measured(command: list[str], env: Mapping[str, str] | None = None) -> Ru
     Raises:
         RuntimeError: the command failed; the message ends with its output.
     """
+    # Python keeps what it has compiled, as for users: otherwise each process compiles torch again, for seconds.
+    env = {key: value for key, value in (env or os.environ).items() if key != "PYTHONDONTWRITEBYTECODE"}
     peak = 0
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:  # a pipe could fill up and stop the command

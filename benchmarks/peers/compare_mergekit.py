@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -134,7 +133,7 @@ def main() -> int:
     results = Results(args.json, ("safetensors",), replace=True)
     results.circumstances["versions"] |= versions_of(args.peer_python, "mergekit")
     for command in ([sys.executable, "-m", "r_tsvm_kernels"], [args.peer_python.with_name("mergekit-yaml")]):
-        subprocess.run([*command, "--help"], check=True, env=environment(), capture_output=True)  # Python compiles
+        run_measured([*map(str, command), "--help"], environment())  # Python compiles
     with family(args.folder, args.size, TASKS, args.hidden) as models:
         for method in args.methods:
             results.add(compare(models, method, args.peer_python, args.rounds, args.minutes))
