@@ -39,8 +39,9 @@ def evaluate(value: Any, name: str, position: float) -> Any:
     """Evaluate a parameter value for one tensor; None if no filter matches.
 
     Args:
-        value: scalar; list of numbers (piecewise linear in `position`); or ``{value, filter}`` or a list of such, where
-            the first entry applies whose filter is a substring of `name` (``*`` or no filter: any name).
+        value: scalar; list of numbers (piecewise linear in `position`) or of bools (the last one whose place in the
+            list is not behind `position`); or ``{value, filter}`` or a list of such, where the first entry applies
+            whose filter is a substring of `name` (``*`` or no filter: any name).
         name: name of the tensor.
         position: position of its layer, from 0.0 (first) to 1.0 (last).
 
@@ -58,6 +59,8 @@ def evaluate(value: Any, name: str, position: float) -> Any:
     if is_gradient(value):
         scaled = position * (len(value) - 1)
         low = int(scaled)
+        if all(isinstance(item, bool) for item in value):
+            return value[low]
         high = min(len(value) - 1, low + 1)
         return value[low] + (scaled - low) * (value[high] - value[low])
     return value

@@ -261,11 +261,13 @@ def _token_source(token: object, given: object) -> object:
     """Write mergekit's source of the rows of a token as the fields of `TokenSource`; None if it has none.
 
     Raises:
-        ConfigError: rows of zeros are asked for.
+        ConfigError: rows of zeros are asked for, or `force` without a source.
     """
-    if not isinstance(given, Mapping) or "source" not in given:
-        return None if isinstance(given, Mapping) and given.keys() <= {"force"} else given
-    source, where = given["source"], f"tokenizer: {token}"
+    if not isinstance(given, Mapping) or ("source" not in given and not given.keys() <= {"force"}):
+        return given
+    source, where = given.get("source"), f"tokenizer: {token}"
+    if source is None and given.get("force"):
+        raise ConfigError(f"{where}: force needs a source: the model whose row the token gets")
     if source is None:
         return None
     found: dict[str, object] = {key: value for key, value in given.items() if key != "source"}

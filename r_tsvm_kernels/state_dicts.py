@@ -21,7 +21,7 @@ from .parameters import layer_positions
 from .quantised import refuse_quantised
 from .text import dtype_name
 from .tied import same_memory, tied_names
-from .treatments import Treatment, check_same_names, is_excluded, stored_dtype, treatment
+from .treatments import Treatment, check_same_names, is_computed, is_excluded, stored_dtype, treatment
 from .values import detached
 
 _LOG = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _extra_tensors(
     found: dict[str, list[Tensor]] = {}
     for name, tensor in ((name, tensor) for state_dict in models for name, tensor in state_dict.items()):
         wanted = config.missing == "mean_of_present" and name not in start and not is_excluded(config, name)
-        if wanted and tensor.dtype in FLOAT_DTYPES and tensor.numel():
+        if wanted and not is_computed(name) and tensor.dtype in FLOAT_DTYPES and tensor.numel():
             found.setdefault(name, []).append(tensor)
     return found
 

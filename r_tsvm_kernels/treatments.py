@@ -16,6 +16,9 @@ from .methods import MethodParameters
 from .ops._checks import FLOAT_DTYPES
 from .text import dtype_name, some
 
+# Tables of older checkpoints that models compute anew when they are loaded.
+_COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")
+
 
 @dataclass(frozen=True)
 class Treatment:
@@ -39,18 +42,26 @@ def is_excluded(config: MergeConfig, name: str) -> bool:
     return _matches(name, config.exclude) or bool(config.include and not _matches(name, config.include))
 
 
+def is_computed(name: str) -> bool:
+    """Whether a tensor is a table that models compute anew: older checkpoints store it, and no library needs it."""
+    return name.endswith(_COMPUTED)
+
+
 def check_same_names(
     base: Mapping[str, object], other: Mapping[str, object], label: str, config: MergeConfig
 ) -> list[str]:
-    """Check that `other` has the tensors of `base`, apart from excluded ones; return those that only `other` has.
+    """Check that `other` has the tensors of `base`; return those that only `other` has.
+
+    Excluded tensors and tables that are computed anew may be missing in either.
 
     Raises:
         CheckpointError: it lacks a tensor, or has one more, and ``config.missing`` is ``error``; or only one of them
             packs its experts.
     """
     beside = sorted(other.keys() - base.keys())
-    missing = [name for name in sorted(base.keys() - other.keys()) if not is_excluded(config, name)]
-    extra = [name for name in beside if not is_excluded(config, name)]
+    needed = {name for name in base.keys() ^ other.keys() if not is_excluded(config, name) and not is_computed(name)}
+    missing = sorted(needed & base.keys())
+    extra = [name for name in beside if name in needed]
     layouts = layout_of_experts(missing), layout_of_experts(extra)
     if None not in layouts and layouts[0] != layouts[1]:
         raise CheckpointError(

@@ -227,6 +227,10 @@ def test_a_gradient_of_ranks_gives_whole_ranks():
         ({"models": [{"model": {"place": "x"}}]}, "models: expected a path, or a mapping"),
         ({"merge_method": "ties", "models": [{"model": "a", "density": 1}]}, "density is a parameter; write it under"),
         (
+            {"tokenizer": {"tokens": {"<s>": {"force": True}}}},
+            "tokenizer: <s>: force needs a source: the model whose row",
+        ),
+        (
             {"tokenizer": {"tokens": {"<s>": {"source": {"kind": "zero"}}}}},
             "tokenizer: <s>: the rows of a token come from a model, not from 'zero'; `rtsvm mergekit yaml",
         ),

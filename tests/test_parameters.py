@@ -14,6 +14,11 @@ def test_gradients_are_piecewise_linear(position, expected):
     assert evaluate([4.0], "x", position) == 4.0
 
 
+@pytest.mark.parametrize("position, expected", [(0.0, True), (0.49, True), (0.5, False), (0.99, False), (1.0, True)])
+def test_a_gradient_of_bools_is_one_of_them(position, expected):
+    assert evaluate([True, False, True], "x", position) is expected
+
+
 def test_the_first_filter_that_matches_counts():
     value = [{"filter": "attn", "value": [0.0, 1.0]}, {"filter": "mlp", "value": 2}, {"value": 3}]
     assert evaluate(value, "layers.0.attn.q", 0.5) == 0.5

@@ -2,7 +2,8 @@
 
 Every model gets all rows of the output. A row that a model lacks is the base's, so that its task vector is zero there.
 A row that the base lacks is, in the base and in all models, that of the only model that knows the token, or the mean
-of those that do. After the merge, rows without any task vector are written with the bits that were read.
+of those that do; without a base, so is a row that any model lacks, in the models that lack it. After the merge, rows
+without any task vector, or of a single model, are written with the bits that were read.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def read_aligned(
     assert vocabulary is not None
     shape = (last - first, *tensor.spec.shape[1:])
     base = torch.zeros(shape, dtype=tensor.parts[0].dtype, pin_memory=pin, device="cpu")
-    plan.base.load_rows(name, vocabulary.rows[plan.base][first:last], base)
+    own_rows = vocabulary.rows[plan.base][first:last]
+    plan.base.load_rows(name, own_rows, base)
     _read_new_rows(plan, vocabulary, name, first, base)
     found: list[Tensor | Factored | Change] = [base]
     for part in tensor.parts[1:]:
@@ -48,6 +50,10 @@ def read_aligned(
             found.append(own)
         else:
             found.append(source.load_change(plan.module(source, name), pin=pin))
+    # Without a base, the first model has means only in the rows that it lacks, as the others.
+    again = own_rows.masked_fill(~vocabulary.averaged[first:last], -1)
+    if bool((again >= 0).any()):
+        plan.base.load_rows(name, again, base)
     return found
 
 
@@ -68,9 +74,9 @@ def _stretches(mask: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _read_new_rows(plan: MergePlan, vocabulary: AlignedVocabulary, name: str, first: int, base: Tensor) -> None:
-    """Complete the rows that the base lacks: those of the only model that has them, or the mean of several."""
+    """Write the rows of the only model that has them, or the mean of several, where the vocabulary says so."""
     last = first + len(base)
-    new = vocabulary.rows[plan.base][first:last] < 0
+    new = vocabulary.averaged[first:last]
     if not bool(new.any()):
         return
     models = dict.fromkeys(model.base if isinstance(model, AdaptedModel) else model for model in plan.tuned)

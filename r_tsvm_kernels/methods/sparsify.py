@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..ops import Election, Sparsifier, elect_and_sum, kept_count, magnitude_select, task_statistics
-from ..ops.elect_and_sum import normalized
+from ..ops.elect_and_sum import normalized_shares
 from .base import Cost, MethodParameters, PerModel, TensorJob
 from .reports import MergeResult, TensorReport
 from .task_arithmetic import TaskArithmeticParameters
@@ -83,7 +83,7 @@ def merge_kept(
     """Add the sparsified task vectors to the base, after the election of a sign if the method has one."""
     weights = list(options.weight)
     if options.normalize and elect == "none":
-        weights = normalized(weights)
+        weights = normalized_shares(weights)
     normalize = options.normalize and elect != "none"
     merged = elect_and_sum(
         base, tuned, weights, elect=elect, normalize=normalize, alpha=options.alpha, sparsifiers=sparsifiers

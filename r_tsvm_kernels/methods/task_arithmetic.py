@@ -19,7 +19,7 @@ from torch import Tensor
 from ..linalg import Factored, weighted_sum
 from ..ops import add_update, elect_and_sum
 from ..ops._checks import accumulation_dtype
-from ..ops.elect_and_sum import normalized
+from ..ops.elect_and_sum import normalized_shares
 from .base import FiniteFloat, MethodParameters, always, register
 from .reports import MergeResult, TensorReport
 
@@ -49,7 +49,7 @@ def task_arithmetic(base: Tensor, tuned: Sequence[Any], options: TaskArithmeticP
         >>> task_arithmetic(base, tuned, TaskArithmeticParameters(weight=[1.0, 1.0], alpha=0.5)).weight
         tensor([1.5000, 2.0000])
     """
-    weights = normalized(options.weight) if options.normalize else list(options.weight)
+    weights = normalized_shares(options.weight) if options.normalize else list(options.weight)
     if isinstance(tuned[0], Factored):
         merged = add_update(base, sum_of_updates(base, tuned, weights), options.alpha)
     else:

@@ -11,7 +11,7 @@ from ..config import MergeConfig
 from ..errors import ShapeError
 from ..ops._checks import FLOAT_DTYPES
 from ..text import some
-from ..treatments import Treatment, check_same_names, is_excluded
+from ..treatments import Treatment, check_same_names, is_computed, is_excluded
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Presence:
         if all(model in lacking for model in self.models):
             return Treatment("base", "only the base has it")
         where = f"missing in {some([str(checkpoint.path) for checkpoint in lacking])}"
-        if self.policy == "base":
+        if self.policy != "mean_of_present" or is_computed(name):
             return Treatment("base", where)
         return Treatment("mean", f"{where}; mean of the models that have it", present_only=True)
 
@@ -102,7 +102,7 @@ def compare_tensors(
 
 
 def _is_added(config: MergeConfig, name: str, tensors: Mapping[str, TensorHeader]) -> bool:
-    wanted = config.missing == "mean_of_present" and not is_excluded(config, name)
+    wanted = config.missing == "mean_of_present" and not is_excluded(config, name) and not is_computed(name)
     return wanted and tensors[name].dtype in FLOAT_DTYPES and 0 not in tensors[name].shape
 
 

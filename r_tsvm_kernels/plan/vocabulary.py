@@ -21,6 +21,7 @@ from ..checkpoint import (
 from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError
 from ..lora.adapted_model import AdaptedModel
+from ..recipe_forms import MERGEKIT_RUNS_IT
 from ..text import some
 from ..treatments import is_excluded
 
@@ -73,6 +74,8 @@ class AlignedVocabulary:
         rows: for each checkpoint its row for each row of the output, int64 (height,); -1 if it has none.
         untouched: rows that are written as they were read, because only the base has them or it lacks them, bool
             (height,).
+        averaged: rows of which a model that lacks them has the mean of the others, bool (height,): those that the base
+            lacks; without a base, those that any model lacks.
         owner: the checkpoint whose tokenizer files and token ids the output has.
         added: tokens of other models in a union.
         groups: where the rows come from.
@@ -86,6 +89,7 @@ class AlignedVocabulary:
     names: frozenset[str]
     rows: Mapping[Checkpoint, Tensor]
     untouched: Tensor
+    averaged: Tensor
     owner: Checkpoint
     added: Mapping[str, AddedToken] = field(default_factory=dict)
     groups: tuple[TokenGroup, ...] = ()
@@ -147,6 +151,7 @@ def align_vocabularies(
     named = source.removeprefix("model:")
     owner = base if source in ("base", "union") else _named(named, config, base, tuned, f"vocabulary: {source}")
     multiple = config.pad_to_multiple_of or 1
+    has_base = config.base_model is not None
     alike = len(set(heights.values())) == 1 and all(same_tokenizer(base, other) for other in inputs[1:])
     if alike and not config.tokens and heights[base] % multiple == 0:
         return _unmoved(source, owner, inputs, heights[base])
@@ -162,29 +167,28 @@ def align_vocabularies(
     for token, choice in config.tokens.items():
         chosen = _named(choice.model, config, base, tuned, f"tokens: {token!r} is from {choice.model}, which")
         row = _row_of(token, choice.token, tokenizers[chosen], heights[chosen])
-        if choice.force or rows[base][ids[token]] < 0:
+        if choice.force or any(rows[x][ids[token]] < 0 for x in (inputs[:1] if has_base else inputs)):
             for own in rows.values():
                 own[ids[token]] = -1
             rows[chosen][ids[token]] = row
     in_place = all(heights[x] == height and torch.equal(rows[x], torch.arange(height, device="cpu")) for x in inputs)
     names = frozenset() if in_place else vocabulary_tensors(heights, lambda name: is_excluded(config, name))
-    models = _models(base, tuned, names)
-    known = (
-        torch.stack([rows[model] >= 0 for model in models])
-        if models
-        else torch.zeros(0, height, dtype=torch.bool, device="cpu")
-    )
-    groups = tuple(_groups(ids, height, rows[base] >= 0, known, models))
+    models = _models(base, tuned, names) if has_base else list(inputs)
+    known = torch.stack([torch.zeros(height, dtype=torch.bool, device="cpu"), *(rows[x] >= 0 for x in models)])[1:]
+    # Without a base, rows of several models are merged as those that a base has.
+    merged = rows[base] >= 0 if has_base else known.sum(0) > 1
+    groups = tuple(_groups(ids, height, merged, known, models))
+    averaged = rows[base] < 0 if has_base else ~known.all(0) & known.any(0)
     # Rows that nobody has: padding like the base's, or zeros.
     nobody = (rows[base] < 0) & ~known.any(0)
     if spare := sorted(set(range(heights[base])) - set(tokenizers[base].ids.values()))[-1:]:
         rows[base] = rows[base].masked_fill(nobody, spare[0])
     elif int(nobody.sum()):
         notes.append(f"{int(nobody.sum())} rows of the vocabulary are in no model; they are zero")
-    untouched = (rows[base] < 0) | ~known.any(0)
+    untouched = ~merged | ~known.any(0)
     tokens_read = sum(len(tokenizer.ids) for tokenizer in tokenizers.values())
     return AlignedVocabulary(
-        source, height, names, rows, untouched, owner, added, groups, moved, tuple(notes), tokens_read
+        source, height, names, rows, untouched, averaged, owner, added, groups, moved, tuple(notes), tokens_read
     )
 
 
@@ -192,9 +196,8 @@ def _unmoved(source: str, owner: Checkpoint, inputs: Sequence[Checkpoint], heigh
     """Return the vocabulary of models that share one tokenizer: no row moves."""
     rows = dict.fromkeys(inputs, torch.arange(height, device="cpu"))
     group = TokenGroup("merged", tuple(str(x.path) for x in inputs[1:]), height, ())
-    return AlignedVocabulary(
-        source, height, frozenset(), rows, torch.zeros(height, dtype=torch.bool, device="cpu"), owner, groups=(group,)
-    )
+    none = torch.zeros(height, dtype=torch.bool, device="cpu")
+    return AlignedVocabulary(source, height, frozenset(), rows, none, none, owner, groups=(group,))
 
 
 def aligned_tensors(
@@ -268,7 +271,10 @@ def _named(
         checkpoint = model.base if isinstance(model, AdaptedModel) else model
         if path in (name, str(checkpoint.path)) or _same_place(path, checkpoint):
             return checkpoint
-    raise ConfigError(f"{what} is none of the models: {some([str(name) for name, _ in names if name], 8)}; list it")
+    raise ConfigError(
+        f"{what} is none of the models: {some([str(name) for name, _ in names if name], 8)}; list it, with weight 0 if "
+        f"only its tokens are wanted; {MERGEKIT_RUNS_IT}"
+    )
 
 
 def _same_place(path: str, checkpoint: Checkpoint) -> bool:
@@ -353,13 +359,13 @@ def _rows(ids: Mapping[str, int], height: int, own: Mapping[str, int], own_heigh
 
 
 def _groups(
-    ids: Mapping[str, int], height: int, in_base: Tensor, known: Tensor, models: Sequence[Checkpoint]
+    ids: Mapping[str, int], height: int, merged: Tensor, known: Tensor, models: Sequence[Checkpoint]
 ) -> Iterator[TokenGroup]:
     tokens: dict[int, str] = {}
     for token, index in ids.items():
         tokens.setdefault(index, token)
     found: dict[tuple[bool, bool, tuple[int, ...]], list[int]] = {}
-    patterns, group_of = torch.unique(torch.cat([in_base[None], known]), dim=1, return_inverse=True)
+    patterns, group_of = torch.unique(torch.cat([merged[None], known]), dim=1, return_inverse=True)
     for index, group in enumerate(group_of.tolist()):
         in_it, *rest = patterns[:, group].tolist()
         key = (index in tokens, in_it, tuple(i for i, has in enumerate(rest) if has))

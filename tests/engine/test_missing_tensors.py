@@ -139,3 +139,28 @@ def test_models_that_differ_where_the_base_has_nothing(tmp_path):
         merge_checkpoints(config, tmp_path / "out")
     merge_checkpoints(config.model_copy(update={"exclude": (SCORE,)}), tmp_path / "out")
     assert list(load_file(tmp_path / "out" / "model.safetensors")) == [W]
+
+
+FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("policy", ["error", "base", "mean_of_present"])
+@pytest.mark.parametrize("holder", ["base", "tuned"])
+def test_tables_that_models_compute_anew_may_be_missing(tmp_path, policy, holder):
+    """Checkpoints of older libraries store them; the output has those of the base."""
+    own = {name: model(seed) for seed, name in enumerate(("base", "tuned"))}
+    own[holder][FREQUENCIES] = torch.arange(4.0)
+    for name, tensors in own.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    paths = [str(tmp_path / name) for name in own]
+    config = MergeConfig("task_arithmetic", base_model=paths[0], models=paths[1:], missing=policy)
+    merge_checkpoints(config, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    in_memory = merge_state_dicts(own["base"], [own["tuned"]], "task_arithmetic", missing=policy).state_dict
+    for found in (merged, in_memory):
+        assert found.keys() == own["base"].keys()
+        assert torch.allclose(found[W], own["tuned"][W], atol=1e-6)
+    if holder == "base":
+        assert torch.equal(merged[FREQUENCIES], own["base"][FREQUENCIES])

@@ -297,3 +297,31 @@ def test_rows_that_do_not_exist_are_refused(family, tmp_path, tokens, message):
     with pytest.raises(ConfigError, match=message):
         merged(paths, tmp_path / "out", vocabulary="base", tokens=tokens)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("order", [("chat", "odd", "base"), ("base", "chat", "odd"), ("odd", "base", "chat")], ids=str)
+@pytest.mark.parametrize("source", ["union", "model:odd"])
+@pytest.mark.parametrize("rows", [2, 1 << 16])
+def test_without_a_base_all_models_are_alike(family, tmp_path, order, source, rows, monkeypatch):
+    """A model that lacks a token has the mean of those that know it, whichever model comes first."""
+    monkeypatch.setattr("r_tsvm_kernels.engine.scheduling.TILE_ELEMENTS", (rows * 4,) * 3)
+    paths, tensors = family
+    weights = {"base": 0.2, "chat": 0.5, "odd": 0.3}
+    entries = [{"model": paths[name], "parameters": {"weight": weights[name]}} for name in order]
+    vocabulary = f"model:{paths['odd']}" if ":" in source else source
+    config = MergeConfig.from_dict({"merge_method": "linear", "models": entries, "vocabulary": vocabulary})
+    result = merge_checkpoints(config, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    ids = ids_of(json.loads((tmp_path / "out" / "tokenizer.json").read_text()))
+    for name in ALIGNED:
+        for token, index in ids.items():
+            own = row_of(name, token, tensors)
+            mean = sum(own.values()) / len(own)
+            expected = sum(weight * own.get(model, mean) for model, weight in weights.items())
+            assert torch.allclose(found[name][index], expected, atol=1e-6), (name, token)
+            if len(own) == 1:
+                assert torch.equal(found[name][index], *own.values())
+    groups = json.loads(result.report_path.read_text())["vocabulary"]["groups"]
+    assert {group["rows"] for group in groups} <= {"merged", "model", "padding"}
+    single = {token for token in ids if len(row_of(HEAD, token, tensors)) == 1}
+    assert single == {token for group in groups if group["rows"] == "model" for token in group["tokens"]}

@@ -5,6 +5,7 @@ import torch
 from compare import relative_error, same_bits
 
 from r_tsvm_kernels import ConfigError, MergeConfig, merge_tensors
+from r_tsvm_kernels.ops import elect_and_sum
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -65,6 +66,21 @@ def test_weights_that_cancel_cannot_be_normalised(method):
     base, tuned = group(tasks=2)
     with pytest.raises(ConfigError, match="sum to 0"):
         merge_tensors(base, tuned, MergeConfig(method, weight=[1.0, -1.0], normalize=True))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "della_linear", "breadcrumbs"])
+def test_weights_that_are_all_zero_keep_the_base(method):
+    """A gradient of weights may begin at 0; mergekit keeps the base there, too."""
+    base, tuned = group(tasks=2)
+    got = merge_tensors(base, tuned, MergeConfig(method, weight=[0.0, 0.0], normalize=True))
+    assert same_bits(got.weight, base)
+    assert same_bits(elect_and_sum(base, tuned, [0.0, 0.0], normalize=True), base)
+
+
+def test_averages_of_no_weight_are_refused():
+    base, tuned = group(tasks=2)
+    with pytest.raises(ConfigError, match="sum to 0"):
+        merge_tensors(base, tuned, MergeConfig("linear", weight=[0.0, 0.0]))
 
 
 def test_untouched_elements_are_the_base_s_bit_for_bit():

@@ -132,7 +132,7 @@ def elect_and_sum(
     Raises:
         ShapeError, DTypeError, DeviceError: the tensors do not match; ranks and masks are checked, too.
         ConfigError: an unknown election, a wrong number of weights or sparsifiers, a number that is not finite or does
-            not fit the accumulation dtype, weights that sum to 0 and are to be normalized without an election, or
+            not fit the accumulation dtype, weights that cancel and are to be normalized without an election, or
             ranks in an unweighted election.
         BackendUnavailableError: `backend` cannot run here.
 
@@ -150,7 +150,7 @@ def elect_and_sum(
     (alpha,) = numbers_of(alpha, 1, "elect_and_sum: alpha")
     rules = _one_per_task(sparsifiers, len(tuned))
     if normalize and elect == "none":
-        weights = normalized(weights)
+        weights = normalized_shares(weights)
     dtype = accumulation_dtype(base, *tuned)
     factors = [weight * rule.rescale for weight, rule in zip(weights, rules, strict=True)]
     for label, values in (("weights", weights), ("weights times rescale", factors), ("alpha", [alpha])):
@@ -202,3 +202,16 @@ def normalized(weights: Sequence[float], advice: str = "set normalize: false") -
     if abs(total) < 1e-8:
         raise ConfigError(f"the weights {list(weights)} sum to 0 and cannot be normalized; {advice}")
     return [weight / total for weight in weights]
+
+
+def normalized_shares(weights: Sequence[float]) -> list[float]:
+    """Divide the weights of task vectors by their sum; weights that are all 0 stay, and nothing is added to the base.
+
+    Raises:
+        ConfigError: other weights sum to 0.
+
+    Examples:
+        >>> normalized_shares([1.0, 3.0]), normalized_shares([0.0, 0.0])
+        ([0.25, 0.75], [0.0, 0.0])
+    """
+    return normalized(weights) if any(weights) else list(weights)
