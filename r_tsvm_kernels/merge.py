@@ -301,8 +301,14 @@ class _Merge:
             return self.finished(MergeResult(self.base.clone(), TensorReport()), decided)
         checked = self.checked(decided)
         with _named(self.label):
-            result = checked.computed(decided.kind)
-        return checked.finished(result, decided)
+            result = checked.computed(decided.kind, checked.rounded)
+        try:
+            return checked.finished(result, decided)
+        except NonFiniteError:
+            if checked.rounded is None:
+                raise
+            with _named(self.label):  # again, not rounded: the message says which value does not fit
+                return checked.finished(checked.computed(decided.kind), decided)
 
     def checked(self, decided: Treatment) -> _Merge:
         """Return the merge of the inputs as they are loaded, after checks."""
@@ -316,18 +322,25 @@ class _Merge:
         check_options(options, dtype, self.label)
         return replace(self, base=base, tuned=tuned)
 
-    def computed(self, kind: str) -> MergeResult:
-        """Merge by the method or by the mean; return the result in the dtype of the computation."""
+    @property
+    def rounded(self) -> torch.dtype | None:
+        """The dtype that a method may round its result to: that of the output, if nothing else is done to it."""
+        if self.config.calibrate is not None or not self.base.is_floating_point():
+            return None
+        return self.out_dtype or stored_dtype(self.config, self.base.dtype)
+
+    def computed(self, kind: str, out_dtype: torch.dtype | None = None) -> MergeResult:
+        """Merge by the method or by the mean; the result is in the dtype of the computation, or in `out_dtype`."""
         method, options = self.config.method, self.options
         if kind != "mean" and method.factored(options) and all(isinstance(model, Factored) for model in self.tuned):
             return method.run(self.base, self.tuned, options)
         models = formed(self.base, self.tuned, self.label)
         if kind != "mean":
-            return method.run(self.base, models, options)
+            return method.run(self.base, models, options, **({"out_dtype": out_dtype} if method.rounds else {}))
         if method.needs_base:
-            return mean_task_vector(self.base, models, options.weight, getattr(options, "alpha", 1.0))
+            return mean_task_vector(self.base, models, options.weight, getattr(options, "alpha", 1.0), out_dtype)
         linear = get_method("linear")
-        return linear.run(self.base, models, linear.parameters(weight=options.weight))
+        return linear.run(self.base, models, linear.parameters(weight=options.weight), out_dtype=out_dtype)
 
     def summands(self, decided: Treatment) -> Summands:
         """Check the inputs, and return the summands of the merge with their norms."""

@@ -36,7 +36,8 @@ def doubles(base, tuned):
 def merge(method, base, tuned, name="w", weights=None, **options):
     """Merge; the result is not rounded to the dtype of the inputs."""
     config = MergeConfig(method, weight=weights, **options)
-    wide = torch.float64 if tuned[0].dtype == torch.float64 else torch.float32
+    first = tuned[0] if base is None else base
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     return merge_tensors(base, tuned, config, name=name, out_dtype=wide).weight
 
 

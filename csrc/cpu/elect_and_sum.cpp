@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "dtype.h"
 #include "isa.h"
 #include "pages.h"
 #include "parallel.h"
@@ -64,7 +65,8 @@ struct Problem {
   bool normalize;
   Real least;
   Real alpha;
-  Real* output;
+  void* output;
+  ElementType type;  // of the output
   int64_t elements;
 };
 
@@ -183,6 +185,28 @@ RTSVM_INLINE void add_update(const Real* __restrict base, const Real* __restrict
 }
 
 template <class Real>
+RTSVM_INLINE void store(const Real* values, int64_t n, ElementType type, void* output, int64_t first) {
+  switch (type) {
+    case ElementType::kFloat64:
+      for (int64_t i = 0; i < n; ++i) static_cast<double*>(output)[first + i] = values[i];
+      break;
+    case ElementType::kFloat32:
+      for (int64_t i = 0; i < n; ++i) static_cast<float*>(output)[first + i] = static_cast<float>(values[i]);
+      break;
+    case ElementType::kFloat16:
+      for (int64_t i = 0; i < n; ++i) {
+        static_cast<Float16*>(output)[first + i] = to_float16(static_cast<float>(values[i]));
+      }
+      break;
+    case ElementType::kBFloat16:
+      for (int64_t i = 0; i < n; ++i) {
+        static_cast<BFloat16*>(output)[first + i] = to_bfloat16(static_cast<float>(values[i]));
+      }
+      break;
+  }
+}
+
+template <class Real>
 RTSVM_INLINE void survive(const Problem<Real>& problem, Task<Real>& task, int64_t chunk, int64_t first, int64_t n,
                           Slice<Real>& slice) {
   alignas(64) Real differences[kSlice];
@@ -247,6 +271,7 @@ RTSVM_INLINE void elect(const Problem<Real>& problem, const Slice<Real>* slices,
 template <class Real>
 RTSVM_INLINE void merge_chunk_any(Problem<Real>& problem, int64_t chunk) {
   alignas(64) Real base[kSlice];
+  alignas(64) Real merged[kSlice];
   Sums<Real> sums;
   const bool elects = problem.election != Election::kNone;
   const int64_t count = static_cast<int64_t>(problem.tasks.size());
@@ -263,7 +288,8 @@ RTSVM_INLINE void merge_chunk_any(Problem<Real>& problem, int64_t chunk) {
     }
     if (elects) elect(problem, slices.get(), n, sums);
     load(problem.base, first, n, base);
-    add_update(base, sums.total, n, problem.alpha, problem.output + first);
+    add_update(base, sums.total, n, problem.alpha, merged);
+    store(merged, n, problem.type, problem.output, first);
   }
 }
 
@@ -314,7 +340,7 @@ Rule<Real> rule(const Selection& selection, int64_t chunks) {
 
 template <class Real>
 void run(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks, int64_t count,
-         const ElectOptions& options, void* output, int threads) {
+         const ElectOptions& options, void* output, ElementType type, int threads) {
   const int64_t elements = element_count(base);
   const int64_t chunks = chunk_count(elements);
   Problem<Real> problem{base,
@@ -323,7 +349,8 @@ void run(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks
                         options.normalize,
                         static_cast<Real>(options.least),
                         static_cast<Real>(options.alpha),
-                        static_cast<Real*>(output),
+                        output,
+                        type,
                         elements};
   bool counts_ties = false;
   for (int64_t t = 0; t < count; ++t) {
@@ -333,7 +360,7 @@ void run(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks
     const Task<Real>& task = problem.tasks.back();
     counts_ties = counts_ties || task.kept.counts_ties() || task.dropped.counts_ties();
   }
-  prefer_huge_pages(output, elements * sizeof(Real));
+  prefer_huge_pages(output, elements * element_bytes(type));
   // Chunks begin in order with every schedule. Each claims its ties as soon as it has counted them and all earlier
   // chunks have claimed theirs. This does not wait for merging, so the inputs are still in the cache when they are
   // merged.
@@ -357,11 +384,11 @@ void run(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks
 }  // namespace
 
 void elect_and_sum_cpu(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks, int64_t count,
-                       const ElectOptions& options, void* output, int threads) {
+                       const ElectOptions& options, void* output, ElementType type, int threads) {
   if (any_float64(base, tuned, count)) {
-    run<double>(base, tuned, tasks, count, options, output, threads);
+    run<double>(base, tuned, tasks, count, options, output, type, threads);
   } else {
-    run<float>(base, tuned, tasks, count, options, output, threads);
+    run<float>(base, tuned, tasks, count, options, output, type, threads);
   }
 }
 

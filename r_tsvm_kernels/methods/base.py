@@ -126,7 +126,7 @@ class Unweighted(MethodParameters):
 # Ops of methods that decompose matrices: the update, the mean of tensors that are none, and norms.
 SPECTRAL_OPS = ("add_update", "elect_and_sum", "task_statistics")
 
-Run = Callable[[Tensor, Sequence[Any], Any], MergeResult]
+Run = Callable[..., MergeResult]
 RunBatch = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]], Any], list[MergeResult]]
 
 
@@ -139,17 +139,27 @@ class TensorJob:
         tasks: number of fine-tuned models.
         itemsize: bytes of one element of a task vector, 4 or 8.
         device_type: ``cpu`` or ``cuda``.
+        rounded: bytes of one element of the result, of a method that rounds it itself; None: it returns task vectors'.
     """
 
     shape: tuple[int, ...]
     tasks: int
     itemsize: int
     device_type: str = "cpu"
+    rounded: int | None = None
 
     @property
     def elements(self) -> int:
         """Number of elements of the tensor."""
         return math.prod(self.shape)
+
+    @property
+    def summed(self) -> int:
+        """Bytes of one element of a sum by `elect_and_sum`; only the kernel for CPUs rounds it without a copy."""
+        if self.rounded is None:
+            return self.itemsize
+        direct = self.device_type == "cpu" and not dispatch.by_reference("cpu", "elect_and_sum")
+        return self.rounded if direct else self.itemsize + self.rounded
 
 
 @dataclass(frozen=True)
@@ -207,8 +217,8 @@ def always(options: Any) -> bool:
 
 def elementwise_cost(job: TensorJob, options: Any) -> Cost:
     """Return the cost of a weighted sum of task vectors; the reference in torch needs temporaries, kernels do not."""
-    copies = 7 * job.itemsize + 1 if dispatch.by_reference(job.device_type, "elect_and_sum") else job.itemsize
-    return Cost(copies * job.elements, (3.0 * job.tasks + 2) * job.elements)
+    copies = 6 * job.itemsize + 1 if dispatch.by_reference(job.device_type, "elect_and_sum") else 0
+    return Cost((copies + job.summed) * job.elements, (3.0 * job.tasks + 2) * job.elements)
 
 
 @dataclass(frozen=True)
@@ -221,6 +231,7 @@ class Method:
         paper_url: where the method is defined.
         parameters: the model of its parameters.
         run: ``run(base, tuned, options)``; returns the merged tensor in float32 (float64 if any input is float64).
+        rounds: whether `run` also takes `out_dtype`, and rounds the merged tensor to it, once.
         needs_base: whether task vectors are formed; if not, the base is an input like the models: see
             `MergeConfig.base_joins`.
         optional_base: whether task vectors are formed if there is a base, of a method that needs none; without one, its
@@ -251,6 +262,7 @@ class Method:
     paper_url: str
     parameters: type[MethodParameters]
     run: Run
+    rounds: bool = False
     needs_base: bool = True
     optional_base: bool = False
     matrices_only: bool = False

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -49,10 +50,13 @@ def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: Breadcrumb
     pretty_name="Model Breadcrumbs",
     paper_url="https://arxiv.org/abs/2312.06795",
     parameters=BreadcrumbsParameters,
+    rounds=True,
     ops=SPARSE_OPS,
     cost=sparse_cost,
 )
-def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:
+def breadcrumbs(
+    base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Return ``W_0 + alpha * sum(w_t mask_t D_t)``.
 
     Examples:
@@ -60,7 +64,7 @@ def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParam
         >>> breadcrumbs(torch.zeros(4), [torch.tensor([8.0, 1.0, 4.0, 2.0])], options).weight
         tensor([0., 0., 4., 2.])
     """
-    return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "none")
+    return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "none", out_dtype)
 
 
 @register(
@@ -68,10 +72,13 @@ def breadcrumbs(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParam
     pretty_name="Model Breadcrumbs with TIES",
     paper_url="https://arxiv.org/abs/2312.06795",
     parameters=BreadcrumbsParameters,
+    rounds=True,
     ops=SPARSE_OPS,
     cost=sparse_cost,
 )
-def breadcrumbs_ties(base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters) -> MergeResult:
+def breadcrumbs_ties(
+    base: Tensor, tuned: Sequence[Tensor], options: BreadcrumbsParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Mask as `breadcrumbs`, then elect signs and sum as `ties`.
 
     Examples:
@@ -80,4 +87,4 @@ def breadcrumbs_ties(base: Tensor, tuned: Sequence[Tensor], options: Breadcrumbs
         >>> breadcrumbs_ties(torch.zeros(4), tuned, options).weight
         tensor([0., 0., 4., 7.])
     """
-    return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "sum")
+    return merge_kept(base, tuned, options, breadcrumbs_masks(base, tuned, options), "sum", out_dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..ops import Sparsifier
@@ -35,11 +36,14 @@ def dare_masks(options: RandomParameters) -> list[Sparsifier]:
     pretty_name="DARE",
     paper_url="https://arxiv.org/abs/2311.03099",
     parameters=RandomParameters,
+    rounds=True,
     ops=SPARSE_OPS,
     aliases=("dare", "dare_task_arithmetic"),
     cost=sparse_cost,
 )
-def dare_linear(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters) -> MergeResult:
+def dare_linear(
+    base: Tensor, tuned: Sequence[Tensor], options: RandomParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Return ``W_0 + alpha * sum(w_t mask_t D_t / density_t)``.
 
     Examples:
@@ -47,7 +51,7 @@ def dare_linear(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters
         >>> dare_linear(torch.zeros(6), [torch.ones(6)], options).weight
         tensor([0., 2., 0., 0., 2., 0.])
     """
-    return merge_kept(base, tuned, options, dare_masks(options), "none")
+    return merge_kept(base, tuned, options, dare_masks(options), "none", out_dtype)
 
 
 @register(
@@ -55,11 +59,14 @@ def dare_linear(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters
     pretty_name="DARE-TIES",
     paper_url="https://arxiv.org/abs/2311.03099",
     parameters=RandomParameters,
+    rounds=True,
     ops=SPARSE_OPS,
     aliases=("dare_ties_merging",),
     cost=sparse_cost,
 )
-def dare_ties(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters) -> MergeResult:
+def dare_ties(
+    base: Tensor, tuned: Sequence[Tensor], options: RandomParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Drop and rescale as `dare_linear`, then elect signs and sum as `ties`.
 
     Examples:
@@ -67,4 +74,4 @@ def dare_ties(base: Tensor, tuned: Sequence[Tensor], options: RandomParameters) 
         >>> dare_ties(torch.zeros(6), [torch.ones(6), -torch.ones(6)], options).weight
         tensor([-1.,  2., -1., -1.,  2., -1.])
     """
-    return merge_kept(base, tuned, options, dare_masks(options), "sum")
+    return merge_kept(base, tuned, options, dare_masks(options), "sum", out_dtype)

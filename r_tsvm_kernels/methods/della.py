@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -70,11 +71,15 @@ def della_cost(job: TensorJob, options: DellaLinearParameters) -> Cost:
 
 
 def _merge_ranked(
-    base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters, elect: Election
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    options: DellaLinearParameters,
+    elect: Election,
+    out_dtype: torch.dtype | None,
 ) -> MergeResult:
     shape = base.shape or (1,)  # a scalar is a row
     rows, tuned_rows = base.view(shape), [tensor.view(shape) for tensor in tuned]
-    result = merge_kept(rows, tuned_rows, options, della_masks(rows, tuned_rows, options), elect)
+    result = merge_kept(rows, tuned_rows, options, della_masks(rows, tuned_rows, options), elect, out_dtype)
     result.weight = result.weight.view(base.shape)
     return result
 
@@ -84,10 +89,13 @@ def _merge_ranked(
     pretty_name="DELLA",
     paper_url="https://arxiv.org/abs/2406.11617",
     parameters=DellaLinearParameters,
+    rounds=True,
     ops=(*SPARSE_OPS, "magnitude_ranks", "ranked_mask"),
     cost=della_cost,
 )
-def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> MergeResult:
+def della_linear(
+    base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Return ``W_0 + alpha * sum(w_t mask_t D_t / p_t)``.
 
     Examples:
@@ -95,7 +103,7 @@ def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearPara
         >>> della_linear(torch.zeros(5), [torch.tensor([1.0, 4.0, 2.0, 3.0, 5.0])], options).weight
         tensor([0., 0., 8., 6., 5.])
     """
-    return _merge_ranked(base, tuned, options, "none")
+    return _merge_ranked(base, tuned, options, "none", out_dtype)
 
 
 @register(
@@ -103,11 +111,14 @@ def della_linear(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearPara
     pretty_name="DELLA-TIES",
     paper_url="https://arxiv.org/abs/2406.11617",
     parameters=DellaParameters,
+    rounds=True,
     ops=(*SPARSE_OPS, "magnitude_ranks", "ranked_mask"),
     aliases=("della_ties",),
     cost=della_cost,
 )
-def della(base: Tensor, tuned: Sequence[Tensor], options: DellaParameters) -> MergeResult:
+def della(
+    base: Tensor, tuned: Sequence[Tensor], options: DellaParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Drop and rescale as `della_linear`, then elect signs and average as `ties`.
 
     Examples:
@@ -116,4 +127,4 @@ def della(base: Tensor, tuned: Sequence[Tensor], options: DellaParameters) -> Me
         >>> della(torch.zeros(5), tuned, options).weight
         tensor([-2., -2.,  8.,  6.,  5.])
     """
-    return _merge_ranked(base, tuned, options, "sum")
+    return _merge_ranked(base, tuned, options, "sum", out_dtype)

@@ -62,11 +62,14 @@ def karcher_coefficients(directions: Tensor, w: Tensor, max_iter: int, tol: floa
     pretty_name="Karcher mean",
     paper_url="https://arxiv.org/abs/2603.04972",
     parameters=KarcherParameters,
+    rounds=True,
     ops=("elect_and_sum", "task_gram"),
     needs_base=False,
     cost=geometric_cost,
 )
-def karcher(base: Tensor, tuned: Sequence[Tensor], options: KarcherParameters) -> MergeResult:
+def karcher(
+    base: Tensor, tuned: Sequence[Tensor], options: KarcherParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by the Karcher mean: the formula at the top of this module.
 
     Tensors of zeros have no direction; they count in the mean of the norms.
@@ -79,7 +82,7 @@ def karcher(base: Tensor, tuned: Sequence[Tensor], options: KarcherParameters) -
     w = torch.tensor(normalized(options.weight, "choose others"), dtype=torch.float64, device="cpu")
     weights = karcher_weights(gram_matrix(tuned), w, options.max_iter, options.tol)
     zeros = base.new_zeros(base.shape[-1:]).expand_as(base)
-    return MergeResult(elect_and_sum(zeros, tuned, weights), TensorReport(weights=weights))
+    return MergeResult(elect_and_sum(zeros, tuned, weights, out_dtype=out_dtype), TensorReport(weights=weights))
 
 
 def karcher_weights(gram: Tensor, w: Tensor, max_iter: int, tol: float, shortest: float = 0.0) -> list[float]:

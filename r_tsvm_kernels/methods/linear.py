@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -34,13 +35,16 @@ class LinearParameters(MethodParameters):
     pretty_name="Linear (weighted average)",
     paper_url="https://arxiv.org/abs/2203.05482",
     parameters=LinearParameters,
+    rounds=True,
     ops=("add_update", "elect_and_sum"),
     aliases=("simple_average", "weighted_average", "rewarded_soup"),
     needs_base=False,
     row_wise=True,
     factored=always,
 )
-def linear(base: Tensor, tuned: Sequence[Any], options: LinearParameters) -> MergeResult:
+def linear(
+    base: Tensor, tuned: Sequence[Any], options: LinearParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Return the weighted average, or the weighted sum without `normalize`.
 
     Examples:
@@ -55,4 +59,4 @@ def linear(base: Tensor, tuned: Sequence[Any], options: LinearParameters) -> Mer
             update.add_(base, alpha=sum(weights) - 1)
         return MergeResult(add_update(base, update), TensorReport(weights=weights))
     zeros = base.new_zeros(base.shape[-1:]).expand_as(base)  # expanded from one row
-    return MergeResult(elect_and_sum(zeros, tuned, weights), TensorReport(weights=weights))
+    return MergeResult(elect_and_sum(zeros, tuned, weights, out_dtype=out_dtype), TensorReport(weights=weights))

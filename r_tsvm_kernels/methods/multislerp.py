@@ -39,13 +39,16 @@ class MultiSlerpParameters(MethodParameters):
     pretty_name="Multi-SLERP",
     paper_url="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
     parameters=MultiSlerpParameters,
+    rounds=True,
     ops=("elect_and_sum", "task_gram"),
     needs_base=False,
     optional_base=True,
     aliases=("multi_slerp",),
     cost=geometric_cost,
 )
-def multislerp(base: Tensor, tuned: Sequence[Tensor], options: MultiSlerpParameters) -> MergeResult:
+def multislerp(
+    base: Tensor, tuned: Sequence[Tensor], options: MultiSlerpParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by Multi-SLERP: the formula at the top of this module.
 
     The sum is linear if the directions cancel: all task vectors are zero, or they balance each other.
@@ -70,4 +73,4 @@ def multislerp(base: Tensor, tuned: Sequence[Tensor], options: MultiSlerpParamet
         scale = float(w @ norms) / length
         weights = torch.where(norms > 0, scale * w / norms, 0).tolist()
     origin = base if options.relative else base.new_zeros(base.shape[-1:]).expand_as(base)
-    return MergeResult(elect_and_sum(origin, tuned, weights), TensorReport(weights=weights))
+    return MergeResult(elect_and_sum(origin, tuned, weights, out_dtype=out_dtype), TensorReport(weights=weights))

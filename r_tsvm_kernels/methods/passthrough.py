@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -37,13 +38,16 @@ def unscaled(options: Any) -> bool:
     pretty_name="Passthrough",
     paper_url="https://arxiv.org/abs/2312.15166",
     parameters=PassthroughParameters,
+    rounds=True,
     ops=("elect_and_sum",),
     needs_base=False,
     row_wise=True,
     tasks=1,
     copies=unscaled,
 )
-def passthrough(base: Tensor, tuned: Sequence[Tensor], options: PassthroughParameters) -> MergeResult:
+def passthrough(
+    base: Tensor, tuned: Sequence[Tensor], options: PassthroughParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Return the values of the model, times `scale`.
 
     Examples:
@@ -52,4 +56,4 @@ def passthrough(base: Tensor, tuned: Sequence[Tensor], options: PassthroughParam
     """
     zeros = base.new_zeros(base.shape[-1:]).expand_as(base)
     weights = list(options.scale)
-    return MergeResult(elect_and_sum(zeros, tuned, weights), TensorReport(weights=weights))
+    return MergeResult(elect_and_sum(zeros, tuned, weights, out_dtype=out_dtype), TensorReport(weights=weights))

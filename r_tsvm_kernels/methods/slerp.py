@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -32,11 +33,14 @@ class SlerpParameters(Unweighted):
     pretty_name="SLERP",
     paper_url="https://en.wikipedia.org/wiki/Slerp",
     parameters=SlerpParameters,
+    rounds=True,
     ops=("elect_and_sum", "task_gram"),
     tasks=1,
     cost=geometric_cost,
 )
-def slerp(base: Tensor, tuned: Sequence[Tensor], options: SlerpParameters) -> MergeResult:
+def slerp(
+    base: Tensor, tuned: Sequence[Tensor], options: SlerpParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by SLERP: the formula at the top of this module.
 
     The interpolation is linear if there is no great circle: one tensor is zero, or a multiple of the other.
@@ -54,5 +58,5 @@ def slerp(base: Tensor, tuned: Sequence[Tensor], options: SlerpParameters) -> Me
         first, second = 1 - options.t, options.t
     # As an update of the base, so that small differences are not lost; the task vector of 0 is minus the base.
     zero = base.new_zeros(base.shape[-1:]).expand_as(base)
-    merged = elect_and_sum(base, [tuned[0], zero], [second, 1 - first - second])
+    merged = elect_and_sum(base, [tuned[0], zero], [second, 1 - first - second], out_dtype=out_dtype)
     return MergeResult(merged, TensorReport(weights=[second]))

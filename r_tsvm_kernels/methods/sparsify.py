@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -79,6 +80,7 @@ def merge_kept(
     options: SparseParameters,
     sparsifiers: Sequence[Sparsifier],
     elect: Election,
+    out_dtype: torch.dtype | None = None,
 ) -> MergeResult:
     """Add the sparsified task vectors to the base, after the election of a sign if the method has one."""
     weights = list(options.weight)
@@ -86,16 +88,17 @@ def merge_kept(
         weights = normalized_shares(weights)
     normalize = options.normalize and elect != "none"
     merged = elect_and_sum(
-        base, tuned, weights, elect=elect, normalize=normalize, alpha=options.alpha, sparsifiers=sparsifiers
-    )
+        base, tuned, weights, elect=elect, normalize=normalize, alpha=options.alpha, sparsifiers=sparsifiers,
+        out_dtype=out_dtype,
+    )  # fmt: skip
     return MergeResult(merged, TensorReport(weights=weights))
 
 
 def sparse_cost(job: TensorJob, options: Any) -> Cost:
     """Return the cost of sparsifying, electing and summing."""
-    per_element = job.itemsize
+    per_element = job.summed
     if dispatch.by_reference(job.device_type, "elect_and_sum", "magnitude_select", "random_mask", "task_statistics"):
-        per_element = (job.tasks + 8) * job.itemsize + 80
+        per_element += (job.tasks + 7) * job.itemsize + 80
     elif options.rescale and not isinstance(options, RandomParameters):
         per_element = 4 * job.itemsize + 12
     return Cost(per_element * job.elements, (12.0 * job.tasks + 4) * job.elements)

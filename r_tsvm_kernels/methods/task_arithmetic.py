@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -37,11 +38,14 @@ class TaskArithmeticParameters(MethodParameters):
     pretty_name="Task Arithmetic",
     paper_url="https://arxiv.org/abs/2212.04089",
     parameters=TaskArithmeticParameters,
+    rounds=True,
     ops=("add_update", "elect_and_sum"),
     row_wise=True,
     factored=always,
 )
-def task_arithmetic(base: Tensor, tuned: Sequence[Any], options: TaskArithmeticParameters) -> MergeResult:
+def task_arithmetic(
+    base: Tensor, tuned: Sequence[Any], options: TaskArithmeticParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Return ``W_0 + alpha * sum(w_t D_t)``.
 
     Examples:
@@ -53,7 +57,7 @@ def task_arithmetic(base: Tensor, tuned: Sequence[Any], options: TaskArithmeticP
     if isinstance(tuned[0], Factored):
         merged = add_update(base, sum_of_updates(base, tuned, weights), options.alpha)
     else:
-        merged = elect_and_sum(base, tuned, weights, alpha=options.alpha)
+        merged = elect_and_sum(base, tuned, weights, alpha=options.alpha, out_dtype=out_dtype)
     return MergeResult(merged, TensorReport(weights=weights))
 
 
@@ -64,7 +68,14 @@ def sum_of_updates(base: Tensor, updates: Sequence[Factored], weights: Sequence[
     return total.left.to(dtype) @ total.right.to(dtype)
 
 
-def mean_task_vector(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float], alpha: float) -> MergeResult:
+def mean_task_vector(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    alpha: float,
+    out_dtype: torch.dtype | None = None,
+) -> MergeResult:
     """Return ``W_0 + alpha * mean(w_t D_t)``."""
-    merged = elect_and_sum(base, tuned, [weight / len(tuned) for weight in weights], alpha=alpha)
+    shares = [weight / len(tuned) for weight in weights]
+    merged = elect_and_sum(base, tuned, shares, alpha=alpha, out_dtype=out_dtype)
     return MergeResult(merged, TensorReport(weights=list(weights)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -34,11 +35,14 @@ class TiesParameters(SparseParameters):
     pretty_name="TIES",
     paper_url="https://arxiv.org/abs/2306.01708",
     parameters=TiesParameters,
+    rounds=True,
     ops=SPARSE_OPS,
     aliases=("ties_merging",),
     cost=sparse_cost,
 )
-def ties(base: Tensor, tuned: Sequence[Tensor], options: TiesParameters) -> MergeResult:
+def ties(
+    base: Tensor, tuned: Sequence[Tensor], options: TiesParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by TIES: the steps at the top of this module.
 
     Examples:
@@ -49,4 +53,4 @@ def ties(base: Tensor, tuned: Sequence[Tensor], options: TiesParameters) -> Merg
     sparsifiers = [largest_kept(base, tensor, density) for tensor, density in zip(tuned, options.density, strict=True)]
     if options.rescale:
         sparsifiers = [rescaled(base, tensor, own) for tensor, own in zip(tuned, sparsifiers, strict=True)]
-    return merge_kept(base, tuned, options, sparsifiers, "sum")
+    return merge_kept(base, tuned, options, sparsifiers, "sum", out_dtype)

@@ -83,7 +83,8 @@ def matrix_cost(plan: MergePlan, name: str, shape: tuple[int, ...], device_type:
     plan, tensor = plan.section(name), plan.tensors[name]
     if tensor.treatment.kind == "base":
         return Cost(tensor.dtypes[0].itemsize * math.prod(shape), 0.0)
-    job = TensorJob(shape, len(plan.tuned), plan.accumulation(tensor).itemsize, device_type)
+    rounded = tensor.merged_dtype.itemsize if _rounds(plan, name) else None
+    job = TensorJob(shape, len(plan.tuned), plan.accumulation(tensor).itemsize, device_type, rounded)
     ranks = plan.update_ranks(name)
     if plan.parts is not None:
         return _cost_of_parts(job, ranks)
@@ -91,6 +92,13 @@ def matrix_cost(plan: MergePlan, name: str, shape: tuple[int, ...], device_type:
         merging, own = _merging_cost(plan, name, job, ranks), svc_cost(job)
         return Cost(max(merging.bytes, _formed(plan, tensor, job) + own.bytes), merging.flops + own.flops)
     return _merging_cost(plan, name, job, ranks)
+
+
+def _rounds(plan: MergePlan, name: str) -> bool:
+    """Whether the method, or the mean, rounds the merged tensor itself."""
+    tensor = plan.tensors[name]
+    rounds = plan.config.method.rounds or tensor.treatment.kind == "mean"
+    return rounds and plan.config.calibrate is None and plan.parts is None and not plan.keeps_factors(name)
 
 
 def _merging_cost(plan: MergePlan, name: str, job: TensorJob, ranks: Sequence[int]) -> Cost:
@@ -148,7 +156,9 @@ def footprint(plan: MergePlan, name: str, rows: int | None = None, device_type: 
     rounding = 0 if result == tensor.spec.dtype else stored  # the wide and the stored tensor
     if tensor.fp8 is not None:
         rounding += tensor.merged_dtype.itemsize * elements + _ROUNDING
-    work = max(tensor_cost(plan, name, shape, device_type).bytes, result.itemsize * elements + rounding)
+    work = tensor_cost(plan, name, shape, device_type).bytes
+    if tensor.treatment.kind == "base" or tensor.fp8 is not None or not _rounds(plan, name):
+        work = max(work, result.itemsize * elements + rounding)
     if tensor.stored_parts is not None:
         work += _storing_cost(tensor, elements, plan.accumulation(tensor).itemsize) + stored
     if tensor.treatment.kind != "base" and plan.config.dtype is not None:

@@ -2,10 +2,11 @@
 // r_tsvm_kernels/ops/elect_and_sum/reference.py.
 //
 // Inputs: views of equal element count; element types and row strides may differ.
-// Output: contiguous, owned by the caller, overwritten; float64 if any input is float64, else float32. It must not
-// overlap the inputs. Everything is computed in its type, except votes, which are float64.
-// Order of summation: over the tasks, first to last, for each element on its own. The bits depend on the values alone:
-// not on strides, on the number of threads, or on the instruction set.
+// Output: contiguous, owned by the caller, overwritten. It must not overlap the inputs. Everything is computed in
+// float64 if any input is float64, else in float32, except votes, which are float64; on a GPU this is also the output's
+// type, on a CPU the result is rounded once to any type, as PyTorch rounds. Order of summation: over the tasks, first
+// to last, for each element on its own. The bits depend on the values alone: not on strides, on the number of threads,
+// or on the instruction set.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +59,7 @@ struct ElectOptions {
 
 // Uses at most `threads` threads, one for small tensors.
 void elect_and_sum_cpu(const MatrixView& base, const MatrixView* tuned, const ElectTask* tasks, int64_t count,
-                       const ElectOptions& options, void* output, int threads);
+                       const ElectOptions& options, void* output, ElementType type, int threads);
 
 struct ElectTaskCuda {
   double weight;

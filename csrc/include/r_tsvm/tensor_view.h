@@ -10,6 +10,10 @@ enum class ElementType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat
 
 inline constexpr int kElementTypes = 4;
 
+inline int64_t element_bytes(ElementType type) {
+  return type == ElementType::kFloat64 ? 8 : type == ElementType::kFloat32 ? 4 : 2;
+}
+
 // A matrix with unit stride along its columns. Element i of the flat, logical order is at (i / cols) * row_stride + i %
 // cols. A contiguous tensor of any shape is one long row.
 struct MatrixView {

@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...errors import ConfigError
-from .._checks import accumulation_dtype, check_factors, check_group, check_like, check_mask, check_plain, numbers_of
+from ...errors import ConfigError, DTypeError
+from ...text import dtype_name
+from .._checks import (
+    FLOAT_DTYPES,
+    accumulation_dtype,
+    check_factors,
+    check_group,
+    check_like,
+    check_mask,
+    check_plain,
+    numbers_of,
+)
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import checked_draw
 from .ranked import RankedSparsifier
@@ -94,6 +104,7 @@ def elect_and_sum(
     normalize: bool = False,
     alpha: float = 1.0,
     sparsifiers: Sequence[Sparsifier] | None = None,
+    out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return ``base + alpha * combined``, where `combined` merges the sparsified, weighted task vectors.
@@ -124,13 +135,15 @@ def elect_and_sum(
         normalize: divide by weights, as above.
         alpha: scale of the merged task vector.
         sparsifiers: one for each task; None keeps every element.
+        out_dtype: dtype that the result is rounded to once, float64, float32, float16 or bfloat16; what does not fit
+            becomes infinite. None means the accumulation dtype.
         backend: run this implementation or raise; None takes the fastest one that is available.
 
     Returns:
-        A new tensor, float32 (float64 if any input is float64): rounding to the storage dtype is left to the caller.
+        A new tensor in `out_dtype`; without one float32 (float64 if any input is float64), the accumulation dtype.
 
     Raises:
-        ShapeError, DTypeError, DeviceError: the tensors do not match; ranks and masks are checked, too.
+        ShapeError, DTypeError, DeviceError: the tensors do not match; ranks, masks and `out_dtype` are checked, too.
         ConfigError: an unknown election, a wrong number of weights or sparsifiers, a number that is not finite or does
             not fit the accumulation dtype, weights that cancel and are to be normalized without an election, or
             ranks in an unweighted election.
@@ -152,6 +165,10 @@ def elect_and_sum(
     if normalize and elect == "none":
         weights = normalized_shares(weights)
     dtype = accumulation_dtype(base, *tuned)
+    if out_dtype not in (None, *FLOAT_DTYPES):
+        raise DTypeError(
+            f"elect_and_sum: out_dtype must be {', '.join(map(dtype_name, FLOAT_DTYPES))}, got {out_dtype!r}"
+        )
     factors = [weight * rule.rescale for weight, rule in zip(weights, rules, strict=True)]
     for label, values in (("weights", weights), ("weights times rescale", factors), ("alpha", [alpha])):
         check_factors(values, dtype, f"elect_and_sum: {label}")
@@ -163,7 +180,7 @@ def elect_and_sum(
         if rule.mask is not None:
             check_mask(rule.mask, base, f"elect_and_sum: mask of task {index}")
     run = dispatch.select("elect_and_sum", base, *tuned, backend=backend)
-    result: Tensor = run(base, tuned, weights, rules, elect, normalize, alpha)
+    result: Tensor = run(base, tuned, weights, rules, elect, normalize, alpha, out_dtype or dtype)
     return result
 
 

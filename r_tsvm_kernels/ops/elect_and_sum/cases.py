@@ -114,6 +114,7 @@ def cases(device: torch.device | str) -> Iterator[Case]:
         tuned = [(steps * factor % 97 * tiny).to(dtype) for factor in (1, -3, 7)]
         options = {"elect": elect, "normalize": True}
         yield Case(f"subnormal {dtype}, {elect}", (torch.zeros_like(tuned[0]), tuned, WEIGHTS[:3]), options)
+    yield from _roundings(device)
     yield from _thresholds(device)
     for elect, normalize in product(ELECTIONS, (False, True)):
         base, tuned = whole_numbers((13, 27), 6, random)
@@ -140,6 +141,20 @@ def cases(device: torch.device | str) -> Iterator[Case]:
     for label, base, tuned in unaligned(device):
         yield Case(label, (base, tuned, [1.0, 2.0]), {"elect": "sum"})
     yield from _models(random)
+
+
+def _roundings(device: torch.device | str) -> Iterator[Case]:
+    """Yield results that are rounded: ties of 16-bit formats, subnormals, and values beyond their range."""
+    for wide, narrow in product((FLOAT32, FLOAT64), FLOAT_DTYPES):
+        limits = torch.finfo(narrow)
+        places = torch.arange(-80, 81, dtype=FLOAT64, device=device) / 8
+        scales = [limits.smallest_normal * limits.eps, limits.smallest_normal, limits.eps, 1.0, limits.max / 11]
+        steps = torch.cat([scale * places for scale in scales] + [limits.max * (1 + limits.eps * places / 8)])
+        steps = torch.cat([steps, 1 + limits.eps * places]).clamp(-torch.finfo(wide).max, torch.finfo(wide).max)
+        tuned = [steps.to(wide), torch.zeros_like(steps, dtype=wide)]
+        options = {"elect": "sum", "out_dtype": narrow}
+        yield Case(f"{wide} rounded to {narrow}", (torch.zeros_like(tuned[0]), tuned, [1.0, 0.5]), options)
+        yield Case(f"{wide} in {narrow}", (torch.zeros_like(tuned[0]), tuned, [1.0, 0.5]), {"out_dtype": narrow})
 
 
 def _thresholds(device: torch.device | str) -> Iterator[Case]:

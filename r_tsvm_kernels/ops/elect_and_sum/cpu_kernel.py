@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import backends
 from .._checks import accumulation_dtype
-from .._native import aligned, matrix, with_rows
+from .._native import ELEMENT_TYPES, aligned, matrix, with_rows
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
 from . import Sparsifier, least_divisor
@@ -27,6 +27,7 @@ def run(
     elect: str,
     normalize: bool,
     alpha: float,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """See `elect_and_sum`; the same bits as the reference, for all strides and numbers of threads."""
     tensors = [with_rows(tensor) for tensor in (base, *tuned)]
@@ -46,12 +47,12 @@ def run(
         )
         for weight, rule, tables, mask in zip(weights, sparsifiers, ranked, masks, strict=True)
     ]
-    output = torch.empty(base.shape, dtype=dtype, device=base.device)
+    output = torch.empty(base.shape, dtype=out_dtype, device=base.device)
     threads = torch.get_num_threads()
     native = backends.native("cpu")
     native.elect_and_sum(
         views[0], views[1:], tasks, ELECTIONS[elect], normalize, least_divisor(weights, dtype), alpha,
-        output.data_ptr(), threads,
+        output.data_ptr(), ELEMENT_TYPES[out_dtype], threads,
     )  # fmt: skip
     return output
 

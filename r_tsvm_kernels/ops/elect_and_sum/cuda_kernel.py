@@ -26,6 +26,7 @@ def run(
     elect: str,
     normalize: bool,
     alpha: float,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """See `elect_and_sum`. Selections stay on the device, so nothing waits for them."""
     native = backends.native("cuda")
@@ -75,7 +76,7 @@ def run(
         views[0], views[1:], tasks, ELECTIONS[elect], normalize, least_divisor(weights, dtype), alpha,
         (thresholds.data_ptr(), ties.data_ptr(), len(selections)), output.data_ptr(), memory.data_ptr(), *queue(base),
     )  # fmt: skip
-    return output
+    return output.to(out_dtype)
 
 
 def _stacked(numbers: list[Tensor], dtype: torch.dtype, base: Tensor) -> Tensor:

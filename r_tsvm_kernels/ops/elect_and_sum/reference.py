@@ -26,6 +26,7 @@ def run(
     elect: str,
     normalize: bool,
     alpha: float,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """See `elect_and_sum`; without an election, the weights are already normalized."""
     dtype = accumulation_dtype(base, *tuned)
@@ -62,7 +63,7 @@ def run(
         if normalize:
             combined /= torch.where(divisor.abs() <= least_divisor(weights, dtype), 1, divisor)
     step = alpha * combined
-    return torch.where(step == 0, start, start + step)  # -0.0 + 0.0 would be +0.0
+    return torch.where(step == 0, start, start + step).to(out_dtype)  # -0.0 + 0.0 would be +0.0
 
 
 def _sparsified(difference: Tensor, weight: float, rule: Sparsifier) -> tuple[Tensor, float | Tensor]:

@@ -143,13 +143,14 @@ def run(
     elect: str,
     normalize: bool,
     alpha: float,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """See `elect_and_sum`. Never waits for the device."""
     dtype = accumulation_dtype(base, *tuned)
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
     numel, real, grid = out.numel(), REAL[dtype], (triton.cdiv(out.numel(), BLOCK),)
     if numel == 0:
-        return out
+        return out.to(out_dtype)
     origin, tensors = flat(base), tuple(flat(tensor) for tensor in tuned)
     numbers = [alpha, least_divisor(weights, dtype)]
     for weight, rule in zip(weights, sparsifiers, strict=True):
@@ -176,7 +177,7 @@ def run(
             origin, tensors, scalars, thresholds, ties, ties_before, sampled, *ranked, masks, out, numel, len(tensors),
             places, drawn, elect, normalize, real, GROUP[dtype], BLOCK, **LAUNCH,
         )  # fmt: skip
-    return out
+    return out.to(out_dtype)
 
 
 def _ranked(weights: Sequence[float], sparsifiers: Sequence[Sparsifier]) -> tuple[tuple[Tensor | None, ...], ...]:
