@@ -18,6 +18,12 @@ Result = TypeVar("Result")
 
 # Name of the merge that makes a model of a base and its adapter.
 BASE = "base_with_adapter"
+_STEPS = ".steps"
+
+
+def is_steps_folder(path: Path) -> bool:
+    """Whether a folder has the name of those that hold steps until a merge ends."""
+    return path.name.startswith(".") and path.name.endswith(_STEPS)
 
 
 def with_base_as_step(config: MergeConfig) -> MergeConfig:
@@ -62,7 +68,7 @@ def merge_in_steps(
         ResumeRefusedError: a finished step has changed; the message says how.
     """
     refuse_existing(out)
-    folder = out.with_name(f".{out.name}.steps") if kept is None else kept
+    folder = out.with_name(f".{out.name}{_STEPS}") if kept is None else kept
     places = {name: str(folder / name) for name in config.steps}
     if kept is None and folder.exists():
         _settle(folder, out, config, resume=resume, restart=restart)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, Checksum, settle_copies
 from ..config import MergeConfig
+from ..errors import CheckpointError
 from ..files import usable_path
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter
 from ..parts_folder import PartsFolder, is_parts
@@ -16,6 +17,7 @@ from ..plan import MergePlan, make_plan
 from ..text import dtype_name
 from .journal import as_report, read_journal
 from .output import journal_path
+from .steps import is_steps_folder
 from .tiles import update_checksum
 
 
@@ -68,7 +70,7 @@ def verify_output(
 
     Raises:
         JournalError: the journal is missing or damaged.
-        CheckpointError: the output, or an input, cannot be read.
+        CheckpointError: the output, or an input, cannot be read, or the merge made an input in a step that is gone.
     """
     out = Path(out)
     fingerprint, finished = read_journal(journal_path(out))
@@ -79,6 +81,8 @@ def verify_output(
         missing=sorted(stored - output.files.keys()),
         extra=[name for name in output.files if name not in stored],
     )
+    if inputs:
+        _check_steps(out, fingerprint["models"])
     recipe = fingerprint.get("recipe", {}) if inputs else {}
     plan = _divided_plan(recipe, allow_pickle)
     models = list(_opened(fingerprint["models"], allow_pickle)) if inputs and plan is None else []
@@ -128,6 +132,21 @@ class _Output:
         file = header.file.relative_to(checkpoint.folder or self._root).as_posix()
         place = (file, header.offset, header.nbytes, dtype_name(header.dtype), header.shape)
         return place, checkpoint.checksum(own)
+
+
+def _check_steps(out: Path, models: Sequence[str]) -> None:
+    """Refuse inputs that the merge made in steps and removed at its end.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    made = [path for path in map(Path, models) if is_steps_folder(path.parent) and not path.exists()]
+    if made:
+        raise CheckpointError(
+            f"{out}: its input {made[0].name} is the output of a step (a document with a name, or a model with an "
+            "adapter), which was removed when the merge ended; merge with --steps DIR, which keeps it, or verify "
+            "without --inputs"
+        )
 
 
 def _divided_plan(recipe: Mapping[str, Any], allow_pickle: bool) -> MergePlan | None:

@@ -7,6 +7,7 @@ from checkpoints import digest, save
 from safetensors.torch import load_file, save_file
 
 from r_tsvm_kernels import (
+    CheckpointError,
     ConfigError,
     MergeConfig,
     OutputExistsError,
@@ -71,6 +72,8 @@ def test_outputs_of_documents_are_models_of_others(models, recipe, tmp_path):
     for name, tensor in expected(models[1]).items():
         assert (got[name] - tensor).abs().max() < 1e-6
     assert result.path == out and verify_output(out).ok
+    with pytest.raises(CheckpointError, match=r"its input ab is the output of a step .* --steps DIR"):
+        verify_output(out, inputs=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]  # nothing is left of the steps
     assert MergeConfig.from_yaml(out / "merge_recipe.yaml") == recipe
     assert str(tmp_path / ".out.steps") not in (out / "README.md").read_text()
