@@ -100,19 +100,19 @@ def copy_at(source: int, offset: int, target: int, place: int, count: int) -> bo
     return True
 
 
-def lock_descriptor(file: int, *, wait: bool = False) -> bool:
+def lock_descriptor(file: int) -> bool:
     """Lock an open file against other processes, and against this one if it opened the file again.
 
     The lock lives until the last process that has inherited the descriptor has closed it. POSIX only; otherwise use
     `filelock`.
 
     Returns:
-        Whether it is locked; without `wait`, another may have it.
+        Whether it is locked: another may have it.
     """
     import fcntl
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

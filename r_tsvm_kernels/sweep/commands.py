@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import ConfigError, OutputBusyError
 from ..system import KILL, lock_descriptor, open_descriptor, signal_group
@@ -108,13 +109,15 @@ class Running:
             timeout: seconds after which it is stopped.
 
         Returns:
-            Its exit status, or None if it was stopped, and the ends of its stdout and stderr.
+            Its exit status, or None if it was stopped, and the ends of its stdout and stderr. What it leaves running in
+            its group is ended.
 
         Raises:
             OSError: it cannot be started.
+            OutputBusyError: a process of the command before it still runs, outside of the group of that.
         """
         out, err = slot / "stdout", slot / "stderr"
-        with out.open("wb") as stdout, err.open("wb") as stderr, _locked(slot) as lock:
+        with out.open("w+b") as stdout, err.open("w+b") as stderr, _locked(slot) as lock:
             with self._lock:
                 if self.stopped:
                     return None, "", ""
@@ -131,12 +134,12 @@ class Running:
                 pass
             finally:
                 running = process.poll() is None
-                if running:
-                    end_group(process.pid, process)
+                end_group(process.pid, process if running else None)
                 with self._lock:
                     self._groups.discard(process.pid)
             status = None if running or self.stopped else process.returncode
-        return status, _tail(out), _tail(err)
+            # Read while they are open: a command may delete its folder.
+            return status, _tail(stdout), _tail(stderr)
 
     def stop(self) -> None:
         """Stop all commands, and start no more."""
@@ -184,10 +187,21 @@ def end_orphan(slot: Path) -> None:
 
 @contextmanager
 def _locked(slot: Path) -> Iterator[int]:
-    """Yield the descriptor of a locked file, which a command inherits: the lock lives as long as its processes."""
+    """Yield the descriptor of a locked file, which a command inherits: the lock lives as long as its processes.
+
+    Raises:
+        OutputBusyError: a process of the command before has it.
+    """
     lock = open_descriptor(slot / "lock", os.O_RDWR | os.O_CREAT)
+    deadline = time.monotonic() + GRACE_SECONDS
     try:
-        lock_descriptor(lock, wait=True)
+        while not lock_descriptor(lock):
+            if time.monotonic() > deadline:
+                raise OutputBusyError(
+                    f"{slot}: a process that the evaluation before has started still runs, in a session of its own; "
+                    "stop it, and let the evaluation wait for what it starts"
+                )
+            time.sleep(0.02)
         yield lock
     finally:
         os.close(lock)
@@ -210,9 +224,8 @@ def _signal(group: int, number: signal.Signals) -> None:
         signal_group(group, number)
 
 
-def _tail(path: Path) -> str:
+def _tail(file: BinaryIO) -> str:
     """Return the end of a file as text."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _TAIL_BYTES))
-        return file.read().decode("utf-8", "replace")
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _TAIL_BYTES))
+    return file.read().decode("utf-8", "replace")

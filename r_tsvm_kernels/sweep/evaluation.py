@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputBusyError
 from .commands import CALL, Running, evaluation_command, filled
 from .durations import format_duration
 from .scores import as_scores, parse_scores
@@ -75,6 +75,8 @@ class _Command:
         start = time.monotonic()
         try:
             status, out, err = self._running.run(filled(self._words, model), slot, self._timeout)
+        except OutputBusyError:
+            raise
         except OSError as error:
             return Outcome(time.monotonic() - start, failure=f"cannot be started: {error.strerror or error}")
         seconds = time.monotonic() - start

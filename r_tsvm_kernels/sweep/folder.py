@@ -19,7 +19,13 @@ _WORK = "work"
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder, if it is there, such that a kill at any moment leaves all of it or nothing under its name."""
+    """Remove a folder, if it is there, such that a kill at any moment leaves all of it or nothing under its name.
+
+    A file, or a link, in its place is removed too; what a link leads to stays.
+    """
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+        return
     gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     with suppress(FileNotFoundError):

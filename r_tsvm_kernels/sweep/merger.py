@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from ..config import MergeConfig
 from ..engine import Progress, choose_device, decompose_checkpoints, merge_checkpoints
+from ..engine.output import writing
 from ..errors import ConvergenceError
 from ..parts import from_parts
 from .candidates import Candidate
@@ -60,7 +60,8 @@ class Merger:
 
     def merge(self, candidate: Candidate, out: Path) -> bool:
         """Merge a candidate into `out`, in place of what is there; return whether parts were used."""
-        shutil.rmtree(out, ignore_errors=True)
+        with writing(out):
+            discard(out)
         if candidate.from_parts:
             with suppress(ConvergenceError):  # the parts cancel each other with these weights
                 self._merge(from_parts(candidate.config, self._parts_of(candidate)), out)

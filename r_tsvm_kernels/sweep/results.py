@@ -9,11 +9,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..engine import Progress, merge_checkpoints
-from ..engine.output import report_path, writing
+from ..config import MergeConfig
+from ..engine import Progress, choose_device, merge_checkpoints, verify_output
+from ..engine.fingerprint import difference, fingerprint
+from ..engine.journal import read_journal
+from ..engine.output import journal_path, report_path, writing
 from ..errors import EvaluationError
-from ..files import read_regular, write_json, write_text
+from ..files import write_json, write_text
+from ..plan import make_plan
 from ..report import plain, short_name
+from ..sizes import parse_size
 from .axes import with_values
 from .folder import discard
 from .merger import Resources
@@ -23,7 +28,6 @@ from .scores import Objective
 from .trial import Trial, described
 
 REPORT, PAGE, RECIPE, BEST = "sweep.json", "sweep.html", "best.yaml", "best"
-_MOST_RECIPE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,20 +114,24 @@ def write_best(
     config = with_values(plan.config, plan.axes, result.best.values)
     with writing(result.path):
         write_text(result.path / RECIPE, config.to_yaml())
-    if _recipe_of(result.best_path) == config.to_yaml():
+    if _is_merged(config, result.best_path, resources):
         return
-    discard(result.best_path)
+    with writing(result.path):
+        discard(result.best_path)
     merge_checkpoints(config, result.best_path, restart=True, progress=progress, **resources.keywords())
 
 
-def _recipe_of(merged: Path) -> str:
-    """Return the recipe of a finished merge; nothing if there is none."""
-    if not report_path(merged).is_file():
-        return ""
+def _is_merged(config: MergeConfig, out: Path, resources: Resources) -> bool:
+    """Whether a folder has the finished merge of a recipe, of the models as they are now, and undamaged."""
+    if not (report_path(out).is_file() and journal_path(out).is_file()):
+        return False
+    plan = make_plan(config, parse_size(resources.shard_size), allow_pickle=resources.allow_pickle)
     try:
-        return read_regular(merged / "merge_recipe.yaml", _MOST_RECIPE_BYTES).decode()
-    except (OSError, ValueError):
-        return ""
+        before, _ = read_journal(journal_path(out))
+        same = difference(before, fingerprint(plan, choose_device(resources.device))) is None
+        return same and verify_output(out).ok
+    except OSError:  # a damaged file, or a missing one
+        return False
 
 
 def _report(
