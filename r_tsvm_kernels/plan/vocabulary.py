@@ -322,7 +322,8 @@ def _new_tokens(
             raise ConfigError(
                 f"vocabulary: {checkpoint.path} has {len(pieces)} pieces that the tokenizer of {owner.path} lacks "
                 f"({some([ascii(piece) for piece in pieces])}), and a {kinds[0]} model cannot take those of a "
-                f"{kinds[1]} model; use --vocabulary base or --vocabulary model:PATH"
+                f"{kinds[1]} model; use --vocabulary base or --vocabulary model:PATH; {MERGEKIT_RUNS_IT}, which adds "
+                "them as whole tokens"
             )
     for token in listed:
         if token not in own.ids and token not in found:

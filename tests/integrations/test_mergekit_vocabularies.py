@@ -303,6 +303,47 @@ def test_chat_templates(models, tmp_path, template, source):
     assert tokenizer_at(tmp_path / "ours").chat_template == (MOST if template == "auto" else template)
 
 
+# Kind: options of the model, its trainer with options, what splits texts.
+KINDS = {
+    "Unigram": ({}, "UnigramTrainer", {"unk_token": UNKNOWN}, "Metaspace"),
+    "WordPiece": ({"unk_token": UNKNOWN}, "WordPieceTrainer", {}, "Whitespace"),
+    "BPE": ({"unk_token": UNKNOWN, "byte_fallback": True}, "BpeTrainer", {}, "Metaspace"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", ["base", "union", "more"])
+def test_kinds_of_tokenizers(tmp_path, kind, source):
+    """Added tokens, special or not, in the older form of the files, which has them in three places."""
+    of_model, trainer, of_trainer, split = KINDS[kind]
+    tokenizer = tokenizers.Tokenizer(getattr(tokenizers.models, kind)(**of_model))
+    tokenizer.pre_tokenizer = getattr(tokenizers.pre_tokenizers, split)()
+    special = [BEGIN, END, UNKNOWN]
+    of_trainer = {"vocab_size": 60, "special_tokens": special, "show_progress": False, **of_trainer}
+    tokenizer.train_from_iterator(TEXT, getattr(tokenizers.trainers, trainer)(**of_trainer))
+    for seed, name in enumerate(("base", "more")):
+        own = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+        if name == "more":
+            own.add_special_tokens([tokenizers.AddedToken(CLOSE, special=True, normalized=False)])
+            own.add_tokens([tokenizers.AddedToken("plain", special=False, normalized=True, lstrip=True)])
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=own, bos_token=BEGIN, eos_token=END)
+        fine_tune(llama(tmp_path / f"start_{name}", len(fast), layers=1, seed=seed), tmp_path / name, seed)
+        fast.save_pretrained(tmp_path / name)
+        entries_of = json.loads((tmp_path / name / "tokenizer.json").read_text())["added_tokens"]
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        decoder = {str(e["id"]): {key: value for key, value in e.items() if key != "id"} for e in entries_of}
+        config |= {"added_tokens_decoder": decoder, "tokenizer_class": "PreTrainedTokenizerFast"}
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+        added = {entry["content"]: entry["id"] for entry in entries_of if entry["content"] not in special}
+        (tmp_path / name / "added_tokens.json").write_text(json.dumps(added))
+    recipe = {
+        "merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "more")}], "parameters": {"weight": 0.5},
+        "tokenizer_source": str(tmp_path / "more") if source == "more" else source,
+    }  # fmt: skip
+    compared(tmp_path, recipe, tmp_path / "out")
+
+
 def test_pieces_stay_pieces_in_a_union(models, tmp_path):
     """mergekit makes them added tokens, which are found in every text before the tokenizer's merges."""
     tokenizer = tokenizer_at(models / "base")
