@@ -174,7 +174,6 @@ void check(ElementType type, const char* label, int threads) {
   const std::vector<double> factors(kCols, 1.5);
   for (const Election election : {Election::kNone, Election::kSum, Election::kCount, Election::kUnweighted}) {
     Line line = named(("elect_and_sum " + std::to_string(static_cast<int>(election))).c_str());
-    std::vector<Real> output(kElements);
     std::vector<ElectTask> tasks;
     for (int64_t task = 0; task < kTasks; ++task) {
       const bool by_rank = task == 1 && election != Election::kUnweighted;
@@ -187,9 +186,15 @@ void check(ElementType type, const char* label, int threads) {
                        task == 2 ? mask.data() : nullptr});
     }
     const bool elects = election != Election::kNone;
-    elect_and_sum_cpu(base.view, tuned.data(), tasks.data(), kTasks, {election, elects, 0.125, 0.75}, output.data(),
-                      threads);
-    line.add(output);
+    const auto merge = [&](auto& merged, ElementType rounded) {
+      elect_and_sum_cpu(base.view, tuned.data(), tasks.data(), kTasks, {election, elects, 0.125, 0.75}, merged.data(),
+                        rounded, threads);
+      line.add(merged);
+    };
+    std::vector<Real> output(kElements);
+    merge(output, sizeof(Real) == sizeof(double) ? ElementType::kFloat64 : ElementType::kFloat32);
+    std::vector<uint16_t> narrow(kElements);
+    for (const ElementType rounded : {ElementType::kFloat16, ElementType::kBFloat16}) merge(narrow, rounded);
   }
   {
     Line line = named("task_gram");

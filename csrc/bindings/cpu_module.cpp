@@ -13,8 +13,8 @@ using namespace r_tsvm;
 
 namespace {
 
-// threshold, seed, substream
-using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
+// threshold, seed, substream, index of the first element
+using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t, uint64_t>;
 
 // addresses of ranks (0 for none), thresholds and factors
 using RankedArgument = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
@@ -34,8 +34,8 @@ using SecularAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr
 using WantedArgument = std::tuple<std::uintptr_t, std::uintptr_t, int64_t, std::uintptr_t>;
 
 RandomMask random_mask(const RandomMaskArgument& argument) {
-  const auto [threshold, seed, substream] = argument;
-  return RandomMask{threshold, seed, substream};
+  const auto [threshold, seed, substream, first] = argument;
+  return RandomMask{threshold, seed, substream, first};
 }
 
 ElectTask elect_task(const ElectTaskArgument& argument) {

@@ -13,8 +13,8 @@ using PruneArgument = std::tuple<bindings::MatrixArgument, std::uintptr_t, int64
 // threshold, ties, tied, nonfinite
 using PruneAddresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
-// threshold, seed, substream
-using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t>;
+// threshold, seed, substream, index of the first element
+using RandomMaskArgument = std::tuple<uint64_t, uint64_t, uint32_t, uint64_t>;
 
 // weight, factor; indices of what is kept and of what is dropped again, or -1; random mask; addresses of ranks,
 // thresholds and factors, or 0; address of a mask, or 0
@@ -46,8 +46,8 @@ std::vector<MatrixView> optional_base(const std::optional<bindings::MatrixArgume
 }
 
 RandomMask random_mask(const RandomMaskArgument& argument) {
-  const auto [threshold, seed, substream] = argument;
-  return RandomMask{threshold, seed, substream};
+  const auto [threshold, seed, substream, first] = argument;
+  return RandomMask{threshold, seed, substream, first};
 }
 
 ElectTaskCuda elect_task(const ElectTaskArgument& argument) {

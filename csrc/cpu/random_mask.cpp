@@ -24,7 +24,7 @@ RTSVM_ISA_CLONES void compare(const uint32_t* words, int64_t n, uint64_t thresho
 // Processes many counters at once, over which the compiler vectorises.
 RTSVM_ISA_CLONES void random_words(const RandomMask& mask, int64_t first, int64_t n, uint32_t* words) {
   for (int64_t done = 0; done < n; done += kWordGroup) {
-    const uint64_t counter = static_cast<uint64_t>(first + done) / 4;
+    const uint64_t counter = (mask.first + static_cast<uint64_t>(first + done)) / 4;
     uint32_t x0[kCounters], x1[kCounters], x2[kCounters], x3[kCounters];
     for (int i = 0; i < kCounters; ++i) {
       x0[i] = static_cast<uint32_t>(counter + i);

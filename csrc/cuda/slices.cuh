@@ -190,7 +190,7 @@ __device__ inline void add_step(Real (&base)[kItems], Real alpha, const Real (&u
 // The random words of the thread's elements (r_tsvm/philox.h).
 __device__ inline void random_words(const RandomMask& mask, int64_t index, uint32_t (&words)[kItems]) {
   static_assert(kItems == 4, "the words of one counter");
-  const uint64_t counter = static_cast<uint64_t>(index) / kItems;
+  const uint64_t counter = (mask.first + static_cast<uint64_t>(index)) / kItems;
   words[0] = static_cast<uint32_t>(counter);
   words[1] = static_cast<uint32_t>(counter >> 32);
   words[2] = mask.substream;

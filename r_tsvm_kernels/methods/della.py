@@ -12,6 +12,7 @@ Source: Deep et al., "DELLA-Merging", arXiv 2406.11617.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,9 @@ from ..ops import Election, RankedSparsifier, Sparsifier, della_probabilities, m
 from .base import Cost, FiniteFloat, MethodParameters, PerModel, TensorJob, register
 from .reports import MergeResult
 from .sparsify import SPARSE_OPS, RandomParameters, merge_kept, sparse_cost
+
+# Elements whose ranks are in memory at a time.
+_PIECE = 1 << 22
 
 
 class DellaLinearParameters(RandomParameters):
@@ -46,8 +50,13 @@ class DellaParameters(DellaLinearParameters):
     normalize: bool = Field(default=True, description="divide by the weights of the tasks with the elected sign")
 
 
-def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters) -> list[Sparsifier]:
-    """Drop elements by MAGPRUNE: in each row the probability of being kept rises with the rank of the magnitude."""
+def della_masks(
+    base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParameters, first: int = 0
+) -> list[Sparsifier]:
+    """Drop elements by MAGPRUNE: in each row the probability of being kept rises with the rank of the magnitude.
+
+    Without `rescale`, `first` must be 0. Otherwise it is the index of the first element, if these are only some rows.
+    """
     sparsifiers = []
     for task, (tensor, density, epsilon) in enumerate(zip(tuned, options.density, options.epsilon, strict=True)):
         if not 0 < density < 1:
@@ -56,7 +65,7 @@ def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParam
         probabilities = della_probabilities(base.shape[-1], density, epsilon)
         if options.rescale:
             ranked = RankedSparsifier(magnitude_ranks(tensor, base=base), probabilities)
-            sparsifiers.append(Sparsifier(ranked=ranked, seed=options.seed, substream=task))
+            sparsifiers.append(Sparsifier(ranked=ranked, seed=options.seed, substream=task, first=first))
         else:
             mask = ranked_mask(tensor, probabilities, seed=options.seed, substream=task, base=base)
             sparsifiers.append(Sparsifier(mask=mask))
@@ -64,10 +73,15 @@ def della_masks(base: Tensor, tuned: Sequence[Tensor], options: DellaLinearParam
 
 
 def della_cost(job: TensorJob, options: DellaLinearParameters) -> Cost:
-    """Return the cost of DELLA: that of sparsifying, and the ranks of every task."""
+    """Return the cost of DELLA: that of sparsifying, and the ranks or masks of every task."""
     common = sparse_cost(job, options)
     sorting = 80 if dispatch.by_reference(job.device_type, "magnitude_ranks", "ranked_mask") else 1
-    return Cost(common.bytes + (4 * job.tasks + sorting) * job.elements, common.flops + 60.0 * job.tasks * job.elements)
+    elements, each = job.elements, (4 if options.rescale else 1) * job.tasks + sorting
+    if options.rescale and len(job.shape) > 1:
+        per_row = job.elements // max(1, job.shape[0])
+        elements = min(elements, rows_of_piece(per_row) * per_row)
+        each += job.summed  # of the piece
+    return Cost(common.bytes + each * elements, common.flops + 60.0 * job.tasks * job.elements)
 
 
 def _merge_ranked(
@@ -79,9 +93,35 @@ def _merge_ranked(
 ) -> MergeResult:
     shape = base.shape or (1,)  # a scalar is a row
     rows, tuned_rows = base.view(shape), [tensor.view(shape) for tensor in tuned]
-    result = merge_kept(rows, tuned_rows, options, della_masks(rows, tuned_rows, options), elect, out_dtype)
-    result.weight = result.weight.view(base.shape)
+    per_row = base.numel() // max(1, len(rows))
+    height = rows_of_piece(per_row) if options.rescale and base.ndim > 1 else len(rows)
+    if height >= len(rows):
+        result = merge_kept(rows, tuned_rows, options, della_masks(rows, tuned_rows, options), elect, out_dtype)
+        result.weight = result.weight.view(base.shape)
+        return result
+    merged: Tensor | None = None
+    for first in range(0, len(rows), height):
+        origin, models = rows[first : first + height], [tensor[first : first + height] for tensor in tuned_rows]
+        masks = della_masks(origin, models, options, first * per_row)
+        result = merge_kept(origin, models, options, masks, elect, out_dtype)
+        merged = result.weight.new_empty(shape) if merged is None else merged
+        merged[first : first + height] = result.weight
+    assert merged is not None
+    result.weight = merged
     return result
+
+
+def rows_of_piece(per_row: int) -> int:
+    """Return how many rows are ranked at a time. Ranks take twice the memory of weights in bfloat16.
+
+    A piece begins at a multiple of four elements, as random masks need it.
+
+    Examples:
+        >>> rows_of_piece(4096), rows_of_piece(3)
+        (1024, 1398100)
+    """
+    unit = 4 // math.gcd(4, max(1, per_row))
+    return max(1, _PIECE // max(1, per_row) // unit) * unit
 
 
 @register(

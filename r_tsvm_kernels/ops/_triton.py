@@ -74,9 +74,12 @@ def selected(magnitude, inside, threshold_ptr, ties_ptr, ties_before_ptr):
 
 
 @triton.jit
-def random_words(block, seed, substream, BLOCK: tl.constexpr):
-    """The words of `random_mask` for a block, uint32: word i % 4 of the counter (i // 4 as two words; substream; 0)."""
-    counter = block.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # (BLOCK / 4,)
+def random_words(block, seed, substream, first, BLOCK: tl.constexpr):
+    """The words of `random_mask` for a block, uint32: word i % 4 of the counter (i // 4 as two words; substream; 0).
+
+    `first` is the counter of the first element.
+    """
+    counter = first + block.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # (BLOCK / 4,)
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     third = tl.zeros_like(low) + substream.to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, low, high, third, tl.zeros_like(low))

@@ -415,7 +415,7 @@ def test_sparsifiers_that_are_refused(fields):
 @native_backend
 def test_the_native_module_names_the_op_in_its_errors(backend):
     native = backends.native(backend)
-    base, task = matrix(torch.zeros(4)), (1.0, 1.0, (0.0, -1), (0.0, -1), (2**32, 0, 0), (0, 0, 0), 0)
+    base, task = matrix(torch.zeros(4)), (1.0, 1.0, (0.0, -1), (0.0, -1), (2**32, 0, 0, 0), (0, 0, 0), 0)
     for arguments, message in [
         (([matrix(torch.zeros(5))], [task], 0), "the tensors differ in size"),
         (([base], [], 0), "not one task per tensor"),

@@ -27,7 +27,7 @@ def offsets_kernel(block_ptr, offsets_ptr, inside_ptr, numel, BLOCK: tl.constexp
 
 @triton.jit
 def words_kernel(block_ptr, seed_ptr, words_ptr, BLOCK: tl.constexpr):
-    words = random_words(tl.load(block_ptr), tl.load(seed_ptr), tl.load(seed_ptr + 1), BLOCK)
+    words = random_words(tl.load(block_ptr), tl.load(seed_ptr), tl.load(seed_ptr + 1), 0, BLOCK)
     tl.store(words_ptr + tl.arange(0, BLOCK), words.to(tl.int64))
 
 

@@ -43,11 +43,13 @@ RTSVM_HOST_DEVICE inline void philox(PhiloxKey key, uint32_t& x0, uint32_t& x1, 
 
 // Element i of a tensor has word i % 4 of the counter (i / 4, substream, 0), under the key `seed`. The first entry of
 // the counter takes two words, low one first. The element is kept if and only if its word is below this threshold, a
-// number from 0 (never) to 2^32 (always).
+// number from 0 (never) to 2^32 (always). `first` is the index of the first element, a multiple of 4: not 0 if the
+// tensor is a piece of a larger one.
 struct RandomMask {
   uint64_t threshold;
   uint64_t seed;
   uint32_t substream;
+  uint64_t first = 0;
 };
 
 }  // namespace r_tsvm

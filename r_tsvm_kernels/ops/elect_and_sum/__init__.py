@@ -53,6 +53,7 @@ class Sparsifier:
         ranked: survivors by chance, with a probability by rank instead of one for all; drawn from the words of the same
             random mask. None for all.
         mask: bool, of the tensors' shape and device: survivors are True; None for all.
+        first: index of the first element in the random mask, a multiple of 4: not 0 for a piece of a larger tensor.
 
     Raises:
         ConfigError: a number out of range, a field of another type, or `keep_probability` beside `ranked`.
@@ -71,6 +72,7 @@ class Sparsifier:
     rescale: float = 1.0
     ranked: RankedSparsifier | None = None
     mask: Tensor | None = None
+    first: int = 0
 
     def __post_init__(self) -> None:
         draw = checked_draw(self.keep_probability, self.seed, self.substream, "Sparsifier")
@@ -90,6 +92,8 @@ class Sparsifier:
             raise ConfigError(f"Sparsifier: with ranked, keep_probability must be 1, got {self.keep_probability}")
         if self.mask is not None:
             check_plain(self.mask, "Sparsifier: mask")
+        if type(self.first) is not int or not 0 <= self.first < 2**63 or self.first % 4:
+            raise ConfigError(f"Sparsifier: first must be a multiple of 4 from 0 on, got {self.first!r}")
 
 
 @dispatch.op(

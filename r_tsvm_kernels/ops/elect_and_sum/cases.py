@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle, product
 from typing import get_args
 
@@ -114,6 +115,10 @@ def cases(device: torch.device | str) -> Iterator[Case]:
         tuned = [(steps * factor % 97 * tiny).to(dtype) for factor in (1, -3, 7)]
         options = {"elect": elect, "normalize": True}
         yield Case(f"subnormal {dtype}, {elect}", (torch.zeros_like(tuned[0]), tuned, WEIGHTS[:3]), options)
+    for elect, place in product(ELECTIONS[:3], (4, 2**34 - 1024)):
+        base, tuned = whole_numbers((9, 300), 4, random)
+        rules = [replace(own, first=place) for own in sparsifiers(base, tuned, ["dare", "della", "everything", "all"])]
+        yield Case(f"a piece from {place}, {elect}", (base, tuned, WEIGHTS[:4]), {"elect": elect, "sparsifiers": rules})
     yield from _roundings(device)
     yield from _thresholds(device)
     for elect, normalize in product(ELECTIONS, (False, True)):

@@ -41,7 +41,7 @@ def run(
             weight * rule.rescale,
             _selection(rule.largest, dtype),
             _selection(rule.outliers, dtype),
-            (mask_threshold(rule.keep_probability), rule.seed, rule.substream),
+            (mask_threshold(rule.keep_probability), rule.seed, rule.substream, rule.first),
             tuple(tensor.data_ptr() for tensor in tables) or (0, 0, 0),
             0 if mask is None else mask.data_ptr(),
         )

@@ -62,7 +62,7 @@ def run(
             weight * rule.rescale,
             index(rule.largest),
             index(rule.outliers),
-            (mask_threshold(rule.keep_probability), rule.seed, rule.substream),
+            (mask_threshold(rule.keep_probability), rule.seed, rule.substream, rule.first),
             tables(rule, weight),
             mask(rule),
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulation_dtype
-from ..random_mask import random_mask
+from ..random_mask import mask_threshold
 from ..random_mask.reference import random_words
 from . import Sparsifier, least_divisor
 from .ranked import rank_tables
@@ -76,18 +76,20 @@ def _sparsified(difference: Tensor, weight: float, rule: Sparsifier) -> tuple[Te
     if rule.mask is not None:
         survives &= rule.mask
     if rule.keep_probability < 1:
-        survives &= random_mask(
-            difference.shape, rule.keep_probability, seed=rule.seed, substream=rule.substream,
-            device=difference.device, backend="torch",
-        )  # fmt: skip
+        survives &= _words(difference, rule) < mask_threshold(rule.keep_probability)
     factor: float | Tensor = weight * rule.rescale
     if rule.ranked is not None:
         tables = rank_tables(rule.ranked, weight * rule.rescale)
         ranks = rule.ranked.ranks.long()
-        words = random_words(difference.numel(), rule.seed, rule.substream, difference.device).view(difference.shape)
-        survives &= words < tables.thresholds.to(difference.device)[ranks]
+        survives &= _words(difference, rule) < tables.thresholds.to(difference.device)[ranks]
         factor = tables.factors.to(difference.device)[ranks]
     return torch.where(survives, difference, 0), factor
+
+
+def _words(difference: Tensor, rule: Sparsifier) -> Tensor:
+    """Return the random word of each element, int64."""
+    count = difference.numel()
+    return random_words(count, rule.seed, rule.substream, difference.device, rule.first).view(difference.shape)
 
 
 def _rounded(factor: float | Tensor, dtype: torch.dtype) -> float | Tensor:

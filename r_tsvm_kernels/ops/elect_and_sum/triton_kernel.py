@@ -55,8 +55,9 @@ def elect_and_sum_kernel(
     SELECTIONS names for each task the selections of its largest elements and of its outliers, or -1 (a tuple with None
     in it is more than some versions of Triton take):
     `thresholds_ptr` and `ties_ptr` hold one number for each, `ties_before_ptr` (selections, blocks) how many magnitudes
-    tie in earlier blocks. DRAWN: for each task whether its elements survive at random; `draws_ptr` has threshold, seed
-    and substream of each task, which ranks replace by a threshold and a factor per rank where there are `ranks_ptrs`.
+    tie in earlier blocks. DRAWN: for each task whether its elements survive at random; `draws_ptr` has threshold, seed,
+    substream and first counter of each task; ranks replace the threshold by a threshold and a factor per rank where
+    there are `ranks_ptrs`.
     `mask_ptrs`: of each task, uint8, or None.
     """
     block = tl.program_id(0)
@@ -86,8 +87,10 @@ def elect_and_sum_kernel(
                             survives = survives & (chosen == (side == 0))
                     factor_ptr = numbers_ptr + 2 + 2 * t
                     if DRAWN[t]:
-                        limit_ptr = draws_ptr + 3 * t
-                        words = random_words(block, tl.load(limit_ptr + 1), tl.load(limit_ptr + 2), BLOCK)
+                        limit_ptr = draws_ptr + 4 * t
+                        words = random_words(
+                            block, tl.load(limit_ptr + 1), tl.load(limit_ptr + 2), tl.load(limit_ptr + 3), BLOCK
+                        )
                         if ranks_ptrs[t] is not None:
                             rank = tl.load(ranks_ptrs[t] + offsets, mask=inside, other=0)  # (BLOCK,)
                             limit_ptr, factor_ptr = rank_thresholds_ptrs[t] + rank, rank_factors_ptrs[t] + rank
@@ -161,7 +164,11 @@ def run(
     sampled = thresholds = ties = ties_before = None
     if any(drawn):
         sampled = draws(
-            [(mask_threshold(rule.keep_probability), rule.seed, rule.substream) for rule in sparsifiers], base.device
+            [
+                (mask_threshold(rule.keep_probability), rule.seed, rule.substream, rule.first // 4)
+                for rule in sparsifiers
+            ],
+            base.device,
         )
     ranked = _ranked(weights, sparsifiers)
     masks = tuple(None if rule.mask is None else flat(rule.mask).view(torch.uint8) for rule in sparsifiers)

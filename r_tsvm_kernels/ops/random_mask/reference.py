@@ -16,9 +16,9 @@ def run(mask: Tensor, threshold: int, seed: int, substream: int) -> None:
     mask.copy_((random_words(mask.numel(), seed, substream, mask.device) < threshold).view(mask.shape))
 
 
-def random_words(numel: int, seed: int, substream: int, device: torch.device) -> Tensor:
-    """Return the 32-bit words of elements 0 to numel - 1, as int64."""
-    group = torch.arange((numel + 3) // 4, device=device)
+def random_words(numel: int, seed: int, substream: int, device: torch.device, first: int = 0) -> Tensor:
+    """Return the 32-bit words of so many elements from `first` on, a multiple of 4, as int64."""
+    group = torch.arange(first // 4, (first + numel + 3) // 4, device=device)
     counter = (group & WORD, group >> 32, torch.full_like(group, substream), torch.zeros_like(group))
     return torch.stack(philox(counter, (seed & WORD, seed >> 32)), dim=1).flatten()[:numel]
 

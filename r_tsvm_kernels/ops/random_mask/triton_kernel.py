@@ -17,7 +17,7 @@ def random_mask_kernel(draw_ptr, out_ptr, numel, BLOCK: tl.constexpr):
     """``out_i = 1`` where the random word of element i is below the threshold, 0 elsewhere."""
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
-    words = random_words(block, tl.load(draw_ptr + 1), tl.load(draw_ptr + 2), BLOCK)
+    words = random_words(block, tl.load(draw_ptr + 1), tl.load(draw_ptr + 2), 0, BLOCK)
     tl.store(out_ptr + offsets, (words.to(tl.int64) < tl.load(draw_ptr)).to(tl.uint8), mask=inside)
 
 
@@ -33,7 +33,7 @@ def run(mask: Tensor, threshold: int, seed: int, substream: int) -> None:
         )  # fmt: skip
 
 
-def draws(rows: list[tuple[int, int, int]], device: torch.device) -> Tensor:
-    """Return threshold, seed and substream of each mask, int64 (masks, 3); the seed keeps its 64 bits."""
-    signed = [(threshold, seed - 2**64 if seed >= 2**63 else seed, substream) for threshold, seed, substream in rows]
+def draws(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Return threshold, seed, substream and what follows for each mask, int64 (masks, ...); the seed keeps 64 bits."""
+    signed = [(threshold, seed - 2**64 if seed >= 2**63 else seed, *rest) for threshold, seed, *rest in rows]
     return torch.tensor(signed, dtype=torch.int64, device=device)

@@ -22,7 +22,7 @@ def ranked_mask_kernel(ranks_ptr, thresholds_ptr, draw_ptr, out_ptr, numel, BLOC
     """
     block = tl.program_id(0)
     offsets, inside = block_offsets(block, numel, BLOCK)
-    words = random_words(block, tl.load(draw_ptr + 1), tl.load(draw_ptr + 2), BLOCK)
+    words = random_words(block, tl.load(draw_ptr + 1), tl.load(draw_ptr + 2), 0, BLOCK)
     rank = tl.load(ranks_ptr + offsets, mask=inside, other=0)  # (BLOCK,)
     survives = words.to(tl.int64) < tl.load(thresholds_ptr + rank)
     tl.store(out_ptr + offsets, survives.to(tl.uint8), mask=inside)
