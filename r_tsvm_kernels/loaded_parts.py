@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import checksum
 from .config import MergeConfig
-from .errors import CheckpointError, ConfigError, ShapeError
+from .engine import choose_device
+from .errors import ConfigError
 from .lora.adapted_model import AdaptedModel
 from .lora.task_part import TaskPart
-from .parts import merge_parts
+from .module_tensors import tensors_of
+from .parts import certified, merge_parts
 from .parts_folder import PartsFolder
 from .plan import MergePlan, make_plan
-from .text import some
 from .values import stored
 
 Weights = Mapping[str, Any] | Sequence[Any] | None
@@ -50,6 +52,7 @@ class Parts:
         self.tasks = tuple(task.name for task in folder.tasks)
         self._folder, self._allow_pickle = folder, allow_pickle
         self._last: tuple[MergeConfig, MergePlan] | None = None
+        self._checked = set[str]()  # tensors whose base and parts had the checksums of the decomposition
 
     @classmethod
     def load(
@@ -69,13 +72,17 @@ class Parts:
             allow_pickle: read a base that exists only as pickle.
 
         Raises:
-            CheckpointError: the folder or the base is missing or damaged, or they do not belong together.
+            CheckpointError: the folder or the base is missing or damaged, or they do not belong together. Values are
+                compared when a tensor is merged first.
+            ConfigError: the rank is not a positive number.
         """
         opened = PartsFolder.open(folder)
         changes: dict[str, Any] = {"parts": str(folder), "parts_rank": rank}
         if base is not None:
             changes["base_model"] = str(base)
-        parts = cls(MergeConfig.from_dict(opened.recipe).model_copy(update=changes), opened, allow_pickle)
+        recipe = MergeConfig.from_dict(opened.recipe)
+        fields = {name: getattr(recipe, name) for name in MergeConfig.model_fields}
+        parts = cls(MergeConfig(**fields | changes), opened, allow_pickle)
         parts._plan(parts.config)
         return parts
 
@@ -117,10 +124,11 @@ class Parts:
 
         Raises:
             ConfigError: as `recipe`.
+            DeviceError: no such device.
             CheckpointError, NonFiniteError, ConvergenceError: as `merge_checkpoints`.
         """
-        plan = self._plan(self.recipe(weights, alpha))
-        return {name: self._merged(plan, name, device, plan.tensors[name].spec.dtype) for name in plan.tensors}
+        plan, target = self._plan(self.recipe(weights, alpha)), choose_device(str(device))
+        return {name: self._merged(plan, name, target, plan.tensors[name].spec.dtype) for name in plan.tensors}
 
     def apply_(
         self,
@@ -132,7 +140,9 @@ class Parts:
     ) -> None:
         """Give a module the weights of the merged model, in place and in its dtypes.
 
-        Every call starts from the base on disk, so that nothing drifts.
+        Every call starts from the base on disk, so that nothing drifts. The module, and the accuracy of the merge, are
+        checked before anything is changed. After another error, such as a value that overflows, some tensors are merged
+        and the others are as before: merge again, or call `restore_`.
 
         Args:
             module: with the parameters and buffers of the base.
@@ -141,22 +151,29 @@ class Parts:
             device: merging takes place there; None means the device of each tensor of the module.
 
         Raises:
-            CheckpointError, ShapeError: the module has no such tensor, or one of another shape.
+            CheckpointError, ShapeError: the module has no such tensor, or one of another shape; or it ties tensors that
+                the base does not tie.
+            DTypeError, DeviceError: a tensor of the module cannot hold the values: integers or packed values instead of
+                floats, a copy or a view with less memory, or the meta device.
             ConfigError, NonFiniteError, ConvergenceError: as `state_dict`.
         """
         plan = self._plan(self.recipe(weights, alpha))
-        for name, tensor in self._tensors_of(module, plan):
-            tensor.copy_(self._merged(plan, name, device or tensor.device, tensor.dtype))
+        target = None if device is None else choose_device(str(device))
+        own = tensors_of(module, plan, self._folder)
+        for name in own:
+            self._check_accuracy(plan, name)
+        for name, tensor in own.items():
+            tensor.copy_(self._merged(plan, name, target or tensor.device, tensor.dtype))
 
     def restore_(self, module: nn.Module) -> None:
         """Give a module the weights of the base again, in place and to the bit.
 
         Raises:
-            CheckpointError, ShapeError: as `apply_`.
+            CheckpointError, ShapeError, DTypeError, DeviceError: as `apply_`.
         """
         plan = self._plan(self.config)
-        for name, tensor in self._tensors_of(module, plan):
-            tensor.copy_(stored(plan.base.load(name), tensor.dtype, name))
+        for name, tensor in tensors_of(module, plan, self._folder).items():
+            tensor.copy_(stored(self._base(plan, name), tensor.dtype, name))
 
     def _plan(self, config: MergeConfig) -> MergePlan:
         """Return the plan of a recipe; that of the last one is kept."""
@@ -164,32 +181,29 @@ class Parts:
             self._last = config, make_plan(config, 2**63, allow_pickle=self._allow_pickle)
         return self._last[1]
 
-    def _tensors_of(self, module: nn.Module, plan: MergePlan) -> Iterator[tuple[str, Tensor]]:
-        """Yield the module's tensors by the names of the base, after checks of all of them."""
-        own = {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
-        if missing := [name for name in plan.tensors if name not in own]:
-            raise CheckpointError(
-                f"the module has no {some(missing)}, which {plan.base.path} has; its names are {some(list(own))}"
-            )
-        memory = {own[name].data_ptr() for name in plan.tensors}
-        for name in plan.base.tensors.keys() - plan.tensors.keys():
-            if name in own and own[name].numel() and own[name].data_ptr() not in memory:
-                raise CheckpointError(
-                    f"the module has {name} in memory of its own, which {plan.base.path} ties to another tensor; tie "
-                    "them, as transformers does (tie_weights)"
-                )
-        for name, planned in plan.tensors.items():
-            if tuple(own[name].shape) != planned.spec.shape:
-                raise ShapeError(f"{name}: has shape {tuple(own[name].shape)} in the module, {planned.spec.shape} here")
-        yield from ((name, own[name]) for name in plan.tensors)
+    def _base(self, plan: MergePlan, name: str) -> Tensor:
+        """Read a tensor of the base, and compare it with the one that was decomposed, once."""
+        values = plan.base.load(name)
+        if name not in self._checked:
+            self._folder.check_base(name, checksum(values), plan.base.path)
+        return values
+
+    def _check_accuracy(self, plan: MergePlan, name: str) -> None:
+        """Require the certificate of a merged tensor to be met, as `merge_parts` does."""
+        planned, facts = plan.tensors[name], self._folder.tensors[name].cut(plan.config.parts_rank)
+        if planned.treatment.kind != "base":
+            wide = plan.config.dtype == "float64" or torch.float64 in planned.dtypes
+            certified(facts, planned.options, torch.float64 if wide else torch.float32, name)
 
     @torch.no_grad()
-    def _merged(self, plan: MergePlan, name: str, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-        base, planned = plan.base.load(name), plan.tensors[name]
+    def _merged(self, plan: MergePlan, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        base, planned = self._base(plan, name), plan.tensors[name]
         if planned.treatment.kind == "base":
             return (stored(base, dtype, name) if base.is_floating_point() else base).to(device)
         models = [model.adapter for model in plan.tuned if isinstance(model, AdaptedModel)]
-        parts = [part.part(name).to(device) for part in models if isinstance(part, TaskPart)]
+        check = name not in self._checked
+        parts = [part.part(name, check=check).to(device) for part in models if isinstance(part, TaskPart)]
+        self._checked.add(name)
         facts = self._folder.tensors[name].cut(plan.config.parts_rank)
         rounded = None if plan.config.dtype is None else getattr(torch, plan.config.dtype)
         method = plan.config.method.name

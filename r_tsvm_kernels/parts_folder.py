@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError, model_validator
 
 from .checkpoint import FileState, read_json
 from .errors import CheckpointError, ConfigError
@@ -28,7 +28,7 @@ ROUNDING = 4
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Task(_Model):
@@ -55,6 +55,7 @@ class TensorParts(_Model):
         kind: ``factors`` (two factors of each part), ``dense``, or ``base`` (there are none: the base's value stays).
         shape: of the tensor.
         base: checksum of the base's tensor.
+        checksums: of what is stored for each task: a matrix, or two factors.
         treatment: ``merge``, ``mean`` or ``base``, see `TensorReport`.
         reason: of the treatment.
         ranks: of the parts of each task; columns of the factors beyond them are zero.
@@ -66,16 +67,32 @@ class TensorParts(_Model):
     """
 
     kind: Kind
-    shape: tuple[int, ...]
+    shape: tuple[NonNegativeInt, ...]
     base: str
+    checksums: tuple[tuple[str, ...], ...]
     treatment: str
     reason: str = ""
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[NonNegativeInt, ...] = ()
     products: tuple[tuple[float, ...], ...] = ()
     error: float = 0.0
     spread: float = 1.0
     rounding: tuple[float, ...] = ()
     certificate: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> TensorParts:
+        tasks, stored = len(self.checksums), {"factors": 2, "dense": 1, "base": 0}[self.kind]
+        counts = [len(self.products), *map(len, self.products), len(self.rounding)]
+        if any(len(own) != stored for own in self.checksums) or (stored and set(counts) != {tasks}):
+            raise ValueError(f"not the numbers of the same tasks, each with {stored} tensors")
+        if self.kind == "factors" and (len(self.shape) != 2 or not self.ranks):
+            raise ValueError("factors are of a matrix, and have ranks")
+        if self.certificate is not None:
+            try:
+                _CERTIFICATE.validate_python(self.certificate)
+            except ValidationError as error:
+                raise ValueError(f"certificate: {error.errors()[0]['msg']}") from None
+        return self
 
     def cut(self, rank: int | None) -> TensorParts:
         """Return what is known of the parts at a lower rank: no certificate holds for them."""
@@ -102,13 +119,22 @@ class TensorParts(_Model):
         """
         if self.certificate is None:
             return None
-        norms = [math.sqrt(max(0.0, row[index])) for index, row in enumerate(self.products)]
-        summed = sum(abs(w) * norm for w, norm in zip(weights, norms, strict=True))
+        error, summed = self._error(weights, dtype)
         size = max(self.norm(weights), CANCELLED * summed)
-        error = max(map(abs, weights)) * self.error * self.spread + ROUNDING * torch.finfo(dtype).eps * summed
-        error += sum(abs(w) * rounding for w, rounding in zip(weights, self.rounding, strict=True))
         known = _CERTIFICATE.validate_python(self.certificate)
         return replace(known, error=error / size if size else BACKWARD_ERROR, tolerance=tolerance)
+
+    def error_of(self, weights: Sequence[float], dtype: torch.dtype) -> float:
+        """Return the error of the sum as a share of its summands: that of the parts, whatever cancels."""
+        error, summed = self._error(weights, dtype)
+        return error / summed if summed else 0.0
+
+    def _error(self, weights: Sequence[float], dtype: torch.dtype) -> tuple[float, float]:
+        """Return the estimated error of the sum in the units of the weights, and the summed norms of the summands."""
+        norms = [math.sqrt(max(0.0, row[index])) for index, row in enumerate(self.products)]
+        summed = sum(abs(w) * norm for w, norm in zip(weights, norms, strict=True))
+        error = max(map(abs, weights)) * self.error * self.spread + ROUNDING * torch.finfo(dtype).eps * summed
+        return error + sum(abs(w) * rounding for w, rounding in zip(weights, self.rounding, strict=True)), summed
 
 
 _CERTIFICATE = TypeAdapter(Certificate)
@@ -120,6 +146,17 @@ class _Content(_Model):
     recipe: dict[str, Any]
     tasks: tuple[Task, ...]
     tensors: dict[str, TensorParts]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> _Content:
+        entries = self.recipe.get("models", [])
+        models = [entry.get("model") if isinstance(entry, dict) else entry for entry in entries]
+        if models != [task.model for task in self.tasks]:
+            raise ValueError(f"the models of its recipe are {models}, those of its tasks are others")
+        for name, own in self.tensors.items():
+            if own.kind != "base" and len(own.checksums) != len(self.tasks):
+                raise ValueError(f"{name} has parts of {len(own.checksums)} tasks, expected {len(self.tasks)}")
+        return self
 
 
 class PartsFolder:
@@ -158,12 +195,29 @@ class PartsFolder:
             content = _Content.model_validate(data)
         except ValidationError as error:
             wrong = error.errors()[0]
-            where = ".".join(map(str, wrong["loc"]))
+            where = ".".join(map(str, wrong["loc"])) or "content"
             raise CheckpointError(f"{file}: {where}: {wrong['msg']}; decompose again") from error
         names = [task.name for task in content.tasks]
         if not names or len(set(names)) < len(names) or any(Path(name).name != name for name in names):
             raise CheckpointError(f"{file}: its tasks {names} are no different file names; decompose again")
         return cls(path, content, state)
+
+    def check_base(self, name: str, checksum: str, base: Path) -> None:
+        """Check that a tensor of a base is the one that the parts were made for.
+
+        Args:
+            name: of the tensor.
+            checksum: of the base's values.
+            base: path of the base, for the message.
+
+        Raises:
+            CheckpointError: it is another one.
+        """
+        if self.tensors[name].base != checksum:
+            raise CheckpointError(
+                f"{base}: {name} is not the tensor that {self.path} was made for; give the base that was decomposed, "
+                "or decompose again"
+            )
 
     def index_of(self, task: str) -> int:
         """Return the index of a task, given by its name or by the model.

@@ -113,11 +113,14 @@ def _facts(job: MergeJob, finished: Finished) -> TensorParts:
     linear = job.plan.config.method.linear
     if tensor.stored_parts is None or linear is None:
         raise CheckpointError(f"{finished.name}: was not decomposed")
+    sums = {own.name: own.checksum for own in finished.stored}
+    tasks = [task.name for task in tasks_of(job.plan.config)] if tensor.stored_parts.kind != "base" else []
     certificate = None if report.certificate is None else {**finished.report["certificate"]}
     return TensorParts(
         kind=tensor.stored_parts.kind,
         shape=tensor.spec.shape,
         base=finished.inputs[0],
+        checksums=tuple(tuple(own for name, own in sums.items() if name.startswith(f"{task}/")) for task in tasks),
         treatment=report.treatment,
         reason=report.reason,
         ranks=tuple(report.ranks),

@@ -31,7 +31,7 @@ from .tiles import (
     Assembly,
     Tile,
     Values,
-    check_base,
+    check_parts,
     checksums_by_input,
     merge_tile,
     read_tile,
@@ -230,7 +230,7 @@ class _Pipeline:
                 update_checksum(checksum, values)
         found = checksums_by_input(self.job.plan, tile.name, checksums) if tile.is_last else []
         if found:
-            check_base(self.job.plan, tile.name, found[0])
+            check_parts(self.job.plan, tile.name, found)
         return _Read(tile, inputs, found, stages)
 
     # --- the workers

@@ -75,7 +75,8 @@ def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Values]
     rows = None if tile.count == 1 else (tile.first, tile.last)
     sources = [plan.inputs[part.source] for part in plan.tensors[tile.name].parts]
     return [
-        source.part(tile.name, rows=rows, pin=pin)
+        # The engine has the checksums of matrices, which may be read in pieces: see `check_parts`.
+        source.part(tile.name, rows=rows, pin=pin, check=source.is_product(tile.name))
         if isinstance(source, TaskPart)
         else source.load_change(plan.module(source, tile.name), pin=pin)  # never cut: see `MergePlan.row_wise`
         if isinstance(source, Adapter)
@@ -107,17 +108,22 @@ def checksums_by_input(plan: MergePlan, name: str, checksums: Sequence[Checksum]
     return [found.get(source, "") for source in range(max(found) + 1)]
 
 
-def check_base(plan: MergePlan, name: str, checksum: str) -> None:
-    """Check that a tensor of the base is the one that parts were made for.
+def check_parts(plan: MergePlan, name: str, checksums: Sequence[str]) -> None:
+    """Check that a tensor of the base is the one that parts were made for, and that the parts are those.
+
+    Args:
+        plan: the plan.
+        name: of the tensor.
+        checksums: of its inputs, see `checksums_by_input`.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: one is another.
     """
-    if plan.parts is not None and plan.parts.tensors[name].base != checksum:
-        raise CheckpointError(
-            f"{plan.base.path}: {name} is not the tensor that {plan.parts.path} was made for; give the base that was "
-            "decomposed, or decompose again"
-        )
+    if plan.parts is not None:
+        plan.parts.check_base(name, checksums[0], plan.base.path)
+    for source, found in zip(plan.section(name).inputs, checksums, strict=False):
+        if isinstance(source, TaskPart) and found and not source.is_product(name):
+            source.check_sums(name, [found])
 
 
 def merge_tile(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, FileState, TensorHeader
+from ..checkpoint import Checkpoint, FileState, TensorHeader, checksum
 from ..checkpoint.reader import require_unchanged
 from ..errors import CheckpointError
 from ..linalg import Factored
 from ..ops._checks import accumulation_dtype, check_finite
 from ..parts_folder import LEFT, PARTS_FILE, RIGHT, PartsFolder
+from ..text import some
 from .adapter import Adapter
 from .adapter_config import AdapterConfig
 from .changes import Change
@@ -72,20 +73,45 @@ class TaskPart(Adapter):
             fits = len(shapes) == len(stored) and shape in (product, *product)
             if not fits or (kind == "factors" and (len(shape) != 2 or shapes[0][1:] != shapes[1][:1])):
                 raise CheckpointError(f"{path}: {name} is missing or not as {PARTS_FILE} says; decompose again")
+        expected = {own for name in self.kinds for own in self._names(name)}
+        if foreign := [own for own in self._file.tensors if own not in expected]:
+            raise CheckpointError(f"{path}: has {some(foreign)}, which {PARTS_FILE} does not have; decompose again")
 
-    def part(self, name: str, *, rows: tuple[int, int] | None = None, pin: bool = False) -> Tensor | Factored:
+    def part(
+        self, name: str, *, rows: tuple[int, int] | None = None, pin: bool = False, check: bool = True
+    ) -> Tensor | Factored:
         """Read the part of a tensor, or of some rows of a dense one.
 
+        Args:
+            name: of the tensor.
+            rows: first and last (exclusive); None means all.
+            pin: read into pinned memory.
+            check: compare the checksum; if only some rows are read, or without it, `check_sums` has to follow.
+
         Raises:
-            InputChangedError, CheckpointError: the file cannot be read, or has changed.
+            InputChangedError, CheckpointError: the file cannot be read, has changed, or is of another decomposition.
             NonFiniteError: it holds NaN or infinity.
         """
         values = [self._file.load(own, rows=rows, pin=pin) for own in self._names(name)]
+        if check and rows is None:
+            self.check_sums(name, [checksum(own) for own in values])
         for own in values:
             check_finite(own, f"{self.path}: {name}")
         if self.kinds[name] == "dense":
             return values[0]
         return Factored(values[0][:, : self.rank].contiguous(), values[1][: self.rank])
+
+    def check_sums(self, name: str, sums: Sequence[str]) -> None:
+        """Compare checksums of what is stored for a tensor with those in ``parts.json``.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        if tuple(sums) != self.folder.tensors[name].checksums[self.index]:
+            raise CheckpointError(
+                f"{self.path}: {name} is not what {PARTS_FILE} beside it was written for: damaged, or of another "
+                "decomposition; decompose again (`rtsvm verify` lists what has changed)"
+            )
 
     def load_change(self, key: str, *, pin: bool = False) -> Factored | Change:
         """Read the part of a tensor as the change of a weight."""

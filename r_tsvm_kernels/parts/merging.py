@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvergenceError, NonFiniteError
-from ..linalg import Factored
+from ..linalg import Certificate, Factored
 from ..linalg.certificate import tolerance_of
 from ..methods import MergeResult, MethodParameters, TensorReport
 from ..ops import add_update
@@ -54,14 +54,38 @@ def merge_parts(
         raise NonFiniteError(overflow(merged, options, name))
     report = TensorReport(method, facts.treatment, facts.reason, facts.shape, ranks=list(facts.ranks))
     report.weights = list(weights)
-    tolerance = tolerance_of(getattr(options, "mode", "exact"))
-    report.certificate = facts.certificate_of(weights, wide, tolerance)
-    if report.certificate is not None and not report.certificate.met:
-        raise ConvergenceError(
-            f"{name}: with these weights the parts cancel each other, and the estimated error of what is left is "
-            f"{report.certificate.error:.1e}, above {tolerance:.0e}; merge without parts, or set mode: fast (1e-2)"
-        )
+    report.certificate = certified(facts, options, wide, name)
     return MergeResult(result, report)
+
+
+def certified(facts: TensorParts, options: MethodParameters, dtype: torch.dtype, name: str) -> Certificate | None:
+    """Return the certificate of a merge from parts, which is met; None if there was no decomposition.
+
+    Args:
+        facts: what ``parts.json`` says of the tensor.
+        options: parameters of the method, of which `weight` and `mode` count.
+        dtype: that the sum is formed in.
+        name: of the tensor.
+
+    Raises:
+        ConvergenceError: it is not met; the message says whether weights or parts are the cause.
+    """
+    tolerance, fast = tolerance_of(getattr(options, "mode", "exact")), tolerance_of("fast")
+    found = facts.certificate_of(options.weight, dtype, tolerance)
+    if found is None or found.met:
+        return found
+    advice = f", or set mode: fast ({fast:.0e})" if found.error <= fast else ""
+    alone = facts.error_of(options.weight, dtype)
+    if alone > tolerance:
+        raise ConvergenceError(
+            f"{name}: the parts have an estimated error of {alone:.1e}, above {tolerance:.0e}, from their "
+            "decomposition or the dtype that they are stored in; decompose again, with mode: exact and --store-dtype "
+            f"float32{advice}"
+        )
+    raise ConvergenceError(
+        f"{name}: with these weights the parts cancel each other, and the estimated error of what is left is "
+        f"{found.error:.1e}, above {tolerance:.0e}; merge without parts{advice}"
+    )
 
 
 def weighted_sum_of_parts(parts: Sequence[Tensor | Factored], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
