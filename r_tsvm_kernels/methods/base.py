@@ -107,6 +107,13 @@ class MethodParameters(Strict):
         """
         return self
 
+    def check_weights(self) -> None:
+        """Refuse weights that the method would divide by their sum, which is 0; most methods take any.
+
+        Raises:
+            ConfigError: the sum is 0.
+        """
+
 
 class Unweighted(MethodParameters):
     """Parameters of a method that weights no model; the common field `weight` must stay 1."""

@@ -31,6 +31,14 @@ class KarcherParameters(MethodParameters):
     max_iter: int = Field(default=10, ge=0, description="most iterations")
     tol: FiniteFloat = Field(default=1e-5, gt=0, description="length of a step, in radians, at which iterations end")
 
+    def check_weights(self) -> None:
+        """Refuse weights that sum to 0.
+
+        Raises:
+            ConfigError: they do.
+        """
+        normalized(self.weight, "choose others")
+
 
 def karcher_coefficients(directions: Tensor, w: Tensor, max_iter: int, tol: float) -> Tensor:
     """Return the c for which ``sum(c_t u_t)`` is the Karcher mean of unit vectors, from their products (T, T)."""

@@ -29,6 +29,15 @@ class LinearParameters(MethodParameters):
 
     normalize: bool = Field(default=True, description="divide by the sum of the weights")
 
+    def check_weights(self) -> None:
+        """Refuse weights that sum to 0, with `normalize`.
+
+        Raises:
+            ConfigError: they do.
+        """
+        if self.normalize:
+            normalized(self.weight)
+
 
 @register(
     "linear",

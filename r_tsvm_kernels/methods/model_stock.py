@@ -28,6 +28,14 @@ class ModelStockParameters(MethodParameters):
 
     filter_wise: bool = Field(default=False, description="an angle for each row instead of one for the tensor")
 
+    def check_weights(self) -> None:
+        """Refuse weights that sum to 0.
+
+        Raises:
+            ConfigError: they do.
+        """
+        normalized(self.weight, "choose others")
+
 
 def interpolation_ratio(gram: Tensor) -> Tensor:
     """Return ``t = T c / (1 + (T - 1) c)`` from the Gram matrix (..., T, T) of the task vectors.

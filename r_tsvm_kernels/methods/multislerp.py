@@ -33,6 +33,15 @@ class MultiSlerpParameters(MethodParameters):
         default=True, description="merge differences from the base; false (always without a base): the models"
     )
 
+    def check_weights(self) -> None:
+        """Refuse weights that sum to 0, with `normalize_weights`.
+
+        Raises:
+            ConfigError: they do.
+        """
+        if self.normalize_weights:
+            normalized(self.weight, "set normalize_weights: false")
+
 
 @register(
     "multislerp",

@@ -24,6 +24,7 @@ from ..errors import CheckpointError, ConfigError, QuantisedRefusedError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
 from ..lora.task_part import TaskPart
+from ..methods import MethodParameters
 from ..ops._checks import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
 from ..text import some
@@ -78,7 +79,16 @@ def make_plan(
     for name, tensor in plan.tensors.items():
         if tensor.treatment.kind != "base":
             check_options(tensor.options, plan.accumulation(tensor), name)
+        if tensor.treatment.kind == "merge":
+            _check_weights(tensor.options, name)
     return plan
+
+
+def _check_weights(options: MethodParameters, name: str) -> None:
+    try:
+        options.check_weights()
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _plan_whole(config: MergeConfig, allow_pickle: bool) -> MergePlan | None:

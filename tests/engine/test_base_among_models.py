@@ -109,3 +109,19 @@ def test_a_base_alone_is_called_by_its_name(family):
     paths, _ = family
     with pytest.raises(ConfigError, match=r"no fine-tuned models: .*base is the base itself"):
         make_plan(config_for(paths[0], [paths[0]], "ties"), 10**9)
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher", "multislerp", "model_stock"])
+def test_weights_that_cannot_be_normalised_are_refused_before_the_merge(tmp_path, family, method):
+    paths, _ = family
+    others = {f"model.layers.{i}.w.weight": torch.randn(16, 16) for i in range(1, 3)}
+    for path in paths:
+        save(path.with_name(f"deep_{path.name}"), load_file(path / "model.safetensors") | others)
+    base, *models = (str(path.with_name(f"deep_{path.name}")) for path in paths)
+    weight = [{"filter": "layers.2", "value": 0.0}, {"value": 1.0}]
+    config = config_for(base, models, method, parameters={"weight": weight})
+    with pytest.raises(ConfigError, match=r"^model.layers.2.w.weight: the weights .* sum to 0"):
+        merge_checkpoints(config, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    kept = config_for(base, models, method, parameters={"weight": weight}, exclude=["*layers.2*"])
+    merge_checkpoints(kept, tmp_path / "out")  # its weights are not needed
