@@ -185,7 +185,9 @@ class PartsFolder:
         path = Path(path)
         file = path / PARTS_FILE
         if not file.exists():
-            raise CheckpointError(f"{path}: holds no {PARTS_FILE}; was it written by `rtsvm decompose`?")
+            one = is_parts(path.parent)
+            advice = f"name the folder, {path.parent}" if one else "was it written by `rtsvm decompose`?"
+            raise CheckpointError(f"{path}: holds no {PARTS_FILE}; {advice}")
         data, state = read_json(file)
         if data.get("format") != FORMAT:
             raise CheckpointError(

@@ -64,6 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"expected [RECIPE.yaml] PARTS, got {len(arguments.paths)} paths: {' '.join(arguments.paths)}"
         )
+    if len(arguments.paths) == 1 and arguments.paths[0].endswith((".yaml", ".yml")) and not arguments.model:
+        raise ConfigError(
+            f"no output: name a folder after the recipe, as in `rtsvm decompose {arguments.paths[0]} PARTS`"
+        )
     recipe, out = (None, *arguments.paths) if len(arguments.paths) == 1 else arguments.paths
     config = make_config(arguments, recipe)
     if arguments.as_lora:

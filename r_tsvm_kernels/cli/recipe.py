@@ -115,11 +115,13 @@ def parse_weights(items: list[str]) -> tuple[list[float], dict[str, float]]:
 
     plain, named = list[float](), dict[str, float]()
     for item in items:
-        name, _, text = item.rpartition("=")
+        name, equals, text = item.rpartition("=")
         try:
             weight = float(text)
         except ValueError:
-            raise ConfigError(f"--weight takes a number or NAME=NUMBER, got {item!r}") from None
+            weight = None
+        if weight is None or bool(equals) != bool(name):
+            raise ConfigError(f"--weight takes a number or NAME=NUMBER, got {item!r}")
         if name in named:
             raise ConfigError(f"--weight: {name} is given twice")
         if name:
@@ -157,7 +159,8 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
             ModelEntry(model=model, parameters={} if weight is None else {"weight": weight})
             for model, weight in zip(arguments.model, weights, strict=True)
         )
-        config = MergeConfig(arguments.method, base_model=arguments.base, models=models)
+        method = arguments.method or _method_of_parts(arguments.parts)
+        config = MergeConfig(method, base_model=arguments.base, models=models)
     config = _with_weights(config, named)
     if arguments.parts is not None:
         from ..parts import from_parts
@@ -178,6 +181,14 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
     changes["parameters"] = config.parameters | dict(_parse_setting(item) for item in arguments.set)
     fields: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
     return MergeConfig(**(fields | changes))
+
+
+def _method_of_parts(parts: str | None) -> str | None:
+    """Return the method of a folder of parts; None without one."""
+    from ..config import MergeConfig
+    from ..parts_folder import PartsFolder
+
+    return None if parts is None else MergeConfig.from_dict(PartsFolder.open(parts).recipe).merge_method
 
 
 def _recipe_of_parts(arguments: argparse.Namespace, weights: list[float]) -> MergeConfig:

@@ -92,6 +92,11 @@ def open_inputs(config: MergeConfig, allow_pickle: bool = False, opener: Opener 
     """
     if any(entry.model is None for entry in config.models):
         raise ConfigError("every entry of `models` needs a `model`: a folder, a .safetensors file or a model id")
+    if config.parts is not None and not config.models:
+        raise ConfigError(
+            f"parts: the recipe names no models; give the one that was decomposed ({config.parts} has it, as "
+            "merge_recipe.yaml), or none: rtsvm merge --parts PARTS OUT"
+        )
     require_base(config)
     opener = opener or Opener(config, allow_pickle)
     base_path = opener.base_path

@@ -96,6 +96,21 @@ def test_the_command_line(tmp_path, capsys):
         capsys.readouterr()
         assert main(["merge", "--parts", parts, *wrong, str(tmp_path / "no")]) == 2
         assert words in capsys.readouterr().err
+    for wrong, words in (
+        (["merge", "--parts", parts, "--weight", "=1", "no"], "NAME=NUMBER"),
+        (["merge", "--parts", f"{parts}/expert0.safetensors", "no"], f"name the folder, {parts}"),
+        (["merge", "--parts", f"{parts}/parts.json", "no"], f"name the folder, {parts}"),
+        (["merge", str(tmp_path / "alone.yaml"), "no"], "the recipe names no models"),
+        (["decompose", str(recipe)], "no output"),
+    ):
+        (tmp_path / "alone.yaml").write_text(f"parts: {parts}\n")
+        assert main([str(tmp_path / word) if word == "no" else word for word in wrong]) != 0
+        assert words in capsys.readouterr().err.replace("\n", " ")
+    models = [word for path in paths[1:] for word in ("--model", str(path))]
+    assert main(["merge", "--parts", parts, "--base", str(paths[0]), *models, str(tmp_path / "named")]) == 0
+    assert main(["merge", "--parts", parts, "--set", "alpha=1", str(tmp_path / "unnamed")]) == 0
+    outs = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("named", "unnamed")]
+    assert outs[0] == outs[1]
     assert not (tmp_path / "no").exists()
     assert main(["merge", "--parts", str(paths[0]), str(tmp_path / "no")]) != 0
     assert main(["decompose", str(recipe), str(tmp_path / "x.safetensors")]) == 2
