@@ -31,6 +31,8 @@ _LOG = logging.getLogger(__name__)
 # Finished tensors are synced together: at this many bytes, or after this many seconds.
 COMMIT_BYTES = 256 << 20
 COMMIT_SECONDS = 2.0
+# At the end of the error that stopped a merge.
+HOW_TO_RESUME = "run again with --resume (resume=True) to continue"
 
 
 class MergeJob:
@@ -166,7 +168,7 @@ def open_job(
                 stage.remove()
             elif isinstance(error, RtsvmError) or not isinstance(error, Exception):
                 done = f"{len(journal.finished)} of {len(plan.tensors)} tensors are finished"
-                hint = f"{done}: run again with --resume (resume=True) to continue"
+                hint = f"{done}: {HOW_TO_RESUME}"
                 if stage.published:
                     hint = f"{stage.out} is complete"
                 error.args = (f"{error}; {hint}" if str(error) else hint,)

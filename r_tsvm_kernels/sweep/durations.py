@@ -21,6 +21,8 @@ def parse_duration(value: str | float) -> float:
         >>> parse_duration("1h30m"), parse_duration(90)
         (5400.0, 90.0)
     """
+    if isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
     text = str(value).strip().lower()
     match = _FORM.fullmatch(text if text[-1:] in _UNITS else f"{text}s")
     if match and not isinstance(value, bool):

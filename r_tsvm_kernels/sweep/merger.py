@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from ..config import MergeConfig
 from ..engine import Progress, choose_device, decompose_checkpoints, merge_checkpoints
+from ..engine.job import HOW_TO_RESUME
 from ..engine.output import writing
 from ..errors import ConvergenceError
 from ..parts import from_parts
@@ -21,6 +23,7 @@ from .folder import discard
 # Per element, factors of mean rank k take 2k operations for each task, and a matrix takes four bytes to read. A core of
 # a CPU does some 25 operations in the time in which it reads a byte from the page cache.
 _DENSE_ABOVE = 64
+_HINT = re.compile(rf"(; )?\d+ of \d+ tensors are finished: {re.escape(HOW_TO_RESUME)}$")
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,16 @@ class Merger:
         return False
 
     def _merge(self, config: MergeConfig, out: Path) -> None:
-        merge_checkpoints(config, out, restart=True, progress=self._progress, **self._resources.keywords())
+        with _without_hint():
+            merge_checkpoints(config, out, restart=True, progress=self._progress, **self._resources.keywords())
 
     def _parts_of(self, candidate: Candidate) -> Path:
         """Return the parts of a candidate's group, which are made if they are missing."""
         parts = self._parts(candidate.group)
         if not parts.exists():
             keywords = self._resources.of_decomposition()
-            decompose_checkpoints(candidate.config, parts, resume=True, progress=self._progress, **keywords)
+            with _without_hint():
+                decompose_checkpoints(candidate.config, parts, resume=True, progress=self._progress, **keywords)
         return parts
 
     def forget(self, group: str) -> None:
@@ -87,6 +92,17 @@ class Merger:
     def _parts(self, group: str) -> Path:
         stored = f"{group}, dense above {self._resources.dense_above}"
         return self._work / f"parts-{sha256(stored.encode()).hexdigest()[:16]}"
+
+
+@contextmanager
+def _without_hint() -> Iterator[None]:
+    """Leave out of errors how to resume a merge: a sweep does it by itself."""
+    try:
+        yield
+    except BaseException as error:
+        if str(error).endswith(HOW_TO_RESUME):
+            error.args = (_HINT.sub("", str(error)),)
+        raise
 
 
 @contextmanager

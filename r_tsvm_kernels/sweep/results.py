@@ -98,7 +98,11 @@ def write_results(
     failed = tuple(trial for trial in trials if not trial.scores)
     if not ranked:
         why = f"all of {len(failed)} failed, the first one: {failed[0].failure}" if failed else "none was tried in time"
-        raise EvaluationError(f"{out}: no candidate has a score: {why}; see {out / PAGE}; --retry tries them again")
+        on = "" if complete else f"; {plan.total - len(failed)} are left: run the same command again to go on"
+        again = "--retry tries them again" if plan.search is None else "--restart starts the search over"
+        raise EvaluationError(
+            f"{out}: no candidate has a score: {why}; see {out / PAGE}{f'; {again}' if failed else ''}{on}"
+        )
     ahead = tuple(trial for trial in ranked if trial.number in front)
     return SweepResult(out, ranked[0], tuple(ranked), failed, ahead, tuple(names), complete, plan.total)
 

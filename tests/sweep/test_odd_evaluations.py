@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from swept import models
 from test_commands import gone, result
 
-from r_tsvm_kernels import OutputBusyError, ResumeRefusedError, merge_checkpoints, sweep_checkpoints, verify_output
+from r_tsvm_kernels import (
+    EvaluationError,
+    MergeConfig,
+    OutputBusyError,
+    ResumeRefusedError,
+    merge_checkpoints,
+    sweep_checkpoints,
+    verify_output,
+)
 from r_tsvm_kernels.sweep import commands
 
 
@@ -145,3 +153,38 @@ def test_a_damaged_best_merge_is_made_again(config, tmp_path, damage, name):
     assert sweep_checkpoints(config, tmp_path / "out", **options).best == found.best
     assert digest(found.best_path)["model.safetensors"] == before["model.safetensors"]
     assert verify_output(found.best_path).ok
+
+
+def test_what_to_do_if_nothing_has_a_score(config, tmp_path):
+    def fails(path):
+        raise OSError("no data")
+
+    options = {"evaluate": fails, "grids": {"alpha": [0.5, 1]}}
+    with pytest.raises(EvaluationError, match=r"all of 2 failed.*sweep.html; --retry tries them again$"):
+        sweep_checkpoints(config, tmp_path / "grid", **options)
+    with pytest.raises(EvaluationError, match=r"none was tried in time.*2 are left: run the same command again"):
+        sweep_checkpoints(config, tmp_path / "late", time_limit=1e-9, **options)
+    pytest.importorskip("optuna", reason="needs the extra search")
+    search = {"search": "tpe", "trials": 2, "ranges": {"alpha": "0:1"}}
+    with pytest.raises(EvaluationError, match=r"all of 2 failed.*sweep.html; --restart starts the search over$"):
+        sweep_checkpoints(config, tmp_path / "search", evaluate=fails, **search)
+
+
+def test_errors_of_merges_do_not_say_how_to_resume_a_merge(tmp_path):
+    """A sweep does that by itself. One tensor overflows float16 when others are finished."""
+    tensors = {f"w{number}": torch.ones(8, 8) for number in range(4)}
+    for name, last in (("base", 1.0), ("a", 1e4), ("b", 1.5)):
+        save_file(tensors | {"w9": torch.full((8, 8), last)}, tmp_path / f"{name}.safetensors")
+    config = MergeConfig(
+        "task_arithmetic",
+        base_model=tmp_path / "base.safetensors",
+        models=[tmp_path / "a.safetensors", tmp_path / "b.safetensors"],
+        out_dtype="float16",
+    )
+    found = sweep_checkpoints(config, tmp_path / "out", evaluate=len_of_name, grids={"alpha": [0.5, 100]}, threads=1)
+    assert len(found.failed) == 1 and "does not fit float16" in found.failed[0].failure
+    assert "resume" not in found.failed[0].failure and "tensors are finished" not in found.failed[0].failure
+
+
+def len_of_name(path):
+    return len(path.name)

@@ -88,8 +88,8 @@ def test_the_front_is_what_no_other_beats(names, seed):
 
 
 def test_durations():
-    assert [parse_duration(text) for text in ("2h", "1h30m", "90s", "90", 1.5, " 1D 2 h ", "0.5m")] == [
-        7200, 5400, 90, 90, 1.5, 93600, 30,
+    assert [parse_duration(text) for text in ("2h", "1h30m", "90s", "90", 1.5, 1e-6, 1e20, " 1D 2 h ", "0.5m")] == [
+        7200, 5400, 90, 90, 1.5, 1e-6, 1e20, 93600, 30,
     ]  # fmt: skip
     for wrong in ("", "h", "-1", "0", "1x", "1m1h", "nan", "inf", True):
         with pytest.raises(ConfigError, match="duration such as 2h"):
