@@ -128,7 +128,8 @@ class Running:
                 )  # fmt: skip
                 self._groups.add(process.pid)
             try:
-                _group_file(slot).write_text(str(process.pid), encoding="ascii")
+                with suppress(FileNotFoundError):  # it has deleted its folder already
+                    _group_file(slot).write_text(str(process.pid), encoding="ascii")
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
                 pass

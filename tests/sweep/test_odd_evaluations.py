@@ -70,12 +70,16 @@ def test_evaluations_that_take_the_model_away(config, tmp_path, harm):
 
 def test_a_command_that_deletes_its_folder_has_a_score(tmp_path):
     slot = tmp_path / "slot"
-    slot.mkdir()
-    found = result(f"sh -c 'rm -r {slot}; echo why >&2; echo 0.5' {{model}}", slot)
-    assert found.scores == {"score": 0.5} and not found.failure
-    slot.mkdir()
-    found = result(f"sh -c 'rm -r {slot}; echo why >&2; exit 3' {{model}}", slot)
-    assert (found.failure, found.stderr) == ("exit status 3", "why")
+    delete = f"while [ ! -s {slot}/group ]; do sleep 0.01; done; rm -r {slot}; echo why >&2"
+    found = result(f"sh -c '{delete}; echo 0.5' {{model}}", tmp_path)
+    assert found.scores == {"score": 0.5} and not found.failure and not slot.exists()
+    found = result(f"sh -c '{delete}; exit 3' {{model}}", tmp_path)
+    assert (found.failure, found.stderr) == ("exit status 3", "why") and not slot.exists()
+
+
+def test_a_command_that_deletes_its_folder_at_once_has_a_score(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "_group_file", lambda slot: slot / "deleted" / "group")
+    assert result("sh -c 'echo 0.5' {model}", tmp_path).scores == {"score": 0.5}
 
 
 def test_what_a_command_leaves_running_is_ended(tmp_path):
