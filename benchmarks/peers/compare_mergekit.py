@@ -9,9 +9,9 @@ starts. `--size 0.8` needs 4 GB of disk.
 
 What is right is defined in `compare_mergekit_cli`: elements for methods without chance, the norm of the update for
 random masks. The other methods are compared with mergekit's output: the norm of the difference must be within what
-rounding to bfloat16 explains. Nothing is compared where the two differ by design (docs/mergekit.md): `della*` rescales by
-probabilities, `model_stock` stays at the base where task vectors are more than 90 degrees apart, as independent noise
-is half of the time, and `arcee_fusion` takes exact quantiles.
+rounding to bfloat16 explains. Nothing is compared where the two differ by design (docs/mergekit.md): `della*` rescales
+by probabilities, `model_stock` stays at the base where task vectors are more than 90 degrees apart, as independent
+noise is half of the time, and `arcee_fusion` takes exact quantiles.
 """
 
 from __future__ import annotations
