@@ -418,6 +418,7 @@ def judge_parts(problem: Problem, mode: str, rng: np.random.Generator, name: str
     linear = get_method(name).linear
     facts = TensorParts(
         kind=layout.kind, shape=(m, n), base="", treatment="merge", ranks=tuple(found.report.ranks),
+        checksums=(("",) * (2 if factors else 1),) * T,  # nothing is read from files
         products=tuple(map(tuple, written.products)), error=found.error, spread=linear.spread(T, options),
         rounding=tuple(written.rounding), certificate=asdict(certificate),
     )  # fmt: skip
