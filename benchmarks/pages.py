@@ -65,7 +65,7 @@ SPEED = (
             "Llama's shapes. `checked` is as in the next section; for methods of two models, the difference of the two "
             "outputs, relative to one of them. Left out where they differ by design, see "
             "[mergekit](mergekit.md#same-recipe-same-weights): `della*`, `model_stock`, `arcee_fusion`. Methods that "
-            "take minutes have fewer rounds. The machine did other work at low priority."),
+            "take minutes have fewer rounds."),
     Section("mergekit_cli.json", "mergekit's commands on our kernels",
             "python -m benchmarks.peers.compare_mergekit_cli",
             "`rtsvm mergekit yaml` against `mergekit-yaml`, whole commands. `checked` is the largest error of an "
