@@ -300,12 +300,13 @@ class _Merge:
             check_agreement(self.base, self.tuned, self.config, decided.excluded, self.label)
             return self.finished(MergeResult(self.base.clone(), TensorReport()), decided)
         checked = self.checked(decided)
+        rounded = checked.rounding(decided.kind)
         with _named(self.label):
-            result = checked.computed(decided.kind, checked.rounded)
+            result = checked.computed(decided.kind, rounded)
         try:
             return checked.finished(result, decided)
         except NonFiniteError:
-            if checked.rounded is None:
+            if rounded is None:
                 raise
             with _named(self.label):  # again, not rounded: the message says which value does not fit
                 return checked.finished(checked.computed(decided.kind), decided)
@@ -322,10 +323,10 @@ class _Merge:
         check_options(options, dtype, self.label)
         return replace(self, base=base, tuned=tuned)
 
-    @property
-    def rounded(self) -> torch.dtype | None:
-        """The dtype that a method may round its result to: that of the output, if nothing else is done to it."""
-        if self.config.calibrate is not None or not self.base.is_floating_point():
+    def rounding(self, kind: str) -> torch.dtype | None:
+        """Return the dtype that the method may round its result to: the output's, if nothing else is done to it."""
+        rounds = self.config.method.rounds or kind == "mean"
+        if not rounds or self.config.calibrate is not None or not self.base.is_floating_point():
             return None
         return self.out_dtype or stored_dtype(self.config, self.base.dtype)
 

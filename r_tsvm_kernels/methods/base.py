@@ -146,7 +146,7 @@ class TensorJob:
         tasks: number of fine-tuned models.
         itemsize: bytes of one element of a task vector, 4 or 8.
         device_type: ``cpu`` or ``cuda``.
-        rounded: bytes of one element of the result, of a method that rounds it itself; None: it returns task vectors'.
+        rounded: bytes of one element of the result, if the method rounds it itself; None: as wide as task vectors.
     """
 
     shape: tuple[int, ...]
