@@ -24,6 +24,7 @@ LORA_RANK = 16
 
 
 def _dense(result: Any) -> list[Tensor]:
+    result = result[0] if isinstance(result, tuple) else result
     matrix: Any = getattr(result, "matrix", result)
     return [matrix.dense() if isinstance(matrix, Planes) else matrix]
 
@@ -79,6 +80,18 @@ def _(inputs: Inputs) -> Case:
     return _product(
         inputs, "symm_square", lambda: ops.symm_square(planes, -1.0, 2.0), lambda: 2 * exact - exact @ exact,
         lambda: torch.addmm(x, x, x, beta=2.0, alpha=-1.0), float(n**3), 8 * n * n,
+    )  # fmt: skip
+
+
+@benchmark("purify_step", "ops", "spectral")
+def _(inputs: Inputs) -> Case:
+    x = _square(inputs)[None]
+    planes, n, one = ops.split_planes(x), x.shape[-1], x.new_ones(1)
+    steering = ops.first_steering(one, one, 2 * one, [(0 * one, 0 * one)], 1).of_unscaled(planes.scale)
+    exact = planes.dense().double()
+    return _product(
+        inputs, "purify_step", lambda: ops.purify_step(planes, steering), lambda: 2 * exact - exact @ exact,
+        lambda: torch.baddbmm(x, x, x, beta=2.0, alpha=-1.0), float(n**3), 8 * n * n,
     )  # fmt: skip
 
 

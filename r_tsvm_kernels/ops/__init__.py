@@ -7,6 +7,7 @@ from .elect_and_sum.ranked import RankedSparsifier, della_probabilities
 from .gemm3 import gemm3
 from .magnitude_ranks import magnitude_ranks
 from .magnitude_select import MagnitudeSelection, kept_count, magnitude_select
+from .purify_step import Steering, first_steering, purify_step
 from .random_mask import random_mask
 from .ranked_mask import ranked_mask
 from .reweight_prune import OutlierClipping, pruned_sparsity, reweight_prune
@@ -24,16 +25,19 @@ __all__ = [
     "Planes",
     "RankedSparsifier",
     "Sparsifier",
+    "Steering",
     "SymmetricProduct",
     "TaskStatistics",
     "add_update",
     "della_probabilities",
     "elect_and_sum",
+    "first_steering",
     "gemm3",
     "kept_count",
     "magnitude_ranks",
     "magnitude_select",
     "pruned_sparsity",
+    "purify_step",
     "random_mask",
     "ranked_mask",
     "reweight_prune",

@@ -232,6 +232,23 @@ def symmetric_product(
     old: SymmetricProduct | None = None,
 ) -> SymmetricProduct:
     """Return ``linear A + quadratic A A^T``, A without its scale; see `symmetric_kernel` and `symm_square`."""
+    matrix, sums = symmetric_tiles(A, quadratic, out_dtype, linear, done, old)
+    trace, square_norm = sums.double().sum(1).float().unbind(1)  # in a fixed order
+    if done is not None and old is not None:
+        trace = torch.where(done >= 2, old.trace, trace)
+        square_norm = torch.where(done >= 2, old.square_norm, square_norm)
+    return SymmetricProduct(matrix, trace, square_norm)
+
+
+def symmetric_tiles(
+    A: Planes,
+    quadratic: Tensor,
+    out_dtype: OutDtype,
+    linear: Tensor | None,
+    done: Tensor | None,
+    old: SymmetricProduct | None,
+) -> tuple[Tensor | Planes, Tensor]:
+    """Return the matrices of `symmetric_product`, and the sums (B, tiles, 2) over tiles; not those of copied ones."""
     batch, n, _ = A.shape
     tile = tile_of(A.hi)
     A = aligned(A, tile.BK)
@@ -249,7 +266,7 @@ def symmetric_product(
         matrix = hi.new_empty((batch, size, size), dtype=torch.float32)
     squares = triton.cdiv(size, tile.BM)
     tiles = squares * (squares + 1) // 2 * (tile.BM // tile.BN)
-    sums = torch.zeros((batch, tiles, 2), dtype=torch.float32, device=hi.device)
+    sums = torch.empty((batch, tiles, 2), dtype=torch.float32, device=hi.device)
     first, second = (matrix, None) if isinstance(matrix, Tensor) else (matrix.hi, matrix.lo)
     state = done if done is None or direct else done.clamp(max=1)  # nothing has been copied to a new matrix
     if batch * n:
@@ -261,11 +278,7 @@ def symmetric_product(
         matrix = cut(matrix, n, n)
     if into is not None and not direct:
         matrix = _write(into, matrix, done)
-    trace, square_norm = sums.double().sum(1).float().unbind(1)  # in a fixed order
-    if done is not None and old is not None:
-        trace = torch.where(done >= 2, old.trace, trace)
-        square_norm = torch.where(done >= 2, old.square_norm, square_norm)
-    return SymmetricProduct(matrix, trace, square_norm)
+    return matrix, sums
 
 
 def cut(matrix: Tensor | Planes, rows: int, columns: int) -> Tensor | Planes:

@@ -17,7 +17,7 @@ from r_tsvm_kernels.dispatch import ops, use_backend
 from r_tsvm_kernels.linalg.products import polar_express, purification, subspaces, turning
 
 N, TASKS = 96, 3
-PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
+PRODUCTS = ("split_planes", "symm_gram", "symm_square", "purify_step", "gemm3")
 
 
 class NoCopies(TorchDispatchMode):
@@ -71,6 +71,7 @@ def kernels(request, monkeypatch, gpu):
     monkeypatch.setattr(shared, "symmetric_kernel", Kernel())
     monkeypatch.setattr(kernel["gemm3"], "gemm3_kernel", Kernel())
     monkeypatch.setattr(kernel["split_planes"], "split_kernel", Kernel())
+    monkeypatch.setattr(kernel["purify_step"], "steering_kernel", Kernel())
     monkeypatch.setattr(backends, "state", lambda backend: backends.READY)
     with use_backend(**dict.fromkeys(PRODUCTS, "triton")):
         yield launched

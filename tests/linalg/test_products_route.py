@@ -123,7 +123,7 @@ def test_few_directions_are_found_as_well_as_told(kind, compressed, precision):
             assert float(torch.linalg.matrix_norm(lost, 2)) <= part.error_estimate / min(gap, 1.0) < 1e-2
 
 
-PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
+PRODUCTS = ("split_planes", "symm_gram", "symm_square", "purify_step", "gemm3")
 INTERPRETER = backends.triton_interpreter_state()
 
 

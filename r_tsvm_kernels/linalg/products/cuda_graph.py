@@ -26,7 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # The recorded kernels depend on the backends of these ops.
-PRODUCTS = ("split_planes", "symm_gram", "symm_square", "gemm3")
+PRODUCTS = ("split_planes", "symm_gram", "symm_square", "purify_step", "gemm3")
 
 # Number of remembered shapes; their memory has a separate bound.
 SHAPES = 64

@@ -103,7 +103,7 @@ def gram_polar(matrix: Tensor, precision: Precision = "fp16x3") -> GramPolar:
 def even_parts(gram: Operand, quintics: tuple[Quintic, ...], numbers: Arithmetic) -> Operand:
     """Return the product of ``a I + b G + c G^2`` over all quintics, with G as they change it."""
     G, (a, b, c) = gram, quintics[0]
-    Z = numbers.square(G, b, c).matrix
+    Z = numbers.square(G, b, c)
     first = numbers.dense(Z).clone()
     first.diagonal(dim1=-2, dim2=-1).add_(a)
     result = numbers.load(first)
@@ -111,7 +111,7 @@ def even_parts(gram: Operand, quintics: tuple[Quintic, ...], numbers: Arithmetic
         half = numbers.multiply(G, Z, 1.0, a, G)
         G = numbers.multiply(half, Z, 1.0, a, half)
         a, b, c = following
-        Z = numbers.square(G, b, c).matrix
+        Z = numbers.square(G, b, c)
         result = numbers.multiply(result, Z, 1.0, a, result)
     return result
 

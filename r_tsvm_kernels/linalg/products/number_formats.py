@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...ops import Planes, SymmetricProduct, gemm3, split_planes, symm_gram, symm_square
+from ...ops import Planes, Steering, SymmetricProduct, gemm3, purify_step, split_planes, symm_gram, symm_square
 
 Precision = Literal["float64", "float32", "fp16x3", "fp16"]
 Operand = Tensor | Planes
@@ -40,19 +40,22 @@ class Floats:
         plain = cast(Tensor, x)
         return SymmetricProduct(plain, plain.diagonal(dim1=-2, dim2=-1).sum(-1), plain.square().sum((-2, -1)))
 
-    def square(
-        self,
-        x: Operand,
-        a: float | Tensor,
-        b: float | Tensor,
-        done: Tensor | None = None,
-        out: SymmetricProduct | None = None,
-    ) -> SymmetricProduct:
-        """Return ``a x + b x x`` for symmetric x, or x where `done` is not 0."""
+    def square(self, x: Operand, a: float, b: float) -> Operand:
+        """Return ``a x + b x x`` for symmetric x."""
         plain = cast(Tensor, x)
-        a, b = (value[..., None, None] if isinstance(value, Tensor) else value for value in (a, b))
-        result = a * plain + b * (plain @ plain)
-        return self.measured(result if done is None else torch.where(done[..., None, None] > 0, plain, result))
+        return a * plain + b * (plain @ plain)
+
+    def scaled(self, x: Operand, steering: Steering) -> Steering:
+        """Return the first steering of x as `step` takes it."""
+        return steering
+
+    def step(self, x: Operand, steering: Steering, out: Operand | None) -> tuple[Operand, Steering]:
+        """Return the next matrices of a purification, and their steering; `out` may be written to."""
+        plain = cast(Tensor, x)
+        linear, quadratic = (factors[:, None, None] for factors in steering.factors)
+        result = torch.where(steering.done[:, None, None] > 0, plain, linear * plain + quadratic * (plain @ plain))
+        found = self.measured(result)
+        return result, steering.following(found.trace, found.square_norm)
 
     def multiply(
         self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None
@@ -87,16 +90,17 @@ class FloatPlanes:
         trace, square_norm = plain.diagonal(dim1=-2, dim2=-1).sum(-1), plain.square().sum((-2, -1))
         return SymmetricProduct(x, trace, square_norm)
 
-    def square(
-        self,
-        x: Operand,
-        a: float | Tensor,
-        b: float | Tensor,
-        done: Tensor | None = None,
-        out: SymmetricProduct | None = None,
-    ) -> SymmetricProduct:
-        """Return ``a x + b x x`` for symmetric x, or x where `done` is not 0."""
-        return symm_square(cast(Planes, x), alpha=b, beta=a, done=done, out=out)
+    def square(self, x: Operand, a: float, b: float) -> Operand:
+        """Return ``a x + b x x`` for symmetric x."""
+        return symm_square(cast(Planes, x), alpha=b, beta=a).matrix
+
+    def scaled(self, x: Operand, steering: Steering) -> Steering:
+        """Return the first steering of x as `step` takes it."""
+        return steering.of_unscaled(cast(Planes, x).scale)
+
+    def step(self, x: Operand, steering: Steering, out: Operand | None) -> tuple[Operand, Steering]:
+        """Return the next matrices of a purification, and their steering; `out` may be written to."""
+        return purify_step(cast(Planes, x), steering, out=cast(Planes | None, out))
 
     def multiply(
         self, x: Operand, y: Operand, alpha: float = 1.0, beta: float = 0.0, z: Operand | None = None

@@ -114,6 +114,6 @@ def compose(X: Operand, steps: tuple[Quintic, ...], numbers: Arithmetic) -> Oper
     """Apply the quintics to the singular values of X, one after the other."""
     for a, b, c in steps:
         Y = numbers.gram(X)
-        Z = numbers.square(Y, b, c).matrix
+        Z = numbers.square(Y, b, c)
         X = numbers.multiply(X, Z, 1.0, a, X)
     return X

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ops import SymmetricProduct
+from ...ops import SymmetricProduct, first_steering
 from ..on_device import gaussian, to_device
 from ..orthonormal import cholesky_qr
 from .cuda_graph import replayed
@@ -92,35 +92,28 @@ def purify(
         numbers: format of the products.
         steps: largest number of squares, at least 1.
     """
-    X, spare = start, None
-    # Every operation on these few numbers is a launch on a GPU.
-    limits = torch.stack([torch.stack(pair) for pair in tolerances], 1)
-    zero, one = torch.zeros_like(start.trace), torch.ones_like(start.trace)
-    two, minus = 2 * one, -one
-    since = torch.zeros_like(rank, dtype=torch.int32)  # squares since the tolerances were met
-    traces, squares, shrinks, dones = (list[Tensor]() for _ in range(4))
+    X, spare = start.matrix, None
+    steering = first_steering(start.trace, start.square_norm, rank, tolerances, extra)
+    history, following = [steering.summary], numbers.scaled(X, steering)
     for _ in range(steps):
-        trace, square = X.trace, X.square_norm
-        impure = trace - square
-        met = (torch.stack([(trace - rank).abs(), impure])[:, None] < limits).all(0).any(0)
-        # From here on aim at the nearest projector, because another rank would move eigenvalues across the cut again.
-        rank = torch.where(met & (since == 0), trace.round(), rank)
-        since = since + (met | (since > 0))
-        done = (since - extra).clamp(min=0)
-        if _all(done):
+        if _all(following.done):
             break
-        shrink = (trace - rank) * impure > 0  # the same as |square - rank| < |2 trace - square - rank|
-        for kept, value in zip((traces, squares, shrinks, dones), (trace, square, shrink, done), strict=True):
-            kept.append(value)
-        a, b = torch.where(shrink, zero, two), torch.where(shrink, one, minus)
-        X, spare = numbers.square(X.matrix, a, b, done, spare), X
-        spare = spare if spare is not start else None  # the caller's
-    running = torch.stack(dones) == 0
-    state = torch.where(running, torch.stack(shrinks).to(rank.dtype), -1.0)
-    rows = torch.stack([torch.stack(traces), torch.stack(squares), state], -1).movedim(0, -2)
-    last = torch.stack([X.trace, X.square_norm, minus], -1)[..., None, :].expand(*rank.shape, steps + 1 - len(dones), 3)
-    history = torch.cat([rows, last], -2).double()
-    return Purified(X.matrix, X.trace, X.trace - X.square_norm, running.int().sum(0, dtype=torch.int32), history)
+        old = X
+        X, following = numbers.step(X, following, spare)
+        spare = old if old is not start.matrix else None  # the caller's
+        history.append(following.summary)
+    table = torch.stack(history).movedim(-1, 0)  # (B, steps, 3)
+    state = table[..., -1]
+    state[:, -1] = -1.0
+    rest = table[:, -1:].expand(-1, steps + 1 - len(history), -1)
+    trace, square_norm, _ = table[:, -1].unbind(-1)
+    return Purified(
+        X,
+        trace,
+        trace - square_norm,
+        (state >= 0).sum(-1, dtype=torch.int32),
+        torch.cat([table, rest], 1).double(),
+    )
 
 
 def _all(done: Tensor) -> bool:
