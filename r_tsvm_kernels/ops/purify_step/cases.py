@@ -30,27 +30,24 @@ def cases(device: torch.device | str) -> Iterator[Case]:
         x = normal((3, n, n), random)
         x = (x @ x.mT / (4 * n)).float()
         planes = split_planes(x, low=low, backend="torch")
-        planes = Planes(
-            *(None if p is None else p.clone() for p in (planes.hi, planes.lo)), torch.ones_like(planes.scale)
-        )
+        planes = Planes(planes.hi, planes.lo, torch.ones_like(planes.scale))
         plain = planes.unscaled()
         trace, square = plain.diagonal(dim1=-2, dim2=-1).sum(-1), plain.square().sum((-2, -1))
-        wide = [numbers(0.0, 1e4, 1e4)] * 2
-        narrow = [numbers(0.0, 0.0, 0.0)] * 2
-        tolerances = [(wide[0], wide[1]), (narrow[0], narrow[1])][:pairs]
+        wide, narrow = numbers(0.0, 1e4, 1e4), numbers(0.0, 0.0, 0.0)
+        tolerances = [(wide, wide), (narrow, narrow)][:pairs]
         start = first_steering(trace, square, rank * n * torch.ones_like(trace), tolerances, 2)
         counts = start.counts.clone()
         counts[:, 2] += torch.tensor([3, 2], dtype=torch.int32, device=device)
-        done = start.values.clone()
-        done[2:, 2] = numbers(-1.0, float(round(rank * n)), 1.0, 0.0)
-        return planes, replace(start, values=done, counts=counts)
+        values = start.values.clone()
+        values[2:, 2] = numbers(-1.0, float(round(rank * n)), 1.0, 0.0)
+        return planes, replace(start, values=values, counts=counts)
 
     for low in (True, False):
         for n in (1, 20, 31, 32, 33):
             yield Case(f"{n} rows, low {low}", given(n, low))
             yield Case(f"{n} rows, low {low}, small rank", given(n, low, 0.01, 1), compiled=n == 33)
         planes, steering = given(40, low)
-        copy = Planes(*(None if p is None else p.clone() for p in (planes.hi, planes.lo)), planes.scale)
+        copy = Planes(planes.hi.clone(), None if planes.lo is None else planes.lo.clone(), planes.scale)
         yield Case(f"memory used again, low {low}", (planes, steering), {"out": copy})
     for bad in (float("nan"), float("inf")):
         planes, steering = given(20, True)
