@@ -1,11 +1,15 @@
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import r_tsvm_kernels
+from r_tsvm_kernels.cli.imports import uncollected
 
 
 def modules_after(statement):
@@ -29,6 +33,33 @@ def test_using_it_touches_neither_triton_nor_a_gpu():
         "assert not torch.cuda.is_initialized()"
     )
     assert "triton.runtime" not in modules_after(statement)
+
+
+def test_a_merge_starts_without_what_it_does_not_need(tmp_path):
+    """Of its own, it loads only what every merge needs, and Python's collector does not walk the modules of torch."""
+    base, tuned = torch.zeros(4, 4), torch.ones(4, 4)
+    save_file({"w": base}, tmp_path / "base.safetensors")
+    save_file({"w": tuned}, tmp_path / "tuned.safetensors")
+    statement = (
+        "import gc; passes = []; gc.callbacks.append(lambda phase, found: passes.append(found['generation'])); "
+        "from r_tsvm_kernels.cli import main; "
+        "code = main(['merge', '--base=base.safetensors', '--model=tuned.safetensors', '--method=task_arithmetic', "
+        "'--quiet', '--device=cpu', 'out.safetensors']); "
+        "assert code == 0 and gc.isenabled() and gc.get_freeze_count() > 100_000 and 2 not in passes, (code, passes)"
+    )
+    code = f"import sys; {statement}; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone = modules_after("import torch")
+    loaded = {name.partition(".")[0] for name in set(done.stdout.split()) - alone}
+    assert not loaded & {"torch", "triton", "rich", "scipy", "sympy", "ray", "optuna", "huggingface_hub", "matplotlib"}
+
+
+def test_the_collector_is_as_it_was_where_torch_is_imported():
+    frozen = gc.get_freeze_count()
+    with uncollected():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
 
 
 def test_every_public_name_is_there():

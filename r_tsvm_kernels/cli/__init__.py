@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -72,8 +73,8 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
-def build_parser() -> _Parser:
-    """Build the parser of the whole command line."""
+def build_parser(only: str | None = None) -> _Parser:
+    """Build the parser of the whole command line, or with the arguments of one command only, which is faster."""
     parser = _Parser(
         prog="rtsvm",
         usage="rtsvm COMMAND ...",
@@ -88,18 +89,19 @@ def build_parser() -> _Parser:
             if hasattr(module, "add_command"):  # passes everything on to another library
                 module.add_command(commands)
             else:
-                _add_command(commands, module)
+                _add_command(commands, module, only in (None, _name(module)))
     return parser
 
 
-def _add_command(commands: argparse._SubParsersAction[_Parser], module: Any) -> None:
+def _add_command(commands: argparse._SubParsersAction[_Parser], module: Any, with_arguments: bool) -> None:
     command = commands.add_parser(
         _name(module),
         usage=getattr(module, "USAGE", None),
         description=module.__doc__,
         formatter_class=_HelpFormatter,
     )
-    module.add_arguments(command)
+    if with_arguments:
+        module.add_arguments(command)
     command.set_defaults(run=module.run, parser=command)
 
 
@@ -122,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     A closed stream stops no command. Commands that print their result then return 1.
     """
     with standard_streams() as (out, _):
-        parser = build_parser()
+        words = sys.argv[1:] if argv is None else argv
+        names = {_name(module) for modules in _GROUPS.values() for module in modules}
+        parser = build_parser(words[0] if words and words[0] in names else None)
         arguments, unknown = parser.parse_known_args(argv)
         if hasattr(arguments, "paths") and not any(word.startswith("-") for word in unknown):
             arguments.paths += unknown  # argparse leaves those after further options: RECIPE --parts PARTS OUT

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .imports import uncollected
 from .resources import size
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ def make_config(arguments: argparse.Namespace, recipe: str | None) -> MergeConfi
     Raises:
         ConfigError: the options contradict each other, or do not make a valid config.
     """
-    from ..config import MergeConfig, ModelEntry
+    with uncollected():
+        from .. import engine  # noqa: F401  # every caller goes on with it
+        from ..config import MergeConfig, ModelEntry
     from ..errors import ConfigError
 
     plain, named = parse_weights(arguments.weight)
