@@ -152,10 +152,8 @@ def plan_lines(plan: SweepPlan) -> list[str]:
     lines = [f"{plan.config.method.pretty_name}: {plan.total} candidates: {sizes}"]
     bound = [label for label in labels if label not in plan.free]
     if plan.free:
-        why = "" if plan.decomposes else "; but this recipe cannot be decomposed"
-        lines.append(
-            f"free in decomposed parts: {', '.join(plan.free)}; not free: {', '.join(bound) or 'nothing'}{why}"
-        )
+        why = "" if plan.shares else "; but candidates of this recipe share none"
+        lines.append(f"free in shared parts: {', '.join(plan.free)}; not free: {', '.join(bound) or 'nothing'}{why}")
     if plan.search is not None:
         from ..plan import total_flops
 
@@ -164,11 +162,11 @@ def plan_lines(plan: SweepPlan) -> list[str]:
     shared = [group for group in plan.groups if group.from_parts]
     for group in shared[:_MOST_GROUPS]:
         common = ", ".join(f"{label}={value}" for label, value in group.values.items()) or "all candidates"
-        once = _cost(f"{common}: one decomposition", group.flops, group.bytes_read)
+        once = _cost(f"{common}: parts, once", group.flops, group.bytes_read)
         lines.append(f"  {once}, {format_size(group.bytes_of_parts)} of parts")
         lines.append(f"    {group.candidates} candidates from it, each {format_size(group.bytes_per_candidate)} read")
     if len(shared) > _MOST_GROUPS:
-        lines.append(f"  and {len(shared) - _MOST_GROUPS} more decompositions")
+        lines.append(f"  and {len(shared) - _MOST_GROUPS} more groups with parts")
     if plan.merged_anew:
         alone = next(group for group in plan.groups if not group.from_parts)
         lines.append(f"  {_cost(f'{plan.merged_anew} merged from the models, each', alone.flops, alone.bytes_read)}")

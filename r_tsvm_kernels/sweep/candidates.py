@@ -1,4 +1,4 @@
-"""The candidates of a sweep: their recipes, their order, and which of them share a decomposition."""
+"""The candidates of a sweep: their recipes, their order, and which of them share parts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..parts import linear_parameters
 from .axes import MOST, Axis, with_values
 from .journal import key
 from .trial import described
+from .updates import is_scaled
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,15 @@ class Candidate:
 
 
 def free_parameters(config: MergeConfig) -> frozenset[str]:
-    """Return the parameters that decomposed parts leave free; none if there is nothing to decompose."""
-    whole = config.parts is None and not config.is_divided
-    return linear_parameters(config) if whole else frozenset()
+    """Return the parameters in which candidates that share their parts may differ: weights and alpha, or alpha alone.
+
+    Examples:
+        >>> [sorted(free_parameters(MergeConfig(method))) for method in ("tsvm", "ties", "linear")]
+        [['alpha', 'weight'], ['alpha'], []]
+    """
+    if config.parts is not None or config.is_divided:
+        return frozenset()
+    return linear_parameters(config) or (frozenset({"alpha"}) if is_scaled(config) else frozenset())
 
 
 def free_axes(config: MergeConfig, axes: Sequence[Axis]) -> list[Axis]:

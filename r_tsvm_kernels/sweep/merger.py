@@ -1,4 +1,4 @@
-"""Merge candidates, each into a folder that is used again, from parts where that saves decompositions."""
+"""Merge candidates, each into a folder that is used again, from parts where several share them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ..engine import Progress, choose_device, decompose_checkpoints, merge_check
 from ..engine.job import HOW_TO_RESUME
 from ..engine.output import writing
 from ..errors import ConvergenceError
-from ..parts import from_parts
+from ..parts import from_parts, linear_parameters
 from .candidates import Candidate
 from .folder import discard
+from .updates import for_update, from_update
 
 # Per element, factors of mean rank k take 2k operations for each task, and a matrix takes four bytes to read. A core of
 # a CPU does some 25 operations in the time in which it reads a byte from the page cache.
@@ -67,7 +68,7 @@ class Merger:
             discard(out)
         if candidate.from_parts:
             with suppress(ConvergenceError):  # the parts cancel each other with these weights
-                self._merge(from_parts(candidate.config, self._parts_of(candidate)), out)
+                self._merge(self._shared(candidate), out)
                 return True
         self._merge(candidate.config, out)
         return False
@@ -76,14 +77,18 @@ class Merger:
         with _without_hint():
             merge_checkpoints(config, out, restart=True, progress=self._progress, **self._resources.keywords())
 
-    def _parts_of(self, candidate: Candidate) -> Path:
-        """Return the parts of a candidate's group, which are made if they are missing."""
-        parts = self._parts(candidate.group)
+    def _shared(self, candidate: Candidate) -> MergeConfig:
+        """Return the recipe from the parts or the update of a candidate's group, which are made if they are missing."""
+        config, parts, resources = candidate.config, self._parts(candidate.group), self._resources
+        linear = bool(linear_parameters(config))
+        going_on: dict[str, Any] = {"resume": True, "progress": self._progress}
         if not parts.exists():
-            keywords = self._resources.of_decomposition()
             with _without_hint():
-                decompose_checkpoints(candidate.config, parts, resume=True, progress=self._progress, **keywords)
-        return parts
+                if linear:
+                    decompose_checkpoints(config, parts, **going_on, **resources.of_decomposition())
+                else:
+                    merge_checkpoints(for_update(config), parts, **going_on, **resources.keywords())
+        return from_parts(config, parts) if linear else from_update(config, parts)
 
     def forget(self, group: str) -> None:
         """Delete the parts of a group, if there are any."""

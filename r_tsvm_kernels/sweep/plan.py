@@ -1,4 +1,4 @@
-"""The plan of a sweep: how many candidates, which of them share a decomposition, and what they cost."""
+"""The plan of a sweep: how many candidates, which of them share parts, and what they cost."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 from ..config import MergeConfig
 from ..engine.steps import with_base_as_step
 from ..errors import ConfigError
+from ..parts import linear_parameters
 from ..plan import Decomposition, MergePlan, make_plan, total_flops
 from ..plan.decomposition import decomposed
 from ..sizes import parse_size
 from .axes import Axis, check_axes, check_divided, grid_axis, range_axis
 from .candidates import Candidate, free_axes, grid_candidates
 from .merger import Resources
+from .updates import can_share, size_of_update
 
 Grids = Mapping[str, str | Sequence[Any]]
 Ranges = Mapping[str, str | Sequence[float]]
@@ -25,13 +27,13 @@ _MOST_PLANS = 16
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Candidates that differ only in parameters that parts leave free; others are alone.
+    """Candidates that share parts, because they differ only in parameters that these leave free; others are alone.
 
     Attributes:
         values: what they have in common, by label.
         candidates: their number.
-        from_parts: whether they are merged from parts.
-        flops: operations of one merge from the models, or of the decomposition.
+        from_parts: whether they share parts: those of a decomposition, or the update of one merge.
+        flops: operations of one merge from the models, or of making the parts.
         bytes_read: bytes that this reads.
         bytes_of_parts: size of the parts; 0 if there are none.
         bytes_per_candidate: bytes that each merge reads: the models, or the base and the parts.
@@ -56,10 +58,10 @@ class SweepPlan:
         config: the recipe.
         axes: what is varied.
         candidates: all of them, in the order in which they are tried; empty for a search.
-        decomposes: whether parts are used where several candidates can share them.
+        shares: whether parts are used where several candidates can share them.
         total: number of candidates.
         groups: groups of candidates; empty for a search.
-        free: labels of the axes that parts leave free.
+        free: labels of the axes in which these candidates may differ.
         merge: plan of the merge of the first candidate.
         search: ``tpe`` or ``cmaes``; None for a grid.
     """
@@ -67,7 +69,7 @@ class SweepPlan:
     config: MergeConfig
     axes: tuple[Axis, ...]
     candidates: tuple[Candidate, ...]
-    decomposes: bool
+    shares: bool
     total: int
     groups: tuple[GroupPlan, ...]
     free: tuple[str, ...]
@@ -76,11 +78,11 @@ class SweepPlan:
 
     def __repr__(self) -> str:
         axes = ", ".join(axis.label for axis in self.axes)
-        return f"SweepPlan({self.total} candidates, {axes}, {self.decompositions} decompositions)"
+        return f"SweepPlan({self.total} candidates, {axes}, {self.groups_with_parts} with shared parts)"
 
     @property
-    def decompositions(self) -> int:
-        """Number of decompositions into parts."""
+    def groups_with_parts(self) -> int:
+        """Number of groups whose candidates share parts."""
         return sum(group.from_parts for group in self.groups)
 
     @property
@@ -90,12 +92,12 @@ class SweepPlan:
 
     @property
     def flops(self) -> float:
-        """Operations of all merges from the models and of all decompositions; those from parts are few."""
+        """Operations of all merges from the models, and of making all parts; merges from parts take few."""
         return sum(group.flops * (1 if group.from_parts else group.candidates) for group in self.groups)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that all decompositions and merges read."""
+        """Bytes that all merges read, and the making of parts."""
         return sum(
             group.bytes_per_candidate * group.candidates + (group.bytes_read if group.from_parts else 0)
             for group in self.groups
@@ -128,12 +130,12 @@ def plan_sweep(
     first = candidates[0].config if candidates else config
     merge = _merge_plan(first, resources)
     free = tuple(axis.label for axis in free_axes(first, axes))
-    decomposes = bool(free) and _decomposition(merge, resources.dense_above) is not None
-    if not decomposes:
+    shares = bool(free) and _size_of_parts(merge, resources.dense_above) is not None
+    if not shares:
         candidates = [replace(candidate, from_parts=False) for candidate in candidates]
     groups = tuple(_groups(candidates, axes, merge, resources))
     total = len(candidates) if search is None else trials or 0
-    return SweepPlan(config, tuple(axes), tuple(candidates), decomposes, total, groups, free, merge, search)
+    return SweepPlan(config, tuple(axes), tuple(candidates), shares, total, groups, free, merge, search)
 
 
 def _axes(config: MergeConfig, grids: Grids, ranges: Ranges, search: str | None, trials: int | None) -> list[Axis]:
@@ -158,10 +160,12 @@ def _merge_plan(config: MergeConfig, resources: Resources) -> MergePlan:
     return make_plan(config, parse_size(resources.shard_size), allow_pickle=resources.allow_pickle)
 
 
-def _decomposition(plan: MergePlan, dense_above: int | None) -> MergePlan | None:
-    """Return the plan of the decomposition in place of a merge; None if the recipe as a whole does not allow one."""
+def _size_of_parts(plan: MergePlan, dense_above: int | None) -> int | None:
+    """Return the bytes of what candidates share instead of this merge; None if the models do not allow it."""
+    if not linear_parameters(plan.config):
+        return size_of_update(plan) if can_share(plan) else None
     try:
-        return decomposed(plan, Decomposition(dense_above))
+        return decomposed(plan, Decomposition(dense_above)).bytes_written
     except ConfigError:
         return None
 
@@ -179,10 +183,9 @@ def _groups(
             plan = _merge_plan(own[0].config, resources)
         free = {axis.label for axis in free_axes(own[0].config, axes)} if own[0].from_parts else set()
         common = {label: value for label, value in own[0].values.items() if label not in free}
-        parts = _decomposition(plan, resources.dense_above) if own[0].from_parts else None
-        size = 0 if parts is None else parts.bytes_written
+        size = _size_of_parts(plan, resources.dense_above) if own[0].from_parts else None
         base = sum(tensor.parts[0].nbytes(tensor.elements) for tensor in plan.tensors.values())
-        each = plan.bytes_read if parts is None else base + size
+        each = plan.bytes_read if size is None else base + size
         flops = total_flops(plan)
-        found.append(GroupPlan(common, len(own), own[0].from_parts, flops, plan.bytes_read, size, each, known))
+        found.append(GroupPlan(common, len(own), own[0].from_parts, flops, plan.bytes_read, size or 0, each, known))
     return found

@@ -75,8 +75,8 @@ class SearchSource:
         self._journal, self._objective = journal, objective
         self._trials: dict[str, Trial] = {}
         free = free_axes(plan.config, plan.axes)
-        # A decomposition pays only if others of the same parameters follow: not if these are drawn from a range.
-        self._share = plan.decomposes and all(axis.range is None for axis in plan.axes if axis not in free)
+        # Parts pay only if other candidates share them: not if their parameters are drawn from a range.
+        self._share = plan.shares and all(axis.range is None for axis in plan.axes if axis not in free)
         self._asked = 0
         self._open: dict[str, tuple[int, dict[str, Any]]] = {}  # asked for, and not told
         self._replay()

@@ -19,9 +19,9 @@ class Trial:
         exit_status: of the command that failed; negative: the signal that ended it; None if it was stopped, or if
             something else failed.
         stderr: the end of what a failed command, or function, printed on stderr.
-        merge_seconds: wall time of the merge, with that of a decomposition that came before it.
+        merge_seconds: wall time of the merge, with that of making parts before it.
         evaluation_seconds: wall time of the evaluation.
-        from_parts: whether it was merged from decomposed parts.
+        from_parts: whether it was merged from parts that candidates share.
     """
 
     number: int

@@ -35,9 +35,9 @@ def test_from_the_plan_to_the_best(run, tmp_path):
     assert (code, err) == (0, "") and not (tmp_path / "out").exists()
     assert out.splitlines()[:2] == [
         "TSV-Merge: 12 candidates: alpha (3) x weight.expert1 (2) x mode (2)",
-        "free in decomposed parts: alpha, weight.expert1; not free: mode",
+        "free in shared parts: alpha, weight.expert1; not free: mode",
     ]
-    assert len(re.findall(r"mode=\w+: one decomposition: \S+ operations, \S+ read, \S+ of parts", out)) == 2
+    assert len(re.findall(r"mode=\w+: parts, once: \S+ operations, \S+ read, \S+ of parts", out)) == 2
     assert out.count("6 candidates from it, each ") == 2
 
     code, out, err = run("r.yaml", "out", *grids, "--eval", EVALUATE)

@@ -302,12 +302,16 @@ def test_each_decomposition_is_made_once_and_only_where_it_is_shared(tmp_path, m
     events = merges(monkeypatch)
     grids = {"alpha": [0.5, 1], "inner_method": "tsvm,ties,task_arithmetic", "weight": [0.5, 1]}
     plan = plan_sweep(config, grids=grids)
-    linear = [group.values["inner_method"] for group in plan.groups if group.from_parts]
+    linear = [
+        group.values["inner_method"] for group in plan.groups if group.from_parts and "weight" not in group.values
+    ]
     found = sweep(config, tmp_path / "out", evaluate=lambda path: 1.0, grids=grids)
     decomposed = [config.parameters["inner_method"] for kind, config in events if kind == "decompose"]
     assert decomposed == linear and "tsvm" in linear and "ties" not in linear
-    assert {t.values["inner_method"] for t in found.ranked if t.from_parts} == set(linear)
-    assert plan.decompositions == len(linear) and plan.merged_anew == 12 - 4 * len(linear)
+    assert all(trial.from_parts for trial in found.ranked)
+    updates = 2 * (3 - len(linear))  # of the others, one for each weight
+    assert plan.groups_with_parts == len(linear) + updates and plan.merged_anew == 0
+    assert [kind for kind, _ in events].count("merge") == 12 + updates
     assert not list(tmp_path.rglob("parts-*"))
 
     del events[:]
@@ -368,12 +372,12 @@ def test_parts_that_a_recipe_names_are_used(config, tmp_path):
 
 def test_costs_of_a_plan(tmp_path, config):
     plan = plan_sweep(config, grids=GRIDS)
-    assert (plan.total, plan.decompositions, plan.merged_anew, plan.free) == (10, 0, 10, ())
+    assert (plan.total, plan.groups_with_parts, plan.merged_anew, plan.free) == (10, 0, 10, ())
     assert plan.bytes_read == 10 * plan.merge.bytes_read and plan.flops > 0
     spectral = plan_sweep(models(tmp_path / "in2", "tsvm"), grids=GRIDS)
     (group,) = spectral.groups
     assert spectral.free == ("alpha", "weight.expert0") and group.candidates == 10 and group.from_parts
-    assert spectral.flops == group.flops and spectral.decompositions == 1 and group.bytes_of_parts > 0
+    assert spectral.flops == group.flops and spectral.groups_with_parts == 1 and group.bytes_of_parts > 0
     assert spectral.bytes_read == group.bytes_read + 10 * group.bytes_per_candidate
     assert [candidate.number for candidate in spectral.candidates] == list(range(1, 11))
 
