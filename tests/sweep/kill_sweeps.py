@@ -1,7 +1,8 @@
 """Kill sweeps with SIGKILL at random moments and run them again; prints what happened as JSON.
 
 A program of its own, which forks before torch has any threads: a child starts in milliseconds. Arguments: a folder with
-`in` (a base and two fine-tunes) and `eval.sh`, number of kills, seed, number of jobs.
+`in` (a base and two fine-tunes) and `eval.sh`, number of kills, seed, number of jobs, and the method: `tsvm`, whose
+candidates share parts, or `ties`, whose candidates share an update.
 """
 
 import json
@@ -20,7 +21,9 @@ from r_tsvm_kernels.sweep import commands
 
 folder, kills, rng, jobs = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3])), int(sys.argv[4])
 models = [str(folder / "in" / name) for name in ("expert0", "expert1")]
-config = MergeConfig("tsvm", base_model=str(folder / "in" / "base"), models=models)
+method = sys.argv[5]
+grids = {"alpha": "0.2:0.8:0.2", **({"mode": "exact,fast"} if method == "tsvm" else {"density": "0.3,0.6"})}
+config = MergeConfig(method, base_model=str(folder / "in" / "base"), models=models)
 torch.set_num_threads(1)
 
 
@@ -32,7 +35,6 @@ def sweep(out, stop_after=None):
         commands.GRACE_SECONDS = 1.0
         try:
             evaluate = f"sh {folder}/eval.sh {{model}} {out}.log"
-            grids = {"alpha": "0.2:0.8:0.2", "mode": "exact,fast"}
             result = sweep_checkpoints(config, out, evaluate=evaluate, grids=grids, jobs=jobs)
             os._exit(0 if result.complete and result.total == 8 else 3)
         except BaseException:

@@ -23,12 +23,13 @@ echo $sum
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed", "jobs"), [(8, 1, 1), (6, 2, 3), pytest.param(60, 3, 2, marks=pytest.mark.exhaustive)]
+    ("kills", "seed", "jobs", "method"),
+    [(8, 1, 1, "tsvm"), (6, 2, 3, "ties"), pytest.param(60, 3, 2, "tsvm", marks=pytest.mark.exhaustive)],
 )
-def test_nothing_is_lost_or_done_twice(tmp_path, kills, seed, jobs):
+def test_nothing_is_lost_or_done_twice(tmp_path, kills, seed, jobs, method):
     models(tmp_path / "in")
     (tmp_path / "eval.sh").write_text(EVALUATE)
-    program = [sys.executable, str(Path(__file__).with_name("kill_sweeps.py")), tmp_path, kills, seed, jobs]
+    program = [sys.executable, str(Path(__file__).with_name("kill_sweeps.py")), tmp_path, kills, seed, jobs, method]
     done = subprocess.run(list(map(str, program)), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
