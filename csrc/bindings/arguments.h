@@ -36,13 +36,17 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+inline ElementType element_type(int code, const char* op) {
+  if (code < 0 || code >= kElementTypes) {
+    throw std::runtime_error(std::string(op) + ": unknown element type code " + std::to_string(code));
+  }
+  return static_cast<ElementType>(code);
+}
+
 inline MatrixView matrix(const MatrixArgument& argument, const char* op) {
   const auto [address, rows, cols, row_stride, type] = argument;
-  if (type < 0 || type >= kElementTypes) {
-    throw std::runtime_error(std::string(op) + ": unknown element type code " + std::to_string(type));
-  }
   if (rows < 0 || cols < 0) throw std::runtime_error(std::string(op) + ": negative size");
-  return MatrixView{pointer<const void>(address), rows, cols, row_stride, static_cast<ElementType>(type)};
+  return MatrixView{pointer<const void>(address), rows, cols, row_stride, element_type(type, op)};
 }
 
 // Views of the fine-tuned tensors, checked to hold as many elements as the base.

@@ -122,12 +122,11 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         const std::vector<MatrixView> views = bindings::matrices(tuned, base_view, "elect_and_sum");
         if (tasks.size() != views.size()) throw std::runtime_error("elect_and_sum: not one task per tensor");
         if (election < 0 || election >= kElections) throw std::runtime_error("elect_and_sum: unknown election code");
-        if (type < 0 || type >= kElementTypes) throw std::runtime_error("elect_and_sum: unknown element type code");
         std::vector<ElectTask> rules;
         for (const ElectTaskArgument& task : tasks) rules.push_back(elect_task(task));
         elect_and_sum_cpu(base_view, views.data(), rules.data(), static_cast<int64_t>(views.size()),
                           ElectOptions{static_cast<Election>(election), normalize, least, alpha},
-                          bindings::pointer<void>(output), static_cast<ElementType>(type), threads);
+                          bindings::pointer<void>(output), bindings::element_type(type, "elect_and_sum"), threads);
       },
       py::arg("base"), py::arg("tuned"), py::arg("tasks"), py::arg("election"), py::arg("normalize"), py::arg("least"),
       py::arg("alpha"), py::arg("output"), py::arg("type"), py::arg("threads"));

@@ -144,7 +144,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       "elect_and_sum",
       [](const bindings::MatrixArgument& base, const std::vector<bindings::MatrixArgument>& tuned,
          const std::vector<ElectTaskArgument>& tasks, int election, bool normalize, double least, double alpha,
-         const std::tuple<std::uintptr_t, std::uintptr_t, int64_t>& selections, std::uintptr_t output,
+         const std::tuple<std::uintptr_t, std::uintptr_t, int64_t>& selections, std::uintptr_t output, int type,
          std::uintptr_t workspace, int device, std::uintptr_t stream) {
         const py::gil_scoped_release unlocked;
         const MatrixView base_view = bindings::matrix(base, "elect_and_sum");
@@ -158,10 +158,10 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
             base_view, views.data(), rules.data(), static_cast<int64_t>(views.size()),
             ElectOptions{static_cast<Election>(election), normalize, least, alpha},
             ElectSelections{bindings::pointer<const double>(threshold), bindings::pointer<const int64_t>(ties), count},
-            bindings::pointer<void>(output), bindings::pointer<void>(workspace), device,
-            bindings::pointer<void>(stream));
+            bindings::pointer<void>(output), bindings::element_type(type, "elect_and_sum"),
+            bindings::pointer<void>(workspace), device, bindings::pointer<void>(stream));
       },
       py::arg("base"), py::arg("tuned"), py::arg("tasks"), py::arg("election"), py::arg("normalize"), py::arg("least"),
-      py::arg("alpha"), py::arg("selections"), py::arg("output"), py::arg("workspace"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("alpha"), py::arg("selections"), py::arg("output"), py::arg("type"), py::arg("workspace"),
+      py::arg("device"), py::arg("stream"));
 }

@@ -102,7 +102,7 @@ __device__ void sparsify(const Task<Real>& task, const TieRules& rules, int64_t 
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     sum_kernel(const __grid_constant__ MatrixView base, const Task<Real>* tasks, int count,
-               const __grid_constant__ TieRules rules, Real alpha, int64_t elements, Real* output) {
+               const __grid_constant__ TieRules rules, Real alpha, int64_t elements, void* output, ElementType type) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
     const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kItems; ++j) sum[j] += static_cast<Real>(factor[place[j]]) * values[j];
     });
     add_step(origin, alpha, sum);
-    store_four(origin, output, index, elements);
+    store_as(type, origin, output, index, elements);
   }
 }
 
@@ -125,7 +125,7 @@ template <class Real>
 __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 4 : 2)
     elect_kernel(const __grid_constant__ MatrixView base, const Task<Real>* tasks, int count,
                  const __grid_constant__ TieRules rules, Election election, bool normalize, Real least, Real alpha,
-                 int64_t elements, Real* output) {
+                 int64_t elements, void* output, ElementType type) {
   for (int64_t slice = blockIdx.x; slice < rules.slices; slice += gridDim.x) {
     const int64_t index = first_item(slice);
     const auto view_of = [&](int t) -> const MatrixView& { return tasks[t].view; };
@@ -159,13 +159,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 4 : 2)
       if (normalize) elected[j] /= fabs(weight) <= least ? Real{1} : weight;
     }
     add_step(origin, alpha, elected);
-    store_four(origin, output, index, elements);
+    store_as(type, origin, output, index, elements);
   }
 }
 
 template <class Real>
 void run(const Queue& queue, const MatrixView& base, const MatrixView* tuned, const ElectTaskCuda* rules, int64_t count,
-         const ElectOptions& options, const ElectSelections& selections, void* output, void* workspace) {
+         const ElectOptions& options, const ElectSelections& selections, void* output, ElementType type,
+         void* workspace) {
   const int64_t elements = element_count(base);
   const int64_t slices = slice_count(elements);
   const int tasks_count = static_cast<int>(count);
@@ -195,11 +196,10 @@ void run(const Queue& queue, const MatrixView& base, const MatrixView* tuned, co
   const Real alpha = static_cast<Real>(options.alpha);
   if (options.election == Election::kNone) {
     launch_kernel(queue, "sum_kernel", slices, kThreads, 0, sum_kernel<Real>, base, tasks, tasks_count, ties, alpha,
-                  elements, static_cast<Real*>(output));
+                  elements, output, type);
   } else {
     launch_kernel(queue, "elect_kernel", slices, kThreads, 0, elect_kernel<Real>, base, tasks, tasks_count, ties,
-                  options.election, options.normalize, static_cast<Real>(options.least), alpha, elements,
-                  static_cast<Real*>(output));
+                  options.election, options.normalize, static_cast<Real>(options.least), alpha, elements, output, type);
   }
 }
 
@@ -211,8 +211,8 @@ int64_t elect_and_sum_cuda_workspace(int64_t elements, int64_t tasks, int64_t se
 }
 
 void elect_and_sum_cuda(const MatrixView& base, const MatrixView* tuned, const ElectTaskCuda* tasks, int64_t count,
-                        const ElectOptions& options, const ElectSelections& selections, void* output, void* workspace,
-                        int device, void* stream) {
+                        const ElectOptions& options, const ElectSelections& selections, void* output, ElementType type,
+                        void* workspace, int device, void* stream) {
   if (!is_contiguous(base) || !std::all_of(tuned, tuned + count, is_contiguous)) {
     throw std::runtime_error("elect_and_sum: the CUDA kernel reads contiguous tensors only");
   }
@@ -220,7 +220,7 @@ void elect_and_sum_cuda(const MatrixView& base, const MatrixView* tuned, const E
   const DeviceGuard guard(device, kOp);
   const Queue queue{kOp, device, static_cast<cudaStream_t>(stream)};
   (any_float64(base, tuned, count) ? run<double> : run<float>)(queue, base, tuned, tasks, count, options, selections,
-                                                               output, workspace);
+                                                               output, type, workspace);
 }
 
 }  // namespace r_tsvm

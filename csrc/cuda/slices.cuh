@@ -151,8 +151,13 @@ __device__ inline void store_whole(const double (&in)[kItems], double* to) {
   __stcs(reinterpret_cast<double2*>(to + 2), double2{in[2], in[3]});
 }
 
-template <class Real>
-__device__ inline void store_four(const Real (&in)[kItems], Real* to, int64_t index, int64_t elements) {
+__device__ inline void store_whole(const uint16_t (&in)[kItems], uint16_t* to) {
+  const auto pair = [&](int j) { return static_cast<unsigned>(in[j]) | static_cast<unsigned>(in[j + 1]) << 16; };
+  __stcs(reinterpret_cast<uint2*>(to), uint2{pair(0), pair(2)});
+}
+
+template <class T>
+__device__ inline void store_four(const T (&in)[kItems], T* to, int64_t index, int64_t elements) {
   to += index;
   if (is_whole(to, index, elements)) {
     store_whole(in, to);
@@ -161,6 +166,33 @@ __device__ inline void store_four(const Real (&in)[kItems], Real* to, int64_t in
     for (int j = 0; j < kItems; ++j) {
       if (index + j < elements) to[j] = in[j];
     }
+  }
+}
+
+template <ElementType kType, class Real>
+__device__ inline void store_rounded(const Real (&in)[kItems], void* to, int64_t index, int64_t elements) {
+  decltype(rounded<kType>(in[0])) narrow[kItems];
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) narrow[j] = rounded<kType>(in[j]);
+  store_four(narrow, static_cast<decltype(rounded<kType>(in[0]))*>(to), index, elements);
+}
+
+// Stores to a tensor of any float type.
+template <class Real>
+__device__ inline void store_as(ElementType type, const Real (&in)[kItems], void* to, int64_t index, int64_t elements) {
+  switch (type) {
+    case ElementType::kFloat64:
+      store_rounded<ElementType::kFloat64>(in, to, index, elements);
+      break;
+    case ElementType::kFloat32:
+      store_rounded<ElementType::kFloat32>(in, to, index, elements);
+      break;
+    case ElementType::kFloat16:
+      store_rounded<ElementType::kFloat16>(in, to, index, elements);
+      break;
+    case ElementType::kBFloat16:
+      store_rounded<ElementType::kBFloat16>(in, to, index, elements);
+      break;
   }
 }
 

@@ -162,11 +162,11 @@ class TensorJob:
 
     @property
     def summed(self) -> int:
-        """Bytes of one element of a sum by `elect_and_sum`; only the kernel for CPUs rounds it without a copy."""
+        """Bytes of one element of a sum by `elect_and_sum`; only the reference rounds a copy."""
         if self.rounded is None:
             return self.itemsize
-        direct = self.device_type == "cpu" and not dispatch.by_reference("cpu", "elect_and_sum")
-        return self.rounded if direct else self.itemsize + self.rounded
+        copies = dispatch.by_reference(self.device_type, "elect_and_sum")
+        return self.itemsize + self.rounded if copies else self.rounded
 
 
 @dataclass(frozen=True)

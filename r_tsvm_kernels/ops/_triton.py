@@ -44,6 +44,18 @@ def load(pointer, offsets, inside, REAL: tl.constexpr):
 
 
 @triton.jit
+def rounded(values, dtype: tl.constexpr):
+    """`values`, float32 or float64, in `dtype`, rounded as torch rounds: to 16 bits by way of float32."""
+    if dtype == tl.float16 or dtype == tl.bfloat16:
+        values = values.to(tl.float32)
+    if dtype == tl.bfloat16:  # the interpreter's conversion cuts bits off
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = tl.where(values == values, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
 def load_delta(base_ptr, tuned_ptr, theta_ptr, offsets, inside, REAL: tl.constexpr):
     """``clamp(tuned - base, -theta, theta)`` in REAL, 0 outside; without base or theta where the pointer is None."""
     delta = load(tuned_ptr, offsets, inside, REAL)  # (BLOCK,)

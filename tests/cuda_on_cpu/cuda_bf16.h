@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -13,3 +14,13 @@ inline float __bfloat162float(__nv_bfloat16 value) {
   std::memcpy(&wide, &bits, sizeof(wide));
   return wide;
 }
+
+// To nearest, ties to even.
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  if (std::isnan(value)) return {0x7fff};
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }

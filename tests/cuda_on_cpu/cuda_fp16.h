@@ -23,9 +23,9 @@ inline float __half2float(__half value) {
 }
 
 // To nearest, ties to even.
-inline __half __float2half(float value) {
+inline __half __float2half_rn(float value) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  if (std::isnan(value)) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (std::isnan(value)) return {0x7fff};
   const float magnitude = std::fabs(value);
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
   if (magnitude == 0) return {sign};
@@ -36,3 +36,5 @@ inline __half __float2half(float value) {
   // 1024 places and more are a normal number: its leading place adds one to the exponent, and so does a carry.
   return {static_cast<uint16_t>(sign | ((least + 24) << 10) + places)};
 }
+
+inline uint16_t __half_as_ushort(__half value) { return value.bits; }

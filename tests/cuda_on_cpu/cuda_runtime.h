@@ -104,6 +104,9 @@ T atomicAdd(T* address, T value) {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) double2 {
   double x, y;
 };

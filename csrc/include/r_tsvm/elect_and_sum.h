@@ -3,10 +3,9 @@
 //
 // Inputs: views of equal element count; element types and row strides may differ.
 // Output: contiguous, owned by the caller, overwritten. It must not overlap the inputs. Everything is computed in
-// float64 if any input is float64, else in float32, except votes, which are float64; on a GPU this is also the output's
-// type, on a CPU the result is rounded once to any type, as PyTorch rounds. Order of summation: over the tasks, first
-// to last, for each element on its own. The bits depend on the values alone: not on strides, on the number of threads,
-// or on the instruction set.
+// float64 if any input is float64, else in float32, except votes, which are float64; the result is rounded once to the
+// output's type, as PyTorch rounds. Order of summation: over the tasks, first to last, for each element on its own. The
+// bits depend on the values alone: not on strides, on the number of threads, or on the instruction set.
 #pragma once
 
 #include <cstdint>
@@ -84,7 +83,7 @@ int64_t elect_and_sum_cuda_workspace(int64_t elements, int64_t tasks, int64_t se
 // The views must be contiguous. Queues the work on `stream` (a cudaStream_t) of `device` and returns without waiting
 // for the device. The inputs are read once, those with a selection twice.
 void elect_and_sum_cuda(const MatrixView& base, const MatrixView* tuned, const ElectTaskCuda* tasks, int64_t count,
-                        const ElectOptions& options, const ElectSelections& selections, void* output, void* workspace,
-                        int device, void* stream);
+                        const ElectOptions& options, const ElectSelections& selections, void* output, ElementType type,
+                        void* workspace, int device, void* stream);
 
 }  // namespace r_tsvm

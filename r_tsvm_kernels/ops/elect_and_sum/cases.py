@@ -19,7 +19,7 @@ from . import Election, Sparsifier
 from .ranked import RankedSparsifier, della_probabilities
 
 # See `_cases`.
-WIDTHS = {"elect_and_sum_kernel": (8, 16), "tie_kernel": (8, 8)}
+WIDTHS = {"elect_and_sum_kernel": (8, 8), "tie_kernel": (8, 8)}
 
 ELECTIONS = get_args(Election)
 KINDS = ("all", "ties", "breadcrumbs", "dare", "mask", "della", "everything", "mixture")
@@ -135,8 +135,9 @@ def cases(device: torch.device | str) -> Iterator[Case]:
             options = {"elect": elect, "normalize": normalize, "alpha": 0.3, "sparsifiers": each}
             yield Case(f"masks, {elect}, {normalize}", (base, tuned, [1.0, -0.5, 2.0, -3.0, 0.25, 4.0]), options)
         base, tuned = spoiled(device)
-        options = {"elect": elect, "normalize": normalize}
-        yield Case(f"NaN and infinity, {elect}, {normalize}", (base, tuned, WEIGHTS[:3]), options)
+        for narrow in (None, FLOAT16, BFLOAT16):
+            options = {"elect": elect, "normalize": normalize, "out_dtype": narrow}
+            yield Case(f"NaN and infinity, {elect}, {normalize}, {narrow}", (base, tuned, WEIGHTS[:3]), options)
     for elect, (first, second) in product(ELECTIONS[:3], (MIXES[0], *MIXES[3:5])):
         base, tuned = group((11, 33), [first, second, first, second, first], random)
         rules = sparsifiers(base, tuned, "della")
@@ -185,12 +186,12 @@ def _models(random: torch.Generator) -> Iterator[Case]:
         base, tuned = group((8, 40), [dtypes[0], *[dtypes[1]] * 8], random)
         for kind, elect in variants.items():
             rules = rules_for(base, tuned, elect, kind)
-            options = {"elect": elect, "normalize": elect != "none", "sparsifiers": rules}
+            options = {"elect": elect, "normalize": elect != "none", "sparsifiers": rules, "out_dtype": dtypes[0]}
             yield Case(f"{kind} of models in {dtypes[0]}", (base, tuned, WEIGHTS), options, compiled=True)
         base, tuned = group((8, 40), [dtypes[0]] * 21, random)
         options = {"elect": "sum", "normalize": True, "sparsifiers": sparsifiers(base, tuned, "ties")}
         yield Case(f"ties of 20 models in {dtypes[0]}", (base, tuned, 0.05), options, compiled=True)
     for first, second in ((FLOAT16, FLOAT16), (FLOAT32, FLOAT32), (BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16)):
         base, tuned = group((9, 31), [first, *[second, first] * 4], random)
-        options = {"elect": "count", "normalize": True}
+        options = {"elect": "count", "normalize": True, "out_dtype": FLOAT16 if first == FLOAT16 else None}
         yield Case(f"mean of models, {second} and {first}", (base, tuned, WEIGHTS), options, compiled=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import backends
 from .._checks import accumulation_dtype
 from .._cuda import flat, queue, workspace
-from .._native import matrix
+from .._native import ELEMENT_TYPES, matrix
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
 from . import Sparsifier, least_divisor
@@ -70,13 +70,14 @@ def run(
     ]
     thresholds = _stacked([selection.threshold for selection in selections], torch.float64, base)
     ties = _stacked([selection.ties for selection in selections], torch.int64, base)
-    output = torch.empty(base.shape, dtype=dtype, device=base.device)
+    output = torch.empty(base.shape, dtype=out_dtype, device=base.device)
     memory = workspace(native.elect_and_sum_workspace(base.numel(), len(tuned), len(selections)), base)
     native.elect_and_sum(
         views[0], views[1:], tasks, ELECTIONS[elect], normalize, least_divisor(weights, dtype), alpha,
-        (thresholds.data_ptr(), ties.data_ptr(), len(selections)), output.data_ptr(), memory.data_ptr(), *queue(base),
+        (thresholds.data_ptr(), ties.data_ptr(), len(selections)), output.data_ptr(), ELEMENT_TYPES[out_dtype],
+        memory.data_ptr(), *queue(base),
     )  # fmt: skip
-    return output.to(out_dtype)
+    return output
 
 
 def _stacked(numbers: list[Tensor], dtype: torch.dtype, base: Tensor) -> Tensor:

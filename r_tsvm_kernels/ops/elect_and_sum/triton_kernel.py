@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import accumulation_dtype
-from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load, random_words, selected, ties_in_block
+from .._triton import LAUNCH, REAL, block_offsets, device_of, flat, load, random_words, rounded, selected, ties_in_block
 from ..magnitude_select import MagnitudeSelection
 from ..random_mask import mask_threshold
 from ..random_mask.triton_kernel import draws
@@ -48,7 +48,7 @@ def elect_and_sum_kernel(
     SELECTIONS: tl.constexpr, DRAWN: tl.constexpr, ELECT: tl.constexpr, NORMALIZE: tl.constexpr,
     REAL: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``out = base + alpha combined``, see `elect_and_sum`.
+    """``out = base + alpha combined``, rounded once to the dtype of `out`, see `elect_and_sum`.
 
     `tuned_ptrs` has one pointer per task; `numbers_ptr` points to float64: alpha, the least divisor, then
     factor and weight of each task. `tasks` is the number of pointers.
@@ -126,7 +126,8 @@ def elect_and_sum_kernel(
             divisor = tl.where(votes >= 0, positive_weight, negative_weight)
             combined = divide(combined, tl.where(tl.abs(divisor) <= tl.load(numbers_ptr + 1).to(REAL), 1.0, divisor))
     step = tl.load(numbers_ptr).to(REAL) * combined
-    tl.store(out_ptr + offsets, tl.where(step == 0, start, start + step), mask=inside)
+    merged = tl.where(step == 0, start, start + step)
+    tl.store(out_ptr + offsets, rounded(merged, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -150,10 +151,10 @@ def run(
 ) -> Tensor:
     """See `elect_and_sum`. Never waits for the device."""
     dtype = accumulation_dtype(base, *tuned)
-    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    out = torch.empty(base.shape, dtype=out_dtype, device=base.device)
     numel, real, grid = out.numel(), REAL[dtype], (triton.cdiv(out.numel(), BLOCK),)
     if numel == 0:
-        return out.to(out_dtype)
+        return out
     origin, tensors = flat(base), tuple(flat(tensor) for tensor in tuned)
     numbers = [alpha, least_divisor(weights, dtype)]
     for weight, rule in zip(weights, sparsifiers, strict=True):
@@ -184,7 +185,7 @@ def run(
             origin, tensors, scalars, thresholds, ties, ties_before, sampled, *ranked, masks, out, numel, len(tensors),
             places, drawn, elect, normalize, real, GROUP[dtype], BLOCK, **LAUNCH,
         )  # fmt: skip
-    return out.to(out_dtype)
+    return out
 
 
 def _ranked(weights: Sequence[float], sparsifiers: Sequence[Sparsifier]) -> tuple[tuple[Tensor | None, ...], ...]:

@@ -144,13 +144,14 @@ def count_digits(
     theta: Tensor | None = None,
 ) -> Tensor:
     """Return the counts of `digit_kernel`, int64 (prefixes, 2^bits)."""
-    blocks = triton.cdiv(x.numel(), BLOCK)
+    block = BLOCK // 4 if real == tl.float64 else BLOCK  # up to Triton 3.8, more would not fit into registers
+    blocks = triton.cdiv(x.numel(), block)
     rows = triton.next_power_of_2(len(prefixes))
     # No magnitude begins with a negative number.
     padded = torch.nn.functional.pad(prefixes, (0, rows - len(prefixes)), value=-1)
     counts = torch.zeros((rows, 1 << bits), dtype=torch.int64, device=x.device)
     if blocks > 0:
         digit_kernel[(min(PROGRAMS, blocks),)](
-            x, base, theta, padded, counts, x.numel(), blocks, rows, real, shift, bits, BLOCK, **LAUNCH
+            x, base, theta, padded, counts, x.numel(), blocks, rows, real, shift, bits, block, **LAUNCH
         )  # fmt: skip
     return counts
