@@ -42,7 +42,7 @@ def expected(tmp_path_factory):
 
 
 def test_own_threads(expected, tmp_path):
-    program = build("g++", tmp_path, "-pthread", "-DRTSVM_ISA_CLONES=")
+    program = build("g++", tmp_path, "-pthread", "-DRTSVM_ISA_CLONES=", "-DRTSVM_ONE_ISA")
     assert all(lines(program, threads) == expected for threads in (1, 2, 5))
 
 

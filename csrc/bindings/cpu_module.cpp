@@ -1,6 +1,7 @@
 #include "arguments.h"
 #include "r_tsvm/bulge_chasing.h"
 #include "r_tsvm/elect_and_sum.h"
+#include "r_tsvm/largest_magnitude.h"
 #include "r_tsvm/magnitude_ranks.h"
 #include "r_tsvm/random_mask.h"
 #include "r_tsvm/ranked_mask.h"
@@ -157,6 +158,14 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                         threads);
       },
       py::arg("x"), py::arg("base"), py::arg("table"), py::arg("drawn"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "largest_magnitude",
+      [](const bindings::MatrixArgument& x, int threads) {
+        const py::gil_scoped_release unlocked;
+        return largest_magnitude_cpu(bindings::matrix(x, "largest_magnitude"), threads);
+      },
+      py::arg("x"), py::arg("threads"));
 
   module.def(
       "task_gram",

@@ -7,7 +7,7 @@
 namespace r_tsvm {
 
 // random_words writes whole groups of this many.
-inline constexpr int64_t kWordGroup = 64;
+inline constexpr int64_t kWordGroup = 128;
 
 // Writes the words of elements first ... first + n - 1 (r_tsvm/philox.h). `first` is a multiple of 4. The output has
 // room for n, rounded up to a multiple of kWordGroup.

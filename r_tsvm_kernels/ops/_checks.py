@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..errors import ConfigError, DeviceError, DTypeError, NonFiniteError, ShapeError
+from ._native import is_readable, matrix
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -132,7 +134,12 @@ def check_finite(tensor: Tensor, label: str) -> float:
 
 def _largest_magnitude(tensor: Tensor) -> float:
     """Return the largest magnitude: NaN if a value is."""
-    return max(abs(float(bound)) for bound in torch.aminmax(tensor.detach())) if tensor.numel() else 0.0
+    if not tensor.numel():
+        return 0.0
+    if tensor.device.type == "cpu" and is_readable(tensor) and backends.state("cpu") == backends.READY:
+        found: float = backends.native("cpu").largest_magnitude(matrix(tensor), torch.get_num_threads())
+        return found
+    return max(abs(float(bound)) for bound in torch.aminmax(tensor.detach()))
 
 
 def raise_not_finite(label: str, bad: int, numel: int) -> NoReturn:

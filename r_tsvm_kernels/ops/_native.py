@@ -17,6 +17,12 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the native modules can read the values of `tensor` without a copy; magnitudes, if its view is negated."""
+    plain = tensor.dtype in ELEMENT_TYPES and tensor.layout == torch.strided
+    return plain and not tensor.data_ptr() % tensor.element_size() and _rows(tensor) is not None
+
+
 def with_rows(tensor: Tensor) -> Tensor:
     """Return `tensor`, or a copy if its elements do not form an aligned matrix with unit stride along the columns."""
     tensor = aligned(tensor.resolve_neg())

@@ -1,6 +1,9 @@
 """Every implementation against Random123's published vectors and a Philox in Python integers."""
 
 import math
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,3 +157,45 @@ def test_more_elements_than_a_32_bit_index_counts(backend):
     mask = random_mask((BEYOND_32_BITS,), 0.5, seed=77, substream=3, backend=backend)
     last = range(BEYOND_32_BITS - 9, BEYOND_32_BITS)
     assert mask[-9:].tolist() == [word(77, 3, index) < 2**31 for index in last]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs GCC: apt-get install g++")
+def test_every_instruction_set_has_the_same_words(tmp_path):
+    """Those that this processor has; the others share their source with one of them, or are the portable loop."""
+    csrc = Path(__file__).resolve().parents[2] / "csrc"
+    (tmp_path / "words.cpp").write_text(
+        f"""#include "{csrc}/cpu/random_words.cpp"
+#include <cstdio>
+#include <initializer_list>
+using namespace r_tsvm;
+int main() {{
+  int compared = 0;
+  for (const uint64_t first : {{uint64_t{{0}}, uint64_t{{4}}, (uint64_t{{1}} << 34) - 200, (uint64_t{{1}} << 63)}}) {{
+    for (const int64_t start : {{0, 12, 256}}) {{
+      const RandomMask mask{{0, 0x9e3779b97f4a7c15u, 0xfffffffeu, first}};
+      uint32_t expected[512] = {{}}, found[512];
+      random_words_anywhere(mask, start, 300, expected);
+      const auto compare = [&](auto run) {{
+        run(mask, start, 300, found);
+        for (int i = 0; i < 300; ++i) {{
+          if (found[i] != expected[i]) return std::printf("word %d differs\\n", i), void();
+        }}
+        ++compared;
+      }};
+#if defined(RTSVM_SEVERAL_ISAS)
+      if (__builtin_cpu_supports("x86-64-v4")) compare(v4::random_words);
+      if (__builtin_cpu_supports("x86-64-v3")) compare(v3::random_words);
+#endif
+      compare(random_words);
+    }}
+  }}
+  return compared >= 12 ? 0 : 1;
+}}
+""",
+        encoding="utf-8",
+    )
+    command = ["g++", "-std=c++17", "-O3", f"-I{csrc / 'include'}", f"-I{csrc / 'cpu'}", "words.cpp", "-o", "words"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / "words"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -9,6 +9,8 @@
 namespace r_tsvm {
 
 inline constexpr int kPhiloxRounds = 10;
+inline constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u;
+inline constexpr uint32_t kPhiloxFactor2 = 0xCD9E8D57u;
 
 struct PhiloxKey {
   uint32_t low;
@@ -25,8 +27,8 @@ RTSVM_HOST_DEVICE inline PhiloxKey next_round(PhiloxKey key) {
 }
 
 RTSVM_HOST_DEVICE inline void philox_round(PhiloxKey key, uint32_t& x0, uint32_t& x1, uint32_t& x2, uint32_t& x3) {
-  const uint64_t product0 = uint64_t{0xD2511F53u} * x0;
-  const uint64_t product2 = uint64_t{0xCD9E8D57u} * x2;
+  const uint64_t product0 = uint64_t{kPhiloxFactor0} * x0;
+  const uint64_t product2 = uint64_t{kPhiloxFactor2} * x2;
   x0 = static_cast<uint32_t>(product2 >> 32) ^ x1 ^ key.low;
   x1 = static_cast<uint32_t>(product2);
   x2 = static_cast<uint32_t>(product0 >> 32) ^ x3 ^ key.high;
