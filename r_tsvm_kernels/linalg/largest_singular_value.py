@@ -71,18 +71,23 @@ def spectral_norm(matrix: Tensor | Factored, *, rtol: float = 1e-3, workspace: i
 def _largest_eigenvalue(matrix: TallMatrix, rtol: float) -> float:
     """Return the largest eigenvalue of ``D^T D`` in the scaled units."""
     dtype = torch.float64 if matrix.matrix.dtype == torch.float64 else torch.float32
-    block = torch.linalg.qr(gaussian(matrix.shape[1], BLOCK, matrix.matrix.device)).Q
-    basis, images, value = block[:, :0], block[:, :0], 0.0
-    for _ in range(BLOCKS):
-        image = torch.zeros_like(block)
-        for _, tile in matrix.tiles(dtype):
-            image += tile.mT @ (tile @ block.to(dtype))
-        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
-        inner = basis.mT @ images
-        values, vectors = eigh((inner + inner.mT) / 2)
-        value, y = float(values[-1]), vectors[:, -1:]
-        if float(torch.linalg.vector_norm(images @ y - value * (basis @ y))) <= rtol * value:
+    n, device = matrix.shape[1], matrix.matrix.device
+    block = torch.linalg.qr(gaussian(n, BLOCK, device).to(dtype)).Q
+    # Rows are the vectors: products of them with thin matrices read memory in order.
+    basis, images = (torch.zeros(BLOCK * BLOCKS, n, dtype=dtype, device=device) for _ in range(2))
+    inner, value = torch.zeros(BLOCK * BLOCKS, BLOCK * BLOCKS, dtype=dtype, device=device), 0.0
+    for size in range(BLOCK, BLOCK * BLOCKS + 1, BLOCK):
+        own, known = slice(size - BLOCK, size), basis[:size]
+        image = matrix.gram_times(block)
+        basis[own], images[own] = block.mT, image.mT
+        products = known @ image
+        inner[:size, own], inner[own, :size] = products, products.mT
+        values, vectors = eigh((inner[:size, :size] + inner[:size, :size].mT) / 2)
+        value, y = float(values[-1]), vectors[:, -1]
+        if float(torch.linalg.vector_norm(y @ images[:size] - value * (y @ known))) <= rtol * value:
             break
-        # Of all columns together: of a matrix of low rank, nothing but rounding is left of the image beside the basis.
-        block = torch.linalg.qr(torch.cat([basis, image], dim=1)).Q[:, -BLOCK:]
+        # Twice: of a matrix of low rank, nothing but rounding is left of the image beside the basis.
+        block = image
+        for _ in range(2):
+            block = torch.linalg.qr(block - known.mT @ (known @ block)).Q
     return value

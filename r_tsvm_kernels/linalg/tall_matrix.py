@@ -84,6 +84,18 @@ class TallMatrix:
             add_gram(total, tile)
         return total
 
+    def gram_times(self, V: Tensor) -> Tensor:
+        """Return ``D^T (D V)`` (n, k) in the dtype of V, for few columns k of at most unit length."""
+        total = torch.zeros_like(V)
+        if self.matrix.dtype == V.dtype and abs(math.log2(self.scale)) < 60:
+            for rows in self.ranges():  # scaled afterwards: a scaled copy would take longer than the products
+                tile = self.matrix[rows]
+                total += tile.mT @ ((tile @ V) * self.scale)
+            return total.mul_(self.scale)
+        for _, tile in self.tiles(V.dtype):
+            total += tile.mT @ (tile @ V)
+        return total
+
     def normal_times(self, V: Tensor) -> Tensor:
         """Return ``D^T (D V)`` (n, k) in float64."""
         total = V.new_zeros(V.shape[1], V.shape[0])  # transposed: products with a thin matrix from the left are slower
