@@ -3,7 +3,7 @@
 ARCHITECTURE is "90", or "gfx942". Runs the cases marked `compiled` of every op with a Triton backend. The driver is a
 stand-in (triton_without_gpu.py): Triton specialises and compiles what is launched, and launches nothing. With --once,
 only the first launch of each kernel is compiled. Prints one line of JSON per compiled kernel, and a last one with the
-kernels that were never launched. Must not run in Triton's interpreter.
+kernels that were never launched and the version of Triton. Must not run in Triton's interpreter.
 """
 
 import json
@@ -149,7 +149,7 @@ def main(architecture, once):
                         print(json.dumps(report(name, case.label, kernel_name, kernel, aligned, number)), flush=True)
             if expected - launched or not launched:
                 missing[name] = sorted(expected - launched)
-    print(json.dumps({"missing": missing}))
+    print(json.dumps({"missing": missing, "triton": triton.__version__}))
 
 
 if __name__ == "__main__":

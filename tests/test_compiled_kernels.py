@@ -2,8 +2,8 @@
 
 The launches are those of the cases marked `compiled` of each op; compile_launches.py records them. make test compiles
 the first launch of each kernel for sm_90. The rest is left to make test-all: every launch for sm_90, which takes
-minutes, and the first of each kernel for the others. After a change of a kernel, compile every launch for more of them:
-``RTSVM_ARCHITECTURES="86 100" make test-all``.
+minutes, and the first of each kernel for the others; and every launch for sm_90 by an older Triton. After a change of a
+kernel, compile every launch for more of them: ``RTSVM_ARCHITECTURES="86 100" make test-all``.
 """
 
 import json
@@ -32,21 +32,27 @@ PRODUCTS = {"gemm3_kernel", "symmetric_kernel"}
 # By op and kernel.
 WIDTHS = {(name, kernel): least for name, op in ops().items() for kernel, least in op.cases.WIDTHS.items()}
 TESTS = Path(__file__).parent
+OLDER_TRITON = "3.6.0"  # beside PyTorch 2.11
 
 
-def compiled(architecture, folder, *options):
-    """Return the reports of all kernels, and what was not launched. Nothing is in the cache of Triton."""
+def compiled(architecture, folder, *options, packages=None):
+    """Return the reports of all kernels, and what was not launched. Nothing is in the cache of Triton.
+
+    `packages` is a folder with another Triton, of version `OLDER_TRITON`.
+    """
+    first = [] if packages is None else [str(packages)]
     environment = {
         **os.environ,
         "TRITON_CACHE_DIR": str(folder / "cache"),
         "TRITON_DISABLE_LINE_INFO": "1",  # the same code, a sixth faster
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([*first, str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
     }
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(TESTS / "compile_launches.py"), str(architecture), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     *rows, last = (json.loads(line) for line in done.stdout.splitlines())
+    assert packages is None or last["triton"] == OLDER_TRITON
     return rows, last["missing"]
 
 
@@ -105,10 +111,29 @@ def test_the_first_launch_of_each_kernel(architecture, tmp_path):
     check(architecture, rows)
 
 
+@pytest.fixture
+def older_triton(tmp_path_factory):
+    """A folder with an older Triton."""
+    folder = tmp_path_factory.mktemp("older_triton")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    done = subprocess.run([*command, f"triton=={OLDER_TRITON}"], capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        pytest.skip(reason=f"Triton {OLDER_TRITON} cannot be installed: {done.stderr[-300:]}")
+    return folder
+
+
+@exhaustive
+def test_every_launch_by_an_older_triton(older_triton, tmp_path, capsys):
+    check_every_launch(90, *compiled(90, tmp_path, packages=older_triton), f"sm_90, Triton {OLDER_TRITON}", capsys)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_launch(architecture, tmp_path, capsys):
-    rows, missing = compiled(architecture, tmp_path)
-    show(capsys, f"sm_{architecture}", rows)
+    check_every_launch(architecture, *compiled(architecture, tmp_path), f"sm_{architecture}", capsys)
+
+
+def check_every_launch(architecture, rows, missing, title, capsys):
+    show(capsys, title, rows)
     assert missing == {}, "kernels without a case that is compiled"
     assert widths(rows).keys() == WIDTHS.keys()
     counts = [{row["kernel"] for row in rows if row["count"] == size} for size in ("i32", "i64")]
