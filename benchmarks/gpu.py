@@ -12,8 +12,6 @@ import torch
 from r_tsvm_kernels.bench import Results, Row, Stopwatch, row
 from r_tsvm_kernels.bench.table import cell
 
-# q, k, v, o, gate, up, down of one layer of Mistral-7B, with how often each shape occurs.
-MISTRAL_LAYER = {"q_proj": 2, "k_proj": 2, "gate_proj": 2, "down_proj": 1}
 TASKS = 3
 SLOW = 5.0  # seconds; a call that takes longer is timed once
 

@@ -1,15 +1,13 @@
 """Merge a whole model of Mistral-7B's shapes with `rtsvm merge` on a GPU: seconds, device memory, host memory.
 
-    python -m benchmarks.model_merge [--layers 2 12] [--folder DIR] [--output DIR] [--order FILE]
-                                     [--out DIR] [--dry-run]
+    python -m benchmarks.model_merge [--layers 4] [--folder DIR] [--output DIR] [--out DIR] [--dry-run]
 
 A base and three fine-tunes in bfloat16 are written to `--folder`, their merges to `--output`, and all are deleted at
 the end. One layer is 0.44 GB, embedding and head 0.52 GB: 12 of the 32 layers are 5.8 GB a model, 29 GB with the
 output; all 32 take 58 GB, which a folder in memory such as /dev/shm may hold where the disk does not, and 14.5 GB for
 the output. Each number of `--layers` is merged by task arithmetic, with and without `--device-memory`. It is also
 merged by R-TSVM (density 0.3, embedding and head by mean): with solver `products` with and without the limit, with
-solver `eigen` within the limit. `--order` takes the fastest kernels from `dispatch_order`; without it the references
-run on a GPU.
+solver `eigen` within the limit. The kernels that run are those whose self-check passed.
 
 Writes `model.json`: wall time of the command; of the merge alone, as its report states it; the sum of the computing
 times of all tensors; peak host memory of all processes, mapped files included; peak device memory in use, as the driver
@@ -77,37 +75,27 @@ def device_peak(device: torch.device) -> Iterator[DevicePeak]:
         found.bytes = free - lowest[0]
 
 
-def command(models: Family, method: str, out: Path, device: str, budget: str | None, backends: list[str]) -> list[str]:
+def command(models: Family, method: str, out: Path, device: str, budget: str | None) -> list[str]:
     inputs = ["--base", str(models.base), *(word for model in models.tuned for word in ("--model", str(model)))]
     limit = [] if budget is None else ["--device-memory", budget]
     return [
-        sys.executable, "-m", "r_tsvm_kernels", "merge", *inputs, *METHODS[method], *backends, "--device", device,
+        sys.executable, "-m", "r_tsvm_kernels", "merge", *inputs, *METHODS[method], "--device", device,
         *limit, "--quiet", str(out),
     ]  # fmt: skip
 
 
-def chosen_backends(order: Path | None) -> list[str]:
-    """Return the options that run the first backend of every op in a dispatch order."""
-    if order is None:
-        return []
-    first = {op: backends[0] for op, backends in json.loads(order.read_text())["order"].items()}
-    return [word for op, backend in first.items() for word in ("--backend", f"{op}={backend}")]
-
-
-def measure(
-    suite: Suite, models: Family, output: Path, layers: int, method: str, budget: str | None, order: Path | None
-) -> list[Row]:
+def measure(suite: Suite, models: Family, output: Path, layers: int, method: str, budget: str | None) -> list[Row]:
     out = output / "rtsvm-merged"
     shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
     warm(models.files)
     options = {
         "layers": layers, "device_memory": budget, "checkpoint": f"{models.checkpoint_bytes / 1e9:.1f} GB",
-        "tasks": TASKS, "own_order": order is not None,
+        "tasks": TASKS,
     }  # fmt: skip
     name, case = f"merge {method}", {"dtype": "bfloat16", "options": options}
     try:
         with device_peak(suite.device) as device:
-            run = run_measured(command(models, method, out, suite.device.type, budget, chosen_backends(order)))
+            run = run_measured(command(models, method, out, suite.device.type, budget))
         report = json.loads((out / "merge_report.json").read_text())
     except RuntimeError as error:  # a loss is a result
         reason = str(error)[-600:]
@@ -130,11 +118,10 @@ def measure(
 
 def main() -> None:
     parser = arguments_of(__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 12])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models are written")
     parser.add_argument("--output", type=Path, help="where the merged models are written; by default beside the others")
     parser.add_argument("--device-memory", default="6GB", help="of the merges that are bounded")
-    parser.add_argument("--order", type=Path, help="what `dispatch_order` wrote")
     suite, options = suite_of("model.json", parser)
     shapes = mistral_shapes(shrink=128 if suite.dry else 1)
     output = options.output or options.folder
@@ -148,7 +135,7 @@ def main() -> None:
                 # On a CPU there is no device memory to bound.
                 for bounded in (False,) if suite.dry else BOUNDED[method]:
                     budget = options.device_memory if bounded else None
-                    suite.add(measure(suite, models, output, layers, method, budget, options.order))
+                    suite.add(measure(suite, models, output, layers, method, budget))
 
 
 if __name__ == "__main__":

@@ -269,6 +269,28 @@ def test_the_svd_of_gpus_is_one(shape):
     assert relative_error(U.mT @ U, torch.eye(12)) < 1e-10
 
 
+def test_a_gpu_sleeps_while_the_host_queues_what_is_timed(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("event")
+
+        def elapsed_time(self, end):
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("sleep"))
+    stopwatch = Stopwatch(torch.device("cpu"))
+    stopwatch.device = torch.device("cuda")
+    assert stopwatch.seconds(lambda: happened.append("call")) == 0.005
+    assert happened == ["wait", "sleep", "event", "call", "event", "wait"]
+
+
 def test_interleaved_rounds():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}

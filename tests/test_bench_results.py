@@ -7,8 +7,7 @@ import statistics
 import pytest
 
 from benchmarks.against import times_of
-from benchmarks.dispatch_order import suggest
-from r_tsvm_kernels import bench, dispatch
+from r_tsvm_kernels import bench
 from r_tsvm_kernels.bench import Results, exponent, results
 from r_tsvm_kernels.bench.table import factor, sheets
 from r_tsvm_kernels.errors import ConfigError, OutputExistsError
@@ -160,29 +159,6 @@ def test_older_commits_can_be_compared_with():
                     options={"matrix": "m", "tasks": 3, "device": "cpu"})  # fmt: skip
     ((change,), _) = bench.compare([(times_of(report), [now])])
     assert change.ratio == 2.0
-
-
-def test_the_suggested_dispatch_table():
-    def rows(name, provider, times, status="timed"):
-        case = {"options": {"device": "cuda"}, "role": "reference" if provider == "reference" else "ours"}
-        if status != "timed":
-            return [bench.row(name, provider, "time", None, notes={"status": status}, **case)]
-        speedup = bench.row(name, provider, "speed-up", times, notes={"against": "reference"}, **case)
-        return [bench.row(name, provider, "time", 1 / times, **case), speedup]
-
-    suggested = suggest([
-        *rows("magnitude_ranks", "cuda", 10.0), *rows("magnitude_ranks", "triton", 20.0),
-        *rows("magnitude_ranks", "reference", 1.0),
-        *rows("elect_and_sum: sum", "cuda", 2.0), *rows("elect_and_sum: TIES", "cuda", 8.0),
-        *rows("elect_and_sum: sum", "triton", 9.0), *rows("elect_and_sum: TIES", "triton", 9.0, "wrong"),
-        *rows("elect_and_sum: sum", "reference", 1.0), *rows("elect_and_sum: TIES", "reference", 1.0),
-        *rows("reweight_prune", "cuda", 0.5), *rows("reweight_prune", "reference", 1.0),
-    ])  # fmt: skip
-    order, times = suggested["order"], suggested["time_by_reference"]
-    assert order["magnitude_ranks"] == ["triton", "cuda", "torch"]
-    assert order["elect_and_sum"] == ["cuda", "torch"] and times["elect_and_sum"]["cuda"] == pytest.approx(1 / 4)
-    assert order["reweight_prune"] == ["torch", "cuda"]
-    assert order["gemm3"] == list(dispatch.ops()["gemm3"].order["cuda"])  # not measured
 
 
 def test_the_printer():

@@ -7,9 +7,10 @@ from .measure import Stopwatch, interleaved, leaves, peak_extra_bytes, peak_of, 
 from .registry import REGISTRY, Benchmark, chosen
 from .results import Results, Row, exponent, quartiles, ratios, read_rows, row, source_hash, write_rows
 from .shapes import MODELS, matrix
-from .suite import PLANS, Plan, run_case, run_suite
+from .suite import DECAYING, PLANS, Plan, run_case, run_suite
 
 __all__ = [
+    "DECAYING",
     "MODELS",
     "PLANS",
     "REGISTRY",

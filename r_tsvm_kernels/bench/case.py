@@ -36,6 +36,7 @@ class Inputs:
         dtype: of the weights, a key of `TIMED_DTYPES`.
         tasks: number of fine-tunes.
         device: where the tensors are.
+        decaying: whether the singular values of the task vectors fall roughly as ``i ** -0.5``, as after training.
     """
 
     matrix: str
@@ -43,6 +44,7 @@ class Inputs:
     dtype: str
     tasks: int
     device: torch.device
+    decaying: bool = False
 
     @cached_property
     def base(self) -> Tensor:
@@ -78,6 +80,9 @@ class Inputs:
         generator = torch.Generator(self.device).manual_seed(seed)
         values = scale * torch.randn(self.shape, generator=generator, device=self.device)
         if around is not None:
+            if self.decaying:
+                places = torch.arange(1, self.shape[1] + 1, device=self.device).float().rsqrt()
+                values *= places / places.square().mean().sqrt()
             values += around.float()
         return ((values / GRID).round() * GRID).clamp(-LARGEST, LARGEST).to(TIMED_DTYPES[self.dtype])
 

@@ -27,7 +27,7 @@ class Plan:
 
     Attributes:
         name: ``quick``, ``full`` or ``dry-run``.
-        matrices: labels of the shapes, by kind of benchmark.
+        matrices: labels of the shapes, by kind of benchmark; followed by `DECAYING` for such a spectrum.
         dtypes: of the first matrix of each kind; all others are bfloat16.
         seconds: target timing budget per provider.
         tasks: number of fine-tunes.
@@ -73,13 +73,15 @@ PLANS = {
     )
 }
 TINY = (24, 16)
+DECAYING = ", decaying spectrum"
 
 
 def inputs_of(plan: Plan, kind: Kind, device: torch.device) -> Iterator[Inputs]:
     """Yield the inputs on which the benchmarks of a kind are run."""
     for index, label in enumerate(plan.matrices[kind]):
         for dtype in plan.dtypes if index == 0 else plan.dtypes[:1]:
-            yield Inputs(label, TINY if label == "tiny" else matrix(label), dtype, plan.tasks, device)
+            of = label.removesuffix(DECAYING)
+            yield Inputs(label, TINY if of == "tiny" else matrix(of), dtype, plan.tasks, device, of != label)
 
 
 def run_suite(
