@@ -54,6 +54,7 @@ def triton_interpreter_state() -> str:
     return installed
 
 
+@lru_cache
 def native(backend: str) -> ModuleType:
     """Return the compiled module of `backend` (``cpu`` or ``cuda``)."""
     import torch  # noqa: F401  # first, so that one OpenMP runtime serves both

@@ -1,3 +1,4 @@
+#include "../cpu/pages.h"
 #include "arguments.h"
 #include "r_tsvm/bulge_chasing.h"
 #include "r_tsvm/elect_and_sum.h"
@@ -158,6 +159,11 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                         threads);
       },
       py::arg("x"), py::arg("base"), py::arg("table"), py::arg("drawn"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "prefer_huge_pages",
+      [](std::uintptr_t address, uint64_t bytes) { prefer_huge_pages(bindings::pointer<void>(address), bytes); },
+      py::arg("address"), py::arg("bytes"));
 
   module.def(
       "largest_magnitude",

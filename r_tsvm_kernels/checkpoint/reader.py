@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..errors import CheckpointError, InputChangedError
 from ..files import open_regular, usable_path
 from ..quantised import refuse_quantised
@@ -27,6 +28,9 @@ from .scaled import ScaledHeader, find_scaled, load_packed, load_scaled, load_sc
 
 # Rows are read in pieces of about this size where they are not wanted together.
 _PIECE_BYTES = 1 << 20
+# Tensors from this size on are read into huge pages: reading into fresh memory took half to three quarters of the time.
+# Smaller ones take memory that was in use before.
+_HUGE_BYTES = 4 << 20
 
 
 class Checkpoint:
@@ -126,6 +130,8 @@ class Checkpoint:
         offset = header.offset + first * (header.nbytes // shape[0]) if first else header.offset
         size = (last - first, *shape[1:]) if rows else shape
         tensor = torch.empty(size, dtype=header.dtype, device="cpu", pin_memory=pin)
+        if not pin and tensor.nbytes >= _HUGE_BYTES and backends.state("cpu") == backends.READY:
+            backends.native("cpu").prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
         self._fill(tensor, header, offset, name)
         return tensor.to(device)
 
