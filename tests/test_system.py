@@ -9,9 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import digest, family
 
 from r_tsvm_kernels import system
+from r_tsvm_kernels.checkpoint import ShardFile, ShardLayout
+from r_tsvm_kernels.checkpoint.writer import TensorSpec
 
 PROGRAM = Path(__file__).with_name("poorer_system.py")
 WITHOUT = [(), ("preadv",), ("preadv", "pread", "pwrite")]
@@ -127,6 +130,26 @@ def test_what_a_file_takes_on_disk_where_nothing_says_so(tmp_path):
 
     assert system.allocated(Status()) == 1024
     assert system.allocated(tmp_path.stat()) == 512 * tmp_path.stat().st_blocks
+
+
+def test_writing_back_begins_with_the_bytes_that_were_written(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(system, "_sync_file_range", lambda: lambda *arguments: calls.append(arguments))
+    layout = ShardLayout("a.safetensors", {"w": TensorSpec(torch.float32, (4, 2))})
+    with ShardFile.create(tmp_path / "a.safetensors", layout) as shard:
+        shard.write("w", torch.ones(2, 2), 2)
+    assert [call[1:] for call in calls] == [(layout.offsets["w"] + 16, 16, 2)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the call")
+def test_linux_has_the_call(tmp_path, monkeypatch):
+    call = system._sync_file_range()
+    with (tmp_path / "a").open("wb") as file:
+        file.write(b"12345678")
+        assert call(file.fileno(), 0, 8, 2) == 0 and call(file.fileno(), -1, 8, 2) == -1
+        system.begin_to_write_back(-1, 0, 8)  # a hint
+        monkeypatch.setattr(system, "_sync_file_range", lambda: None)
+        system.begin_to_write_back(file.fileno(), 0, 8)
 
 
 # What only POSIX has, or only Linux, of modules that the package uses.

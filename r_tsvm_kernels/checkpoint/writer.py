@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DiskFullError
 from ..files import write_json
-from ..system import copy_at, open_descriptor, read_at, reserve, sync, write_at
+from ..system import begin_to_write_back, copy_at, open_descriptor, read_at, reserve, sync, write_at
 from .checksums import Checksum, byte_view
 from .headers import DTYPES
 
@@ -184,6 +184,7 @@ class ShardFile:
             offset += first_row * (spec.nbytes // spec.shape[0])
         with _reported(self.path, tensor.nbytes):
             _write_fully(self._file, byte_view(tensor), offset)
+        begin_to_write_back(self._file, offset, tensor.nbytes)  # while the next tensors are merged
 
     def copy(self, name: str, source: int, offset: int, count: int, first_row: int | None = None) -> bool:
         """Copy the bytes of a tensor, or of its rows from `first_row` on, from another open file.

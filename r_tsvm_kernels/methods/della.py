@@ -25,8 +25,8 @@ from .base import Cost, FiniteFloat, MethodParameters, PerModel, TensorJob, regi
 from .reports import MergeResult
 from .sparsify import SPARSE_OPS, RandomParameters, merge_kept, sparse_cost
 
-# Elements whose ranks are in memory at a time.
-_PIECE = 1 << 22
+# Elements whose ranks are in memory at a time: on a CPU, so many that malloc takes the same memory again.
+_PIECE = {"cpu": 1 << 20, "cuda": 1 << 22}
 
 
 class DellaLinearParameters(RandomParameters):
@@ -79,7 +79,7 @@ def della_cost(job: TensorJob, options: DellaLinearParameters) -> Cost:
     elements, each = job.elements, (4 if options.rescale else 1) * job.tasks + sorting
     if options.rescale and len(job.shape) > 1:
         per_row = job.elements // max(1, job.shape[0])
-        elements = min(elements, rows_of_piece(per_row) * per_row)
+        elements = min(elements, rows_of_piece(per_row, job.device_type) * per_row)
         each += job.summed  # of the piece
     return Cost(common.bytes + each * elements, common.flops + 60.0 * job.tasks * job.elements)
 
@@ -94,7 +94,7 @@ def _merge_ranked(
     shape = base.shape or (1,)  # a scalar is a row
     rows, tuned_rows = base.view(shape), [tensor.view(shape) for tensor in tuned]
     per_row = base.numel() // max(1, len(rows))
-    height = rows_of_piece(per_row) if options.rescale and base.ndim > 1 else len(rows)
+    height = rows_of_piece(per_row, base.device.type) if options.rescale and base.ndim > 1 else len(rows)
     if height >= len(rows):
         result = merge_kept(rows, tuned_rows, options, della_masks(rows, tuned_rows, options), elect, out_dtype)
         result.weight = result.weight.view(base.shape)
@@ -111,17 +111,17 @@ def _merge_ranked(
     return result
 
 
-def rows_of_piece(per_row: int) -> int:
+def rows_of_piece(per_row: int, device_type: str) -> int:
     """Return how many rows are ranked at a time. Ranks take twice the memory of weights in bfloat16.
 
     A piece begins at a multiple of four elements, as random masks need it.
 
     Examples:
-        >>> rows_of_piece(4096), rows_of_piece(3)
-        (1024, 1398100)
+        >>> rows_of_piece(4096, "cuda"), rows_of_piece(4096, "cpu"), rows_of_piece(3, "cpu")
+        (1024, 256, 349524)
     """
     unit = 4 // math.gcd(4, max(1, per_row))
-    return max(1, _PIECE // max(1, per_row) // unit) * unit
+    return max(1, _PIECE[device_type] // max(1, per_row) // unit) * unit
 
 
 @register(

@@ -21,7 +21,7 @@ def test_pieces_change_no_bit(method, shape, dtype, monkeypatch):
     whole = merge_tensors(base, tuned, config, name="w").weight
     assert whole.dtype == dtype
     for elements in (1, 50, 200):
-        monkeypatch.setattr(della, "_PIECE", elements)
+        monkeypatch.setitem(della._PIECE, "cpu", elements)
         assert same_bits(merge_tensors(base, tuned, config, name="w").weight, whole)
         per_row = math.prod(shape[1:])
-        assert rows_of_piece(per_row) * per_row % 4 == 0
+        assert rows_of_piece(per_row, "cpu") * per_row % 4 == 0
