@@ -36,11 +36,11 @@ def steering_kernel(
     rank, since = tl.load(values_ptr + 3 * batch + own), tl.load(counts_ptr + own)
 
     impurity = trace_now - square_now
-    met = own < 0
+    met = tl.full((), 0, tl.int1)
     for pair in tl.static_range(PAIRS):
         near = tl.abs(trace_now - rank) < tl.load(limits_ptr + 2 * pair * batch + own)
         met = met | (near & (impurity < tl.load(limits_ptr + (2 * pair + 1) * batch + own)))
-    rank = tl.where(met & (since == 0), tl.floor(trace_now + 0.5), rank)
+    rank = tl.where(met & (since == 0), tl.floor((trace_now + 0.5).to(tl.float64)).to(tl.float32), rank)
     since += tl.where(met | (since > 0), 1, 0)
     done = tl.maximum(since - extra, 0)
     shrink = tl.where((trace_now - rank) * impurity > 0, 1.0, 0.0)
