@@ -62,7 +62,9 @@ def cases() -> Iterator[tuple[str, Callable[[], bool]]]:
         for elect in ("none", "sum"):
             yield (
                 f"elect_and_sum {elect} {name}",
-                lambda b=base, t=tuned, k=keep, e=elect: same(elect_and_sum, b, t, [1.0, 0.5], elect=e, sparsifiers=k),
+                lambda b=base, t=tuned, k=keep, e=elect: same(
+                    elect_and_sum, b, t, [1.0, 0.5], elect=e, sparsifiers=k, out_dtype=b.dtype
+                ),
             )
         yield f"magnitude_select {name}", lambda t=tuned: selected(t[0], [5, 700])
         yield f"magnitude_ranks {name}", lambda t=tuned: same(magnitude_ranks, t[0].reshape(10, 210))
