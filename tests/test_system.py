@@ -1,6 +1,7 @@
 """Systems that lack calls: each replacement does the same, and whole merges give the same bytes there."""
 
 import ast
+import ctypes
 import errno
 import os
 import subprocess
@@ -150,6 +151,29 @@ def test_linux_has_the_call(tmp_path, monkeypatch):
         system.begin_to_write_back(-1, 0, 8)  # a hint
         monkeypatch.setattr(system, "_sync_file_range", lambda: None)
         system.begin_to_write_back(file.fileno(), 0, 8)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc has the call")
+def test_large_blocks_are_returned():
+    """In a process of its own, because the setting stays: freed tensors of 16 MB do not stay resident."""
+    code = """
+import sys, torch
+from r_tsvm_kernels import system
+if sys.argv[1] == "set":
+    system.return_large_blocks()
+page = 4096
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page
+torch.ones(20 << 20, dtype=torch.uint8)  # after which malloc would keep such blocks
+before = resident()
+kept, last = torch.ones(16 << 20, dtype=torch.uint8), torch.ones(1000, dtype=torch.uint8)
+del kept
+print(resident() - before)
+"""
+    grown = {
+        mode: int(subprocess.run([sys.executable, "-c", code, mode], capture_output=True, text=True, check=True).stdout)
+        for mode in ("set", "not")
+    }
+    assert grown["set"] < 4 << 20 < 12 << 20 < grown["not"]
 
 
 # What only POSIX has, or only Linux, of modules that the package uses.

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..engine import choose_device, merge_checkpoints
     from ..engine.output import is_single_file, page_path
     from ..engine.push import check_target
+    from ..system import return_large_blocks
 
     if arguments.push_to_hub is None and (arguments.private or arguments.push_dry_run):
         raise ConfigError("--private and --push-dry-run are for --push-to-hub USER/NAME")
@@ -70,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_target(arguments.push_to_hub, log_in=not arguments.push_dry_run)
 
     backends = chosen_backends(arguments.backend, choose_device(arguments.device))
+    return_large_blocks()
     with shown_progress(arguments.quiet) as show, backends:
         result = merge_checkpoints(
             config,
