@@ -1,5 +1,7 @@
 """The engine of one machine: one thread reads, several merge and one writes, concurrently.
 
+For a GPU, which merges faster than one thread reads and sums, the inputs of a tile are read by several threads.
+
     files -> reader -> [tiles that were read] -> workers -> [tiles that were merged] -> writer -> shards, journal
 
 Tiles start in the order of the plan, so every input file is read from front to back. The `Schedule` bounds the bytes
@@ -13,14 +15,16 @@ import contextvars
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..checkpoint import Checksum
+from ..linalg import use_cuda_graphs
 from ..methods import MergeResult, timed
 from ..plan import MergePlan
 from .job import COMMIT_SECONDS
@@ -41,6 +45,9 @@ from .tiles import (
 
 # Seconds that a stopped merge waits for tiles that are being merged.
 GRACE_SECONDS = 2.0
+
+# Threads that read the inputs of a tile for a GPU.
+READERS = 4
 
 # The command line recognises by this name a thread that still works when everything else has ended.
 THREAD_NAME = "rtsvm-merge"
@@ -163,6 +170,7 @@ class _Pipeline:
         self._device = _Budget(schedule.device_bytes)
         self._turn = threading.Lock()
         self._stopping = threading.Event()
+        self._readers = ThreadPoolExecutor(READERS if self._on_gpu else 1, THREAD_NAME)
         self._outputs: dict[str, _Output] = {}
         self._writing = self._thread(self._writer)
         self._working = [self._thread(self._reader), *(self._thread(self._worker) for _ in range(schedule.workers))]
@@ -210,6 +218,16 @@ class _Pipeline:
 
     # --- the reader
 
+    def _each(self, function: Callable[..., Any], *lists: Iterable[Any]) -> list[Any]:
+        """Call a function with the items of lists, for a GPU in several threads."""
+        if not self._on_gpu:
+            return list(map(function, *lists))
+        calls = [
+            self._readers.submit(contextvars.copy_context().run, function, *items) for items in zip(*lists, strict=True)
+        ]
+        wait(calls)  # nobody reads on after an error
+        return [call.result() for call in calls]
+
     def _reader(self) -> None:
         try:
             for name in self.job.pending:
@@ -219,15 +237,15 @@ class _Pipeline:
                         return
                     self._read.put(self._read_tile(tile, checksums))
         finally:
+            self._readers.shutdown(wait=False)
             for _ in range(self.schedule.workers):
                 self._read.put(None)
 
     def _read_tile(self, tile: Tile, checksums: list[Checksum]) -> _Read:
         stages: dict[str, list[float]] = {}
         with timed(stages, "read"):
-            inputs = read_tile(self.job.plan, tile, pin=self._on_gpu)
-            for checksum, values in zip(checksums, inputs, strict=True):
-                update_checksum(checksum, values)
+            inputs = read_tile(self.job.plan, tile, pin=self._on_gpu, each=self._each)
+            self._each(update_checksum, checksums, inputs)
         found = checksums_by_input(self.job.plan, tile.name, checksums) if tile.is_last else []
         if found:
             check_parts(self.job.plan, tile.name, found)
@@ -238,7 +256,7 @@ class _Pipeline:
     def _worker(self) -> None:
         torch.set_num_threads(1)
         try:
-            with self._own_stream():
+            with self._own_stream(), self._graphs():
                 while self._merge_next():
                     pass
         finally:
@@ -247,6 +265,11 @@ class _Pipeline:
     def _own_stream(self) -> AbstractContextManager[object]:
         """Return the CUDA stream of a worker, so that copies of one worker overlap with kernels of another."""
         return torch.cuda.stream(torch.cuda.Stream(self.job.device)) if self._on_gpu else nullcontext()  # type: ignore[no-untyped-call]
+
+    def _graphs(self) -> AbstractContextManager[object]:
+        """Let loops of products be CUDA graphs if there is memory for them."""
+        limit = self.schedule.graph_bytes // self.schedule.workers
+        return use_cuda_graphs(limit) if limit else nullcontext()
 
     def _merge_next(self) -> bool:
         """Merge the next tile; False if there is none. A function, so that no tensor is held while waiting."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ..errors import ConfigError, MemoryBudgetError
@@ -25,6 +25,9 @@ _LOG = logging.getLogger(__name__)
 PROGRAM_BYTES, WORKER_BYTES = 320 << 20, 32 << 20
 # Reading three tokenizers of 128,000 tokens took 98 MB above the rest of the program: 270 bytes for each token.
 TOKEN_BYTES = 320
+
+# Limit of the memory of CUDA graphs of a worker, where the budget has room for it.
+GRAPH_BYTES = 2 << 30
 
 # Elements of a row tile. Each tile takes a millisecond of Python: half as large ones took 6 % more processor time.
 # Twice as large ones took 80 MB more, because malloc retains a multiple of them; a GPU needs more. Smaller tiles save
@@ -79,6 +82,7 @@ class Schedule:
         device_bytes: limit of the bytes of tensors on the GPU; 0 without one.
         tensors: by name, in the order of the plan.
         program_bytes: bytes of everything else.
+        graph_bytes: limit of the GPU memory of CUDA graphs, in what the tensors leave of the budget.
     """
 
     workers: int
@@ -87,6 +91,7 @@ class Schedule:
     device_bytes: int
     tensors: dict[str, TensorSchedule]
     program_bytes: int
+    graph_bytes: int = 0
 
     @property
     def peak_host_bytes(self) -> int:
@@ -135,7 +140,9 @@ def make_schedule(
                 *(candidate.workers, workers, max((t.tile_rows for t in candidate.tensors.values()), default=0)),
                 format_size(candidate.peak_host_bytes),
             )
-            return candidate
+            wanted = candidate.workers * GRAPH_BYTES if on_gpu else 0
+            spare = wanted if device_memory is None else device_memory - candidate.device_bytes
+            return replace(candidate, graph_bytes=min(wanted, spare))
     raise _too_small(plan, candidate, memory, device_memory)
 
 

@@ -8,8 +8,9 @@ any order, any number of workers, and any other work beside it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +64,18 @@ def tiles_of(name: str, schedule: TensorSchedule) -> Iterator[Tile]:
         yield Tile(name, index, schedule.count, first, last)
 
 
-def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Values]:
+# Calls a function with the items of lists, one call for each position, and returns what they returned.
+Each = Callable[..., Iterable[Any]]
+
+
+def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False, each: Each = map) -> list[Values]:
     """Read a tile of every input that has a part of the tensor, the base first. Adapters give their factors.
+
+    Args:
+        plan: the plan.
+        tile: what to read.
+        pin: into memory that a GPU copies from without a wait.
+        each: reads the inputs, one after the other or at once.
 
     Raises:
         InputChangedError, CheckpointError: an input cannot be read, or has changed.
@@ -74,15 +85,16 @@ def read_tile(plan: MergePlan, tile: Tile, *, pin: bool = False) -> list[Values]
         return read_aligned(plan, tile.name, tile.first, tile.last, pin=pin)
     rows = None if tile.count == 1 else (tile.first, tile.last)
     sources = [plan.inputs[part.source] for part in plan.tensors[tile.name].parts]
-    return [
-        # The engine has the checksums of matrices, which may be read in pieces: see `check_parts`.
-        source.part(tile.name, rows=rows, pin=pin, check=source.is_product(tile.name))
-        if isinstance(source, TaskPart)
-        else source.load_change(plan.module(source, tile.name), pin=pin)  # never cut: see `MergePlan.row_wise`
-        if isinstance(source, Adapter)
-        else source.load(tile.name, rows=rows, pin=pin)
-        for source in sources
-    ]
+
+    def read(source: Checkpoint | Adapter) -> Values:
+        if isinstance(source, TaskPart):
+            # The engine has the checksums of matrices, which may be read in pieces: see `check_parts`.
+            return source.part(tile.name, rows=rows, pin=pin, check=source.is_product(tile.name))
+        if isinstance(source, Adapter):
+            return source.load_change(plan.module(source, tile.name), pin=pin)  # never cut: see `MergePlan.row_wise`
+        return source.load(tile.name, rows=rows, pin=pin)
+
+    return list(each(read, sources))
 
 
 def update_checksum(checksum: Checksum, values: Values) -> None:

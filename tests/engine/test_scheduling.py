@@ -6,7 +6,13 @@ from checkpoints import family, save
 from compare import same_bits
 
 from r_tsvm_kernels import ConfigError, MemoryBudgetError, MergeConfig, merge_tensors
-from r_tsvm_kernels.engine.scheduling import PROGRAM_BYTES, TILE_ELEMENTS, make_schedule, smallest_schedule
+from r_tsvm_kernels.engine.scheduling import (
+    GRAPH_BYTES,
+    PROGRAM_BYTES,
+    TILE_ELEMENTS,
+    make_schedule,
+    smallest_schedule,
+)
 from r_tsvm_kernels.plan import make_plan
 from r_tsvm_kernels.sizes import parse_size
 
@@ -154,3 +160,13 @@ def test_rows_merged_apart_give_the_same_bits(tmp_path, method, rows):
         for tile in tiles:
             assert (tile.report.treatment, tile.report.reason) == (whole.report.treatment, whole.report.reason)
             assert tile.report.weights == whole.report.weights
+
+
+def test_graphs_get_what_tensors_leave_of_the_device_memory(paths):
+    plan = plan_for(paths, "tsvm")
+    assert make_schedule(plan, 2).graph_bytes == 0
+    free = make_schedule(plan, 2, on_gpu=True)
+    assert free.graph_bytes == 2 * GRAPH_BYTES
+    device = free.peak_device_bytes
+    for spare in (0, 1000, 3 * GRAPH_BYTES):
+        assert make_schedule(plan, 2, None, device + spare, on_gpu=True).graph_bytes == min(spare, 2 * GRAPH_BYTES)

@@ -101,7 +101,8 @@ def test_a_merge_from_graphs_gives_the_same_bits(tapes, monkeypatch):
     expected = [products_tsv_merge(layer, [13, 12, 11]) for layer in layers]
     with use_cuda_graphs() as graphs:
         got = [products_tsv_merge(layer, [13, 12, 11]) for layer in layers]
-        assert len(tapes) == 4 and graphs.nbytes == 400  # both levels of the purification, both polar factors
+        # The bound of the spectrum, both levels of the purification, both polar factors.
+        assert len(tapes) == 5 and graphs.nbytes == 500
     assert graphs.nbytes == 0
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one.matrix, other.matrix)
@@ -180,3 +181,44 @@ def test_on_a_cpu_nothing_changes():
 def test_a_negative_limit_is_refused():
     with pytest.raises(ConfigError, match="limit"), use_cuda_graphs(limit=-1):
         pass
+
+
+def wrong(function, arguments):
+    tape = Tape(function, arguments)
+    return lambda given: [x + 1 for x in tape(given)]
+
+
+def refused(function, arguments):
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\na long trace")
+
+
+@pytest.mark.parametrize(("recorder", "why"), [(wrong, "other results"), (refused, "not permitted")])
+def test_a_recording_that_fails_or_is_wrong_ends_all_graphs(tapes, monkeypatch, caplog, recorder, why):
+    monkeypatch.setattr(cuda_graph, "record", recorder)
+    monkeypatch.setattr(cuda_graph, "_wait", lambda recording: None)
+    graphs = Graphs(1000)
+    results = [graphs.call(double, (torch.full((2,), float(i)),))[0] for i in range(4)]
+    assert [float(x[0]) for x in results] == [0.0, 2.0, 4.0, 6.0]
+    (message,) = caplog.messages
+    assert why in message and "double" in message and "\n" not in message and graphs.nbytes == 0
+
+
+def test_a_graph_without_memory_is_left_out(tapes, monkeypatch, caplog):
+    def record(function, arguments):
+        if len(arguments[0]) > 2:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return Tape(function, arguments)
+
+    monkeypatch.setattr(cuda_graph, "record", record)
+    graphs = Graphs(1000)
+    for size in (3, 2):
+        for i in range(3):
+            assert float(graphs.call(double, (torch.full((size,), float(i)),))[0][0]) == 2 * i
+    assert graphs.failed is None and graphs.nbytes == Tape.nbytes and not caplog.messages
+
+
+def test_nan_is_a_result_like_any_other(tapes):
+    graphs = Graphs(1000)
+    for _ in range(3):
+        assert graphs.call(double, (torch.full((2,), torch.nan),))[0].isnan().all()
+    assert graphs.failed is None

@@ -2,11 +2,13 @@
 
 The loops of `purification` and `polar_express` launch some twenty kernels per product and never wait for the device.
 For small products (up to one or two thousand columns) the launches take longer than the computation; a graph is a
-single launch. Nothing here has run on a GPU yet, so it is off outside `use_cuda_graphs`.
+single launch. Nothing here has run on a GPU yet, so a recording proves itself: its first results must have the bits of
+the function's, or no graph is used any more.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from ... import dispatch
 from ...errors import ConfigError
+
+_LOG = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,11 +102,17 @@ def _recording_stream(device: torch.device, replayed_on: int) -> torch.cuda.Stre
 class Graphs:
     """Graphs by function and shapes; the least recently used one is dropped first.
 
-    The first call for given shapes runs without a graph, because many shapes occur only once. The second is recorded.
+    The first call for given shapes runs without a graph, because many shapes occur only once. The second is recorded,
+    and compared with the function itself. If they differ, or recording fails, all later calls run without graphs.
+
+    Attributes:
+        limit: bytes of memory that the graphs may hold.
+        failed: why there are no graphs any more; None if there may be.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.failed: str | None = None
         self._known: OrderedDict[Hashable, Recording | None] = OrderedDict()
         self._too_large: set[Hashable] = set()
 
@@ -113,6 +123,8 @@ class Graphs:
 
     def call(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
         """Return ``function(*arguments)``, from a graph if these shapes were seen before."""
+        if self.failed is not None:
+            return function(*arguments)
         key = (function, signature(arguments), self._circumstances(arguments))
         if key not in self._known or key in self._too_large:
             self._known.setdefault(key, None)
@@ -120,15 +132,41 @@ class Graphs:
             return function(*arguments)
         recording = self._known[key]
         if recording is None:
-            recording = self._known[key] = record(function, arguments)
+            expected = function(*arguments)
+            recording = self._checked(function, arguments, expected)
+            if recording is None:
+                self._too_large.add(key)
+                return expected
+            self._known[key] = recording
+            result: Any = expected
+        else:
+            result = recording(arguments)
         self._known.move_to_end(key)
-        result = recording(arguments)
         if recording.nbytes > self.limit:
             _wait(recording)
             self._too_large.add(key)
             self._known[key] = None
         self._drop()
         return cast(R, result)
+
+    def _checked(self, function: Callable[..., Any], arguments: tuple[Any, ...], expected: Any) -> Recording | None:
+        """Record a call that has the expected bits; None if there is no memory, or no graph can be trusted."""
+        try:
+            recording = record(function, arguments)
+            found = recording(arguments)
+        except torch.cuda.OutOfMemoryError:
+            return None
+        except RuntimeError as error:
+            self.failed = str(error).partition("\n")[0]
+        else:
+            pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
+            if all(bool(torch.equal(one, other) or _both_nan(one, other)) for one, other in pairs):
+                return recording
+            _wait(recording)
+            self.failed = "it gave other results"
+        self.clear()
+        _LOG.warning("%s as a CUDA graph: %s; merging goes on without graphs", function.__name__, self.failed)
+        return None
 
     def clear(self) -> None:
         """Free all memory."""
@@ -160,7 +198,7 @@ def use_cuda_graphs(limit: int = LIMIT) -> Iterator[Graphs]:
 
     It saves time in merges of many layers of the same few shapes: the second layer of a shape is recorded, later ones
     are single launches. The results are the same bits. It applies to the thread that opens the block. It has not run on
-    a GPU yet.
+    a GPU yet: each recording is checked once, see `Graphs`.
 
     Args:
         limit: bytes of GPU memory that graphs may hold between calls, beside the memory of `tsv_merge`; the end of the
@@ -204,6 +242,15 @@ def replayed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 def _recordable(tensor: Tensor) -> bool:
     return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _both_nan(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors have the same values, NaN in the same places."""
+    return (
+        bool(one.isnan().any())
+        and torch.equal(one.isnan(), other.isnan())
+        and torch.equal(one.nan_to_num(0.0), other.nan_to_num(0.0))
+    )
 
 
 def _wait(recording: Recording | None) -> None:
