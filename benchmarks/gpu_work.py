@@ -2,14 +2,16 @@
 
     python -m benchmarks.gpu_work [--json FILE]
 
-A merge runs on the CPU with matrices of 1/16 of the size, on the path that a GPU takes: every loop runs to its limit,
-because nobody waits for the device to ask whether all is done. Operations are multiplied by 16^3 (16^2 where a factor
-is a few vectors wide). Counted per matrix:
+A merge runs on the CPU with matrices of a short side of 256, on the path that a GPU takes: every loop runs to its
+limit, because nobody waits for the device to ask whether all is done. Operations are multiplied by the cube of the
+scale (its square where a factor is a few vectors wide). Counted per matrix:
 
 * fp16: operations on tensor cores; a product of two pairs of planes takes three, a symmetric one half of them. Squares
   of a matrix that is done cost nothing, as in the kernels;
 * float64: operations of products, triangular solves and factorisations;
 * launches: torch's operations, and the Triton kernels, with all that their wrappers launch;
+* replayed: the same where loops are CUDA graphs, see `use_cuda_graphs`: one launch, and a copy of each argument and
+  result;
 * waits of the host for the device.
 
 What a fallback to another solver takes, if an estimated error is too large, is not counted.
@@ -33,16 +35,16 @@ from triton.runtime.jit import JITFunction
 from benchmarks.program import Program, finish
 from r_tsvm_kernels import dispatch
 from r_tsvm_kernels.bench import Results, Row, row
-from r_tsvm_kernels.linalg import long_side_is_whole
-from r_tsvm_kernels.linalg.products import purification, subspaces
-from r_tsvm_kernels.linalg.products.cuda_graph import PRODUCTS
+from r_tsvm_kernels.linalg import long_side_is_whole, orthonormal
+from r_tsvm_kernels.linalg.products import gram_polar, polar_express, purification, subspaces
+from r_tsvm_kernels.linalg.products.cuda_graph import PRODUCTS, tensors_in
 from r_tsvm_kernels.linalg.products.merge import products_tsv_merge
 from r_tsvm_kernels.linalg.products.weighted import products_weighted_merges
 from tests.spectra import spectrum
 
-SCALE, TASKS = 16, 3
+SHORT, TASKS = 256, 3
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096))
-THIN = 32  # columns of random vectors, which are as many at any size
+THIN = (1, 4, 8, 16, 20, 24, 32, 40, 48, 72)  # columns of random vectors and directions, as many at any size
 
 # Operations that launch nothing.
 FREE = [
@@ -78,10 +80,13 @@ FREE = [
 class Work(TorchDispatchMode):
     """Counts what runs inside its ``with`` block."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: int = 1) -> None:
         super().__init__()
+        self.scale = scale
         self.operations: dict[str, float] = defaultdict(float)
         self.launches: Counter[str] = Counter()
+        self.replayed: Counter[str] = Counter()
+        self._recorded = 0
         self.waits = 0
         self._inside = 0
 
@@ -93,7 +98,7 @@ class Work(TorchDispatchMode):
             return result
         self.waits += name == "_local_scalar_dense"
         if name not in FREE:
-            self.launches[name] += 1
+            self._launch(name)
             self._count(name, args, kwargs or {}, result)
         return result
 
@@ -101,22 +106,42 @@ class Work(TorchDispatchMode):
         operations = 0.0
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             a, b = args[:2] if name in ("mm", "bmm") else args[1:3]
-            operations = 2 * math.prod(a.shape) * b.shape[-1] * scaled(min(a.shape[-2], b.shape[-1]))
+            operations = 2 * math.prod(a.shape) * b.shape[-1] * self._scaled(min(a.shape[-2], b.shape[-1]))
         elif "cholesky" in name:
             a = args[0]
-            operations = math.prod(a.shape) * a.shape[-1] / 3 * scaled(a.shape[-1])
+            operations = math.prod(a.shape) * a.shape[-1] / 3 * self._scaled(a.shape[-1])
         elif "solve_triangular" in name or name == "triangular_solve":
             a, b = args[:2]
             other = b.shape[-1] if options.get("left", True) else b.shape[-2]
-            operations = math.prod(a.shape) * other * scaled(other)
+            operations = math.prod(a.shape) * other * self._scaled(other)
         elif "eigh" in name or "svd" in name:
             a = args[0]
-            operations = 9 * math.prod(a.shape) * a.shape[-1] * scaled(a.shape[-1])
+            operations = 9 * math.prod(a.shape) * a.shape[-1] * self._scaled(a.shape[-1])
         if operations:
             self.operations[str(a.dtype).removeprefix("torch.")] += operations
 
+    def _scaled(self, columns: int) -> float:
+        """Return the factor to full size of a product whose smallest side is that wide."""
+        return float(self.scale ** (2 if columns in THIN else 3))
+
+    def _launch(self, name: str) -> None:
+        self.launches[name] += 1
+        if not self._recorded:
+            self.replayed[name] += 1
+
     def _launched(self, *args: Any, **options: Any) -> None:
-        self.launches["kernels"] += 1
+        self._launch("kernel")
+
+    def graph(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run what would be a graph."""
+        self._recorded += 1
+        try:
+            result = function(*args)
+        finally:
+            self._recorded -= 1
+        self.replayed["graph"] += 1
+        self.replayed["copy"] += sum(1 for _ in tensors_in((args, result)))
+        return result
 
     def product(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap an op of planes."""
@@ -131,7 +156,7 @@ class Work(TorchDispatchMode):
                 self._inside -= 1
             planes = args[0]
             if name == "gemm3":
-                self.operations["fp16"] += 3 * 2 * math.prod(planes.shape) * args[1].shape[-1] * SCALE**3
+                self.operations["fp16"] += 3 * 2 * math.prod(planes.shape) * args[1].shape[-1] * self.scale**3
             elif name != "split_planes":
                 columns = planes.shape[-1]
                 running = 1.0
@@ -139,21 +164,16 @@ class Work(TorchDispatchMode):
                     self._inside += 1  # this is not part of the merge
                     running = float((args[1].done == 0).double().mean())
                     self._inside -= 1
-                self.operations["fp16"] += 3 * math.prod(planes.shape) * columns * running * SCALE**3
+                self.operations["fp16"] += 3 * math.prod(planes.shape) * columns * running * self.scale**3
             return result
 
         return counted
 
 
-def scaled(columns: int) -> float:
-    """Return the factor to full size of a product whose smallest side is that wide."""
-    return SCALE ** (2 if columns <= THIN else 3)
-
-
 @contextmanager
-def counted() -> Iterator[Work]:
-    """Count the work inside a ``with`` block, on the path of a GPU."""
-    work, select, tolist = Work(), dispatch.select, Tensor.tolist
+def counted(scale: int) -> Iterator[Work]:
+    """Count the work inside a ``with`` block, on the path of a GPU, of matrices that are `scale` times as large."""
+    work, select, tolist = Work(scale), dispatch.select, Tensor.tolist
 
     def listed(tensor: Tensor) -> Any:
         work.waits += 1
@@ -166,17 +186,22 @@ def counted() -> Iterator[Work]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(dispatch, "select", chosen))
         stack.enter_context(patch.object(purification, "_all", lambda done: False))
-        stack.enter_context(patch.object(subspaces, "FORESEEN_FROM", subspaces.FORESEEN_FROM // SCALE))
+        stack.enter_context(patch.object(subspaces, "FORESEEN_FROM", subspaces.FORESEEN_FROM // scale))
+        stack.enter_context(patch.object(orthonormal, "BLOCKED_FROM", orthonormal.BLOCKED_FROM // scale))
+        for module in (gram_polar, polar_express, purification, subspaces):
+            if hasattr(module, "replayed"):
+                stack.enter_context(patch.object(module, "replayed", work.graph))
         stack.enter_context(patch.object(Tensor, "tolist", listed))
         stack.enter_context(work)
         yield work
 
 
 def work_of(name: str, shape: tuple[int, int], kind: str) -> tuple[Work, float]:
-    """Count one merge of matrices of a shape, at 1/16 of its size; return its estimated error, too."""
-    m, n = (size // SCALE for size in shape)
+    """Count one merge of matrices of a shape, at a smaller size; return its estimated error, too."""
+    scale = min(shape) // SHORT
+    m, n = (size // scale for size in shape)
     matrices = torch.stack([1e-3 * spectrum(kind, m, n, seed) for seed in range(TASKS)])
-    with counted() as work:
+    with counted(scale) as work:
         error = MERGES[name](matrices if m >= n else matrices.mT)
     return work, error
 
@@ -204,6 +229,7 @@ def rows(name: str, shape: tuple[int, int], kind: str) -> list[Row]:
         "fp16": (work.operations["fp16"], "operations"),
         "float64": (work.operations["float64"], "operations"),
         "launches": (sum(work.launches.values()), "launches"),
+        "replayed": (sum(work.replayed.values()), "launches"),
         "waits": (work.waits, "waits"),
     }
     return [row(name, "products", metric, value, unit=unit, **case)

@@ -6,7 +6,7 @@ Saad, SIAM J. Matrix Anal. Appl. 38, 2017). Near 0, where the eigenvalues of a G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,44 +62,68 @@ class Rules:
         return [sum(values) / len(values) / self.largest for values in found]
 
 
-def lanczos_rules(grams: Tensor, flat: float = 0.0) -> list[Rules] | None:
+def lanczos_rules(
+    grams: Tensor, flat: float = 0.0, run: Callable[..., Tensor] = lambda steps, *args: steps(*args)
+) -> list[Rules] | None:
     """Return the rules of positive semidefinite matrices (B, n, n); None if all are flat, see `eigenvalues_at`.
 
-    Waits for the device twice.
+    Waits for the device once; twice if `flat` is given.
+
+    Args:
+        grams: the matrices.
+        flat: see `eigenvalues_at`.
+        run: calls a function that only launches.
     """
     batch, n = len(grams), grams.shape[-1]
     steps, vectors = min(STEPS, n), min(VECTORS, n)
-    basis = grams.new_zeros(batch, vectors, n, steps + 1)
-    basis[..., 0] = torch.linalg.qr(gaussian(n, vectors, grams.device)).Q.mT
-    diagonal, beside = list[Tensor](), list[Tensor]()
-    for step in range(steps):
+    basis = grams.new_zeros(batch * vectors, n, steps + 1)
+    basis[..., 0] = torch.linalg.qr(gaussian(n, vectors, grams.device)).Q.mT.repeat(batch, 1)
+    taken = min(FIRST, steps) if flat else 0
+    known = [run(lanczos_steps, grams, basis, 0, taken)] if flat else []
+    if flat:
+        rules = _rules(known[0], n)
+        means = grams.diagonal(dim1=-2, dim2=-1).double().mean(-1).tolist()
+        if all(own.largest < flat * mean for own, mean in zip(rules, means, strict=True)):
+            return None
+    if taken < steps:
+        known.append(run(lanczos_steps, grams, basis, taken, steps))
+    return _rules(torch.cat(known), n)
+
+
+def lanczos_steps(grams: Tensor, basis: Tensor, first: int, last: int) -> Tensor:
+    """Take some Lanczos steps; return the diagonals and the numbers beside them (steps, 2, B, vectors).
+
+    Args:
+        grams: (B, n, n).
+        basis: (B vectors, n, all steps + 1), of which each step fills a column.
+        first: number of the first step.
+        last: number after that of the last one.
+    """
+    batch, n = len(grams), grams.shape[-1]
+    tiny = torch.finfo(basis.dtype).tiny
+    numbers = []
+    for step in range(first, last):
         own = basis[..., : step + 1]
-        last = own[..., -1:]
-        W = (grams @ last[..., 0].mT).mT[..., None]
-        diagonal.append((W * last).sum((-2, -1)))
-        for _ in range(2):  # once is not enough in float32
-            W = W - own @ (own.mT @ W)
+        W = (own[..., -1].view(batch, -1, n) @ grams).view(-1, n, 1)
+        parts = own.mT @ W
+        diagonal = parts[:, -1]
+        W = torch.baddbmm(W, own, parts, alpha=-1)
+        W = torch.baddbmm(W, own, own.mT @ W, alpha=-1)  # once is not enough in float32
         norms = torch.linalg.vector_norm(W, dim=-2, keepdim=True)
-        if step + 1 in (FIRST, steps):
-            rules = _rules(diagonal, beside, n)
-            means = grams.diagonal(dim1=-2, dim2=-1).double().mean(-1).tolist() if step + 1 == FIRST and flat else []
-            if means and all(own.largest < flat * mean for own, mean in zip(rules, means, strict=True)):
-                return None
-        beside.append(norms[..., 0, 0])
-        basis[..., step + 1 : step + 2] = W / norms.clamp(min=torch.finfo(W.dtype).tiny)
-    return rules
+        numbers += [diagonal.view(batch, -1), norms.view(batch, -1)]
+        torch.div(W, norms.clamp(min=tiny), out=basis[..., step + 1 : step + 2])
+    return torch.stack(numbers).view(last - first, 2, batch, -1)
 
 
-def _rules(diagonal: Sequence[Tensor], beside: Sequence[Tensor], n: int) -> list[Rules]:
-    """Return the rules of each matrix from the entries of its Lanczos matrices."""
-    own = np.array(torch.stack(list(diagonal)).tolist())  # (steps, B, vectors)
-    next_to = np.array(torch.stack([torch.zeros_like(diagonal[0]), *beside]).tolist())[1:]
+def _rules(numbers: Tensor, n: int) -> list[Rules]:
+    """Return the rules of each matrix from the entries of its Lanczos matrices, see `lanczos_steps`."""
+    own, next_to = np.array(numbers.tolist()).swapaxes(0, 1)  # (steps, B, vectors)
     rules = []
     for matrix in range(own.shape[1]):
         lanczos = [
             np.diag(own[:, matrix, vector])
-            + np.diag(next_to[:, matrix, vector], 1)
-            + np.diag(next_to[:, matrix, vector], -1)
+            + np.diag(next_to[:-1, matrix, vector], 1)
+            + np.diag(next_to[:-1, matrix, vector], -1)
             for vector in range(own.shape[2])
         ]
         values, vectors = np.linalg.eigh(np.stack(lanczos))

@@ -53,7 +53,7 @@ class Planes:
 
     def unscaled(self) -> Tensor:
         """Return ``hi + lo / 2^11`` in float32."""
-        return self.hi.float() if self.lo is None else self.hi.float() + self.lo.float() / LOW
+        return self.hi.float() if self.lo is None else torch.add(self.hi.float(), self.lo, alpha=1 / LOW)
 
     def flatten(self) -> Planes:
         """Return the same planes with one leading dimension."""

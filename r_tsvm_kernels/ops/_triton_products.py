@@ -233,7 +233,7 @@ def symmetric_product(
 ) -> SymmetricProduct:
     """Return ``linear A + quadratic A A^T``, A without its scale; see `symmetric_kernel` and `symm_square`."""
     matrix, sums = symmetric_tiles(A, quadratic, out_dtype, linear, done, old)
-    trace, square_norm = sums.double().sum(1).float().unbind(1)  # in a fixed order
+    trace, square_norm = sums.sum(1, dtype=torch.float64).float().unbind(1)  # in a fixed order
     if done is not None and old is not None:
         trace = torch.where(done >= 2, old.trace, trace)
         square_norm = torch.where(done >= 2, old.square_norm, square_norm)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .cuda_graph import replayed
 from .number_formats import Arithmetic, Operand, Precision, arithmetic, padded
 from .polar_express import Quintic, coefficients
-from .subspaces import extremes
+from .subspaces import largest_singular_value, smallest_singular_value
 
 # A stage takes singular values down to this many roots of eps: their squares have 4000 times the size of rounding.
 RESOLVED = 64
@@ -71,9 +71,10 @@ def gram_polar(matrix: Tensor, precision: Precision = "fp16x3") -> GramPolar:
     growth, scale, steps = 1.0, 1.0, 0
     smallest = largest = bound
     for stage in range(1, STAGES + 1):
-        low, high = ends_of_gram(gram[..., :k, :k])
+        factors, low = smallest_of_gram(gram[..., :k, :k])
         smallest = bound * low / growth
-        largest = bound * high if stage == 1 else largest
+        if stage == 1:
+            largest = bound * largest_singular_value(factors).nan_to_num(1.0)
         lower = scale * float(low.amin()) / 1.2  # an estimate from above
         last = lower >= resolved or stage == STAGES
         quintics = coefficients(
@@ -116,11 +117,14 @@ def even_parts(gram: Operand, quintics: tuple[Quintic, ...], numbers: Arithmetic
     return result
 
 
-def ends_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimate the smallest and the largest singular value of X; 0 for one that the Gram matrix does not resolve."""
+def smallest_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factors of ``X^T X``, and an estimate of the smallest singular value of each X.
+
+    It is 0 where the Gram matrix does not resolve it.
+    """
     factors, failed = torch.linalg.cholesky_ex(gram.double(), upper=True)
-    found = torch.stack([torch.stack(extremes(factor)[:2]) for factor in factors])
-    return torch.where(failed > 0, 0.0, found[:, 1].nan_to_num(0.0)), found[:, 0].nan_to_num(1.0)
+    smallest, _ = smallest_singular_value(factors)
+    return factors, torch.where(failed > 0, 0.0, smallest.nan_to_num(0.0))
 
 
 def _of_each(factor: Tensor, like: Tensor) -> Tensor:

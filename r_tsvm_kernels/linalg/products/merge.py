@@ -13,11 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .gram_polar import ends_of_gram
+from .gram_polar import smallest_of_gram
 from .number_formats import Precision, arithmetic, padded
-from .polar_express import polar_express
-from .subspaces import ProductsSubspaces, accurate_subspaces, extremes, unit_columns
-from .turning import Turning, interpret, measure, solve_gram
+from .polar_express import polar_of_operand
+from .purification import batches
+from .subspaces import ProductsSubspaces, accurate_subspaces, largest_singular_value, solve_gram
+from .turning import interpret, measure, weakest
 
 # Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Smaller singular values are not
 # resolved.
@@ -91,21 +92,10 @@ def products_tsv_merges(
     parts = accurate_subspaces(layers.flatten(0, 1), flat_ranks, precision, tolerance)
     of_layers = [parts[first : first + tasks] for first in range(0, len(parts), tasks)]
     cores = [_Core.of(layer, [1.0] * tasks if weights is None else weights[i]) for i, layer in enumerate(of_layers)]
-    lefts = _orthogonalize(
-        [torch.cat([part.U for part in layer], 1) for layer in of_layers],
-        cores,
-        False,
-        [[(unit_columns(part.core @ part.inside), part.left_beyond) for part in layer] for layer in of_layers],
-        precision,
-    )
-    rights = _orthogonalize(
-        [torch.cat([part.Vh for part in layer], 0).mT for layer in of_layers],
-        cores,
-        True,
-        [[(part.inside, part.right_beyond) for part in layer] for layer in of_layers],
-        precision,
-    )
-    return [_multiply(*layer, precision, keep_factors) for layer in zip(of_layers, cores, lefts, rights, strict=True)]
+    merges: list[ProductsMerge] = []
+    for group in batches([core.matrix.shape[0] for core in cores]):
+        merges += _merge(of_layers[group], cores[group], precision, keep_factors)
+    return merges
 
 
 @dataclass(frozen=True)
@@ -122,10 +112,6 @@ class _Core:
     unit: Tensor
     dominance: Tensor
 
-    def of_side(self, transposed: bool) -> Tensor:
-        """Return the factor of the left polar factor, or of the right one."""
-        return self.matrix.mT if transposed else self.matrix
-
     @classmethod
     def of(cls, parts: Sequence[ProductsSubspaces], weights: Sequence[float]) -> _Core:
         core = torch.block_diag(*(w * part.core for w, part in zip(weights, parts, strict=True)))  # type: ignore[no-untyped-call]
@@ -136,69 +122,91 @@ class _Core:
         return cls(matrix, unit, dominance.nan_to_num(1.0).clamp(max=1.0))
 
 
-@dataclass(frozen=True)
-class _Side:
-    """The polar factor of a concatenated basis with its measurements.
-
-    Attributes:
-        matrix: (m, k) the polar factor.
-        steps: quintic steps.
-        turning: its distance from the exact one.
-        condition: of the basis.
-    """
-
-    matrix: Tensor
-    steps: int
-    turning: Turning
-    condition: float
-
-
-def _orthogonalize(
-    bases: list[Tensor],
-    cores: list[_Core],
-    transposed: bool,
-    directions: list[list[tuple[Tensor, Tensor]]],
-    precision: Precision,
-) -> list[_Side]:
-    """Return the polar factors of concatenated bases, in one batch if their widths allow.
-
-    Args:
-        bases: for each layer (m, k), float64.
-        cores: of each layer, the factors of the polar factors.
-        transposed: whether these are the right ones.
-        directions: for each layer and task the directions of the basis (k_t, any number) that are most likely wrong,
-            and those towards which they may be turned (m, any number).
-        precision: format of the products.
-    """
-    if len({basis.shape for basis in bases}) > 1:
-        apart = zip(bases, cores, directions, strict=True)
-        return [_orthogonalize([X], [core], transposed, [own], precision)[0] for X, core, own in apart]
-    stack, numbers = torch.stack(bases), arithmetic(precision)
-    X = numbers.load(padded(stack, stack.shape[-1]))
-    k, bound = stack.shape[-1], len(directions[0]) ** 0.5
-    smallest, _ = ends_of_gram(numbers.dense(numbers.gram(X))[..., :k, :k])
+def _merge(
+    layers: list[list[ProductsSubspaces]], cores: list[_Core], precision: Precision, keep_factors: bool
+) -> list[ProductsMerge]:
+    """Multiply the polar factors of the bases of some layers, of the same widths, with the weighted cores."""
+    numbers, L = arithmetic(precision), len(layers)
+    lefts = torch.stack([torch.cat([part.U for part in layer], 1) for layer in layers])
+    rights = torch.stack([torch.cat([part.Vh for part in layer], 0) for layer in layers]).mT
+    k, bound = lefts.shape[-1], len(layers[0]) ** 0.5
+    loaded = [numbers.load(padded(stack, k), bounded=True) for stack in (lefts, rights)]
+    grams = torch.cat([numbers.dense(numbers.gram(X))[..., :k, :k] for X in loaded])
     # A Gram matrix resolves singular values down to a few roots of eps.
-    seen = [value if value > RESOLVED * numbers.eps**0.5 * bound else 0.0 for value in smallest.tolist()]
-    batch = polar_express(stack, bound, lower_bound(min(seen)) / bound, precision)
-    H = numbers.dense(numbers.multiply(X.mT, numbers.load(padded(batch.matrix, k))))[..., :k, :k].double()
-    factors = torch.linalg.cholesky_ex((H + H.mT) / 2, upper=True).L  # of (X^T X)^(1/2)
-    table = torch.stack(
+    resolved = RESOLVED * numbers.eps**0.5 * bound
+    seen = [value if value > resolved else 0.0 for value in smallest_of_gram(grams)[1].tolist()]
+    factors = [
+        polar_of_operand(X, k, bound, lower_bound(min(own)) / bound, precision)
+        for X, own in zip(loaded, (seen[:L], seen[L:]), strict=True)
+    ]
+    H = torch.cat(
         [
+            numbers.dense(numbers.multiply(X.mT, numbers.load(padded(polar.matrix, k), bounded=True)))[..., :k, :k]
+            for X, polar in zip(loaded, factors, strict=True)
+        ]
+    ).double()
+    roots = torch.linalg.cholesky_ex((H + H.mT) / 2, upper=True).L  # of (X^T X)^(1/2)
+    largest = largest_singular_value(roots)
+    Z = weakest(partial(_inverse, roots), 2 * L, k, lefts.device)
+    matrices = torch.stack([core.matrix for core in cores])
+    table = torch.cat(
+        [
+            torch.stack([largest, torch.stack([core.dominance for core in cores]).repeat(2)], 1),
             torch.cat(
                 [
-                    torch.stack([*extremes(R)[:2], core.dominance]),
-                    measure(X, Q.double(), partial(_inverse, R), core.of_side(transposed), own),
+                    measure(lefts, factors[0].matrix.double(), partial(_inverse, roots[:L]), Z[:L], matrices,
+                            _of_blocks([[part.left_inside for part in layer] for layer in layers]),
+                            _beside([[part.left_beyond for part in layer] for layer in layers])),
+                    measure(rights, factors[1].matrix.double(), partial(_inverse, roots[L:]), Z[L:], matrices.mT,
+                            _of_blocks([[part.inside for part in layer] for layer in layers]),
+                            _beside([[part.right_beyond for part in layer] for layer in layers])),
                 ]
-            )
-            for X, Q, R, core, own in zip(stack, batch.matrix, factors, cores, directions, strict=True)
+            ),
+        ],
+        1,
+    ).tolist()  # fmt: skip
+    steps = max(polar.steps for polar in factors)
+    merged = numbers.dense(
+        numbers.multiply(
+            numbers.multiply(numbers.load(factors[0].matrix, bounded=True), numbers.load(matrices, bounded=True)),
+            numbers.load(factors[1].matrix, bounded=True).mT,
+        )
+    )
+    results = []
+    for i, (layer, core) in enumerate(zip(layers, cores, strict=True)):
+        turnings, conditions = [], []
+        for high, dominance, *rest in (table[i], table[L + i]):
+            turnings.append(interpret(rest, k, [part.inside.shape[1] for part in layer], dominance))
+            conditions.append(high**2 / turnings[-1].smallest if turnings[-1].smallest > 0 else math.inf)
+        of_subspaces = [
+            sensitivity * part.subspace_error
+            for turning in turnings
+            for part, sensitivity in zip(layer, turning.sensitivity, strict=True)
         ]
-    ).tolist()
-    sides = []
-    for Q, (largest, smallest, dominance, *rest), own in zip(batch.matrix, table, directions, strict=True):
-        turning = interpret(rest, k, [a.shape[1] for a, _ in own], dominance)
-        condition = (largest / smallest) ** 2 if smallest > 0 else math.inf
-        sides.append(_Side(Q, batch.steps, turning, condition))
-    return sides
+        error = math.hypot(*of_subspaces) + sum(turning.turned + turning.defect for turning in turnings)
+        left, right = (polar.matrix[i] for polar in factors)
+        results.append(
+            ProductsMerge(
+                (merged[i].double() * core.unit).to(merged.dtype),
+                tuple(layer),
+                error + 8 * numbers.eps,
+                max(turning.defect for turning in turnings),
+                (conditions[0], conditions[1]),
+                steps,
+                (left.double(), core.matrix @ right.double().mT * core.unit) if keep_factors else None,
+            )
+        )
+    return results
+
+
+def _of_blocks(columns: list[list[Tensor]]) -> Tensor:
+    """Return the columns of all tasks of each layer in the coordinates of all tasks (layers, k, all columns)."""
+    return torch.stack([torch.block_diag(*layer) for layer in columns])  # type: ignore[no-untyped-call]
+
+
+def _beside(columns: list[list[Tensor]]) -> Tensor:
+    """Return the columns of all tasks of each layer side by side."""
+    return torch.stack([torch.cat(layer, 1) for layer in columns])
 
 
 def _inverse(R: Tensor, z: Tensor) -> Tensor:
@@ -214,29 +222,3 @@ def lower_bound(smallest: float) -> float:
     serve all bases.
     """
     return max(2.0 ** math.floor(math.log2(smallest / 2)), LOWER) if smallest > LOWER else LOWER
-
-
-def _multiply(
-    parts: list[ProductsSubspaces], core: _Core, left: _Side, right: _Side, precision: Precision, keep_factors: bool
-) -> ProductsMerge:
-    """Multiply the polar factors with the weighted cores between them."""
-    numbers = arithmetic(precision)
-    inner = numbers.multiply(numbers.load(left.matrix), numbers.load(core.matrix))
-    merged = numbers.dense(numbers.multiply(inner, numbers.load(right.matrix).mT))
-    factors = (left.matrix.double(), core.matrix @ right.matrix.double().mT * core.unit) if keep_factors else None
-    turnings = (left.turning, right.turning)
-    subspaces = [
-        sensitivity * part.subspace_error
-        for turning in turnings
-        for part, sensitivity in zip(parts, turning.sensitivity, strict=True)
-    ]
-    error = math.hypot(*subspaces) + sum(turning.turned + turning.defect for turning in turnings) + 8 * numbers.eps
-    return ProductsMerge(
-        (merged.double() * core.unit).to(merged.dtype),
-        tuple(parts),
-        error,
-        max(turning.defect for turning in turnings),
-        (left.condition, right.condition),
-        max(left.steps, right.steps),
-        factors,
-    )

@@ -22,9 +22,13 @@ class Floats:
     dtype: torch.dtype
     eps: float
 
-    def load(self, x: Tensor) -> Operand:
-        """Convert a tensor to this format."""
+    def load(self, x: Tensor, *, bounded: bool = False) -> Operand:
+        """Convert a tensor to this format; `bounded`: see `split_planes`."""
         return x.to(self.dtype)
+
+    def times(self, x: Operand, factor: float) -> Operand:
+        """Return ``factor x``."""
+        return factor * cast(Tensor, x)
 
     def dense(self, x: Operand) -> Tensor:
         """Convert an operand to a tensor."""
@@ -72,9 +76,14 @@ class FloatPlanes:
     low: bool
     eps: float
 
-    def load(self, x: Tensor) -> Operand:
-        """Convert a tensor to this format."""
-        return split_planes(x.float(), low=self.low)
+    def load(self, x: Tensor, *, bounded: bool = False) -> Operand:
+        """Convert a tensor to this format; `bounded`: see `split_planes`."""
+        return split_planes(x.float(), low=self.low, bounded=bounded)
+
+    def times(self, x: Operand, factor: float) -> Operand:
+        """Return ``factor x``, as accurate as x."""
+        planes = cast(Planes, x)
+        return Planes(planes.hi, planes.lo, planes.scale * factor)
 
     def dense(self, x: Operand) -> Tensor:
         """Convert an operand to a tensor."""

@@ -102,11 +102,17 @@ def polar_express(
         precision: format of the products.
         tolerance: distance of the singular values from 1 in exact arithmetic.
     """
+    X = arithmetic(precision).load(padded(matrix, matrix.shape[-1]))
+    return polar_of_operand(X, matrix.shape[-1], bound, lower, precision, tolerance)
+
+
+def polar_of_operand(
+    X: Operand, columns: int, bound: float, lower: float, precision: Precision, tolerance: float = 1e-7
+) -> Polar:
+    """Return the polar factors of the first columns of `X`, see `polar_express`."""
     numbers = arithmetic(precision)
-    columns = matrix.shape[-1]
-    X = numbers.load(padded(matrix / bound, columns))
     steps = coefficients(lower, max(tolerance, numbers.eps), 64 * numbers.eps)
-    result = numbers.dense(replayed(compose, X, steps, numbers))[..., :columns]
+    result = numbers.dense(replayed(compose, numbers.times(X, 1 / bound), steps, numbers))[..., :columns]
     return Polar(result, len(steps))
 
 

@@ -22,6 +22,13 @@ OVERSAMPLING = 0.2
 STEPS: dict[Precision, int] = {"float64": 90, "float32": 64, "fp16x3": 64, "fp16": 64}
 
 
+# fp16 can hold up to twice as much.
+LARGE = 2.0**15
+
+# Shift of `cholesky_qr` for columns that are nearly orthonormal, or zeros.
+SHIFT = 2.0**-58
+
+
 @dataclass(frozen=True)
 class Purified:
     """The (nearly) idempotent matrix at the end of a purification.
@@ -160,7 +167,7 @@ def leading_eigenspaces(
         whole = _to_rank(start, wanted, numbers, STEPS[precision])
         bases = _range_of(whole.matrix, gaussian(n, max(ranks), gram.device), ranks, numbers, rounds=2)
         return Eigenspaces(
-            bases,
+            columns_of(bases, ranks),
             (whole.trace - wanted).abs(),
             whole.impurity,
             whole.steps,
@@ -175,14 +182,13 @@ def leading_eigenspaces(
     tolerances = [(spread / 4, spread / 8), (spread / 2 + 0.25, torch.full_like(spread, 0.25))]
     coarse = replayed(purify, start, wanted + spread / 2, tolerances, 4, numbers, STEPS[precision])
     spans = _range_of(coarse.matrix, gaussian(n, columns, gram.device), width, numbers, rounds=4)
-    Y = torch.stack([padded(span, columns) for span in spans])
-    y = numbers.load(Y)
+    Y = padded(spans, columns)
+    y = numbers.load(Y, bounded=True)
     inner = numbers.dense(numbers.multiply(y.mT, numbers.multiply(start.matrix, y)))
     fine = _to_rank(_lifted((inner + inner.mT) / 2, numbers), wanted, numbers, STEPS[precision])
     corners = _range_of(fine.matrix, gaussian(Y.shape[-1], max(ranks), gram.device), ranks, numbers, rounds=2)
-    bases = [Y[i] @ corner for i, corner in enumerate(corners)]
     return Eigenspaces(
-        bases,
+        columns_of(Y @ corners, ranks),
         (fine.trace - wanted).abs(),
         fine.impurity,
         coarse.steps,
@@ -203,14 +209,14 @@ def largest_eigenvalue(gram: Tensor, rounds: int = 32) -> Tensor:
     10 sqrt(n)-th of their length in its direction. The second is from trace and norm (Wolkowicz and Styan, Linear
     Algebra Appl. 29, 1980), the third is the largest column sum. 1 % is added for rounding: repeated squares amplify
     eigenvalues above 1 until the leading eigenvector is lost.
+
+    Args:
+        gram: (B, n, n) symmetric positive semidefinite, of norms between 2^-30 and 2^30.
+        rounds: of the power iteration, a multiple of 4.
     """
     n = gram.shape[-1]
-    v = gaussian(n, 4, gram.device).to(gram.dtype).expand(gram.shape[0], -1, -1)
-    tiny = torch.finfo(gram.dtype).tiny
-    for _ in range(rounds):
-        v = gram @ v
-        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=tiny)
-    ritz = (v * (gram @ v)).sum(-2).amax(-1)
+    start = gaussian(n, 4, gram.device).to(gram.dtype).repeat(gram.shape[0], 1, 1)
+    ritz = replayed(largest_ritz_value, gram, start, rounds)
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     variance = torch.linalg.vector_norm(gram, dim=(-2, -1)).square() / n - mean.square()
     least = torch.stack(
@@ -223,6 +229,16 @@ def largest_eigenvalue(gram: Tensor, rounds: int = 32) -> Tensor:
     return torch.where(least > 0, 1.01 * least, 1.0)
 
 
+def largest_ritz_value(gram: Tensor, v: Tensor, rounds: int) -> Tensor:
+    """Return the largest Ritz value of each matrix (B,) after a power iteration of the columns of v (B, n, any)."""
+    tiny = torch.finfo(gram.dtype).tiny
+    for step in range(1, rounds + 1):
+        v = gram @ v
+        if step % 4 == 0:
+            v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=tiny)
+    return (v * (gram @ v)).sum(-2).amax(-1)
+
+
 def compress(gram: Tensor, level: Tensor) -> Tensor:
     """Return ``G (G + level I)^-1`` in float64: the same eigenvectors, eigenvalues ``x / (x + level)``.
 
@@ -231,12 +247,13 @@ def compress(gram: Tensor, level: Tensor) -> Tensor:
     it. Takes one Cholesky factorisation, and saves the squares that would lift `level`.
 
     Args:
-        gram: (B, n, n) float64, symmetric positive semidefinite, not rounded to another dtype before.
+        gram: (B, n, n) float64, symmetric positive semidefinite, not rounded to another dtype before; its upper
+            triangle is read.
         level: (B,) positive.
     """
     shifted = gram.double().clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(level.double()[:, None])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted).L)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted, upper=True).L, upper=True)
     compressed = -level.double()[:, None, None] * ((inverse + inverse.mT) / 2)
     compressed.diagonal(dim1=-2, dim2=-1).add_(1.0)
     return compressed
@@ -260,21 +277,53 @@ def _to_rank(start: SymmetricProduct, wanted: Tensor, numbers: Arithmetic, steps
     return replayed(purify, start, wanted, [(torch.full_like(wanted, 0.5), limit)], extra, numbers, steps)
 
 
-def _range_of(
-    projector: Operand, sketch: Tensor, ranks: Sequence[int], numbers: Arithmetic, rounds: int
-) -> list[Tensor]:
-    """Return orthonormal bases of the ranges of a batch of (fuzzy) projectors, the first ranks[i] columns each.
+def _range_of(projector: Operand, sketch: Tensor, ranks: Sequence[int], numbers: Arithmetic, rounds: int) -> Tensor:
+    """Return orthonormal bases of the ranges of a batch of (fuzzy) projectors, (B, n, largest rank).
 
-    One product with a random matrix has condition 1e3 to 1e4 and multiplies the projector's noise by it; from the
-    second round on the columns are nearly orthonormal before and after. In float64 a projector of lower rank reduces
-    the other columns to rounding errors; a second pass makes unit vectors of these, or they would vanish in later
-    rounds.
+    The first ranks[i] columns of each count, the others are zeros. One product with a random matrix has condition 1e3
+    to 1e4 and multiplies the projector's noise by it; from the second round on the columns are nearly orthonormal
+    before and after. So only the last round takes float64.
     """
-    between = 2 if numbers.eps < 1e-12 else 1
-    bases = [sketch] * len(ranks)
-    for turn in range(rounds):
-        start = torch.stack([padded(x[:, :k], max(ranks)) for x, k in zip(bases, ranks, strict=True)])
-        product = numbers.dense(numbers.multiply(projector, numbers.load(start)))
-        passes = 3 if turn == rounds - 1 else between
-        bases = [cholesky_qr(product[i, :, :k], passes)[0] for i, k in enumerate(ranks)]
-    return bases
+    bases, columns = numbers.load(padded(sketch.expand(len(ranks), -1, -1), max(ranks))), max(ranks)
+    identity = torch.eye(bases.shape[-1], dtype=torch.float64, device=sketch.device)
+    for _ in range(rounds):
+        bases = _nearly_orthonormal(numbers.multiply(projector, bases), identity, numbers)
+    product = numbers.dense(bases)
+    options = (3,) if numbers.eps < 1e-12 else (1, SHIFT)
+    parts = [cholesky_qr(product[group, :, : ranks[group.start]], *options)[0] for group in batches(ranks)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([torch.nn.functional.pad(part, (0, columns - part.shape[-1])) for part in parts])
+
+
+def _nearly_orthonormal(columns: Operand, identity: Tensor, numbers: Arithmetic) -> Operand:
+    """Return a basis of the same columns, orthonormal but for those that rounding hides in their Gram matrix.
+
+    Columns of zeros stay zero. In float64 a projector of lower rank reduces the other columns to rounding errors; a
+    second pass makes unit vectors of these, or they would vanish in later rounds. In other formats a projector's errors
+    are larger than that. One plane alone is too coarse for a Gram matrix.
+    """
+    if not 1e-12 < numbers.eps < 1e-6:
+        product = numbers.dense(columns)
+        for _ in range(2 if numbers.eps < 1e-12 else 1):
+            product = cholesky_qr(product, 1)[0]
+        return numbers.load(product)
+    gram = numbers.dense(numbers.gram(columns)).double()
+    shift = torch.linalg.vector_norm(gram, dim=(-2, -1)).clamp(min=torch.finfo(torch.float32).tiny)
+    gram.diagonal(dim1=-2, dim2=-1).add_(shift[:, None], alpha=2 * numbers.eps)
+    upper = torch.linalg.cholesky_ex(gram, upper=True).L
+    # Larger factors belong to columns of zeros.
+    inverse = torch.linalg.solve_triangular(upper, identity, upper=True).clamp(-LARGE, LARGE)
+    return numbers.multiply(columns, numbers.load(inverse, bounded=True))
+
+
+def columns_of(bases: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Return the first ranks[i] columns of each matrix."""
+    return [basis[:, :rank] for basis, rank in zip(bases, ranks, strict=True)]
+
+
+def batches(ranks: Sequence[int]) -> list[slice]:
+    """Return parts of a batch of matrices that have one rank each: all of it, or single matrices."""
+    if len(set(ranks)) == 1:
+        return [slice(0, len(ranks))]
+    return [slice(index, index + 1) for index in range(len(ranks))]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..on_device import gaussian
-from ..orthonormal import cholesky_qr
+from ..orthonormal import cholesky_qr, upper_gram
 from ..spectral_density import lanczos_rules
+from .cuda_graph import replayed
 from .near_cut import Step, below_filter, near_cut
 from .number_formats import Precision, arithmetic, padded
-from .purification import compress, leading_eigenspaces
+from .purification import batches, compress, leading_eigenspaces
 
 # Measured amplification of rounding errors, see benchmarks/spectral_accuracy.py. The polar factors amplify errors of
 # the bases. Errors of the Gram matrix count most if the spectrum is flat at the cut.
@@ -62,6 +63,7 @@ class ProductsSubspaces:
         gap: lower bound of ``(sigma_k - sigma_(k+1)) / sigma_k``.
         inside: (k, 8) float64, unit vectors in the coordinates of `Vh`: four near the direction of ``sigma_k``, which
             is most likely wrong, and four random ones.
+        left_inside: (k, 8), the same in the coordinates of `U`.
         left_beyond: (m, 8) float64, unit vectors towards which `U` may be turned: four near the direction of
             ``sigma_(k+1)``, and four of the residual.
         right_beyond: (n, 8), the same for `Vh`.
@@ -83,6 +85,7 @@ class ProductsSubspaces:
     subspace_error: float
     gap: float
     inside: Tensor
+    left_inside: Tensor
     left_beyond: Tensor
     right_beyond: Tensor
     outer_steps: int
@@ -111,7 +114,8 @@ def products_subspaces(
                 U=part.Vh.mT,
                 core=part.core.mT,
                 Vh=part.U.mT,
-                inside=unit_columns(part.core @ part.inside),
+                inside=part.left_inside,
+                left_inside=part.inside,
                 left_beyond=part.right_beyond,
                 right_beyond=part.left_beyond,
             )
@@ -126,23 +130,23 @@ def products_subspaces(
     if levels is None:
         spaces = leading_eigenspaces(numbers.dense(numbers.gram(numbers.load(exact))), ranks, precision)
     else:
-        gram = compress(exact.mT @ exact, (levels.double() / unit).square())
+        gram = compress(upper_gram(exact), (levels.double() / unit).square())
         spaces = leading_eigenspaces(gram, ranks, precision, largest=torch.ones_like(unit))
-    found, directions, measured = [], [], []
-    for index, V in enumerate(spaces.bases):
-        D = exact[index]
+    found: list[tuple[Tensor, ...]] = []
+    measured: list[Tensor] = []
+    for group in batches(ranks):
+        D, V = exact[group], torch.stack(spaces.bases[group])
         if levels is None:
-            image = numbers.dense(numbers.multiply(numbers.load(D), numbers.load(padded(V, ranks[index]))))
-            image = image[:, : ranks[index]]
+            factor = numbers.load(padded(V, V.shape[-1]), bounded=True)
+            image = numbers.dense(numbers.multiply(numbers.load(D), factor))[..., : V.shape[-1]]
         else:
             image = D @ V
-        U, R = cholesky_qr(image, passes=2)
-        found.append((U, R * unit[index], V))
+        U, R = cholesky_qr(image, passes=1 if levels is None else 2)
         skew = torch.maximum(_isometry(U), _isometry(V))
         largest, smallest, last = extremes(R)
         residuals, relative = _residuals(D, U, R, V)
-        directions.append(_directions(D, V, last, relative))
-        measured.append(torch.stack([skew, *residuals, largest, smallest]))
+        found += zip(U, R * unit[group, None, None], V, *_directions(D, R, V, last, relative), strict=True)
+        measured += torch.stack([skew, *residuals, largest, smallest], 1).unbind()
     rest = (spaces.rank_defect, spaces.outer_steps, spaces.inner_steps, unit, spaces.largest)
     table = torch.cat(
         [
@@ -155,8 +159,8 @@ def products_subspaces(
     )
     n = exact.shape[-1]
     return [
-        _summarize(bases, own, row, numbers.eps, n, width, levels is not None)
-        for bases, own, row, width in zip(found, directions, table.tolist(), spaces.widths, strict=True)  # waits here
+        _summarize(own, row, numbers.eps, n, width, levels is not None)
+        for own, row, width in zip(found, table.tolist(), spaces.widths, strict=True)  # waits here
     ]
 
 
@@ -221,7 +225,7 @@ def _foreseen_levels(matrices: Tensor, ranks: Sequence[int], precision: Precisio
     unit = torch.frexp(matrices.abs().amax((-2, -1)).double().clamp(min=2.0**-1000)).exponent
     scaled = torch.ldexp(matrices.double(), -unit[:, None, None]).float()
     grams = scaled @ scaled.mT if scaled.shape[-2] < scaled.shape[-1] else scaled.mT @ scaled
-    rules = lanczos_rules(grams)
+    rules = lanczos_rules(grams, run=replayed)
     assert rules is not None
     levels: list[float | None] = []
     for own, rank, exponent in zip(rules, ranks, unit.tolist(), strict=True):
@@ -232,15 +236,15 @@ def _foreseen_levels(matrices: Tensor, ranks: Sequence[int], precision: Precisio
 
 
 def _summarize(
-    bases: tuple[Tensor, Tensor, Tensor],
-    directions: tuple[Tensor, Tensor, Tensor],
+    found: tuple[Tensor, ...],
     measured: list[float],
     eps: float,
     n: int,
     width: int,
     compressed: bool,
 ) -> ProductsSubspaces:
-    """Put U, core and V of one matrix together with their measurements."""
+    """Put U, core, V and the directions of errors of one matrix together with their measurements."""
+    U, core, V, inside, left_inside, left_beyond, right_beyond = found
     skew, norm, residual, invariance, relative, largest, smallest, rank_defect, outer_steps, inner_steps = measured[:10]
     unit, bound, level = measured[10:13]
     histories = measured[13:]
@@ -255,7 +259,7 @@ def _summarize(
     estimate += (
         max(invariance / norm - INVARIANCE_FLOOR * eps, 0.0) * norm / max(smallest, torch.finfo(torch.float64).tiny)
     )
-    rank = bases[2].shape[1]
+    rank = V.shape[1]
     shift = (level / unit) ** 2 if compressed else 0.0
 
     def eigenvalue(x: float) -> float:
@@ -274,9 +278,9 @@ def _summarize(
         subspace_error = min(alike, 2 * relative * near.kept / (near.kept - near.dropped)) + eps
         gap = near.gap
     return ProductsSubspaces(
-        bases[0],
-        bases[1],
-        bases[2].mT,
+        U,
+        core,
+        V.mT,
         orthogonality=skew,
         residual=residual / norm,
         invariance=invariance / norm,
@@ -286,9 +290,10 @@ def _summarize(
         error_estimate=estimate if usable else float("inf"),
         subspace_error=subspace_error,
         gap=gap,
-        inside=directions[0],
-        left_beyond=directions[1],
-        right_beyond=directions[2],
+        inside=inside,
+        left_inside=left_inside,
+        left_beyond=left_beyond,
+        right_beyond=right_beyond,
         outer_steps=int(outer_steps),
         inner_steps=int(inner_steps),
         compressed=compressed,
@@ -308,49 +313,80 @@ def _steps(history: list[float]) -> list[Step]:
 def _residuals(D: Tensor, U: Tensor, R: Tensor, V: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the norms of D and of the residuals of ``D V = U R``, ``D^T U = V R^T`` and ``D^T U R^-T = V``.
 
-    The residuals are measured on random vectors. Also returns the last one itself: (n, any number).
+    The residuals are measured on random vectors. Also returns the last one itself: (B, n, any number).
     """
-    z = gaussian(R.shape[0], PROBES, R.device)
-    relative = D.mT @ (U @ torch.linalg.solve_triangular(R.mT, z, upper=False)) - V @ z
-    residuals = (D @ (V @ z) - U @ (R @ z), D.mT @ (U @ z) - V @ (R.mT @ z), relative)
-    return [torch.linalg.vector_norm(D), *(torch.linalg.vector_norm(x) / PROBES**0.5 for x in residuals)], relative
+    z = gaussian(R.shape[-1], PROBES, R.device)
+    inverse = torch.linalg.solve_triangular(R.mT, z, upper=False)
+    # Of two right sides at once: each product reads a large matrix.
+    ahead = D.mT @ (U @ torch.cat([inverse, z.expand_as(inverse)], -1))
+    relative = ahead[..., :PROBES] - V @ z
+    residuals = (D @ (V @ z) - U @ (R @ z), ahead[..., PROBES:] - V @ (R.mT @ z), relative)
+    return [norms_of(D), *(norms_of(x) / PROBES**0.5 for x in residuals)], relative
+
+
+def norms_of(matrices: Tensor) -> Tensor:
+    """Return the Frobenius norm of each matrix."""
+    norms: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    return norms
 
 
 def _isometry(Q: Tensor) -> Tensor:
-    """Return ``norm(Q^T Q z - z) / norm(z)`` for random vectors z."""
-    z = gaussian(Q.shape[1], PROBES, Q.device)
-    defect: Tensor = torch.linalg.vector_norm(Q.mT @ (Q @ z) - z) / torch.linalg.vector_norm(z)
-    return defect
+    """Return ``norm(Q^T Q z - z) / norm(z)`` of each matrix for random vectors z."""
+    z = gaussian(Q.shape[-1], PROBES, Q.device)
+    return norms_of(Q.mT @ (Q @ z) - z) / norms_of(z)
 
 
-def _directions(D: Tensor, V: Tensor, last: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the likely directions of errors, see `ProductsSubspaces`: inside, and beyond on both sides."""
-    some = unit_columns(residual[:, : last.shape[1]])
+def _directions(D: Tensor, R: Tensor, V: Tensor, last: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    """Return the likely directions of errors, see `ProductsSubspaces`: inside and beyond, on both sides."""
+    some = unit_columns(residual[..., : last.shape[-1]])
     beyond = some
     for _ in range(6):
         beyond = D.mT @ (D @ beyond)
-        beyond = unit_columns(beyond - V @ (V.mT @ beyond))
-    right = torch.cat([beyond, some], 1)
-    inside = torch.cat([last, unit_columns(gaussian(V.shape[1], last.shape[1], V.device))], 1)
-    return inside, unit_columns(D @ right), right
+        beyond = torch.baddbmm(beyond, V, V.mT @ beyond, alpha=-1)
+    right = torch.cat([unit_columns(beyond), some], -1)
+    others = unit_columns(gaussian(V.shape[-1], last.shape[-1], V.device))
+    inside = torch.cat([last, others.expand_as(last)], -1)
+    return inside, unit_columns(R @ inside), unit_columns(D @ right), right
 
 
 def unit_columns(columns: Tensor) -> Tensor:
     """Scale columns to norm 1; columns of zeros stay zero."""
-    norms: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    norms: Tensor = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
     return columns / norms.clamp(min=torch.finfo(columns.dtype).tiny)
 
 
-def extremes(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Estimate the largest (from below) and smallest (from above) singular value of a triangular matrix.
+# Rounds of power iteration; vectors are scaled before the rounds of these numbers, and stay far from overflow.
+ROUNDS, SCALED = 8, (4, 7)
 
-    The third result (k, 4) holds unit vectors near the right singular vector of the smallest.
+
+def extremes(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate the largest (from below) and smallest (from above) singular value of triangular matrices.
+
+    The third result (..., k, 4) holds unit vectors near the right singular vector of the smallest.
     """
-    large = small = gaussian(R.shape[0], 4, R.device)
-    for _ in range(8):
-        large = R.mT @ (R @ (large / torch.linalg.vector_norm(large, dim=0)))
-        small = small / torch.linalg.vector_norm(small, dim=0)
-        small = torch.linalg.solve_triangular(R.mT, small, upper=False)
-        small = torch.linalg.solve_triangular(R, small, upper=True)
-    largest, inverse = (torch.linalg.vector_norm(v, dim=0).amax().sqrt() for v in (large, small))
-    return largest, 1 / inverse, small / torch.linalg.vector_norm(small, dim=0)
+    return (largest_singular_value(R), *smallest_singular_value(R))
+
+
+def largest_singular_value(R: Tensor) -> Tensor:
+    """Estimate the largest singular value of matrices from below, by power iteration."""
+    v = gaussian(R.shape[-1], 4, R.device)
+    for turn in range(ROUNDS):
+        v = R.mT @ (R @ (unit_columns(v) if turn in SCALED else v))
+    largest: Tensor = torch.linalg.vector_norm(v, dim=-2).amax(-1).sqrt()
+    return largest
+
+
+def smallest_singular_value(R: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimate the smallest singular value of triangular matrices from above, see `extremes`; NaN for singular ones."""
+    v = gaussian(R.shape[-1], 4, R.device)
+    for turn in range(ROUNDS):
+        v = solve_gram(R, unit_columns(v) if turn in SCALED else v)
+    norms = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    return norms.flatten(-2).amax(-1).rsqrt(), v / norms
+
+
+def solve_gram(R: Tensor, z: Tensor) -> Tensor:
+    """Return ``(R^T R)^-1 z`` for upper triangular R."""
+    halfway = torch.linalg.solve_triangular(R.mT, z, upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(R, halfway, upper=True)
+    return solution

@@ -35,105 +35,116 @@ class Turning:
         defect: relative distance from an isometry, on random vectors and on the weighted cores.
         turned: relative error of the product with the weighted cores by rounding, beyond `defect`.
         sensitivity: for each task, the relative change of that product by an error of its basis.
+        smallest: estimate of the smallest singular value of X, from above; 0 if X has no full rank.
     """
 
     defect: float
     turned: float
     sensitivity: list[float]
+    smallest: float
 
 
 Solve = Callable[[Tensor], Tensor]
 
 
+def weakest(inverse: Solve, batch: int, k: int, device: torch.device) -> Tensor:
+    """Return orthonormal directions of the smallest singular values of X, Z (batch, k, SMALLEST)."""
+    Z = gaussian(k, min(SMALLEST, k), device).expand(batch, -1, -1)
+    for _ in range(ROUNDS):
+        Z, _ = cholesky_qr(inverse(Z), passes=2)
+    return Z
+
+
 def measure(
-    X: Tensor, Q: Tensor, inverse: Solve, core: Tensor, directions: Sequence[tuple[Tensor, Tensor]] = ()
+    X: Tensor, Q: Tensor, inverse: Solve, Z: Tensor, core: Tensor, inside: Tensor | None, beyond: Tensor | None
 ) -> Tensor:
     """Measure the numbers for a `Turning`, see `interpret`; all in one tensor on the device.
 
     Args:
-        X: (m, k) float64.
-        Q: (m, k) float64, its polar factor.
+        X: (B, m, k) float64.
+        Q: (B, m, k) float64, its polar factor.
         inverse: returns ``(X^T X)^-1 z``, float64.
-        core: (k, any number) float64, the factor of Q.
-        directions: for each task, columns a (k_t, d) in its block of X, and as many columns b (m, d), by which an error
-            moves X.
-    """
-    k, device = X.shape[1], X.device
-    tiny = torch.finfo(core.dtype).tiny
-    size = torch.linalg.vector_norm(core).clamp(min=tiny)
+        Z: from `weakest`.
+        core: (B, k, any number) float64, the factor of Q.
+        inside: (B, k, d) columns a, by which an error moves X.
+        beyond: (B, m, d) as many columns b.
 
-    Z = gaussian(k, min(SMALLEST, k), device)
-    for _ in range(ROUNDS):
-        Z, _ = cholesky_qr(inverse(Z), passes=2)
+    Returns:
+        (B, any number) float64.
+    """
+    k, device = X.shape[-1], X.device
+    tiny = torch.finfo(core.dtype).tiny
+    size = torch.linalg.vector_norm(core, dim=(-2, -1)).clamp(min=tiny)[:, None]
 
     def apart(z: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``Z^T z``, and the rest of z."""
-        inside = Z.mT @ z
-        return inside, z - Z @ inside
+        within = Z.mT @ z
+        return within, z - Z @ within
 
     def root(z: Tensor) -> Tensor:
         """Return ``S z = (X^T X)^-1 X^T Q z``."""
         return inverse(X.mT @ (Q @ z))
 
-    z = gaussian(k, PROBES, device)
-    defects = []
-    for probes in (z, core @ gaussian(core.shape[1], PROBES, device)):
-        norm = torch.linalg.vector_norm(probes).clamp(min=tiny)
-        defects.append(torch.linalg.vector_norm(Q.mT @ (Q @ probes) - probes) / norm)
-    skew = torch.linalg.vector_norm(Q.mT @ (X @ z) - X.mT @ (Q @ z)) / (2 * k * PROBES**0.5)
+    z = gaussian(k, PROBES, device).expand(len(X), -1, -1)
+    of_core = core @ gaussian(core.shape[-1], PROBES, device)
+    both = torch.cat([z, of_core], -1)
+    lost = Q.mT @ (Q @ both) - both
+    lengths = torch.linalg.vector_norm(torch.stack([lost, both]).view(2, len(X), k, 2, PROBES), dim=(-3, -1))
+    defect = (lengths[0] / lengths[1].clamp(min=tiny)).amax(-1)
+    skew = torch.linalg.vector_norm(Q.mT @ (X @ z) - X.mT @ (Q @ z), dim=(-2, -1)) / (2 * k * PROBES**0.5)
     _, bulk = apart(z)
     _, moved = apart(root(bulk))
-    traces = (bulk * moved).sum(0)
-    seen = Z.mT @ core / size
+    traces = (bulk * moved).sum(-2)
+    seen = Z.mT @ core / size[..., None]
     numbers = [
         torch.stack(
             [
-                torch.stack(defects).amax(),
+                defect,
                 skew,
-                traces.mean().abs() + 2 * traces.std() / PROBES**0.5,
-                torch.linalg.vector_norm(moved) / PROBES**0.5,
-            ]
+                traces.mean(-1).abs() + 2 * traces.std(-1) / PROBES**0.5,
+                torch.linalg.vector_norm(moved, dim=(-2, -1)) / PROBES**0.5,
+            ],
+            -1,
         ),
-        (Z.mT @ inverse(Z)).flatten(),
-        (seen @ seen.mT).flatten(),
+        (Z.mT @ inverse(Z)).flatten(1),
+        (seen @ seen.mT).flatten(1),
     ]
-    first = 0
-    for inside, beyond in directions:
-        a = X.new_zeros(k, inside.shape[1])
-        a[first : first + len(inside)] = inside
-        first += len(inside)
-        y = Q.mT @ beyond
-        outside = torch.linalg.vector_norm(beyond - Q @ y, dim=0)
-        of_both = [outside, torch.linalg.vector_norm(core.mT @ root(a), dim=0) / size]
-        for v in (a, y):
-            smallest, rest = apart(v)
-            _, moved = apart(root(rest))
-            plain, full = (torch.linalg.vector_norm(core.mT @ x, dim=0) / size for x in (rest, moved))
-            half = (rest * moved).sum(0).clamp(min=0).sqrt()
-            of_both += [half, (plain * full).sqrt(), full, torch.linalg.vector_norm(moved, dim=0), smallest]
-        numbers += [x.flatten() for x in of_both]
-    return torch.cat(numbers)
-
-
-def solve_gram(R: Tensor, z: Tensor) -> Tensor:
-    """Return ``(R^T R)^-1 z`` for upper triangular R."""
-    halfway = torch.linalg.solve_triangular(R.mT, z, upper=False)
-    solution: Tensor = torch.linalg.solve_triangular(R, halfway, upper=True)
-    return solution
+    if inside is None or beyond is None:
+        return torch.cat(numbers, 1)
+    y = Q.mT @ beyond
+    sides = torch.cat([inside, y], -1)
+    smallest, rest = apart(sides)
+    reached = root(torch.cat([rest, inside], -1))
+    _, moved = apart(reached[..., : sides.shape[-1]])
+    of_inside = reached[..., sides.shape[-1] :]
+    plain = torch.linalg.vector_norm(core.mT @ rest, dim=-2) / size
+    seen_by_core = core.mT @ torch.cat([moved, of_inside], -1)
+    full, own = (torch.linalg.vector_norm(seen_by_core, dim=-2) / size).tensor_split([sides.shape[-1]], -1)
+    half = (rest * moved).sum(-2).clamp(min=0).sqrt()
+    numbers += [
+        torch.linalg.vector_norm(beyond - Q @ y, dim=-2),
+        own,
+        half,
+        (plain * full).sqrt(),
+        full,
+        torch.linalg.vector_norm(moved, dim=-2),
+        smallest.flatten(1),
+    ]
+    return torch.cat(numbers, 1)
 
 
 def interpret(numbers: Sequence[float], k: int, widths: Sequence[int], dominance: float) -> Turning:
     """Make a `Turning` from the measured numbers.
 
     Args:
-        numbers: from `measure`.
+        numbers: of one matrix, from `measure`.
         k: columns of X.
         widths: number of directions of each task.
         dominance: largest singular value of the core over its Frobenius norm.
     """
     p = min(SMALLEST, k)
     if not all(map(math.isfinite, numbers)):  # X has no full rank
-        return Turning(math.inf, math.inf, [math.inf] * len(widths))
+        return Turning(math.inf, math.inf, [math.inf] * len(widths), 0.0)
     taken = iter(numbers)
     defect, skew, trace, norm = _take(taken, 4)
     values, basis = np.linalg.eigh(np.array(_take(taken, p * p)).reshape(p, p))
@@ -147,23 +158,22 @@ def interpret(numbers: Sequence[float], k: int, widths: Sequence[int], dominance
     across = 2 * skew * math.sqrt(p) * norm
     turned = dominance * (0.5 * skew * trace + across) + weight * (across + among)
 
-    sensitivity = []
-    for width in widths:
-        outside, full = (np.array(_take(taken, width)) for _ in range(2))
-        sides = []
-        for _ in range(2):
-            half, weighed, own, length = (np.array(_take(taken, width)) for _ in range(4))
-            smallest = basis.T @ np.array(_take(taken, p * width)).reshape(p, width)
-            sides.append((half, weighed, own, length, smallest, np.linalg.norm(smallest, axis=0)))
-        (half_a, weighed_a, own_a, length_a, in_a, norm_a), (half_y, weighed_y, own_y, length_y, in_y, norm_y) = sides
-        inside = (half_a * weighed_y + half_y * weighed_a) / 2
-        inside += norm_a * own_y + norm_y * own_a + (norm_a * length_y + norm_y * length_a) * weight
-        for j in range(width):
-            K = (np.outer(in_y[:, j], in_a[:, j]) - np.outer(in_a[:, j], in_y[:, j])) / sums
-            inside[j] += math.sqrt(max(float(np.trace(K @ cores @ K.T)), 0.0))
-        moved = outside * full + inside
-        sensitivity.append(float(np.sqrt(np.mean(moved**2))))
-    return Turning(defect, turned, sensitivity)
+    total = sum(widths)
+    outside, full = (np.array(_take(taken, total)) for _ in range(2))
+    (half_a, half_y), (weighed_a, weighed_y), (own_a, own_y), (length_a, length_y) = (
+        np.array(_take(taken, 2 * total)).reshape(2, total) for _ in range(4)
+    )
+    smallest = basis.T @ np.array(_take(taken, 2 * p * total)).reshape(p, 2 * total)
+    in_a, in_y = smallest[:, :total], smallest[:, total:]
+    norm_a, norm_y = np.linalg.norm(in_a, axis=0), np.linalg.norm(in_y, axis=0)
+    inside = (half_a * weighed_y + half_y * weighed_a) / 2
+    inside += norm_a * own_y + norm_y * own_a + (norm_a * length_y + norm_y * length_a) * weight
+    for j in range(total):
+        K = (np.outer(in_y[:, j], in_a[:, j]) - np.outer(in_a[:, j], in_y[:, j])) / sums
+        inside[j] += math.sqrt(max(float(np.trace(K @ cores @ K.T)), 0.0))
+    moved = outside * full + inside
+    of_tasks = np.split(moved, np.cumsum(widths)[:-1]) if widths else []
+    return Turning(defect, turned, [float(np.sqrt(np.mean(own**2))) for own in of_tasks], float(h.min()))
 
 
 def _take(numbers: Iterator[float], count: int) -> list[float]:

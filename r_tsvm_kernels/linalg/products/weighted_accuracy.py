@@ -13,7 +13,7 @@ from ..on_device import gaussian
 from ..weighted_tasks import Scales
 from .polar_accuracy import MeasuredPolar
 from .subspaces import ProductsSubspaces
-from .turning import PROBES, interpret, measure
+from .turning import PROBES, interpret, measure, weakest
 
 # Rounds of iterative refinement, and the largest relative change in the last one that counts as converged.
 REFINEMENTS, CONVERGED = 6, 1e-6
@@ -126,9 +126,12 @@ class Hybrid:
 
     def _sensitivity(self, parts: Sequence[ProductsSubspaces], heads: Tensor) -> list[float]:
         """Return how far a turn of the leading directions of each task moves P, relative to the weighted heads."""
-        directions = [(part.inside, A @ part.right_beyond) for A, part in zip(self.A, parts, strict=True)]
-        found = measure(self.left.X, self.left.Q, self.left.inverse, heads, directions)
-        return interpret(found.tolist(), len(heads), [inside.shape[1] for inside, _ in directions], 1.0).sensitivity
+        left, (k, device) = self.left, (len(heads), heads.device)
+        inside: Tensor = torch.block_diag(*(part.inside for part in parts))  # type: ignore[no-untyped-call]
+        beyond = torch.cat([A @ part.right_beyond for A, part in zip(self.A, parts, strict=True)], 1)
+        Z = weakest(left.inverse, 1, k, device)
+        found = measure(left.X[None], left.Q[None], left.inverse, Z, heads[None], inside[None], beyond[None])
+        return interpret(found[0].tolist(), k, [part.inside.shape[1] for part in parts], 1.0).sensitivity
 
     def _moved(self, task: int, part: ProductsSubspaces) -> float:
         """Return how far a turn of the leading directions moves ``w_t n_t (P_t H_t + A_t W_t)`` apart from P_t."""

@@ -12,7 +12,7 @@ from .._planes import Planes
 
 
 @dispatch.op("Products for tensor cores", cuda=("triton", "torch"), small={"BLOCK": 128})
-def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> Planes:
+def split_planes(x: Tensor, *, low: bool = True, bounded: bool = False, backend: str | None = None) -> Planes:
     """Return ``hi = fp16(x / scale)`` and ``lo = fp16((x / scale - hi) * 2^11)`` (arXiv 2203.03341, section 4).
 
     The scale is a power of two, one per matrix, with ``|x| / scale <= 1``; 1 for a matrix of zeros. Then x is
@@ -23,6 +23,8 @@ def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> 
     Args:
         x: (..., m, n) float32.
         low: False omits `lo`: 11 bits instead of 22, a third of the work.
+        bounded: the scale is 1, without a search for the largest element, which must be below 65504. Elements below
+            2^-14 then lose digits.
         backend: run this implementation or raise; None takes the fastest one that is available.
 
     Returns:
@@ -45,7 +47,9 @@ def split_planes(x: Tensor, *, low: bool = True, backend: str | None = None) -> 
         raise ShapeError(f"split_planes: expected matrices, got shape {tuple(x.shape)}")
     if x.dtype != torch.float32:
         raise DTypeError(f"split_planes: expected float32, got {x.dtype}; convert it with .float()")
-    planes: Planes = dispatch.select("split_planes", x, backend=backend)(x, plane_scale(x), low)
+    planes: Planes = dispatch.select("split_planes", x, backend=backend)(
+        x, x.new_ones(x.shape[:-2]) if bounded else plane_scale(x), low
+    )
     return planes
 
 
@@ -58,6 +62,7 @@ def plane_scale(x: Tensor) -> Tensor:
 
 def scale_above(largest: Tensor) -> Tensor:
     """Return the least power of two not below each of these float32 magnitudes; 1 for 0, NaN and infinity."""
-    mantissa, exponent = torch.frexp(torch.where(largest.isfinite(), largest, 0.0))  # mantissa in [0.5, 1)
-    exponent = (exponent - (mantissa == 0.5).int()).clamp(-126, 126)
-    return torch.where(mantissa > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
+    bits = largest.nan_to_num(0.0, posinf=0.0).view(torch.int32)
+    # A number is a power of two if the 23 bits of its mantissa are 0; adding 2^23 - 1 carries the others upwards.
+    power = ((bits + 0x7FFFFF) & 0x7F800000).clamp(max=(126 + 127) << 23)
+    return torch.where(bits > 0, power.view(torch.float32), 1.0)
