@@ -58,17 +58,13 @@ SPEED = (
             "batches of experts; on a CPU it is simulated, so its times say nothing about a GPU."),
     Section("gpu_work.json", "Work of solver products, counted", "python -m benchmarks.gpu_work",
             "Counted on a CPU, for three tasks, on the path that a GPU takes: a prediction, no GPU ran it. `launches` "
-<<<<<<< HEAD
-            "counts an op on planes as one, although its wrapper launches a few small operations as well."),
+            "counts all operations of PyTorch and all Triton kernels, `replayed` the same where loops are CUDA graphs: "
+            "one launch, and a copy of each argument and result."),
     Section("roofline.json", "Floors on an H200, predicted", "python -m benchmarks.roofline",
             "Computed from counts; no GPU ran anything. `bytes` must move, `fp16` and `float64` are operations, "
             "`floor` is the time that they take at the rates of NVIDIA's data sheet (4.8 TB/s, 989 and 67 TFLOP/s). "
             "No kernel can be faster, and none reaches it. Inputs are bfloat16; a layer is that of Mistral-7B, from "
             "the counts of the previous section, without its launches."),
-=======
-            "counts all operations of PyTorch and all Triton kernels, `replayed` the same where loops are CUDA graphs: "
-            "one launch, and a copy of each argument and result."),
->>>>>>> 60758cd (products: tasks and sides in batches, bases in planes between rounds; launches, float64 work and waits of a merge counted and limited)
     Section("mergekit.json", "rtsvm merge beside mergekit",
             "python -m benchmarks.peers.compare_mergekit",
             "Whole commands, `rtsvm merge` against `mergekit-yaml`, on the same recipes: a base and two fine-tunes in "
