@@ -8,7 +8,6 @@ from benchmarks.gpu_work import work_of
 LIMITS = {
     ("tsv_merge", (4096, 4096), "flat"): (38, 0.6, 2_200, 1_150, 6),
     ("tsv_merge", (4096, 4096), "power 0.5"): (36, 1.3, 2_500, 1_100, 6),
-    ("tsv_merge", (1024, 4096), "power 0.5"): (1.1, 0.03, 2_400, 1_100, 6),
     ("weighted_merge", (1024, 1024), "flat"): (0.4, 0.02, 800, 650, 20),
     ("weighted_merge", (1024, 4096), "flat"): (1.7, 0.06, 2_600, 1_700, 28),
 }
