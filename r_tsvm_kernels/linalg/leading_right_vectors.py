@@ -22,7 +22,7 @@ ROUTES = ("gram-float32", "gram-float64", "svd-float64")
 EXACT = ROUTES[2:]
 
 # Up to TINY columns the cost of an SVD is negligible; from SMALL columns on float32 saves time.
-TINY, SMALL = 64, 256
+TINY, SMALL = 64, 512
 
 # Largest estimated error of a subspace. The conditioning of the concatenated bases, up to some thousands, amplifies it
 # in the merged matrix.
