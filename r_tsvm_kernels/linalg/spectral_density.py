@@ -6,15 +6,17 @@ Saad, SIAM J. Matrix Anal. Appl. 38, 2017). Near 0, where the eigenvalues of a G
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .decompositions import eigh
 from .on_device import gaussian
+
+Array = npt.NDArray[np.float64]
 
 STEPS, VECTORS = 40, 4
 # After so many steps the largest eigenvalue is known well enough to see that a spectrum is nearly flat.
@@ -40,12 +42,12 @@ class Rules:
     """Quadrature rules that stand for the eigenvalues of a matrix.
 
     Attributes:
-        nodes: (vectors, steps) float64 on the CPU, rising.
+        nodes: (vectors, steps) rising.
         counts: (vectors, steps) the number of eigenvalues that each node stands for.
     """
 
-    nodes: Tensor
-    counts: Tensor
+    nodes: Array
+    counts: Array
 
     @property
     def largest(self) -> float:
@@ -115,21 +117,23 @@ def lanczos_steps(grams: Tensor, basis: Tensor, first: int, last: int) -> Tensor
 
 def _rules(numbers: Tensor, n: int) -> list[Rules]:
     """Return the rules of each matrix from the entries of its Lanczos matrices, see `lanczos_steps`."""
-    own, beside = numbers.double().cpu().permute(1, 2, 3, 0)  # each (B, vectors, steps)
-    beside = beside[..., :-1]
-    values, vectors = eigh(torch.diag_embed(own) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1))
-    return [Rules(*rule) for rule in zip(values, n * vectors[..., 0, :] ** 2, strict=True)]
+    own, next_to = np.array(numbers.tolist()).swapaxes(0, 1)  # (steps, B, vectors)
+    rules = []
+    for matrix in range(own.shape[1]):
+        lanczos = [
+            np.diag(own[:, matrix, vector])
+            + np.diag(next_to[:-1, matrix, vector], 1)
+            + np.diag(next_to[:-1, matrix, vector], -1)
+            for vector in range(own.shape[2])
+        ]
+        values, vectors = np.linalg.eigh(np.stack(lanczos))
+        rules.append(Rules(values, n * vectors[:, 0] ** 2))
+    return rules
 
 
-def _value(nodes: Tensor, counts: Tensor, place: float) -> float:
+def _value(nodes: Array, counts: Array, place: float) -> float:
     """Return the eigenvalue with `place` larger ones, linear between the middles of the nodes."""
-    nodes, counts = nodes.flip(0).clamp(min=0), counts.flip(0)
-    ends = counts.cumsum(0)
+    nodes, counts = np.maximum(nodes[::-1], 0), counts[::-1]
+    middles = np.cumsum(counts) - counts / 2
     # The eigenvalues beyond the last middle fall to 0.
-    middles, heights = [*(ends - counts / 2).tolist(), float(ends[-1])], [*nodes.tolist(), 0.0]
-    after = min(bisect_right(middles, place), len(middles) - 1)
-    if not after:
-        return float(heights[0])
-    before = after - 1
-    share = min(1.0, (place - middles[before]) / max(middles[after] - middles[before], 1e-300))
-    return float(heights[before] + share * (heights[after] - heights[before]))
+    return float(np.interp(place, [*middles, counts.sum()], [*nodes, 0.0]))

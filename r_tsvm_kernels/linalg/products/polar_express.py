@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from ...errors import ConfigError
@@ -29,17 +28,17 @@ def best_quintic(low: float, high: float) -> Quintic:
     if high - low < 1e-5 * high:  # the limit, whose error is of third order
         middle = (low + high) / 2
         return 15 / 8 / middle, -10 / 8 / middle**3, 3 / 8 / middle**5
-    x = torch.linspace(low, high, 4, dtype=torch.float64, device="cpu")
-    ones, signs = torch.ones_like(x), torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64, device="cpu")
+    x = np.linspace(low, high, 4)
     for _ in range(100):
-        a, b, c, _ = torch.linalg.solve(torch.stack([x, x**3, x**5, signs], dim=1), ones).tolist()
-        root = math.sqrt(max(9 * b * b - 20 * a * c, 0.0))  # of the derivative a + 3 b x^2 + 5 c x^4
-        squares = sorted(min(max((-3 * b + sign * root) / (10 * c), low**2), high**2) for sign in (-1, 1))
-        moved = torch.tensor([low, *map(math.sqrt, squares), high], dtype=torch.float64, device="cpu")
-        if float((moved - x).abs().amax()) < 1e-14 * high:
+        system = np.stack([x, x**3, x**5, [1, -1, 1, -1]], axis=1)
+        a, b, c, _ = np.linalg.solve(system, np.ones(4))
+        root = np.sqrt(max(9 * b * b - 20 * a * c, 0.0))  # of the derivative a + 3 b x^2 + 5 c x^4
+        inner = np.sqrt(np.clip([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)], low**2, high**2))
+        moved = np.array([low, *np.sort(inner), high])
+        if np.abs(moved - x).max() < 1e-14 * high:
             break
         x = moved
-    return a, b, c
+    return float(a), float(b), float(c)
 
 
 @lru_cache(maxsize=64)

@@ -15,10 +15,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..decompositions import eigh
 from ..on_device import gaussian
 from ..orthonormal import cholesky_qr
 
@@ -146,32 +146,35 @@ def interpret(numbers: Sequence[float], k: int, widths: Sequence[int], dominance
     if not all(map(math.isfinite, numbers)):  # X has no full rank
         return Turning(math.inf, math.inf, [math.inf] * len(widths), 0.0)
     taken = iter(numbers)
-    defect, skew, trace, norm = _take(taken, 4).tolist()
-    values, basis = eigh(_take(taken, p, p))
-    h = values.clamp(min=1e-300).rsqrt()
+    defect, skew, trace, norm = _take(taken, 4)
+    values, basis = np.linalg.eigh(np.array(_take(taken, p * p)).reshape(p, p))
+    h = 1 / np.sqrt(np.maximum(values, 1e-300))
     sums = h[:, None] + h[None, :]
-    cores = basis.mT @ _take(taken, p, p) @ basis  # (Z^T C) (Z^T C)^T
-    weight = math.sqrt(max(float(cores.trace()), 0.0))
+    cores = basis.T @ np.array(_take(taken, p * p)).reshape(p, p) @ basis  # (Z^T C) (Z^T C)^T
+    weight = math.sqrt(max(float(np.trace(cores)), 0.0))
 
     # Rounding gives Q^T X a skew part with entries of similar size.
-    among = 2 * skew * math.sqrt(float(sums.pow(-2).sum() - sums.diagonal().pow(-2).sum()))
+    among = 2 * skew * math.sqrt(float((1 / sums**2).sum() - (1 / np.diag(sums) ** 2).sum()))
     across = 2 * skew * math.sqrt(p) * norm
     turned = dominance * (0.5 * skew * trace + across) + weight * (across + among)
 
     total = sum(widths)
-    outside, full = _take(taken, 2, total)
-    (half_a, half_y), (weighed_a, weighed_y), (own_a, own_y), (length_a, length_y) = _take(taken, 4, 2, total)
-    in_a, in_y = (basis.mT @ _take(taken, p, 2 * total)).tensor_split(2, dim=1)
-    norm_a, norm_y = (torch.linalg.vector_norm(own, dim=0) for own in (in_a, in_y))
+    outside, full = (np.array(_take(taken, total)) for _ in range(2))
+    (half_a, half_y), (weighed_a, weighed_y), (own_a, own_y), (length_a, length_y) = (
+        np.array(_take(taken, 2 * total)).reshape(2, total) for _ in range(4)
+    )
+    smallest = basis.T @ np.array(_take(taken, 2 * p * total)).reshape(p, 2 * total)
+    in_a, in_y = smallest[:, :total], smallest[:, total:]
+    norm_a, norm_y = np.linalg.norm(in_a, axis=0), np.linalg.norm(in_y, axis=0)
     inside = (half_a * weighed_y + half_y * weighed_a) / 2
     inside += norm_a * own_y + norm_y * own_a + (norm_a * length_y + norm_y * length_a) * weight
-    K = in_y.mT[:, :, None] * in_a.mT[:, None, :]
-    K = (K - K.mT) / sums
-    inside += ((K @ cores) * K).sum((-2, -1)).clamp(min=0).sqrt()
+    for j in range(total):
+        K = (np.outer(in_y[:, j], in_a[:, j]) - np.outer(in_a[:, j], in_y[:, j])) / sums
+        inside[j] += math.sqrt(max(float(np.trace(K @ cores @ K.T)), 0.0))
     moved = outside * full + inside
-    sensitivity = [float(own.square().mean().sqrt()) for own in moved.split(list(widths))] if widths else []
-    return Turning(defect, turned, sensitivity, float(h.amin()))
+    of_tasks = np.split(moved, np.cumsum(widths)[:-1]) if widths else []
+    return Turning(defect, turned, [float(np.sqrt(np.mean(own**2))) for own in of_tasks], float(h.min()))
 
 
-def _take(numbers: Iterator[float], *shape: int) -> Tensor:
-    return torch.tensor([next(numbers) for _ in range(math.prod(shape))], dtype=torch.float64, device="cpu").view(shape)
+def _take(numbers: Iterator[float], count: int) -> list[float]:
+    return [next(numbers) for _ in range(count)]
