@@ -35,7 +35,7 @@ def reference() -> list[str]:
             own = [item for item in others if f"{item.__module__}.".startswith(f"{folder}.")]
             for item in [op, *own]:
                 lines += [f"::: {item.__module__}.{item.__name__}", ""]
-    shared = [item for item in others if item.__module__ == "r_tsvm_kernels.ops._planes"]
+    shared = [item for item in others if item.__module__.rpartition(".")[2] in ("_planes", "_steering")]
     for item in shared:
         lines += [f"::: {item.__module__}.{item.__name__}", ""]
     return lines[:-1]

@@ -64,7 +64,21 @@ class Steering:
 def first_steering(
     trace: Tensor, square_norm: Tensor, rank: Tensor, tolerances: Sequence[tuple[Tensor, Tensor]], extra: int
 ) -> Steering:
-    """Return what the first step of a purification does, see `Steering`; all tensors are (B,)."""
+    """Return what the first step of a purification does, see `Steering`.
+
+    Args:
+        trace: (B,) traces of the matrices.
+        square_norm: (B,) their squared Frobenius norms.
+        rank: (B,) wanted traces.
+        tolerances: pairs of (B,) limits, for the distance of the trace from `rank` and for ``tr X - tr X X``.
+        extra: squares after one of the pairs is met, at least 1.
+
+    Examples:
+        >>> one = torch.ones(1)
+        >>> steering = first_steering(1.5 * one, 1.25 * one, one, [(0.1 * one, 0.1 * one)], 1)
+        >>> steering.factors  # of X and of X X: the step shrinks
+        (tensor([0.]), tensor([1.]))
+    """
     limits = torch.stack([torch.stack(pair) for pair in tolerances]).to(trace.dtype)
     since = torch.zeros_like(rank, dtype=torch.int32)
     return steered(trace, square_norm, rank.to(trace.dtype), since, limits, extra)

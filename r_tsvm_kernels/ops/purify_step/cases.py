@@ -26,14 +26,14 @@ def cases(device: torch.device | str) -> Iterator[Case]:
         return torch.tensor(values, device=device)
 
     def given(n: int, low: bool, rank: float = 0.4, pairs: int = 2) -> tuple[Planes, Steering]:
-        """Return three matrices with spectra in [0, 1]: one running, one that met a tolerance, one that is done."""
-        x = normal((3, n, n), random)
+        """Return four matrices with spectra in [0, 1]: two running, one that met a tolerance, one that is done."""
+        x = normal((4, n, n), random)
         x = (x @ x.mT / (4 * n)).float()
         planes = split_planes(x, low=low, backend="torch")
         planes = Planes(planes.hi, planes.lo, torch.ones_like(planes.scale))
         plain = planes.unscaled()
         trace, square = plain.diagonal(dim1=-2, dim2=-1).sum(-1), plain.square().sum((-2, -1))
-        wide, narrow = numbers(0.0, 1e4, 1e4), numbers(0.0, 0.0, 0.0)
+        wide, narrow = numbers(0.0, 1e4, 1e4, 0.0), numbers(0.0, 0.0, 0.0, 0.0)
         tolerances = [(wide, wide), (narrow, narrow)][:pairs]
         start = first_steering(trace, square, rank * n * torch.ones_like(trace), tolerances, 2)
         counts = start.counts.clone()
