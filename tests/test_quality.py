@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import suite_dpo, suite_lora
+from benchmarks.quality import further, suite_dpo, suite_lora
 from benchmarks.quality.analysis import chosen, comparable, conditions, load
 from benchmarks.quality.records import records_of, rows_of
 from benchmarks.quality.study import (
@@ -236,3 +236,17 @@ def test_every_method_is_linear_in_alpha(method):
 def test_the_tables_are_those_of_the_results():
     done = run("table", "--check")
     assert done.returncode == 0, done.stderr
+
+
+def test_methods_that_came_later(tmp_path):
+    """The table is that of the results; `wudi` is a minimum; equal tasks are merged as one."""
+    assert further.text(read_rows(further.FILE)) in further.README.read_text()
+    tasks = [torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(t)) for t in range(2)]
+
+    def objective(merged):
+        return sum(((merged - task) @ task.mT).square().sum() / task.square().sum() for task in tasks)
+
+    merged = further.wudi(tasks).requires_grad_()
+    assert torch.autograd.grad(objective(merged), merged)[0].abs().max() < 1e-12
+    torch.testing.assert_close(further.wudi(tasks[:1] * 3), tasks[0])
+    assert further.ace(tasks).shape == (6, 5)
