@@ -20,6 +20,7 @@ What a fallback to another solver takes, if an estimated error is too large, is 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -198,6 +199,8 @@ def counted(scale: int) -> Iterator[Work]:
 
 def work_of(name: str, shape: tuple[int, int], kind: str) -> tuple[Work, float]:
     """Count one merge of matrices of a shape, at a smaller size; return its estimated error, too."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("Triton's interpreter launches more than a GPU: unset TRITON_INTERPRET")
     scale = min(shape) // SHORT
     m, n = (size // scale for size in shape)
     matrices = torch.stack([1e-3 * spectrum(kind, m, n, seed) for seed in range(TASKS)])

@@ -26,8 +26,7 @@ constexpr int64_t kTogether = 8;
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(RTSVM_ONE_ISA)
-#define RTSVM_SEVERAL_ISAS 1
+#if defined(RTSVM_SEVERAL_ISAS)
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace v4 {

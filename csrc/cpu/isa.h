@@ -14,6 +14,11 @@
 #define RTSVM_ISA_CLONES
 #endif
 
+// Whether a source may be included several times, once for each instruction set, with vectors of its width.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(RTSVM_ONE_ISA)
+#define RTSVM_SEVERAL_ISAS 1
+#endif
+
 #if defined(__GNUC__)
 #define RTSVM_INLINE inline __attribute__((always_inline))
 #elif defined(_MSC_VER)

@@ -4,8 +4,7 @@
 
 #include "isa.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(RTSVM_ONE_ISA)
-#define RTSVM_SEVERAL_ISAS 1
+#if defined(RTSVM_SEVERAL_ISAS)
 #include <immintrin.h>
 #endif
 
