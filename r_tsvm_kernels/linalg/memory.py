@@ -54,9 +54,12 @@ def tsv_merge_bytes(
         # The task matrices in float64 twice and as planes; most square matrices are those of the simulation.
         products = dense + tasks * (8 + 8 + 16) * long * short + (2 * tasks + 64) * square
     else:
-        # Counted and rounded up: a stack of the tasks; in float64 once, with squares or bases and images, or twice.
+        # Counted and rounded up: a stack of the tasks; in float64 once, with squares or bases and images, or twice with
+        # bases, a stack of them and its planes.
         least, tall = 8 * tasks * long * short, 8 * long * columns
-        products = itemsize * tasks * long * short + max(2 * least, least + max(6 * tasks * square, 4 * tall))
+        products = itemsize * tasks * long * short + max(
+            2 * least + 3 * wide, least + max(6 * tasks * square, 4 * tall)
+        )
         products += (itemsize * long * short + square) // 2
     return max(eigen, products)
 

@@ -14,7 +14,8 @@ from r_tsvm_kernels.linalg.products import subspaces
 from r_tsvm_kernels.linalg.products.merge import LOWER, lower_bound, products_tsv_merge
 from r_tsvm_kernels.linalg.products.subspaces import extremes, products_subspaces
 
-# Of the merged matrix, relative; exact mode's contract is 1e-4.
+# Of the merged matrix, relative; exact mode's contract is 1e-4. That of single fp16 products grows with the condition
+# of the bases: the limit is for 1,000, above most that these matrices have.
 EXACT, FAST = 3e-5, 2e-2
 
 
@@ -31,7 +32,8 @@ def test_merged_matrix(kind, m, n, tasks):
     precise = products_tsv_merge(matrices, [rank] * tasks)
     assert relative_error(precise.matrix, exact) < EXACT
     assert precise.orthogonality < 1e-5
-    assert relative_error(products_tsv_merge(matrices, [rank] * tasks, None, "fp16").matrix, exact) < FAST
+    fast = products_tsv_merge(matrices, [rank] * tasks, None, "fp16")
+    assert relative_error(fast.matrix, exact) < FAST * max(1, max(fast.condition) / 1000)
     assert relative_error(products_tsv_merge(matrices, [rank] * tasks, None, "float64").matrix, exact) < 1e-6
 
 
