@@ -39,12 +39,14 @@ from r_tsvm_kernels.bench import Results, Row, row
 from r_tsvm_kernels.linalg import long_side_is_whole, orthonormal
 from r_tsvm_kernels.linalg.products import gram_polar, polar_express, purification, subspaces
 from r_tsvm_kernels.linalg.products.cuda_graph import PRODUCTS, tensors_in
-from r_tsvm_kernels.linalg.products.merge import products_tsv_merge
+from r_tsvm_kernels.linalg.products.merge import products_tsv_merges
 from r_tsvm_kernels.linalg.products.weighted import products_weighted_merges
 from tests.spectra import spectrum
 
 SHORT, TASKS = 256, 3
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096))
+# What `rtsvm merge` puts into one batch on a GPU: k and v of five layers, see `BATCH_ELEMENTS`.
+BATCH, BATCH_SHAPE = 10, (1024, 4096)
 THIN = (1, 4, 8, 16, 20, 24, 32, 40, 48, 72)  # columns of random vectors and directions, as many at any size
 
 # Operations that launch nothing.
@@ -197,28 +199,31 @@ def counted(scale: int) -> Iterator[Work]:
         yield work
 
 
-def work_of(name: str, shape: tuple[int, int], kind: str) -> tuple[Work, float]:
-    """Count one merge of matrices of a shape, at a smaller size; return its estimated error, too."""
+def work_of(name: str, shape: tuple[int, int], kind: str, layers: int = 1) -> tuple[Work, float]:
+    """Count the merge of a batch of layers of a shape, at a smaller size; return its largest estimated error, too."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("Triton's interpreter launches more than a GPU: unset TRITON_INTERPRET")
     scale = min(shape) // SHORT
     m, n = (size // scale for size in shape)
-    matrices = torch.stack([1e-3 * spectrum(kind, m, n, seed) for seed in range(TASKS)])
+    matrices = torch.stack([1e-3 * spectrum(kind, m, n, seed) for seed in range(layers * TASKS)])
+    matrices = matrices.unflatten(0, (layers, TASKS))
     with counted(scale) as work:
-        error = MERGES[name](matrices if m >= n else matrices.mT)
+        error = max(MERGES[name](matrices if m >= n else matrices.mT))
     return work, error
 
 
-def tsv_merge(matrices: Tensor) -> float:
-    """Merge tall matrices at ranks r // T."""
-    return products_tsv_merge(matrices, [matrices.shape[-1] // TASKS] * TASKS).error
+def tsv_merge(matrices: Tensor) -> list[float]:
+    """Merge tall matrices of some layers at ranks r // T; return the estimated errors."""
+    ranks = [[matrices.shape[-1] // TASKS] * TASKS] * len(matrices)
+    return [merged.error for merged in products_tsv_merges(matrices, ranks)]
 
 
-def weighted_merge(matrices: Tensor) -> float:
-    """Merge tall matrices with q = 1."""
+def weighted_merge(matrices: Tensor) -> list[float]:
+    """Merge tall matrices of some layers with q = 1; return the estimated errors."""
     shape = (matrices.shape[-2], matrices.shape[-1])
     lead = None if long_side_is_whole(shape, TASKS) else -(-shape[1] // TASKS)
-    return products_weighted_merges(matrices[None], [[1.0] * TASKS], lead)[0].accuracy.error
+    merges = products_weighted_merges(matrices, [[1.0] * TASKS] * len(matrices), lead)
+    return [merged.accuracy.error for merged in merges]
 
 
 MERGES = {"tsv_merge": tsv_merge, "weighted_merge": weighted_merge}
@@ -239,6 +244,17 @@ def rows(name: str, shape: tuple[int, int], kind: str) -> list[Row]:
             for metric, (value, unit) in counts.items()]  # fmt: skip
 
 
+def rows_of_batch(name: str) -> Iterator[Row]:
+    """Yield the launches and waits of a batch of k and v projections."""
+    work, _ = work_of(name, BATCH_SHAPE, "flat", BATCH)
+    options = {"spectrum": "flat", "tasks": TASKS}
+    counts = {"launches": sum(work.launches.values()), "replayed": sum(work.replayed.values()), "waits": work.waits}
+    for metric, value in counts.items():
+        unit = "waits" if metric == "waits" else "launches"
+        label = f"{name}, batch of {BATCH}"
+        yield row(label, "products", metric, value, unit=unit, shape=BATCH_SHAPE, dtype="float32", options=options)
+
+
 def main() -> int:
     program = Program(__doc__, "gpu_work.json")
     args = program.arguments()
@@ -247,6 +263,7 @@ def main() -> int:
         for shape in SHAPES:
             for kind in ("flat", "power 0.5"):
                 results.add(rows(name, shape, kind))
+        results.add(rows_of_batch(name))
     return finish(results)
 
 

@@ -46,10 +46,11 @@ def of_ops() -> Iterator[Row]:
 def of_layers() -> Iterator[Row]:
     """Yield the rows of the merges of a layer, from the counts of `gpu_work`."""
     counts = read_rows(RESULTS / "gpu_work.json")
+    counts = [found for found in counts if found["metric"] in ("fp16", "float64")]
     for name, spectrum in sorted({(found["name"], found["options"]["spectrum"]) for found in counts}):
         total = dict.fromkeys(("fp16", "float64"), 0.0)
         for found in counts:
-            if (found["name"], found["options"]["spectrum"]) == (name, spectrum) and found["metric"] in total:
+            if (found["name"], found["options"]["spectrum"]) == (name, spectrum):
                 total[found["metric"]] += LAYER[tuple(found["shape"])] * found["median"]
         label = f"{name} of a layer, spectrum {spectrum}"
         yield from rows(label, total, floor(0.0, total["fp16"], total["float64"]), None)

@@ -20,7 +20,6 @@ from .errors import ConfigError, NonFiniteError, RtsvmError
 from .foreign_devices import on_own_device
 from .linalg import Factored
 from .methods import (
-    METHODS,
     MergeResult,
     MethodParameters,
     Summands,
@@ -32,7 +31,9 @@ from .methods import (
     task_matrices,
     timed,
 )
-from .ops._checks import accumulation_dtype, check_finite, check_group, check_list, is_finite
+from .missing import base_or_first, without_base
+from .ops._checks import accumulation_dtype, check_group, check_list, is_finite
+from .text import some
 from .treatments import Treatment, stored_dtype, treatment
 from .values import (
     check_agreement,
@@ -176,6 +177,60 @@ def _merged(
     report = TensorReport.of_blocks(reports, [label for label, _ in divided[0]])
     report.treatment, report.reason, report.shape = decided.kind, decided.reason, shape
     return MergeResult(weight, report)
+
+
+@dataclass(frozen=True)
+class BatchMember:
+    """One matrix of a batch, see `merge_batch`; the fields are arguments of `merge_tensors`."""
+
+    base: Tensor
+    tuned: Sequence[Tensor | Factored]
+    name: str
+    position: float = 0.0
+    out_dtype: torch.dtype | None = None
+
+
+def merge_batch(
+    members: Sequence[BatchMember], config: MergeConfig, *, measure_norms: bool | None = None
+) -> list[MergeResult]:
+    """Merge matrices of several tensors in one batch of the method, `Method.run_batch`.
+
+    The last bits of a result depend on the other matrices of its batch: the worst conditioned one decides how many
+    steps all of them take, and libraries round products of batches differently.
+
+    Args:
+        members: matrices of one shape, with equal dtypes, treatment and options.
+        config: of a method that has batches.
+        measure_norms: as for `merge_tensors`.
+
+    Returns:
+        One result for each member, with an equal share of the time.
+
+    Raises:
+        ShapeError, DTypeError, NonFiniteError, ConfigError, ConvergenceError: as `merge_tensors`; an error that cannot
+            be told apart names the first members.
+
+    Examples:
+        >>> zeros = torch.zeros(20, 30)
+        >>> tuned = [torch.randn(20, 30, generator=torch.Generator().manual_seed(t)) for t in range(4)]
+        >>> members = [BatchMember(zeros, tuned[:2], "k"), BatchMember(zeros, tuned[2:], "v")]
+        >>> [result.report.ranks for result in merge_batch(members, MergeConfig("tsvm", solver="products"))]
+        [[10, 10], [10, 10]]
+    """
+    prepare(ops() if config.method.ops is None else config.method.ops, members[0].base.device.type)
+    stages = dict[str, list[float]]()
+    merges = [
+        _Merge(own.base, own.tuned, config, own.name, own.name, own.position, own.name, own.out_dtype, measure_norms)
+        for own in members
+    ]
+    with timed(stages, "merge"), torch.no_grad():
+        results = _run_batch(merges)
+        for result in results:
+            result.weight = result.weight.contiguous()
+    for result in results:
+        result.report.stages["merge"] = [seconds / len(results) for seconds in stages["merge"]]
+        result.report.seconds = result.report.stages["merge"][0]
+    return results
 
 
 def summands_of(
@@ -401,76 +456,9 @@ def _run_batch(merges: Sequence[_Merge]) -> list[MergeResult]:
         return [merge.run(own) for merge, own in zip(merges, decisions, strict=True)]
     checked = [merge.checked(decided) for merge in merges]
     models = [formed(merge.base, merge.tuned, merge.label) for merge in checked]
-    with _named(checked[0].label):
+    with _named(some([merge.label for merge in checked])):
         results = batch([merge.base for merge in checked], models, checked[0].options)
     return [merge.finished(result, decided) for merge, result in zip(checked, results, strict=True)]
-
-
-def mean_of_present(
-    present: Sequence[Tensor],
-    config: MergeConfig,
-    reason: str,
-    *,
-    name: str = "",
-    out_dtype: torch.dtype | None = None,
-) -> MergeResult:
-    """Return the mean of those models that have a tensor which others lack; the value itself if it is one model.
-
-    Args:
-        present: values of the models, of one shape.
-        config: the config; its dtypes apply.
-        reason: for the report.
-        name: of the tensor.
-        out_dtype: dtype of the result; None means the one that the first value would be stored in.
-
-    Raises:
-        ShapeError, NonFiniteError: shapes differ; an input is not finite, or a value does not fit.
-    """
-    first, label = present[0], name or "tensor"
-    check_group(first, present, op=label)
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    for tensor in present:
-        check_finite(tensor, label)
-    mean = first if dtype is None else stored(first, dtype, label)
-    if len(present) > 1:
-        wide = accumulation_dtype(*present)
-        mean = torch.zeros_like(first, dtype=wide)
-        for tensor in present:
-            mean += (tensor if dtype is None else stored(tensor, dtype, label)).to(wide) / len(present)
-    weight = stored(mean, out_dtype or stored_dtype(config, first.dtype), label)
-    weight = weight.clone() if weight is first else weight
-    return MergeResult(weight, TensorReport(config.merge_method, "mean", reason, tuple(first.shape)))
-
-
-def without_base(config: MergeConfig) -> MergeConfig:
-    """Return the config for a merge without a base: see `Method.optional_base`.
-
-    Raises:
-        ConfigError: it calibrates the change of a base.
-    """
-    if config.calibrate is not None:
-        raise ConfigError(
-            f"calibrate: {config.merge_method} without a base changes none; set base_model, or leave it out"
-        )
-    if not config.method.optional_base:
-        return config
-    return config.model_copy(update={"parameters": {**config.parameters, "relative": False}})
-
-
-def base_or_first(base: Any, tuned: Sequence[Any], config: MergeConfig) -> Any:
-    """Return the base, or without one the first model, whose shape and dtype the result then has.
-
-    Raises:
-        ConfigError: there is no base, and the method needs one.
-    """
-    if base is not None:
-        return base
-    if config.method.needs_base or config.base_joins or any(isinstance(model, Factored) for model in tuned):
-        without = " and ".join(name for name, method in METHODS.items() if not method.needs_base)
-        raise ConfigError(f"{config.merge_method}: expected a base, got None; only {without} merge models without one")
-    if not tuned:
-        raise ConfigError("a merge needs at least one fine-tuned model, got none")
-    return tuned[0]
 
 
 @contextmanager

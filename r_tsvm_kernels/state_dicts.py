@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .config import MergeConfig, as_config, as_dtype
 from .errors import ConfigError, DTypeError
-from .merge import base_or_first, mean_of_present, merge_tensors, without_base
+from .merge import merge_tensors
 from .methods import MethodParameters, TensorReport
+from .missing import base_or_first, mean_of_present, without_base
 from .ops._checks import FLOAT_DTYPES, check_list
 from .parameters import layer_positions
 from .quantised import refuse_quantised

@@ -1,12 +1,16 @@
-"""Peak memory of a piece of Python, measured in a process of its own."""
+"""Peak memory of a piece of Python, measured in a process of its own; and of tensors, counted in this one."""
 
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Peak of resident memory since `start()`, in bytes. What was freed before is given back first, and not counted twice.
 PROLOGUE = """
@@ -50,3 +54,27 @@ def measured(code, *arguments):
     )
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations return, while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._living = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._living:
+                storage = tensor.untyped_storage()
+                self._living.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key, nbytes):
+        self._living.discard(key)
+        self.now -= nbytes

@@ -26,6 +26,7 @@ LAYERS = [
     {"config", "tied"},
     {"values"},
     {"treatments"},
+    {"missing"},
     {"merge"},
     {"parts"},
     {"state_dicts", "plan"},

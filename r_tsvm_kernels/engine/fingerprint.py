@@ -15,7 +15,7 @@ from ..plan import MergePlan
 from .shards import layouts
 
 # Increased when journals of older versions cannot be resumed.
-_FORMAT = 3
+_FORMAT = 4
 
 
 def fingerprint(plan: MergePlan, device: torch.device) -> dict[str, Any]:

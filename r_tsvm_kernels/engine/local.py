@@ -4,7 +4,8 @@ For a GPU, which merges faster than one thread reads and sums, the inputs of a t
 
     files -> reader -> [tiles that were read] -> workers -> [tiles that were merged] -> writer -> shards, journal
 
-Tiles start in the order of the plan, so every input file is read from front to back. The `Schedule` bounds the bytes
+Tiles start in the order of the plan, so every input file is read from front to back, except that matrices which are
+merged in one batch are read together, when the first of them is due. The `Schedule` bounds the bytes
 between the stages. The calling thread only reports progress and waits. If it stops (Ctrl-C, an error in its callback),
 so do the other threads; tiles merged by then are still written and journaled.
 """
@@ -29,7 +30,7 @@ from ..methods import MergeResult, timed
 from ..plan import MergePlan
 from .job import COMMIT_SECONDS
 from .journal import Finished
-from .scheduling import Schedule
+from .scheduling import Schedule, TensorSchedule
 from .shards import Shards
 from .tiles import (
     Assembly,
@@ -37,6 +38,7 @@ from .tiles import (
     Values,
     check_parts,
     checksums_by_input,
+    merge_group,
     merge_tile,
     read_tile,
     tiles_of,
@@ -163,7 +165,8 @@ class _Pipeline:
         self.error: BaseException | None = None
         self.written: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._on_gpu = job.device.type == "cuda"
-        self._read: queue.SimpleQueue[_Read | None] = queue.SimpleQueue()
+        self._pending = set(job.pending)
+        self._read: queue.SimpleQueue[list[_Read] | None] = queue.SimpleQueue()
         self._merged: queue.SimpleQueue[_Merged | None] = queue.SimpleQueue()
         self._inputs = _Budget(schedule.read_bytes)
         self._work = _Budget(schedule.work_bytes)
@@ -230,12 +233,15 @@ class _Pipeline:
 
     def _reader(self) -> None:
         try:
-            for name in self.job.pending:
-                checksums = [Checksum() for _ in self.job.plan.tensors[name].parts]
-                for tile in tiles_of(name, self.schedule.tensors[name]):
-                    if not self._inputs.take(self.schedule.tensors[name].inputs):
+            for group in self.schedule.groups:
+                # A batch of which some tensors are finished is merged again as a whole, for the same bits.
+                if self._pending.isdisjoint(group):
+                    continue
+                checksums = {name: [Checksum() for _ in self.job.plan.tensors[name].parts] for name in group}
+                for tiles in tiles_of(group, self.schedule.tensors):
+                    if not self._inputs.take(self.schedule.needs(group).inputs):
                         return
-                    self._read.put(self._read_tile(tile, checksums))
+                    self._read.put([self._read_tile(tile, checksums[tile.name]) for tile in tiles])
         finally:
             self._readers.shutdown(wait=False)
             for _ in range(self.schedule.workers):
@@ -276,23 +282,38 @@ class _Pipeline:
         # One thread at a time, so that tiles start in order: a later tile must not take the memory that an earlier one
         # needs.
         with self._turn:
-            read = self._read.get()
-            if read is None or not self._begin(read.tile):
+            reads = self._read.get()
+            if reads is None:
                 return False
-        needs = self.schedule.tensors[read.tile.name]
-        result = merge_tile(self.job.plan, read.tile, read.inputs, self.job.device, self.job.measure_norms)
-        result.report.stages |= read.stages
-        merged = _Merged(read.tile, result, read.checksums)
-        del read, result
+            needs = self.schedule.needs([read.tile.name for read in reads])
+            if not self._begin(needs):
+                return False
+        merged = self._merge(reads)
+        del reads
+        written = sum(self.schedule.tensors[one.tile.name].output for one in merged)
         self._inputs.give_back(needs.inputs)
-        self._work.give_back(0 if self._on_gpu else needs.work - needs.output)
+        self._work.give_back((needs.output if self._on_gpu else needs.work) - written)
         self._device.give_back(needs.inputs + needs.work)
-        self._merged.put(merged)
+        for one in merged:
+            self._merged.put(one)
         return True
 
-    def _begin(self, tile: Tile) -> bool:
+    def _merge(self, reads: list[_Read]) -> list[_Merged]:
+        """Merge a tile, or a batch; return what is to be written."""
+        plan, how = self.job.plan, (self.job.device, self.job.measure_norms)
+        if len(reads) == 1:
+            results = [merge_tile(plan, reads[0].tile, reads[0].inputs, *how)]
+        else:
+            results = merge_group(plan, [read.tile for read in reads], [read.inputs for read in reads], *how)
+        merged = []
+        for read, result in zip(reads, results, strict=True):
+            result.report.stages |= read.stages
+            if read.tile.name in self._pending:
+                merged.append(_Merged(read.tile, result, read.checksums))
+        return merged
+
+    def _begin(self, needs: TensorSchedule) -> bool:
         """Wait for the memory to merge a tile; False if the pipeline stops instead."""
-        needs = self.schedule.tensors[tile.name]
         if self._stopping.is_set():
             return False
         if self._on_gpu and not self._device.take(needs.inputs + needs.work):

@@ -103,7 +103,7 @@ def run_ray(
     with _signals_as_raised(), _connected(ray, address, tasks), ThreadPoolExecutor(1) as journal:
         options = _task_options(ray, job, schedule)
         slots = tasks or max(1, int(ray.cluster_resources().get("GPU" if "num_gpus" in options else "CPU", 1)))
-        waiting = deque(_groups(job, slots))
+        waiting = deque(_groups(job, schedule, slots))
         most = tasks or len(waiting)  # Ray queues tasks that lack resources
         task = ray.remote(**options)(merge_group)
         method = job.plan.config.method
@@ -277,17 +277,19 @@ def _task_options(ray: Any, job: MergeJob, schedule: Schedule) -> dict[str, Any]
     return options
 
 
-def _groups(job: MergeJob, slots: int) -> Iterator[list[str]]:
-    """Cut pending tensors into groups of neighbours, so that a worker reads files front to back."""
-    sizes = {name: job.plan.tensors[name].bytes_read for name in job.pending}
-    limit = min(GROUP_BYTES, sum(sizes.values()) // (slots * GROUPS_PER_SLOT))
+def _groups(job: MergeJob, schedule: Schedule, slots: int) -> Iterator[list[str]]:
+    """Cut pending tensors into groups of neighbours, so that a worker reads files front to back; cut no batch."""
+    pending, tensors = set(job.pending), job.plan.tensors
+    units = [(names, sum(tensors[name].bytes_read for name in names)) for names in schedule.groups]
+    units = [(names, size) for names, size in units if not pending.isdisjoint(names)]
+    limit = min(GROUP_BYTES, sum(size for _, size in units) // (slots * GROUPS_PER_SLOT))
     group: list[str] = []
     filled = 0
-    for name, size in sizes.items():
+    for names, size in units:
         if group and filled + size > limit:
             yield group
             group, filled = [], 0
-        group.append(name)
+        group += [name for name in names if name in pending]
         filled += size
     if group:
         yield group

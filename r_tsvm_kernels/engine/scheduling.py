@@ -1,8 +1,8 @@
 """Fit a plan into a memory budget: number of workers, row tiles, and how many bytes may be in memory at a time.
 
 Results never depend on the schedule. Only tensors whose rows can be merged separately with the same bits are cut into
-tiles. The working memory of a decomposition changes its rounding. Therefore it depends on the recipe and the shape
-alone, and a budget that is too small for it is refused.
+tiles. The working memory of a decomposition changes its rounding, and so do the other matrices of its batch. Therefore
+both depend on the recipe and the shapes alone, and a budget that is too small for them is refused.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ..errors import ConfigError, MemoryBudgetError
-from ..plan import MergePlan, footprint, rows_at_a_time
+from ..plan import MergePlan, batches, footprint, rows_at_a_time
 from ..sizes import format_size
+from ..text import some
 
 _LOG = logging.getLogger(__name__)
 
@@ -66,14 +67,23 @@ class TensorSchedule:
         return [(first, min(first + self.tile_rows, self.rows)) for first in firsts]
 
 
+def together(tensors: Sequence[TensorSchedule]) -> TensorSchedule:
+    """Return the memory of several tensors that are merged together, as if they were one with a single tile."""
+    rows = sum(tensor.rows for tensor in tensors)
+    return TensorSchedule(
+        rows, rows, *(sum(getattr(t, name) for t in tensors) for name in ("inputs", "work", "output"))
+    )
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How an engine carries out a plan: workers, tiles and memory limits.
 
-    Tiles start in the order of the plan. Reading a tile starts when its `inputs` and those of all tiles that are not
-    merged yet fit into `read_bytes`. Merging it starts when its `work`, that of all tiles being merged and the `output`
-    of all tiles waiting to be written fit into `work_bytes`. On a GPU, inputs and work count against `device_bytes`,
-    and only the output counts against `work_bytes`.
+    Groups of tensors start in their order, and tiles in that of their tensor. The tensors of a group with several are
+    single tiles that are read and merged together: what follows holds for their sums. Reading a tile starts when its
+    `inputs` and those of all tiles that are not merged yet fit into `read_bytes`. Merging it starts when its `work`,
+    that of all tiles being merged and the `output` of all tiles waiting to be written fit into `work_bytes`. On a GPU,
+    inputs and work count against `device_bytes`, and only the output counts against `work_bytes`.
 
     Attributes:
         workers: number of merging threads.
@@ -81,6 +91,7 @@ class Schedule:
         work_bytes: limit of the other bytes of tensors in host memory.
         device_bytes: limit of the bytes of tensors on the GPU; 0 without one.
         tensors: by name, in the order of the plan.
+        groups: names of tensors that are merged together, see `plan.batches`.
         program_bytes: bytes of everything else.
         graph_bytes: limit of the GPU memory of CUDA graphs, in what the tensors leave of the budget.
     """
@@ -90,8 +101,15 @@ class Schedule:
     work_bytes: int
     device_bytes: int
     tensors: dict[str, TensorSchedule]
+    groups: list[tuple[str, ...]]
     program_bytes: int
     graph_bytes: int = 0
+
+    def needs(self, group: Sequence[str]) -> TensorSchedule:
+        """Return the memory of a tile of a tensor, or of all tensors of a group with several, as one tile."""
+        if len(group) == 1:
+            return self.tensors[group[0]]
+        return together([self.tensors[name] for name in group])
 
     @property
     def peak_host_bytes(self) -> int:
@@ -148,17 +166,23 @@ def make_schedule(
 
 def smallest_schedule(plan: MergePlan, on_gpu: bool = False) -> Schedule:
     """Return the schedule that needs the least memory: one worker, the smallest tiles, nothing read ahead."""
-    return _limited(plan, _tensor_schedules(plan, TILE_ELEMENTS[-1], on_gpu), 1, 0, on_gpu)
+    tensors = _tensor_schedules(plan, TILE_ELEMENTS[-1], on_gpu)
+    return _limited(plan, tensors, batches(plan, _device_type(on_gpu)), 1, 0, on_gpu)
 
 
 def _candidates(plan: MergePlan, workers: int, on_gpu: bool) -> Iterator[Schedule]:
     """Yield schedules, the best first and the smallest last."""
     factor = GPU_FACTOR if on_gpu else 1
     tiled = [_tensor_schedules(plan, factor * elements, on_gpu) for elements in TILE_ELEMENTS]
+    groups = batches(plan, _device_type(on_gpu))
     for count in range(workers, 0, -1):
         for tensors in tiled:
-            yield _limited(plan, tensors, count, 1, on_gpu)
+            yield _limited(plan, tensors, groups, count, 1, on_gpu)
     yield smallest_schedule(plan, on_gpu)
+
+
+def _device_type(on_gpu: bool) -> str:
+    return "cuda" if on_gpu else "cpu"
 
 
 def _tensor_schedules(plan: MergePlan, elements: int, on_gpu: bool) -> dict[str, TensorSchedule]:
@@ -168,23 +192,30 @@ def _tensor_schedules(plan: MergePlan, elements: int, on_gpu: bool) -> dict[str,
         rows = tile_rows = tensor.rows
         if plan.row_wise(name) and tensor.spec.shape:
             tile_rows = min(rows, elements // max(1, math.prod(tensor.spec.shape[1:])))
-            together = rows_at_a_time(plan, name, "cuda" if on_gpu else "cpu")
+            together = rows_at_a_time(plan, name, _device_type(on_gpu))
             tile_rows = max(tile_rows // together, 1) * together
         tile_rows = max(1, tile_rows)
-        needs = footprint(plan, name, tile_rows, "cuda" if on_gpu else "cpu")
+        needs = footprint(plan, name, tile_rows, _device_type(on_gpu))
         found[name] = TensorSchedule(rows, tile_rows, needs.inputs, needs.work, needs.output)
     return found
 
 
-def _limited(plan: MergePlan, tensors: dict[str, TensorSchedule], workers: int, ahead: int, on_gpu: bool) -> Schedule:
+def _limited(
+    plan: MergePlan,
+    tensors: dict[str, TensorSchedule],
+    groups: list[tuple[str, ...]],
+    workers: int,
+    ahead: int,
+    on_gpu: bool,
+) -> Schedule:
     """Return a schedule whose limits admit as many successive tiles as workers, and the inputs of `ahead` more."""
-    values = list(tensors.values())
+    values = [together([tensors[name] for name in group]) if len(group) > 1 else tensors[group[0]] for group in groups]
     inputs = _largest_run([(t.inputs, t.count) for t in values], workers + ahead)
     work = _largest_run([(t.output if on_gpu else t.work, t.count) for t in values], workers)
     device = _largest_run([(t.inputs + t.work, t.count) for t in values], workers) if on_gpu else 0
     program = PROGRAM_BYTES + workers * WORKER_BYTES
     program += 0 if plan.vocabulary is None else TOKEN_BYTES * plan.vocabulary.tokens_read
-    return Schedule(workers, inputs, work, device, tensors, program)
+    return Schedule(workers, inputs, work, device, tensors, groups, program)
 
 
 def _largest_run(sizes: Sequence[tuple[int, int]], length: int) -> int:
@@ -201,7 +232,8 @@ def _fits(peak: int, budget: int | None) -> bool:
 def _too_small(plan: MergePlan, smallest: Schedule, memory: int | None, device_memory: int | None) -> MemoryBudgetError:
     """Make the error that says how much the smallest schedule needs, for what, and what helps."""
     program = smallest.program_bytes
-    largest = max(smallest.tensors, key=lambda name: smallest.tensors[name].inputs + smallest.tensors[name].work)
+    group = max(smallest.groups, key=lambda names: smallest.needs(names).inputs + smallest.needs(names).work)
+    largest = some(group)
     refused = []
     if memory is not None and memory < (peak := smallest.peak_host_bytes):
         refused.append(
@@ -216,7 +248,7 @@ def _too_small(plan: MergePlan, smallest: Schedule, memory: int | None, device_m
         )
     if memory is not None and memory <= program:
         advice = "no recipe fits this budget, raise it"
-    elif plan.row_wise(largest):
+    elif plan.row_wise(group[0]):
         advice = f"the tiles of {largest} are the smallest already: raise the budget, or exclude the tensor"
     elif "workspace" in plan.config.method.parameters.model_fields:
         advice = f"raise the budget, set a smaller `workspace` in the recipe, or exclude {largest}"

@@ -1,6 +1,7 @@
 """Read and merge one tile, some rows of one tensor: the unit of work of every engine.
 
-Most tensors are one tile; those whose rows can be merged separately are cut into several (`scheduling`). A tile is
+Most tensors are one tile; those whose rows can be merged separately are cut into several (`scheduling`). Matrices of
+several tensors may be merged in one batch (`plan.batches`), whatever the order or the number of workers. A tile is
 merged with one torch thread, because BLAS and LAPACK round differently with more. The result then has the same bits for
 any order, any number of workers, and any other work beside it.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,12 +23,13 @@ from ..linalg import Factored
 from ..lora import Adapter, Change
 from ..lora.adapted_model import AdaptedModel
 from ..lora.task_part import Added, TaskPart
-from ..merge import mean_of_present, merge_tensors, summands_of
+from ..merge import BatchMember, merge_batch, merge_tensors, summands_of
 from ..methods import MergeResult, TensorReport, timed
+from ..missing import mean_of_present
 from ..parts import merge_parts, store_parts
 from ..plan import MergePlan, TensorPlan
 from ..quantised import differing_error, must_agree, same_values
-from ..text import dtype_name
+from ..text import dtype_name, some
 from ..values import base_plus, stored
 from .aligned_rows import read_aligned, restore_untouched
 from .journal import Finished, Stored
@@ -58,10 +61,14 @@ class Tile:
         return self.index + 1 == self.count
 
 
-def tiles_of(name: str, schedule: TensorSchedule) -> Iterator[Tile]:
-    """Yield the tiles of a tensor, in order."""
-    for index, (first, last) in enumerate(schedule.tiles):
-        yield Tile(name, index, schedule.count, first, last)
+def tiles_of(group: Sequence[str], schedules: Mapping[str, TensorSchedule]) -> Iterator[tuple[Tile, ...]]:
+    """Yield what is merged at a time: the tiles of a tensor one by one, in order; or a group of whole tensors."""
+    if len(group) > 1:
+        yield tuple(Tile(name, 0, 1, 0, schedules[name].rows) for name in group)
+        return
+    for name in group:
+        for index, (first, last) in enumerate(schedules[name].tiles):
+            yield (Tile(name, index, schedules[name].count, first, last),)
 
 
 # Calls a function with the items of lists, one call for each position, and returns what they returned.
@@ -163,11 +170,8 @@ def merge_tile(
             weight, scales = plan.base.load_fp8(tile.name, (tile.first, tile.last))
             return MergeResult(weight, report, scales)
         return MergeResult(stored(_whole(inputs[0]), tensor.spec.dtype, tile.name), report)
-    try:
-        on_device = {
-            plan.inputs[part.source]: values.to(device, non_blocking=True)
-            for part, values in zip(tensor.parts, inputs, strict=True)
-        }
+    with _named_out_of_memory(tile.name, device):
+        on_device = _on_device(plan, tensor, inputs, device)
         if tensor.treatment.present_only:
             return _as_written(plan, tile, _mean(plan, tensor, on_device))
         base = _whole(on_device[plan.base])
@@ -190,12 +194,70 @@ def merge_tile(
         result.weight = result.weight.cpu()
         if tensor.aligned:
             restore_untouched(plan, tile.name, tile.first, _whole(inputs[0]), result.weight)
+    return _merged(plan, tile, result)
+
+
+def merge_group(
+    plan: MergePlan,
+    tiles: Sequence[Tile],
+    inputs: Sequence[Sequence[Values]],
+    device: torch.device,
+    measure_norms: bool | None = None,
+) -> list[MergeResult]:
+    """Merge whole tensors in one batch, see `plan.batches`.
+
+    Args:
+        plan: the plan.
+        tiles: of the tensors of a group.
+        inputs: what `read_tile` returned for each.
+        device: that merges.
+        measure_norms: see `merge_tensors`.
+
+    Returns:
+        The merged tensors, on the CPU, and their reports.
+
+    Raises:
+        NonFiniteError, ConvergenceError, MemoryBudgetError: as `merge_tile`.
+    """
+    own, members = plan.section(tiles[0].name), []
+    with _named_out_of_memory(some([tile.name for tile in tiles]), device):
+        for tile, values in zip(tiles, inputs, strict=True):
+            tensor = own.tensors[tile.name]
+            on_device = _on_device(own, tensor, values, device)
+            models = [_model(own, model, on_device) for model in own.tuned]
+            base = _whole(on_device[own.base])
+            members.append(BatchMember(base, models, tile.name, tensor.position, tensor.merged_dtype))
+        results = merge_batch(members, own.config, measure_norms=measure_norms)
+        for result in results:
+            result.weight = result.weight.cpu()
+    return [_merged(own, tile, result) for tile, result in zip(tiles, results, strict=True)]
+
+
+@contextmanager
+def _named_out_of_memory(name: str, device: torch.device) -> Iterator[None]:
+    """Raise our error, with the name of a tensor, when the GPU is out of memory."""
+    try:
+        yield
     except torch.cuda.OutOfMemoryError as error:
         raise MemoryBudgetError(
-            f"{tile.name}: {device} is out of memory ({error}); set --threads 1 or a smaller --device-memory, "
+            f"{name}: {device} is out of memory ({error}); set --threads 1 or a smaller --device-memory, "
             "end other programs on the GPU, or use --device cpu"
         ) from error
-    result.report.shape = tensor.spec.shape
+
+
+def _on_device(
+    plan: MergePlan, tensor: TensorPlan, inputs: Sequence[Values], device: torch.device
+) -> dict[Checkpoint | Adapter, Values]:
+    """Return the values of each input, on the device that merges."""
+    return {
+        plan.inputs[part.source]: values.to(device, non_blocking=True)
+        for part, values in zip(tensor.parts, inputs, strict=True)
+    }
+
+
+def _merged(plan: MergePlan, tile: Tile, result: MergeResult) -> MergeResult:
+    """Complete the report of a merged tile, and return it as it is written."""
+    result.report.shape = plan.tensors[tile.name].spec.shape
     certificate = result.report.certificate
     if certificate is not None and certificate.escalations:
         _LOG.info("%s: solved by %s after %s", tile.name, certificate.route, "; ".join(certificate.escalations))

@@ -258,8 +258,8 @@ class Method:
             directions that a calibration could scale.
         aliases: its other names, in papers and in other tools.
         cost: memory and operations of a job with its options.
-        batch: number of matrices such as this that are merged at a time, if a tensor has several. It depends on the
-            shape and the options alone, because it may change how sums are rounded.
+        batch: number of matrices such as this that are merged at a time, if a tensor or a checkpoint has several. It
+            depends on the shape and the options alone, because it may change how sums are rounded.
         run_batch: ``run`` for a batch: the bases, the models of each, and the options; None if there is none.
         linear: how it gives the summands of its merge, if that is linear in the weights; otherwise None.
     """

@@ -41,7 +41,8 @@ from .spectral_costs import solver_for, tsvm_cost
 # affects how sums are rounded, so it does not depend on the memory budget.
 WORKSPACE = 64 << 20
 
-# Elements of the task matrices that solver `products` merges in one batch, on a GPU and where it is simulated.
+# Elements of the task matrices that solver `products` merges in one batch, on a GPU and where it is simulated, with the
+# default workspace.
 BATCH_ELEMENTS = {"cuda": 1 << 27, "cpu": 1 << 21}
 
 
@@ -54,7 +55,8 @@ class TsvmParameters(MethodParameters):
         default="auto", description="eigen, products (tensor cores), or auto: products on a GPU whose kernels passed"
     )
     workspace: Annotated[int, BeforeValidator(parse_size), Field(ge=1)] = Field(
-        default=WORKSPACE, description="memory for copies of rows, e.g. 64MB: less is slower and changes the last bits"
+        default=WORKSPACE,
+        description="memory for copies of rows and for batches: less is slower and changes the last bits",
     )
     exclude_keys: list[str] = Field(
         default=[], description="names (or patterns with *) of matrices that get the mean task vector instead"
@@ -62,10 +64,14 @@ class TsvmParameters(MethodParameters):
 
 
 def tsvm_batch_size(job: TensorJob, options: TsvmParameters) -> int:
-    """Return the number of matrices to merge at a time: solver ``products`` merges equal shapes in one batch."""
+    """Return the number of matrices to merge at a time: solver ``products`` merges equal shapes in one batch.
+
+    A smaller workspace makes smaller batches.
+    """
     if solver_for(options, job.device_type) != "products":
         return 1
-    return max(1, BATCH_ELEMENTS["cpu" if job.device_type == "cpu" else "cuda"] // max(1, job.tasks * job.elements))
+    most = BATCH_ELEMENTS["cpu" if job.device_type == "cpu" else "cuda"] * options.workspace // WORKSPACE
+    return max(1, most // max(1, job.tasks * job.elements))
 
 
 def merge_tsvm_batch(

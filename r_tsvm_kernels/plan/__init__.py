@@ -1,5 +1,6 @@
 """Plan a merge of checkpoints from headers alone: inputs, treatment of each tensor, memory and operations."""
 
+from .batching import batches
 from .costs import Footprint, footprint, matrix_cost, rows_at_a_time, tensor_cost, total_flops
 from .decomposition import Decomposition, tasks_of
 from .inputs import Inputs, open_inputs
@@ -18,6 +19,7 @@ __all__ = [
     "Part",
     "TensorPlan",
     "TokenGroup",
+    "batches",
     "common_parameters",
     "footprint",
     "make_plan",

@@ -15,7 +15,7 @@ from ..config import MergeConfig
 from ..entries import ModelEntry, ModuleEntry, Slice, SliceSource, combined
 from ..errors import ConfigError, ShapeError
 from ..lora.adapted_model import AdaptedModel
-from ..merge import without_base
+from ..missing import without_base
 from ..parameters import layer_positions
 from ..recipe_forms import MERGEKIT_RUNS_IT
 from ..text import some

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, ConfigError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel, adapt, is_adapter, open_adapter, split_reference
 from ..lora.task_part import TaskPart
-from ..merge import without_base
+from ..missing import without_base
 from ..parts import check_recipe
 from ..parts_folder import PartsFolder
 from ..steps import placed

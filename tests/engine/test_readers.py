@@ -16,7 +16,7 @@ from r_tsvm_kernels.plan import make_plan
 def pipeline(device):
     """The engine of a GPU, which need not be there as long as nothing is merged."""
     schedule = SimpleNamespace(workers=1, read_bytes=0, work_bytes=0, device_bytes=0, graph_bytes=0)
-    return _Pipeline(SimpleNamespace(device=torch.device(device)), schedule)
+    return _Pipeline(SimpleNamespace(device=torch.device(device), pending=[]), schedule)
 
 
 def test_at_once_and_in_order():

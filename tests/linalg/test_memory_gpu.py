@@ -1,40 +1,14 @@
 """What the matrix-product route takes on a GPU: counted on tensors that have no values, and below the planned bound."""
 
 import math
-import weakref
 
 import pytest
 import torch
+from memory import Allocations
 from test_host_waits import gpu, kernels  # noqa: F401  # fixtures
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from r_tsvm_kernels.linalg import tsv_merge_bytes
 from r_tsvm_kernels.linalg.products import merge, subspaces
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations return, while they live."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._living = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._living:
-                storage = tensor.untyped_storage()
-                self._living.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _freed(self, key, nbytes):
-        self._living.discard(key)
-        self.now -= nbytes
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ...blocks import Shape
 from ...config import MergeConfig, ModelEntry
 from ...errors import CheckpointError, ConfigError
-from ...merge import merge_tensors, without_base
+from ...merge import merge_tensors
 from ...methods import TensorReport, nearest
+from ...missing import without_base
 from ...parameters import layer_positions
 from ...quantised import refuse_quantised
 from ...recipe_fields import Calibration, ConvChoice, RouterChoice
