@@ -28,6 +28,7 @@ from .methods import (
     calibrate_update,
     get_method,
     mean_task_vector,
+    of_tensor,
     task_matrices,
     timed,
 )
@@ -387,6 +388,10 @@ class _Merge:
 
     def computed(self, kind: str, out_dtype: torch.dtype | None = None) -> MergeResult:
         """Merge by the method or by the mean; the result is in the dtype of the computation, or in `out_dtype`."""
+        with of_tensor(self.label):
+            return self._computed(kind, out_dtype)
+
+    def _computed(self, kind: str, out_dtype: torch.dtype | None) -> MergeResult:
         method, options = self.config.method, self.options
         if kind != "mean" and method.factored(options) and all(isinstance(model, Factored) for model in self.tuned):
             return method.run(self.base, self.tuned, options)

@@ -44,6 +44,7 @@ from .base import (
     nearest,
     task_matrices,
 )
+from .recall import Found, keeping, of_tensor
 from .reports import MergeResult, Summands, TensorReport, timed
 from .svc import calibrate_update, svc_cost
 from .task_arithmetic import mean_task_vector
@@ -51,6 +52,7 @@ from .task_arithmetic import mean_task_vector
 __all__ = [
     "METHODS",
     "Cost",
+    "Found",
     "Linear",
     "MergeResult",
     "Method",
@@ -65,8 +67,10 @@ __all__ = [
     "elementwise_cost",
     "factored_cost",
     "get_method",
+    "keeping",
     "mean_task_vector",
     "nearest",
+    "of_tensor",
     "svc_cost",
     "task_matrices",
     "timed",

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..ops import Sparsifier, kept_count
 from .base import PerModel, register
 from .reports import MergeResult
-from .sparsify import SPARSE_OPS, Share, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
+from .sparsify import SPARSE_OPS, Share, SparseParameters, largest_kept, merge_kept, sparse_cost
 
 
 class BreadcrumbsParameters(SparseParameters):
@@ -37,12 +37,12 @@ def breadcrumbs_masks(base: Tensor, tuned: Sequence[Tensor], options: Breadcrumb
 
     If both do not fit, fewer of the largest are dropped.
     """
-    numel, sparsifiers = base.numel(), []
-    for tensor, density, gamma in zip(tuned, options.density, options.gamma, strict=True):
-        dropped = min(math.floor(Fraction(repr(gamma)) * numel), numel - kept_count(density, numel))
-        sparsifier = largest_kept(base, tensor, density, outliers=dropped)
-        sparsifiers.append(rescaled(base, tensor, sparsifier) if options.rescale else sparsifier)
-    return sparsifiers
+    numel = base.numel()
+    dropped = [
+        min(math.floor(Fraction(repr(gamma)) * numel), numel - kept_count(density, numel))
+        for density, gamma in zip(options.density, options.gamma, strict=True)
+    ]
+    return largest_kept(base, tuned, options, dropped)
 
 
 @register(

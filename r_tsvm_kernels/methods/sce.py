@@ -13,14 +13,16 @@ Source: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.0799
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from pydantic import Field
 from torch import Tensor
 
 from .. import dispatch
-from ..ops import Sparsifier, elect_and_sum, kept_count, magnitude_select, task_gram, task_spread
+from ..ops import MagnitudeSelection, Sparsifier, elect_and_sum, kept_count, magnitude_select, task_gram, task_spread
 from .base import Cost, MethodParameters, TensorJob, register
 from .gram import checked, gram_bytes
+from .recall import recalled
 from .reports import MergeResult, TensorReport
 from .sparsify import Share
 
@@ -59,17 +61,19 @@ def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeR
     selected = None
     if options.select_topk < 1 and len(tuned) > 1:  # one task has no variance to select by
         spread = task_spread(base, tuned)
-        selected = largest(spread, kept_count(options.select_topk, int(spread.count_nonzero())))
-    squares = squared_norms(base, tuned, selected)
+        selection = recalled(("spread", options.select_topk), partial(largest_share, spread, options.select_topk))
+        selected = selection.mask(spread)
+        del spread
+    squares = recalled(("squares", options.select_topk), partial(squared_norms, base, tuned, selected))
     weights = [own * user / (max(squares) or 1.0) for own, user in zip(squares, options.weight, strict=True)]
     total = sum(weights) or 1.0
     merged = add_erased_mean(base, tuned, selected, weights)
     return MergeResult(merged, TensorReport(weights=[weight / total for weight in weights]))
 
 
-def largest(spread: Tensor, keep: int) -> Tensor:
-    """Return the mask of the `keep` elements of the largest variance."""
-    return magnitude_select(spread, keep).mask(spread)
+def largest_share(spread: Tensor, share: float) -> MagnitudeSelection:
+    """Select the elements of the largest variance: this share of those in which the tasks differ."""
+    return magnitude_select(spread, kept_count(share, int(spread.count_nonzero())))
 
 
 def squared_norms(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +16,7 @@ from .. import dispatch
 from ..ops import Election, Sparsifier, elect_and_sum, kept_count, magnitude_select, task_statistics
 from ..ops.elect_and_sum import normalized_shares
 from .base import Cost, MethodParameters, PerModel, TensorJob
+from .recall import recalled
 from .reports import MergeResult, TensorReport
 from .task_arithmetic import TaskArithmeticParameters
 
@@ -48,13 +50,25 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
 
 
-def largest_kept(base: Tensor, tensor: Tensor, density: float, outliers: int = 0) -> Sparsifier:
-    """Keep the ``kept_count(density)`` largest magnitudes of ``tensor - base`` below the `outliers` largest."""
-    count = kept_count(density, base.numel())
-    if count == base.numel():
-        return Sparsifier()
-    kept, dropped = magnitude_select(tensor, [count + outliers, outliers], base=base)
-    return Sparsifier(largest=kept, outliers=dropped if outliers else None)
+def largest_kept(
+    base: Tensor, tuned: Sequence[Tensor], options: SparseParameters, outliers: Sequence[int] | None = None
+) -> list[Sparsifier]:
+    """Keep the largest magnitudes of each task vector, below its `outliers` largest; see `SparseParameters`."""
+    counts = [kept_count(density, base.numel()) for density in options.density]
+    keys = enumerate(zip(counts, outliers or [0] * len(tuned), strict=True))
+    return [
+        recalled(("largest", task, *key, options.rescale), partial(_largest_kept, base, tensor, *key, options.rescale))
+        for (task, key), tensor in zip(keys, tuned, strict=True)
+    ]
+
+
+def _largest_kept(base: Tensor, tensor: Tensor, count: int, outliers: int, rescale: bool) -> Sparsifier:
+    """Keep the `count` largest magnitudes of ``tensor - base`` below the `outliers` largest."""
+    sparsifier = Sparsifier()
+    if count < base.numel():
+        kept, dropped = magnitude_select(tensor, [count + outliers, outliers], base=base)
+        sparsifier = Sparsifier(largest=kept, outliers=dropped if outliers else None)
+    return rescaled(base, tensor, sparsifier) if rescale else sparsifier
 
 
 def rescaled(base: Tensor, tensor: Tensor, sparsifier: Sparsifier) -> Sparsifier:

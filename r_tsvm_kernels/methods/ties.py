@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .base import register
 from .reports import MergeResult
-from .sparsify import SPARSE_OPS, SparseParameters, largest_kept, merge_kept, rescaled, sparse_cost
+from .sparsify import SPARSE_OPS, SparseParameters, largest_kept, merge_kept, sparse_cost
 
 
 class TiesParameters(SparseParameters):
@@ -50,7 +50,4 @@ def ties(
         >>> ties(torch.zeros(2), tuned, TiesParameters(weight=[1.0, 1.0], density=[1.0, 0.5])).weight
         tensor([4., 2.])
     """
-    sparsifiers = [largest_kept(base, tensor, density) for tensor, density in zip(tuned, options.density, strict=True)]
-    if options.rescale:
-        sparsifiers = [rescaled(base, tensor, own) for tensor, own in zip(tuned, sparsifiers, strict=True)]
-    return merge_kept(base, tuned, options, sparsifiers, "sum", out_dtype)
+    return merge_kept(base, tuned, options, largest_kept(base, tuned, options), "sum", out_dtype)

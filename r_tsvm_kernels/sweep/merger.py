@@ -16,6 +16,7 @@ from ..engine import Progress, choose_device, decompose_checkpoints, merge_check
 from ..engine.job import HOW_TO_RESUME
 from ..engine.output import writing
 from ..errors import ConvergenceError
+from ..methods import Found, keeping
 from ..parts import from_parts, linear_parameters
 from .candidates import Candidate
 from .folder import discard
@@ -57,10 +58,11 @@ class Resources:
 
 
 class Merger:
-    """Merges the candidates of a sweep."""
+    """Merges the candidates of a sweep. Thresholds and norms of task vectors are kept from one to the next."""
 
     def __init__(self, work: Path, resources: Resources, progress: Callable[[Progress], None] | None = None) -> None:
         self._work, self._resources, self._progress = work, resources, progress
+        self._found: Found = {}
 
     def merge(self, candidate: Candidate, out: Path) -> bool:
         """Merge a candidate into `out`, in place of what is there; return whether parts were used."""
@@ -74,7 +76,7 @@ class Merger:
         return False
 
     def _merge(self, config: MergeConfig, out: Path) -> None:
-        with _without_hint():
+        with _without_hint(), keeping(self._found):
             merge_checkpoints(config, out, restart=True, progress=self._progress, **self._resources.keywords())
 
     def _shared(self, candidate: Candidate) -> MergeConfig:
@@ -87,7 +89,8 @@ class Merger:
                 if linear:
                     decompose_checkpoints(config, parts, **going_on, **resources.of_decomposition())
                 else:
-                    merge_checkpoints(for_update(config), parts, **going_on, **resources.keywords())
+                    with keeping(self._found):
+                        merge_checkpoints(for_update(config), parts, **going_on, **resources.keywords())
         return from_parts(config, parts) if linear else from_update(config, parts)
 
     def forget(self, group: str) -> None:

@@ -6,8 +6,8 @@ import torch
 from mergekit.merge_methods import TensorGroup
 from torch import Tensor
 
-from ...methods.sce import add_erased_mean, largest, squared_norms
-from ...ops import task_spread
+from ...methods.sce import add_erased_mean, squared_norms
+from ...ops import magnitude_select, task_spread
 from . import INSTALLATION
 from .kernels import accepted
 
@@ -28,7 +28,7 @@ def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -
         if keep == 0:
             return None  # nothing is selected: mergekit returns the base
         INSTALLATION.count("magnitude_select")
-        selected = largest(spread, keep)
+        selected = magnitude_select(spread, keep).mask(spread)
     squares = torch.tensor(squared_norms(base, tuned, selected), dtype=torch.float64, device="cpu") / base.numel()
     total = float(squares.sum())
     if not squares.isfinite().all():

@@ -1,0 +1,97 @@
+"""Candidates that are merged from the models use the thresholds and norms that earlier ones found."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from swept import models
+
+from r_tsvm_kernels import MergeConfig, merge_checkpoints, sweep_checkpoints
+from r_tsvm_kernels.methods import sce, sparsify
+
+WEIGHTS = {"weight.expert0": [0.5, -1.0], "weight.expert1": [1.0, 2.0]}
+
+
+@pytest.fixture
+def selected(monkeypatch):
+    """What elements were selected from, one entry for each selection."""
+    calls = []
+    for module in (sparsify, sce):
+
+        def counted(tensor, *arguments, select=module.magnitude_select, **options):
+            calls.append(tensor)
+            return select(tensor, *arguments, **options)
+
+        monkeypatch.setattr(module, "magnitude_select", counted)
+    return calls
+
+
+def swept(config: MergeConfig, grids, out: Path, selected):
+    """Sweep; return values and tensors of each candidate, and the number of selections for all of them."""
+    merged, calls = [], []
+    selected.clear()
+
+    def evaluate(path):
+        merged.append(load_file(path / "model.safetensors"))
+        calls.append(len(selected))
+        return 1.0
+
+    found = sweep_checkpoints(config, out, grids=grids, evaluate=evaluate)
+    trials = sorted(found.ranked, key=lambda trial: trial.number)
+    assert not found.failed and not any(trial.from_parts for trial in trials)
+    return [(trial.values, tensors) for trial, tensors in zip(trials, merged, strict=True)], calls[-1]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "grids"),
+    [
+        ("ties", {"density": 0.4}, WEIGHTS),
+        ("ties", {"density": 0.4, "rescale": True}, WEIGHTS),
+        ("ties", {}, {"weight.expert0": [0.5, 1.0], "density": [0.2, 0.6], "normalize": [True, False]}),
+        ("breadcrumbs_ties", {"density": 0.4}, {"weight.expert0": [0.5, 1.0], "gamma": [0.01, 0.1]}),
+        ("sce", {}, {"weight.expert1": [0.5, 1.0, -1.0], "select_topk": [0.3, 0.8, 1.0]}),
+    ],
+    ids=str,
+)
+def test_each_selection_is_made_once(method, parameters, grids, tmp_path, selected):
+    """The candidates are those of merges alone, to the bit, and each selects nothing that was selected before."""
+    config = models(tmp_path / "in", method, **parameters)
+    candidates, calls = swept(config, grids, tmp_path / "sweep", selected)
+    selected.clear()
+    for number, (values, tensors) in enumerate(candidates):
+        weights = [values.get(f"weight.expert{task}", 1.0) for task in range(2)]
+        others = {name: value for name, value in values.items() if not name.startswith("weight")}
+        own = MergeConfig(
+            method, base_model=config.base_model,
+            models=[{"model": str(tmp_path / "in" / f"expert{task}"), "parameters": {"weight": weight}}
+                    for task, weight in enumerate(weights)],
+            **parameters | others,
+        )  # fmt: skip
+        merge_checkpoints(own, tmp_path / f"alone{number}")
+        alone = load_file(tmp_path / f"alone{number}" / "model.safetensors")
+        assert alone.keys() == tensors.keys()
+        assert all(torch.equal(alone[name], tensors[name]) for name in alone)
+    different = {tuple(sorted((n, v) for n, v in values.items() if n in ("density", "gamma", "select_topk")))
+                 for values, _ in candidates}  # fmt: skip
+    assert calls > 0 and calls * len(candidates) == len(selected) * len(different)
+
+
+def test_packed_experts_and_filters_have_their_own_selections(tmp_path, selected):
+    paths = [tmp_path / name for name in ("base", "expert0", "expert1")]
+    for seed, path in enumerate(paths):
+        path.mkdir()
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"layers.{i}.{n}": torch.randn(3, 6, 8, generator=generator) for i in range(2)
+                   for n in ("mlp.experts.down_proj", "mlp.experts.up_proj")}  # fmt: skip
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    density = [{"filter": "up_proj", "value": 0.2}, {"value": [0.5, 0.9]}]
+    config = MergeConfig("ties", base_model=str(paths[0]), models=[str(p) for p in paths[1:]], density=density)
+    candidates, calls = swept(config, {"weight.expert0": [0.5, -1.0]}, tmp_path / "sweep", selected)
+    assert calls > 0
+    for number, (values, tensors) in enumerate(candidates):
+        own = MergeConfig("ties", base_model=str(paths[0]), density=density, models=[
+            {"model": str(paths[1]), "parameters": {"weight": values["weight.expert0"]}}, str(paths[2])])  # fmt: skip
+        merge_checkpoints(own, tmp_path / f"alone{number}")
+        alone = load_file(tmp_path / f"alone{number}" / "model.safetensors")
+        assert all(torch.equal(alone[name], tensors[name]) for name in alone)
