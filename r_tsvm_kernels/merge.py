@@ -393,11 +393,11 @@ class _Merge:
 
     def _computed(self, kind: str, out_dtype: torch.dtype | None) -> MergeResult:
         method, options = self.config.method, self.options
-        if kind != "mean" and method.factored(options) and all(isinstance(model, Factored) for model in self.tuned):
-            return method.run(self.base, self.tuned, options)
-        models = formed(self.base, self.tuned, self.label)
         if kind != "mean":
+            factored = method.factored(options) and all(isinstance(model, Factored) for model in self.tuned)
+            models = self.tuned if factored else formed(self.base, self.tuned, self.label)
             return method.run(self.base, models, options, **({"out_dtype": out_dtype} if method.rounds else {}))
+        models = formed(self.base, self.tuned, self.label)
         if method.needs_base:
             return mean_task_vector(self.base, models, options.weight, getattr(options, "alpha", 1.0), out_dtype)
         linear = get_method("linear")
@@ -461,9 +461,19 @@ def _run_batch(merges: Sequence[_Merge]) -> list[MergeResult]:
         return [merge.run(own) for merge, own in zip(merges, decisions, strict=True)]
     checked = [merge.checked(decided) for merge in merges]
     models = [formed(merge.base, merge.tuned, merge.label) for merge in checked]
-    with _named(some([merge.label for merge in checked])):
-        results = batch([merge.base for merge in checked], models, checked[0].options)
-    return [merge.finished(result, decided) for merge, result in zip(checked, results, strict=True)]
+
+    def computed(out_dtype: torch.dtype | None) -> list[MergeResult]:
+        with _named(some([merge.label for merge in checked])):
+            results = batch([merge.base for merge in checked], models, checked[0].options, out_dtype)
+        return [merge.finished(result, decided) for merge, result in zip(checked, results, strict=True)]
+
+    rounded = checked[0].rounding(decided.kind)
+    try:
+        return computed(rounded)
+    except NonFiniteError:
+        if rounded is None:
+            raise
+        return computed(None)  # again, not rounded: the message says which value does not fit
 
 
 @contextmanager

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from compare import relative_error, same_bits
@@ -115,6 +117,33 @@ def test_overflow_of_the_output_dtype_is_an_error():
     config = MergeConfig(merge_method="task_arithmetic", parameters={"alpha": 2.0}, out_dtype="float16")
     with pytest.raises(NonFiniteError, match=r"1\.2e\+05 does not fit float16"):
         merge_tensors(base, tuned, config)
+
+
+@ALL
+def test_rounding_in_the_method_is_rounding_of_its_result(method, monkeypatch):
+    base, tuned = group(tasks=tasks_of(method, 2))
+    given, own = [], METHODS[method]
+
+    def run(*args, **options):
+        given.append(options.get("out_dtype"))
+        return own.run(*args, **options)
+
+    monkeypatch.setitem(METHODS, method, replace(own, run=run))
+    for name in ("bfloat16", "float16"):
+        dtype = getattr(torch, name)
+        narrow = merge_tensors(base, tuned, MergeConfig(method, out_dtype=name)).weight
+        wide = own.run(base, tuned, MergeConfig(method).options(len(tuned))).weight
+        assert narrow.dtype == dtype and same_bits(narrow, wide.to(dtype))
+    assert given == ([torch.bfloat16, torch.float16] if own.rounds else [None, None])
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6)], ids=str)
+@pytest.mark.parametrize("method", ["tsvm", "rtsvm", "iso_c", "star"])
+def test_overflow_that_a_method_rounds_is_an_error(method, shape):
+    tuned = [1e5 * torch.randn(shape, generator=torch.Generator().manual_seed(t)) for t in range(2)]
+    options = {"solver": "products"} if method.endswith("tsvm") else {}
+    with pytest.raises(NonFiniteError, match=r"experts.*: a value of magnitude .* does not fit float16"):
+        merge_tensors(torch.zeros(shape), tuned, method, name="experts.down_proj", out_dtype="float16", **options)
 
 
 def test_what_it_refuses():

@@ -241,6 +241,21 @@ def _(inputs: Inputs) -> Case:
     )
 
 
+@benchmark("add_update: stored", "ops")
+def _(inputs: Inputs) -> Case:
+    base, update, alpha = inputs.base, inputs.deltas[0], 0.7
+    return op_case(
+        inputs,
+        ["add_update"],
+        lambda: ops.add_update(base, update, alpha, out_dtype=base.dtype),
+        lambda: ops.add_update(base.double(), update.double(), alpha),
+        2 * base.nbytes + 4 * inputs.numel,
+        best=lambda: torch_best.add(base, update, alpha).to(base.dtype),
+        compiled=True,
+        limit=max(ROUNDING, torch.finfo(base.dtype).eps),
+    )
+
+
 def _elect_and_sum(
     inputs: Inputs,
     options: dict[str, Any],

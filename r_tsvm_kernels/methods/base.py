@@ -134,7 +134,7 @@ class Unweighted(MethodParameters):
 SPECTRAL_OPS = ("add_update", "elect_and_sum", "task_statistics")
 
 Run = Callable[..., MergeResult]
-RunBatch = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]], Any], list[MergeResult]]
+RunBatch = Callable[..., list[MergeResult]]
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Method:
         paper_url: where the method is defined.
         parameters: the model of its parameters.
         run: ``run(base, tuned, options)``; returns the merged tensor in float32 (float64 if any input is float64).
-        rounds: whether `run` also takes `out_dtype`, and rounds the merged tensor to it, once.
+        rounds: whether `run` and `run_batch` also take `out_dtype`, and round the merged tensor to it, once.
         needs_base: whether task vectors are formed; if not, the base is an input like the models: see
             `MergeConfig.base_joins`.
         optional_base: whether task vectors are formed if there is a base, of a method that needs none; without one, its

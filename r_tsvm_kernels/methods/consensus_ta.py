@@ -55,12 +55,15 @@ def consensus_cost(job: TensorJob, options: ConsensusParameters) -> Cost:
     pretty_name="Consensus TA",
     paper_url="https://arxiv.org/abs/2405.07813",
     parameters=ConsensusParameters,
+    rounds=True,
     ops=("add_update", "elect_and_sum"),
     row_wise=True,
     aliases=("consensus", "tall_mask"),
     cost=consensus_cost,
 )
-def consensus_ta(base: Tensor, tuned: Sequence[Tensor], options: ConsensusParameters) -> MergeResult:
+def consensus_ta(
+    base: Tensor, tuned: Sequence[Tensor], options: ConsensusParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by Consensus TA: the steps at the top of this module.
 
     Examples:
@@ -80,4 +83,6 @@ def consensus_ta(base: Tensor, tuned: Sequence[Tensor], options: ConsensusParame
         for delta, threshold in zip(deltas, options.tall_lambda, strict=True):
             needing += delta.abs() >= threshold * (total - delta).abs()
         out[part] = total.masked_fill_(needing < least, 0)
-    return MergeResult(add_update(base, kept, options.alpha), TensorReport(weights=list(options.weight)))
+    return MergeResult(
+        add_update(base, kept, options.alpha, out_dtype=out_dtype), TensorReport(weights=list(options.weight))
+    )

@@ -84,6 +84,7 @@ def core_space_ranks(job: TensorJob, options: CoreSpaceParameters, factored: Seq
     pretty_name="Core Space",
     paper_url="https://arxiv.org/abs/2509.17786",
     parameters=CoreSpaceParameters,
+    rounds=True,
     ops=SPECTRAL_OPS,
     matrices_only=True,
     isotropic=lambda options: bool(options.isotropize),
@@ -91,7 +92,9 @@ def core_space_ranks(job: TensorJob, options: CoreSpaceParameters, factored: Seq
     cost=core_space_cost,
     linear=Linear(core_space_summands, core_space_refusal, core_space_ranks),
 )
-def core_space_merge(base: Tensor, tuned: Sequence[Any], options: CoreSpaceParameters) -> MergeResult:
+def core_space_merge(
+    base: Tensor, tuned: Sequence[Any], options: CoreSpaceParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by Core Space: the formula at the top of this module.
 
     Examples:
@@ -107,7 +110,7 @@ def core_space_merge(base: Tensor, tuned: Sequence[Any], options: CoreSpaceParam
     total[rows[:, None], columns] = _merge_cores(factors, options, report)[0]
     if report.certificate is not None:
         report.certificate = report.certificate.rounded(dtype)
-    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+    return MergeResult(add_update(base, total.to(dtype), options.alpha, out_dtype=out_dtype), report)
 
 
 def _factors(

@@ -53,13 +53,16 @@ def iso_c_cost(job: TensorJob, options: IsoCParameters) -> Cost:
     pretty_name="Iso-C",
     paper_url="https://arxiv.org/abs/2502.04959",
     parameters=IsoCParameters,
+    rounds=True,
     ops=SPECTRAL_OPS,
     matrices_only=True,
     isotropic=always,
     factored=always,
     cost=iso_c_cost,
 )
-def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeResult:
+def iso_c(
+    base: Tensor, tuned: Sequence[Any], options: IsoCParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by Iso-C: the formula at the top of this module.
 
     If the sum has no full rank, ``U V^T`` is a partial isometry: rows and columns that no task touched stay the base's.
@@ -72,7 +75,7 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
                 [0., 2.]])
     """
     if isinstance(tuned[0], Factored):
-        return _merge_factors(base, tuned, options)
+        return _merge_factors(base, tuned, options, out_dtype)
     total, rows, columns, rounding = sum_of_tasks(base, tuned, options.weight)
     core = total[rows][:, columns]
     report = TensorReport(weights=list(options.weight))
@@ -92,7 +95,7 @@ def iso_c(base: Tensor, tuned: Sequence[Any], options: IsoCParameters) -> MergeR
         certificate = replace(certificate, error=certificate.error + lost / nuclear + turned)
     report.certificate = certificate
     report.certificate.require()
-    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+    return MergeResult(add_update(base, total.to(dtype), options.alpha, out_dtype=out_dtype), report)
 
 
 def _sum_left_out(matrix: Tensor, factor: Tensor, negligible: float) -> tuple[float, float]:
@@ -110,7 +113,9 @@ def _sum_left_out(matrix: Tensor, factor: Tensor, negligible: float) -> tuple[fl
     return float(values.sum()), len(values) * BACKWARD_ERROR * frobenius_norm(A)
 
 
-def _merge_factors(base: Tensor, updates: Sequence[Factored], options: IsoCParameters) -> MergeResult:
+def _merge_factors(
+    base: Tensor, updates: Sequence[Factored], options: IsoCParameters, out_dtype: torch.dtype | None
+) -> MergeResult:
     """Take the polar factor from the singular vectors of the sum, which has low rank and is not formed."""
     total = weighted_sum(updates, options.weight)
     found = leading_triplets(total, lambda values: int((values > RANK_TOLERANCE * values[0]).sum()))
@@ -119,7 +124,7 @@ def _merge_factors(base: Tensor, updates: Sequence[Factored], options: IsoCParam
     update = (found.U * mean).to(dtype) @ found.Vh.to(dtype)
     certificate = found.certificate.rounded(dtype)
     report = TensorReport(weights=list(options.weight), certificate=certificate)
-    return MergeResult(add_update(base, update, options.alpha), report)
+    return MergeResult(add_update(base, update, options.alpha, out_dtype=out_dtype), report)
 
 
 def sum_of_tasks(

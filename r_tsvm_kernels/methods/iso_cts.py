@@ -57,12 +57,15 @@ def common_and_own_ranks(short: int, tasks: int, fraction: float) -> tuple[int, 
     pretty_name="Iso-CTS",
     paper_url="https://arxiv.org/abs/2502.04959",
     parameters=IsoCtsParameters,
+    rounds=True,
     ops=SPECTRAL_OPS,
     matrices_only=True,
     isotropic=always,
     cost=iso_cts_cost,
 )
-def iso_cts(base: Tensor, tuned: Sequence[Tensor], options: IsoCtsParameters) -> MergeResult:
+def iso_cts(
+    base: Tensor, tuned: Sequence[Tensor], options: IsoCtsParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by Iso-CTS: the steps at the top of this module.
 
     Examples:
@@ -98,7 +101,7 @@ def iso_cts(base: Tensor, tuned: Sequence[Tensor], options: IsoCtsParameters) ->
     report.certificate = bases.certificate
     mean = float(values.sum()) / min(base.shape)
     total[rows.unsqueeze(1), columns] = mean * (bases.left @ bases.right.mT)
-    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+    return MergeResult(add_update(base, total.to(dtype), options.alpha, out_dtype=out_dtype), report)
 
 
 class _Triplets(NamedTuple):

@@ -53,13 +53,16 @@ def knots_cost(job: TensorJob, options: KnotsParameters) -> Cost:
     pretty_name="KnOTS",
     paper_url="https://arxiv.org/abs/2410.19735",
     parameters=KnotsParameters,
+    rounds=True,
     ops=SPECTRAL_OPS,
     aliases=("knots_ties",),
     matrices_only=True,
     factored=always,
     cost=knots_cost,
 )
-def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> MergeResult:
+def knots(
+    base: Tensor, tuned: Sequence[Any], options: KnotsParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by KnOTS: the formula at the top of this module.
 
     Examples:
@@ -83,7 +86,7 @@ def knots(base: Tensor, tuned: Sequence[Any], options: KnotsParameters) -> Merge
     certificate = _certify(found, merged, options).rounded(dtype)
     certificate.require()
     report = TensorReport(ranks=[found.U.shape[1]] * len(tuned), weights=list(options.weight), certificate=certificate)
-    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+    return MergeResult(add_update(base, total.to(dtype), options.alpha, out_dtype=out_dtype), report)
 
 
 def _certify(found: JointSvd, merged: Tensor, options: KnotsParameters) -> Certificate:

@@ -66,6 +66,6 @@ def linear(
         update = sum_of_updates(base, tuned, weights)
         if not options.normalize:  # then the base counts as often as the weights say
             update.add_(base, alpha=sum(weights) - 1)
-        return MergeResult(add_update(base, update), TensorReport(weights=weights))
+        return MergeResult(add_update(base, update, out_dtype=out_dtype), TensorReport(weights=weights))
     zeros = base.new_zeros(base.shape[-1:]).expand_as(base)  # expanded from one row
     return MergeResult(elect_and_sum(zeros, tuned, weights, out_dtype=out_dtype), TensorReport(weights=weights))

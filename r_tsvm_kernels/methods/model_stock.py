@@ -66,27 +66,36 @@ def model_stock_cost(job: TensorJob, options: ModelStockParameters) -> Cost:
     pretty_name="Model Stock",
     paper_url="https://arxiv.org/abs/2403.19522",
     parameters=ModelStockParameters,
+    rounds=True,
     ops=("add_update", "elect_and_sum", "task_gram"),
     cost=model_stock_cost,
 )
-def model_stock(base: Tensor, tuned: Sequence[Tensor], options: ModelStockParameters) -> MergeResult:
+def model_stock(
+    base: Tensor, tuned: Sequence[Tensor], options: ModelStockParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by Model Stock: the formula at the top of this module, for the tensor or for each of its rows."""
     weights = normalized(options.weight, "choose others")
     if not options.filter_wise or base.ndim < 2:
         ratio = float(interpolation_ratio(gram_matrix(tuned, base)))
-        merged = elect_and_sum(base, tuned, weights, alpha=ratio)
+        merged = elect_and_sum(base, tuned, weights, alpha=ratio, out_dtype=out_dtype)
         return MergeResult(merged, TensorReport(weights=[ratio * weight for weight in weights]))
     ratios = interpolation_ratio(row_grams(tuned, base))
     mean_ratio = float(ratios.mean())
-    merged = add_row_wise(base, tuned, weights, ratios)
+    merged = add_row_wise(base, tuned, weights, ratios, out_dtype)
     return MergeResult(merged, TensorReport(weights=[mean_ratio * weight for weight in weights]))
 
 
-def add_row_wise(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float], ratios: Tensor) -> Tensor:
+def add_row_wise(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    ratios: Tensor,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Return the base and the weighted sum of the task vectors, each row (along the last dimension) times its ratio."""
     dtype = accumulation_dtype(base, *tuned)
     update = torch.zeros_like(base, dtype=dtype, memory_format=torch.contiguous_format)
     for weight, tensor in zip(weights, tuned, strict=True):
         update.add_(tensor.to(dtype) - base.to(dtype), alpha=weight)
     update.view(-1, base.shape[-1]).mul_(ratios.to(dtype)[:, None])
-    return add_update(base, update)
+    return add_update(base, update, out_dtype=out_dtype)

@@ -50,11 +50,14 @@ def pcb_cost(job: TensorJob, options: PcbParameters) -> Cost:
     pretty_name="PCB-Merging",
     paper_url="https://arxiv.org/abs/2410.02396",
     parameters=PcbParameters,
+    rounds=True,
     ops=("add_update", "elect_and_sum"),
     aliases=("pcb_merging",),
     cost=pcb_cost,
 )
-def pcb(base: Tensor, tuned: Sequence[Tensor], options: PcbParameters) -> MergeResult:
+def pcb(
+    base: Tensor, tuned: Sequence[Tensor], options: PcbParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by PCB-Merging: the steps at the top of this module.
 
     Examples:
@@ -75,7 +78,9 @@ def pcb(base: Tensor, tuned: Sequence[Tensor], options: PcbParameters) -> MergeR
     del start, total, delta, clipped, scale
     merged.div_(divisor.masked_fill_(divisor == 0, 1))
     merged = merged.to(accumulation_dtype(base, *tuned))
-    return MergeResult(add_update(base, merged, options.alpha), TensorReport(weights=list(options.weight)))
+    return MergeResult(
+        add_update(base, merged, options.alpha, out_dtype=out_dtype), TensorReport(weights=list(options.weight))
+    )
 
 
 def _balanced(delta: Tensor, total: Tensor, tasks: int, density: float) -> tuple[Tensor, Tensor]:

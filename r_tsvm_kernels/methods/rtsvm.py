@@ -57,6 +57,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
@@ -200,7 +201,10 @@ def keeps_factors(options: RtsvmParameters) -> bool:
 
 
 def merge_rtsvm_batch(
-    bases: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], options: RtsvmParameters
+    bases: Sequence[Tensor],
+    tuned: Sequence[Sequence[Tensor]],
+    options: RtsvmParameters,
+    out_dtype: torch.dtype | None = None,
 ) -> list[MergeResult]:
     """Merge several matrices by `rtsvm`, in one batch if the solver can."""
     layers, ranks, reports = zip(
@@ -213,7 +217,7 @@ def merge_rtsvm_batch(
     results = []
     for base, update, own, report in zip(bases, updates, ranks, reports, strict=True):
         _add_ranks_asked(report, own)
-        results.append(MergeResult(add_update(base, update, options.alpha), report))
+        results.append(MergeResult(add_update(base, update, options.alpha, out_dtype=out_dtype), report))
     return results
 
 
@@ -244,6 +248,7 @@ def rtsvm_spread(tasks: int, options: RtsvmParameters) -> float:
     pretty_name="R-TSVM",
     paper_url="https://arxiv.org/abs/2502.06876",
     parameters=RtsvmParameters,
+    rounds=True,
     ops=(*SPECTRAL_OPS, *PRODUCTS, "magnitude_select", "reweight_prune", "task_gram"),
     aliases=("resm",),
     matrices_only=True,
@@ -255,7 +260,9 @@ def rtsvm_spread(tasks: int, options: RtsvmParameters) -> float:
     run_batch=merge_rtsvm_batch,
     linear=Linear(rtsvm_summands, ranks=rtsvm_ranks, spread=rtsvm_spread),
 )
-def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> MergeResult:
+def rtsvm(
+    base: Tensor, tuned: Sequence[Any], options: RtsvmParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by R-TSVM: the steps at the top of this module.
 
     Examples:
@@ -265,7 +272,7 @@ def rtsvm(base: Tensor, tuned: Sequence[Any], options: RtsvmParameters) -> Merge
         >>> rtsvm(base, tuned, options).report.ranks  # at most 20 / 3
         [6, 6, 6]
     """
-    return merge_rtsvm_batch([base], [tuned], options)[0]
+    return merge_rtsvm_batch([base], [tuned], options, out_dtype)[0]
 
 
 def _matrices_and_ranks(

@@ -81,6 +81,7 @@ def star_ranks(job: TensorJob, options: StarParameters, factored: Sequence[int])
     pretty_name="STAR",
     paper_url="https://arxiv.org/abs/2502.10339",
     parameters=StarParameters,
+    rounds=True,
     ops=SPECTRAL_OPS,
     aliases=("star_merging",),
     matrices_only=True,
@@ -88,7 +89,9 @@ def star_ranks(job: TensorJob, options: StarParameters, factored: Sequence[int])
     cost=star_cost,
     linear=Linear(star_summands, ranks=star_ranks),
 )
-def star(base: Tensor, tuned: Sequence[Tensor | Factored], options: StarParameters) -> MergeResult:
+def star(
+    base: Tensor, tuned: Sequence[Tensor | Factored], options: StarParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by STAR: the formula at the top of this module.
 
     Examples:
@@ -103,7 +106,7 @@ def star(base: Tensor, tuned: Sequence[Tensor | Factored], options: StarParamete
         total, certificate, report = _sum_truncated(matrices, options, EXACT)
     report.certificate = certificate.rounded(dtype)
     report.certificate.require()
-    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+    return MergeResult(add_update(base, total.to(dtype), options.alpha, out_dtype=out_dtype), report)
 
 
 def _sum_truncated(

@@ -58,12 +58,15 @@ def subspace_boosting_cost(job: TensorJob, options: SubspaceBoostingParameters) 
     pretty_name="Subspace Boosting",
     paper_url="https://arxiv.org/abs/2506.16506",
     parameters=SubspaceBoostingParameters,
+    rounds=True,
     ops=SPECTRAL_OPS,
     matrices_only=True,
     isotropic=always,
     cost=subspace_boosting_cost,
 )
-def subspace_boosting(base: Tensor, tuned: Sequence[Tensor], options: SubspaceBoostingParameters) -> MergeResult:
+def subspace_boosting(
+    base: Tensor, tuned: Sequence[Tensor], options: SubspaceBoostingParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by Subspace Boosting: the formula at the top of this module.
 
     Examples:
@@ -85,7 +88,7 @@ def subspace_boosting(base: Tensor, tuned: Sequence[Tensor], options: SubspaceBo
     report.certificate = certificate.rounded(dtype)
     report.certificate.require()
     total[rows.unsqueeze(1), columns] = boosted
-    return MergeResult(add_update(base, total.to(dtype), options.alpha), report)
+    return MergeResult(add_update(base, total.to(dtype), options.alpha, out_dtype=out_dtype), report)
 
 
 class _Index(NamedTuple):

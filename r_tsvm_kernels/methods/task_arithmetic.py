@@ -55,7 +55,7 @@ def task_arithmetic(
     """
     weights = normalized_shares(options.weight) if options.normalize else list(options.weight)
     if isinstance(tuned[0], Factored):
-        merged = add_update(base, sum_of_updates(base, tuned, weights), options.alpha)
+        merged = add_update(base, sum_of_updates(base, tuned, weights), options.alpha, out_dtype=out_dtype)
     else:
         merged = elect_and_sum(base, tuned, weights, alpha=options.alpha, out_dtype=out_dtype)
     return MergeResult(merged, TensorReport(weights=weights))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
@@ -75,7 +76,10 @@ def tsvm_batch_size(job: TensorJob, options: TsvmParameters) -> int:
 
 
 def merge_tsvm_batch(
-    bases: Sequence[Tensor], tuned: Sequence[Sequence[Tensor | Factored]], options: TsvmParameters
+    bases: Sequence[Tensor],
+    tuned: Sequence[Sequence[Tensor | Factored]],
+    options: TsvmParameters,
+    out_dtype: torch.dtype | None = None,
 ) -> list[MergeResult]:
     """Merge several matrices by `tsvm`, in one batch if the solver can."""
     ranks = [[fixed_rank((base.shape[0], base.shape[1]), len(models))] * len(models)
@@ -84,7 +88,7 @@ def merge_tsvm_batch(
     matrices = [task_matrices(base, models)[0] for base, models in zip(bases, tuned, strict=True)]
     merged = merge_and_report(matrices, ranks, options, reports)
     return [
-        MergeResult(add_update(base, found.matrix, options.alpha), report)
+        MergeResult(add_update(base, found.matrix, options.alpha, out_dtype=out_dtype), report)
         for base, found, report in zip(bases, merged, reports, strict=True)
     ]
 
@@ -108,6 +112,7 @@ def tsvm_ranks(job: TensorJob, options: TsvmParameters, factored: Sequence[int])
     pretty_name="TSV-Merge",
     paper_url="https://arxiv.org/abs/2412.00081",
     parameters=TsvmParameters,
+    rounds=True,
     ops=(*SPECTRAL_OPS, *PRODUCTS),
     aliases=("task_singular_vector",),
     matrices_only=True,
@@ -118,7 +123,9 @@ def tsvm_ranks(job: TensorJob, options: TsvmParameters, factored: Sequence[int])
     run_batch=merge_tsvm_batch,
     linear=Linear(tsvm_summands, ranks=tsvm_ranks),
 )
-def tsvm(base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParameters) -> MergeResult:
+def tsvm(
+    base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParameters, out_dtype: torch.dtype | None = None
+) -> MergeResult:
     """Merge by TSV-Merge: the formula at the top of this module.
 
     A matrix with fewer rows or columns than tasks gets rank 0 and keeps the base's value, as in the published code.
@@ -129,7 +136,7 @@ def tsvm(base: Tensor, tuned: Sequence[Tensor | Factored], options: TsvmParamete
         >>> tsvm(base, tuned, TsvmParameters(weight=[1.0] * 3)).report.ranks
         [6, 6, 6]
     """
-    return merge_tsvm_batch([base], [tuned], options)[0]
+    return merge_tsvm_batch([base], [tuned], options, out_dtype)[0]
 
 
 def merge_and_report(

@@ -197,6 +197,16 @@ def hard_values(dtype: torch.dtype, random: torch.Generator) -> Iterator[tuple[s
     yield "one", torch.tensor([-2.0], dtype=dtype, device=device)
 
 
+def around_ties(wide: torch.dtype, narrow: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return values that are hard to round: ties between two of `narrow`, its subnormals, and beyond its range."""
+    limits = torch.finfo(narrow)
+    places = torch.arange(-80, 81, dtype=FLOAT64, device=device) / 8
+    scales = [limits.smallest_normal * limits.eps, limits.smallest_normal, limits.eps, 1.0, limits.max / 11]
+    steps = torch.cat([scale * places for scale in scales] + [limits.max * (1 + limits.eps * places / 8)])
+    steps = torch.cat([steps, 1 + limits.eps * places]).clamp(-torch.finfo(wide).max, torch.finfo(wide).max)
+    return steps.to(wide)
+
+
 def unaligned(device: torch.device | str, tasks: int = 2) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
     """Yield labelled groups of 1100 elements that begin 1, 2 or 3 elements into their memory."""
     random = seeded(device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import ConfigError, DeviceError, DTypeError, NonFiniteError, ShapeError
+from ..text import dtype_name
 from ._native import is_readable, matrix
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -82,6 +83,12 @@ def check_group(base: Tensor | None, tuned: Sequence[Tensor], op: str, *, option
             raise ShapeError(f"{op}: {label} has shape {tuple(tensor.shape)}, the base has {tuple(base.shape)}")
         if tensor.device != base.device:
             raise DeviceError(f"{op}: {label} is on {tensor.device}, the base on {base.device}; move it with .to()")
+
+
+def check_out_dtype(dtype: torch.dtype | None, op: str) -> None:
+    """Require a dtype of `FLOAT_DTYPES`, or None."""
+    if dtype not in (None, *FLOAT_DTYPES):
+        raise DTypeError(f"{op}: out_dtype must be {', '.join(map(dtype_name, FLOAT_DTYPES))}, got {dtype!r}")
 
 
 def check_like(tensor: Tensor, base: Tensor, label: str) -> None:

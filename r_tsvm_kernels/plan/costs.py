@@ -98,7 +98,7 @@ def _rounds(plan: MergePlan, name: str) -> bool:
     """Whether the method, or the mean, rounds the merged tensor itself."""
     tensor = plan.tensors[name]
     rounds = plan.config.method.rounds or tensor.treatment.kind == "mean"
-    return rounds and plan.config.calibrate is None and plan.parts is None and not plan.keeps_factors(name)
+    return rounds and plan.config.calibrate is None and plan.parts is None
 
 
 def _merging_cost(plan: MergePlan, name: str, job: TensorJob, ranks: Sequence[int]) -> Cost:

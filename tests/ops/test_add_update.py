@@ -44,15 +44,29 @@ def test_equals_the_formula(backend, dtype):
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     layouts=st.tuples(layout_names, layout_names),
     alpha=st.sampled_from([1.0, 0.7, -1e-30, 0.0]),
+    out_dtype=st.sampled_from([None, *DTYPES]),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_reference(backend, data, kind, dtypes, layouts, alpha, seed):
+def test_equals_the_reference(backend, data, kind, dtypes, layouts, alpha, out_dtype, seed):
     torch.manual_seed(seed)
     shape = data.draw(shapes(backend))
     base, update = torch.randn(shape), VALUES[kind](shape)
     base, update = (LAYOUTS[how](t.to(dtype)) for t, dtype, how in zip((base, update), dtypes, layouts, strict=True))
-    got, expected = (add_update(base, update, alpha, backend=which) for which in (backend, "torch"))
+    got, expected = (
+        add_update(base, update, alpha, out_dtype=out_dtype, backend=which) for which in (backend, "torch")
+    )
     assert same_bits(got, expected)
+
+
+@every_backend(add_update)
+@every_dtype
+def test_rounds_once_and_as_torch(backend, dtype):
+    base, update = torch.randn(13, 17).to(dtype), torch.randn(13, 17)
+    wide = add_update(base, update, 0.7, backend=backend)
+    for narrow in DTYPES:
+        assert same_bits(add_update(base, update, 0.7, out_dtype=narrow, backend=backend), wide.to(narrow))
+    kept = add_update(base, torch.zeros(13, 17), out_dtype=dtype, backend=backend)
+    assert same_bits(kept, base)  # as stored
 
 
 @every_backend(add_update)
@@ -70,6 +84,8 @@ def test_what_it_refuses(backend):
         add_update(torch.zeros(2), torch.zeros(3), backend=backend)
     with pytest.raises(DTypeError):
         add_update(torch.zeros(2, dtype=torch.int64), torch.zeros(2), backend=backend)
+    with pytest.raises(DTypeError, match="add_update: out_dtype must be float64, float32, float16, bfloat16, got"):
+        add_update(torch.zeros(2), torch.zeros(2), out_dtype=torch.int32, backend=backend)
     with pytest.raises(DeviceError):
         add_update(torch.zeros(2), torch.zeros(2, device="meta"), backend=backend)
 
@@ -80,7 +96,8 @@ def test_what_it_refuses(backend):
 def test_sizes_of_models(backend, shape, dtype):
     base, update = 0.02 * torch.randn(shape), 1e-3 * torch.randn(shape)
     base, update = base.to(dtype), update.to(torch.promote_types(dtype, torch.float32))
-    assert same_bits(*(add_update(base, update, 0.3, backend=which) for which in (backend, "torch")))
+    for out in (None, dtype):
+        assert same_bits(*(add_update(base, update, 0.3, out_dtype=out, backend=which) for which in (backend, "torch")))
 
 
 @on_devices(add_update)

@@ -39,7 +39,7 @@ def model_stock(group: TensorGroup, filter_wise: bool = False) -> Tensor | None:
         return None
     weights = [1 / len(tuned)] * len(tuned)
     if by_rows:
-        return add_row_wise(base, tuned, weights, ratio).to(base.dtype)
+        return add_row_wise(base, tuned, weights, ratio, base.dtype)
     return _combined(tuned, weights, base, float(ratio))
 
 

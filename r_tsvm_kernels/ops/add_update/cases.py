@@ -7,7 +7,20 @@ from collections.abc import Iterator
 import torch
 
 from ...errors import ConfigError
-from .._cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Case, group, groups, hard_values, seeded, spoiled, unaligned
+from .._cases import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    Case,
+    around_ties,
+    group,
+    groups,
+    hard_values,
+    seeded,
+    spoiled,
+    unaligned,
+)
 from .._checks import FLOAT_DTYPES
 
 # See `_cases`.
@@ -35,11 +48,18 @@ def cases(device: torch.device | str) -> Iterator[Case]:
         yield Case(label, (base, update, 0.3))
     base, (update,) = spoiled(device, tasks=1)
     for alpha in (0.5, 0.0):
-        yield Case(f"NaN and infinity, alpha {alpha}", (base, update, alpha))
+        for narrow in (None, FLOAT16, BFLOAT16):
+            yield Case(f"NaN and infinity, alpha {alpha}, {narrow}", (base, update, alpha), {"out_dtype": narrow})
+    for wide in (FLOAT32, FLOAT64):
+        for narrow in FLOAT_DTYPES:
+            steps = around_ties(wide, narrow, device)
+            yield Case(f"{wide} rounded to {narrow}", (torch.zeros_like(steps), steps, 1.0), {"out_dtype": narrow})
     for alpha in (float("nan"), float("inf"), 1e39):
         yield Case(f"alpha {alpha}", (base, update, alpha), raises=ConfigError)
     for dtypes in MODELS:
         base, (update,) = group((16, 40), dtypes, random)
         yield Case(f"{dtypes} of a model", (base, update, 0.7), compiled=True)
+        options = {"out_dtype": dtypes[0]}
+        yield Case(f"{dtypes} of a model, stored", (base, update, 0.7), options, compiled=True)
     base, (update,) = group((13, 31), [BFLOAT16, FLOAT32], random)
     yield Case("odd sizes", (base, update, 0.7), compiled=True)

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...errors import ConfigError, DTypeError
-from ...text import dtype_name
+from ...errors import ConfigError
 from .._checks import (
-    FLOAT_DTYPES,
     accumulation_dtype,
     check_factors,
     check_group,
     check_like,
     check_mask,
+    check_out_dtype,
     check_plain,
     numbers_of,
 )
@@ -169,10 +168,7 @@ def elect_and_sum(
     if normalize and elect == "none":
         weights = normalized_shares(weights)
     dtype = accumulation_dtype(base, *tuned)
-    if out_dtype not in (None, *FLOAT_DTYPES):
-        raise DTypeError(
-            f"elect_and_sum: out_dtype must be {', '.join(map(dtype_name, FLOAT_DTYPES))}, got {out_dtype!r}"
-        )
+    check_out_dtype(out_dtype, "elect_and_sum")
     factors = [weight * rule.rescale for weight, rule in zip(weights, rules, strict=True)]
     for label, values in (("weights", weights), ("weights times rescale", factors), ("alpha", [alpha])):
         check_factors(values, dtype, f"elect_and_sum: {label}")

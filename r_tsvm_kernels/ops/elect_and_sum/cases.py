@@ -10,7 +10,20 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .._cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, MIXES, Case, group, groups, seeded, spoiled, unaligned
+from .._cases import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    MIXES,
+    Case,
+    around_ties,
+    group,
+    groups,
+    seeded,
+    spoiled,
+    unaligned,
+)
 from .._checks import FLOAT_DTYPES, accumulation_dtype
 from ..magnitude_ranks import magnitude_ranks
 from ..magnitude_select import MagnitudeSelection, kept_count, magnitude_select
@@ -152,12 +165,8 @@ def cases(device: torch.device | str) -> Iterator[Case]:
 def _roundings(device: torch.device | str) -> Iterator[Case]:
     """Yield results that are rounded: ties of 16-bit formats, subnormals, and values beyond their range."""
     for wide, narrow in product((FLOAT32, FLOAT64), FLOAT_DTYPES):
-        limits = torch.finfo(narrow)
-        places = torch.arange(-80, 81, dtype=FLOAT64, device=device) / 8
-        scales = [limits.smallest_normal * limits.eps, limits.smallest_normal, limits.eps, 1.0, limits.max / 11]
-        steps = torch.cat([scale * places for scale in scales] + [limits.max * (1 + limits.eps * places / 8)])
-        steps = torch.cat([steps, 1 + limits.eps * places]).clamp(-torch.finfo(wide).max, torch.finfo(wide).max)
-        tuned = [steps.to(wide), torch.zeros_like(steps, dtype=wide)]
+        steps = around_ties(wide, narrow, device)
+        tuned = [steps, torch.zeros_like(steps)]
         options = {"elect": "sum", "out_dtype": narrow}
         yield Case(f"{wide} rounded to {narrow}", (torch.zeros_like(tuned[0]), tuned, [1.0, 0.5]), options)
         yield Case(f"{wide} in {narrow}", (torch.zeros_like(tuned[0]), tuned, [1.0, 0.5]), {"out_dtype": narrow})
