@@ -1,10 +1,15 @@
-"""The command line on a simulated system that lacks calls: ``poorer_system.py macos|windows ARGUMENTS``.
+"""The command line on a simulated system that lacks calls: ``poorer_system.py here|macos|windows``.
 
 torch is imported first: only what the package itself asks of the system is taken away. The simulated Windows refuses to
 rename or replace what is open, to rename onto anything, to open folders, and to sync what was opened for reading.
+
+Each line of stdin is a list in JSON: the files that stdout and stderr go to, a number of tensors after which a merge is
+interrupted or null, and the arguments of a command, which runs in a process that begins with everything imported. A
+line on stdout has its exit status.
 """
 
 import fcntl
+import json
 import os
 import shutil
 import sys
@@ -73,8 +78,40 @@ def become(name):
             delattr(os, call)
 
 
-if __name__ == "__main__":
-    become(sys.argv[1])
+def interrupt_after(tensors):
+    """Stop a merge as Ctrl-C does, when so many tensors are recorded."""
+    from r_tsvm_kernels.engine.job import MergeJob
+
+    record = MergeJob.record
+
+    def recorded(job, entry):
+        if len(job.finished) == tensors:
+            raise KeyboardInterrupt
+        record(job, entry)
+
+    MergeJob.record = recorded
+
+
+def run(out, err, tensors, arguments):
+    """Run a command in this process, which ends with it."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(OPEN(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if tensors is not None:
+        interrupt_after(tensors)
     from r_tsvm_kernels.cli import main
 
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(main(arguments))
+
+
+if __name__ == "__main__":
+    fork, wait = os.fork, os.waitpid
+    if sys.argv[1] in MISSING:
+        become(sys.argv[1])
+    import r_tsvm_kernels.cli
+    import r_tsvm_kernels.engine  # noqa: F401
+
+    for line in sys.stdin:
+        if (child := fork()) == 0:
+            run(*json.loads(line))
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(wait(child, 0)[1])}\n")
+        sys.stdout.flush()

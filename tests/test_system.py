@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -227,12 +228,28 @@ def test_text_files_are_opened_with_their_encoding(tmp_path):
 # --- whole commands ------------------------------------------------------------------------------------------------
 
 
-def run(name, *arguments, check=True):
-    """Run a command, on a poorer system if it has a name."""
-    program = [sys.executable, "-m", "r_tsvm_kernels"] if name is None else [sys.executable, str(PROGRAM), name]
-    done = subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a command on a system: ``here``, or a poorer one. Each system is one process, which imports torch once."""
+    folder, systems = tmp_path_factory.mktemp("systems"), {}
+    out, err = folder / "out", folder / "err"
+
+    def run(name, *arguments, check=True, interrupted_after=None):
+        if name not in systems:
+            program = [sys.executable, str(PROGRAM), name]
+            systems[name] = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        request = [str(out), str(err), interrupted_after, list(map(str, arguments))]
+        systems[name].stdin.write(json.dumps(request) + "\n")
+        systems[name].stdin.flush()
+        done = subprocess.CompletedProcess(
+            arguments, int(systems[name].stdout.readline()), *map(Path.read_text, (out, err))
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    yield run
+    for process in systems.values():
+        process.communicate()
 
 
 def weights(folder):
@@ -240,10 +257,10 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("name", ["macos", "windows"])
-def test_a_merge_gives_the_same_bytes(tmp_path, name):
+def test_a_merge_gives_the_same_bytes(tmp_path, run, name):
     paths, _, _ = family(tmp_path / "in")
     inputs = ["--base", paths[0], "--model", paths[1], "--model", paths[2], "--method", "ties", "--shard-size", "2KB"]
-    run(None, "merge", *inputs, tmp_path / "here")
+    run("here", "merge", *inputs, tmp_path / "here")
     (tmp_path / "there").mkdir()  # an empty folder, which the output replaces
     done = run(name, "merge", *inputs, tmp_path / "there")
     assert weights(tmp_path / "there") == weights(tmp_path / "here") != {}
@@ -257,29 +274,12 @@ def test_a_merge_gives_the_same_bytes(tmp_path, name):
     run(name, "inspect", *inputs, "--estimate-time")
 
 
-STOPPED = """
-import sys, poorer_system
-poorer_system.become(sys.argv[1])
-from r_tsvm_kernels.cli import main
-from r_tsvm_kernels.engine.job import MergeJob
-
-def record(job, entry, record=MergeJob.record):
-    if len(job.finished) == 4:
-        raise KeyboardInterrupt
-    record(job, entry)
-
-MergeJob.record = record
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.parametrize("name", ["macos", "windows"])
-def test_a_stopped_merge_is_resumed(tmp_path, name):
+def test_a_stopped_merge_is_resumed(tmp_path, run, name):
     paths, _, _ = family(tmp_path / "in")
     inputs = ["merge", "--base", paths[0], "--model", paths[1], "--method", "task_arithmetic", "--threads", "1"]
-    run(None, *inputs, tmp_path / "whole")
-    command = [sys.executable, "-c", STOPPED, name, *map(str, inputs), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=PROGRAM.parent, capture_output=True, text=True, timeout=300)
+    run("here", *inputs, tmp_path / "whole")
+    done = run(name, *inputs, tmp_path / "out", check=False, interrupted_after=4)
     assert done.returncode == 130 and "4 of 10 tensors are finished" in done.stderr, done.stderr
     done = run(name, *inputs, "--resume", tmp_path / "out")
     assert "(4 were finished before)" in done.stdout
@@ -287,17 +287,17 @@ def test_a_stopped_merge_is_resumed(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["macos", "windows"])
-def test_adapters_are_written(tmp_path, name):
+def test_adapters_are_written(tmp_path, run, name):
     paths, _, _ = family(tmp_path / "in", shards=(1,))
     inputs = ["--base", paths[0], "--model", paths[1], "--rank", "4"]
     run(name, "extract-lora", *inputs, tmp_path / "lora")
-    run(None, "extract-lora", *inputs, tmp_path / "here")
+    run("here", "extract-lora", *inputs, tmp_path / "here")
     assert weights(tmp_path / "lora") == weights(tmp_path / "here") != {}
     run(name, "merge-lora", "--adapter", tmp_path / "lora", "--adapter", tmp_path / "here", tmp_path / "both")
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
-def test_a_sweep_is_refused_without_process_groups(tmp_path):
+def test_a_sweep_is_refused_without_process_groups(tmp_path, run):
     paths, _, _ = family(tmp_path / "in")
     inputs = ["--base", paths[0], "--model", paths[1], "--method", "task_arithmetic", tmp_path / "out"]
     done = run("windows", "sweep", "--eval", "echo 1 {model}", "--grid", "alpha=0.5,1", *inputs, check=False)
@@ -305,7 +305,7 @@ def test_a_sweep_is_refused_without_process_groups(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_is_locked_against_another_merge_without_flock(tmp_path):
+def test_an_output_is_locked_against_another_merge_without_flock(tmp_path, run):
     paths, _, _ = family(tmp_path / "in")
     inputs = ["--base", paths[0], "--model", paths[1], "--method", "task_arithmetic", tmp_path / "out"]
     program = (
