@@ -2,8 +2,8 @@
 
 The launches are those of the cases marked `compiled` of each op; compile_launches.py records them. make test compiles
 the first launch of each kernel for sm_90. The rest is left to make test-all: every launch for sm_90, which takes
-minutes, and the first of each kernel for the others, and by an older Triton. After a change of a kernel, compile every
-launch for more of them, and by the older Triton: ``RTSVM_ARCHITECTURES="86 100" make test-all``.
+minutes, and the first of each kernel for sm_80 and sm_100, and by an older Triton. After a change of a kernel, compile
+every launch for more of them, and by the older Triton: ``RTSVM_ARCHITECTURES="86 89 100 120" make test-all``.
 """
 
 import json
@@ -26,7 +26,7 @@ pytestmark = [
 exhaustive = pytest.mark.exhaustive
 MORE = [int(architecture) for architecture in os.environ.get("RTSVM_ARCHITECTURES", "").split()]
 ARCHITECTURES = [pytest.param(architecture, marks=exhaustive) for architecture in (90, *MORE)]
-FIRST = [90, *(pytest.param(architecture, marks=exhaustive) for architecture in (80, 86, 89, 100, 120))]
+FIRST = [90, *(pytest.param(architecture, marks=exhaustive) for architecture in sorted({80, 100, *MORE} - {90}))]
 TENSOR_CORE = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # the others: mma.sync
 PRODUCTS = {"gemm3_kernel", "symmetric_kernel"}
 # By op and kernel.
