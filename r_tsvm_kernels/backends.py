@@ -24,7 +24,11 @@ def build_info() -> dict[str, str]:
 
 @lru_cache
 def state(backend: str) -> str:
-    """Return ``"ready"``, or why `backend` (``torch``, ``cpu``, ``cuda``, ``triton``) cannot run on this machine."""
+    """Return ``"ready"``, or why `backend` cannot run on this machine.
+
+    Args:
+        backend: ``torch``, ``cpu``, ``cuda``, ``triton`` or ``cublas``.
+    """
     if backend == "torch":
         return READY
     if backend == "cpu":
@@ -42,6 +46,12 @@ def state(backend: str) -> str:
         installed = triton_state()
         if installed != READY or triton_interpreter_state() == READY:
             return installed
+        return READY if torch.cuda.is_available() else "torch sees no CUDA device"
+    if backend == "cublas":
+        import torch
+
+        if "dtype" not in torch.ops.aten.baddbmm.overloads():  # type: ignore[no-untyped-call]
+            return f"torch {torch.__version__} is too old: products of fp16 in float32 need 2.8 or newer"
         return READY if torch.cuda.is_available() else "torch sees no CUDA device"
     raise ValueError(f"unknown backend {backend!r}")
 

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-MODULE = {"torch": "reference", "cpu": "cpu_kernel", "cuda": "cuda_kernel", "triton": "triton_kernel"}
+MODULE = {
+    "torch": "reference",
+    "cpu": "cpu_kernel",
+    "cuda": "cuda_kernel",
+    "triton": "triton_kernel",
+    "cublas": "cublas",
+}
 
 _forced: ContextVar[dict[str, str]] = ContextVar("forced_backends")
 # (op, device type) -> backend

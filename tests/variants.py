@@ -19,8 +19,9 @@ def every_backend(op, *, reference=True):
     """Parametrise `backend` over all ways to run the op, each skipped with its reason where it cannot.
 
     "triton interpreted" runs the kernels in Triton's interpreter, with blocks as small as `op.small` says. "cuda
-    forward" and "cuda reverse" run the CUDA sources in the emulator, threads and blocks in either order. "device" needs
-    a GPU; there torch makes new tensors on it. Without `reference`, the reference is left out.
+    forward" and "cuda reverse" run the CUDA sources in the emulator, threads and blocks in either order. "cublas
+    simulated" takes products of the CPU for those of cuBLAS. "device" needs a GPU; there torch makes new tensors on it.
+    Without `reference`, the reference is left out.
     """
     ways = ["torch"] * reference
     if "cpu" in op.backends:
@@ -29,6 +30,8 @@ def every_backend(op, *, reference=True):
         ways += ["triton interpreted", "triton device"]
     if "cuda" in op.backends:
         ways += [*(f"cuda {order}" for order in emulated_cuda.ORDERS), "cuda device"]
+    if "cublas" in op.backends:
+        ways += ["cublas simulated", "cublas device"]
     return some_backends(op, *ways)
 
 
@@ -44,7 +47,7 @@ def ways_to_run(op, *ways):
 
 def on_devices(op):
     """Parametrise `backend` over the kernels of the op on a GPU."""
-    return some_backends(op, *(f"{name} device" for name in ("triton", "cuda") if name in op.backends))
+    return some_backends(op, *(f"{name} device" for name in ("triton", "cuda", "cublas") if name in op.backends))
 
 
 def simulated(backend):
@@ -77,6 +80,8 @@ def _marks(way):
         reason = backends.triton_interpreter_state()
     elif where in emulated_cuda.ORDERS:
         reason = backends.READY if emulated_cuda.CXX else "builds CUDA sources for the CPU: no C++ compiler on PATH"
+    elif where == "simulated":
+        reason = backends.READY
     elif where == "device" and not torch.cuda.is_available():
         reason = "needs a CUDA device"
     else:

@@ -149,7 +149,7 @@ def all_on(backend: str, device_type: str) -> Iterator[None]:
 def by_backend(ops: Sequence[str], call: Call, device: torch.device) -> tuple[list[Provider], dict[str, str]]:
     """Return a provider for each backend that has one of the ops and can run, and the reasons why others cannot."""
     found, unavailable = [], {}
-    for backend in ("cpu", "cuda", "triton"):
+    for backend in ("cpu", "cuda", "triton", "cublas"):
         states = [dict(explain(op, device.type)).get(backend) for op in ops]
         if backends.READY in states:
             found.append(Provider(backend, on_backend(backend, call, device)))

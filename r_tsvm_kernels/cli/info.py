@@ -62,7 +62,7 @@ def _collect() -> dict[str, Any]:
         "gpus": gpus,
         "threads": torch.get_num_threads(),
         "build": backends.build_info(),
-        "backends": {name: backends.state(name) for name in ("cpu", "cuda", "triton", "torch")},
+        "backends": {name: backends.state(name) for name in ("cpu", "cuda", "triton", "cublas", "torch")},
         "ops": {
             op: {device: [name for name, _ in dispatch.explain(op, device)] for device in order}
             for op, order in ((op, found.order) for op, found in dispatch.ops().items())

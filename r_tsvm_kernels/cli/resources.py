@@ -12,7 +12,7 @@ from ..sizes import parse_size
 if TYPE_CHECKING:
     import torch
 
-BACKENDS = ("torch", "cpu", "cuda", "triton")
+BACKENDS = ("torch", "cpu", "cuda", "triton", "cublas")
 
 
 def size(text: str) -> str:

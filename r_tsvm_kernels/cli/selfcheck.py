@@ -79,7 +79,7 @@ def _print(report: dict[str, Any], states: dict[str, dict[str, str]]) -> None:
         for backend, verdict in found.items():
             if not verdict["passed"]:
                 say(f"FAILED: {op}, {backend}: {verdict['reason']}")
-    for backend in ("cpu", "cuda", "triton"):
+    for backend in ("cpu", "cuda", "triton", "cublas"):
         reasons = {found[backend] for found in states.values() if backend in found} - {"ready"}
         for reason in reasons:
             say(f"not checked: {backend}: {reason}")

@@ -58,7 +58,7 @@ def tsv_merge_bytes(
         # bases, a stack of them and its planes.
         least, tall = 8 * tasks * long * short, 8 * long * columns
         products = itemsize * tasks * long * short + max(
-            2 * least + 3 * wide, least + max(6 * tasks * square, 4 * tall)
+            2 * least + 3 * wide, least + max(7 * tasks * square, 4 * tall)
         )
         products += (itemsize * long * short + square) // 2
     return max(eigen, products)

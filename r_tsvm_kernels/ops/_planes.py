@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +90,10 @@ def split(x: Tensor, low: bool) -> tuple[Tensor, Tensor | None]:
     return hi, ((x - hi.float()) * LOW).half() if low else None
 
 
+# Multiplies planes with one leading dimension, as `product` does.
+Product = Callable[["Planes", "Planes"], Tensor]
+
+
 def product(A: Planes, B: Planes) -> Tensor:
     """Return ``A @ B`` without the scales: ``hi hi + (hi lo + lo hi) / 2^11``, accumulated in float32."""
     high = A.hi.float() @ B.hi.float()
@@ -98,8 +103,8 @@ def product(A: Planes, B: Planes) -> Tensor:
 
 
 def symmetric(lower: Tensor) -> Tensor:
-    """Mirror the lower triangle."""
-    return lower.tril() + lower.tril(-1).mT
+    """Mirror the lower triangle, in place."""
+    return lower.tril_().add_(lower.tril(-1).mT)
 
 
 def check_planes(op: str, *planes: Planes) -> None:
@@ -140,4 +145,4 @@ def summed(value: Tensor, like: Planes, out_dtype: OutDtype) -> SymmetricProduct
         planes = Planes(*split(value, like.lo is not None), torch.ones_like(like.scale))
         matrix, value = planes, planes.unscaled()
     trace = value.diagonal(dim1=-2, dim2=-1).double().sum(-1)
-    return SymmetricProduct(matrix, trace.float(), value.double().square().sum((-2, -1)).float())
+    return SymmetricProduct(matrix, trace.float(), value.double().square_().sum((-2, -1)).float())

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.dispatch import ops, use_backend
 from r_tsvm_kernels.linalg.products import polar_express, purification, subspaces, turning
+from r_tsvm_kernels.ops import _cublas
 
 N, TASKS = 96, 3
 PRODUCTS = ("split_planes", "symm_gram", "symm_square", "purify_step", "gemm3")
@@ -53,9 +54,9 @@ def gpu(monkeypatch):
         yield torch.device("meta")
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "cublas"])
 def kernels(request, monkeypatch, gpu):
-    """The reference, or all of the Triton backend but the launches; the number of these is counted."""
+    """The reference, or all of a backend but its launches and its calls of cuBLAS; the number of these is counted."""
     launched = []
     if request.param == "torch":
         yield launched
@@ -72,8 +73,9 @@ def kernels(request, monkeypatch, gpu):
     monkeypatch.setattr(kernel["gemm3"], "gemm3_kernel", Kernel())
     monkeypatch.setattr(kernel["split_planes"], "split_kernel", Kernel())
     monkeypatch.setattr(kernel["purify_step"], "steering_kernel", Kernel())
+    monkeypatch.setattr(_cublas, "_add", lambda total, *args, **options: launched.append(total.shape))
     monkeypatch.setattr(backends, "state", lambda backend: backends.READY)
-    with use_backend(**dict.fromkeys(PRODUCTS, "triton")):
+    with use_backend(**dict.fromkeys(PRODUCTS, request.param) | {"split_planes": "triton"}):
         yield launched
     assert len(launched) > 4
 

@@ -19,7 +19,7 @@ def some_values(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__float__", lambda x: 1.0)
 
 
-@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("kernels", ["triton", "cublas"], indirect=True)
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize(
     "shape", [(4096, 1024), (14336, 4096), pytest.param((32000, 4096), marks=pytest.mark.exhaustive)], ids=str

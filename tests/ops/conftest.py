@@ -5,6 +5,7 @@ import os
 import emulated_cuda
 import numpy as np
 import pytest
+import simulated_cublas
 import torch
 from filelock import FileLock
 
@@ -23,6 +24,8 @@ def backend(request, monkeypatch):
     elif where in emulated_cuda.ORDERS:
         monkeypatch.setenv("CUDA_ON_CPU_ORDER", where)
         emulated_cuda.install(request.getfixturevalue("emulated_module"), monkeypatch)
+    elif where == "simulated":
+        simulated_cublas.install(monkeypatch)
     elif where == "device":
         torch.set_default_device("cuda")
         request.addfinalizer(lambda: torch.set_default_device(None))

@@ -24,7 +24,7 @@ def gemm3(
     A: Planes, B: Planes, alpha: float | Tensor = ..., beta: float | Tensor = ..., C: Tensor | Planes | None = ...,
     *, out_dtype: Literal["planes"], backend: str | None = ...,
 ) -> Planes: ...  # fmt: skip
-@dispatch.op("Products for tensor cores", cuda=("triton", "torch"), accuracy=1e-6)
+@dispatch.op("Products for tensor cores", cuda=("triton", "cublas", "torch"), accuracy=1e-6)
 def gemm3(
     A: Planes,
     B: Planes,

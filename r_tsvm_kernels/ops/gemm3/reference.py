@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._planes import OutDtype, Planes, product, split
+from .._planes import OutDtype, Planes, Product, product, split
 
 
 def run(
-    A: Planes, B: Planes, scale: Tensor, share: Tensor, C: Tensor | Planes | None, out_dtype: OutDtype
+    A: Planes,
+    B: Planes,
+    scale: Tensor,
+    share: Tensor,
+    C: Tensor | Planes | None,
+    out_dtype: OutDtype,
+    product: Product = product,
 ) -> Tensor | Planes:
     """Return ``scale A @ B + share C``, planes without their scales; one leading dimension."""
     value = scale[:, None, None] * product(A, B)

@@ -15,7 +15,7 @@ from .._steering import Steering, first_steering
 __all__ = ["Steering", "first_steering", "purify_step"]
 
 
-@dispatch.op("Products for tensor cores", cuda=("triton", "torch"), accuracy=1e-6)
+@dispatch.op("Products for tensor cores", cuda=("triton", "cublas", "torch"), accuracy=1e-6)
 def purify_step(
     planes: Planes, steering: Steering, *, out: Planes | None = None, backend: str | None = None
 ) -> tuple[Planes, Steering]:

@@ -6,11 +6,11 @@ from typing import cast
 
 import torch
 
-from .._planes import Planes, product, summed, symmetric
+from .._planes import Planes, Product, product, summed, symmetric
 from .._steering import Steering
 
 
-def run(X: Planes, steering: Steering, out: Planes | None) -> tuple[Planes, Steering]:
+def run(X: Planes, steering: Steering, out: Planes | None, product: Product = product) -> tuple[Planes, Steering]:
     """See `purify_step`. `out` is not needed here."""
     plain = X.unscaled()
     linear, quadratic = (factors[:, None, None] for factors in steering.factors)

@@ -12,7 +12,7 @@ from ...errors import ConfigError, DTypeError
 from .._planes import OutDtype, Planes, SymmetricProduct, check_planes, factor
 
 
-@dispatch.op("Products for tensor cores", cuda=("triton", "torch"), accuracy=1e-6)
+@dispatch.op("Products for tensor cores", cuda=("triton", "cublas", "torch"), accuracy=1e-6)
 def symm_gram(
     planes: Planes,
     side: Literal["left", "right"] = "right",

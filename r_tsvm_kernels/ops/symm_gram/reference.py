@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._planes import OutDtype, Planes, SymmetricProduct, product, summed, symmetric
+from .._planes import OutDtype, Planes, Product, SymmetricProduct, product, summed, symmetric
 
 
-def run(A: Planes, scale: Tensor, out_dtype: OutDtype) -> SymmetricProduct:
+def run(A: Planes, scale: Tensor, out_dtype: OutDtype, product: Product = product) -> SymmetricProduct:
     """Return ``scale A A^T`` for planes with one leading dimension, whose own scale is left out."""
     return summed(symmetric(product(A, A.mT) * scale[:, None, None]), A, out_dtype)

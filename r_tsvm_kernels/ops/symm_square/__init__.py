@@ -11,7 +11,7 @@ from .._checks import check_apart
 from .._planes import Planes, SymmetricProduct, check_planes, factor
 
 
-@dispatch.op("Products for tensor cores", cuda=("triton", "torch"), accuracy=1e-6)
+@dispatch.op("Products for tensor cores", cuda=("triton", "cublas", "torch"), accuracy=1e-6)
 def symm_square(
     planes: Planes,
     alpha: float | Tensor,

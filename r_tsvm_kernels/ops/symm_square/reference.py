@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._planes import Planes, SymmetricProduct, product, summed, symmetric
+from .._planes import Planes, Product, SymmetricProduct, product, summed, symmetric
 
 
 def run(
-    X: Planes, linear: Tensor, quadratic: Tensor, done: Tensor | None, out: SymmetricProduct | None
+    X: Planes,
+    linear: Tensor,
+    quadratic: Tensor,
+    done: Tensor | None,
+    out: SymmetricProduct | None,
+    product: Product = product,
 ) -> SymmetricProduct:
     """Return ``linear X + quadratic X X``, X without its scale; one leading dimension. `out` is not needed here."""
     plain = X.unscaled()
