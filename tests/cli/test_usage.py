@@ -62,7 +62,7 @@ def test_help_fits_a_terminal_of_80_columns(run, monkeypatch, command):
 def test_usage_lines_show_both_forms(run):
     assert run("merge", "--help")[1].startswith("usage: rtsvm merge [options] RECIPE.yaml OUT\n       rtsvm merge [opt")
     assert run("inspect", "--help")[1].startswith("usage: rtsvm inspect [options] RECIPE.yaml\n")
-    for words in ("--engine {local,ray}", "torch, cpu, cuda or triton"):
+    for words in ("--engine {local,ray}", "torch, cpu, cuda, triton or cublas"):
         assert words in " ".join(run("merge", "--help")[1].split())
 
 
