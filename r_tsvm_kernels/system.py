@@ -222,3 +222,10 @@ def move_folder(source: Path, target: Path) -> None:
 def allocated(status: os.stat_result) -> int:
     """Return the bytes that a file takes on disk; its size where the system does not tell."""
     return getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
+
+
+def load() -> float:
+    """Return how many processes each core serves, over the last minute; 1 on an idle machine or where nothing tells."""
+    if not hasattr(os, "getloadavg"):
+        return 1.0
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))

@@ -134,6 +134,15 @@ def test_what_a_file_takes_on_disk_where_nothing_says_so(tmp_path):
     assert system.allocated(tmp_path.stat()) == 512 * tmp_path.stat().st_blocks
 
 
+def test_load(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for average, load in ((0.1, 1.0), (7.0, 3.5)):
+        monkeypatch.setattr(os, "getloadavg", lambda average=average: (average, 0.0, 0.0))
+        assert system.load() == load
+    monkeypatch.delattr(os, "getloadavg")
+    assert system.load() == 1.0
+
+
 def test_writing_back_begins_with_the_bytes_that_were_written(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(system, "_sync_file_range", lambda: lambda *arguments: calls.append(arguments))

@@ -20,11 +20,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import IO, Any
 
+from ..system import load
 from .store import PACKAGE, Verdict
 
 COMMAND = (sys.executable, "-m", "r_tsvm_kernels.selfcheck")
 START_SECONDS = 60.0  # to import torch from a slow disk
-STEP_SECONDS = 30.0  # one kernel, with its compilation
+STEP_SECONDS = 30.0  # one kernel, with its compilation, on a machine that does nothing else
 AT_ONCE = 4  # children on a GPU: compiling takes most of the time, one core each
 CHILD_BYTES = 4 << 30  # of GPU memory that a child may need
 # Signals that no kernel causes: Ctrl-C, a scheduler, a machine without memory. Windows has not all of them.
@@ -197,7 +198,7 @@ class _Watch:
 
 def _lines(stream: IO[bytes], watch: _Watch) -> Iterator[dict[str, Any]]:
     for text in stream:
-        watch.expect(STEP_SECONDS)
+        watch.expect(STEP_SECONDS * min(4.0, load()))
         if text.endswith(b"\n"):  # otherwise it was killed while it wrote
             yield json.loads(text)
 

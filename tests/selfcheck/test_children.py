@@ -49,6 +49,7 @@ GOOD = Verdict(True, seconds=1.0)
 def child(monkeypatch):
     monkeypatch.setattr(children, "COMMAND", (sys.executable, "-c", CHILD))
     monkeypatch.setattr(children, "STEP_SECONDS", 1.0)
+    monkeypatch.setattr(children, "load", lambda: 1.0)
 
 
 def reasons(found):
@@ -137,3 +138,11 @@ for op in asked["kernels"]:
     monkeypatch.setattr(children, "_at_once", lambda device: 3)
     found = children.run_checks("cuda:0", {name: ["good"] for name in "abcde"} | {"f": []})
     assert sorted(found) == list("abcde") and len(set(reasons(found).values())) == 3
+
+
+@pytest.mark.exhaustive
+def test_a_kernel_has_more_time_where_much_else_runs(monkeypatch):
+    monkeypatch.setattr(children, "load", lambda: 2.0)
+    assert reasons(children.run_checks("cpu", {"a": ["hang"]})) == {"a hang": "it did not end within 2 s"}
+    monkeypatch.setattr(children, "load", lambda: 99.0)
+    assert reasons(children.run_checks("cpu", {"a": ["hang"]})) == {"a hang": "it did not end within 4 s"}

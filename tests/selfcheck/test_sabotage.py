@@ -73,6 +73,7 @@ def test_it_is_caught_in_a_process_of_its_own(name, monkeypatch, caplog, merge):
     monkeypatch.setattr(children, "COMMAND", (sys.executable, str(PROGRAM), SABOTAGES[name][0], name))
     if name == "hang":
         monkeypatch.setattr(children, "STEP_SECONDS", 6.0)
+        monkeypatch.setattr(children, "load", lambda: 1.0)
     monkeypatch.setenv("PYTHONPATH", f"{PROGRAM.parents[1]}:{PROGRAM.parent}")
     check_sabotage(name, monkeypatch, caplog, merge)
 
