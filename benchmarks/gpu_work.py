@@ -45,8 +45,8 @@ from tests.spectra import spectrum
 
 SHORT, TASKS = 256, 3
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096))
-# What `rtsvm merge` puts into one batch on a GPU: k and v of five layers, see `BATCH_ELEMENTS`.
-BATCH, BATCH_SHAPE = 10, (1024, 4096)
+# What `rtsvm merge` puts into one batch on a GPU: k and v of four layers, see `BATCH_ELEMENTS`.
+BATCH, BATCH_SHAPE = 8, (1024, 4096)
 THIN = (1, 4, 8, 16, 20, 24, 32, 40, 48, 72)  # columns of random vectors and directions, as many at any size
 
 # Operations that launch nothing.

@@ -242,7 +242,7 @@ def _summary(facts: dict[str, Any]) -> list[str]:
     ]
     if limits["peak_device_bytes"]:
         lines.append(
-            f"GPU memory for tensors on {limits['device']}: at most {format_size(limits['peak_device_bytes'])}; "
+            f"GPU memory on {limits['device']}: at most {format_size(limits['peak_device_bytes'])}; "
             f"--device-memory can be as low as {format_size(limits['smallest_device_bytes'])}"
         )
     if seconds is not None:

@@ -46,7 +46,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> argparse._Argumen
         "--memory", type=size, metavar="SIZE", help="memory limit of the whole process, e.g. 8GB (default: none)"
     )
     group.add_argument(
-        "--device-memory", type=size, metavar="SIZE", help="limit of GPU memory for tensors (default: none)"
+        "--device-memory", type=size, metavar="SIZE", help="limit of the GPU memory of the process (default: none)"
     )
     return group
 

@@ -13,12 +13,13 @@ so do the other threads; tiles merged by then are still written and journaled.
 from __future__ import annotations
 
 import contextvars
+import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,8 +27,10 @@ import torch
 
 from ..checkpoint import Checksum
 from ..linalg import use_cuda_graphs
+from ..linalg.products.cuda_graph import Graphs
 from ..methods import MergeResult, timed
 from ..plan import MergePlan
+from .device_memory import out_of_memory, within_budget
 from .job import COMMIT_SECONDS
 from .journal import Finished
 from .scheduling import Schedule, TensorSchedule
@@ -44,6 +47,8 @@ from .tiles import (
     tiles_of,
     update_checksum,
 )
+
+_LOG = logging.getLogger(__name__)
 
 # Seconds that a stopped merge waits for tiles that are being merged.
 GRACE_SECONDS = 2.0
@@ -89,14 +94,15 @@ def run_local(job: EngineJob, schedule: Schedule, tensor_done: Callable[[str], N
     """
     pipeline = _Pipeline(job, schedule)
     threads_before = torch.get_num_threads()
-    try:
-        pipeline.start()
-        while (name := pipeline.written.get()) is not None:
-            tensor_done(name)
-    finally:
-        pipeline.stop()
-        # Workers changed the default for new torch threads.
-        torch.set_num_threads(threads_before)
+    with within_budget(job.device, schedule):
+        try:
+            pipeline.start()
+            while (name := pipeline.written.get()) is not None:
+                tensor_done(name)
+        finally:
+            pipeline.stop()
+            # Workers changed the default for new torch threads.
+            torch.set_num_threads(threads_before)
     if pipeline.error is not None:
         raise pipeline.error
 
@@ -108,15 +114,34 @@ class _Budget:
         self._limit = limit
         self._used = 0
         self._stopped = False
+        self._alone = 0  # how many have, or wait for, all of it
         self._changed = threading.Condition()
 
     def take(self, size: int) -> bool:
         """Wait until `size` bytes are free; False if the pipeline stops instead."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or not self._used or self._used + size <= self._limit)
+            self._changed.wait_for(
+                lambda: self._stopped or (not self._alone and (not self._used or self._used + size <= self._limit))
+            )
             if not self._stopped:
                 self._used += size
             return not self._stopped
+
+    @contextmanager
+    def alone(self, size: int) -> Iterator[bool]:
+        """Let nobody in, and wait until only the caller's `size` bytes are in use; False if the pipeline stops."""
+        with self._changed:
+            self._alone += 1
+            self._used -= size
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stopped or not self._used)
+            self._used += size
+        try:
+            yield not self._stopped
+        finally:
+            with self._changed:
+                self._alone -= 1
+                self._changed.notify_all()
 
     def give_back(self, size: int) -> None:
         with self._changed:
@@ -171,6 +196,7 @@ class _Pipeline:
         self._inputs = _Budget(schedule.read_bytes)
         self._work = _Budget(schedule.work_bytes)
         self._device = _Budget(schedule.device_bytes)
+        self._graphs: list[Graphs] = []
         self._turn = threading.Lock()
         self._stopping = threading.Event()
         self._readers = ThreadPoolExecutor(READERS if self._on_gpu else 1, THREAD_NAME)
@@ -262,7 +288,7 @@ class _Pipeline:
     def _worker(self) -> None:
         torch.set_num_threads(1)
         try:
-            with self._own_stream(), self._graphs():
+            with self._own_stream(), self._own_graphs():
                 while self._merge_next():
                     pass
         finally:
@@ -272,10 +298,16 @@ class _Pipeline:
         """Return the CUDA stream of a worker, so that copies of one worker overlap with kernels of another."""
         return torch.cuda.stream(torch.cuda.Stream(self.job.device)) if self._on_gpu else nullcontext()  # type: ignore[no-untyped-call]
 
-    def _graphs(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def _own_graphs(self) -> Iterator[None]:
         """Let loops of products be CUDA graphs if there is memory for them."""
         limit = self.schedule.graph_bytes // self.schedule.workers
-        return use_cuda_graphs(limit) if limit else nullcontext()
+        if not limit:
+            yield
+            return
+        with use_cuda_graphs(limit) as graphs:
+            self._graphs.append(graphs)
+            yield
 
     def _merge_next(self) -> bool:
         """Merge the next tile; False if there is none. A function, so that no tensor is held while waiting."""
@@ -288,7 +320,13 @@ class _Pipeline:
             needs = self.schedule.needs([read.tile.name for read in reads])
             if not self._begin(needs):
                 return False
-        merged = self._merge(reads)
+        try:
+            merged: list[_Merged] | None = self._merge(reads)
+        except torch.cuda.OutOfMemoryError as error:
+            _LOG.info("%s: out of memory on %s; again, alone (%s)", reads[0].tile.name, self.job.device, error)
+            merged = None  # not again in here: the error holds on to tensors
+        if merged is None and (merged := self._merge_alone(reads, needs)) is None:
+            return False
         del reads
         written = sum(self.schedule.tensors[one.tile.name].output for one in merged)
         self._inputs.give_back(needs.inputs)
@@ -311,6 +349,23 @@ class _Pipeline:
             if read.tile.name in self._pending:
                 merged.append(_Merged(read.tile, result, read.checksums))
         return merged
+
+    def _merge_alone(self, reads: list[_Read], needs: TensorSchedule) -> list[_Merged] | None:
+        """Merge again what a GPU had no memory for, when nothing else is on it; None if the pipeline stops instead.
+
+        Not in smaller batches, which would change the last bits.
+        """
+        with self._device.alone(needs.inputs + needs.work) as alone:
+            if not alone:
+                return None
+            for graphs in self._graphs:  # nobody uses them now
+                graphs.clear()
+            torch.cuda.empty_cache()
+            try:
+                return self._merge(reads)
+            except torch.cuda.OutOfMemoryError as error:
+                names = [read.tile.name for read in reads]
+                raise out_of_memory(self.job.plan, names, self.job.device, self.schedule, error) from error
 
     def _begin(self, needs: TensorSchedule) -> bool:
         """Wait for the memory to merge a tile; False if the pipeline stops instead."""

@@ -112,7 +112,7 @@ def merge_checkpoints(
         threads: number of tensors that are merged at a time, each by one thread; None means one per core on a CPU.
             Fewer are used if `memory` does not suffice.
         memory: memory limit of the whole process, e.g. ``8GB``; None means as much as the threads need.
-        device_memory: limit of the GPU memory of tensors.
+        device_memory: limit of the GPU memory of the process, with the CUDA context, libraries and caches.
         shard_size: size limit of output shards, e.g. ``5GB``; ignored for a single file.
         allow_pickle: read models that exist only as pickle; only tensors are unpickled.
         resume: continue a stopped merge into `out`, if there is one.

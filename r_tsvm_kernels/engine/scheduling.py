@@ -27,6 +27,11 @@ PROGRAM_BYTES, WORKER_BYTES = 320 << 20, 32 << 20
 # Reading three tokenizers of 128,000 tokens took 98 MB above the rest of the program: 270 bytes for each token.
 TOKEN_BYTES = 320
 
+# GPU memory that torch does not see: the context, with the code of kernels; and for each worker the workspaces of
+# cuBLAS (32 MiB a stream on Hopper, and as much for recording graphs), cuBLASLt and cuSOLVER. From the documentation of
+# CUDA, rounded up: nothing was measured.
+CONTEXT_BYTES, LIBRARY_BYTES = 640 << 20, 128 << 20
+
 # Limit of the memory of CUDA graphs of a worker, where the budget has room for it.
 GRAPH_BYTES = 2 << 30
 
@@ -67,6 +72,11 @@ class TensorSchedule:
         return [(first, min(first + self.tile_rows, self.rows)) for first in firsts]
 
 
+def reserved_for(nbytes: int) -> int:
+    """Return the bytes that torch reserves for tensors of so many bytes: an eighth more, for what lies between them."""
+    return nbytes + (nbytes >> 3)
+
+
 def together(tensors: Sequence[TensorSchedule]) -> TensorSchedule:
     """Return the memory of several tensors that are merged together, as if they were one with a single tile."""
     rows = sum(tensor.rows for tensor in tensors)
@@ -90,6 +100,8 @@ class Schedule:
         read_bytes: limit of the bytes of inputs in host memory.
         work_bytes: limit of the other bytes of tensors in host memory.
         device_bytes: limit of the bytes of tensors on the GPU; 0 without one.
+        device_program_bytes: GPU memory of everything else; 0 without a GPU.
+        device_limit: limit of the GPU memory of the process, in bytes; None without one.
         tensors: by name, in the order of the plan.
         groups: names of tensors that are merged together, see `plan.batches`.
         program_bytes: bytes of everything else.
@@ -103,7 +115,9 @@ class Schedule:
     tensors: dict[str, TensorSchedule]
     groups: list[tuple[str, ...]]
     program_bytes: int
+    device_program_bytes: int = 0
     graph_bytes: int = 0
+    device_limit: int | None = None
 
     def needs(self, group: Sequence[str]) -> TensorSchedule:
         """Return the memory of a tile of a tensor, or of all tensors of a group with several, as one tile."""
@@ -118,8 +132,8 @@ class Schedule:
 
     @property
     def peak_device_bytes(self) -> int:
-        """Upper bound of the GPU memory of all tensors."""
-        return self.device_bytes
+        """Upper bound of the GPU memory of the process, as the driver counts it, without CUDA graphs."""
+        return self.device_program_bytes + reserved_for(self.device_bytes)
 
 
 def make_schedule(
@@ -139,7 +153,7 @@ def make_schedule(
         plan: the merge.
         workers: largest number of merging threads.
         memory: budget of the whole process in host memory, in bytes; None means no limit.
-        device_memory: budget of tensors on the GPU, in bytes; None means no limit.
+        device_memory: budget of the process on the GPU, in bytes; None means no limit.
         on_gpu: whether tensors are merged on a GPU.
 
     Returns:
@@ -159,8 +173,8 @@ def make_schedule(
                 format_size(candidate.peak_host_bytes),
             )
             wanted = candidate.workers * GRAPH_BYTES if on_gpu else 0
-            spare = wanted if device_memory is None else device_memory - candidate.device_bytes
-            return replace(candidate, graph_bytes=min(wanted, spare))
+            spare = wanted if device_memory is None else device_memory - candidate.peak_device_bytes
+            return replace(candidate, graph_bytes=min(wanted, spare), device_limit=device_memory if on_gpu else None)
     raise _too_small(plan, candidate, memory, device_memory)
 
 
@@ -215,7 +229,8 @@ def _limited(
     device = _largest_run([(t.inputs + t.work, t.count) for t in values], workers) if on_gpu else 0
     program = PROGRAM_BYTES + workers * WORKER_BYTES
     program += 0 if plan.vocabulary is None else TOKEN_BYTES * plan.vocabulary.tokens_read
-    return Schedule(workers, inputs, work, device, tensors, groups, program)
+    own = CONTEXT_BYTES + workers * LIBRARY_BYTES if on_gpu else 0
+    return Schedule(workers, inputs, work, device, tensors, groups, program, own)
 
 
 def _largest_run(sizes: Sequence[tuple[int, int]], length: int) -> int:
@@ -243,8 +258,9 @@ def _too_small(plan: MergePlan, smallest: Schedule, memory: int | None, device_m
         )
     if device_memory is not None and device_memory < (peak := smallest.peak_device_bytes):
         refused.append(
-            f"this merge needs a device memory budget of at least {format_size(peak)} ({peak} bytes) for tensors, "
-            f"above all {largest}, got {format_size(device_memory)}"
+            f"this merge needs a device memory budget of at least {format_size(peak)} ({peak} bytes), got "
+            f"{format_size(device_memory)}: {format_size(smallest.device_program_bytes)} for the CUDA context and "
+            f"libraries, {format_size(peak - smallest.device_program_bytes)} for tensors, above all {largest}"
         )
     if memory is not None and memory <= program:
         advice = "no recipe fits this budget, raise it"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Checksum, TensorHeader, first_scale_row, requantise
-from ..errors import CheckpointError, MemoryBudgetError
+from ..errors import CheckpointError
 from ..linalg import Factored
 from ..lora import Adapter, Change
 from ..lora.adapted_model import AdaptedModel
@@ -29,7 +28,7 @@ from ..missing import mean_of_present
 from ..parts import merge_parts, store_parts
 from ..plan import MergePlan, TensorPlan
 from ..quantised import differing_error, must_agree, same_values
-from ..text import dtype_name, some
+from ..text import dtype_name
 from ..values import base_plus, stored
 from .aligned_rows import read_aligned, restore_untouched
 from .journal import Finished, Stored
@@ -159,7 +158,7 @@ def merge_tile(
 
     Raises:
         NonFiniteError, ConvergenceError: the values cannot be merged; the message names the tensor.
-        MemoryBudgetError: the GPU is out of memory.
+        torch.cuda.OutOfMemoryError: the GPU is out of memory.
     """
     plan, tensor = plan.section(tile.name), plan.tensors[tile.name]
     if tensor.treatment.kind == "base":
@@ -170,30 +169,29 @@ def merge_tile(
             weight, scales = plan.base.load_fp8(tile.name, (tile.first, tile.last))
             return MergeResult(weight, report, scales)
         return MergeResult(stored(_whole(inputs[0]), tensor.spec.dtype, tile.name), report)
-    with _named_out_of_memory(tile.name, device):
-        on_device = _on_device(plan, tensor, inputs, device)
-        if tensor.treatment.present_only:
-            return _as_written(plan, tile, _mean(plan, tensor, on_device))
-        base = _whole(on_device[plan.base])
-        if plan.parts is not None:
-            return _as_written(plan, tile, _from_parts(plan, tensor, base, on_device))
-        models = [_model(plan, model, on_device) for model in plan.tuned]
-        if tensor.stored_parts is not None:
-            return _decomposed(plan, tile, base, models)
-        result = merge_tensors(
-            base,
-            models,
-            plan.config,
-            name=tile.name,
-            position=tensor.position,
-            seeded_by=tensor.seeded_by,
-            out_dtype=tensor.merged_dtype,
-            measure_norms=measure_norms,
-            blocks=replace(tensor.blocks, first=tile.first),
-        )
-        result.weight = result.weight.cpu()
-        if tensor.aligned:
-            restore_untouched(plan, tile.name, tile.first, _whole(inputs[0]), result.weight)
+    on_device = _on_device(plan, tensor, inputs, device)
+    if tensor.treatment.present_only:
+        return _as_written(plan, tile, _mean(plan, tensor, on_device))
+    base = _whole(on_device[plan.base])
+    if plan.parts is not None:
+        return _as_written(plan, tile, _from_parts(plan, tensor, base, on_device))
+    models = [_model(plan, model, on_device) for model in plan.tuned]
+    if tensor.stored_parts is not None:
+        return _decomposed(plan, tile, base, models)
+    result = merge_tensors(
+        base,
+        models,
+        plan.config,
+        name=tile.name,
+        position=tensor.position,
+        seeded_by=tensor.seeded_by,
+        out_dtype=tensor.merged_dtype,
+        measure_norms=measure_norms,
+        blocks=replace(tensor.blocks, first=tile.first),
+    )
+    result.weight = result.weight.cpu()
+    if tensor.aligned:
+        restore_untouched(plan, tile.name, tile.first, _whole(inputs[0]), result.weight)
     return _merged(plan, tile, result)
 
 
@@ -217,32 +215,19 @@ def merge_group(
         The merged tensors, on the CPU, and their reports.
 
     Raises:
-        NonFiniteError, ConvergenceError, MemoryBudgetError: as `merge_tile`.
+        NonFiniteError, ConvergenceError, torch.cuda.OutOfMemoryError: as `merge_tile`.
     """
     own, members = plan.section(tiles[0].name), []
-    with _named_out_of_memory(some([tile.name for tile in tiles]), device):
-        for tile, values in zip(tiles, inputs, strict=True):
-            tensor = own.tensors[tile.name]
-            on_device = _on_device(own, tensor, values, device)
-            models = [_model(own, model, on_device) for model in own.tuned]
-            base = _whole(on_device[own.base])
-            members.append(BatchMember(base, models, tile.name, tensor.position, tensor.merged_dtype))
-        results = merge_batch(members, own.config, measure_norms=measure_norms)
-        for result in results:
-            result.weight = result.weight.cpu()
+    for tile, values in zip(tiles, inputs, strict=True):
+        tensor = own.tensors[tile.name]
+        on_device = _on_device(own, tensor, values, device)
+        models = [_model(own, model, on_device) for model in own.tuned]
+        base = _whole(on_device[own.base])
+        members.append(BatchMember(base, models, tile.name, tensor.position, tensor.merged_dtype))
+    results = merge_batch(members, own.config, measure_norms=measure_norms)
+    for result in results:
+        result.weight = result.weight.cpu()
     return [_merged(own, tile, result) for tile, result in zip(tiles, results, strict=True)]
-
-
-@contextmanager
-def _named_out_of_memory(name: str, device: torch.device) -> Iterator[None]:
-    """Raise our error, with the name of a tensor, when the GPU is out of memory."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise MemoryBudgetError(
-            f"{name}: {device} is out of memory ({error}); set --threads 1 or a smaller --device-memory, "
-            "end other programs on the GPU, or use --device cpu"
-        ) from error
 
 
 def _on_device(

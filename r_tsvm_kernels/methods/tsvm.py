@@ -42,8 +42,8 @@ from .spectral_costs import solver_for, tsvm_cost
 # affects how sums are rounded, so it does not depend on the memory budget.
 WORKSPACE = 64 << 20
 
-# Elements of the task matrices that solver `products` merges in one batch, on a GPU and where it is simulated, with the
-# default workspace.
+# Elements of the task matrices and of their Gram matrices that solver `products` merges in one batch, on a GPU and
+# where it is simulated, with the default workspace. A batch then needs no more memory than an MLP of a 7B model.
 BATCH_ELEMENTS = {"cuda": 1 << 27, "cpu": 1 << 21}
 
 
@@ -72,7 +72,7 @@ def tsvm_batch_size(job: TensorJob, options: TsvmParameters) -> int:
     if solver_for(options, job.device_type) != "products":
         return 1
     most = BATCH_ELEMENTS["cpu" if job.device_type == "cpu" else "cuda"] * options.workspace // WORKSPACE
-    return max(1, most // max(1, job.tasks * job.elements))
+    return max(1, most // max(1, job.tasks * (job.elements + min(job.shape) ** 2)))
 
 
 def merge_tsvm_batch(
