@@ -1,8 +1,7 @@
 """Keep the promise of `--device-memory`, which counts what the driver counts: context, libraries, caches, tensors.
 
 Torch keeps what it has reserved for later tensors, apart for each stream. It gives back what is unused before it
-exceeds a limit of its own; here this limit is the budget without the context and the libraries, whose memory torch does
-not see.
+exceeds a limit of its own; here this limit is the budget without the context, whose memory torch does not see.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ..errors import MemoryBudgetError
 from ..plan import MergePlan
 from ..sizes import format_size
 from ..text import some
-from .scheduling import Schedule, smallest_schedule
+from .scheduling import CONTEXT_BYTES, Schedule, smallest_schedule
 
 
 @contextmanager
@@ -36,7 +35,9 @@ def within_budget(device: torch.device, schedule: Schedule) -> Iterator[None]:
         return
     torch.cuda.empty_cache()
     held, total = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[1]
-    if (smallest := schedule.peak_device_bytes + held) > schedule.device_limit:
+    # Workspaces of libraries stay after an earlier merge, and are used again.
+    others = max(0, held - (schedule.device_program_bytes - CONTEXT_BYTES))
+    if (smallest := schedule.peak_device_bytes + others) > schedule.device_limit:
         raise MemoryBudgetError(
             f"this process holds {format_size(held)} on {device} already: the merge needs a device memory budget of at "
             f"least {format_size(smallest)} ({smallest} bytes), got {format_size(schedule.device_limit)}; free the "
@@ -44,7 +45,7 @@ def within_budget(device: torch.device, schedule: Schedule) -> Iterator[None]:
         )
     # Versions of torch before 2.8 cannot tell; only what has set a fraction itself sees a difference.
     before = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
-    allowed = schedule.device_limit - schedule.device_program_bytes
+    allowed = schedule.device_limit - CONTEXT_BYTES
     torch.cuda.set_per_process_memory_fraction(min(allowed / total, before), device)
     try:
         yield

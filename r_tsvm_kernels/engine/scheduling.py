@@ -27,9 +27,9 @@ PROGRAM_BYTES, WORKER_BYTES = 320 << 20, 32 << 20
 # Reading three tokenizers of 128,000 tokens took 98 MB above the rest of the program: 270 bytes for each token.
 TOKEN_BYTES = 320
 
-# GPU memory that torch does not see: the context, with the code of kernels; and for each worker the workspaces of
-# cuBLAS (32 MiB a stream on Hopper, and as much for recording graphs), cuBLASLt and cuSOLVER. From the documentation of
-# CUDA, rounded up: nothing was measured.
+# GPU memory beside tensors: the context, with the code of kernels, which torch does not see; and for each worker the
+# workspaces of cuBLAS (32 MiB a stream on Hopper, and as much for recording graphs), cuBLASLt and cuSOLVER. From the
+# documentation of CUDA, rounded up: nothing was measured.
 CONTEXT_BYTES, LIBRARY_BYTES = 640 << 20, 128 << 20
 
 # Limit of the memory of CUDA graphs of a worker, where the budget has room for it.
