@@ -11,10 +11,10 @@ namespace r_tsvm {
 namespace {
 
 // load_row(row, keys) writes the keys of a row and returns how many are not finite.
-template <class Key, class Index, int kBits, class LoadRow>
+template <class Key, class LoadRow>
 void run(int64_t elements, int64_t cols, const MagnitudeRanksOutput& output, int threads, const LoadRow& load_row) {
   const int64_t workers = row_workers(elements, cols, threads);
-  std::vector<RowSorter<Key, Index, kBits>> sorters(workers, RowSorter<Key, Index, kBits>(cols));
+  std::vector<RowSorter<Key>> sorters(workers, RowSorter<Key>(cols));
   std::atomic<int64_t> nonfinite{0};
   for_rows(workers, elements, cols, threads, [&](int64_t worker, int64_t row) {
     const int64_t bad = load_row(row, sorters[worker].keys());
@@ -35,23 +35,14 @@ void run_16bit(const MatrixView& x, int64_t cols, uint16_t infinity, const Magni
     }
     return bad;
   };
-  // Key and index share 4 bytes if they fit.
-  if (cols <= int64_t{1} << 16) {
-    run<uint16_t, uint16_t, kDigit>(element_count(x), cols, output, threads, load_row);
-  } else {
-    run<uint16_t, uint32_t, kDigit>(element_count(x), cols, output, threads, load_row);
-  }
+  run<uint16_t>(element_count(x), cols, output, threads, load_row);
 }
 
 template <class Key>
 void run_widened(const MatrixView& x, const MatrixView* base, int64_t cols, const MagnitudeRanksOutput& output,
                  int threads) {
   const auto load_row = [&](int64_t row, Key* keys) { return load_keys(x, base, row * cols, cols, keys); };
-  if (cols < kLongRow) {
-    run<Key, uint32_t, kDigit>(element_count(x), cols, output, threads, load_row);
-  } else {
-    run<Key, uint32_t, kWideDigit>(element_count(x), cols, output, threads, load_row);
-  }
+  run<Key>(element_count(x), cols, output, threads, load_row);
 }
 
 }  // namespace

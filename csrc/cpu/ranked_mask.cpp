@@ -182,7 +182,7 @@ class RowDrawer {
 
   const int64_t* thresholds_;
   int64_t cols_;
-  RowSorter<Key, uint32_t, kDigit> sorter_;
+  RowSorter<Key> sorter_;
   std::vector<int32_t> ranks_;
   std::vector<uint32_t> words_;
   std::vector<int32_t> buckets_;  // of the elements

@@ -1,5 +1,6 @@
 #include "row_sorter.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -16,6 +17,24 @@ RTSVM_INLINE void rank_short_any(const Key* keys, int64_t n, int32_t* ranks) {
     for (int64_t j = 0; j < i; ++j) rank += keys[j] < keys[i] ? 1 : 0;
     for (int64_t j = i + 1; j < n; ++j) rank += keys[j] <= keys[i] ? 1 : 0;
     ranks[i] = rank;
+  }
+}
+
+template <class Key>
+RTSVM_INLINE KeyRange<Key> range_of_any(const Key* keys, int64_t n) {
+  Key any = 0, below = static_cast<Key>(~Key{0}), largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    any |= keys[i];
+    below = std::min(below, static_cast<Key>(keys[i] - 1));  // of 0 it is the largest number
+    largest = std::max(largest, keys[i]);
+  }
+  return {any, static_cast<Key>(below + 1), largest};
+}
+
+template <class Key>
+RTSVM_INLINE void reduce_keys_any(Key* keys, int64_t n, int shift, Key offset) {
+  for (int64_t i = 0; i < n; ++i) {
+    keys[i] = static_cast<Key>(std::max(static_cast<Key>(keys[i] >> shift), offset) - offset);
   }
 }
 
@@ -54,6 +73,18 @@ int64_t load_keys_any(const MatrixView& x, const MatrixView* base, int64_t first
 RTSVM_ISA_CLONES void rank_short(const uint16_t* keys, int64_t n, int32_t* ranks) { rank_short_any(keys, n, ranks); }
 RTSVM_ISA_CLONES void rank_short(const uint32_t* keys, int64_t n, int32_t* ranks) { rank_short_any(keys, n, ranks); }
 RTSVM_ISA_CLONES void rank_short(const uint64_t* keys, int64_t n, int32_t* ranks) { rank_short_any(keys, n, ranks); }
+RTSVM_ISA_CLONES KeyRange<uint16_t> range_of(const uint16_t* keys, int64_t n) { return range_of_any(keys, n); }
+RTSVM_ISA_CLONES KeyRange<uint32_t> range_of(const uint32_t* keys, int64_t n) { return range_of_any(keys, n); }
+RTSVM_ISA_CLONES KeyRange<uint64_t> range_of(const uint64_t* keys, int64_t n) { return range_of_any(keys, n); }
+RTSVM_ISA_CLONES void reduce_keys(uint16_t* keys, int64_t n, int shift, uint16_t offset) {
+  reduce_keys_any(keys, n, shift, offset);
+}
+RTSVM_ISA_CLONES void reduce_keys(uint32_t* keys, int64_t n, int shift, uint32_t offset) {
+  reduce_keys_any(keys, n, shift, offset);
+}
+RTSVM_ISA_CLONES void reduce_keys(uint64_t* keys, int64_t n, int shift, uint64_t offset) {
+  reduce_keys_any(keys, n, shift, offset);
+}
 RTSVM_ISA_CLONES int64_t keys_of(const uint16_t* words, int64_t n, uint16_t infinity, uint16_t* keys) {
   return keys_of_any(words, n, infinity, keys);
 }

@@ -1,5 +1,8 @@
 // Ranks the magnitudes of a row by a radix sort of their bits, lowest digit first. The row is read from its end, so
 // that of equal magnitudes the higher index comes first. The last pass writes ranks instead of sorted elements.
+//
+// Only the bits in which a row differs are sorted: differences of 16-bit weights have many zeros at their end, and few
+// exponents.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +16,8 @@
 
 namespace r_tsvm {
 
-// Bits of a digit. The wide one saves a pass over the row, but needs more counters. 16-bit floats have two digits with
-// either.
-inline constexpr int kDigit = 8;
-inline constexpr int kWideDigit = 11;
-inline constexpr int64_t kLongRow = 2048;
+// Most bits of a digit, by the length of the row: more of them save passes, but need more counters.
+inline int digit_bits(int64_t cols) { return cols < 512 ? 8 : cols < 2048 ? 10 : cols < 8192 ? 11 : 12; }
 // Rows up to this length are ranked by comparing all pairs of elements.
 inline constexpr int64_t kShortRow = 48;
 // Threads take short rows in units of about this many elements.
@@ -38,80 +38,136 @@ void rank_short(const uint16_t* keys, int64_t n, int32_t* ranks);
 void rank_short(const uint32_t* keys, int64_t n, int32_t* ranks);
 void rank_short(const uint64_t* keys, int64_t n, int32_t* ranks);
 
+// What the keys of a row that are not 0 have in common.
+template <class Key>
+struct KeyRange {
+  Key any;      // or of all keys
+  Key least;    // of those that are not 0
+  Key largest;  // of all
+};
+KeyRange<uint16_t> range_of(const uint16_t* keys, int64_t n);
+KeyRange<uint32_t> range_of(const uint32_t* keys, int64_t n);
+KeyRange<uint64_t> range_of(const uint64_t* keys, int64_t n);
+
+// Replaces each key by max(key >> shift, offset) - offset.
+void reduce_keys(uint16_t* keys, int64_t n, int shift, uint16_t offset);
+void reduce_keys(uint32_t* keys, int64_t n, int shift, uint32_t offset);
+void reduce_keys(uint64_t* keys, int64_t n, int shift, uint64_t offset);
+
+inline int bit_width(uint64_t value) { return value == 0 ? 0 : 64 - __builtin_clzll(value); }
+
 inline int64_t rows_per_unit(int64_t cols) { return std::max<int64_t>(1, kUnit / cols); }
 
-template <class Key, class Index, int kBits>
+template <class Key>
 class RowSorter {
  public:
-  explicit RowSorter(int64_t cols) : cols_(cols), keys_(cols), from_(cols > kShortRow ? cols : 0), to_(from_.size()) {}
+  explicit RowSorter(int64_t cols) : cols_(cols), digit_(digit_bits(cols)), keys_(cols) {}
 
   Key* keys() { return keys_.data(); }
 
+  // Ranks the keys, and overwrites them.
   void rank(int32_t* ranks) {
-    if (cols_ <= kShortRow) {
-      rank_short(keys(), cols_, ranks);
+    if (cols_ <= kShortRow) return rank_short(keys(), cols_, ranks);
+    const KeyRange<Key> range = range_of(keys(), cols_);
+    if (range.any == 0) {
+      for (int64_t i = 0; i < cols_; ++i) ranks[i] = static_cast<int32_t>(cols_ - 1 - i);
+      return;
+    }
+    // 0 stays 0, and the least of the others becomes 1.
+    const int shift = __builtin_ctzll(range.any);
+    const Key offset = static_cast<Key>((range.least >> shift) - 1);
+    reduce_keys(keys(), cols_, shift, offset);
+    const int width = bit_width(static_cast<uint64_t>((range.largest >> shift) - offset));
+    if (width <= 16 && cols_ <= int64_t{1} << 16) {
+      sort(narrow_, width, ranks);
+    } else if (width <= 32) {
+      sort(wide_, width, ranks);
     } else {
-      sort(keys(), ranks);
+      sort(widest_, width, ranks);
     }
   }
 
  private:
-  static constexpr int kValues = 1 << kBits;
-  static constexpr int kCount = (8 * sizeof(Key) - 1 + kBits - 1) / kBits;  // the sign is gone
-
+  template <class Bits, class Index>
   struct Element {
-    Key key;
+    Bits key;
     Index index;
   };
+  template <class Bits, class Index>
+  struct Buffers {
+    std::vector<Element<Bits, Index>> from, to;
+  };
 
-  void sort(const Key* keys, int32_t* ranks) {
-    uint32_t counts[kCount][kValues] = {};
-    for (int64_t i = 0; i < cols_; ++i) {
-      for (int digit = 0; digit < kCount; ++digit) ++counts[digit][value(keys[i], digit)];
+  // Calls sort with the number of passes, so that the loop over their counters is unrolled.
+  template <class Bits, class Index>
+  void sort(Buffers<Bits, Index>& buffers, int width, int32_t* ranks) {
+    const int passes = (width + digit_ - 1) / digit_, bits = (width + passes - 1) / passes;
+    counts_.assign(static_cast<size_t>(2 * passes) << bits, 0);
+    if (passes == 1) return sort<1>(buffers, passes, bits, ranks);
+    buffers.from.resize(cols_);
+    buffers.to.resize(cols_);
+    if (passes == 2) return sort<2>(buffers, passes, bits, ranks);
+    if (passes == 3) return sort<3>(buffers, passes, bits, ranks);
+    if (passes == 4) return sort<4>(buffers, passes, bits, ranks);
+    sort<8>(buffers, passes, bits, ranks);
+  }
+
+  template <int kMost, class Bits, class Index>
+  void sort(Buffers<Bits, Index>& buffers, int given, int bits, int32_t* __restrict ranks) {
+    const int passes = kMost < 8 ? kMost : given;
+    const int64_t n = cols_, values = int64_t{1} << bits;
+    const uint32_t mask = static_cast<uint32_t>(values - 1);
+    const Key* __restrict const keys = keys_.data();
+    uint32_t* __restrict const counts = counts_.data();
+    // Neighbours are often equal, and adding twice to the same counter takes long: every other one has its own.
+    uint32_t* __restrict const others = counts + passes * values;
+    const auto count = [&](int64_t i, uint32_t* own) {
+      const Bits key = static_cast<Bits>(keys[i]);
+      for (int pass = 0; pass < passes; ++pass) ++own[pass * values + (key >> (bits * pass) & mask)];
+    };
+    for (int64_t i = 0; i + 1 < n; i += 2) {
+      count(i, counts);
+      count(i + 1, others);
     }
-    int passes[kCount];
-    int count = 0;
-    for (int digit = 0; digit < kCount; ++digit) {  // a digit that all share sorts nothing
-      if (counts[digit][value(keys[0], digit)] != static_cast<uint64_t>(cols_)) passes[count++] = digit;
-    }
-    if (count == 0) {
-      for (int64_t i = 0; i < cols_; ++i) ranks[i] = static_cast<int32_t>(cols_ - 1 - i);
+    if (n % 2 == 1) count(n - 1, counts);
+    for (int64_t i = 0; i < passes * values; ++i) counts[i] += others[i];
+    for (int pass = 0; pass < passes; ++pass) starts(counts + pass * values, values);
+
+    if (passes == 1) {
+      for (int64_t i = n - 1; i >= 0; --i) ranks[i] = static_cast<int32_t>(counts[keys[i]]++);
       return;
     }
-    for (int pass = 0; pass < count; ++pass) starts(counts[passes[pass]]);
-    const auto begin = [&](int digit, const auto& put) {
-      for (int64_t i = cols_ - 1; i >= 0; --i) {
-        put(counts[digit][value(keys[i], digit)]++, Element{keys[i], static_cast<Index>(i)});
+    Element<Bits, Index>* __restrict from = buffers.from.data();
+    Element<Bits, Index>* __restrict to = buffers.to.data();
+    for (int64_t i = n - 1; i >= 0; --i) {
+      const Bits key = static_cast<Bits>(keys[i]);
+      to[counts[key & mask]++] = {key, static_cast<Index>(i)};
+    }
+    for (int pass = 1; pass < passes; ++pass) {
+      std::swap(from, to);
+      uint32_t* __restrict const places = counts + pass * values;
+      const int shift = bits * pass;
+      if (pass == passes - 1) {
+        for (int64_t i = 0; i < n; ++i) ranks[from[i].index] = static_cast<int32_t>(places[from[i].key >> shift]++);
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[places[from[i].key >> shift & mask]++] = from[i];
       }
-    };
-    const auto go_on = [&](int digit, const auto& put) {
-      for (const Element& element : from_) put(counts[digit][value(element.key, digit)]++, element);
-    };
-    const auto store = [&](uint32_t place, const Element& element) { to_[place] = element; };
-    const auto finish = [&](uint32_t place, const Element& element) {
-      ranks[element.index] = static_cast<int32_t>(place);
-    };
-    if (count == 1) return begin(passes[0], finish);
-    begin(passes[0], store);
-    for (int pass = 1; pass < count; ++pass) {
-      std::swap(from_, to_);
-      if (pass == count - 1) return go_on(passes[pass], finish);
-      go_on(passes[pass], store);
     }
   }
 
-  static int value(Key key, int digit) { return static_cast<int>((key >> (kBits * digit)) & (kValues - 1)); }
-
   // Turns counts into the positions at which the digits begin.
-  static void starts(uint32_t* counts) {
+  static void starts(uint32_t* counts, int64_t values) {
     uint32_t place = 0;
-    for (int value = 0; value < kValues; ++value) place += std::exchange(counts[value], place);
+    for (int64_t value = 0; value < values; ++value) place += std::exchange(counts[value], place);
   }
 
   int64_t cols_;
+  int digit_;
   std::vector<Key> keys_;
-  std::vector<Element> from_;
-  std::vector<Element> to_;
+  std::vector<uint32_t> counts_;
+  Buffers<uint16_t, uint16_t> narrow_;
+  Buffers<uint32_t, uint32_t> wide_;
+  Buffers<uint64_t, uint32_t> widest_;
 };
 
 // Workers share the rows.
