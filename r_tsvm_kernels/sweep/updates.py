@@ -66,6 +66,9 @@ def from_update(config: MergeConfig, update: Path) -> MergeConfig:
         models=[str(update)],
         parameters={key: config.parameters[key] for key in _alphas(config)},
         out_dtype=config.out_dtype or config.dtype,
+        include=config.include,
+        exclude=config.exclude,  # the base's values stay there, which may be infinite
+        router="base" if config.router == "base" else "merge",  # the update of a mean is scaled as any other
         missing="base",
         chat_template=config.chat_template,
     )

@@ -108,6 +108,31 @@ def test_missing_excluded_and_tied_tensors(missing, tmp_path):
             torch.testing.assert_close(shared[name], tensor, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("patterns", [{"exclude": ["mask", "zeros"]}, {"include": ["w"]}])
+def test_excluded_tensors_keep_every_bit(patterns, tmp_path):
+    """A mask of infinities, and zeros of either sign, are those of the base in each candidate."""
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        tensors = {
+            "w": torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)),
+            "mask": torch.full((3, 3), -torch.inf).triu(1),
+            "zeros": torch.tensor([-0.0, 0.0]),
+        }
+        save_file(tensors, path)
+    config = MergeConfig("ties", base_model=str(paths[0]), models=list(map(str, paths[1:])), **patterns)
+    merged = []
+
+    def evaluate(path):
+        merged.append(load_file(path / paths[0].name))
+        return 1.0
+
+    found = sweep_checkpoints(config, tmp_path / "out", grids={"alpha": [0.5, 1]}, evaluate=evaluate)
+    assert len(merged) == 2 and all(trial.from_parts for trial in found.ranked)
+    base = load_file(paths[0])
+    for tensors in merged:
+        assert all(torch.equal(tensors[name].view(torch.int32), base[name].view(torch.int32)) for name in ("mask", "zeros"))
+
+
 def test_a_sweep_merges_once_for_all_values_of_alpha(tmp_path, monkeypatch):
     config, merged = models(tmp_path / "in", "ties"), []
 
