@@ -10,6 +10,7 @@ from torch import Tensor
 from ..linalg import Mode
 from ..linalg.decompositions import frobenius_norm
 from .base import FiniteFloat, MethodParameters, PerModel, get_method
+from .recall import keeping
 from .reports import MergeResult
 from .sparsify import Share, tensor_seed
 
@@ -48,4 +49,5 @@ def merge_parts(parts: Sequence[Tensor], method: str, options: CommonBasisParame
     inner = get_method(method)
     shared = inner.parameters.model_fields.keys() & {"weight", "density", "seed", "mode"}
     parameters = inner.parameters(**{name: getattr(options, name) for name in sorted(shared)})
-    return inner.run(parts[0].new_zeros(parts[0].shape), parts, parameters)
+    with keeping({}):  # thresholds of parts, which depend on more than the models, are not those of task vectors
+        return inner.run(parts[0].new_zeros(parts[0].shape), parts, parameters)

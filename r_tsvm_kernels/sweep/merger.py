@@ -25,6 +25,8 @@ from .updates import for_update, from_update
 # Per element, factors of mean rank k take 2k operations for each task, and a matrix takes four bytes to read. A core of
 # a CPU does some 25 operations in the time in which it reads a byte from the page cache.
 _DENSE_ABOVE = 64
+# Thresholds and norms that are kept after a merge, of 2.3 kB each. A search over a density needs none of them again.
+_MOST_FOUND = 1 << 16
 _HINT = re.compile(rf"(; )?\d+ of \d+ tensors are finished: {re.escape(HOW_TO_RESUME)}$")
 
 
@@ -78,6 +80,8 @@ class Merger:
     def _merge(self, config: MergeConfig, out: Path) -> None:
         with _without_hint(), keeping(self._found):
             merge_checkpoints(config, out, restart=True, progress=self._progress, **self._resources.keywords())
+        for oldest in list(self._found)[: max(0, len(self._found) - _MOST_FOUND)]:
+            del self._found[oldest]
 
     def _shared(self, candidate: Candidate) -> MergeConfig:
         """Return the recipe from the parts or the update of a candidate's group, which are made if they are missing."""

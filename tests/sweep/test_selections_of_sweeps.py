@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from swept import models
 
-from r_tsvm_kernels import MergeConfig, merge_checkpoints, sweep_checkpoints
-from r_tsvm_kernels.methods import sce, sparsify
+from r_tsvm_kernels import MergeConfig, merge_checkpoints, merge_tensors, sweep_checkpoints
+from r_tsvm_kernels.methods import keeping, sce, sparsify
+from r_tsvm_kernels.sweep import merger
 
 WEIGHTS = {"weight.expert0": [0.5, -1.0], "weight.expert1": [1.0, 2.0]}
 
@@ -95,3 +96,32 @@ def test_packed_experts_and_filters_have_their_own_selections(tmp_path, selected
         merge_checkpoints(own, tmp_path / f"alone{number}")
         alone = load_file(tmp_path / f"alone{number}" / "model.safetensors")
         assert all(torch.equal(alone[name], tensors[name]) for name in alone)
+
+
+@pytest.mark.parametrize("method", ["knots", "core_space"])
+def test_thresholds_of_parts_are_not_those_of_the_models(method):
+    """The parts in a common basis are others in another mode, which their thresholds must follow."""
+    base, found = torch.zeros(12, 8), {}
+    tuned = [torch.randn(12, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    with keeping(found):
+        merge_tensors(base, tuned, method, inner_method="ties", density=0.5, weight=[1.0, 1.0])
+        assert not found
+        merge_tensors(base, tuned, "ties", density=0.5, weight=[1.0, 1.0])
+        assert len(found) == len(tuned)
+
+
+def test_what_is_kept_is_bounded(tmp_path, selected, monkeypatch):
+    """A search over a density finds new thresholds in every merge; the last ones stay."""
+    config = models(tmp_path / "in", "ties")
+    counts, limit = [], 20
+
+    def counted(*arguments, **options):
+        counts.append(len(own[0]))
+        return merge_checkpoints(*arguments, **options)
+
+    own = []
+    monkeypatch.setattr(merger, "keeping", lambda found: (own.append(found), keeping(found))[1])
+    monkeypatch.setattr(merger, "merge_checkpoints", counted)
+    monkeypatch.setattr(merger, "_MOST_FOUND", limit)
+    swept(config, {"density": [0.1, 0.3, 0.5, 0.7]}, tmp_path / "out", selected)
+    assert 0 < counts[1] <= limit and counts[2:] == [limit, limit]

@@ -130,7 +130,9 @@ def test_excluded_tensors_keep_every_bit(patterns, tmp_path):
     assert len(merged) == 2 and all(trial.from_parts for trial in found.ranked)
     base = load_file(paths[0])
     for tensors in merged:
-        assert all(torch.equal(tensors[name].view(torch.int32), base[name].view(torch.int32)) for name in ("mask", "zeros"))
+        assert all(
+            torch.equal(tensors[name].view(torch.int32), base[name].view(torch.int32)) for name in ("mask", "zeros")
+        )
 
 
 def test_a_sweep_merges_once_for_all_values_of_alpha(tmp_path, monkeypatch):
