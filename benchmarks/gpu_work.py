@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_work [--json FILE]
 
 A merge runs on the CPU with matrices of a short side of 256, on the path that a GPU takes: every loop runs to its
-limit, because nobody waits for the device to ask whether all is done. Operations are multiplied by the cube of the
-scale (its square where a factor is a few vectors wide). Counted per matrix:
+limit, because nobody waits for the device to ask whether all is done. Sizes are filled up as at full size. Operations
+are multiplied by the cube of the scale (its square where a factor is a few vectors wide). Counted per matrix:
 
 * fp16: operations on tensor cores; a product of two pairs of planes takes three, a symmetric one half of them. Squares
   of a matrix that is done cost nothing, as in the kernels;
@@ -25,6 +25,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -37,10 +38,11 @@ from benchmarks.program import Program, finish
 from r_tsvm_kernels import dispatch
 from r_tsvm_kernels.bench import Results, Row, row
 from r_tsvm_kernels.linalg import long_side_is_whole, orthonormal
-from r_tsvm_kernels.linalg.products import gram_polar, polar_express, purification, subspaces
+from r_tsvm_kernels.linalg.products import gram_polar, merge, number_formats, polar_express, purification, subspaces
 from r_tsvm_kernels.linalg.products.cuda_graph import PRODUCTS, tensors_in
 from r_tsvm_kernels.linalg.products.merge import products_tsv_merges
 from r_tsvm_kernels.linalg.products.weighted import products_weighted_merges
+from r_tsvm_kernels.ops import _triton_products
 from tests.spectra import spectrum
 
 SHORT, TASKS = 256, 3
@@ -191,7 +193,12 @@ def counted(scale: int) -> Iterator[Work]:
         stack.enter_context(patch.object(purification, "_all", lambda done: False))
         stack.enter_context(patch.object(subspaces, "FORESEEN_FROM", subspaces.FORESEEN_FROM // scale))
         stack.enter_context(patch.object(orthonormal, "BLOCKED_FROM", orthonormal.BLOCKED_FROM // scale))
-        for module in (gram_polar, polar_express, purification, subspaces):
+        step = max(number_formats.ALIGNED // scale, 1)
+        stack.enter_context(patch.object(number_formats, "ALIGNED", step))
+        stack.enter_context(patch.object(_triton_products, "ALIGNMENT", step))
+        tile = replace(_triton_products.INTERPRETED, BK=step)
+        stack.enter_context(patch.object(_triton_products, "INTERPRETED", tile))
+        for module in (gram_polar, merge, polar_express, purification, subspaces):
             if hasattr(module, "replayed"):
                 stack.enter_context(patch.object(module, "replayed", work.graph))
         stack.enter_context(patch.object(Tensor, "tolist", listed))

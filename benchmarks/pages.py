@@ -60,6 +60,11 @@ SPEED = (
             "Counted on a CPU, for three tasks, on the path that a GPU takes: a prediction, no GPU ran it. `launches` "
             "counts all operations of PyTorch and all Triton kernels, `replayed` the same where loops are CUDA graphs: "
             "one launch, and a copy of each argument and result."),
+    Section("second_solves.json", "Second solves of solver products", "python -m benchmarks.second_solves",
+            "Task matrices, those with compressed spectra, those for which that was not foreseen, so that they were "
+            "solved twice, and merges whose estimated error is above exact mode's tolerance, so that another solver "
+            "follows. Trained ones are those of the quality study's suites, seed 0, and of the digits demo's model, "
+            "four times as wide. Solver `products` is simulated; nothing is timed."),
     Section("roofline.json", "Floors on an H200, predicted", "python -m benchmarks.roofline",
             "Computed from counts; no GPU ran anything. `bytes` must move, `fp16` and `float64` are operations, "
             "`floor` is the time that they take at the rates of NVIDIA's data sheet (4.8 TB/s, 989 and 67 TFLOP/s). "

@@ -72,7 +72,8 @@ def purify_arguments(seed, precision, n=40):
 def polar_arguments(seed, precision):
     numbers = arithmetic(precision)
     matrix = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return numbers.load(matrix / 16), coefficients(1e-3, 1e-7), numbers
+    loaded = numbers.load(matrix / 16)
+    return loaded, numbers.gram(loaded), coefficients(1e-3, 1e-7), numbers
 
 
 def assert_same(got, expected):
@@ -101,8 +102,8 @@ def test_a_merge_from_graphs_gives_the_same_bits(tapes, monkeypatch):
     expected = [products_tsv_merge(layer, [13, 12, 11]) for layer in layers]
     with use_cuda_graphs() as graphs:
         got = [products_tsv_merge(layer, [13, 12, 11]) for layer in layers]
-        # The bound of the spectrum, both levels of the purification, both polar factors.
-        assert len(tapes) == 5 and graphs.nbytes == 500
+        # Bounds of the spectra of tasks and bases, both levels of the purification, both polar factors.
+        assert len(tapes) == 6 and graphs.nbytes == 600
     assert graphs.nbytes == 0
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one.matrix, other.matrix)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.dispatch import ops, use_backend
-from r_tsvm_kernels.linalg.products import polar_express, purification, subspaces, turning
+from r_tsvm_kernels.linalg.products import merge, polar_express, purification, subspaces, turning
 from r_tsvm_kernels.ops import _cublas
 
 N, TASKS = 96, 3
@@ -42,7 +42,7 @@ def gpu(monkeypatch):
     def to_device(x, device):
         return torch.empty(x.shape, dtype=x.dtype, device=device)
 
-    for module in (purification, subspaces, turning):
+    for module in (merge, purification, subspaces, turning):
         monkeypatch.setattr(module, "gaussian", gaussian)
     monkeypatch.setattr(purification, "to_device", to_device)
     monkeypatch.setattr(purification, "_all", lambda done: False)  # below: so it is on a GPU

@@ -9,9 +9,10 @@ from spectra import KINDS, rank_of, spectrum
 
 from r_tsvm_kernels import backends
 from r_tsvm_kernels.dispatch import use_backend
-from r_tsvm_kernels.linalg import tsv_merge
+from r_tsvm_kernels.linalg import orthonormal, tsv_merge
 from r_tsvm_kernels.linalg.products import subspaces
-from r_tsvm_kernels.linalg.products.merge import LOWER, lower_bound, products_tsv_merge
+from r_tsvm_kernels.linalg.products.merge import LOWER, cholesky, extremes_of_bases, lower_bound, products_tsv_merge
+from r_tsvm_kernels.linalg.products.number_formats import arithmetic, padded
 from r_tsvm_kernels.linalg.products.subspaces import extremes, products_subspaces
 
 # Of the merged matrix, relative; exact mode's contract is 1e-4. That of single fp16 products grows with the condition
@@ -110,6 +111,32 @@ def test_the_smallest_singular_value_is_bounded_from_below(smallest):
     assert bound >= smallest / 4 or smallest == 0
 
 
+@pytest.mark.parametrize("smallest", [1e-1, 1e-4])
+def test_a_cholesky_factor_in_two_blocks(monkeypatch, smallest):
+    monkeypatch.setattr(orthonormal, "BLOCKED_FROM", 16)
+    for n in (16, 41):
+        Q = torch.linalg.qr(torch.randn(2, n, n, dtype=torch.float64)).Q
+        H = Q * torch.logspace(0, math.log10(smallest), n, dtype=torch.float64) @ Q.mT
+        for precision, error in (("float64", 1e-14), ("fp16x3", 1e-6)):
+            R = cholesky(H, arithmetic(precision))
+            assert torch.equal(R, R.triu()) and relative_error(R.mT @ R, H) < error
+            assert torch.linalg.svdvals(R)[:, -1].square() == pytest.approx(smallest, rel=0.01)
+
+
+@pytest.mark.parametrize("widths", [(20,), (20, 7), (5, 12, 9)], ids=str)
+def test_extremes_of_bases_side_by_side(widths):
+    numbers = arithmetic("fp16x3")
+    bases = torch.cat([torch.linalg.qr(torch.randn(3, 60, width, dtype=torch.float64)).Q for width in widths], -1)
+    if len(widths) > 1:  # nearly parallel directions
+        bases[1, :, -1] = torch.nn.functional.normalize(bases[1, :, 0] + 0.1 * bases[1, :, -1], dim=0)
+        bases[1, :, -widths[-1] :] = torch.linalg.qr(bases[1, :, -widths[-1] :]).Q
+    k = sum(widths)
+    exact = torch.linalg.svdvals(bases)
+    smallest, largest = extremes_of_bases([numbers.gram(numbers.load(padded(bases, k)))], k, widths[0], numbers)
+    assert (0.999 * exact[:, -1] <= smallest).all() and (smallest <= 1.2 * exact[:, -1]).all()
+    assert (0.8 * exact[:, 0] <= largest).all() and (largest <= 1.001 * exact[:, 0]).all()
+
+
 @pytest.mark.parametrize("precision", ["float32", "fp16x3"])
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("kind", ["low rank + noise", "power 0.3", "power 0.7"])
@@ -157,9 +184,9 @@ def test_steep_spectra_are_solved_once(monkeypatch, kind):
     solves = []
     solve = subspaces.products_subspaces
 
-    def counted(matrices, ranks, precision, levels=None):
+    def counted(matrices, ranks, precision, levels=None, gram=None):
         solves.append(levels is not None)
-        return solve(matrices, ranks, precision, levels)
+        return solve(matrices, ranks, precision, levels, gram)
 
     monkeypatch.setattr(subspaces, "products_subspaces", counted)
     matrices = torch.stack([spectrum(kind, 96, 80, seed) for seed in range(2)])

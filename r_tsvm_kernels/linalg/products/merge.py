@@ -13,11 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .gram_polar import smallest_of_gram
-from .number_formats import Precision, arithmetic, padded
+from .. import orthonormal
+from ..on_device import gaussian
+from .cuda_graph import replayed
+from .number_formats import Arithmetic, Operand, Precision, arithmetic, padded
 from .polar_express import polar_of_operand
-from .purification import batches
-from .subspaces import ProductsSubspaces, accurate_subspaces, largest_singular_value, solve_gram
+from .purification import batches, largest_ritz_value
+from .subspaces import ProductsSubspaces, accurate_subspaces, smallest_singular_value, solve_gram
 from .turning import interpret, measure, weakest
 
 # Concatenated bases of fine-tunes at k = r // T reach condition numbers of 1e4. Smaller singular values are not
@@ -26,6 +28,9 @@ LOWER = 2.0**-17
 
 # Roots of eps down to which the Gram matrix of the bases resolves their singular values well enough for a lower bound.
 RESOLVED = 8
+
+# Inverse iteration overestimates the smallest singular value of bases, hardly ever by that much.
+ESTIMATED = 1.25
 
 # Power iteration underestimates the largest singular value of a core.
 LARGEST = 1.2
@@ -93,7 +98,9 @@ def products_tsv_merges(
     of_layers = [parts[first : first + tasks] for first in range(0, len(parts), tasks)]
     cores = [_Core.of(layer, [1.0] * tasks if weights is None else weights[i]) for i, layer in enumerate(of_layers)]
     merges: list[ProductsMerge] = []
-    for group in batches([core.matrix.shape[0] for core in cores]):
+    for group in batches(
+        [(core.matrix.shape[0], layer[0].core.shape[0]) for core, layer in zip(cores, of_layers, strict=True)]
+    ):
         merges += _merge(of_layers[group], cores[group], precision, keep_factors)
     return merges
 
@@ -125,19 +132,23 @@ class _Core:
 def _merge(
     layers: list[list[ProductsSubspaces]], cores: list[_Core], precision: Precision, keep_factors: bool
 ) -> list[ProductsMerge]:
-    """Multiply the polar factors of the bases of some layers, of the same widths, with the weighted cores."""
+    """Multiply the polar factors of the bases of some layers with the weighted cores.
+
+    All of them have the same width, and their first tasks one rank.
+    """
     numbers, L = arithmetic(precision), len(layers)
     lefts = torch.stack([torch.cat([part.U for part in layer], 1) for layer in layers])
     rights = torch.stack([torch.cat([part.Vh for part in layer], 0) for layer in layers]).mT
     k, bound = lefts.shape[-1], len(layers[0]) ** 0.5
     loaded = [numbers.load(padded(stack, k), bounded=True) for stack in (lefts, rights)]
-    grams = torch.cat([numbers.dense(numbers.gram(X))[..., :k, :k] for X in loaded])
+    grams = [numbers.gram(X) for X in loaded]
     # A Gram matrix resolves singular values down to a few roots of eps.
     resolved = RESOLVED * numbers.eps**0.5 * bound
-    seen = [value if value > resolved else 0.0 for value in smallest_of_gram(grams)[1].tolist()]
+    smallest, largest = extremes_of_bases(grams, k, layers[0][0].core.shape[0], numbers)
+    seen = [value if value > resolved else 0.0 for value in smallest.tolist()]
     factors = [
-        polar_of_operand(X, k, bound, lower_bound(min(own)) / bound, precision)
-        for X, own in zip(loaded, (seen[:L], seen[L:]), strict=True)
+        polar_of_operand(X, k, bound, lower_bound(min(own)) / bound, precision, gram=gram)
+        for X, own, gram in zip(loaded, (seen[:L], seen[L:]), grams, strict=True)
     ]
     H = torch.cat(
         [
@@ -145,8 +156,7 @@ def _merge(
             for X, polar in zip(loaded, factors, strict=True)
         ]
     ).double()
-    roots = torch.linalg.cholesky_ex((H + H.mT) / 2, upper=True).L  # of (X^T X)^(1/2)
-    largest = largest_singular_value(roots)
+    roots = cholesky((H + H.mT) / 2, numbers)  # of (X^T X)^(1/2)
     Z = weakest(partial(_inverse, roots), 2 * L, k, lefts.device)
     matrices = torch.stack([core.matrix for core in cores])
     table = torch.cat(
@@ -154,10 +164,10 @@ def _merge(
             torch.stack([largest, torch.stack([core.dominance for core in cores]).repeat(2)], 1),
             torch.cat(
                 [
-                    measure(lefts, factors[0].matrix.double(), partial(_inverse, roots[:L]), Z[:L], matrices,
+                    measure(lefts, factors[0].matrix.double(), partial(solve_gram, roots[:L]), Z[:L], matrices,
                             _of_blocks([[part.left_inside for part in layer] for layer in layers]),
                             _beside([[part.left_beyond for part in layer] for layer in layers])),
-                    measure(rights, factors[1].matrix.double(), partial(_inverse, roots[L:]), Z[L:], matrices.mT,
+                    measure(rights, factors[1].matrix.double(), partial(solve_gram, roots[L:]), Z[L:], matrices.mT,
                             _of_blocks([[part.inside for part in layer] for layer in layers]),
                             _beside([[part.right_beyond for part in layer] for layer in layers])),
                 ]
@@ -177,7 +187,7 @@ def _merge(
         turnings, conditions = [], []
         for high, dominance, *rest in (table[i], table[L + i]):
             turnings.append(interpret(rest, k, [part.inside.shape[1] for part in layer], dominance))
-            conditions.append(high**2 / turnings[-1].smallest if turnings[-1].smallest > 0 else math.inf)
+            conditions.append(high / turnings[-1].smallest if turnings[-1].smallest > 0 else math.inf)
         of_subspaces = [
             sensitivity * part.subspace_error
             for turning in turnings
@@ -214,11 +224,60 @@ def _inverse(R: Tensor, z: Tensor) -> Tensor:
     return solve_gram(R, solve_gram(R, z))
 
 
+def cholesky(H: Tensor, numbers: Arithmetic) -> Tensor:
+    """Return the upper triangular R (..., k, k) with ``R^T R = H``, float64; something else if H is not definite.
+
+    Large matrices are taken in two blocks: what the first one explains of the second comes from a product in the format
+    of `numbers`. It is as accurate as H if that is such a product, too.
+    """
+    if H.shape[-1] < orthonormal.BLOCKED_FROM:
+        whole: Tensor = torch.linalg.cholesky_ex(H, upper=True).L
+        return whole
+    half = H.shape[-1] // 2
+    first = torch.linalg.cholesky_ex(H[..., :half, :half], upper=True).L
+    beside = torch.linalg.solve_triangular(first.mT, H[..., :half, half:], upper=False)
+    explained = numbers.dense(numbers.gram(numbers.load(beside)))
+    R = torch.zeros_like(H)
+    R[..., :half, :half] = first
+    R[..., :half, half:] = beside
+    R[..., half:, half:] = torch.linalg.cholesky_ex(H[..., half:, half:] - explained, upper=True).L
+    return R
+
+
+def extremes_of_bases(grams: Sequence[Operand], k: int, first: int, numbers: Arithmetic) -> tuple[Tensor, Tensor]:
+    """Estimate the smallest (from above) and largest (from below) singular value of bases side by side.
+
+    The first basis is orthonormal. With ``C = X_1^T X_2``, the others have the Schur complement ``X_2^T X_2 - C^T C``:
+    two thirds as large for three tasks. Where v is its last singular vector, ``(-C v, v)`` is nearly that of X.
+
+    Args:
+        grams: ``X^T X``, operands of (L, k, k) or more, filled up.
+        k: columns of X.
+        first: those of the first basis.
+        numbers: format of the operands.
+
+    Returns:
+        One number for each matrix of each operand, float64. The smallest is 0 where rounding hides it.
+    """
+    whole = torch.cat([numbers.dense(gram) for gram in grams])
+    start = gaussian(whole.shape[-1], 4, whole.device).to(whole.dtype).repeat(len(whole), 1, 1)
+    largest = replayed(largest_ritz_value, whole, start, 8).double().sqrt()
+    if first == k:
+        return torch.ones_like(largest), largest
+    beside = whole[:, :first, first:k]
+    inside = numbers.dense(numbers.gram(numbers.load(padded(beside, k - first), bounded=True)))
+    complement = (whole[:, first:k, first:k] - inside[:, : k - first, : k - first]).double()
+    factors, failed = torch.linalg.cholesky_ex(complement, upper=True)
+    smallest, v = smallest_singular_value(factors)
+    lengths = torch.linalg.vector_norm(beside.double() @ v, dim=-2).amax(-1)
+    return torch.where(failed > 0, 0.0, (smallest / (1 + lengths.square()).sqrt()).nan_to_num(0.0)), largest
+
+
 def lower_bound(smallest: float) -> float:
-    """Return half of the smallest singular value of a batch of bases, or less, but not less than `LOWER`.
+    """Return a number somewhat below the smallest singular value of a batch of bases, but not less than `LOWER`.
 
     A polar factor takes one step for each factor of 4, and every step adds rounding errors: well-conditioned bases need
     4 steps instead of 10 and have a sixth of the error. It is a power of two, so that few polynomials and CUDA graphs
     serve all bases.
     """
-    return max(2.0 ** math.floor(math.log2(smallest / 2)), LOWER) if smallest > LOWER else LOWER
+    return max(2.0 ** math.floor(math.log2(smallest / ESTIMATED)), LOWER) if smallest > LOWER else LOWER

@@ -107,19 +107,26 @@ def polar_express(
 
 
 def polar_of_operand(
-    X: Operand, columns: int, bound: float, lower: float, precision: Precision, tolerance: float = 1e-7
+    X: Operand,
+    columns: int,
+    bound: float,
+    lower: float,
+    precision: Precision,
+    tolerance: float = 1e-7,
+    gram: Operand | None = None,
 ) -> Polar:
-    """Return the polar factors of the first columns of `X`, see `polar_express`."""
+    """Return the polar factors of the first columns of `X`, see `polar_express`; `gram` is ``X^T X`` if it is known."""
     numbers = arithmetic(precision)
     steps = coefficients(lower, max(tolerance, numbers.eps), 64 * numbers.eps)
-    result = numbers.dense(replayed(compose, numbers.times(X, 1 / bound), steps, numbers))[..., :columns]
+    gram = numbers.times(numbers.gram(X) if gram is None else gram, bound**-2)
+    result = numbers.dense(replayed(compose, numbers.times(X, 1 / bound), gram, steps, numbers))[..., :columns]
     return Polar(result, len(steps))
 
 
-def compose(X: Operand, steps: tuple[Quintic, ...], numbers: Arithmetic) -> Operand:
-    """Apply the quintics to the singular values of X, one after the other."""
-    for a, b, c in steps:
-        Y = numbers.gram(X)
+def compose(X: Operand, gram: Operand, steps: tuple[Quintic, ...], numbers: Arithmetic) -> Operand:
+    """Apply the quintics to the singular values of X, one after the other; `gram` is ``X^T X``."""
+    for index, (a, b, c) in enumerate(steps):
+        Y = numbers.gram(X) if index else gram
         Z = numbers.square(Y, b, c)
         X = numbers.multiply(X, Z, 1.0, a, X)
     return X

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,10 @@ LARGE = 2.0**15
 
 # Shift of `cholesky_qr` for columns that are nearly orthonormal, or zeros.
 SHIFT = 2.0**-58
+
+# Products of a sketch with the filter. After the first one, noise of the format is up to 1e4 times as large: in one
+# plane that is as large as the columns.
+ROUNDS: dict[Precision, int] = {"float64": 3, "float32": 3, "fp16x3": 3, "fp16": 4}
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,11 @@ def leading_eigenspaces(
 
     Two levels. A purification of the whole matrix aims at ``k + p/2`` and stops early, when it separates the first k
     eigenvalues from those beyond k + p; p is `oversampling` times k. A random sketch of k + p columns, multiplied with
-    that filter three times more, spans the wanted eigenspace; in its coordinates, the matrix of size k + p is purified
+    that filter a few times, spans the wanted eigenspace; in its coordinates, the matrix of size k + p is purified
     to rank k exactly. Cost: about 20 to 36 symmetric products of size n.
+
+    Both bases are products in the given format. The first is made orthonormal in float64, because its defects would be
+    errors of the smaller matrix, which a small gap at k amplifies; then the product of both.
 
     A rank above the numerical rank gives arbitrary null directions: the caller must clip it. On a GPU everything is
     launched without a wait for the device; both purifications can be CUDA graphs, see `use_cuda_graphs`.
@@ -167,7 +174,7 @@ def leading_eigenspaces(
         whole = _to_rank(start, wanted, numbers, STEPS[precision])
         bases = _range_of(whole.matrix, gaussian(n, max(ranks), gram.device), ranks, numbers, rounds=2)
         return Eigenspaces(
-            columns_of(bases, ranks),
+            columns_of(_orthonormal(bases, ranks, numbers), ranks),
             (whole.trace - wanted).abs(),
             whole.impurity,
             whole.steps,
@@ -181,14 +188,13 @@ def leading_eigenspaces(
     # The second pair: near a projector of any rank from k to k + p, which is all that exact low rank allows.
     tolerances = [(spread / 4, spread / 8), (spread / 2 + 0.25, torch.full_like(spread, 0.25))]
     coarse = replayed(purify, start, wanted + spread / 2, tolerances, 4, numbers, STEPS[precision])
-    spans = _range_of(coarse.matrix, gaussian(n, columns, gram.device), width, numbers, rounds=4)
-    Y = padded(spans, columns)
-    y = numbers.load(Y, bounded=True)
-    inner = numbers.dense(numbers.multiply(y.mT, numbers.multiply(start.matrix, y)))
+    filtered = _range_of(coarse.matrix, gaussian(n, columns, gram.device), width, numbers, rounds=ROUNDS[precision])
+    spans = numbers.load(padded(_orthonormal(filtered, width, numbers), columns), bounded=True)
+    inner = numbers.dense(numbers.multiply(spans.mT, numbers.multiply(start.matrix, spans)))
     fine = _to_rank(_lifted((inner + inner.mT) / 2, numbers), wanted, numbers, STEPS[precision])
-    corners = _range_of(fine.matrix, gaussian(Y.shape[-1], max(ranks), gram.device), ranks, numbers, rounds=2)
+    corners = _range_of(fine.matrix, gaussian(inner.shape[-1], max(ranks), gram.device), ranks, numbers, rounds=2)
     return Eigenspaces(
-        columns_of(Y @ corners, ranks),
+        columns_of(_orthonormal(numbers.multiply(spans, corners), ranks, numbers), ranks),
         (fine.trace - wanted).abs(),
         fine.impurity,
         coarse.steps,
@@ -267,7 +273,7 @@ def _lifted(matrix: Tensor, numbers: Arithmetic) -> SymmetricProduct:
     """
     lifted = matrix.clone()
     lifted.diagonal(dim1=-2, dim2=-1).add_(4 * numbers.eps)
-    return numbers.measured(numbers.load(lifted))
+    return numbers.measured(numbers.load(lifted, bounded=True))
 
 
 def _to_rank(start: SymmetricProduct, wanted: Tensor, numbers: Arithmetic, steps: int) -> Purified:
@@ -277,26 +283,27 @@ def _to_rank(start: SymmetricProduct, wanted: Tensor, numbers: Arithmetic, steps
     return replayed(purify, start, wanted, [(torch.full_like(wanted, 0.5), limit)], extra, numbers, steps)
 
 
-def _range_of(projector: Operand, sketch: Tensor, ranks: Sequence[int], numbers: Arithmetic, rounds: int) -> Tensor:
-    """Return orthonormal bases of the ranges of a batch of (fuzzy) projectors, (B, n, largest rank).
+def _range_of(projector: Operand, sketch: Tensor, ranks: Sequence[int], numbers: Arithmetic, rounds: int) -> Operand:
+    """Return the product of a batch of (fuzzy) projectors and bases of their ranges, (B, n, largest rank, padded).
 
     The first ranks[i] columns of each count, the others are zeros. One product with a random matrix has condition 1e3
     to 1e4 and multiplies the projector's noise by it; from the second round on the columns are nearly orthonormal
-    before and after. So only the last round takes float64.
+    before and after.
     """
-    bases, columns = numbers.load(padded(sketch.expand(len(ranks), -1, -1), max(ranks))), max(ranks)
-    identity = torch.eye(bases.shape[-1], dtype=torch.float64, device=sketch.device)
-    for _ in range(rounds):
-        bases = _nearly_orthonormal(numbers.multiply(projector, bases), identity, numbers)
-    product = numbers.dense(bases)
-    options = (3,) if numbers.eps < 1e-12 else (1, SHIFT)
-    parts = [cholesky_qr(product[group, :, : ranks[group.start]], *options)[0] for group in batches(ranks)]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([torch.nn.functional.pad(part, (0, columns - part.shape[-1])) for part in parts])
+    columns = max(ranks)
+    if len(set(ranks)) == 1:
+        sketches = padded(sketch, columns).expand(len(ranks), -1, -1)
+    else:
+        sketches = torch.stack([padded(sketch[:, :rank], columns) for rank in ranks])
+    bases = numbers.load(sketches, bounded=True)
+    for turn in range(rounds):
+        if turn:
+            bases = _nearly_orthonormal(bases, numbers)
+        bases = numbers.multiply(projector, bases)
+    return bases
 
 
-def _nearly_orthonormal(columns: Operand, identity: Tensor, numbers: Arithmetic) -> Operand:
+def _nearly_orthonormal(columns: Operand, numbers: Arithmetic) -> Operand:
     """Return a basis of the same columns, orthonormal but for those that rounding hides in their Gram matrix.
 
     Columns of zeros stay zero. In float64 a projector of lower rank reduces the other columns to rounding errors; a
@@ -311,10 +318,24 @@ def _nearly_orthonormal(columns: Operand, identity: Tensor, numbers: Arithmetic)
     gram = numbers.dense(numbers.gram(columns)).double()
     shift = torch.linalg.vector_norm(gram, dim=(-2, -1)).clamp(min=torch.finfo(torch.float32).tiny)
     gram.diagonal(dim1=-2, dim2=-1).add_(shift[:, None], alpha=2 * numbers.eps)
-    upper = torch.linalg.cholesky_ex(gram, upper=True).L
+    # The factor needs float64, or it might not exist; its inverse is rounded to planes.
+    upper = torch.linalg.cholesky_ex(gram, upper=True).L.float()
+    identity = torch.eye(upper.shape[-1], device=upper.device)
     # Larger factors belong to columns of zeros.
-    inverse = torch.linalg.solve_triangular(upper, identity, upper=True).clamp(-LARGE, LARGE)
+    inverse = torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True).clamp(-LARGE, LARGE)
     return numbers.multiply(columns, numbers.load(inverse, bounded=True))
+
+
+def _orthonormal(columns: Operand, ranks: Sequence[int], numbers: Arithmetic) -> Tensor:
+    """Return an orthonormal basis of the first ranks[i] of each matrix's columns, which are nearly that.
+
+    (B, n, largest rank) float64, filled up with zeros.
+    """
+    product = numbers.dense(columns)
+    parts = [cholesky_qr(product[group, :, : ranks[group.start]], 1, SHIFT)[0] for group in batches(ranks)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([torch.nn.functional.pad(part, (0, max(ranks) - part.shape[-1])) for part in parts])
 
 
 def columns_of(bases: Tensor, ranks: Sequence[int]) -> list[Tensor]:
@@ -322,7 +343,7 @@ def columns_of(bases: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     return [basis[:, :rank] for basis, rank in zip(bases, ranks, strict=True)]
 
 
-def batches(ranks: Sequence[int]) -> list[slice]:
+def batches(ranks: Sequence[Hashable]) -> list[slice]:
     """Return parts of a batch of matrices that have one rank each: all of it, or single matrices."""
     if len(set(ranks)) == 1:
         return [slice(0, len(ranks))]

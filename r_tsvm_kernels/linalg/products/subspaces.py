@@ -92,9 +92,26 @@ class ProductsSubspaces:
     inner_steps: int
     compressed: bool
 
+    def transposed(self) -> ProductsSubspaces:
+        """Return the subspaces of the transposed matrix."""
+        return replace(
+            self,
+            U=self.Vh.mT,
+            core=self.core.mT,
+            Vh=self.U.mT,
+            inside=self.left_inside,
+            left_inside=self.inside,
+            left_beyond=self.right_beyond,
+            right_beyond=self.left_beyond,
+        )
+
 
 def products_subspaces(
-    matrices: Tensor, ranks: Sequence[int], precision: Precision = "fp16x3", levels: Tensor | None = None
+    matrices: Tensor,
+    ranks: Sequence[int],
+    precision: Precision = "fp16x3",
+    levels: Tensor | None = None,
+    gram: Tensor | None = None,
 ) -> list[ProductsSubspaces]:
     """Find leading singular subspaces of a batch of matrices by purification of their short-side Gram matrices.
 
@@ -105,30 +122,15 @@ def products_subspaces(
         levels: (B,) estimates of the k-th singular value, better too large than too small. With them the Gram matrix
             and ``D V`` are computed in float64 and the spectrum is compressed, see `purification.compress`: for large
             ``sigma_1 / sigma_k``.
+        gram: of tall matrices in units as `in_units` makes them, if it is known.
     """
     if matrices.shape[-2] < matrices.shape[-1]:
-        flipped = products_subspaces(matrices.mT, ranks, precision, levels)
-        return [
-            replace(
-                part,
-                U=part.Vh.mT,
-                core=part.core.mT,
-                Vh=part.U.mT,
-                inside=part.left_inside,
-                left_inside=part.inside,
-                left_beyond=part.right_beyond,
-                right_beyond=part.left_beyond,
-            )
-            for part in flipped
-        ]
+        return [part.transposed() for part in products_subspaces(matrices.mT, ranks, precision, levels)]
     numbers = arithmetic(precision)
-    exact = matrices.double()
-    # In units of a power of two near the largest entry, so that no square overflows.
-    unit = torch.frexp(exact.abs().amax((-2, -1)).clamp(min=2.0**-1000)).exponent
-    unit = torch.ldexp(torch.ones_like(exact[:, 0, 0]), unit)
-    exact = exact / unit[:, None, None]
+    exact, unit = in_units(matrices)
     if levels is None:
-        spaces = leading_eigenspaces(numbers.dense(numbers.gram(numbers.load(exact))), ranks, precision)
+        gram = numbers.dense(numbers.gram(numbers.load(exact, bounded=True))) if gram is None else gram
+        spaces = leading_eigenspaces(gram, ranks, precision)
     else:
         gram = compress(upper_gram(exact), (levels.double() / unit).square())
         spaces = leading_eigenspaces(gram, ranks, precision, largest=torch.ones_like(unit))
@@ -138,7 +140,7 @@ def products_subspaces(
         D, V = exact[group], torch.stack(spaces.bases[group])
         if levels is None:
             factor = numbers.load(padded(V, V.shape[-1]), bounded=True)
-            image = numbers.dense(numbers.multiply(numbers.load(D), factor))[..., : V.shape[-1]]
+            image = numbers.dense(numbers.multiply(numbers.load(D, bounded=True), factor))[..., : V.shape[-1]]
         else:
             image = D @ V
         U, R = cholesky_qr(image, passes=1 if levels is None else 2)
@@ -164,6 +166,14 @@ def products_subspaces(
     ]
 
 
+def in_units(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the matrices over powers of two (B,) above their largest entries, so that no square overflows; float64."""
+    exact = matrices.double()
+    exponent = torch.frexp(exact.abs().amax((-2, -1)).clamp(min=2.0**-1000)).exponent
+    unit = torch.ldexp(torch.ones_like(exact[:, 0, 0]), exponent)
+    return exact / unit[:, None, None], unit
+
+
 def accurate_subspaces(
     matrices: Tensor, ranks: Sequence[int], precision: Precision = "fp16x3", tolerance: float | None = None
 ) -> list[ProductsSubspaces]:
@@ -178,12 +188,17 @@ def accurate_subspaces(
         tolerance: largest error estimate that is accepted; infinity to compress nothing, 0 to compress always, None
             for `TOLERANCE`.
     """
+    if matrices.shape[-2] < matrices.shape[-1]:
+        return [part.transposed() for part in accurate_subspaces(matrices.mT, ranks, precision, tolerance)]
     limit = TOLERANCE[precision] if tolerance is None else tolerance
-    levels = _foreseen_levels(matrices, ranks, precision, limit)
+    levels, gram = _foreseen_levels(matrices, ranks, precision, limit)
     parts: list[ProductsSubspaces | None] = [None] * len(matrices)
     for compressed in (True, False):
         chosen = [i for i, level in enumerate(levels) if (level is not None) == compressed]
-        _solve_some(parts, chosen, matrices, ranks, precision, [levels[i] for i in chosen] if compressed else None)
+        if compressed:
+            _solve_some(parts, chosen, matrices, ranks, precision, [levels[i] for i in chosen])
+        else:
+            _solve_some(parts, chosen, matrices, ranks, precision, None, gram)
     found = [part for part in parts if part is not None]
     again = [
         i
@@ -201,38 +216,49 @@ def _solve_some(
     ranks: Sequence[int],
     precision: Precision,
     levels: Sequence[float | None] | None,
+    gram: Tensor | None = None,
 ) -> None:
     """Solve the matrices of some indices in one batch, with compressed spectra if there are levels."""
     if not chosen:
         return
     given = None if levels is None else torch.tensor(levels, dtype=torch.float64, device=matrices.device)
-    batch = matrices if len(chosen) == len(matrices) else matrices[list(chosen)]
-    solved = products_subspaces(batch, [ranks[i] for i in chosen], precision, given)
+    batch = matrices
+    if len(chosen) < len(matrices):
+        batch, gram = matrices[list(chosen)], None if gram is None else gram[list(chosen)]
+    solved = products_subspaces(batch, [ranks[i] for i in chosen], precision, given, gram)
     for i, part in zip(chosen, solved, strict=True):
         parts[i] = part
 
 
-def _foreseen_levels(matrices: Tensor, ranks: Sequence[int], precision: Precision, limit: float) -> list[float | None]:
+def _foreseen_levels(
+    matrices: Tensor, ranks: Sequence[int], precision: Precision, limit: float
+) -> tuple[list[float | None], Tensor | None]:
     """Return ``sigma_k``, rather too large, of each matrix whose spectrum must be compressed; None for the others.
 
-    It is estimated from a few Lanczos steps, so that most of these matrices are solved only once.
+    It is estimated from a few Lanczos steps, so that most of these matrices are solved only once. Also returns the Gram
+    matrices of these steps, see `products_subspaces`, if any were taken.
+
+    Args:
+        matrices: tall ones.
+        ranks: as for `products_subspaces`.
+        precision: as for `products_subspaces`.
+        limit: largest error estimate that is accepted without compression.
     """
-    eps = arithmetic(precision).eps
+    numbers = arithmetic(precision)
     # From this sigma_1 / sigma_k on the error estimate is above the limit.
-    ratio = max(limit / eps - POLAR_AMPLIFICATION, 0.0) ** 0.5 / GRAM_AMPLIFICATION**0.5
-    if math.isinf(ratio) or min(matrices.shape[-2:]) < FORESEEN_FROM:
-        return [None] * len(matrices)
-    unit = torch.frexp(matrices.abs().amax((-2, -1)).double().clamp(min=2.0**-1000)).exponent
-    scaled = torch.ldexp(matrices.double(), -unit[:, None, None]).float()
-    grams = scaled @ scaled.mT if scaled.shape[-2] < scaled.shape[-1] else scaled.mT @ scaled
-    rules = lanczos_rules(grams, run=replayed)
+    ratio = max(limit / numbers.eps - POLAR_AMPLIFICATION, 0.0) ** 0.5 / GRAM_AMPLIFICATION**0.5
+    if math.isinf(ratio) or matrices.shape[-1] < FORESEEN_FROM:
+        return [None] * len(matrices), None
+    exact, unit = in_units(matrices)
+    gram = numbers.dense(numbers.gram(numbers.load(exact, bounded=True)))
+    rules = lanczos_rules(gram.float(), run=replayed)
     assert rules is not None
     levels: list[float | None] = []
-    for own, rank, exponent in zip(rules, ranks, unit.tolist(), strict=True):
+    for own, rank, scale in zip(rules, ranks, unit.tolist(), strict=True):
         share = own.shares([max(rank - rank // 16, 0)])[0]
         steep = share * ratio**2 < 1
-        levels.append(math.ldexp((share * own.largest) ** 0.5, exponent) if steep and share > 2.0**-40 else None)
-    return levels
+        levels.append((share * own.largest) ** 0.5 * scale if steep and share > 2.0**-40 else None)
+    return levels, gram
 
 
 def _summarize(

@@ -56,14 +56,14 @@ def weakest(inverse: Solve, batch: int, k: int, device: torch.device) -> Tensor:
 
 
 def measure(
-    X: Tensor, Q: Tensor, inverse: Solve, Z: Tensor, core: Tensor, inside: Tensor | None, beyond: Tensor | None
+    X: Tensor, Q: Tensor, root: Solve, Z: Tensor, core: Tensor, inside: Tensor | None, beyond: Tensor | None
 ) -> Tensor:
     """Measure the numbers for a `Turning`, see `interpret`; all in one tensor on the device.
 
     Args:
         X: (B, m, k) float64.
         Q: (B, m, k) float64, its polar factor.
-        inverse: returns ``(X^T X)^-1 z``, float64.
+        root: returns ``S z``, float64.
         Z: from `weakest`.
         core: (B, k, any number) float64, the factor of Q.
         inside: (B, k, d) columns a, by which an error moves X.
@@ -80,10 +80,6 @@ def measure(
         """Return ``Z^T z``, and the rest of z."""
         within = Z.mT @ z
         return within, z - Z @ within
-
-    def root(z: Tensor) -> Tensor:
-        """Return ``S z = (X^T X)^-1 X^T Q z``."""
-        return inverse(X.mT @ (Q @ z))
 
     z = gaussian(k, PROBES, device).expand(len(X), -1, -1)
     of_core = core @ gaussian(core.shape[-1], PROBES, device)
@@ -106,7 +102,7 @@ def measure(
             ],
             -1,
         ),
-        (Z.mT @ inverse(Z)).flatten(1),
+        (Z.mT @ root(root(Z))).flatten(1),
         (seen @ seen.mT).flatten(1),
     ]
     if inside is None or beyond is None:

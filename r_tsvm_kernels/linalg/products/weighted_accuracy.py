@@ -130,7 +130,7 @@ class Hybrid:
         inside: Tensor = torch.block_diag(*(part.inside for part in parts))  # type: ignore[no-untyped-call]
         beyond = torch.cat([A @ part.right_beyond for A, part in zip(self.A, parts, strict=True)], 1)
         Z = weakest(left.inverse, 1, k, device)
-        found = measure(left.X[None], left.Q[None], left.inverse, Z, heads[None], inside[None], beyond[None])
+        found = measure(left.X[None], left.Q[None], left.root_of, Z, heads[None], inside[None], beyond[None])
         return interpret(found[0].tolist(), k, [part.inside.shape[1] for part in parts], 1.0).sensitivity
 
     def _moved(self, task: int, part: ProductsSubspaces) -> float:
