@@ -55,10 +55,10 @@ def tsv_merge_bytes(
         products = dense + tasks * (8 + 8 + 16) * long * short + (2 * tasks + 64) * square
     else:
         # Counted and rounded up: a stack of the tasks; in float64 once, with squares or bases and images, or twice with
-        # bases, a stack of them and its planes.
+        # bases, a stack of them and its planes, and with the float32 Gram matrices.
         least, tall = 8 * tasks * long * short, 8 * long * columns
         products = itemsize * tasks * long * short + max(
-            2 * least + 3 * wide, least + max(7 * tasks * square, 4 * tall)
+            2 * least + 3 * wide + tasks * square // 2, least + max(7 * tasks * square, 4 * tall)
         )
         products += (itemsize * long * short + square) // 2
     return max(eigen, products)
