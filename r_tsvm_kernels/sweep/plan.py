@@ -16,6 +16,7 @@ from ..sizes import parse_size
 from .axes import Axis, check_axes, check_divided, grid_axis, range_axis
 from .candidates import Candidate, free_axes, grid_candidates
 from .merger import Resources
+from .search import check_search
 from .updates import can_share, size_of_update
 
 Grids = Mapping[str, str | Sequence[Any]]
@@ -153,6 +154,8 @@ def _axes(config: MergeConfig, grids: Grids, ranges: Ranges, search: str | None,
     axes += [range_axis(config, name, bounds) for name, bounds in ranges.items()]
     check_axes(axes)
     check_divided(config, axes)
+    if search is not None:
+        check_search(search, axes)
     return axes
 
 

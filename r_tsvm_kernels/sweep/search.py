@@ -17,6 +17,23 @@ if TYPE_CHECKING:
 SEARCHES = ("tpe", "cmaes")
 
 
+def check_search(search: str, axes: Sequence[Axis]) -> None:
+    """Require that a search can vary what it is given; optuna need not be installed.
+
+    Raises:
+        ConfigError: an unknown search, or one that cannot choose among values.
+
+    Examples:
+        >>> check_search("tpe", [Axis("alpha", "alpha", "alpha", None, values=(0.5, 1.0))])
+    """
+    if search not in SEARCHES:
+        raise ConfigError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    listed = [axis.label for axis in axes if axis.range is None]
+    if search == "cmaes" and (listed or len(axes) < 2):
+        wrong = f"{', '.join(listed)}: a list of values" if listed else "a single range"
+        raise ConfigError(f"search cmaes takes two or more ranges of numbers, got {wrong}; use tpe")
+
+
 class Study:
     """A search for the smallest cost, which asks for values and is told their costs.
 
@@ -30,12 +47,9 @@ class Study:
             ConfigError: an unknown search, or one that cannot choose among values.
             IntegrationError: optuna, or cmaes, is not installed.
         """
+        check_search(search, axes)
         optuna = _optuna(search)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        listed = [axis.label for axis in axes if axis.range is None]
-        if search == "cmaes" and (listed or len(axes) < 2):
-            wrong = f"{', '.join(listed)}: a list of values" if listed else "a single range"
-            raise ConfigError(f"search cmaes takes two or more ranges of numbers, got {wrong}; use tpe")
         self._study = optuna.create_study(direction="minimize", sampler=_sampler(optuna, search, seed))
         self._failed = optuna.trial.TrialState.FAIL
         self._axes = axes
@@ -58,7 +72,7 @@ def versions(search: str) -> dict[str, str]:
     """Return the versions of the libraries that a search depends on.
 
     Raises:
-        ConfigError, IntegrationError: as `Study`.
+        IntegrationError: as `Study`.
     """
     found = {"optuna": _optuna(search).__version__}
     if search == "cmaes":
@@ -88,8 +102,6 @@ def _sampler(optuna: Any, search: str, seed: int) -> BaseSampler:
 
 
 def _optuna(search: str) -> Any:
-    if search not in SEARCHES:
-        raise ConfigError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
     try:
         import optuna
 

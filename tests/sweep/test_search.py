@@ -8,7 +8,7 @@ import pytest
 from swept import distance, models, target
 
 from r_tsvm_kernels import ConfigError, IntegrationError, MergeConfig, ResumeRefusedError, sweep_checkpoints
-from r_tsvm_kernels.sweep import merger
+from r_tsvm_kernels.sweep import merger, plan_sweep
 from r_tsvm_kernels.sweep.axes import grid_axis, range_axis
 
 installed = pytest.mark.skipif(
@@ -136,6 +136,18 @@ def test_several_jobs(config, goal, tmp_path):
     assert len(found.ranked) == 12 and sorted(t.number for t in found.ranked) == list(range(1, 13))
     again = search(config, tmp_path / "out", goal, jobs=3, trials=14)
     assert values(again)[:12] == values(found) and len(again.ranked) == 14
+
+
+@pytest.mark.parametrize(
+    ("ranges", "grids", "message"),
+    [
+        ({"alpha": "0.1:1"}, {}, "got a single range; use tpe"),
+        ({"alpha": "0.1:1", "weight": "0:1"}, {"mode": "exact,fast"}, "mode: a list of values; use tpe"),
+    ],
+)
+def test_a_plan_refuses_what_a_search_does_not_take(ranges, grids, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_sweep(CONFIG, ranges=ranges, grids=grids, search="cmaes", trials=3)
 
 
 @installed
