@@ -38,6 +38,8 @@ def can_share(plan: MergePlan) -> bool:
             return False
         dtype = tensor.parts[0].dtype
         rounded = loaded is not None and torch.promote_types(dtype, loaded) != loaded
+        if tensor.treatment.kind == "base" and dtype == torch.float64:  # as it is, which float32 does not hold
+            return False
         if tensor.treatment.kind != "base" and (rounded or plan.accumulation(tensor) != torch.float32):
             return False
     return True

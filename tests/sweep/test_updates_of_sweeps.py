@@ -86,6 +86,20 @@ def test_models_in_float64_share_nothing(tmp_path):
     assert not plan.shares and plan.merged_anew == 2
 
 
+def test_an_excluded_tensor_that_float32_does_not_hold(tmp_path):
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(3)]
+    large = torch.tensor([1e300], dtype=torch.float64)
+    for seed, path in enumerate(paths):
+        save_file({"w": torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)), "large": large}, path)
+    config = MergeConfig("ties", base_model=str(paths[0]), models=list(map(str, paths[1:])), exclude=["large"])
+    merged = []
+    sweep_checkpoints(
+        config, tmp_path / "out", grids={"alpha": [0.5, 1]},
+        evaluate=lambda path: merged.append(load_file(next(path.glob("*.safetensors")))) or 1.0,
+    )  # fmt: skip
+    assert len(merged) == 2 and all(torch.equal(tensors["large"], large) for tensors in merged)
+
+
 @pytest.mark.parametrize("missing", ["base", "mean_of_present"])
 def test_missing_excluded_and_tied_tensors(missing, tmp_path):
     """Tensors that a model lacks, or the base, and those that keep the base's value, are those of a merge anew."""
