@@ -76,7 +76,7 @@ def out_of_memory(
     advice += ["set a smaller `workspace` in the recipe"] if len(names) > 1 else []
     return MemoryBudgetError(
         f"{some(names)}: {device} is out of memory, with nothing else merged on it: {format_size(free)} are free, and "
-        f"the merge needs a device memory budget of at least {format_size(needed)} ({needed} bytes)"
+        f"the merge needs by estimate a device memory budget of at least {format_size(needed)} ({needed} bytes)"
         f"{'' if limit is None else f', got {format_size(limit)}'}; {', '.join([*advice, 'or use --device cpu'])} "
         f"({str(error).partition(chr(10))[0]})"
     )

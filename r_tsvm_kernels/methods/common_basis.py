@@ -49,5 +49,5 @@ def merge_parts(parts: Sequence[Tensor], method: str, options: CommonBasisParame
     inner = get_method(method)
     shared = inner.parameters.model_fields.keys() & {"weight", "density", "seed", "mode"}
     parameters = inner.parameters(**{name: getattr(options, name) for name in sorted(shared)})
-    with keeping({}):  # thresholds of parts, which depend on more than the models, are not those of task vectors
+    with keeping(None):  # thresholds of parts, which depend on more than the models, are not those of task vectors
         return inner.run(parts[0].new_zeros(parts[0].shape), parts, parameters)

@@ -20,8 +20,8 @@ _TENSOR: ContextVar[str] = ContextVar("tensor", default="")
 
 
 @contextmanager
-def keeping(found: Found) -> Iterator[None]:
-    """Let merges of the same models, on the same device, use what is in `found`, and add to it.
+def keeping(found: Found | None) -> Iterator[None]:
+    """Let merges of the same models, on the same device, use what is in `found`, and add to it; None keeps nothing.
 
     Threads that a merge starts do so too.
     """

@@ -63,7 +63,7 @@ class Merger:
     """Merges the candidates of a sweep. Thresholds and norms of task vectors are kept from one to the next."""
 
     def __init__(self, work: Path, resources: Resources, progress: Callable[[Progress], None] | None = None) -> None:
-        self._work, self._resources, self._progress = work, resources, progress
+        self._work, self._resources, self._progress = work, resources, progress and _apart(progress)
         self._found: Found = {}
 
     def merge(self, candidate: Candidate, out: Path) -> bool:
@@ -104,6 +104,16 @@ class Merger:
     def _parts(self, group: str) -> Path:
         stored = f"{group}, dense above {self._resources.dense_above}"
         return self._work / f"parts-{sha256(stored.encode()).hexdigest()[:16]}"
+
+
+def _apart(progress: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Return a callback whose own merges, which may be of other models, use nothing that is kept here."""
+
+    def call(state: Progress) -> None:
+        with keeping(None):
+            progress(state)
+
+    return call
 
 
 @contextmanager

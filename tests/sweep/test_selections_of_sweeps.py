@@ -1,6 +1,7 @@
 """Candidates that are merged from the models use the thresholds and norms that earlier ones found."""
 
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from swept import models
 
 from r_tsvm_kernels import MergeConfig, merge_checkpoints, merge_tensors, sweep_checkpoints
 from r_tsvm_kernels.methods import keeping, sce, sparsify
-from r_tsvm_kernels.sweep import merger
+from r_tsvm_kernels.sweep import merger, plan_sweep
 
 WEIGHTS = {"weight.expert0": [0.5, -1.0], "weight.expert1": [1.0, 2.0]}
 
@@ -125,3 +126,26 @@ def test_what_is_kept_is_bounded(tmp_path, selected, monkeypatch):
     monkeypatch.setattr(merger, "_MOST_FOUND", limit)
     swept(config, {"density": [0.1, 0.3, 0.5, 0.7]}, tmp_path / "out", selected)
     assert 0 < counts[1] <= limit and counts[2:] == [limit, limit]
+
+
+def test_a_callback_that_merges_other_models_shares_nothing_with_the_sweep(tmp_path):
+    """Tensors of the same names and shapes, of models that are not those of the sweep."""
+    config = models(tmp_path / "in", "ties", density=0.4)
+    loaded = load_file(tmp_path / "in" / "base" / "model.safetensors")
+    name = next(name for name, tensor in loaded.items() if tensor.ndim == 2)
+    base, tuned = torch.zeros_like(loaded[name]), [torch.randn_like(loaded[name]) for _ in range(2)]
+    own = {"name": name, "density": 0.4, "weight": [1.0, 1.0]}
+    expected, got = merge_tensors(base, tuned, "ties", **own).weight, []
+
+    def progress(state):
+        got.append(merge_tensors(base, tuned, "ties", **own).weight)
+
+    merging = merger.Merger(tmp_path / "work", merger.Resources(threads=1), progress)
+    first, second = plan_sweep(config, grids=WEIGHTS).candidates[:2]
+    for candidate, out in ((first, tmp_path / "first"), (second, tmp_path / "second")):
+        merging.merge(candidate, out)
+        merge_checkpoints(candidate.config, tmp_path / "alone", restart=True)
+        alone, merged = (load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", out))
+        assert all(torch.equal(alone[name], merged[name]) for name in alone)
+        rmtree(tmp_path / "alone")
+    assert got and all(torch.equal(weight, expected) for weight in got)
