@@ -23,6 +23,8 @@ WINDOWS = sys.platform == "win32"
 HAS_PROCESS_GROUPS = hasattr(os, "killpg")
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
+# File systems that share parts of files share blocks of this size, at offsets that are multiples of it.
+SHARED_BLOCK = 4096
 # One call reads or writes no more: some systems refuse 2 GiB.
 _MOST = 1 << 30
 # Of file systems, or pairs of them, between which the system does not copy.
@@ -80,7 +82,8 @@ def write_at(file: int, data: bytes | memoryview, offset: int) -> int:
 def copy_at(source: int, offset: int, target: int, place: int, count: int) -> bool:
     """Copy bytes from one open file into another without passing them through this process.
 
-    File systems that can share blocks between files (Btrfs, XFS) then do, where the places allow it.
+    File systems that can share blocks between files (Btrfs, XFS) then do, if the two places differ by a multiple of
+    `SHARED_BLOCK`.
 
     Returns:
         Whether everything is copied. If not, the system or one of the file systems cannot, or the source is too short.
@@ -93,7 +96,9 @@ def copy_at(source: int, offset: int, target: int, place: int, count: int) -> bo
     try:
         done = 0
         while done < count:
-            copied = os.copy_file_range(source, target, min(_MOST, count - done), offset + done, place + done)
+            # A call that does not begin at a block shares none: what is before the first block is copied apart.
+            most = -(offset + done) % SHARED_BLOCK or _MOST
+            copied = os.copy_file_range(source, target, min(most, count - done), offset + done, place + done)
             if not copied:
                 return False
             done += copied

@@ -196,6 +196,11 @@ class Checkpoint:
                     _read_fully(file, byte_view(values), offset)
                     out[place : place + count] = values
 
+    def place(self, name: str) -> int | None:
+        """Return the offset in its file of a tensor that `copy_rows` can copy; None if it cannot."""
+        header = self.tensors[name]
+        return None if isinstance(header, ScaledHeader) or header.file in self._pickles else header.offset
+
     def copy_rows(self, name: str, rows: tuple[int, int] | None, copy: Callable[[int, int, int], bool]) -> bool:
         """Copy a tensor, or rows of it, as it is stored.
 
@@ -212,8 +217,8 @@ class Checkpoint:
             InputChangedError: the file has changed since the checkpoint was opened.
             CheckpointError: the file cannot be read.
         """
-        header = self.tensors[name]
-        if isinstance(header, ScaledHeader) or header.file in self._pickles:
+        header, place = self.tensors[name], self.place(name)
+        if place is None:
             return False
         first, last = rows or (0, header.shape[0] if header.shape else 1)
         size = header.nbytes // max(1, header.shape[0] if header.shape else 1)
@@ -222,7 +227,7 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{header.file}: cannot read {name}: {error.strerror or error}") from error
         with stream:
-            done = copy(stream.fileno(), header.offset + first * size, (last - first) * size)
+            done = copy(stream.fileno(), place + first * size, (last - first) * size)
         require_unchanged(header.file, self._states[header.file])
         return done
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DiskFullError
 from ..files import write_json
-from ..system import begin_to_write_back, copy_at, open_descriptor, read_at, reserve, sync, write_at
+from ..system import SHARED_BLOCK, begin_to_write_back, copy_at, open_descriptor, read_at, reserve, sync, write_at
 from .checksums import Checksum, byte_view
 from .headers import DTYPES
 
@@ -76,6 +76,8 @@ class ShardLayout:
         specs: the tensors, in the order of the file.
         prefix: prefix of the names in `specs` that the names in the file lack.
         metadata: texts by name for the header, beside ``format``.
+        begin: a multiple of 8. The header is padded until the offset of the first tensor differs from it by a multiple
+            of `SHARED_BLOCK`.
 
     Attributes:
         file_name: name of the shard.
@@ -92,6 +94,7 @@ class ShardLayout:
         specs: Mapping[str, TensorSpec],
         prefix: str = "",
         metadata: Mapping[str, str] = MappingProxyType({}),
+        begin: int | None = None,
     ) -> None:
         self.file_name = file_name
         self.specs = dict(specs)
@@ -109,6 +112,8 @@ class ShardLayout:
             }
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        if begin is not None:
+            text += b" " * ((begin - 8 - len(text)) % SHARED_BLOCK)
         self.header = struct.pack("<Q", len(text)) + text
         self.offsets = {name: len(self.header) + begin for name, begin in begins.items()}
         self.size = len(self.header) + end

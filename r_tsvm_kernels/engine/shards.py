@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, ShardFile, ShardLayout, write_index
 from ..errors import CheckpointError, DiskFullError
 from ..plan import MergePlan
-from ..system import allocated
+from ..system import SHARED_BLOCK, allocated
 
 
 def layouts(plan: MergePlan) -> list[ShardLayout]:
@@ -27,9 +29,27 @@ def layouts(plan: MergePlan) -> list[ShardLayout]:
             {name: specs[name] for name in names},
             plan.base.module(names[0]).prefix if names else "",  # some modules have a file without tensors
             plan.base.metadata(names),
+            _begin(plan, names),
         )
         for file, names in plan.shards.items()
     ]
+
+
+def _begin(plan: MergePlan, names: Sequence[str]) -> int | None:
+    """Return where the first tensor of a shard must begin for the most bytes to be shared with the files of inputs.
+
+    A file system that shares blocks needs the same offset within a block in both files (`copy_at`).
+    """
+    found: Counter[int] = Counter()
+    end = 0
+    for name in names:
+        source, size = plan.copied_from(name) if name in plan.tensors else None, plan.specs[name].nbytes
+        place = None if source is None else source.place(name)
+        if place is not None and size >= 2 * SHARED_BLOCK:
+            found[(place - end) % SHARED_BLOCK] += size
+        end += size
+    begin = max(found, key=lambda begin: (found[begin], -begin), default=None)
+    return None if begin is None or begin % 8 else begin
 
 
 def write_indexes(folder: Path, layouts: list[ShardLayout]) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from r_tsvm_kernels import CheckpointError
 from r_tsvm_kernels.checkpoint import ShardFile, ShardLayout, TensorSpec, checksum
+from r_tsvm_kernels.system import SHARED_BLOCK
 
 
 def layout_of(tensors, file_name="a.safetensors"):
@@ -42,6 +43,18 @@ def test_any_order_and_the_library_reads_it_back(tmp_path):
     assert all(same_bits(loaded[name], tensor) for name, tensor in TENSORS.items())
     with safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("begin", [0, 8, 4088, 4096, 123456])
+def test_the_first_tensor_begins_where_it_is_asked_to(tmp_path, begin):
+    specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in TENSORS.items()}
+    layout = ShardLayout("a.safetensors", specs, begin=begin)
+    assert (layout.offsets[next(iter(specs))] - begin) % SHARED_BLOCK == 0
+    with ShardFile.create(tmp_path / "a", layout) as shard:
+        for name, tensor in TENSORS.items():
+            shard.write(name, tensor)
+    loaded = load_file(tmp_path / "a")
+    assert all(same_bits(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
 def test_threads_and_row_tiles_write_the_same_bytes(tmp_path):
