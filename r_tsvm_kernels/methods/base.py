@@ -110,6 +110,8 @@ class MethodParameters(Strict):
     def check_weights(self) -> None:
         """Refuse weights that the method would divide by their sum, which is 0; most methods take any.
 
+        Methods that elect signs do not ask: see `Method.elects`.
+
         Raises:
             ConfigError: the sum is 0.
         """
@@ -249,6 +251,8 @@ class Method:
         mean_if_rankless: whether such matrices get the mean task vector, too.
         row_wise: whether rows may be merged separately: rows of the result depend only on the same rows of the inputs,
             to the bit.
+        elects: whether, with `normalize`, it divides each element by the weights of the elected sign, never by the sum
+            of all weights, so that weights may cancel.
         tasks: the only number of fine-tuned models it merges; None for any.
         copies: whether, with these options, the result is the only model, to the bit, so that its bytes can be copied;
             None if it never is.
@@ -276,6 +280,7 @@ class Method:
     rank_per_task: bool = False
     mean_if_rankless: bool = False
     row_wise: bool = False
+    elects: bool = False
     tasks: int | None = None
     copies: Callable[[Any], bool] | None = None
     ops: tuple[str, ...] | None = None

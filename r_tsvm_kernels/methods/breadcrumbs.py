@@ -73,6 +73,7 @@ def breadcrumbs(
     paper_url="https://arxiv.org/abs/2312.06795",
     parameters=BreadcrumbsParameters,
     rounds=True,
+    elects=True,
     ops=SPARSE_OPS,
     cost=sparse_cost,
 )

@@ -60,6 +60,7 @@ def dare_linear(
     paper_url="https://arxiv.org/abs/2311.03099",
     parameters=RandomParameters,
     rounds=True,
+    elects=True,
     ops=SPARSE_OPS,
     aliases=("dare_ties_merging",),
     cost=sparse_cost,

@@ -152,6 +152,7 @@ def della_linear(
     paper_url="https://arxiv.org/abs/2406.11617",
     parameters=DellaParameters,
     rounds=True,
+    elects=True,
     ops=(*SPARSE_OPS, "magnitude_ranks", "ranked_mask"),
     aliases=("della_ties",),
     cost=della_cost,

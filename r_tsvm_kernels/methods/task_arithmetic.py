@@ -32,6 +32,15 @@ class TaskArithmeticParameters(MethodParameters):
     normalize: bool = Field(default=False, description="divide by the sum of the weights")
     int8_mask: bool = Field(default=False, description="accepted in recipes and ignored: there is no mask")
 
+    def check_weights(self) -> None:
+        """Refuse weights that sum to 0, with `normalize`; weights that are all 0 keep the base.
+
+        Raises:
+            ConfigError: they do.
+        """
+        if self.normalize:
+            normalized_shares(self.weight)
+
 
 @register(
     "task_arithmetic",

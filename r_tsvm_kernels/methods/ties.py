@@ -36,6 +36,7 @@ class TiesParameters(SparseParameters):
     paper_url="https://arxiv.org/abs/2306.01708",
     parameters=TiesParameters,
     rounds=True,
+    elects=True,
     ops=SPARSE_OPS,
     aliases=("ties_merging",),
     cost=sparse_cost,

@@ -24,7 +24,7 @@ from ..errors import CheckpointError, ConfigError, QuantisedRefusedError
 from ..lora import Adapter
 from ..lora.adapted_model import AdaptedModel
 from ..lora.task_part import TaskPart
-from ..methods import MethodParameters
+from ..methods import Method, MethodParameters
 from ..ops._checks import FLOAT_DTYPES
 from ..parameters import count_layers, layer_positions
 from ..text import some
@@ -80,11 +80,13 @@ def make_plan(
         if tensor.treatment.kind != "base":
             check_options(tensor.options, plan.accumulation(tensor), name)
         if tensor.treatment.kind == "merge":
-            _check_weights(tensor.options, name)
+            _check_weights(plan.section(name).config.method, tensor.options, name)
     return plan
 
 
-def _check_weights(options: MethodParameters, name: str) -> None:
+def _check_weights(method: Method, options: MethodParameters, name: str) -> None:
+    if method.elects:
+        return
     try:
         options.check_weights()
     except ConfigError as error:
