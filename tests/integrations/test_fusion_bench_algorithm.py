@@ -28,6 +28,7 @@ needs_fusion_bench = pytest.mark.skipif(ABSENT, reason="FusionBench is not insta
 FOLDER = files("r_tsvm_kernels") / "integrations/fusion_bench/conf/method/rtsvm"
 CONFIGS = sorted(path for path in FOLDER.iterdir() if path.name != "parts.yaml")  # no method
 NAMES = ("_pretrained_", "a", "b", "c")
+WITHOUT_A_BASE = [name for name, method in METHODS.items() if not method.needs_base]
 
 
 class Network(nn.Module):
@@ -62,8 +63,8 @@ def copies(networks):
 def test_every_method_is_an_algorithm(method, as_pool, networks):
     from fusion_bench import BaseModelPool
 
-    if METHODS[method].tasks == 1:
-        del networks["b"], networks["c"]
+    for name in NAMES[1 + (METHODS[method].tasks or 3) :]:
+        del networks[name]
     before = copies(networks)
     algorithm = integration.MergeAlgorithm(method, {"exclude_keys": ["last*"]} if method == "tsvm" else None)
     merged = algorithm.run(BaseModelPool(networks) if as_pool else networks).state_dict()
@@ -165,6 +166,57 @@ def test_a_method_without_a_base_needs_no_pretrained_model(networks):
     a, b, c = (model.state_dict()["first.weight"].double() for model in networks.values())
     torch.testing.assert_close(merged["first.weight"].double(), (2 * a + b + c) / 4, rtol=1e-6, atol=1e-7)
     assert not torch.equal(merged["first.weight"], base["first.weight"])
+
+
+@needs_fusion_bench
+@pytest.mark.parametrize("method", WITHOUT_A_BASE)
+def test_pools_without_a_pretrained_model(method, networks):
+    """The first model then gives what is not merged; methods with an optional base go without task vectors."""
+    for name in ("_pretrained_", *NAMES[1 + (METHODS[method].tasks or 3) :]):
+        del networks[name]
+    before = copies(networks)
+    algorithm = integration.MergeAlgorithm(method)
+    merged = algorithm.run(networks).state_dict()
+    expected = merge_state_dicts(None, list(before.values()), MergeConfig(method)).state_dict
+    assert merged.keys() == expected.keys()
+    assert all(same_bits(merged[name], expected[name]) for name in expected)
+    first = next(iter(before.values()))
+    assert torch.equal(merged["norm.num_batches_tracked"], first["norm.num_batches_tracked"])
+    assert torch.equal(merged["first.weight"], first["first.weight"]) == (method == "passthrough")
+    assert {r.method for r in algorithm.reports.values()} == {method}
+    for name, model in networks.items():
+        assert all(same_bits(tensor, before[name][key]) for key, tensor in model.state_dict().items())
+
+
+@needs_fusion_bench
+@pytest.mark.parametrize("method", ["rtsvm", "slerp", "ties"])
+def test_other_methods_ask_for_a_pretrained_model(method, networks):
+    del networks["_pretrained_"]
+    with pytest.raises(ConfigError, match=f"^{method} needs a pretrained model, .* add _pretrained_"):
+        integration.MergeAlgorithm(method).run(networks)
+
+
+@needs_fusion_bench
+@pytest.mark.parametrize("method", ["linear", "nuslerp"])
+def test_a_calibration_asks_for_a_pretrained_model(method, networks):
+    del networks["_pretrained_"], networks["c"]
+    with pytest.raises(ConfigError, match="calibrate"):
+        integration.MergeAlgorithm(method, calibrate="svc").run(networks)
+
+
+@needs_fusion_bench
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("method", WITHOUT_A_BASE)
+def test_pools_of_files_without_a_pretrained_model(folder, method, lazy):
+    from fusion_bench.modelpool import CausalLMPool
+
+    names = NAMES[1 : 4 if METHODS[method].tasks is None else 1 + METHODS[method].tasks]
+    pool = CausalLMPool({name: str(folder / name) for name in names}, tokenizer=None, enable_lazy_loading=lazy)
+    merged = integration.MergeAlgorithm(method).run(pool).state_dict()
+    models = [weights(folder / name) for name in names]
+    expected = merge_state_dicts(None, models, MergeConfig(method)).state_dict
+    assert merged.keys() - expected.keys() == {"lm_head.weight"}  # tied
+    assert all(same_bits(merged[name], expected[name]) for name in expected)
 
 
 @needs_fusion_bench

@@ -1,6 +1,5 @@
 """Merges from parts as an algorithm of FusionBench. `make test-integrations` runs these tests."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -20,13 +19,9 @@ from r_tsvm_kernels.cli import main
 from r_tsvm_kernels.errors import CheckpointError, ConfigError, ConvergenceError
 from r_tsvm_kernels.integrations import fusion_bench as integration
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # FusionBench and lightning warn about many things of their own
-    pytest.mark.skipif(
-        importlib.util.find_spec("fusion_bench") is None,
-        reason="FusionBench is not installed: run make test-integrations",
-    ),
-]
+# Once FusionBench is imported, which another file may do first, find_spec() fails: it replaces its own module.
+pytest.importorskip("fusion_bench", reason="FusionBench is not installed: run make test-integrations")
+pytestmark = pytest.mark.filterwarnings("ignore")  # FusionBench and lightning warn about many things of their own
 TASKS = ("math", "code", "chat")
 
 

@@ -103,6 +103,7 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         that the pretrained model ties are merged once, and must be equal in every model.
 
         Raises:
+            ConfigError: the pool has no pretrained model, and the method or its calibration needs one.
             QuantisedRefusedError: a model is quantised.
             CheckpointError, ShapeError, DTypeError: the models do not have the same tensors, or cannot be merged.
             NonFiniteError: a model holds NaN or infinity, or a merged value overflows its dtype.
@@ -112,6 +113,10 @@ class MergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         names = list(pool.model_names)
         config = self.recipe(names)
         has_base = config.method.needs_base or pool.has_pretrained
+        if has_base and not pool.has_pretrained:
+            raise ConfigError(
+                f"{config.merge_method} needs a pretrained model, and the pool has none: add _pretrained_ to its models"
+            )
         config = config if has_base else without_base(config)
         base = pool.load_pretrained_model() if has_base else pool.load_pretrained_or_first_model()
         if pool.has_instance_models:
