@@ -74,6 +74,8 @@ def good(run, *args):
 
 def install(monkeypatch, op, **kernels):
     """Make the CPU a device of which only `op` has kernels: the reference, changed by these functions, by backend."""
+    if "triton" in kernels:
+        pytest.importorskip("triton", reason="a Triton kernel is replaced, and its module needs triton")
     monkeypatch.setattr(verdicts, "CHECKED", frozenset({"cpu"}))
     state = backends.state
     monkeypatch.setattr(backends, "state", lambda name: backends.READY if name in kernels else state(name))

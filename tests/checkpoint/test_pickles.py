@@ -112,6 +112,7 @@ def test_code_is_not_run(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning")  # torch, from 2.14 on
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -139,7 +140,8 @@ def test_damaged_files(tmp_path):
         with pytest.raises(CheckpointError, match=r"bad\.bin: truncated, or not a file of torch\.save"):
             Checkpoint(file, allow_pickle=True)
     file.write_bytes(good[500:])
-    with pytest.raises(CheckpointError, match=r"bad\.bin: not a readable pickle"):
+    # Python 3.14 notices that the archive lacks its beginning, others leave that to torch.
+    with pytest.raises(CheckpointError, match=r"bad\.bin: (not a readable pickle|truncated)"):
         Checkpoint(file, allow_pickle=True)
     torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"since version 1\.6"):

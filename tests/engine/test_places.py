@@ -195,7 +195,7 @@ def test_what_a_command_without_a_journal_left_is_emptied(tmp_path):
         ("n" * 250, ConfigError, "File name too long"),  # there is no room for the name of the stage
         ("new/" + "n" * 300, ConfigError, "File name too long"),
         ("n" * 235 + ".safetensors", ConfigError, "File name too long"),
-        ("a\0b", ConfigError, "null byte"),
+        ("a\0b", ConfigError, "null (byte|character)"),
         ("loop/out", ConfigError, "symbolic links"),
         ("loop", OutputExistsError, "already in use"),
         ("dangling", OutputExistsError, "already in use"),
