@@ -1,3 +1,5 @@
+#include <pybind11/functional.h>
+
 #include "../cpu/pages.h"
 #include "arguments.h"
 #include "r_tsvm/bulge_chasing.h"
@@ -7,6 +9,8 @@
 #include "r_tsvm/random_mask.h"
 #include "r_tsvm/ranked_mask.h"
 #include "r_tsvm/secular_equation.h"
+#include "r_tsvm/spread_mask.h"
+#include "r_tsvm/spread_select.h"
 #include "r_tsvm/task_gram.h"
 #include "r_tsvm/task_spread.h"
 
@@ -198,6 +202,31 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                         threads);
       },
       py::arg("base"), py::arg("tuned"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "spread_mask",
+      [](const bindings::MatrixArgument& base, const std::vector<bindings::MatrixArgument>& tuned,
+         const std::tuple<double, int64_t>& rule, std::uintptr_t mask, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView base_view = bindings::matrix(base, "spread_mask");
+        const std::vector<MatrixView> views = bindings::matrices(tuned, base_view, "spread_mask");
+        spread_mask_cpu(base_view, views.data(), static_cast<int64_t>(views.size()), std::get<0>(rule),
+                        std::get<1>(rule), bindings::pointer<uint8_t>(mask), threads);
+      },
+      py::arg("base"), py::arg("tuned"), py::arg("rule"), py::arg("mask"), py::arg("threads"));
+
+  module.def(
+      "spread_select",
+      [](const bindings::MatrixArgument& base, const std::vector<bindings::MatrixArgument>& tuned,
+         const std::function<int64_t(int64_t)>& keep_of, const bindings::MagnitudeSelectAddresses& output,
+         int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView base_view = bindings::matrix(base, "spread_select");
+        const std::vector<MatrixView> views = bindings::matrices(tuned, base_view, "spread_select");
+        spread_select_cpu(base_view, views.data(), static_cast<int64_t>(views.size()), keep_of,
+                          bindings::magnitude_select_output(output), threads);
+      },
+      py::arg("base"), py::arg("tuned"), py::arg("keep_of"), py::arg("output"), py::arg("threads"));
 
   module.def(
       "chase_bulges",

@@ -38,8 +38,10 @@ void run(const MatrixView& x, const MatrixView* base, const std::vector<int64_t>
     load(*base, first, n, origin);
     clipped_difference(origin, values, n, static_cast<Real>(INFINITY));
   };
-  const std::vector<Undecided> found =
-      find_largest<Real>(element_count(x), keep, threads, *output.nonfinite, values_of);
+  LargestFinder<Real, decltype(values_of)> finder(element_count(x), threads, values_of);
+  *output.nonfinite = finder.count();
+  if (*output.nonfinite > 0) return;
+  const std::vector<Undecided> found = finder.find(keep);
   for (size_t k = 0; k < keep.size(); ++k) {
     output.threshold[k] = magnitude_of<Real>(found[k]);
     output.ties[k] = found[k].keep;

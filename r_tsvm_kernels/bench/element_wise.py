@@ -212,6 +212,37 @@ def _(inputs: Inputs) -> Case:
     )
 
 
+@benchmark("spread_select", "ops")
+def _(inputs: Inputs) -> Case:
+    base, tuned = inputs.base, inputs.tuned
+
+    def half(differing: int) -> int:
+        return differing // 2
+
+    return op_case(
+        inputs,
+        ["spread_select"],
+        lambda: ops.spread_select(base, tuned, half).threshold,
+        lambda: ops.spread_select(*inputs.exact, half).threshold,
+        inputs.read_bytes,
+        best=lambda: torch_best.spread(base, tuned).flatten().kthvalue(inputs.numel - inputs.numel // 2 + 1).values,
+    )
+
+
+@benchmark("spread_mask", "ops")
+def _(inputs: Inputs) -> Case:
+    base, tuned = inputs.base, inputs.tuned
+    selection = ops.spread_select(base, tuned, lambda differing: differing // 2)
+    return op_case(
+        inputs,
+        ["spread_mask"],
+        lambda: ops.spread_mask(base, tuned, selection),
+        lambda: ops.spread_mask(*inputs.exact, selection),
+        inputs.read_bytes + inputs.numel,
+        best=lambda: torch_best.spread(base, tuned) >= selection.threshold,
+    )
+
+
 @benchmark("reweight_prune", "ops")
 def _(inputs: Inputs) -> Case:
     base, tuned = inputs.base, inputs.tuned

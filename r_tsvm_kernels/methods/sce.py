@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import dispatch
-from ..ops import MagnitudeSelection, Sparsifier, elect_and_sum, kept_count, magnitude_select, task_gram, task_spread
+from ..ops import Sparsifier, elect_and_sum, kept_count, spread_mask, spread_select, task_gram
 from .base import Cost, MethodParameters, TensorJob, register
 from .gram import checked, gram_bytes
 from .recall import recalled
@@ -35,10 +35,12 @@ class SceParameters(MethodParameters):
 
 
 def sce_cost(job: TensorJob, options: SceParameters) -> Cost:
-    """Return the cost of `sce`: variances in float64 and their selection, then the election."""
+    """Return the cost of `sce`: the selection by variances, which kernels of a CPU do not store, and the election."""
     per_element = 48 + 4 * job.itemsize
-    if dispatch.by_reference(job.device_type, "elect_and_sum", "magnitude_select", "task_spread", "task_gram"):
+    if dispatch.by_reference(job.device_type, "elect_and_sum", "spread_mask", "spread_select", "task_gram"):
         per_element = max(per_element, (2 * job.tasks + 8) * job.itemsize + 81)
+    elif job.device_type == "cpu":
+        per_element = max(4, 1 + job.summed)  # at most an eighth of the variances twice, or the mask and the result
     return Cost(per_element * job.elements + gram_bytes(job), 16.0 * job.tasks * job.elements)
 
 
@@ -47,7 +49,7 @@ def sce_cost(job: TensorJob, options: SceParameters) -> Cost:
     pretty_name="SCE",
     paper_url="https://arxiv.org/abs/2408.07990",
     parameters=SceParameters,
-    ops=("elect_and_sum", "magnitude_select", "task_gram", "task_spread"),
+    ops=("elect_and_sum", "spread_mask", "spread_select", "task_gram"),
     cost=sce_cost,
 )
 def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeResult:
@@ -60,20 +62,14 @@ def sce(base: Tensor, tuned: Sequence[Tensor], options: SceParameters) -> MergeR
     """
     selected = None
     if options.select_topk < 1 and len(tuned) > 1:  # one task has no variance to select by
-        spread = task_spread(base, tuned)
-        selection = recalled(("spread", options.select_topk), partial(largest_share, spread, options.select_topk))
-        selected = selection.mask(spread)
-        del spread
+        keep = partial(kept_count, options.select_topk)
+        selection = recalled(("spread", options.select_topk), partial(spread_select, base, tuned, keep))
+        selected = spread_mask(base, tuned, selection)
     squares = recalled(("squares", options.select_topk), partial(squared_norms, base, tuned, selected))
     weights = [own * user / (max(squares) or 1.0) for own, user in zip(squares, options.weight, strict=True)]
     total = sum(weights) or 1.0
     merged = add_erased_mean(base, tuned, selected, weights)
     return MergeResult(merged, TensorReport(weights=[weight / total for weight in weights]))
-
-
-def largest_share(spread: Tensor, share: float) -> MagnitudeSelection:
-    """Select the elements of the largest variance: this share of those in which the tasks differ."""
-    return magnitude_select(spread, kept_count(share, int(spread.count_nonzero())))
 
 
 def squared_norms(base: Tensor, tuned: Sequence[Tensor], selected: Tensor | None) -> list[float]:

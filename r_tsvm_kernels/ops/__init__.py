@@ -12,6 +12,8 @@ from .random_mask import random_mask
 from .ranked_mask import ranked_mask
 from .reweight_prune import OutlierClipping, pruned_sparsity, reweight_prune
 from .split_planes import split_planes
+from .spread_mask import spread_mask
+from .spread_select import spread_select
 from .symm_gram import symm_gram
 from .symm_square import symm_square
 from .task_gram import task_gram
@@ -42,6 +44,8 @@ __all__ = [
     "ranked_mask",
     "reweight_prune",
     "split_planes",
+    "spread_mask",
+    "spread_select",
     "symm_gram",
     "symm_square",
     "task_gram",

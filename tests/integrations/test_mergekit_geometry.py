@@ -17,7 +17,7 @@ SHAPE, TASKS = (48, 64), 3
 # Name: method, number of models, whether there is a base, parameters, our kernel.
 CASES = {
     "sce": ("sce", 3, True, {}, "sce"),
-    "sce-selected": ("sce", 3, True, {"select_topk": 0.3}, "magnitude_select"),
+    "sce-selected": ("sce", 3, True, {"select_topk": 0.3}, "spread_select"),
     "sce-int8": ("sce", 2, True, {"select_topk": 0.61, "int8_mask": True}, "sce"),
     "model_stock": ("model_stock", 3, True, {}, "elect_and_sum"),
     "model_stock-two": ("model_stock", 2, True, {}, "elect_and_sum"),

@@ -21,7 +21,7 @@ struct MagnitudeSelectOutput {
 };
 
 // `base` may be null. Uses at most `threads` threads, one for small tensors. 16-bit floats without a base are read
-// once, float32 twice, float64 four times.
+// once, others twice, or float64 four times where an eighth of the magnitudes share their upper 16 bits.
 void magnitude_select_cpu(const MatrixView& x, const MatrixView* base, const int64_t* keep, int64_t count,
                           const MagnitudeSelectOutput& output, int threads);
 

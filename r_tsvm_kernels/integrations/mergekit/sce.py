@@ -7,7 +7,7 @@ from mergekit.merge_methods import TensorGroup
 from torch import Tensor
 
 from ...methods.sce import add_erased_mean, squared_norms
-from ...ops import magnitude_select, task_spread
+from ...ops import spread_mask, spread_select
 from . import INSTALLATION
 from .kernels import accepted
 
@@ -23,12 +23,11 @@ def sce(group: TensorGroup, int8_mask: bool = False, select_topk: float = 1.0) -
         return None
     selected = None
     if select_topk < 1:
-        spread = task_spread(base, tuned)
-        keep = int(spread.count_nonzero() * select_topk) if select_topk > 0 else 0
-        if keep == 0:
+        selection = spread_select(base, tuned, lambda differing: max(0, int(differing * select_topk)))
+        if selection.threshold.isinf():
             return None  # nothing is selected: mergekit returns the base
-        INSTALLATION.count("magnitude_select")
-        selected = magnitude_select(spread, keep).mask(spread)
+        INSTALLATION.count("spread_select")
+        selected = spread_mask(base, tuned, selection)
     squares = torch.tensor(squared_norms(base, tuned, selected), dtype=torch.float64, device="cpu") / base.numel()
     total = float(squares.sum())
     if not squares.isfinite().all():

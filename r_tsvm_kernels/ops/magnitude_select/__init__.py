@@ -172,11 +172,12 @@ def magnitude_select(
         dtype = accumulation_dtype(*tensors)
         check_finite(x.to(dtype) - base.to(dtype), "magnitude_select")
     rest = iter(found)
-    selections = tuple(next(rest) if count > 0 else _nothing(*tensors) for count in counts)
+    selections = tuple(next(rest) if count > 0 else nothing_of(*tensors) for count in counts)
     return selections if several else selections[0]
 
 
-def _nothing(x: Tensor, *base: Tensor) -> MagnitudeSelection:
+def nothing_of(x: Tensor, *base: Tensor) -> MagnitudeSelection:
+    """Return the selection of no element of `x`, or of ``x - base``."""
     dtype = accumulation_dtype(x, *base) if base else x.dtype
     none = torch.zeros((), dtype=torch.int64, device=x.device)
     return MagnitudeSelection(torch.tensor(math.inf, dtype=dtype, device=x.device), none)
