@@ -70,6 +70,7 @@ def become(name):
         system.WINDOWS, system.HAS_PROCESS_GROUPS = True, False
         os.open, os.rename, os.replace, os.fsync = windows_open, windows_rename, windows_replace, windows_fsync
         shutil._use_fd_functions = False
+        shutil._rmtree_impl = shutil._rmtree_unsafe  # chosen at import from Python 3.14 on
         for module in [module for module in sys.modules if module.partition(".")[0] == "filelock"]:
             del sys.modules[module]
         sys.modules.update(dict.fromkeys(MODULES))

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ STATE = backends.READY if os.environ.get("TRITON_INTERPRET") == "1" else backend
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(STATE != backends.READY, reason=f"compiles with Triton: {STATE}"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="compiles with Triton, which is not installed"),
 ]
 
 exhaustive = pytest.mark.exhaustive

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="counts launches of Triton, which is not installed")
 # Shape, spectrum and layers in a batch, then fp16 and float64 in TFLOP, launches, those with CUDA graphs, and waits.
 LIMITS = {
     ("tsv_merge", (4096, 4096), "flat", 1): (35, 0.3, 2_000, 1_000, 5),
