@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, PickleRefusedError
 from ..files import open_regular
+from ..text import printable
 from .headers import DTYPES, FileState, TensorHeader, check_name, file_state
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -75,7 +76,7 @@ def _load(file: Path) -> tuple[dict[str, Tensor], os.stat_result]:
         ) from error
     # The exception that a damaged pickle raises depends on which byte is wrong.
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         raise CheckpointError(f"{file}: not a readable pickle of tensors ({reason})") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: expected a dict from names to tensors, got {type(data).__name__}")

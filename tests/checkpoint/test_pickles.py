@@ -148,6 +148,18 @@ def test_damaged_files(tmp_path):
         Checkpoint(file, allow_pickle=True)
 
 
+def test_what_torch_says_of_a_damaged_file_is_printable(tmp_path, monkeypatch):
+    folder = save_pickled(tmp_path / "m", state_dict(0))
+
+    def fail(*arguments, **options):
+        raise ValueError("Unknown endianness type: \0\x1b[2J")  # torch 2.6 quotes what it read
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(CheckpointError, match=r"not a readable pickle of tensors \(ValueError: .*") as error:
+        Checkpoint(folder, allow_pickle=True)
+    assert str(error.value).isprintable()
+
+
 def test_compressed_files_are_refused(tmp_path):
     file = tmp_path / "a.bin"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
