@@ -51,7 +51,7 @@ def state(backend: str) -> str:
         import torch
 
         if "dtype" not in torch.ops.aten.baddbmm.overloads():  # type: ignore[no-untyped-call]
-            return f"torch {torch.__version__} is too old: fp16 products in float32 need 2.8"
+            return f"torch {torch.__version__} is too old: fp16 products need 2.8 or newer"
         return READY if torch.cuda.is_available() else "torch sees no CUDA device"
     raise ValueError(f"unknown backend {backend!r}")
 
