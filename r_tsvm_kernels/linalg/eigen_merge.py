@@ -66,7 +66,7 @@ class Images:
         for rows in self.matrices[0].ranges():
             image = self.parts[0].V.new_empty(rows.stop - rows.start, self.blocks[-1].stop)
             for matrix, part, block in tasks:
-                image[:, block] = matrix.tile(rows, torch.float64) @ part.V
+                image[:, block].addmm_(matrix.tile(rows, torch.float64), part.V, beta=0)
             yield image
 
     def gram(self) -> Tensor:

@@ -51,10 +51,14 @@ class SplitMatrix:
     left: Tensor
     right: Tensor
 
-    def column_norms(self) -> Tensor:
-        """Return the norms of the columns (n,), float64."""
-        norms: Tensor = torch.linalg.vector_norm(self.bulk.double().addmm(self.left, self.right), dim=0)
-        return norms
+    def row_norms(self) -> Tensor:
+        """Return the norms of the rows (k,), float64."""
+        norms: Tensor = torch.linalg.vector_norm(self.bulk, dim=1).double()
+        if not self.left.shape[1]:
+            return norms
+        across = (self.bulk @ self.right.mT.to(self.bulk.dtype)).double()
+        squares = norms.square() + ((2 * across + self.left @ (self.right @ self.right.mT)) * self.left).sum(1)
+        return squares.clamp(min=0).sqrt()
 
     @classmethod
     def whole(cls, matrix: Tensor) -> SplitMatrix:
@@ -63,9 +67,9 @@ class SplitMatrix:
 
     def after(self, x: Tensor) -> Tensor:
         """Return ``x @ self`` (m, n) in the dtype of the bulk, for float64 x (m, k)."""
-        return (x.to(self.bulk.dtype) @ self.bulk).add_(
-            (x @ self.left).to(self.bulk.dtype) @ self.right.to(self.bulk.dtype)
-        )
+        dtype = self.bulk.dtype
+        product = x.to(dtype) @ self.bulk
+        return product.addmm_((x @ self.left).to(dtype), self.right.to(dtype)) if self.left.shape[1] else product
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> SplitMatrix:
         """Apply a linear function of the columns, such as a product from the left."""
@@ -81,7 +85,8 @@ class InverseRoot:
         rank: number of singular values of X above the tolerance.
         condition: largest over smallest of these, 1.0 for a zero matrix.
         largest: the largest one, 0.0 for a zero matrix.
-        sensitivity: (k,) float64, largest factor by which an error of each column of X enters the polar factor.
+        sensitivity: (k,) float64, largest factor by which an error of each column of X enters the polar factor: twice
+            the norm of that row of `matrix`.
         margin: distance of the singular values from the tolerance, as a share of the largest: an error of X beyond it
             could change the rank.
         rounding: bound of the polar factor's error by rounding in float64.
@@ -177,7 +182,7 @@ def root_of_gram_float32(gram: Tensor) -> InverseRoot:
         rank=len(values),
         condition=root,
         largest=largest**0.5,
-        sensitivity=2 * matrix.column_norms(),
+        sensitivity=2 * matrix.row_norms(),
         margin=1 / root - RANK_TOLERANCE,
         rounding=BACKWARD_ERROR * root**2,
         route="gram-float32",
@@ -257,7 +262,7 @@ def root_of_pair(gram: Tensor, first: int, single: bool) -> InverseRoot:
         rank=len(gram),
         condition=condition,
         largest=largest**0.5,
-        sensitivity=2 * matrix.column_norms(),
+        sensitivity=2 * matrix.row_norms(),
         margin=1 / condition - RANK_TOLERANCE,
         rounding=BACKWARD_ERROR * condition**2,
         route="gram-float64",
@@ -305,7 +310,7 @@ def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> Inverse
     bulk = Q.new_zeros(len(Q), len(Q))
     add_gram(bulk, (kept * values[:rank].rsqrt()).mT)
     matrix = SplitMatrix.whole(bulk)
-    sensitivity = 2 * matrix.column_norms()
+    sensitivity = 2 * matrix.row_norms()
     if rank < len(sensitivity):  # errors may rotate the null space as well
         sensitivity = sensitivity.clamp(min=2 / max(smallest - dropped, torch.finfo(values.dtype).tiny))
     powers = 2 if route == "gram-float64" else 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from .decompositions import largest_magnitude
 
 # Bytes for copies of matrix rows and the products of them. A 128256 x 4096 embedding is processed in tiles of this
 # size, beside a few square matrices of the short side.
@@ -37,7 +38,7 @@ class TallMatrix:
         self.transposed = m < n if transposed is None else transposed
         self.matrix = matrix.mT if self.transposed else matrix
         self.workspace = workspace
-        largest = float(torch.linalg.vector_norm(matrix, math.inf)) if matrix.numel() else 0.0
+        largest = largest_magnitude(matrix)
         if not math.isfinite(largest):
             raise NonFiniteError(f"a {tuple(matrix.shape)} matrix holds NaN or infinity: it has no singular values")
         self.scale = 2.0 ** min(1020, 1 - math.frexp(largest)[1]) if largest else 1.0
@@ -123,10 +124,11 @@ class TallMatrix:
 def add_gram(total: Tensor, X: Tensor) -> None:
     """Add ``X^T X`` to a symmetric `total`, by blocks of columns; those below the diagonal are mirrored."""
     n = X.shape[1]
-    width = max(-(-n // 6), 128)
+    # Up to a third slower where widths are no multiples of 64.
+    width = 128 if n <= 512 else max(192, n // 8 // 64 * 64)
     for first in range(0, n, width):
-        own, rest = slice(first, first + width), slice(first + width, n)
-        total[own, own].addmm_(X[:, own].mT, X[:, own])
-        if first + width < n:
-            total[own, rest].addmm_(X[:, own].mT, X[:, rest])
-            total[rest, own] = total[own, rest].mT
+        own, rest = slice(first, first + width), slice(first, n)
+        total[own, rest].addmm_(X[:, own].mT, X[:, rest])
+    for first in range(width, n, width):
+        above, own = slice(0, first), slice(first, first + width)
+        total[own, above] = total[above, own].mT

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import NonFiniteError
-from .decompositions import eigh
+from .decompositions import eigh, largest_magnitude
 from .divide_and_conquer import leading
 
 # r_tsvm::kBand, kColumn, kSweeps and kSlot.
@@ -77,7 +77,7 @@ def leading_eigenvectors(matrix: Tensor, count: Callable[[Tensor], int]) -> tupl
         ConvergenceError: LAPACK failed on a small part.
     """
     n = len(matrix)
-    largest = float(torch.linalg.vector_norm(matrix, math.inf)) if n else 0.0
+    largest = largest_magnitude(matrix)
     if not math.isfinite(largest):
         raise NonFiniteError(f"a {n}x{n} matrix holds NaN or infinity: it has no eigenvalue decomposition")
     if largest == 0 or n < 2:

@@ -156,3 +156,20 @@ def test_split_matrix():
     assert torch.allclose(split.after(x).double(), x @ dense, atol=1e-5)
     mapped = split.map_rows(lambda part: square.to(part.dtype) @ part)
     assert torch.allclose(mapped.after(x).double(), x @ square.double() @ dense, atol=1e-4)
+
+
+@pytest.mark.parametrize("thin", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_row_norms_are_those_of_the_whole_matrix(dtype, thin):
+    # The thin part is neither orthogonal to the bulk nor symmetric here.
+    bulk = torch.randn(40, 40).to(dtype)
+    left, right = torch.randn(40, thin).double() * 10, torch.randn(thin, 40).double()
+    split = SplitMatrix(bulk, left, right)
+    wanted = torch.linalg.vector_norm(bulk.double() + left @ right, dim=1)
+    torch.testing.assert_close(split.row_norms(), wanted, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
+
+
+def test_row_norms_where_both_parts_cancel():
+    left = torch.randn(40, 3, dtype=torch.float64)
+    split = SplitMatrix(-(left @ left.mT), left, left.mT)
+    assert 0 <= float(split.row_norms().amax()) < 1e-6
