@@ -40,9 +40,9 @@ SPEED = (
             "ranks replace that run. Errors are relative to float64 SVDs.",
             split=("series",), picture="plots/growth.svg"),
     Section("weighted.json", "Weighted orthogonalisation", "python -m benchmarks.weighted",
-            "The preset `weighted` of `rtsvm` (the whole method) and `weighted_merge` alone, against our TSV-Merge and "
-            "FusionBench's function, in turns. Errors are relative to float64 SVDs; `condition` is that of each task "
-            "matrix, `power` is q.", split=("spectrum",)),
+            "`rtsvm` by default and with its preset `weighted` (whole methods), and `weighted_merge` alone, against "
+            "our TSV-Merge and FusionBench's function, in turns. Errors are relative to float64 SVDs; `condition` is "
+            "that of each task matrix, `power` is q.", split=("spectrum",)),
     Section("leading_share.json", "Weighted orthogonalisation of rectangles", "python -m benchmarks.leading_share",
             "`weighted_merge` orthogonalises the ceil(r / T) leading directions of each task on both sides of a "
             "rectangle. Here it is a share of that number. `gain` is the mean validation accuracy above `tsvm`, both "

@@ -1,10 +1,10 @@
-"""Time and judge weighted orthogonalisation: `weighted_merge` and the preset `weighted` of `rtsvm`.
+"""Time `rtsvm`, by default and with the preset `weighted`, and judge weighted orthogonalisation: `weighted_merge`.
 
     python -m benchmarks.weighted [--largest 2048] [--rounds 5] [--peer-python PATH] [--json FILE]
 
-* time: the whole method (`merge_tensors` with the preset), `weighted_merge` alone, our TSV-Merge and FusionBench's
-  function, in turns, on the same matrices: squares, and one rectangle of the shape of an MLP. Singular values are
-  i^-0.5. Weights differ, as they do with damping, so that `weighted_merge` computes the plain sum as well.
+* time: the whole method (`merge_tensors`) by default and with the preset, `weighted_merge` alone, our TSV-Merge and
+  FusionBench's function, in turns, on the same matrices: squares, and one rectangle of the shape of an MLP. Singular
+  values are i^-0.5. Weights differ, as they do with damping, so that `weighted_merge` computes the plain sum as well.
 * accuracy: against float64 SVDs, for powers and condition numbers of the task matrices; nothing is timed. Solver
   ``products``, which takes power 1, is simulated, and may fall back to ``eigen``.
 """
@@ -32,7 +32,9 @@ from tests import oracle
 from tests.spectra import spectrum
 
 # Shape, number of tasks, and the most rounds.
-TIMED = [((1024, 1024), 3, 5), ((1024, 1024), 8, 5), ((2048, 2048), 3, 5), ((2048, 5632), 3, 3)]
+TIMED = [
+    ((1024, 1024), 3, 5), ((1024, 1024), 8, 5), ((2048, 2048), 3, 5), ((2048, 2048), 8, 3), ((2048, 5632), 3, 3)
+]  # fmt: skip
 POWERS, CONDITIONS, SHAPES = (0.0, 0.5, 0.75, 1.0), (1e1, 1e2, 1e3, 1e4), ((192, 192), (480, 192))
 
 
@@ -49,6 +51,7 @@ def times(peer: FusionBench | None, shape: tuple[int, int], tasks: int, rounds: 
     tuned, weights = [base + matrix for matrix in matrices], [1.0 + 0.1 * t for t in range(tasks)]
     rank, turns = fixed_rank(shape, tasks), Turns()
     sides: dict[str, Callable[[], object]] = {
+        "rtsvm": lambda: merge_tensors(base, tuned, "rtsvm"),
         "rtsvm, weighted": lambda: merge_tensors(base, tuned, "rtsvm", preset="weighted"),
         "weighted_merge": lambda: weighted_merge(matrices, weights),
         "tsv_merge": lambda: tsv_merge(matrices, rank, weights),
@@ -62,7 +65,7 @@ def times(peer: FusionBench | None, shape: tuple[int, int], tasks: int, rounds: 
             turns.add(name, timed(run))
     case: dict[str, Any] = {"shape": shape, "dtype": "float32", "options": {"spectrum": "power 0.5", "tasks": tasks}}
     rivals = ["tsv_merge", *([PEER] if peer else [])]
-    return turns.rows("weighted_merge", rivals, ["rtsvm, weighted", "weighted_merge"], **case)
+    return turns.rows("weighted_merge", rivals, ["rtsvm", "rtsvm, weighted", "weighted_merge"], **case)
 
 
 def with_condition(condition: float, shape: tuple[int, int], seed: int) -> Tensor:
