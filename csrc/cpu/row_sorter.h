@@ -119,30 +119,47 @@ class RowSorter {
     const uint32_t mask = static_cast<uint32_t>(values - 1);
     const Key* __restrict const keys = keys_.data();
     uint32_t* __restrict const counts = counts_.data();
-    // Neighbours are often equal, and adding twice to the same counter takes long: every other one has its own.
-    uint32_t* __restrict const others = counts + passes * values;
+    // Elements often have the same digit, and adding twice to one counter takes long. So each half of the row has its
+    // own counters, and elements of both halves take turns.
+    uint32_t* __restrict const others = counts + passes * values;  // of the second half
+    const int64_t half = n / 2;
     const auto count = [&](int64_t i, uint32_t* own) {
       const Bits key = static_cast<Bits>(keys[i]);
       for (int pass = 0; pass < passes; ++pass) ++own[pass * values + (key >> (bits * pass) & mask)];
     };
-    for (int64_t i = 0; i + 1 < n; i += 2) {
+    for (int64_t i = 0; i < half; ++i) {
       count(i, counts);
-      count(i + 1, others);
+      count(half + i, others);
     }
-    if (n % 2 == 1) count(n - 1, counts);
-    for (int64_t i = 0; i < passes * values; ++i) counts[i] += others[i];
-    for (int pass = 0; pass < passes; ++pass) starts(counts + pass * values, values);
+    if (n % 2 == 1) count(n - 1, others);
+    // Of equal digits the second half comes first.
+    uint32_t place = 0;
+    for (int64_t value = 0; value < values; ++value) {
+      const uint32_t second = std::exchange(others[value], place);
+      place += second + std::exchange(counts[value], place + second);
+    }
+    for (int64_t i = values; i < passes * values; ++i) counts[i] += others[i];
+    for (int pass = 1; pass < passes; ++pass) starts(counts + pass * values, values);
 
+    // Calls put with each element and its place by the lowest digit, from the end of each half.
+    const auto place_first = [&](const auto& put) {
+      for (int64_t i = half - 1, j = n - 1; i >= 0; --i, --j) {
+        const Bits key = static_cast<Bits>(keys[i]), other = static_cast<Bits>(keys[j]);
+        put(key, i, counts[key & mask]++);
+        put(other, j, others[other & mask]++);
+      }
+      if (n % 2 == 1) {
+        const Bits key = static_cast<Bits>(keys[half]);
+        put(key, half, others[key & mask]++);
+      }
+    };
     if (passes == 1) {
-      for (int64_t i = n - 1; i >= 0; --i) ranks[i] = static_cast<int32_t>(counts[keys[i]]++);
+      place_first([&](Bits, int64_t i, uint32_t rank) { ranks[i] = static_cast<int32_t>(rank); });
       return;
     }
     Element<Bits, Index>* __restrict from = buffers.from.data();
     Element<Bits, Index>* __restrict to = buffers.to.data();
-    for (int64_t i = n - 1; i >= 0; --i) {
-      const Bits key = static_cast<Bits>(keys[i]);
-      to[counts[key & mask]++] = {key, static_cast<Index>(i)};
-    }
+    place_first([&](Bits key, int64_t i, uint32_t at) { to[at] = {key, static_cast<Index>(i)}; });
     for (int pass = 1; pass < passes; ++pass) {
       std::swap(from, to);
       uint32_t* __restrict const places = counts + pass * values;
