@@ -19,13 +19,16 @@ WEIGHTS = {"weight.expert0": [0.5, -1.0], "weight.expert1": [1.0, 2.0]}
 def selected(monkeypatch):
     """What elements were selected from, one entry for each selection."""
     calls = []
-    for module in (sparsify, sce):
+    for module, name, function in (
+        (sparsify, "magnitude_select", sparsify.magnitude_select),
+        (sce, "spread_select", sce.spread_select),
+    ):
 
-        def counted(tensor, *arguments, select=module.magnitude_select, **options):
+        def counted(tensor, *arguments, select=function, **options):
             calls.append(tensor)
             return select(tensor, *arguments, **options)
 
-        monkeypatch.setattr(module, "magnitude_select", counted)
+        monkeypatch.setattr(module, name, counted)
     return calls
 
 
