@@ -46,7 +46,14 @@ class Stage:
         self.journal = self.folder / journal_path(out).name
 
     def remove(self) -> None:
-        """Remove the folder and its contents."""
+        """Remove the folder and its contents, the journal last: it shows whose the rest is if the removal is killed."""
+        if not self.folder.is_symlink():
+            with suppress(OSError):
+                for place in self.folder.iterdir():
+                    if place.is_dir() and not place.is_symlink():
+                        shutil.rmtree(place, ignore_errors=True)
+                    elif place != self.journal:
+                        place.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def refuse_foreign(self, ours: Collection[str] = ()) -> None:

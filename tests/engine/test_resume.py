@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from r_tsvm_kernels import (
     verify_output,
 )
 from r_tsvm_kernels.engine import job, local, tiles
+from r_tsvm_kernels.engine.output import Stage
 
 # The command, with a journal that is written after each tensor.
 EAGER = "import sys; from r_tsvm_kernels.engine import job; job.COMMIT_SECONDS = 0; "
@@ -356,6 +358,26 @@ def test_a_shard_that_was_damaged_meanwhile_is_done_again(tmp_path, damage):
     assert 0 < result.resumed < 9
     assert weights(tmp_path / "out") == weights(merge_checkpoints(config, tmp_path / "whole", shard_size=3000).path)
     assert verify_output(tmp_path / "out").ok
+
+
+def test_what_a_killed_removal_leaves_is_known_to_be_of_a_merge(tmp_path, monkeypatch):
+    config = stopped(tmp_path, count=5)
+    stage, kept, removed, unlink = Stage(tmp_path / "out"), tmp_path / "kept", [], os.unlink
+    shutil.copytree(stage.folder, kept)
+
+    def recorded(path, **options):
+        unlink(path, **options)
+        removed.append(Path(path).name)
+
+    monkeypatch.setattr(os, "unlink", recorded)
+    stage.remove()
+    monkeypatch.undo()
+    assert len(removed) > 2 and removed[-1] == "merge_journal.jsonl" and not stage.folder.exists()
+    shutil.copytree(kept, stage.folder)
+    for name in removed[:2]:
+        (stage.folder / name).unlink()
+    merge_checkpoints(config, tmp_path / "out", resume=True, shard_size=3000)
+    assert weights(tmp_path / "out") == weights(merge_checkpoints(config, tmp_path / "whole", shard_size=3000).path)
 
 
 # --- the journal ----------------------------------------------------------------------------------------------------
