@@ -41,6 +41,7 @@ def test_nothing_is_checked_twice(device, cache):
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[" * 100_000, b'{"format": 1, "circumstances": {}, "verdicts": {"add_update": 3}}', b"\xff"],
+    ids=["empty", "half", "deep", "numbers for verdicts", "no text"],
 )
 def test_a_file_that_cannot_be_read_is_made_anew(device, cache, content):
     assert chosen(OP, "cpu") == "triton"
