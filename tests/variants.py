@@ -123,6 +123,16 @@ def group(shape, dtypes):
     return origin.to(dtypes[0]), [(origin + 0.1 * torch.randn(shape)).to(dtype) for dtype in dtypes[1:]]
 
 
+@st.composite
+def laid_out_groups(draw, shape=(9, 33), most=6):
+    """Draw a base and fine-tuned tensors, `most` in all, of any dtypes and layouts."""
+    dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=2, max_size=most))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    base, tuned = group(shape, dtypes)
+    base, *tuned = (LAYOUTS[draw(layout_names)](tensor) for tensor in (base, *tuned))
+    return base, tuned
+
+
 @contextmanager
 def torch_threads(count):
     """Run with this number of threads."""

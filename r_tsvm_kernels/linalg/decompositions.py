@@ -53,8 +53,8 @@ def largest_magnitude(matrix: Tensor) -> float:
     """
     if not matrix.numel():
         return 0.0
-    least, most = (float(x) for x in matrix.aminmax())
-    return max(-least, most) if least == least else math.nan
+    least, most = torch.stack(matrix.aminmax()).tolist()  # waits for a GPU once
+    return math.nan if math.isnan(least) else float(max(-least, most))
 
 
 def near_one(matrix: Tensor) -> tuple[Tensor, int]:

@@ -86,7 +86,7 @@ class InverseRoot:
         condition: largest over smallest of these, 1.0 for a zero matrix.
         largest: the largest one, 0.0 for a zero matrix.
         sensitivity: (k,) float64, largest factor by which an error of each column of X enters the polar factor: twice
-            the norm of that row of `matrix`.
+            the norm of that row of `matrix`, and more where the rank is not full.
         margin: distance of the singular values from the tolerance, as a share of the largest: an error of X beyond it
             could change the rank.
         rounding: bound of the polar factor's error by rounding in float64.

@@ -3,7 +3,7 @@ import torch
 from cases import check
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import DTYPES, LAYOUTS, every_backend, group, layout_names, some_backends, torch_threads
+from variants import every_backend, group, laid_out_groups, some_backends, torch_threads
 
 from r_tsvm_kernels.errors import ShapeError
 from r_tsvm_kernels.ops import MagnitudeSelection, spread_mask, spread_select, task_spread
@@ -17,17 +17,9 @@ def test_cases(backend):
 
 
 @every_backend(spread_mask)
-@given(
-    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=6),
-    layouts=st.lists(layout_names, min_size=6, max_size=6),
-    share=st.floats(0, 1),
-    threads=st.integers(1, 3),
-    seed=st.integers(0, 1000),
-)
-def test_is_the_mask_of_the_spread(backend, dtypes, layouts, share, threads, seed):
-    torch.manual_seed(seed)
-    base, tuned = group((9, 33), dtypes)
-    base, *tuned = (LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, [base, *tuned], strict=False))
+@given(models=laid_out_groups(), share=st.floats(0, 1), threads=st.integers(1, 3))
+def test_is_the_mask_of_the_spread(backend, models, share, threads):
+    base, tuned = models
     kept = []
 
     def keep(differing):

@@ -7,12 +7,10 @@ from cases import check
 from hypothesis import given
 from hypothesis import strategies as st
 from variants import (
-    DTYPES,
-    LAYOUTS,
     every_backend,
     every_dtype,
     group,
-    layout_names,
+    laid_out_groups,
     simulated,
     some_backends,
     torch_threads,
@@ -55,17 +53,9 @@ def test_selects_what_a_sort_of_the_variances_does(backend, dtype, tasks, share)
 
 
 @every_backend(spread_select, reference=False)
-@given(
-    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=6),
-    layouts=st.lists(layout_names, min_size=6, max_size=6),
-    share=st.floats(0, 1),
-    threads=st.integers(1, 3),
-    seed=st.integers(0, 1000),
-)
-def test_same_selection_as_of_the_spread(backend, dtypes, layouts, share, threads, seed):
-    torch.manual_seed(seed)
-    base, tuned = group((9, 33), dtypes)
-    base, *tuned = (LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, [base, *tuned], strict=False))
+@given(models=laid_out_groups(), share=st.floats(0, 1), threads=st.integers(1, 3))
+def test_same_selection_as_of_the_spread(backend, models, share, threads):
+    base, tuned = models
     with torch_threads(threads):
         found = spread_select(base, tuned, lambda differing: int(share * differing), backend=backend)
     spread = task_spread(base, tuned)
