@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DeviceError, DTypeError, NonFiniteError, ShapeError
+from .decompositions import largest_magnitude
 from .ranks import Rank
+
+# Rows and columns that show whether any of the others is zero throughout.
+STRIP = 8
 
 
 def given_matrices(matrices: Iterable[Tensor] | Tensor, op: str, *, one_device: bool = False) -> list[Tensor]:
@@ -70,7 +74,10 @@ def nonzero_support(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         >>> rows.tolist(), columns.tolist()
         ([0], [1])
     """
-    support = matrices[0] != 0
+    first = matrices[0]
+    if bool(torch.cat([(first[:, :STRIP] != 0).any(1), (first[:STRIP] != 0).any(0)]).all()):  # as mostly
+        return torch.arange(len(first), device=first.device), torch.arange(first.shape[1], device=first.device)
+    support = first != 0
     for matrix in matrices[1:]:
         support |= matrix != 0
     return support.any(1).nonzero()[:, 0], support.any(0).nonzero()[:, 0]
@@ -183,7 +190,7 @@ def finite(result: Tensor, op: str) -> Tensor:
     Raises:
         NonFiniteError: the result overflows its dtype.
     """
-    if not bool(torch.isfinite(result).all()):
+    if not math.isfinite(largest_magnitude(result)):
         raise NonFiniteError(
             f"{op}: the result overflows {result.dtype} (largest {torch.finfo(result.dtype).max:.1e}); "
             "check the scale of the matrices and weights"

@@ -112,10 +112,10 @@ class Triangles:
 
     @classmethod
     def of_gram(cls, gram: Tensor, blocks: list[slice], negligible: float = 0.0) -> tuple[Triangles, Tensor]:
-        """Factor the diagonal blocks of ``Y^T Y``; return it with the scaled Gram matrix.
+        """Factor the diagonal blocks of ``Y^T Y``; return them with the scaled Gram matrix.
 
         Args:
-            gram: ``Y^T Y``.
+            gram: ``Y^T Y``; it is scaled in place.
             blocks: the columns of each task.
             negligible: distance from the identity (Frobenius norm) up to which a factor counts as that.
 
@@ -123,7 +123,7 @@ class Triangles:
             ConvergenceError: a task's images are linearly dependent.
         """
         lengths = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
-        scaled = gram / lengths / lengths[:, None]
+        scaled = gram.div_(lengths).div_(lengths[:, None])
         factors = list[Tensor | None]()
         for block in blocks:
             R = _cholesky(scaled[block, block])

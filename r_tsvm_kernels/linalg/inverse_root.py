@@ -36,6 +36,9 @@ FEW = 1 / 3
 
 PROBES = 8
 
+# Rows of a float32 matrix that are multiplied in float64 at once.
+ROWS = 64
+
 
 @dataclass(frozen=True)
 class SplitMatrix:
@@ -70,6 +73,12 @@ class SplitMatrix:
         dtype = self.bulk.dtype
         product = x.to(dtype) @ self.bulk
         return product.addmm_((x @ self.left).to(dtype), self.right.to(dtype)) if self.left.shape[1] else product
+
+    def times(self, z: Tensor) -> Tensor:
+        """Return ``self @ z`` (k, j), float64, for few columns z (n, j)."""
+        # By blocks of rows: a wider copy of all of them would take longer than the product.
+        blocks = [rows.double() @ z for rows in torch.split(self.bulk, ROWS)]
+        return torch.cat(blocks).addmm_(self.left, self.right @ z) if blocks else z.new_zeros(0, z.shape[1])
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> SplitMatrix:
         """Apply a linear function of the columns, such as a product from the left."""
@@ -135,11 +144,10 @@ class InverseRoot:
 
     def _isometry(self, factors: Sequence[Tensor], z: Tensor) -> Tensor:
         """Return ``P^T P z``."""
-        bulk, left, right = self.matrix.bulk.double(), self.matrix.left, self.matrix.right
-        z = bulk @ z + left @ (right @ z)
+        z = self.matrix.times(z)
         for factor in reversed(factors):
             z = factor @ z
-        return bulk @ z + left @ (right @ z)
+        return self.matrix.times(z)
 
 
 def root_of_gram_float32(gram: Tensor) -> InverseRoot:
@@ -172,9 +180,8 @@ def root_of_gram_float32(gram: Tensor) -> InverseRoot:
         # The range of the bulk is the complement of V, up to rounding.
         narrow = V.float()
         leak = bulk @ narrow
-        leak = torch.addmm(leak, narrow, narrow.mT @ leak, alpha=-0.5) @ narrow.mT
-        bulk -= leak
-        bulk -= leak.mT
+        leak.addmm_(narrow, narrow.mT @ leak, alpha=-0.5)
+        bulk.addmm_(torch.cat([leak, narrow], dim=1), torch.cat([narrow, leak], dim=1).mT, alpha=-1)
     root = (largest / smallest) ** 0.5
     matrix = SplitMatrix(bulk, left, V.mT)
     return InverseRoot(

@@ -244,7 +244,7 @@ def _tall(dense: Sequence[Tensor], rows: Tensor, columns: Tensor, workspace: int
     """Return the matrices without the rows and columns in which all of them are zero."""
     whole = (len(rows), len(columns)) == dense[0].shape
     return [
-        TallMatrix(matrix if whole else matrix[rows[:, None], columns], len(rows) < len(columns), workspace)
+        TallMatrix(matrix if whole else matrix[rows[:, None], columns], len(rows) < len(columns), workspace, len(dense))
         for matrix in dense
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,20 +79,35 @@ class Cut:
             return BACKWARD_ERROR, False
         if self.edge and not allowed:
             return math.inf, False
-        lead, rest = self.values[: self.rank, None], self.values[None, self.rank :]
-        gaps = torch.cat([lead - rest, lead] if left else [lead - rest], dim=1).clamp(min=0)
-        least = _pair_noise(self.values)[: self.rank, None] + self.inherent * self.values[0]
-        mixing = (least if weights is None else least * weights[:, None]) / gaps
-        left_out = bool(allowed) and float(torch.linalg.vector_norm(mixing)) > allowed
-        mixing *= 1 + (self.spread - self.inherent) * self.values[0] / least
+        least = _pair_noise(self.values)[: self.rank] + self.inherent * self.values[0]
+        factors = (least if weights is None else least * weights) / self.values[0]
+        increase = 1 + (self.spread - self.inherent) * self.values[0] / least
+        sums = self._inverse_gaps
+        if left:
+            sums = torch.hypot(sums, self.values[0] / self.values[: self.rank])
+        left_out = bool(allowed) and float(torch.linalg.vector_norm(factors * sums)) > allowed
+        factors *= increase
         if left_out:
-            smallest_first = mixing.flatten().sort().values.square().cumsum(0)
+            pairs = factors[:, None] * self._inverse_gaps_of_pairs(left)
+            smallest_first = pairs.flatten().sort().values.square().cumsum(0)
             kept = smallest_first[smallest_first <= allowed**2]
             rounding = float(kept[-1]) ** 0.5 if len(kept) else 0.0
         else:
-            rounding = float(torch.linalg.vector_norm(mixing))
+            rounding = float(torch.linalg.vector_norm(factors * sums))
         largest = 1.0 if weights is None else float(weights.amax())
         return math.hypot(self.measured * largest, rounding) + BACKWARD_ERROR, left_out or self.edge
+
+    def _inverse_gaps_of_pairs(self, left: bool = False) -> Tensor:
+        """Return the largest value over the gap of each pair across the cut (k, any number)."""
+        lead, rest = self.values[: self.rank, None], self.values[None, self.rank :]
+        gaps = torch.cat([lead - rest, lead], dim=1) if left else lead - rest
+        return gaps.clamp_(min=0).reciprocal_().mul_(self.values[0])
+
+    @cached_property
+    def _inverse_gaps(self) -> Tensor:
+        """The same, for each kept direction the norm over all pairs (k,)."""
+        norms: Tensor = torch.linalg.vector_norm(self._inverse_gaps_of_pairs(), dim=1)
+        return norms
 
 
 def _pair_noise(values: Tensor) -> Tensor:

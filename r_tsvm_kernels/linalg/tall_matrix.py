@@ -28,8 +28,17 @@ class TallMatrix:
         squared_norm: squared Frobenius norm in the scaled units.
     """
 
-    def __init__(self, matrix: Tensor, transposed: bool | None = None, workspace: int = WORKSPACE) -> None:
-        """View `matrix` as tall; `transposed` overrides the choice.
+    def __init__(
+        self, matrix: Tensor, transposed: bool | None = None, workspace: int = WORKSPACE, siblings: int = 0
+    ) -> None:
+        """View `matrix` as tall.
+
+        Args:
+            matrix: any matrix.
+            transposed: overrides the choice of the view.
+            workspace: bytes for copies of its rows.
+            siblings: number of such matrices that a merge needs again and again. If float64 copies of all of them take
+                at most a quarter of the workspace, the copies are kept.
 
         Raises:
             NonFiniteError: it holds NaN or infinity.
@@ -43,6 +52,7 @@ class TallMatrix:
             raise NonFiniteError(f"a {tuple(matrix.shape)} matrix holds NaN or infinity: it has no singular values")
         self.scale = 2.0 ** min(1020, 1 - math.frexp(largest)[1]) if largest else 1.0
         self._wide: Tensor | None = None
+        self._keeps = 0 < siblings * 8 * matrix.numel() <= workspace // 4
         self.squared_norm = sum(float(torch.linalg.vector_norm(tile)) ** 2 for _, tile in self.tiles(torch.float64))
 
     @property
@@ -57,7 +67,7 @@ class TallMatrix:
         return [slice(first, min(m, first + height)) for first in range(0, m, height)]
 
     def tile(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return some rows, scaled, in `dtype`. A float64 tile of all rows is kept until `forget`."""
+        """Return some rows, scaled, in `dtype`. A float64 tile of all rows is kept until `forget`, or longer."""
         if dtype == torch.float64 and self._wide is not None:
             return self._wide
         tile = self.matrix[rows]
@@ -69,8 +79,9 @@ class TallMatrix:
         return scaled
 
     def forget(self) -> None:
-        """Drop the copy that `tile` keeps."""
-        self._wide = None
+        """Drop the copy that `tile` keeps, unless it is small."""
+        if not self._keeps:
+            self._wide = None
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield the row ranges and their rows, one tile at a time."""

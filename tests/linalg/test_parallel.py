@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 import torch
 from variants import torch_threads
@@ -15,10 +18,18 @@ def test_results_in_order_and_threads_shared():
         jobs = [lambda: (1, torch.get_num_threads()), lambda: (2, torch.get_num_threads())]
         assert run_concurrently(jobs, 999, CPU) == [(1, 2), (2, 2)]
         assert torch.get_num_threads() == 4
-        assert run_concurrently([torch.get_num_threads] * 6, 999, CPU) == [1, 1, 1, 1, 2, 2]
-        assert run_concurrently([torch.get_num_threads] * 5, 999, CPU) == [1, 1, 1, 1, 4]
+        assert run_concurrently([torch.get_num_threads] * 3, 999, CPU) == [1, 1, 1]
+        assert run_concurrently([torch.get_num_threads] * 9, 999, CPU) == [1] * 9
         assert run_concurrently([torch.get_num_threads] * 2, 5, CPU) == [4, 4]  # too small
         assert run_concurrently([], 999, CPU) == []
+
+
+def test_threads_are_kept_but_not_by_a_fork(monkeypatch):
+    with torch_threads(2):
+        first, again = (set(run_concurrently([threading.get_ident] * 2, 999, CPU)) for _ in range(2))
+        assert first & again
+        monkeypatch.setattr("os.getpid", lambda: -1)  # a fork has another number, and none of the threads
+        assert first.isdisjoint(run_concurrently([threading.get_ident] * 2, 999, CPU))
 
 
 def test_jobs_see_the_callers_context():
@@ -37,8 +48,10 @@ def test_an_error_comes_through():
         raise ConvergenceError("no")
 
     with torch_threads(2):
+        ended = []
         with pytest.raises(ConvergenceError, match="no"):
-            run_concurrently([fail, lambda: 1], 999, CPU)
+            run_concurrently([fail, lambda: time.sleep(0.1) or ended.append(1)], 999, CPU)
+        assert ended  # nothing is left running
         assert torch.get_num_threads() == 2
 
 
