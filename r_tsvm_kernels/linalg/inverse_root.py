@@ -166,8 +166,8 @@ def root_of_gram_float32(gram: Tensor) -> InverseRoot:
         raise ConvergenceError(f"gram-float32: {cut} of {len(values)} eigenvalues of the basis are small")
     rest, kept = Q[:, cut:], values[cut:]
     scaled = rest * kept.rsqrt().sqrt()
-    bulk, smallest = torch.zeros_like(Q), float(kept[0])
-    add_gram(bulk, scaled.mT)
+    bulk, smallest = torch.empty_like(Q), float(kept[0])
+    add_gram(bulk, scaled.mT, fresh=True)
     V = left = gram[:, :0]
     if cut:
         small, V = _small_eigenspace(gram, Q[:, :cut], rest, kept)
@@ -236,8 +236,8 @@ def root_of_pair(gram: Tensor, first: int, single: bool) -> InverseRoot:
         matrix = SplitMatrix(found.matrix.bulk[back][:, back], found.matrix.left[back], found.matrix.right[:, back])
         return replace(found, matrix=matrix, sensitivity=found.sensitivity[back])
     C = gram[:first, first:].contiguous()
-    inner = torch.zeros_like(gram[first:, first:])
-    add_gram(inner, C)
+    inner = torch.empty_like(gram[first:, first:])
+    add_gram(inner, C, fresh=True)
     d, W = eigh(torch.eye(len(inner), dtype=gram.dtype, device=gram.device) - inner)
     d = d.clamp(max=1)
     s = (1 - d).sqrt()
@@ -314,8 +314,8 @@ def _inverse_root(Q: Tensor, values: Tensor, rtol: float, route: str) -> Inverse
     rank = int((values > rtol * largest).sum())
     kept, smallest = Q[:, :rank], float(values[rank - 1])
     dropped = float(values[rank]) if rank < len(values) else 0.0
-    bulk = Q.new_zeros(len(Q), len(Q))
-    add_gram(bulk, (kept * values[:rank].rsqrt()).mT)
+    bulk = Q.new_empty(len(Q), len(Q))
+    add_gram(bulk, (kept * values[:rank].rsqrt()).mT, fresh=True)
     matrix = SplitMatrix.whole(bulk)
     sensitivity = 2 * matrix.row_norms()
     if rank < len(sensitivity):  # errors may rotate the null space as well

@@ -91,9 +91,9 @@ class TallMatrix:
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Return ``D^T D`` (n, n), accumulated over the tiles in `dtype`."""
         n = self.shape[1]
-        total = self.matrix.new_zeros(n, n, dtype=dtype)
-        for _, tile in self.tiles(dtype):
-            add_gram(total, tile)
+        total = self.matrix.new_empty(n, n, dtype=dtype)
+        for rows, tile in self.tiles(dtype):
+            add_gram(total, tile, fresh=rows.start == 0)
         return total
 
     def gram_times(self, V: Tensor) -> Tensor:
@@ -132,14 +132,20 @@ class TallMatrix:
         return R
 
 
-def add_gram(total: Tensor, X: Tensor) -> None:
-    """Add ``X^T X`` to a symmetric `total`, by blocks of columns; those below the diagonal are mirrored."""
+def add_gram(total: Tensor, X: Tensor, *, fresh: bool = False) -> None:
+    """Add ``X^T X`` to a symmetric `total`, by blocks of columns; those below the diagonal are mirrored.
+
+    Args:
+        total: (n, n)
+        X: (m, n)
+        fresh: whether to overwrite what `total` holds.
+    """
     n = X.shape[1]
     # Up to a third slower where widths are no multiples of 64.
     width = 128 if n <= 512 else max(192, n // 8 // 64 * 64)
     for first in range(0, n, width):
         own, rest = slice(first, first + width), slice(first, n)
-        total[own, rest].addmm_(X[:, own].mT, X[:, rest])
+        total[own, rest].addmm_(X[:, own].mT, X[:, rest], beta=0 if fresh else 1)
     for first in range(width, n, width):
         above, own = slice(0, first), slice(first, first + width)
         total[own, above] = total[above, own].mT

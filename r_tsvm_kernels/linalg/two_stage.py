@@ -30,10 +30,10 @@ WIDTH = 256
 
 
 class Panel(NamedTuple):
-    """The block reflector ``I - V T V^T`` of the last rows; (m, 64) and (64, 64)."""
+    """The block reflector ``I - U V^T`` of the last rows, U = V T; both (m, 64)."""
 
     V: Tensor
-    T: Tensor
+    U: Tensor
 
 
 # The highest level of x86-64 (1, 3 or 4) that may be used. Tests lower it.
@@ -94,7 +94,7 @@ def leading_eigenvectors(matrix: Tensor, count: Callable[[Tensor], int]) -> tupl
     _turn_by_chasing(vectors, reflectors, factors)
     for index, panel in reversed(list(enumerate(panels))):
         rows = vectors[(index + 1) * BAND :]
-        rows.addmm_(panel.V, panel.T @ (panel.V.mT @ rows), alpha=-1)
+        rows.addmm_(panel.U, panel.V.mT @ rows, alpha=-1)
     # Where elements are equal, as in a matrix of ones, their rounding errors have one sign and add up in the norm.
     return values / scale, vectors.div_(torch.linalg.vector_norm(vectors, dim=0))
 
@@ -104,19 +104,20 @@ def _to_band(A: Tensor) -> list[Panel]:
     n, panels = len(A), list[Panel]()
     for first in range(0, n - BAND - 1, BAND):
         below = first + BAND
-        V, R, T = _panel(A[below:, first:below])
-        A[below:, first:below] = R
-        _reflect(A, below, V, V @ T)
-        panels.append(Panel(V, T))
+        panel, R = _panel(A[below:, first:below])
+        A[below : below + len(R), first:below] = R  # nothing reads the zeros below
+        _reflect(A, below, panel)
+        panels.append(panel)
     return panels
 
 
-def _panel(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return V, R and T of a QR decomposition whose Q is ``I - V T V^T``, R with as many rows as V."""
+def _panel(columns: Tensor) -> tuple[Panel, Tensor]:
+    """Return the reflectors and R of a QR decomposition, R with at most as many rows as columns."""
     packed, factors = torch.geqrf(columns)
     V = packed.mT.triu(1)[: len(factors)].mT  # its columns are contiguous: products with thin matrices run faster
     V.diagonal().fill_(1)
-    return V, packed.triu_(), _triangle(V, factors)
+    U = (_triangle(V, factors).mT @ V.mT).mT  # so are these
+    return Panel(V, U), packed[: len(factors)].triu_()
 
 
 def _triangle(V: Tensor, factors: Tensor) -> Tensor:
@@ -132,11 +133,10 @@ def _triangle(V: Tensor, factors: Tensor) -> Tensor:
     return T
 
 
-def _reflect(A: Tensor, first: int, V: Tensor, U: Tensor) -> None:
-    """Apply ``I - V T V^T``, U = V T, to both sides of the last rows and columns of A, in the lower half."""
-    n, width = len(A), max(WIDTH, len(A) // 4)
+def _reflect(A: Tensor, first: int, panel: Panel) -> None:
+    """Apply a panel's reflectors to both sides of the last rows and columns of A, in the lower half."""
+    (V, U), n, width = panel, len(A), max(WIDTH, len(A) // 4)
     blocks = [slice(max(start, first), min(start + width, n)) for start in range(first - first % width, n, width)]
-    U = U.mT.contiguous().mT  # see `_panel`
     W = torch.zeros_like(U)
     for own in blocks:
         here, rest = slice(own.start - first, own.stop - first), slice(own.stop - first, None)
@@ -146,7 +146,7 @@ def _reflect(A: Tensor, first: int, V: Tensor, U: Tensor) -> None:
             W[here].addmm_(below.mT, U[rest])
             W[rest].addmm_(below, U[here])
     W.addmm_(V, U.mT @ W, alpha=-0.5)
-    left, right = torch.cat([V, W], dim=1), torch.cat([W, V], dim=1).mT
+    left, right = torch.cat([V, W], dim=1), torch.cat([W.mT, V.mT])
     for own in blocks:
         here = slice(own.start - first, own.stop - first)
         A[own.start :, own].addmm_(left[own.start - first :], right[:, here], alpha=-1)
