@@ -2,6 +2,7 @@
 
 #include "../cpu/pages.h"
 #include "arguments.h"
+#include "r_tsvm/add_update.h"
 #include "r_tsvm/bulge_chasing.h"
 #include "r_tsvm/elect_and_sum.h"
 #include "r_tsvm/largest_magnitude.h"
@@ -202,6 +203,18 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                         threads);
       },
       py::arg("base"), py::arg("tuned"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "add_update",
+      [](const bindings::MatrixArgument& base, const bindings::MatrixArgument& update, double alpha,
+         std::uintptr_t output, int type, int threads) {
+        const py::gil_scoped_release unlocked;
+        const MatrixView base_view = bindings::matrix(base, "add_update");
+        const std::vector<MatrixView> views = bindings::matrices({update}, base_view, "add_update");
+        add_update_cpu(base_view, views[0], alpha, bindings::pointer<void>(output),
+                       bindings::element_type(type, "add_update"), threads);
+      },
+      py::arg("base"), py::arg("update"), py::arg("alpha"), py::arg("output"), py::arg("type"), py::arg("threads"));
 
   module.def(
       "spread_mask",

@@ -11,11 +11,11 @@
 #include <vector>
 
 #include "blocks.h"
-#include "dtype.h"
 #include "isa.h"
 #include "pages.h"
 #include "parallel.h"
 #include "random_words.h"
+#include "store.h"
 
 namespace r_tsvm {
 namespace {
@@ -173,37 +173,6 @@ RTSVM_INLINE void add_elected(const Real* __restrict values, int64_t n, const Fa
 template <class Real>
 RTSVM_INLINE void divide(const Real* __restrict weight, int64_t n, Real least, Real* __restrict total) {
   for (int64_t i = 0; i < n; ++i) total[i] /= std::fabs(weight[i]) <= least ? Real{1} : weight[i];
-}
-
-template <class Real>
-RTSVM_INLINE void add_update(const Real* __restrict base, const Real* __restrict update, int64_t n, Real alpha,
-                             Real* __restrict output) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Real step = alpha * update[i];
-    output[i] = step == 0 ? base[i] : base[i] + step;
-  }
-}
-
-template <class Real>
-RTSVM_INLINE void store(const Real* values, int64_t n, ElementType type, void* output, int64_t first) {
-  switch (type) {
-    case ElementType::kFloat64:
-      for (int64_t i = 0; i < n; ++i) static_cast<double*>(output)[first + i] = values[i];
-      break;
-    case ElementType::kFloat32:
-      for (int64_t i = 0; i < n; ++i) static_cast<float*>(output)[first + i] = static_cast<float>(values[i]);
-      break;
-    case ElementType::kFloat16:
-      for (int64_t i = 0; i < n; ++i) {
-        static_cast<Float16*>(output)[first + i] = to_float16(static_cast<float>(values[i]));
-      }
-      break;
-    case ElementType::kBFloat16:
-      for (int64_t i = 0; i < n; ++i) {
-        static_cast<BFloat16*>(output)[first + i] = to_bfloat16(static_cast<float>(values[i]));
-      }
-      break;
-  }
 }
 
 template <class Real>

@@ -36,7 +36,7 @@ OPTIONS = {
 # Backends that are forced, for all ops and for single ones: the plan must be that of what runs.
 ELEMENT_WISE = sorted(name for name, method in METHODS.items() if not method.matrices_only)
 SPECTRAL = sorted(METHODS.keys() - ELEMENT_WISE)
-IN_TORCH = {"consensus_ta", "pcb"}  # element-wise, and without kernels of their own on a CPU
+IN_TORCH = {"pcb"}  # element-wise; what PyTorch needs for it is more than any addition
 REFERENCES = dict.fromkeys(ops(), "torch")
 MIXED = {op: "torch" for op in ops() if op != "elect_and_sum"}
 

@@ -162,12 +162,12 @@ def test_a_method_names_the_ops_that_it_calls(name, monkeypatch):
 
 def test_the_command(checks, monkeypatch, capsys):
     monkeypatch.setattr("r_tsvm_kernels.selfcheck.check.REALISTIC", {"cpu": (32, 24)})
-    arguments = ["selfcheck", "--device", "cpu", "--op", "task_spread", "--op", "add_update"]
+    arguments = ["selfcheck", "--device", "cpu", "--op", "task_spread", "--op", "split_planes"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert store.circumstances("cpu")["sources"] in out
     (line,) = [line for line in out.splitlines() if line.startswith("task_spread")]
-    assert line.split()[1:3] == ["cpu", "passed"] and "add_update" not in out  # which has no kernel there
+    assert line.split()[1:3] == ["cpu", "passed"] and "split_planes" not in out  # which has no kernel there
     assert all(len(line) <= 100 for line in out.splitlines())
     monkeypatch.setattr(children, "run_checks", lambda *_, **__: {"task_spread": {"cpu": Verdict(False, "it broke")}})
     assert main(arguments) == 1

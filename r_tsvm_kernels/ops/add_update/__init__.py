@@ -9,7 +9,7 @@ from ... import dispatch
 from .._checks import accumulation_dtype, check_factors, check_group, check_out_dtype, numbers_of
 
 
-@dispatch.op("Sparse task vectors and elections", cuda=("triton", "torch"), small={"BLOCK": 128})
+@dispatch.op("Sparse task vectors and elections", cpu=("cpu", "torch"), cuda=("triton", "torch"), small={"BLOCK": 128})
 def add_update(
     base: Tensor,
     update: Tensor,
