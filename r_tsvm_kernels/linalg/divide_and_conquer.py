@@ -81,7 +81,7 @@ class Halves:
         """Return the eigenvectors (n, count) of the largest eigenvalues, those of larger ones last."""
         n, size = len(self.values), len(self._kept)
         wanted = self._order[n - count :]
-        rows = self.values.new_empty(count, n)  # coefficients for the columns of Q_1 and Q_2
+        rows = self.values.new_zeros(count, n)  # coefficients for the columns of Q_1 and Q_2
         of_roots = (wanted < size).nonzero()[:, 0]
         roots, others = wanted[of_roots], (wanted >= size).nonzero()[:, 0]
         if len(roots):
@@ -91,8 +91,6 @@ class Halves:
                 rows.data_ptr(), n, self._threads,
             )  # fmt: skip
         own = self._dropped[wanted[others] - size]
-        rows[:, self._dropped] = 0
-        rows[others] = 0
         rows[others, own] = 1
         turned = self._pairs[: self._rotations]
         if self._rotations:
