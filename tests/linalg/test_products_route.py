@@ -51,6 +51,19 @@ def test_the_error_estimate_is_not_too_small(kind, precision):
         assert all(part.compressed == (tolerance == 0) for part in got.parts)
 
 
+@pytest.mark.parametrize(("seed", "precision"), [(32, "fp16x3"), (133, "fp16x3"), (148, "fp16x3"), (21, "fp16")])
+def test_a_single_pair_of_close_directions_is_not_averaged_away(seed, precision):
+    """The estimates of these were a third to a fifth of the error, which one entry of the residual makes."""
+    size, rank = (300, 30) if precision == "fp16x3" else (480, 48)
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    values = torch.rand(rank, generator=generator, dtype=torch.float64).sort(descending=True).values
+    (got,) = products_subspaces(((U * values) @ V.mT).float()[None], [1], precision)
+    beside = got.Vh.mT - V[:, :1] @ (V[:, :1].mT @ got.Vh.mT)
+    error = float(torch.linalg.vector_norm(beside))
+    assert 0.2 < error / got.subspace_error < 2
+
+
 def test_heavy_heads_are_compressed_and_others_are_not():
     matrices = tasks_of("flat", 90, 90, 3)
     matrices[1] += 1e3 * torch.randn(90, 1) @ torch.randn(1, 90)

@@ -31,6 +31,10 @@ LARGEST_RATIO = 2.0**22
 # of directions was 0.1 to 3 times the estimate with the factor 1, and mostly half of it.
 ALIKE = 1.5
 
+# The same for a single pair of directions. In 1,500 matrices of a tenth of full rank, cut after 1 or 2 directions, the
+# mixing was above twice the estimate once (2.16 times), and in 5 % of them (4.9 times) without this term.
+ALONE = 2.0
+
 PROBES = 16
 
 # From this number of columns on a second solve costs more than the steps that foresee it.
@@ -301,6 +305,10 @@ def _summarize(
         if width < n:
             pairs += rank * (n - width) * (near.kept / (near.kept - beyond)) ** 2 if near.kept > beyond else math.inf
         alike = ALIKE * relative * math.sqrt(pairs / (n * rank))
+        # If one pair dominates, nothing averages, and its entry is one of the few of the second level.
+        closest = near.kept / (near.kept - near.dropped)
+        dominance = closest / math.sqrt(pairs) if pairs else 0.0
+        alike = math.hypot(alike, ALONE * dominance * relative * closest / math.sqrt(width * rank))
         subspace_error = min(alike, 2 * relative * near.kept / (near.kept - near.dropped)) + eps
         gap = near.gap
     return ProductsSubspaces(
