@@ -17,7 +17,7 @@ from .arguments import finite_number, given_batch
 from .certificate import Certificate, Mode, tolerance_of
 from .inverse_root import RANK_TOLERANCE, InverseRoot, root_of_factor, root_of_gram
 from .rounding import BACKWARD_ERROR
-from .tall_matrix import TallMatrix
+from .tall_matrix import TallMatrix, add_gram
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +96,9 @@ def _factorize(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:
         escalations = (str(failure),)
         root = root_of_factor(tall.triangular_factor(), rtol)
     P = torch.cat([root.matrix.after(tile) for _, tile in tall.tiles(torch.float64)] or [tall.matrix.double()])
-    defect = isometry_defect(root, P.mT @ P)
+    gram = P.new_empty(P.shape[1], P.shape[1])
+    add_gram(gram, P, fresh=True)
+    defect = isometry_defect(root, gram)
     certificate = Certificate(
         error=defect + root.rounding,
         orthogonality=defect,
