@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kSlice = 512;
 
 template <class Real>
-RTSVM_INLINE void add_chunk_any(const MatrixView& base, const MatrixView& update, int64_t first, int64_t end, Real alpha,
-                                void* output, ElementType type) {
+RTSVM_INLINE void add_chunk_any(const MatrixView& base, const MatrixView& update, int64_t first, int64_t end,
+                                Real alpha, void* output, ElementType type) {
   alignas(64) Real start[kSlice], step[kSlice], merged[kSlice];
   for (; first < end; first += kSlice) {
     const int64_t n = std::min(kSlice, end - first);
