@@ -57,9 +57,12 @@ def _run_wave(jobs: Sequence[Callable[[], T]], threads: int) -> list[T]:
     pool = _pool(len(jobs), share, os.getpid())
     running = [pool.submit(contextvars.copy_context().run, run, job) for job in jobs]
     try:
-        wait(running)  # if one failed, nothing must be left running
+        wait(running)
         return [future.result() for future in running]
     finally:
+        for future in running:
+            future.cancel()
+        wait(running)  # after an interrupt; nothing must be left running
         torch.set_num_threads(threads)  # sets the number for new threads; this thread's number has not changed
 
 

@@ -56,8 +56,8 @@ class Cut:
         """Estimated largest sine by which neighbours among the kept directions may be turned into each other."""
         if self.rank < 2:
             return BACKWARD_ERROR
-        gaps = (self.values[: self.rank - 1] - self.values[1 : self.rank]).clamp(min=0)
-        return float((_pair_noise(self.values)[: self.rank - 1] / gaps).amax())
+        gaps = (self._scaled[: self.rank - 1] - self._scaled[1 : self.rank]).clamp(min=0)
+        return float((_pair_noise(self._scaled)[: self.rank - 1] / gaps).amax())
 
     def error(self, allowed: float = 0.0, *, weights: Tensor | None = None, left: bool = False) -> tuple[float, bool]:
         """Estimate the sine of the angle between a subspace and the exact one, from the backward error of an SVD.
@@ -79,16 +79,12 @@ class Cut:
             return BACKWARD_ERROR, False
         if self.edge and not allowed:
             return math.inf, False
-        least = _pair_noise(self.values)[: self.rank] + self.inherent * self.values[0]
-        factors = (least if weights is None else least * weights) / self.values[0]
-        increase = 1 + (self.spread - self.inherent) * self.values[0] / least
-        sums = self._inverse_gaps
-        if left:
-            sums = torch.hypot(sums, self.values[0] / self.values[: self.rank])
+        factors = torch.ones_like(self._least) if weights is None else weights
+        sums = torch.hypot(self._mixing_sums, self._least / self._scaled[: self.rank]) if left else self._mixing_sums
         left_out = bool(allowed) and float(torch.linalg.vector_norm(factors * sums)) > allowed
-        factors *= increase
+        factors = factors * (1 + (self.spread - self.inherent) * self._scaled[0] / self._least)
         if left_out:
-            pairs = factors[:, None] * self._inverse_gaps_of_pairs(left)
+            pairs = factors[:, None] * self._mixing_of_pairs(left)
             smallest_first = pairs.flatten().sort().values.square().cumsum(0)
             kept = smallest_first[smallest_first <= allowed**2]
             rounding = float(kept[-1]) ** 0.5 if len(kept) else 0.0
@@ -97,16 +93,27 @@ class Cut:
         largest = 1.0 if weights is None else float(weights.amax())
         return math.hypot(self.measured * largest, rounding) + BACKWARD_ERROR, left_out or self.edge
 
-    def _inverse_gaps_of_pairs(self, left: bool = False) -> Tensor:
-        """Return the largest value over the gap of each pair across the cut (k, any number)."""
-        lead, rest = self.values[: self.rank, None], self.values[None, self.rank :]
-        gaps = torch.cat([lead - rest, lead], dim=1) if left else lead - rest
-        return gaps.clamp_(min=0).reciprocal_().mul_(self.values[0])
+    @cached_property
+    def _scaled(self) -> Tensor:
+        """The values over a power of two near the largest one (n,); 1 if all are 0, and so equal."""
+        largest = float(self.values[0])
+        return self.values * 2.0 ** min(-math.frexp(largest)[1], 1000) if largest else torch.ones_like(self.values)
 
     @cached_property
-    def _inverse_gaps(self) -> Tensor:
+    def _least(self) -> Tensor:
+        """The least backward error of each kept direction (k,), in the scaled unit."""
+        return _pair_noise(self._scaled)[: self.rank] + self.inherent * self._scaled[0]
+
+    def _mixing_of_pairs(self, left: bool = False) -> Tensor:
+        """Return that error over the gap of each pair across the cut (k, any number)."""
+        lead, rest = self._scaled[: self.rank, None], self._scaled[None, self.rank :]
+        gaps = torch.cat([lead - rest, lead], dim=1) if left else lead - rest
+        return self._least[:, None] / gaps.clamp_(min=0)
+
+    @cached_property
+    def _mixing_sums(self) -> Tensor:
         """The same, for each kept direction the norm over all pairs (k,)."""
-        norms: Tensor = torch.linalg.vector_norm(self._inverse_gaps_of_pairs(), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self._mixing_of_pairs(), dim=1)
         return norms
 
 
@@ -116,7 +123,7 @@ def _pair_noise(values: Tensor) -> Tensor:
     Fitted to the differences of two SVDs by LAPACK (matrices of 2 to 300 rows and many spectra, 99.9 % of them):
     entries of the backward error are like rounding spread over all directions, and larger where singular values are.
     """
-    relative = values / values[0]  # whose squares neither overflow nor vanish
+    relative = values / values[0]
     typical = values[0] * relative.square().mean() ** 0.25
     return EPS * typical * (2 + 24 * relative)
 

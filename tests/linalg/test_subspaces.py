@@ -6,6 +6,7 @@ from spectra import KINDS, spectrum
 
 from r_tsvm_kernels.errors import ConfigError, DTypeError, NonFiniteError, ShapeError
 from r_tsvm_kernels.linalg import energy_rank, leading_subspaces, truncated_svd
+from r_tsvm_kernels.linalg.rounding import Cut
 
 
 def check(matrix, rank, expected_rank, residual=1e-11):
@@ -139,3 +140,20 @@ def test_what_it_refuses():
         leading_subspaces([torch.zeros(2, 3)], [1], mode="quick")
     with pytest.raises(ShapeError, match="one shape"):
         truncated_svd([torch.zeros(2, 3), torch.zeros(3, 2)], [1, 1])
+
+
+@pytest.mark.parametrize("unit", [1e200, 1e-300, 1e-305])
+def test_estimates_do_not_depend_on_the_unit(unit):
+    generator = torch.Generator().manual_seed(0)
+    P, Q = (torch.linalg.qr(torch.randn(m, 40, generator=generator, dtype=torch.float64)).Q for m in (60, 40))
+    matrix = (P * 10 ** (-torch.arange(40, dtype=torch.float64) / 3)) @ Q.T
+    one, other = (truncated_svd(matrix * scale, 20) for scale in (1.0, unit))
+    assert other.certificate.error == pytest.approx(one.certificate.error, rel=1e-3)
+    assert other.certificate.arbitrary == one.certificate.arbitrary
+
+
+def test_estimates_of_directions_that_do_not_count():
+    assert Cut(torch.zeros(3, dtype=torch.float64), 3).error()[0] < 1e-14
+    weights = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    errors = [Cut(torch.tensor([3.0, 2.0, 1.0]).double() * unit, 2).error(weights=weights)[0] for unit in (1.0, 1e-305)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-6)
