@@ -14,7 +14,7 @@ from ..errors import ConfigError, DeviceError, DTypeError, NonFiniteError, Shape
 from .decompositions import largest_magnitude
 from .ranks import Rank
 
-# Rows and columns that show whether any of the others is zero throughout.
+# Where no row or column is zero throughout, so many columns and rows mostly show it.
 STRIP = 8
 
 
@@ -75,7 +75,7 @@ def nonzero_support(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         ([0], [1])
     """
     first = matrices[0]
-    if bool(torch.cat([(first[:, :STRIP] != 0).any(1), (first[:STRIP] != 0).any(0)]).all()):  # as mostly
+    if bool(torch.cat([(first[:, :STRIP] != 0).any(1), (first[:STRIP] != 0).any(0)]).all()):
         return torch.arange(len(first), device=first.device), torch.arange(first.shape[1], device=first.device)
     support = first != 0
     for matrix in matrices[1:]:

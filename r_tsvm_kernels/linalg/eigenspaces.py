@@ -131,8 +131,8 @@ def _decomposed(matrix: TallMatrix, choose: Choose | None = None, tolerance: flo
 
     Args:
         matrix: D.
-        choose: returns the wanted dimension. Eigenvectors that would help to resolve them are returned as well, if the
-            gap at the cut is not large.
+        choose: returns the wanted dimension. Unless the gap at the cut is wide, eigenvectors that would help to
+            resolve them are returned as well.
         tolerance: of the leading subspace.
     """
     gram = matrix.gram(torch.float64)

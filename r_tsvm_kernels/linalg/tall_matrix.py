@@ -37,8 +37,8 @@ class TallMatrix:
             matrix: any matrix.
             transposed: overrides the choice of the view.
             workspace: bytes for copies of its rows.
-            siblings: number of such matrices that a merge needs again and again. If float64 copies of all of them take
-                at most a quarter of the workspace, the copies are kept.
+            siblings: number of matrices of this shape that a merge reads again and again. If float64 copies of all of
+                them take at most a quarter of the workspace, `forget` keeps them.
 
         Raises:
             NonFiniteError: it holds NaN or infinity.
@@ -67,7 +67,7 @@ class TallMatrix:
         return [slice(first, min(m, first + height)) for first in range(0, m, height)]
 
     def tile(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return some rows, scaled, in `dtype`. A float64 tile of all rows is kept until `forget`, or longer."""
+        """Return some rows, scaled, in `dtype`. A float64 tile of all rows is kept until `forget` drops it."""
         if dtype == torch.float64 and self._wide is not None:
             return self._wide
         tile = self.matrix[rows]
@@ -79,7 +79,7 @@ class TallMatrix:
         return scaled
 
     def forget(self) -> None:
-        """Drop the copy that `tile` keeps, unless it is small."""
+        """Drop the copy that `tile` keeps, unless those of all siblings are small."""
         if not self._keeps:
             self._wide = None
 

@@ -52,7 +52,7 @@ print(json.dumps([run(**case) for case in json.loads(sys.argv[1])]))
 CASES = [
     ("", (768, 768), 3, {}),
     ("", (640, 640), 1, {"itemsize": 8}),
-    ("", (4096, 512), 2, {"workspace": 16 << 20}),
+    ("rows", (4096, 512), 2, {"workspace": 16 << 20}),
     ("", (512, 512), 3, {"solver": "products"}),
     ("", (768, 768), 3, {"ranks": [60, 60, 60]}),
     ("rows", (16384, 256), 2, {"workspace": 16 << 20}),
@@ -78,7 +78,7 @@ def test_measured_memory_is_below_the_bound(found, case):
     given = arguments(*case)
     spoil, shape = given.pop("spoil"), given.pop("shape")
     bound, got = tsv_merge_bytes(shape, **given), found[str(case)]
-    assert bound / 5 < got["growth"] < bound
+    assert bound / 4 < got["growth"] < bound
     if spoil in ("subspaces", "merge"):
         assert got["route"] == "svd-float64"
 

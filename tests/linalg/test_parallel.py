@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 
@@ -25,11 +27,17 @@ def test_results_in_order_and_threads_shared():
 
 
 def test_threads_are_kept_but_not_by_a_fork(monkeypatch):
+    both = threading.Barrier(2, timeout=60)
+
+    def thread():
+        both.wait()  # so that no thread does both jobs
+        return threading.get_ident()
+
     with torch_threads(2):
-        first, again = (set(run_concurrently([threading.get_ident] * 2, 999, CPU)) for _ in range(2))
-        assert first & again
+        first, again = (set(run_concurrently([thread] * 2, 999, CPU)) for _ in range(2))
+        assert first == again
         monkeypatch.setattr("os.getpid", lambda: -1)  # a fork has another number, and none of the threads
-        assert first.isdisjoint(run_concurrently([threading.get_ident] * 2, 999, CPU))
+        assert first.isdisjoint(run_concurrently([thread] * 2, 999, CPU))
 
 
 def test_jobs_see_the_callers_context():
@@ -53,6 +61,25 @@ def test_an_error_comes_through():
             run_concurrently([fail, lambda: time.sleep(0.1) or ended.append(1)], 999, CPU)
         assert ended  # nothing is left running
         assert torch.get_num_threads() == 2
+
+
+INTERRUPT = """
+import signal, threading, time, torch
+from r_tsvm_kernels.linalg.parallel import run_concurrently
+torch.set_num_threads(2)
+ended = []
+threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+try:
+    run_concurrently([lambda: time.sleep(1) or ended.append(1)] * 2, 999, torch.device("cpu"))
+except KeyboardInterrupt:
+    print("interrupted", ended)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_an_interrupt_waits_for_jobs_that_run():
+    ran = subprocess.run([sys.executable, "-c", INTERRUPT], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "interrupted [1, 1]\n"
 
 
 def test_the_solver_gives_the_same_result():

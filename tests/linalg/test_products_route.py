@@ -53,7 +53,7 @@ def test_the_error_estimate_is_not_too_small(kind, precision):
 
 @pytest.mark.parametrize(("seed", "precision"), [(32, "fp16x3"), (133, "fp16x3"), (148, "fp16x3"), (21, "fp16")])
 def test_a_single_pair_of_close_directions_is_not_averaged_away(seed, precision):
-    """The estimates of these were a third to a fifth of the error, which one entry of the residual makes."""
+    """Without a term for that pair, these estimates are a fifth to a third of the error."""
     size, rank = (300, 30) if precision == "fp16x3" else (480, 48)
     generator = torch.Generator().manual_seed(seed)
     U, V = (torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q for _ in range(2))
