@@ -4,16 +4,18 @@ import sys
 
 import pytest
 
+# Of 4 KiB, in the five blocks of 4 MiB that are written.
+PAGES = 5 * 1024
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from r_tsvm_kernels.linalg.heap import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-def touch():  # 20 MiB in blocks of 4
+keep_freed_memory()
+def touch():
     return [torch.ones(1 << 20) for _ in range(5)]
-touch()
+for _ in range(5):
+    touch()  # glibc finds places for the blocks
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(50):
     touch()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -24,8 +26,5 @@ def test_freed_memory_is_taken_again_without_page_faults(monkeypatch):
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.delenv(name, raising=False)
     run = [sys.executable, "-c", FAULTS]
-    kept, given_back = (
-        int(subprocess.run([*run, word], capture_output=True, text=True, check=True, timeout=60).stdout)
-        for word in ("keep", "give back")
-    )
-    assert kept < given_back / 4
+    faults = int(subprocess.run(run, capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert faults < 0.02 * 50 * PAGES  # without the call mostly 0.8 of all
