@@ -7,6 +7,7 @@
 #include "r_tsvm/elect_and_sum.h"
 #include "r_tsvm/largest_magnitude.h"
 #include "r_tsvm/magnitude_ranks.h"
+#include "r_tsvm/panel_reflectors.h"
 #include "r_tsvm/random_mask.h"
 #include "r_tsvm/ranked_mask.h"
 #include "r_tsvm/secular_equation.h"
@@ -240,6 +241,17 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                           bindings::magnitude_select_output(output), threads);
       },
       py::arg("base"), py::arg("tuned"), py::arg("keep_of"), py::arg("output"), py::arg("threads"));
+
+  module.def(
+      "panel_reflectors",
+      [](std::uintptr_t columns, int64_t m, int64_t stride, std::uintptr_t V, std::uintptr_t U, int64_t height,
+         int level) {
+        const py::gil_scoped_release unlocked;
+        panel_reflectors_cpu(bindings::pointer<double>(columns), m, stride, bindings::pointer<double>(V),
+                             bindings::pointer<double>(U), height, level);
+      },
+      py::arg("columns"), py::arg("m"), py::arg("stride"), py::arg("V"), py::arg("U"), py::arg("height"),
+      py::arg("level"));
 
   module.def(
       "chase_bulges",

@@ -11,7 +11,7 @@
 namespace r_tsvm {
 namespace {
 
-// Sums of squares below this are inexact, and nothing beside a matrix of norm 1.
+// Sums of squares below this are inexact, and nothing beside a matrix whose largest element is near 1.
 constexpr double kNegligible = 0x1p-900;
 
 // So many reflectors are applied to a vector at once, and to so many vectors, of which all rows fit into an L2 cache.

@@ -199,9 +199,13 @@ class EigenMerge:
         core = self.core.to(dtype)
         first = 0
         for image in self.images.tiles():
-            rows = slice(first, first + len(image))
-            target[rows] = (self.to_polar.after(image).to(dtype) @ core).mul_(self.unit)
-            first = rows.stop
+            part = target[first : first + len(image)]
+            polar = self.to_polar.after(image).to(dtype)
+            if dtype == target.dtype:
+                torch.mm(polar, core, out=part).mul_(self.unit)
+            else:
+                part.copy_((polar @ core).mul_(self.unit))
+            first += len(image)
 
 
 def merge_by_eigenvalues(

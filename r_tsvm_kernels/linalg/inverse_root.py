@@ -47,7 +47,7 @@ class SplitMatrix:
     Attributes:
         bulk: (k, n) float64, or float32 if the rest of the matrix is small enough for it.
         left: (k, j) float64.
-        right: (j, n) float64.
+        right: (j, n) float64, orthonormal rows, which the bulk maps to zero up to its rounding.
     """
 
     bulk: Tensor
@@ -57,11 +57,7 @@ class SplitMatrix:
     def row_norms(self) -> Tensor:
         """Return the norms of the rows (k,), float64."""
         norms: Tensor = torch.linalg.vector_norm(self.bulk, dim=1).double()
-        if not self.left.shape[1]:
-            return norms
-        across = (self.bulk @ self.right.mT.to(self.bulk.dtype)).double()
-        squares = norms.square() + ((2 * across + self.left @ (self.right @ self.right.mT)) * self.left).sum(1)
-        return squares.clamp(min=0).sqrt()
+        return torch.hypot(norms, torch.linalg.vector_norm(self.left, dim=1))
 
     @classmethod
     def whole(cls, matrix: Tensor) -> SplitMatrix:
@@ -165,9 +161,7 @@ def root_of_gram_float32(gram: Tensor) -> InverseRoot:
     if largest <= 0 or cut > FEW * len(values):
         raise ConvergenceError(f"gram-float32: {cut} of {len(values)} eigenvalues of the basis are small")
     rest, kept = Q[:, cut:], values[cut:]
-    scaled = rest * kept.rsqrt().sqrt()
-    bulk, smallest = torch.empty_like(Q), float(kept[0])
-    add_gram(bulk, scaled.mT, fresh=True)
+    smallest = float(kept[0])
     V = left = gram[:, :0]
     if cut:
         small, V = _small_eigenspace(gram, Q[:, :cut], rest, kept)
@@ -177,11 +171,10 @@ def root_of_gram_float32(gram: Tensor) -> InverseRoot:
                 f"gram-float32: an eigenvalue of the basis is {smallest / largest:.0e} of the largest"
             )
         left = V * small.rsqrt()
-        # The range of the bulk is the complement of V, up to rounding.
         narrow = V.float()
-        leak = bulk @ narrow
-        leak.addmm_(narrow, narrow.mT @ leak, alpha=-0.5)
-        bulk.addmm_(torch.cat([leak, narrow], dim=1), torch.cat([narrow, leak], dim=1).mT, alpha=-1)
+        rest.addmm_(narrow, narrow.mT @ rest, alpha=-1)
+    bulk = torch.empty_like(Q)
+    add_gram(bulk, rest.mul_(kept.rsqrt().sqrt()).mT, fresh=True)
     root = (largest / smallest) ** 0.5
     matrix = SplitMatrix(bulk, left, V.mT)
     return InverseRoot(
@@ -202,11 +195,11 @@ def _small_eigenspace(gram: Tensor, lowest: Tensor, rest: Tensor, kept: Tensor) 
     To first order the basis lacks ``rest^T G V / (kept - values)`` of each other eigenvector. The quotient is limited
     if eigenvalues on both sides of the cut are close: mixing those hardly changes the root.
     """
-    V = cholesky_whitened(lowest.double())
+    V = lowest.double()
     image = gram @ V
-    inner = V.mT @ image
-    residual = (image - V @ inner).float()
-    gaps = kept[:, None] - inner.diagonal().float()
+    values = (V * image).sum(0)
+    residual = (image - V * values).float()
+    gaps = kept[:, None] - values.float()
     mixing = (rest.mT @ residual) / gaps.clamp(min=float(kept[0]) / 8)
     V = cholesky_whitened(V - (rest @ mixing).double())
     small, rotation = eigh(V.mT @ (gram @ V))

@@ -133,7 +133,7 @@ class TallMatrix:
 
 
 def add_gram(total: Tensor, X: Tensor, *, fresh: bool = False) -> None:
-    """Add ``X^T X`` to a symmetric `total`, by blocks of columns; those below the diagonal are mirrored.
+    """Add ``X^T X`` to a symmetric `total`, by blocks of columns; those above the diagonal are mirrored.
 
     Args:
         total: (n, n)
@@ -145,7 +145,7 @@ def add_gram(total: Tensor, X: Tensor, *, fresh: bool = False) -> None:
     width = 128 if n <= 512 else max(192, n // 8 // 64 * 64)
     for first in range(0, n, width):
         own, rest = slice(first, first + width), slice(first, n)
-        total[own, rest].addmm_(X[:, own].mT, X[:, rest], beta=0 if fresh else 1)
+        total[rest, own].addmm_(X[:, rest].mT, X[:, own], beta=0 if fresh else 1)
     for first in range(width, n, width):
-        above, own = slice(0, first), slice(first, first + width)
-        total[own, above] = total[above, own].mT
+        before, own = slice(0, first), slice(first, first + width)
+        total[before, own] = total[own, before].mT

@@ -30,11 +30,14 @@ WIDTH = 256
 
 
 class Panel(NamedTuple):
-    """The block reflector ``I - U V^T`` of the last rows, U = V T; both (m, 64)."""
+    """The block reflector ``I - U V^T`` of the last m rows; both (m, 64)."""
 
     V: Tensor
     U: Tensor
 
+
+# A matrix whose largest magnitude is farther from 1 is scaled: squares must neither overflow nor vanish.
+FAR = 2.0**64
 
 # The highest level of x86-64 (1, 3 or 4) that may be used. Tests lower it.
 LEVEL = 4
@@ -84,8 +87,11 @@ def leading_eigenvectors(matrix: Tensor, count: Callable[[Tensor], int]) -> tupl
         values = matrix.diagonal().clone()
         vectors = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
         return values, vectors[:, n - count(values) :]
-    scale = 2.0 ** -math.frexp(largest)[1]
-    panels = _to_band(matrix.mul_(scale))
+    scale = 1.0
+    if not 1 / FAR <= largest <= FAR:
+        scale = 2.0 ** -math.frexp(largest)[1]
+        matrix.mul_(scale)
+    panels = _to_band(matrix)
     band = _lower_band(matrix)
     reflectors, factors = _chase(band, n)
     diagonal, beside = band[:n, 0].clone(), band[: n - 1, 1].clone()
@@ -104,33 +110,23 @@ def _to_band(A: Tensor) -> list[Panel]:
     n, panels = len(A), list[Panel]()
     for first in range(0, n - BAND - 1, BAND):
         below = first + BAND
-        panel, R = _panel(A[below:, first:below])
-        A[below : below + len(R), first:below] = R  # nothing reads the zeros below
+        panel = _panel(A[below:, first:below])  # nothing reads the zeros below R
         _reflect(A, below, panel)
         panels.append(panel)
     return panels
 
 
-def _panel(columns: Tensor) -> tuple[Panel, Tensor]:
-    """Return the reflectors and R of a QR decomposition, R with at most as many rows as columns."""
-    packed, factors = torch.geqrf(columns)
-    V = packed.mT.triu(1)[: len(factors)].mT  # its columns are contiguous: products with thin matrices run faster
-    V.diagonal().fill_(1)
-    U = (_triangle(V, factors).mT @ V.mT).mT  # so are these
-    return Panel(V, U), packed[: len(factors)].triu_()
-
-
-def _triangle(V: Tensor, factors: Tensor) -> Tensor:
-    """Return T, upper triangular, for which ``I - V T V^T`` is the product of the reflectors ``I - f v v^T``.
-
-    Its inverse is the upper half of ``V^T V``, with ``1 / f`` on the diagonal. A reflector with f = 0 has no part in
-    it.
-    """
-    idle = factors == 0
-    inverse = (V.mT @ V).triu_(1).masked_fill_(idle | idle[:, None], 0)
-    inverse.diagonal().copy_(torch.where(idle, 1.0, factors).reciprocal())
-    T: Tensor = torch.linalg.solve_triangular(inverse, (~idle).to(V.dtype).diag(), upper=True)
-    return T
+def _panel(columns: Tensor) -> Panel:
+    """Return the reflectors of a QR decomposition; R takes the place of the first rows."""
+    m = len(columns)
+    # Columns are contiguous, for products with thin matrices, and an odd number of cache lines apart: otherwise some
+    # would share a few places in a cache.
+    height = 8 * (-(-m // 8) | 1)
+    V, U = columns.new_empty(2, BAND, height)
+    backends.native("cpu").panel_reflectors(
+        columns.data_ptr(), m, columns.stride(0), V.data_ptr(), U.data_ptr(), height, LEVEL
+    )
+    return Panel(V.mT[:m], U.mT[:m])
 
 
 def _reflect(A: Tensor, first: int, panel: Panel) -> None:
