@@ -5,7 +5,7 @@ V_t are the leading right singular vectors of the task matrix D_t, and ``Y = [D_
 1. `Images.gram`: ``Y^T Y``, whose diagonal blocks give the Cholesky factors ``R = blockdiag(R_t)``. The concatenated
    left basis is ``U = Y R^-1``; it is never stored.
 2. `whiten`: the inverse roots of ``U^T U`` and ``V^T V``, which turn both bases into their polar factors.
-3. `join_cores`: ``blockdiag(w_t R_t) (V^T V)^(-1/2) V^T``, the weighted cores times ``polar(V)^T``.
+3. `WeightedCores.times`: ``blockdiag(w_t R_t) (V^T V)^(-1/2) V^T``, the weighted cores times ``polar(V)^T``.
 4. `EigenMerge.write`: ``Y (R^-1 (U^T U)^(-1/2))``, which is ``polar(U)``, times that, by tiles of rows.
 """
 
@@ -74,23 +74,21 @@ class Images:
         m, columns = self.matrices[0].shape[0], self.blocks[-1].stop
         keep = 8 * m * columns <= self.matrices[0].workspace // 2
         kept = []
-        total = self.parts[0].V.new_zeros(columns, columns)
-        for image in self.tiles():
-            for block in self.blocks:
-                add_gram(total[block, block], image[:, block])
-            self.add_across(total, image)
+        total = self.parts[0].V.new_empty(columns, columns)
+        for number, image in enumerate(self.tiles()):
+            add_gram(total, image, fresh=number == 0)
             if keep:
                 kept.append(image)
         self._kept = kept if keep else None
         return total
 
-    def add_across(self, total: Tensor, basis: Tensor) -> Tensor:
-        """Add the products of different tasks in ``basis^T basis`` to `total`: one product for both triangles."""
+    def gram_of_bases(self, basis: Tensor) -> Tensor:
+        """Return ``basis^T basis`` of orthonormal bases side by side, one for each task."""
+        total = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
         for block in self.blocks:
-            rest = slice(block.stop, total.shape[1])
-            product = basis[:, block].mT @ basis[:, rest]
-            total[block, rest] += product
-            total[rest, block] += product.mT
+            rest = slice(block.stop, len(total))
+            torch.mm(basis[:, rest].mT, basis[:, block], out=total[rest, block])
+            total[block, rest] = total[rest, block].mT
         return total
 
 
@@ -145,9 +143,9 @@ class Triangles:
         return solution
 
     def cores(self) -> list[Tensor]:
-        """Return the R_t, which are the cores of the tasks."""
+        """Return the R_t, which are the cores of the tasks; of a diagonal one its diagonal."""
         lengths = [self.lengths[block] for block in self.blocks]
-        return [own.diag() if R is None else R * own for R, own in zip(self.factors, lengths, strict=True)]
+        return [own if R is None else R * own for R, own in zip(self.factors, lengths, strict=True)]
 
     def left_factor(self, images: Images) -> Tensor:
         """Return the triangular factor of the concatenated left basis ``Y R^-1``, tile by tile."""
@@ -279,7 +277,7 @@ def prepare(
     del scaled  # 8 k^2 bytes
     left, right = whitening.left, whitening.right
     to_polar = left.root.matrix.map_rows(lambda x: triangles.solve(x) / triangles.lengths[:, None].to(x.dtype))
-    core = join_cores(weighted, right, V, images.blocks)
+    core = weighted.times(right.root.matrix.after(V).mT)
     shrunk = weighted.norm_between(left, right)
     routes = {part.route for part in parts}
     reasons = [*escalations, *whitening.escalations, *(reason for part in parts for reason in part.escalations)]
@@ -344,8 +342,7 @@ def whiten(
     """
     ranks = [block.stop - block.start for block in images.blocks]
     left_gram = triangles.solve(triangles.solve(scaled, True).mT, True).mT
-    right_gram = images.add_across(V.new_zeros(len(scaled), len(scaled)), V)
-    right_gram.diagonal()[:] = 1  # the basis of a single task is already orthonormal
+    right_gram = images.gram_of_bases(V)
     interference = interference_of_gram(left_gram, ranks), interference_of_gram(right_gram, ranks)
     single = images.matrices[0].matrix.dtype == torch.float32
     pair = ranks[0] if len(ranks) == 2 and all(ranks) else 0
@@ -391,15 +388,6 @@ def _find_root(
     except ConvergenceError as failure:
         R = factor()
         return Side.measured(root_of_factor(R), probes, (R.mT, R)), (*escalations, str(failure))
-
-
-def join_cores(cores: WeightedCores, right: Side, V: Tensor, blocks: Sequence[slice]) -> Tensor:
-    """Return ``blockdiag(w_t R_t) polar(V)^T`` (k, n), over the unit of the cores."""
-    polar = right.root.matrix.after(V).mT
-    joined = torch.empty_like(polar)
-    for core, block in zip(cores.blocks, blocks, strict=True):
-        torch.matmul(core.to(polar.dtype), polar[block], out=joined[block])
-    return joined
 
 
 def _cholesky(gram: Tensor) -> Tensor:

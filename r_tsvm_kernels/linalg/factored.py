@@ -152,7 +152,7 @@ def merge_factored(
     numbers = given_ranks(ranks, len(matrices), "merge_factored")
     factors = given_weights(weights, len(matrices), "merge_factored")
     found = [leading_triplets(matrix, rank) for matrix, rank in zip(matrices, numbers, strict=True)]
-    cores = WeightedCores([torch.diag(part.S) for part in found], factors)
+    cores = WeightedCores([part.S for part in found], factors)
     bases = polar_pair(
         [part.U for part in found],
         [part.Vh.mT for part in found],

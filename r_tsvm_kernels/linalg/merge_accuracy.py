@@ -52,7 +52,7 @@ class WeightedCores:
 
     Attributes:
         unit: a power of two near the largest Frobenius norm of one of them; 1 if all are zero.
-        blocks: T matrices (k_t, k_t), over `unit`.
+        blocks: T matrices (k_t, k_t), over `unit`; of a diagonal matrix its diagonal (k_t,).
         dominance: bound of the largest singular value of C, as a share of its Frobenius norm: the largest effect of an
             error of a single direction of the polar factors on the merged matrix.
     """
@@ -67,9 +67,16 @@ class WeightedCores:
         self.dominance = max(map(_largest, self.blocks), default=0.0) / total if total else 1.0
 
     def times(self, z: Tensor, transposed: bool = False) -> Tensor:
-        """Return ``C z``, or ``C^T z``, over `unit`."""
-        parts = torch.split(z, [len(core) for core in self.blocks])
-        return torch.cat([(C.mT if transposed else C) @ part for C, part in zip(self.blocks, parts, strict=True)])
+        """Return ``C z``, or ``C^T z``, over `unit`, in the dtype of z."""
+        product, first = torch.empty_like(z), 0
+        for block in self.blocks:
+            rows, C = slice(first, first + len(block)), block.to(z.dtype)
+            if C.dim() == 1:
+                torch.mul(C[:, None], z[rows], out=product[rows])
+            else:
+                torch.mm(C.mT if transposed else C, z[rows], out=product[rows])
+            first = rows.stop
+        return product
 
     def norm_between(self, left: Side, right: Side) -> float:
         """Return the norm of the merged matrix as a share of the norm of C, at least `CANCELLED`."""
@@ -152,9 +159,11 @@ def merge_certificate(
 
 
 def _largest(core: Tensor) -> float:
-    """Bound the largest singular value of a nearly diagonal matrix."""
-    rows, columns = core.abs().sum(1), core.abs().sum(0)
-    return float((rows.amax() * columns.amax()).sqrt()) if core.numel() else 0.0
+    """Return the largest singular value of a diagonal matrix, given its diagonal, or a bound of a nearly diagonal's."""
+    sizes = core.abs()
+    if not core.numel():
+        return 0.0
+    return float(sizes.amax() if core.dim() == 1 else (sizes.sum(1).amax() * sizes.sum(0).amax()).sqrt())
 
 
 @dataclass(frozen=True)

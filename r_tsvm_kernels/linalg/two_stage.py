@@ -53,7 +53,7 @@ def two_stage_pays(n: int, device: torch.device) -> bool:
         device.type == "cpu"
         and n >= LARGE
         and backends.state("cpu") == backends.READY
-        and hasattr(backends.native("cpu"), "chase_bulges")  # an older build lacks it
+        and hasattr(backends.native("cpu"), "panel_reflectors")  # an older build lacks it
     )
 
 

@@ -158,18 +158,18 @@ def test_split_matrix():
     assert torch.allclose(mapped.after(x).double(), x @ square.double() @ dense, atol=1e-4)
 
 
-@pytest.mark.parametrize("thin", [0, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_row_norms_are_those_of_the_whole_matrix(dtype, thin):
-    # The thin part is neither orthogonal to the bulk nor symmetric here.
-    bulk = torch.randn(40, 40).to(dtype)
-    left, right = torch.randn(40, thin).double() * 10, torch.randn(thin, 40).double()
-    split = SplitMatrix(bulk, left, right)
-    wanted = torch.linalg.vector_norm(bulk.double() + left @ right, dim=1)
-    torch.testing.assert_close(split.row_norms(), wanted, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
-
-
-def test_row_norms_where_both_parts_cancel():
-    left = torch.randn(40, 3, dtype=torch.float64)
-    split = SplitMatrix(-(left @ left.mT), left, left.mT)
-    assert 0 <= float(split.row_norms().amax()) < 1e-6
+@pytest.mark.parametrize("n", [250, 301, 360])
+@pytest.mark.parametrize("ranks", [(125, 125), (80, 80, 80)], ids=str)
+def test_row_norms_are_those_of_the_whole_matrix(ranks, n):
+    X = concatenated(n, ranks)
+    gram = X.mT @ X
+    roots = [root_of_gram_float32(gram), root_of_gram(gram)]
+    if len(ranks) == 2:
+        roots += [root_of_pair(gram, ranks[0], single) for single in (True, False)]
+    exact = torch.linalg.vector_norm(torch.linalg.pinv(X) @ published.polar(X), dim=1)
+    for root in roots:
+        split = root.matrix
+        whole = torch.linalg.vector_norm(split.bulk.double() + split.left @ split.right, dim=1)
+        torch.testing.assert_close(split.row_norms(), whole, rtol=1e-5, atol=0)
+        torch.testing.assert_close(root.sensitivity, 2 * exact, rtol=1e-4, atol=0)
+    assert n > 350 or any(root.matrix.left.shape[1] for root in roots)  # there are small eigenvalues

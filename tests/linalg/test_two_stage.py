@@ -87,6 +87,42 @@ def test_every_instruction_set(monkeypatch, level):
         check(with_spectrum(torch.linspace(-1, 1, n)), n // 2)
 
 
+PANELS = {
+    "random": lambda x: x,
+    "equal columns": lambda x: x[:, :1].expand(-1, 64) + 0,
+    "zero columns": lambda x: x.index_fill(1, torch.arange(0, 64, 3), 0),
+    "triangular": lambda x: x.triu(),
+    "small": lambda x: x * 1e-170,
+    "far apart": lambda x: x * torch.logspace(0, -160, 64, dtype=torch.float64),
+    "zero": lambda x: x * 0,
+}
+
+
+@pytest.mark.parametrize("kind", PANELS)
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 63, 64, 65, 100, 520, 1030])
+@pytest.mark.parametrize("level", [1, 3, 4])
+def test_reflectors_of_a_panel(monkeypatch, level, m, kind):
+    monkeypatch.setattr(two_stage, "LEVEL", level)
+    generator = torch.Generator().manual_seed(m)
+    columns = PANELS[kind](torch.randn(m, 64, generator=generator, dtype=torch.float64) / max(m, 64) ** 0.5)
+    whole = torch.full((m, 70), 7.0, dtype=torch.float64)
+    whole[:, 3:67] = columns
+    V, U = two_stage._panel(whole[:, 3:67])
+    assert V.shape == U.shape == (m, 64)
+    assert torch.equal(whole[:, :3], torch.full((m, 3), 7.0)) and torch.equal(whole[:, 67:], torch.full((m, 3), 7.0))
+    R = whole[:64, 3:67]
+    assert torch.equal(R, R.triu()) and torch.equal(V, V.tril())
+    diagonal = V.diagonal()
+    assert torch.equal(diagonal, (U != 0).any(0)[: len(diagonal)].double())
+    Q = torch.eye(m, dtype=torch.float64) - U @ V.mT
+    assert largest(Q.mT @ Q - torch.eye(m, dtype=torch.float64)) <= 1e-14
+    lengths = torch.linalg.vector_norm(columns, dim=0)
+    wrong = torch.linalg.vector_norm(Q[:, : len(R)] @ R - columns, dim=0)
+    assert bool((wrong <= 1e-14 * lengths + 2.0**-449).all())  # shorter columns are not reduced
+    if kind == "random":  # of full rank: R is unique but for signs
+        assert largest(R.abs() - torch.geqrf(columns)[0][: len(R)].triu().abs()) <= 1e-14
+
+
 def structured(kind, n=200):
     if kind == "zero":
         return torch.zeros(n, n, dtype=torch.float64)
