@@ -61,7 +61,7 @@ def drawn(shape, probability, seed, task, name="w"):
 def lapack_alone():
     """Do without the eigensolver of two stages, which needs less memory than LAPACK: bounds are for both."""
     with ExitStack() as stack:
-        for name in ("eigenspaces", "leading_right_vectors", "two_stage"):
+        for name in ("leading_right_vectors", "two_stage"):
             module = import_module(f"r_tsvm_kernels.linalg.{name}")
-            stack.enter_context(patch.object(module, "two_stage_pays", lambda n, device: False))
+            stack.enter_context(patch.object(module, "two_stage_runs", lambda device: False))
         yield

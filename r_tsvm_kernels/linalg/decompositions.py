@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..errors import ConvergenceError, NonFiniteError, RtsvmError
 
+# Below this norm, squares that count may vanish; above its inverse they overflow.
+SQUARES_ARE_LOST = 2.0**-400
+
 _LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
@@ -43,6 +46,9 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def frobenius_norm(matrix: Tensor) -> float:
     """Return the Frobenius norm in float64, without overflow or underflow of the squares."""
+    norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    if SQUARES_ARE_LOST < norm < 1 / SQUARES_ARE_LOST:
+        return norm
     scaled, power = near_one(matrix)
     return math.ldexp(1.0, power - 24) * float(torch.linalg.vector_norm(scaled)) * 2.0**24
 

@@ -135,6 +135,9 @@ def _decomposed(matrix: TallMatrix, choose: Choose | None = None, tolerance: flo
             resolve them are returned as well.
         tolerance: of the leading subspace.
     """
+    if matrix.eigenvectors is not None:
+        values, Q = matrix.eigenvectors
+        return values.clamp(min=0), Q.clone()
     gram = matrix.gram(torch.float64)
     if choose is None or not two_stage_pays(len(gram), gram.device):
         values, Q = eigh(gram)

@@ -275,13 +275,19 @@ def root_of_gram(gram: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
     Raises:
         ConvergenceError: an eigenvalue may or may not be zero, or is inexact; or the decomposition failed.
     """
-    if gram.shape[0] == 0:
-        return _zero_root(gram, "gram-float64")
-    values, Q = every_eigenvector(gram)
-    largest = float(values[-1])
+    return root_of_eigenvectors(*every_eigenvector(gram), rtol)
+
+
+def root_of_eigenvectors(values: Tensor, Q: Tensor, rtol: float = RANK_TOLERANCE) -> InverseRoot:
+    """Return the inverse root of a Gram matrix, given its eigenvalues (k,), rising, and eigenvectors (k, k), float64.
+
+    Raises:
+        ConvergenceError: as `root_of_gram`.
+    """
+    largest = float(values[-1]) if len(values) else 0.0
     if largest <= 0:
-        return _zero_root(gram, "gram-float64")
-    rounding = 8 * len(values) ** 0.5 * torch.finfo(gram.dtype).eps
+        return _zero_root(Q, "gram-float64")
+    rounding = 8 * len(values) ** 0.5 * torch.finfo(values.dtype).eps
     doubtful = (values > rounding * largest) & (values < max(RESOLVED, 100 * rtol**2) * largest)
     if bool(doubtful.any()) or not float(values[0]) >= -rounding * largest:
         raise ConvergenceError(f"gram-float64: a singular value of the basis is {_smallest(values, doubtful):.0e} of 1")

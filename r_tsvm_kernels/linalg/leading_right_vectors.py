@@ -15,7 +15,7 @@ from .eigenspaces import ForeseenError, gram_float32, gram_float64
 from .ranks import Rank
 from .rounding import BACKWARD_ERROR, Cut
 from .tall_matrix import TallMatrix
-from .two_stage import two_stage_pays
+from .two_stage import two_stage_runs
 
 # From cheap to exact. If a result misses its tolerance, the next route computes it again.
 ROUTES = ("gram-float32", "gram-float64", "svd-float64")
@@ -99,13 +99,13 @@ def right_vectors(matrix: TallMatrix, rank: Rank, mode: str, routes: Sequence[st
 def first_routes(matrix: Tensor, rank: Rank) -> Sequence[str]:
     """Return the routes to try for a tall matrix.
 
-    On small ones float32 saves no time, and small singular values are inaccurate. On large ones the leading
+    On small ones float32 saves no time, and small singular values are inaccurate. With the native module, the leading
     eigenvectors alone in float64 are found sooner than all in float32.
     """
     n = matrix.shape[1]
     if n <= TINY:
         return EXACT
-    return ROUTES if n >= SMALL and isinstance(rank, int) and not two_stage_pays(n, matrix.device) else ROUTES[1:]
+    return ROUTES if n >= SMALL and isinstance(rank, int) and not two_stage_runs(matrix.device) else ROUTES[1:]
 
 
 def _solve(matrix: TallMatrix, rank: Rank, mode: str, route: str) -> RightVectors:

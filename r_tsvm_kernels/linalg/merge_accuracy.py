@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from .decompositions import frobenius_norm
 from .interference import interference_of_gram
 from .inverse_root import PROBES, InverseRoot, root_of_factor, root_of_gram
 from .on_device import gaussian
+from .parallel import run_concurrently
 from .rounding import BACKWARD_ERROR, Cut
+from .tall_matrix import add_gram
 
 # Largest number of columns of the bases for which the cost of the SVD of a triangular factor is negligible.
 SMALL = 256
@@ -214,17 +217,9 @@ def polar_pair(
     ranks = [basis.shape[1] for basis in lefts]
     bases = torch.cat(list(lefts), dim=1), torch.cat(list(rights), dim=1)
     z = gaussian(sum(ranks), PROBES, bases[0].device)
-    sides, overlaps = [], []
-    for basis, probes in zip(bases, (cores.times(z), cores.times(z, transposed=True)), strict=True):
-        gram = basis.mT @ basis
-        overlaps.append(interference_of_gram(gram, ranks))
-        with suppress(ConvergenceError):
-            if len(gram) > SMALL:
-                sides.append(Side.measured(root_of_gram(gram), probes, (gram,)))
-                continue
-        R = torch.linalg.qr(basis, mode="r").R
-        sides.append(Side.measured(root_of_factor(R), probes, (R.mT, R)))
-    left, right = sides
+    probes = cores.times(z), cores.times(z, transposed=True)
+    solves = [partial(_whiten, *side, ranks) for side in zip(bases, probes, strict=True)]
+    (left, overlap), (right, other) = run_concurrently(solves, sum(ranks), z.device)
     certificate = merge_certificate(
         cuts,
         left,
@@ -239,4 +234,16 @@ def polar_pair(
     )
     certificate.require()
     factors = left.root.matrix.after(bases[0]), right.root.matrix.after(bases[1])
-    return PolarPair(*factors, certificate, (overlaps[0], overlaps[1]))
+    return PolarPair(*factors, certificate, (overlap, other))
+
+
+def _whiten(basis: Tensor, probes: Tensor, ranks: Sequence[int]) -> tuple[Side, float]:
+    """Return the inverse root of ``basis^T basis`` by the cheapest route, and the overlap of the tasks' bases."""
+    gram = basis.new_empty(basis.shape[1], basis.shape[1])
+    add_gram(gram, basis, fresh=True)
+    overlap = interference_of_gram(gram, ranks)
+    with suppress(ConvergenceError):
+        if len(gram) > SMALL:
+            return Side.measured(root_of_gram(gram), probes, (gram,)), overlap
+    R = torch.linalg.qr(basis, mode="r").R
+    return Side.measured(root_of_factor(R), probes, (R.mT, R)), overlap

@@ -11,8 +11,6 @@ from typing import TypeVar
 
 import torch
 
-from .heap import keep_freed_memory
-
 T = TypeVar("T")
 
 # From this many rows on, the decomposition of a square matrix takes longer than starting a thread.
@@ -30,7 +28,6 @@ def run_concurrently(jobs: Sequence[Callable[[], T]], size: int, device: torch.d
         size: of the matrices they decompose; small ones run in sequence.
         device: where they compute; on devices other than a CPU they run in sequence.
     """
-    keep_freed_memory()
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads < 2 or size < WORTH_A_THREAD:
         return [job() for job in jobs]

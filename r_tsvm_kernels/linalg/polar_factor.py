@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import overload
 
@@ -15,8 +16,10 @@ from ..foreign_devices import on_own_device
 from ..text import kind_of
 from .arguments import finite_number, given_batch
 from .certificate import Certificate, Mode, tolerance_of
-from .inverse_root import RANK_TOLERANCE, InverseRoot, root_of_factor, root_of_gram
+from .inverse_root import RANK_TOLERANCE, InverseRoot, root_of_eigenvectors, root_of_factor, root_of_gram
+from .ranks import Rank
 from .rounding import BACKWARD_ERROR
+from .subspaces import Subspaces, find_subspaces
 from .tall_matrix import TallMatrix, add_gram
 
 
@@ -83,15 +86,36 @@ def polar(
     if not 0 <= finite_number(rtol, "polar: rtol") < 1:
         raise ConfigError(f"polar: rtol must be in [0, 1), got {rtol}")
     given, single = given_batch(matrices, "polar")
-    factors = [_factorize(matrix, float(rtol), tolerance) for matrix in given]
+    factors = [_factorize(TallMatrix(matrix), float(rtol), tolerance) for matrix in given]
     return factors[0] if single else factors
 
 
-def _factorize(matrix: Tensor, rtol: float, tolerance: float) -> PolarFactor:
-    tall = TallMatrix(matrix)
+def polar_and_subspaces(matrix: Tensor, rank: Rank, mode: Mode = "exact") -> tuple[PolarFactor, Subspaces]:
+    """Return `polar` and `leading_subspaces` of a matrix, from one decomposition if that is accurate enough for both.
+
+    Args:
+        matrix: (m, n), float32 or float64, finite.
+        rank: dimension of the subspaces, or a rule, see `leading_subspaces`.
+        mode: ``exact`` or ``fast``.
+
+    Raises:
+        ConfigError: an unknown mode.
+        NonFiniteError: the matrix holds NaN or infinity.
+        ConvergenceError: no solver was accurate enough.
+    """
+    tolerance, tall = tolerance_of(mode), TallMatrix(matrix)
+    with suppress(ConvergenceError):
+        tall.decompose()
+    return _factorize(tall, RANK_TOLERANCE, tolerance), find_subspaces(tall, rank, mode, tolerance)
+
+
+def _factorize(tall: TallMatrix, rtol: float, tolerance: float) -> PolarFactor:
     escalations: tuple[str, ...] = ()
     try:
-        root = root_of_gram(tall.gram(torch.float64), rtol)
+        if tall.eigenvectors is not None:
+            root = root_of_eigenvectors(*tall.eigenvectors, rtol)
+        else:
+            root = root_of_gram(tall.gram(torch.float64), rtol)
     except ConvergenceError as failure:
         escalations = (str(failure),)
         root = root_of_factor(tall.triangular_factor(), rtol)

@@ -15,12 +15,12 @@ from ..foreign_devices import on_own_device
 from ..text import listed
 from .arguments import finite, given_batch, given_ranks
 from .certificate import Certificate, Mode, tolerance_of
-from .decompositions import svd
+from .decompositions import frobenius_norm, svd
 from .leading_right_vectors import right_vectors
 from .orthonormal import orthogonality
 from .parallel import run_concurrently
 from .ranks import Rank
-from .rounding import Cut
+from .rounding import EPS, Cut
 from .tall_matrix import TallMatrix
 
 
@@ -166,7 +166,7 @@ def leading_subspaces(
     given, single = given_batch(matrices, "leading_subspaces")
     numbers = given_ranks(ranks, len(given), "leading_subspaces")
     jobs = [
-        partial(_find_subspaces, matrix, rank, mode, tolerance, routes)
+        partial(_subspaces_of, matrix, rank, mode, tolerance, routes)
         for matrix, rank in zip(given, numbers, strict=True)
     ]
     if not jobs:
@@ -218,18 +218,34 @@ def truncated_svd(
     (m, n), k = given[0].shape, max(part.rank for part in parts)
     U, S, Vh = (parts[0].U.new_zeros(len(parts), *shape) for shape in ((m, k), (k,), (k, n)))
     for item, part in enumerate(parts):
-        P, values, Qh = svd(part.core)
-        U[item, :, : part.rank] = part.U @ P
-        S[item, : part.rank] = values
-        Vh[item, : part.rank] = Qh @ part.Vh
+        U[item, :, : part.rank], S[item, : part.rank], Vh[item, : part.rank] = _triplets(part)
     if single:
         U, S, Vh = U[0], S[0], Vh[0]
     numbers, certificates, cuts = zip(*((part.rank, part.certificate, part.cut) for part in parts), strict=True)
     return TruncatedSVD(U, S, Vh, numbers, certificates, cuts)
 
 
-def _find_subspaces(matrix: Tensor, rank: Rank, mode: str, tolerance: float, routes: Sequence[str] | None) -> Subspaces:
-    tall = TallMatrix(matrix)
+def _triplets(part: Subspaces) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular triplets U, S, Vh between the subspaces.
+
+    V mostly are eigenvectors, so that the core is diagonal up to errors like those of LAPACK's SVD.
+    """
+    core, values = part.core, part.core.diagonal()
+    S, order = values.abs().sort(descending=True, stable=True)
+    if len(S) and frobenius_norm(core - values.diag()) <= len(S) * EPS * float(S[0]):
+        return part.U[:, order] * torch.where(values[order] < 0, -1.0, 1.0), S, part.Vh[order]
+    P, S, Qh = svd(core)
+    return part.U @ P, S, Qh @ part.Vh
+
+
+def _subspaces_of(matrix: Tensor, rank: Rank, mode: str, tolerance: float, routes: Sequence[str] | None) -> Subspaces:
+    return find_subspaces(TallMatrix(matrix), rank, mode, tolerance, routes)
+
+
+def find_subspaces(
+    tall: TallMatrix, rank: Rank, mode: str, tolerance: float, routes: Sequence[str] | None = None
+) -> Subspaces:
+    """Find the subspaces of one matrix: `leading_subspaces`."""
     found = right_vectors(tall, rank, mode, routes)
     V = found.V
     (m, _), k = tall.shape, V.shape[1]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from .decompositions import largest_magnitude
+from .heap import keep_freed_memory
+from .two_stage import every_eigenvector
 
 # Bytes for copies of matrix rows and the products of them. A 128256 x 4096 embedding is processed in tiles of this
 # size, beside a few square matrices of the short side.
@@ -26,6 +28,7 @@ class TallMatrix:
         transposed: whether that is the transpose of the given matrix.
         scale: factor of its elements in every product.
         squared_norm: squared Frobenius norm in the scaled units.
+        eigenvectors: what `decompose` keeps.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class TallMatrix:
         Raises:
             NonFiniteError: it holds NaN or infinity.
         """
+        keep_freed_memory()
         m, n = matrix.shape
         self.transposed = m < n if transposed is None else transposed
         self.matrix = matrix.mT if self.transposed else matrix
@@ -52,6 +56,7 @@ class TallMatrix:
             raise NonFiniteError(f"a {tuple(matrix.shape)} matrix holds NaN or infinity: it has no singular values")
         self.scale = 2.0 ** min(1020, 1 - math.frexp(largest)[1]) if largest else 1.0
         self._wide: Tensor | None = None
+        self.eigenvectors: tuple[Tensor, Tensor] | None = None
         self._keeps = 0 < siblings * 8 * matrix.numel() <= workspace // 4
         self.squared_norm = sum(float(torch.linalg.vector_norm(tile)) ** 2 for _, tile in self.tiles(torch.float64))
 
@@ -95,6 +100,14 @@ class TallMatrix:
         for rows, tile in self.tiles(dtype):
             add_gram(total, tile, fresh=rows.start == 0)
         return total
+
+    def decompose(self) -> None:
+        """Keep all eigenvalues of ``D^T D``, rising, and its eigenvectors, float64, for whoever needs them next.
+
+        Raises:
+            ConvergenceError: the decomposition failed.
+        """
+        self.eigenvectors = every_eigenvector(self.gram(torch.float64))
 
     def gram_times(self, V: Tensor) -> Tensor:
         """Return ``D^T (D V)`` (n, k) in the dtype of V, for few columns k of at most unit length."""

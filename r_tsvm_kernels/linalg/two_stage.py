@@ -41,20 +41,25 @@ FAR = 2.0**64
 
 # The highest level of x86-64 (1, 3 or 4) that may be used. Tests lower it.
 LEVEL = 4
-# From this size on the leading third of the eigenvectors is found sooner than all of them by LAPACK.
-LARGE = 512
+# From this size on the leading third of the eigenvectors is found sooner than all of them by LAPACK: with one thread,
+# and with several, of which LAPACK makes better use.
+LARGE, LARGE_FOR_THREADS = 512, 1024
 # The same for all of them.
 LARGE_FOR_ALL = 1536
 
 
-def two_stage_pays(n: int, device: torch.device) -> bool:
-    """Whether `leading_eigenvectors` can and should run on a matrix (n, n)."""
+def two_stage_runs(device: torch.device) -> bool:
+    """Whether `leading_eigenvectors` can run."""
     return (
         device.type == "cpu"
-        and n >= LARGE
         and backends.state("cpu") == backends.READY
         and hasattr(backends.native("cpu"), "panel_reflectors")  # an older build lacks it
     )
+
+
+def two_stage_pays(n: int, device: torch.device) -> bool:
+    """Whether `leading_eigenvectors` can and should run on a matrix (n, n)."""
+    return two_stage_runs(device) and n >= (LARGE if torch.get_num_threads() == 1 else LARGE_FOR_THREADS)
 
 
 def every_eigenvector(matrix: Tensor) -> tuple[Tensor, Tensor]:

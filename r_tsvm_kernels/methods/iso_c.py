@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import BACKWARD_ERROR, Factored, Mode, leading_triplets, polar, weighted_sum
+from ..linalg import BACKWARD_ERROR, Factored, Mode, leading_triplets, nonzero_support, polar, weighted_sum
 from ..linalg.decompositions import frobenius_norm, svd
 from ..linalg.inverse_root import RANK_TOLERANCE
 from ..linalg.rounding import EPS
@@ -134,11 +134,11 @@ def sum_of_tasks(
 
     Only these rows and columns may change.
     """
-    start = base.double()
-    total, touched, added = torch.zeros_like(start), torch.zeros_like(start, dtype=torch.bool), 0.0
+    start, changed = base.double(), tuned[0] != base
+    total, added = torch.zeros_like(start), 0.0
     for weight, tensor in zip(weights, tuned, strict=True):
+        changed |= tensor != base
         delta = tensor.double() - start
-        touched |= delta != 0
         total.add_(delta, alpha=weight)
         added += abs(weight) * frobenius_norm(delta)
-    return total, touched.any(1).nonzero()[:, 0], touched.any(0).nonzero()[:, 0], 2 * EPS * added
+    return total, *nonzero_support([changed]), 2 * EPS * added

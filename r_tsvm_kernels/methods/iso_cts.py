@@ -11,8 +11,9 @@ Source: Marczak et al., "No Task Left Behind", ICML 2025, algorithm 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from ..linalg.certificate import tolerance_of
 from ..linalg.decompositions import frobenius_norm, svd
 from ..linalg.leading_right_vectors import ROUTES
 from ..linalg.merge_accuracy import PolarPair, WeightedCores, polar_pair
+from ..linalg.parallel import run_concurrently
 from ..ops import add_update
 from ..ops._checks import accumulation_dtype
 from .base import SPECTRAL_OPS, Cost, TensorJob, always, register
@@ -79,24 +81,28 @@ def iso_cts(
     core = total[rows][:, columns]
     size = frobenius_norm(core)
 
-    def find_parts(exact: bool) -> Iterator[_Triplets]:
+    def find_parts(exact: bool) -> list[_Triplets]:
         common_rank, own_rank = common_and_own_ranks(min(base.shape), len(tuned), options.common_space_fraction)
-        common = _find_triplets(core, core, common_rank, options.mode, exact, rounding / size if size else 0.0)
-        yield common
+        common = _find_triplets(core, size, common_rank, options.mode, exact, rounding / size if size else 0.0)
         turned, _ = common.cut.error(left=True)
-        for weight, tensor in zip(options.weight, tuned, strict=True):
+
+        def find_own(weight: float, tensor: Tensor) -> _Triplets:
             delta = ((tensor.double() - base.double()) * weight)[rows][:, columns]
-            rest = delta - common.U @ (common.U.mT @ delta)
-            yield _find_triplets(rest, delta, own_rank, options.mode, exact, turned)
+            whole = frobenius_norm(delta)
+            delta -= common.U @ (common.U.mT @ delta)
+            return _find_triplets(delta, whole, own_rank, options.mode, exact, turned)
+
+        jobs = [partial(find_own, *task) for task in zip(options.weight, tuned, strict=True)]
+        return [common, *run_concurrently(jobs, min(core.shape), core.device)]
 
     dtype = accumulation_dtype(base, *tuned)
     report = TensorReport(weights=list(options.weight))
     with timed(report.stages, "spectral"):
         try:
-            bases, values = _join(list(find_parts(exact=False)), options.mode, dtype, exact=False)
+            bases, values = _join(find_parts(exact=False), options.mode, dtype, exact=False)
         except ConvergenceError as failure:
             bases, values = _join(
-                list(find_parts(exact=True)), options.mode, dtype, exact=True, escalations=(str(failure),)
+                find_parts(exact=True), options.mode, dtype, exact=True, escalations=(str(failure),)
             )
     report.certificate = bases.certificate
     mean = float(values.sum()) / min(base.shape)
@@ -112,12 +118,12 @@ class _Triplets(NamedTuple):
     certificate: Certificate | None  # None for the SVD of LAPACK, the definition of exact
 
 
-def _find_triplets(matrix: Tensor, whole: Tensor, rank: int, mode: Mode, exact: bool, turned: float) -> _Triplets:
-    """Return leading singular triplets of `matrix`, without those that are rounding of `whole`.
+def _find_triplets(matrix: Tensor, size: float, rank: int, mode: Mode, exact: bool, turned: float) -> _Triplets:
+    """Return leading singular triplets of a matrix, without those that are rounding of the whole that it is a part of.
 
     Args:
-        matrix: a part of `whole`.
-        whole: the sum, or a task matrix.
+        matrix: a part of the sum or of a task matrix, or all of it.
+        size: norm of that whole.
         rank: number of triplets.
         mode: ``exact`` or ``fast``.
         exact: whether LAPACK's SVD computes them.
@@ -129,7 +135,6 @@ def _find_triplets(matrix: Tensor, whole: Tensor, rank: int, mode: Mode, exact: 
     else:
         U, values, Vh = found = truncated_svd(matrix, rank, mode=mode)
         (cut,), certificate = found.cuts, found.certificate
-    size = frobenius_norm(whole)
     noise = torch.finfo(torch.float32).eps * size
     k = min(rank, int((values > noise).sum()))
     largest = float(cut.values[0]) if len(cut.values) else 0.0
@@ -158,9 +163,7 @@ def _join(
         [part.U for part in parts],
         [part.V for part in parts],
         [part.cut for part in parts],
-        WeightedCores(
-            [torch.eye(len(part.S), dtype=part.S.dtype, device=part.S.device) for part in parts], [1.0] * len(parts)
-        ),
+        WeightedCores([torch.ones_like(part.S) for part in parts], [1.0] * len(parts)),
         tolerance=tolerance_of(mode),
         route=min(routes, key=ROUTES.index) if routes else ROUTES[-1],
         rounding=torch.finfo(dtype).eps,

@@ -22,10 +22,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import BACKWARD_ERROR, Certificate, Mode, PolarFactor, Subspaces, leading_subspaces, polar
+from ..linalg import BACKWARD_ERROR, Certificate, Mode, PolarFactor, Subspaces, leading_subspaces
 from ..linalg.decompositions import frobenius_norm, svd
 from ..linalg.inverse_root import RANK_TOLERANCE
 from ..linalg.leading_right_vectors import EXACT
+from ..linalg.polar_factor import polar_and_subspaces
 from ..ops import add_update
 from ..ops._checks import accumulation_dtype
 from .base import SPECTRAL_OPS, Cost, FiniteFloat, MethodParameters, TensorJob, always, register
@@ -79,8 +80,7 @@ def subspace_boosting(
     report = TensorReport(weights=list(options.weight))
     dtype = accumulation_dtype(base, *tuned)
     with timed(report.stages, "spectral"):
-        factor = polar(core, mode=options.mode)
-        lead = leading_subspaces(core, _below(options.boost_beta), mode=options.mode)
+        factor, lead = polar_and_subspaces(core, _below(options.boost_beta), options.mode)
         boosted, certificate = _boosted(core, factor, lead, options.boost_beta, rounding)
         if not certificate.rounded(dtype).met:
             lead = leading_subspaces(core, _below(options.boost_beta), mode=options.mode, routes=EXACT)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from r_tsvm_kernels.errors import ConfigError, DTypeError, ShapeError
-from r_tsvm_kernels.linalg import polar
+from r_tsvm_kernels.linalg import leading_subspaces, polar, polar_factor, tall_matrix
 
 
 def random_orthogonal(n):
@@ -98,3 +98,31 @@ def test_what_it_refuses():
         polar([torch.zeros(2, 3, dtype=torch.float16)])
     with pytest.raises(ConfigError, match="mode"):
         polar(torch.zeros(2, 3), mode="quick")
+
+
+@pytest.mark.parametrize("shape", [(90, 90), (120, 70), (70, 120), (0, 0), (5, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["random", "falling", "singular", "zero"])
+def test_polar_factor_and_subspaces_from_one_decomposition(monkeypatch, shape, kind):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+    short = min(shape)
+    if kind == "falling" and short:  # the Gram matrix loses the smallest singular values
+        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        matrix = U * torch.logspace(0, -5.5, short, dtype=torch.float64) @ Vh
+    elif kind == "singular":
+        matrix[:, : shape[1] // 2] = 0
+    elif kind == "zero":
+        matrix.zero_()
+    decompositions = []
+    every = tall_matrix.every_eigenvector
+    monkeypatch.setattr(tall_matrix, "every_eigenvector", lambda gram: decompositions.append(len(gram)) or every(gram))
+    rank = short // 3
+    factor, lead = polar_factor.polar_and_subspaces(matrix, rank)
+    assert decompositions == [short]
+    alone, subspaces = polar(matrix), leading_subspaces(matrix, rank)
+    assert factor.rank == alone.rank and factor.certificate.met
+    torch.testing.assert_close(factor.matrix, alone.matrix, rtol=0, atol=1e-9)
+    assert lead.rank == subspaces.rank and lead.certificate.met
+    torch.testing.assert_close(lead.Vh.mT @ lead.Vh, subspaces.Vh.mT @ subspaces.Vh, rtol=0, atol=1e-9)
+    torch.testing.assert_close(lead.U.mT @ matrix @ lead.Vh.mT, lead.core, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lead.cut.values, subspaces.cut.values, rtol=0, atol=1e-7)
