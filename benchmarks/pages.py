@@ -43,6 +43,11 @@ SPEED = (
             "`rtsvm` by default and with its preset `weighted` (whole methods), and `weighted_merge` alone, against "
             "our TSV-Merge and FusionBench's function, in turns. Errors are relative to float64 SVDs; `condition` is "
             "that of each task matrix, `power` is q.", split=("spectrum",)),
+    Section("trained_layer.json", "A Llama layer", "python -m benchmarks.trained_layer",
+            "The seven matrices of a layer of width 2048 with 5632 hidden units, T = 3: whole methods with their "
+            "defaults against FusionBench's function, in turns. `trained`: a language model of this one layer, "
+            "fine-tuned on three kinds of text. `power 0.5`: singular values i^-0.5; one square stands for four, one "
+            "rectangle for three. Errors are relative to float64 SVDs.", split=("deltas",)),
     Section("leading_share.json", "Weighted orthogonalisation of rectangles", "python -m benchmarks.leading_share",
             "`weighted_merge` orthogonalises the ceil(r / T) leading directions of each task on both sides of a "
             "rectangle. Here it is a share of that number. `gain` is the mean validation accuracy above `tsvm`, both "

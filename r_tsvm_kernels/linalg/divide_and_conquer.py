@@ -30,6 +30,17 @@ class Solved(NamedTuple):
     vectors: Tensor
 
 
+class Whole:
+    """The eigenvalues and eigenvectors of a small tridiagonal matrix; see `Halves`."""
+
+    def __init__(self, diagonal: Tensor, beside: Tensor) -> None:
+        self.values, self._vectors = eigh(diagonal.diag() + beside.diag(1))  # of which the upper half is read
+
+    def vectors(self, count: int) -> Tensor:
+        """Return the eigenvectors (n, count) of the largest eigenvalues, those of larger ones last."""
+        return self._vectors[:, len(self.values) - count :].contiguous()
+
+
 class Halves:
     """The eigenvalues of a tridiagonal matrix, of which the halves are solved.
 
@@ -78,7 +89,7 @@ class Halves:
         return self._origins.data_ptr(), self._offsets.data_ptr(), self._adjusted.data_ptr()
 
     def vectors(self, count: int) -> Tensor:
-        """Return the eigenvectors (n, count) of the largest eigenvalues, those of larger ones last."""
+        """Return the eigenvectors (n, count) of the largest eigenvalues, those of larger ones last; rows are contiguous."""
         n, size = len(self.values), len(self._kept)
         wanted = self._order[n - count :]
         rows = self.values.new_zeros(count, n)  # coefficients for the columns of Q_1 and Q_2
@@ -108,40 +119,23 @@ class Halves:
         return found
 
 
+def tridiagonal(diagonal: Tensor, beside: Tensor) -> Halves | Whole:
+    """Return the eigenvalues of a tridiagonal matrix, float64 on the CPU, from which its eigenvectors can be formed.
+
+    Args:
+        diagonal: (n,)
+        beside: (n - 1,)
+
+    Raises:
+        ConvergenceError: LAPACK failed.
+    """
+    return (Whole if len(diagonal) <= LEAF else Halves)(diagonal, beside)
+
+
 def solved(diagonal: Tensor, beside: Tensor) -> Solved:
-    """Return all eigenvalues and eigenvectors of a tridiagonal matrix, float64 on the CPU.
-
-    Args:
-        diagonal: (n,)
-        beside: (n - 1,)
-
-    Raises:
-        ConvergenceError: LAPACK failed.
-    """
-    if len(diagonal) <= LEAF:
-        return Solved(*eigh(diagonal.diag() + beside.diag(1)))  # of which the upper half is read
-    halves = Halves(diagonal, beside)
-    return Solved(halves.values, halves.vectors(len(diagonal)))
-
-
-def leading(diagonal: Tensor, beside: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
-    """Return all eigenvalues (n,), rising, and the eigenvectors (n, k) of the k largest, of a tridiagonal matrix.
-
-    The eigenvectors' rows are contiguous.
-
-    Args:
-        diagonal: (n,)
-        beside: (n - 1,)
-        count: maps the eigenvalues, rising, to k.
-
-    Raises:
-        ConvergenceError: LAPACK failed.
-    """
-    if len(diagonal) <= LEAF:
-        values, vectors = solved(diagonal, beside)
-        return values, vectors[:, len(values) - count(values) :].contiguous()
-    halves = Halves(diagonal, beside)
-    return halves.values, halves.vectors(count(halves.values))
+    """Return all eigenvalues and eigenvectors: see `tridiagonal`."""
+    found = tridiagonal(diagonal, beside)
+    return Solved(found.values, found.vectors(len(diagonal)))
 
 
 def _multiply(vectors: Tensor, rows: Tensor, used: Tensor, out: Tensor) -> None:

@@ -69,6 +69,18 @@ class Images:
                 image[:, block].addmm_(matrix.tile(rows, torch.float64), part.V, beta=0)
             yield image
 
+    def times(self, z: Tensor) -> Iterator[Tensor]:
+        """Yield the rows of ``Y z``, tile by tile, for few columns z."""
+        if self._kept is not None:
+            yield from (image @ z for image in self._kept)
+            return
+        inner = [part.V @ z[block] for part, block in zip(self.parts, self.blocks, strict=True)]
+        for rows in self.matrices[0].ranges():
+            image = z.new_zeros(rows.stop - rows.start, z.shape[1])
+            for matrix, own in zip(self.matrices, inner, strict=True):
+                image.addmm_(matrix.tile(rows, torch.float64), own)
+            yield image
+
     def gram(self) -> Tensor:
         """Return ``Y^T Y``; keep Y if it fits into half of the workspace."""
         m, columns = self.matrices[0].shape[0], self.blocks[-1].stop
@@ -146,6 +158,13 @@ class Triangles:
         """Return the R_t, which are the cores of the tasks; of a diagonal one its diagonal."""
         lengths = [self.lengths[block] for block in self.blocks]
         return [own if R is None else R * own for R, own in zip(self.factors, lengths, strict=True)]
+
+    def gram_of_left_images(self, images: Images, z: Tensor) -> Tensor:
+        """Return ``(U z)^T (U z)`` (j, j) for the concatenated left basis ``U = Y R^-1`` and z (k, j)."""
+        inner, total = self.solve(z) / self.lengths[:, None], z.new_empty(z.shape[1], z.shape[1])
+        for number, image in enumerate(images.times(inner)):
+            add_gram(total, image, fresh=number == 0)
+        return total
 
     def left_factor(self, images: Images) -> Tensor:
         """Return the triangular factor of the concatenated left basis ``Y R^-1``, tile by tile."""
@@ -349,24 +368,40 @@ def whiten(
 
     def solve_left() -> tuple[Side, tuple[str, ...]]:
         probes = cores.times(gaussian(len(left_gram), PROBES, left_gram.device))
-        return _find_root(left_gram, probes, lambda: triangles.left_factor(images), tolerance, single, pair)
+        basis = partial(triangles.gram_of_left_images, images), partial(triangles.left_factor, images)
+        return _find_root(left_gram, probes, *basis, tolerance, single, pair)
 
     def solve_right() -> tuple[Side, tuple[str, ...]]:
         probes = cores.times(gaussian(len(right_gram), PROBES, right_gram.device), transposed=True)
-        return _find_root(right_gram, probes, lambda: torch.linalg.qr(V, mode="r").R, tolerance, single, pair)
+        basis = partial(_gram_of_images, V), lambda: torch.linalg.qr(V, mode="r").R
+        return _find_root(right_gram, probes, *basis, tolerance, single, pair)
 
     (left, left_reasons), (right, right_reasons) = run_concurrently([solve_left, solve_right], V.shape[1], V.device)
     return Whitening(left, right, interference, (*left_reasons, *right_reasons))
 
 
+def _gram_of_images(X: Tensor, z: Tensor) -> Tensor:
+    """Return ``(X z)^T (X z)``."""
+    total = z.new_empty(z.shape[1], z.shape[1])
+    add_gram(total, X @ z, fresh=True)
+    return total
+
+
 def _find_root(
-    gram: Tensor, probes: Tensor, factor: Callable[[], Tensor], tolerance: float, single: bool, pair: int
+    gram: Tensor,
+    probes: Tensor,
+    gram_of_images: Callable[[Tensor], Tensor],
+    factor: Callable[[], Tensor],
+    tolerance: float,
+    single: bool,
+    pair: int,
 ) -> tuple[Side, tuple[str, ...]]:
     """Return the inverse root of a Gram matrix by the cheapest route that is accurate enough, and why others are not.
 
     Args:
         gram: (k, k).
         probes: (k, any number), vectors that the root is measured on.
+        gram_of_images: for the basis, see `root_of_gram_float32`.
         factor: computes a triangular factor of the basis.
         tolerance: of the merged matrix.
         single: whether the task matrices are float32.
@@ -375,7 +410,7 @@ def _find_root(
     escalations: tuple[str, ...] = ()
     if len(gram) >= LARGE and (pair or single):
         try:
-            root = root_of_pair(gram, pair, single) if pair else root_of_gram_float32(gram)
+            root = root_of_pair(gram, pair, single) if pair else root_of_gram_float32(gram, gram_of_images)
             side, allowed = Side.measured(root, probes, (gram,)), WHITENING_SHARE * tolerance
             if side.defect <= allowed:
                 return side, escalations

@@ -14,7 +14,9 @@ rounding is not squared. The remaining error is measured on random vectors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from .orthonormal import cholesky_whitened
 from .rounding import BACKWARD_ERROR, root_errors
 from .spectral_density import eigenvalues_at
 from .tall_matrix import TallMatrix
-from .two_stage import leading_eigenvectors, two_stage_pays
+from .two_stage import Reduced, two_stage_pays
 
 # Below this share of the largest eigenvalue, the eigenvectors of a float32 Gram matrix are too inaccurate to be
 # corrected.
@@ -39,8 +41,8 @@ SPACING, EXACT_TOLERANCE = 4e-5, 2e-8
 # If the largest eigenvalue is below so many times their mean, corrections always sufficed.
 NEARLY_FLAT = 8.0
 # If the smallest wanted eigenvalue is below this share of the largest, all low eigenvectors are resolved, not only
-# those near the cut. Each round makes the low ones more accurate.
-LOW, RESOLVE = 1e-5, 4
+# those near the cut. Each round but the first, which is a correction, makes the low ones more accurate.
+LOW, RESOLVE = 1e-5, 5
 # A correction squares the error, or shrinks it at least as much as the previous one. If the error is larger than this,
 # two corrections are not enough, and float64 from the start is cheaper than three.
 CORRECTABLE, CORRECTIONS = 3e-3, 2
@@ -54,6 +56,8 @@ WINDOW = 32
 NEAR = 1e-6
 # Random vectors may underestimate the mixing.
 MEASURED = 2.0
+# Eigenvalues measured together differ at most by this factor; those next to the cut by less.
+GROUP, NARROW = 64.0, 4.0
 
 # Largest shift of the eigenvalues next to the cut away from each other, as a share of the gap.
 SHIFTED = 0.25
@@ -99,9 +103,9 @@ def gram_float64(matrix: TallMatrix, choose: Choose, tolerance: float) -> Eigens
     Raises:
         ConvergenceError: the dimension is not certain, the estimated error is too large, or the decomposition failed.
     """
-    values, Q = _decomposed(matrix, choose, tolerance)
+    values, Q, lowest = _decomposed(matrix, choose, tolerance)
     n, errors = len(values), root_errors(values, BACKWARD_ERROR)
-    resolved, reason = slice(0, 0), ""
+    resolved, reason, corrected = slice(0, 0), "", False
     for _ in range(RESOLVE):
         rank, unknown = choose(values.flip(0).sqrt(), errors.flip(0)), n - Q.shape[1]
         if rank is None:
@@ -109,16 +113,22 @@ def gram_float64(matrix: TallMatrix, choose: Choose, tolerance: float) -> Eigens
         else:
             cut = n - rank
             V = Q[:, cut - unknown :]
-            error, spread = _unresolved(matrix, V, Q[:, : cut - unknown], values, resolved)
+            for by_size in (False, True):
+                error, spread = _unresolved(matrix, V, Q[:, : cut - unknown], values, resolved, by_size=by_size)
+                if error <= tolerance:
+                    break
             if error <= tolerance:
                 return Eigenspace(V.flip(1), values.flip(0).sqrt(), errors.flip(0), error, spread)
             reason, block = f"estimated error {error:.0e} of the subspace", _block(values, cut)
         if block == resolved or not block.stop:
             break
         if block.start < unknown:
-            values, Q = _decomposed(matrix)
-            errors, resolved = root_errors(values, BACKWARD_ERROR), slice(0, 0)
-            continue
+            Q, unknown = torch.cat([lowest(unknown), Q], dim=1), 0
+        if rank is not None and not unknown and not corrected:
+            corrected = True
+            with suppress(ConvergenceError):  # unless neighbours across the cut are too close to each other
+                Q[:, cut:], values[cut:] = _corrected(matrix, Q[:, cut:], Q[:, :cut], values, 0)
+                continue
         own = slice(block.start - unknown, block.stop - unknown)
         Q[:, own], values[block] = _resolve(matrix, Q[:, own])
         errors[block] = root_errors(values[block], BACKWARD_ERROR).clamp(min=float(errors[-1]))
@@ -126,8 +136,10 @@ def gram_float64(matrix: TallMatrix, choose: Choose, tolerance: float) -> Eigens
     raise ConvergenceError(f"gram-float64: {reason}")
 
 
-def _decomposed(matrix: TallMatrix, choose: Choose | None = None, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
+def _decomposed(matrix: TallMatrix, choose: Choose, tolerance: float) -> tuple[Tensor, Tensor, Callable[[int], Tensor]]:
     """Return the eigenvalues of the Gram matrix, rising, none negative, and its leading eigenvectors, or all.
+
+    The third result computes a number of the others, those of the smallest eigenvalues.
 
     Args:
         matrix: D.
@@ -137,25 +149,22 @@ def _decomposed(matrix: TallMatrix, choose: Choose | None = None, tolerance: flo
     """
     if matrix.eigenvectors is not None:
         values, Q = matrix.eigenvectors
-        return values.clamp(min=0), Q.clone()
+        return values.clamp(min=0), Q.clone(), lambda number: Q[:, :number]
     gram = matrix.gram(torch.float64)
-    if choose is None or not two_stage_pays(len(gram), gram.device):
+    if not two_stage_pays(len(gram), gram.device):
         values, Q = eigh(gram)
-        return values.clamp_(min=0), Q
-
-    def count(values: Tensor) -> int:
-        n, falling = len(values), values.clamp(min=0).flip(0)
-        rank = choose(falling.sqrt(), root_errors(falling, BACKWARD_ERROR))
-        if rank is None or (rank and falling[rank - 1] < LOW * falling[0]):
-            return n  # the low ones will be resolved
-        if 0 < rank < n:
-            gap = float(falling[rank - 1] - falling[rank])
-            if GRAM_ROUNDING * float(torch.linalg.vector_norm(falling)) <= FORESEEN * tolerance * gap:
-                return rank
-        return rank + _window(n, rank)
-
-    values, Q = leading_eigenvectors(gram, count)
-    return values.clamp_(min=0), Q
+        return values.clamp_(min=0), Q, lambda number: Q[:, :number]
+    reduced = Reduced(gram)
+    values = reduced.values.clamp(min=0)
+    n, falling = len(values), values.flip(0)
+    rank = choose(falling.sqrt(), root_errors(falling, BACKWARD_ERROR))
+    if rank is None:
+        known = n
+    else:
+        gap = float(falling[rank - 1] - falling[rank]) if 0 < rank < n else 0.0
+        wide = GRAM_ROUNDING * float(torch.linalg.vector_norm(falling)) <= FORESEEN * tolerance * gap
+        known = rank if wide else rank + _window(n, rank)
+    return values, reduced.vectors(known), lambda number: reduced.vectors(n, before=n - number)
 
 
 def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
@@ -261,7 +270,9 @@ def _resolve(matrix: TallMatrix, near: Tensor) -> tuple[Tensor, Tensor]:
     return near @ rotation, inner.clamp_(min=0)
 
 
-def _unresolved(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, resolved: slice) -> tuple[float, float]:
+def _unresolved(
+    matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, resolved: slice, *, by_size: bool = False
+) -> tuple[float, float]:
     """Estimate the mixing of leading with other eigenvectors, without pairs inside `resolved`.
 
     These pairs have the backward error of an SVD and, to second order, that of the mixing of their span with the rest.
@@ -272,27 +283,43 @@ def _unresolved(matrix: TallMatrix, V: Tensor, others: Tensor, values: Tensor, r
         others: those of the next smaller eigenvalues, or of all smaller ones.
         values: all eigenvalues.
         resolved: places of the eigenvalues whose eigenvectors were solved among themselves.
+        by_size: whether to measure eigenvectors of eigenvalues of different size apart. That costs more, but rounding
+            errors of the largest do not count as if they were close to the cut.
 
     Returns:
         The sine (Frobenius norm) of the other pairs, and the addition to the backward error, relative to the largest
         singular value.
     """
-    cut = len(values) - V.shape[1]
+    n, cut = len(values), len(values) - V.shape[1]
     unknown = cut - others.shape[1]
     first, last = (resolved.start, resolved.stop) if resolved.start < cut < resolved.stop else (cut, cut)
     far, near = others[:, : first - unknown], others[:, first - unknown :]
     total = 0.0
-    if cut < len(values) and far.shape[1] + unknown:
-        residual = _residual(matrix, V, V)
-        total += _mixing(residual, far, values[cut] - values[unknown:first])
-        if unknown:  # their eigenvalues are at least as far away as the largest of them
-            residual -= others @ (others.mT @ residual)
-            total += float((residual / (values[cut] - values[unknown - 1])).square().sum())
-    if last < len(values) and near.shape[1]:
-        total += _mixing(_residual(matrix, V, V[:, last - cut :]), near, values[last] - values[first:cut])
+    if cut < n and far.shape[1] + unknown:
+        for group in _groups(values, cut, by_size):
+            residual = _residual(matrix, V, V[:, group.start - cut : group.stop - cut])
+            total += _mixing(residual, far, values[group.start] - values[unknown:first])
+            if unknown:  # their eigenvalues are at least as far away as the largest of them
+                residual -= others @ (others.mT @ residual)
+                total += float((residual / (values[group.start] - values[unknown - 1])).square().sum())
+    if last < n and near.shape[1]:
+        for group in _groups(values, last, by_size):
+            residual = _residual(matrix, V, V[:, group.start - cut : group.stop - cut])
+            total += _mixing(residual, near, values[group.start] - values[first:cut])
     error = MEASURED * (total / PROBES) ** 0.5
     spread = error**2 * float((values[-1] / values[cut : cut + 1]).sqrt().sum()) if first < last else 0.0
     return error, spread
+
+
+def _groups(values: Tensor, first: int, by_size: bool) -> list[slice]:
+    """Return the places of the eigenvalues from `first` on; by size, those of each group differ by less than `GROUP`."""
+    n, bounds = len(values), [first]
+    while by_size and bounds[-1] < n:
+        # The first group is narrow: its gaps count from the cut, those of the others are like their eigenvalues.
+        below = values < values[bounds[-1]] * (GROUP if len(bounds) > 1 else NARROW)
+        bounds.append(max(int(below.sum()), bounds[-1] + 1))
+    edges = [*bounds, n] if bounds[-1] < n else bounds
+    return [slice(*pair) for pair in pairwise(edges)]
 
 
 def _residual(matrix: TallMatrix, V: Tensor, chosen: Tensor) -> Tensor:

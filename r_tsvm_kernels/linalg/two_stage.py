@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import backends
 from ..errors import NonFiniteError
 from .decompositions import eigh, largest_magnitude
-from .divide_and_conquer import leading
+from .divide_and_conquer import tridiagonal
 
 # r_tsvm::kBand, kColumn, kSweeps and kSlot.
 BAND, COLUMN, SWEEPS, SLOT = 64, 144, 32, 72
@@ -84,30 +84,51 @@ def leading_eigenvectors(matrix: Tensor, count: Callable[[Tensor], int]) -> tupl
         NonFiniteError: the matrix holds NaN or infinity.
         ConvergenceError: LAPACK failed on a small part.
     """
-    n = len(matrix)
-    largest = largest_magnitude(matrix)
-    if not math.isfinite(largest):
-        raise NonFiniteError(f"a {n}x{n} matrix holds NaN or infinity: it has no eigenvalue decomposition")
-    if largest == 0 or n < 2:
-        values = matrix.diagonal().clone()
-        vectors = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-        return values, vectors[:, n - count(values) :]
-    scale = 1.0
-    if not 1 / FAR <= largest <= FAR:
-        scale = 2.0 ** -math.frexp(largest)[1]
-        matrix.mul_(scale)
-    panels = _to_band(matrix)
-    band = _lower_band(matrix)
-    reflectors, factors = _chase(band, n)
-    diagonal, beside = band[:n, 0].clone(), band[: n - 1, 1].clone()
-    del band
-    values, vectors = leading(diagonal, beside, lambda found: count(found / scale))
-    _turn_by_chasing(vectors, reflectors, factors)
-    for index, panel in reversed(list(enumerate(panels))):
-        rows = vectors[(index + 1) * BAND :]
-        rows.addmm_(panel.U, panel.V.mT @ rows, alpha=-1)
-    # Where elements are equal, as in a matrix of ones, their rounding errors have one sign and add up in the norm.
-    return values / scale, vectors.div_(torch.linalg.vector_norm(vectors, dim=0))
+    reduced = Reduced(matrix)
+    return reduced.values, reduced.vectors(count(reduced.values))
+
+
+class Reduced:
+    """A symmetric matrix (n, n) in tridiagonal form, and what turns the eigenvectors of that into its own.
+
+    Attributes:
+        values: (n,) eigenvalues, rising.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        """Reduce a matrix: see `leading_eigenvectors`."""
+        n = len(matrix)
+        largest = largest_magnitude(matrix)
+        if not math.isfinite(largest):
+            raise NonFiniteError(f"a {n}x{n} matrix holds NaN or infinity: it has no eigenvalue decomposition")
+        if largest == 0 or n < 2:
+            self.values, self._halves = matrix.diagonal().clone(), None
+            return
+        scale = 1.0
+        if not 1 / FAR <= largest <= FAR:
+            scale = 2.0 ** -math.frexp(largest)[1]
+            matrix.mul_(scale)
+        self._panels = _to_band(matrix)
+        band = _lower_band(matrix)
+        self._chased = _chase(band, n)
+        self._halves = tridiagonal(band[:n, 0].clone(), band[: n - 1, 1].clone())
+        self.values = self._halves.values / scale
+
+    def vectors(self, count: int, before: int = 0) -> Tensor:
+        """Return eigenvectors (n, count - before): those of the largest eigenvalues but for the `before` largest ones.
+
+        Those of larger eigenvalues come last.
+        """
+        n = len(self.values)
+        if self._halves is None:
+            return torch.eye(n, dtype=self.values.dtype, device=self.values.device)[:, n - count : n - before]
+        vectors = self._halves.vectors(count)[:, : count - before].contiguous()
+        _turn_by_chasing(vectors, *self._chased)
+        for index, panel in reversed(list(enumerate(self._panels))):
+            rows = vectors[(index + 1) * BAND :]
+            rows.addmm_(panel.U, panel.V.mT @ rows, alpha=-1)
+        # Where elements are equal, as in a matrix of ones, their rounding errors have one sign and add up in the norm.
+        return vectors.div_(torch.linalg.vector_norm(vectors, dim=0))
 
 
 def _to_band(A: Tensor) -> list[Panel]:

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from merging import lapack_alone
 from spectra import KINDS, spectrum
 
 from r_tsvm_kernels.errors import ConfigError, DTypeError, NonFiniteError, ShapeError
-from r_tsvm_kernels.linalg import energy_rank, leading_subspaces, truncated_svd
+from r_tsvm_kernels.linalg import eigenspaces, energy_rank, leading_subspaces, truncated_svd
 from r_tsvm_kernels.linalg.rounding import Cut
 
 
@@ -157,3 +159,32 @@ def test_estimates_of_directions_that_do_not_count():
     weights = torch.tensor([0.0, 1.0], dtype=torch.float64)
     errors = [Cut(torch.tensor([3.0, 2.0, 1.0]).double() * unit, 2).error(weights=weights)[0] for unit in (1.0, 1e-305)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["two stages", "LAPACK"])
+def test_close_values_far_below_the_largest_are_corrected(monkeypatch, native):
+    """The Gram matrix rounds them to each other's neighbours; a correction from the images is enough."""
+    values = torch.cat([torch.logspace(0, -2.8, 30), torch.linspace(1.2e-3, 1.0e-3, 570)]).double()
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(600, 600, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    matrix, rank, resolved = U * values @ V.mT, 200, []
+    resolve = eigenspaces._resolve
+    monkeypatch.setattr(eigenspaces, "_resolve", lambda *given: resolved.append(given) or resolve(*given))
+    with nullcontext() if native else lapack_alone():
+        found = leading_subspaces(matrix, rank, routes=["gram-float64"])
+    assert not resolved
+    apart = found.Vh.mT @ found.Vh - V[:, :rank] @ V[:, :rank].mT
+    sine = float(torch.linalg.matrix_norm(apart)) / 2**0.5
+    assert sine <= 2 * found.certificate.error <= 4e-8
+    monkeypatch.setattr(eigenspaces, "_corrected", lambda matrix, V, others, values, window: (V, values[-rank:]))
+    with nullcontext() if native else lapack_alone():
+        leading_subspaces(matrix, rank, routes=["gram-float64"])
+    assert resolved
+
+
+def test_groups_of_eigenvalues_by_size():
+    values = torch.cat([torch.zeros(3), torch.tensor([1e-6, 2e-6, 3.9e-6, 4e-6, 2e-4, 3e-4, 1e-2, 1.0, 1.0])]).double()
+    assert eigenspaces._groups(values, 3, by_size=False) == [slice(3, 12)]
+    assert eigenspaces._groups(values, 3, by_size=True) == [slice(3, 6), slice(6, 8), slice(8, 10), slice(10, 12)]
+    assert eigenspaces._groups(values, 12, by_size=True) == []
+    assert eigenspaces._groups(torch.zeros(3), 1, by_size=True) == [slice(1, 2), slice(2, 3)]

@@ -56,6 +56,19 @@ def test_every_number_of_vectors(k):
     check(with_spectrum(torch.linspace(-1, 2, 150)), k)
 
 
+@pytest.mark.parametrize("n", [1, 2, 40, 100, 101, 180])
+@pytest.mark.parametrize("kind", ["random", "zero"])
+def test_further_vectors_of_a_reduced_matrix(n, kind):
+    matrix = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) * (kind == "random")
+    matrix = matrix + matrix.mT
+    reduced = two_stage.Reduced(matrix.clone())
+    most = reduced.vectors(n // 3)
+    V = torch.cat([reduced.vectors(n, before=n // 3), most], dim=1)
+    assert V.shape == (n, n)
+    assert largest(V.mT @ V - torch.eye(n, dtype=torch.float64)) <= 1e-13
+    assert largest(matrix @ V - V * reduced.values) <= 1e-13 * max(largest(reduced.values), 1)
+
+
 SPECTRA = {
     "falling": torch.arange(1, 261).double() ** -2,
     "root": torch.arange(1, 261).double() ** -0.5,
