@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch.nn import functional
 from benchmarks.program import Program, Turns, finish
 from benchmarks.quality.suite_language import LENGTH, VOCABULARY, corpora, windows
 from benchmarks.quality.training import Batch, train
-from benchmarks.spectral import PEER, FusionBench, timed
+from benchmarks.spectral import PEER, FusionBench
 from r_tsvm_kernels import merge_tensors
 from r_tsvm_kernels.bench import Results, Row, published, row
 from r_tsvm_kernels.linalg import fixed_rank
@@ -86,9 +87,7 @@ def trained(width: int, steps: float = 1.0) -> tuple[dict[str, Tensor], list[dic
         expert = copy.deepcopy(base)
         train(expert, draw(domain), max(2, int(steps * EXPERT_STEPS)), RATE / 3)
         experts.append(expert)
-    first, *others = (
-        {name: part.weight.detach() for name, part in model.parts.items()} for model in (base, *experts)
-    )
+    first, *others = ({name: part.weight.detach() for name, part in model.parts.items()} for model in (base, *experts))
     return first, others
 
 
@@ -114,11 +113,9 @@ def compare(
         for number in range(rounds):
             seconds = {PEER: peer.seconds()}
             for method in OURS:
-
-                def run(method: str = method, weight: Tensor = weight, models: list[Tensor] = models) -> None:
-                    results[method] = merge_tensors(weight, models, method).weight
-
-                seconds[method] = timed(run)
+                start = time.perf_counter()
+                results[method] = merge_tensors(weight, models, method).weight
+                seconds[method] = time.perf_counter() - start
             for side, value in seconds.items():
                 turns.add(side, value)
                 layer[number][side] += like.get(name, 1) * value

@@ -8,7 +8,6 @@ the Q_i and its eigenvectors, is half of the work, and takes the wanted columns 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -89,7 +88,7 @@ class Halves:
         return self._origins.data_ptr(), self._offsets.data_ptr(), self._adjusted.data_ptr()
 
     def vectors(self, count: int) -> Tensor:
-        """Return the eigenvectors (n, count) of the largest eigenvalues, those of larger ones last; rows are contiguous."""
+        """Return the eigenvectors (n, count) of the largest eigenvalues, larger ones last; rows are contiguous."""
         n, size = len(self.values), len(self._kept)
         wanted = self._order[n - count :]
         rows = self.values.new_zeros(count, n)  # coefficients for the columns of Q_1 and Q_2

@@ -128,6 +128,7 @@ def gram_float64(matrix: TallMatrix, choose: Choose, tolerance: float) -> Eigens
             corrected = True
             with suppress(ConvergenceError):  # unless neighbours across the cut are too close to each other
                 Q[:, cut:], values[cut:] = _corrected(matrix, Q[:, cut:], Q[:, :cut], values, 0)
+                Q[:, :cut] = _orthogonal_to(Q[:, cut:], Q[:, :cut])
                 continue
         own = slice(block.start - unknown, block.stop - unknown)
         Q[:, own], values[block] = _resolve(matrix, Q[:, own])
@@ -187,8 +188,7 @@ def gram_float32(matrix: TallMatrix, rank: int, tolerance: float) -> Eigenspace:
     for _ in range(CORRECTIONS):
         V, values[cut:] = _corrected(matrix, V, others, values, window)
         if window:
-            below = others[:, block.start :].double()
-            below = cholesky_whitened(below - V @ (V.mT @ below))
+            below = _orthogonal_to(V, others[:, block.start :].double())
             near, values[block] = _resolve(matrix, torch.cat([below, V[:, :window]], dim=1))
             others[:, block.start :] = near[:, :window].to(others.dtype)
             V[:, :window] = near[:, window:]
@@ -264,8 +264,13 @@ def _low(values: Tensor, smallest: float) -> slice:
     return slice(0, int((values <= max(smallest / largest, 2.0**-53) ** 0.5 * largest).sum()))
 
 
+def _orthogonal_to(V: Tensor, others: Tensor) -> Tensor:
+    """Return the other eigenvectors, nearly orthonormal, as orthonormal ones that are orthogonal to V."""
+    return cholesky_whitened(others - V @ (V.mT @ others)) if others.shape[1] else others
+
+
 def _resolve(matrix: TallMatrix, near: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvectors and eigenvalues, rising, of ``D^T D`` in the span of `near`, from its image under D."""
+    """Return eigenvectors and eigenvalues, rising, of ``D^T D`` in the span of `near`, orthonormal, from its image."""
     inner, rotation = eigh(matrix.image_gram(near))
     return near @ rotation, inner.clamp_(min=0)
 
@@ -312,7 +317,7 @@ def _unresolved(
 
 
 def _groups(values: Tensor, first: int, by_size: bool) -> list[slice]:
-    """Return the places of the eigenvalues from `first` on; by size, those of each group differ by less than `GROUP`."""
+    """Return the places of eigenvalues from `first` on; by size, those of a group differ by less than `GROUP`."""
     n, bounds = len(values), [first]
     while by_size and bounds[-1] < n:
         # The first group is narrow: its gaps count from the cut, those of the others are like their eigenvalues.

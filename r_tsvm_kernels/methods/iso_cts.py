@@ -101,9 +101,7 @@ def iso_cts(
         try:
             bases, values = _join(find_parts(exact=False), options.mode, dtype, exact=False)
         except ConvergenceError as failure:
-            bases, values = _join(
-                find_parts(exact=True), options.mode, dtype, exact=True, escalations=(str(failure),)
-            )
+            bases, values = _join(find_parts(exact=True), options.mode, dtype, exact=True, escalations=(str(failure),))
     report.certificate = bases.certificate
     mean = float(values.sum()) / min(base.shape)
     total[rows.unsqueeze(1), columns] = mean * (bases.left @ bases.right.mT)

@@ -104,7 +104,7 @@ MUTATIONS = {
     "no estimate of subspaces": (Cut, "error", nothing, subspaces),
     "rounding left out": (Cut, "error", measured_only, eigen),
     "rounding of subspaces left out": (Cut, "error", measured_only, subspaces),
-    "no pairs measured": (eigenspaces, "_unresolved", lambda *_: (0.0, 0.0), subspaces),
+    "no pairs measured": (eigenspaces, "_unresolved", lambda *_, **__: (0.0, 0.0), subspaces),
     "amplification left out": (Cut, "error", not_amplified, eigen),
     "left directions as right ones": (Cut, "error", as_right_ones, subspaces),
     "choices kept silent": (Cut, "error", silent, eigen),

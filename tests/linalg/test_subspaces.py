@@ -188,3 +188,24 @@ def test_groups_of_eigenvalues_by_size():
     assert eigenspaces._groups(values, 3, by_size=True) == [slice(3, 6), slice(6, 8), slice(8, 10), slice(10, 12)]
     assert eigenspaces._groups(values, 12, by_size=True) == []
     assert eigenspaces._groups(torch.zeros(3), 1, by_size=True) == [slice(1, 2), slice(2, 3)]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["two stages", "LAPACK"])
+def test_corrected_directions_may_be_resolved(monkeypatch, native):
+    """After a correction the other eigenvectors must be orthogonal again: they are solved with it."""
+    values = torch.cat([torch.logspace(0, -2.5, 25), 2.8e-3 * torch.linspace(1 + 5e-5, 1, 575).double()]).double()
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(size, 600, generator=generator, dtype=torch.float64)).Q for size in (640, 600))
+    calls = []
+    for name in ("_corrected", "_resolve"):
+        own = getattr(eigenspaces, name)
+        monkeypatch.setattr(eigenspaces, name, lambda *given, n=name, f=own: calls.append(n) or f(*given))
+    rank = 400
+    matrix = U * values @ V.mT
+    with nullcontext() if native else lapack_alone():
+        found = leading_subspaces(matrix, rank, routes=["gram-float64"])
+    assert calls[0] == "_corrected" and "_resolve" in calls
+    exact = torch.linalg.svd(matrix)[2][:rank].mT
+    sine = float(torch.linalg.matrix_norm(found.Vh.mT - exact @ (exact.mT @ found.Vh.mT)))
+    gap = float(values[rank - 1] - values[rank])
+    assert sine <= 2 * found.certificate.error + 30 * 2.0**-52 * rank**0.5 / gap
