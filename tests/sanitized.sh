@@ -22,7 +22,7 @@ CXX=g++ RTSVM_BUILD_CPU=on RTSVM_BUILD_CUDA=off \
   # Not captured by descriptor: a report would be lost with the process.
   "$PYTHON" -m pytest "$ROOT/tests/ops" -k cpu -q --capture=sys -n 2 --dist worksteal \
     --hypothesis-profile quick -p no:cacheprovider
-  "$PYTHON" -m pytest "$ROOT/tests/linalg/test_two_stage.py" -k "structure or divide or number" -q --capture=sys -p no:cacheprovider
+  "$PYTHON" -m pytest "$ROOT/tests/linalg/test_two_stage.py" -k "structure or divide or number or panel" -q --capture=sys -p no:cacheprovider
 )
 
 RTSVM_SANITIZED=1 "$PYTHON" -m pytest tests/test_cuda_races.py -q -p no:cacheprovider

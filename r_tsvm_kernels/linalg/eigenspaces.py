@@ -127,7 +127,9 @@ def gram_float64(matrix: TallMatrix, choose: Choose, tolerance: float) -> Eigens
         if rank is not None and not unknown and not corrected:
             corrected = True
             with suppress(ConvergenceError):  # unless neighbours across the cut are too close to each other
-                Q[:, cut:], values[cut:] = _corrected(matrix, Q[:, cut:], Q[:, :cut], values, 0)
+                V, found = _corrected(matrix, Q[:, cut:], Q[:, :cut], values, 0)
+                values[cut:], order = found.sort()
+                Q[:, cut:] = V[:, order]
                 Q[:, :cut] = _orthogonal_to(Q[:, cut:], Q[:, :cut])
                 continue
         own = slice(block.start - unknown, block.stop - unknown)

@@ -480,7 +480,10 @@ def sizes(small: bool, two_stage: bool = False) -> Iterator[None]:
         ("leading_right_vectors", "SMALL", 24),
         ("eigen_merge", "LARGE", 48),
         ("products.subspaces", "FORESEEN_FROM", 12),
-        *((("two_stage", "LARGE", 12), ("eigenspaces", "WINDOW", 4)) if two_stage else ()),
+        *((("two_stage", "LARGE", 12), ("two_stage", "LARGE_FOR_THREADS", 12)) if two_stage else ()),
+        ("eigenspaces", "WINDOW", 4)
+        if two_stage
+        else ("leading_right_vectors", "two_stage_runs", lambda device: False),
     )
     with ExitStack() as stack:
         for module, name, limit in limits:

@@ -173,6 +173,7 @@ def test_close_values_far_below_the_largest_are_corrected(monkeypatch, native):
     with nullcontext() if native else lapack_alone():
         found = leading_subspaces(matrix, rank, routes=["gram-float64"])
     assert not resolved
+    assert bool((found.cut.values.diff() <= 0).all())
     apart = found.Vh.mT @ found.Vh - V[:, :rank] @ V[:, :rank].mT
     sine = float(torch.linalg.matrix_norm(apart)) / 2**0.5
     assert sine <= 2 * found.certificate.error <= 4e-8
@@ -205,6 +206,7 @@ def test_corrected_directions_may_be_resolved(monkeypatch, native):
     with nullcontext() if native else lapack_alone():
         found = leading_subspaces(matrix, rank, routes=["gram-float64"])
     assert calls[0] == "_corrected" and "_resolve" in calls
+    assert bool((found.cut.values.diff() <= 0).all())
     exact = torch.linalg.svd(matrix)[2][:rank].mT
     sine = float(torch.linalg.matrix_norm(found.Vh.mT - exact @ (exact.mT @ found.Vh.mT)))
     gap = float(values[rank - 1] - values[rank])
