@@ -472,9 +472,6 @@ def judges(rng: np.random.Generator) -> Callable[[Problem], Verdict]:
 @contextmanager
 def sizes(small: bool, two_stage: bool = False) -> Iterator[None]:
     """Let small matrices take the routes of large ones, or those of even larger ones."""
-    if not small:
-        yield
-        return
     limits = (
         ("leading_right_vectors", "TINY", 6),
         ("leading_right_vectors", "SMALL", 24),
@@ -486,7 +483,7 @@ def sizes(small: bool, two_stage: bool = False) -> Iterator[None]:
         else ("leading_right_vectors", "two_stage_runs", lambda device: False),
     )
     with ExitStack() as stack:
-        for module, name, limit in limits:
+        for module, name, limit in limits if small else ():
             stack.enter_context(patch.object(import_module(f"r_tsvm_kernels.linalg.{module}"), name, limit))
         yield
 
