@@ -11,9 +11,6 @@
 namespace r_tsvm {
 namespace {
 
-// Sums of squares below this are inexact, and nothing beside a matrix whose largest element is near 1.
-constexpr double kNegligible = 0x1p-900;
-
 // So many reflectors are applied to a vector at once, and to so many vectors, of which all rows fit into an L2 cache.
 constexpr int kFused = 4;
 constexpr int64_t kStrip = 48;
@@ -22,36 +19,8 @@ static_assert(kSweeps % kFused == 0 && kSlot - kBand >= kFused - 1);
 // Sweeps that follow each other closely find the band in a cache: with 4096 columns, that saves a tenth.
 constexpr int64_t kTogether = 8;
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
-#endif
-
-#if defined(RTSVM_SEVERAL_ISAS)
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#define RTSVM_LANES 8
-constexpr int kTurned = 3;
-#include "chase_steps.h"
-#undef RTSVM_LANES
-}  // namespace v4
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#define RTSVM_LANES 4
-constexpr int kTurned = 2;
-#include "chase_steps.h"
-#undef RTSVM_LANES
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-namespace v1 {
-#define RTSVM_LANES 2
-constexpr int kTurned = 2;
-#include "chase_steps.h"
-#undef RTSVM_LANES
-}  // namespace v1
+#define RTSVM_STEPS "chase_steps.h"
+#include "for_each_isa.h"
 
 int64_t steps_of(int64_t n, int64_t sweep) { return (n - 1 - sweep + kBand - 1) / kBand; }
 

@@ -3,6 +3,7 @@
 #include "double_vectors.h"
 
 constexpr int kParts = kBand / kWidth;
+constexpr int kTurned = RTSVM_LANES == 8 ? 3 : 2;  // vectors of a row that are turned at once
 
 struct Step {
   const double* in;  // the reflector that arrives

@@ -4,6 +4,9 @@
 
 constexpr int kWidth = RTSVM_LANES;
 
+// Sums of squares below this are inexact, and nothing beside a matrix whose largest element is near 1.
+constexpr double kNegligible = 0x1p-900;
+
 using Vector = double __attribute__((vector_size(8 * RTSVM_LANES)));
 using Mask = int64_t __attribute__((vector_size(8 * RTSVM_LANES)));
 

@@ -9,9 +9,6 @@
 namespace r_tsvm {
 namespace {
 
-// Sums of squares below this are inexact, and nothing beside a matrix whose largest element is near 1.
-constexpr double kNegligible = 0x1p-900;
-
 // So many columns are applied at once, of which so many rows fit into an L1 cache.
 constexpr int64_t kBlock = 8, kChunk = 256;
 static_assert(kBand % kBlock == 0 && kChunk % 8 == 0);
@@ -62,33 +59,8 @@ void turn_back(const double* T, double* W, int64_t count) {
   }
 }
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
-#endif
-
-#if defined(RTSVM_SEVERAL_ISAS)
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#define RTSVM_LANES 8
-#include "panel_steps.h"
-#undef RTSVM_LANES
-}  // namespace v4
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#define RTSVM_LANES 4
-#include "panel_steps.h"
-#undef RTSVM_LANES
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-namespace v1 {
-#define RTSVM_LANES 2
-#include "panel_steps.h"
-#undef RTSVM_LANES
-}  // namespace v1
+#define RTSVM_STEPS "panel_steps.h"
+#include "for_each_isa.h"
 
 }  // namespace
 

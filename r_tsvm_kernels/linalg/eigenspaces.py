@@ -1,8 +1,8 @@
 """The leading right singular vectors of one tall matrix, from its Gram matrix.
 
-Two routes. ``gram-float64``: Gram matrix and eigenvectors in float64. ``gram-float32``: both in float32, which is
-twice as fast, then corrected in float64. Only the mixing between leading and other eigenvectors matters, and its
-first-order correction costs a few thin products:
+Two routes. ``gram-float64``: Gram matrix and eigenvectors in float64, corrected only if the estimated error is too
+large. ``gram-float32``: both in float32, which is twice as fast, then always corrected in float64. Only the mixing
+between leading and other eigenvectors matters, and its first-order correction costs a few thin products:
 
     X[i, j] = (V_other^T R)[i, j] / (lambda_j - lambda_i),   R = D^T D V - V (V^T D^T D V),   V <- V + V_other X
 
@@ -41,7 +41,7 @@ SPACING, EXACT_TOLERANCE = 4e-5, 2e-8
 # If the largest eigenvalue is below so many times their mean, corrections always sufficed.
 NEARLY_FLAT = 8.0
 # If the smallest wanted eigenvalue is below this share of the largest, all low eigenvectors are resolved, not only
-# those near the cut. Each round but the first, which is a correction, makes the low ones more accurate.
+# those near the cut. One round may be a correction; each of the others makes the low ones more accurate.
 LOW, RESOLVE = 1e-5, 5
 # A correction squares the error, or shrinks it at least as much as the previous one. If the error is larger than this,
 # two corrections are not enough, and float64 from the start is cheaper than three.
@@ -128,9 +128,9 @@ def gram_float64(matrix: TallMatrix, choose: Choose, tolerance: float) -> Eigens
             corrected = True
             with suppress(ConvergenceError):  # unless neighbours across the cut are too close to each other
                 V, found = _corrected(matrix, Q[:, cut:], Q[:, :cut], values, 0)
+                Q[:, :cut] = _orthogonal_to(V, Q[:, :cut])
                 values[cut:], order = found.sort()
                 Q[:, cut:] = V[:, order]
-                Q[:, :cut] = _orthogonal_to(Q[:, cut:], Q[:, :cut])
                 continue
         own = slice(block.start - unknown, block.stop - unknown)
         Q[:, own], values[block] = _resolve(matrix, Q[:, own])
